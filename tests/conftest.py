@@ -1,0 +1,59 @@
+"""Fixtures that every test folder shares: the real data when it is there, a tiny trained run, its bundle."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.synthetic import write_synthetic_dataset
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def lidc() -> Path:
+    """The folder with Training, Validation and Testing of the four-reader LIDC nodules."""
+    named = os.environ.get("CDIFF_DATA")
+    root = Path(named) if named else REPOSITORY.parent / "shared" / "data"
+    for folder in (root, root / "lidc4"):
+        if (folder / "Testing").is_dir():
+            return folder
+    pytest.skip(f"real data not found in {root}: set CDIFF_DATA to a folder that holds lidc4/Testing")
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few synthetic 32 x 32 x 4 cases, four raters, with Training and Validation folders."""
+    root = tmp_path_factory.mktemp("data") / "tiny"
+    return write_synthetic_dataset(root, {"Training": 4, "Validation": 2}, raters=4, shape=(32, 32, 4))
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder: a few steps of the preset ``tiny``; its weights are real but barely trained."""
+    from cdiff.train.presets import preset
+    from cdiff.train.trainer import train
+
+    run = tmp_path_factory.mktemp("run") / "tiny"
+    train(preset("tiny"), tiny_data, run, max_steps=4)
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle folder exported from ``tiny_run``."""
+    from cdiff.export.exporter import export_run
+
+    return export_run(tiny_run, tmp_path_factory.mktemp("bundle") / "tiny").path
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked ``gpu``, with the reason, where no NVIDIA GPU is to be seen."""
+    if Path("/proc/driver/nvidia/version").exists() or Path("/dev/nvidiactl").exists():
+        return
+    no_gpu = pytest.mark.skip(reason="needs an NVIDIA GPU: none on this machine")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(no_gpu)

@@ -1,4 +1,4 @@
-"""Small multi-annotator datasets with a known truth, so that every path can be tested without patients' data."""
+"""Small multi-annotator datasets with a known truth, to test every path without patients' data."""
 
 from __future__ import annotations
 

@@ -1,0 +1,104 @@
+"""What every engine offers the loop: encode a slice once, denoise a padded batch at every step (design, section 4)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from cdiff.runtime.sampler import SamplerTable
+
+Float32 = NDArray[np.float32]
+Int64 = NDArray[np.int64]
+Prediction = tuple[Float32, Float32 | None]
+"""x0 [B,1,H,W] in [-1, 1], and for a learned variance the interpolation `mix` [B,1,H,W] in [0, 1], else None."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one padded batch, B of them; only the first `valid` mean anything, the others are padding.
+
+    Every array has B entries: `slot` where the features of the row's window lie, `slice_id` the slice's number in the
+    scan (a word of the noise), `origin` [B,2] of the window in the canvas, `level` 1..C and `run` 0..R-1.
+    `canvas` is the (height, width) that the windows are cut from; it is the window's own size unless tiles are used.
+    """
+
+    valid: int
+    slot: Int64
+    slice_id: Int64
+    origin: Int64
+    level: Int64
+    run: Int64
+    canvas: tuple[int, int]
+
+
+class Binding(Protocol):
+    """An engine's buffers for batches of one fixed shape: `rows` rows that share the features in `slots` places."""
+
+    rows: int
+    slots: int
+
+    def encode(self, slot: int, image: Float32) -> None:
+        """Encode one window [ch,H,W] and keep its features at place `slot`, where they stay until overwritten."""
+
+    def run(self, x: Float32, slot: Int64, t: Int64, level: Int64) -> Prediction:
+        """Denoise x [B,1,H,W] once; the arrays returned are the binding's own and hold until its next `run`."""
+
+
+@runtime_checkable
+class ChainBinding(Protocol):
+    """A binding that runs the whole reverse chain itself, for instance as a captured CUDA graph.
+
+    The loop calls `run_chain` in place of its own steps when a binding has it. The noise must be `noise.normal`'s.
+    """
+
+    def run_chain(self, rows: Rows, table: SamplerTable, seed: int) -> Float32:
+        """From x_T, drawn with the noise's initial step, to the last x [B,1,H,W]; padding rows may hold anything."""
+
+
+class Engine(Protocol):
+    """Something that can run a bundle's two graphs. `name` and `device` are what a report names."""
+
+    @property
+    def name(self) -> str:
+        """The engine's name in the registry, such as `onnxruntime`."""
+
+    @property
+    def device(self) -> str:
+        """`cpu` or `cuda:N`: where it really runs, never merely where it was asked to."""
+
+    @property
+    def version(self) -> str:
+        """The version of the library that runs the graphs."""
+
+    def encode(self, images: Float32) -> Any:
+        """Features [S,L,H,W] of images [S,ch,H,W] float32; a host array unless the engine says otherwise."""
+
+    def denoise(self, x: Float32, features: Any, row_slice: Int64, t: Int64, level: Int64) -> Prediction:
+        """One call for any shapes: x [B,1,H,W], features [S,L,H,W], row_slice, t (1..T) and level (1..C), each [B]."""
+
+    def bind(self, rows: int, slots: int) -> Binding:
+        """Buffers for batches of `rows` rows over `slots` sets of features, reused for a whole scan."""
+
+
+class HostBinding:
+    """The binding of any engine whose arrays live in host memory: `encode` and `denoise` over one features array."""
+
+    def __init__(self, engine: Engine, rows: int, slots: int) -> None:
+        self.engine, self.rows, self.slots = engine, rows, slots
+        self._features: NDArray[Any] | None = None
+
+    def encode(self, slot: int, image: Float32) -> None:
+        """See `Binding.encode`."""
+        features = np.asarray(self.engine.encode(image[None]))
+        if self._features is None:
+            # Places not used yet hold zeros, so that a padding row never meets a NaN left in memory.
+            self._features = np.zeros((self.slots, *features.shape[1:]), features.dtype)
+        self._features[slot] = features[0]
+
+    def run(self, x: Float32, slot: Int64, t: Int64, level: Int64) -> Prediction:
+        """See `Binding.run`."""
+        return self.engine.denoise(x, self._features, slot, t, level)

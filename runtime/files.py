@@ -1,0 +1,185 @@
+"""Files that appear whole or not at all: temporary name in the same folder, fsync, rename (design, promises 5 and 7)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from cdiff.runtime.errors import CdiffError
+
+PART = ".part-"
+"""Prefix of unfinished files. Only a killed process (SIGKILL, power cut) can leave one; they are safe to delete."""
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def make_folder(folder: Path) -> Path:
+    """Make `folder` and what lies above it; `CdiffError` when that cannot be done."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise CdiffError(f"{folder} is not a folder, or lies below a file; give another place to write to") from None
+    except OSError as error:
+        raise _cannot_write(folder, error) from None
+    return folder
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside `path` to write to; `path` gets the content on a clean exit, and only then.
+
+    The temporary name keeps the suffixes, for writers that choose a format by them. Whatever ends the block early
+    (an error, Ctrl-C) removes the temporary file and leaves an older `path` as it was. Raises `CdiffError` when the
+    system refuses to write (no room, no permission).
+    """
+    with staged(path.parent) as stage:
+        yield stage(path.name)
+
+
+class Stage:
+    """A set of files on their way into one folder; `stage(name)` gives the temporary path for one of them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._parts: dict[str, Path] = {}
+        self._stale: list[str] = []
+
+    def __call__(self, name: str) -> Path:
+        """Temporary path for `name`: same folder (so that the rename is atomic), same suffixes."""
+        if Path(name).name != name:
+            raise ValueError(f"a file name without folders is needed, not {name!r}")
+        if name not in self._parts:
+            suffixes = "".join(Path(name).suffixes[-2:])[-20:]
+            self._parts[name] = self.folder / f"{PART}{secrets.token_hex(8)}{suffixes}"
+        return self._parts[name]
+
+    def replaces(self, name: str) -> None:
+        """An older `name` in the folder is out of date once the set is there: remove it then."""
+        self._stale.append(name)
+
+    def _commit(self) -> None:
+        for part in self._parts.values():
+            _sync(part)
+        names = list(self._parts)
+        # The last file vouches for the others (a report with their hashes), so an older one of that name goes first:
+        # a set whose last file is there is a complete set, even when the renames are cut short.
+        for name in [*names[-1:], *self._stale] if len(names) > 1 else self._stale:
+            (self.folder / name).unlink(missing_ok=True)
+        for name in names:
+            os.replace(self._parts[name], self.folder / name)
+        _sync(self.folder)
+
+    def _discard(self) -> None:
+        for part in self._parts.values():
+            part.unlink(missing_ok=True)
+
+
+@contextmanager
+def staged(folder: Path) -> Iterator[Stage]:
+    """Write several files that appear together: every one is complete and on the disk before the first is renamed.
+
+    Renames happen in the order in which the names were asked for; ask for the one that vouches for the rest last.
+    Makes `folder` when it is missing. Raises `CdiffError` when the system refuses to write.
+    """
+    stage = Stage(make_folder(folder))
+    try:
+        yield stage
+        stage._commit()
+    except OSError as error:
+        raise _cannot_write(folder, error) from None
+    finally:
+        stage._discard()  # after a commit nothing is left to remove
+
+
+@contextmanager
+def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Give a temporary folder beside `path` to fill; it becomes `path` on a clean exit, whole.
+
+    An existing `path` is an error unless `replace` (then the old folder is moved aside, and removed once the new one is
+    in place) or it is empty. Raises `CdiffError` for that and when the system refuses to write.
+    """
+    if (path.exists() or path.is_symlink()) and not replace and not _is_empty_folder(path):
+        raise CdiffError(f"{path} already exists; remove it or give another name")
+    make_folder(path.parent)
+    token = secrets.token_hex(8)
+    part, old = path.parent / f"{PART}{token}", path.parent / f"{PART}{token}-old"
+    try:
+        try:
+            part.mkdir()
+        except OSError as error:
+            raise _cannot_write(path, error) from None
+        yield part
+        try:
+            for item in sorted(part.rglob("*"), reverse=True):  # what lies deeper first, then its folder
+                _sync(item)
+            _sync(part)
+            if _is_empty_folder(path):
+                path.rmdir()
+            elif path.exists():
+                os.rename(path, old)
+            try:
+                os.rename(part, path)
+            except BaseException:
+                if old.exists():
+                    os.rename(old, path)
+                raise
+            _sync(path.parent)
+        except OSError as error:
+            raise _cannot_write(path, error) from None
+    finally:
+        for leftover in (part, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write `data` to `path`, whole or not at all."""
+    with atomic_path(path) as part:
+        part.write_bytes(data)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` as UTF-8, whole or not at all."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` to `path` as indented JSON, whole or not at all; NaN has no JSON form and raises `ValueError`."""
+    write_text(path, dump_json(value))
+
+
+def dump_json(value: Any) -> str:
+    """`value` as the indented JSON text that every report of this package uses."""
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _is_empty_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink() and not any(path.iterdir())
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:
+        if not path.is_dir():  # some network file systems cannot sync a folder; a file must be
+            raise
+    finally:
+        os.close(handle)
+
+
+def _cannot_write(path: Path, error: OSError) -> CdiffError:
+    reason = error.strerror or str(error)
+    return CdiffError(
+        f"cannot write to {path}: {reason[:1].lower()}{reason[1:]}; check the space and the permissions there"
+    )

@@ -1,0 +1,130 @@
+"""Whole or not at all: interrupted, failing and repeated writes, and a process that is really interrupted."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.files import atomic_folder, atomic_path, sha256, staged, write_json, write_text
+
+
+def fill(folder: Path, files: dict[str, str], error: BaseException | None = None) -> None:
+    """Write a set of files into `folder`, and be interrupted by `error` before it is complete."""
+    with staged(folder) as stage:
+        for name, text in files.items():
+            stage(name).write_text(text)
+        if error:
+            raise error
+
+
+def fill_folder(target: Path, name: str, error: BaseException | None = None, *, replace: bool = False) -> None:
+    """Write a folder with one file in a folder, and be interrupted by `error` before it is complete."""
+    with atomic_folder(target, replace=replace) as part:
+        (part / "sub").mkdir()
+        write_json(part / "sub" / name, {})
+        if error:
+            raise error
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(item.name for item in folder.iterdir())
+
+
+def test_a_file_appears_whole_and_keeps_the_usual_permissions(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "maps.nii.gz"
+    with atomic_path(target) as part:
+        assert part.parent == target.parent
+        assert part.name.endswith(".nii.gz")
+        part.write_bytes(b"abc")
+        assert not target.exists()
+    (tmp_path / "plain").write_bytes(b"abc")
+    assert target.read_bytes() == b"abc"
+    assert names(target.parent) == ["maps.nii.gz"]
+    assert target.stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert sha256(target) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+@pytest.mark.parametrize("error", [RuntimeError(), KeyboardInterrupt()])
+def test_an_interrupted_write_leaves_the_old_files(tmp_path: Path, error: BaseException) -> None:
+    fill(tmp_path, {"a.bin": "old", "report.json": "old"})
+    with pytest.raises(type(error)):
+        fill(tmp_path, {"a.bin": "half of the n", "report.json": "new"}, error)
+    assert {name: (tmp_path / name).read_text() for name in names(tmp_path)} == {
+        "a.bin": "old",
+        "report.json": "old",
+    }
+
+
+def test_a_set_replaces_what_it_makes_out_of_date(tmp_path: Path) -> None:
+    fill(tmp_path, {"a.bin": "old", "preview.png": "old", "report.json": "old"})
+    with staged(tmp_path) as stage:
+        stage("a.bin").write_text("new")
+        stage.replaces("preview.png")
+        stage("report.json").write_text("new")
+    assert {name: (tmp_path / name).read_text() for name in names(tmp_path)} == {
+        "a.bin": "new",
+        "report.json": "new",
+    }
+
+
+def test_no_report_vouches_for_a_mixture(tmp_path: Path) -> None:
+    fill(tmp_path, {"a.bin": "old", "report.json": "old"})
+    (tmp_path / "b.bin").mkdir()  # the second rename must fail
+    with pytest.raises(CdiffError, match="cannot write"):
+        fill(tmp_path, {"a.bin": "new", "b.bin": "new", "report.json": "new"})
+    assert names(tmp_path) == ["a.bin", "b.bin"]
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "bundle"
+    with pytest.raises(KeyboardInterrupt):
+        fill_folder(target, "a.json", KeyboardInterrupt())
+    assert names(tmp_path) == []
+    fill_folder(target, "a.json")
+    assert (target / "sub" / "a.json").read_text() == "{}\n"
+
+
+def test_an_older_folder_is_replaced_only_when_asked(tmp_path: Path) -> None:
+    target = tmp_path / "bundle"
+    fill_folder(target, "a.json")
+    with pytest.raises(CdiffError, match="already exists"):
+        fill_folder(target, "b.json")
+    with pytest.raises(RuntimeError):
+        fill_folder(target, "b.json", RuntimeError(), replace=True)
+    assert names(target / "sub") == ["a.json"]
+    fill_folder(target, "b.json", replace=True)
+    assert names(target / "sub") == ["b.json"]
+    assert names(tmp_path) == ["bundle"]
+
+
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    write_text(tmp_path / "file", "x")
+    with pytest.raises(CdiffError, match="not a folder") as caught:
+        write_text(tmp_path / "file" / "below", "x")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(CdiffError, match="cannot write"):
+        write_text(tmp_path / ("n" * 300), "x")
+
+
+def test_ctrl_c_in_a_real_process_leaves_nothing(tmp_path: Path) -> None:
+    code = (
+        "import sys, time, pathlib; from cdiff.runtime.files import staged\n"
+        "with staged(pathlib.Path(sys.argv[1])) as stage:\n"
+        "    stage('a.bin').write_bytes(b'x' * 100000); stage('b.json').write_text('{}')\n"
+        "    print('ready', flush=True); time.sleep(60)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    assert len(names(tmp_path)) == 2
+    os.kill(process.pid, signal.SIGINT)
+    assert process.wait(timeout=30) != 0
+    assert names(tmp_path) == []

@@ -1,0 +1,195 @@
+"""manifest.json, the description of a bundle that export writes and the runtime reads (design, section 3)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn, TypedDict
+
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.intensity import Intensity
+from cdiff.runtime.schedule import NoiseSchedule
+
+FORMAT_VERSION = 1
+NAME = "manifest.json"
+ENCODER, DENOISER, WEIGHTS, CARD = "encoder.onnx", "denoiser.onnx", "model.safetensors", "README.md"
+
+
+class FileEntry(TypedDict):
+    """What the manifest says of one file: SHA-256 in hexadecimal, and size in bytes."""
+
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All that the runtime must know of a model, besides its graphs.
+
+    levels is C. target and variance are what the network was trained for; the denoiser's graph returns x0 whatever the target.
+    image_size is (H, W), the graphs' fixed size. framing, tile_overlap and slice_axis say how a scan meets that size, intensity
+    how it is normalised. precision is the graphs' arithmetic; features_channels the width L of the encoder's output.
+    fast holds sampler, steps and runs of `--fast`. training, scores and verification are for the reader: how the model was
+    trained, how it scored, and how far the graphs were from PyTorch when they were exported.
+    files lists every file of the bundle except the manifest itself and the engines' cache.
+    """
+
+    name: str
+    task: str
+    citation: list[str]
+    levels: int
+    T: int
+    schedule: dict[str, Any]
+    target: str
+    variance: str
+    image_size: tuple[int, int]
+    image_channels: int
+    framing: str
+    tile_overlap: float
+    intensity: dict[str, Any]
+    slice_axis: int
+    precision: str
+    opset: int
+    features_channels: int
+    fast: dict[str, Any]
+    training: dict[str, Any] = field(default_factory=dict)
+    scores: dict[str, Any] = field(default_factory=dict)
+    verification: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, FileEntry] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def noise_schedule(self) -> NoiseSchedule:
+        return NoiseSchedule.from_json(self.schedule)
+
+    @property
+    def normalisation(self) -> Intensity:
+        return Intensity.from_json(self.intensity)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values, the format version first."""
+        values = dataclasses.asdict(self) | {"image_size": list(self.image_size)}
+        return {"format_version": values.pop("format_version"), **values}
+
+    @classmethod
+    def from_json(cls, data: Any, source: str = NAME) -> Manifest:
+        """The inverse of to_json.
+
+        source: the file's name, for messages. Raises CdiffError naming the file and the key when the version is not this one's,
+        a key is missing, unknown or of the wrong type, or a value is out of its range.
+        """
+        if not isinstance(data, dict):
+            _refuse(source, "it must hold one JSON object")
+        version = data.get("format_version")
+        if version != FORMAT_VERSION or isinstance(version, bool):
+            raise CdiffError(
+                f"{source}: format_version is {version!r}, and this cdiff reads {FORMAT_VERSION}; "
+                "export the model again, or install the cdiff that wrote it"
+            )
+        keys = [f.name for f in dataclasses.fields(cls)]
+        if missing := [key for key in keys if key not in data]:
+            _refuse(source, f"key {missing[0]!r} is missing")
+        if unknown := [key for key in data if key not in keys]:
+            _refuse(source, f"key {unknown[0]!r} is not known")
+        manifest = cls(**{key: _typed(key, data[key], source) for key in keys})
+        manifest._check(source)
+        return manifest
+
+    def _check(self, source: str) -> None:
+        for key in ("levels", "T", "image_channels", "features_channels", "opset"):
+            if getattr(self, key) < 1:
+                _refuse(source, f"key {key!r} must be at least 1, not {getattr(self, key)}")
+        choices = {
+            "target": ("eps", "x0", "v"),
+            "variance": ("fixed", "learned"),
+            "framing": ("resize", "tile"),
+            "precision": ("float32", "float16"),
+            "slice_axis": (0, 1, 2),
+        }
+        for key, allowed in choices.items():
+            if getattr(self, key) not in allowed:
+                words = ", ".join(map(str, allowed))
+                _refuse(source, f"key {key!r} must be one of {words}, not {getattr(self, key)!r}")
+        if not 0 <= self.tile_overlap < 1:
+            _refuse(source, f"key 'tile_overlap' must lie in [0, 1), not {self.tile_overlap}")
+        for key, build in (("schedule", NoiseSchedule.from_json), ("intensity", Intensity.from_json)):
+            try:
+                built = build(getattr(self, key))
+            except (TypeError, ValueError, CdiffError) as error:
+                _refuse(source, f"key {key!r} is wrong ({error})")
+            if isinstance(built, NoiseSchedule) and built.T != self.T:
+                _refuse(source, f"key 'schedule' has T = {built.T}, but key 'T' is {self.T}")
+        for name in (ENCODER, DENOISER):
+            if name not in self.files:
+                _refuse(source, f"key 'files' does not list {name}")
+
+    @classmethod
+    def read(cls, path: Path) -> Manifest:
+        """Read a manifest file. Raises CdiffError when it cannot be read, is not JSON, or as from_json does."""
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
+        except OSError as error:
+            raise CdiffError(
+                f"cannot read {path}: {error.strerror}; export the bundle again or copy it whole"
+            ) from None
+        except ValueError as error:  # not UTF-8, not JSON, or NaN
+            _refuse(str(path), f"it is not valid JSON ({error})")
+        return cls.from_json(data, str(path))
+
+
+def _typed(key: str, value: Any, source: str) -> Any:
+    """`value` in the type that `key` has, or CdiffError. Tuples are lists in JSON."""
+    if key == "image_size":
+        if not (isinstance(value, list) and len(value) == 2 and all(type(v) is int and v > 0 for v in value)):
+            _refuse(source, f"key 'image_size' must be two positive whole numbers, not {value!r}")
+        return tuple(value)
+    if key == "citation":
+        if not (isinstance(value, list) and all(isinstance(line, str) for line in value)):
+            _refuse(source, "key 'citation' must be a list of texts")
+        return value
+    if key == "files":
+        _check_files(value, source)
+        return value
+    kind: Any = _KINDS[key]
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        _refuse(source, f"key {key!r} must be {_WORDS[kind]}, not {value!r}")
+    return value
+
+
+_KINDS: dict[str, type] = {
+    **dict.fromkeys(("name", "task", "target", "variance", "framing", "precision"), str),
+    **dict.fromkeys(
+        ("levels", "T", "image_channels", "slice_axis", "opset", "features_channels", "format_version"), int
+    ),
+    **dict.fromkeys(("schedule", "intensity", "fast", "training", "scores", "verification"), dict),
+    "tile_overlap": float,
+}
+_WORDS: dict[type, str] = {str: "a text", int: "a whole number", float: "a number", dict: "an object"}
+
+
+def _check_files(value: Any, source: str) -> None:
+    if not isinstance(value, dict):
+        _refuse(source, "key 'files' must be an object")
+    for name, entry in value.items():
+        # A name is joined to the bundle's path: one with folders could point outside it.
+        if name in ("", ".", "..", NAME) or any(sign in name for sign in "/\\\0:"):
+            _refuse(source, f"key 'files' lists {name!r}, which is not a plain file name")
+        if not (
+            isinstance(entry, dict)
+            and set(entry) == {"sha256", "bytes"}
+            and isinstance(entry["sha256"], str)
+            and type(entry["bytes"]) is int
+        ):
+            _refuse(source, f"key 'files', entry {name!r}, must hold sha256 (a text) and bytes (a whole number)")
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a number")
+
+
+def _refuse(source: str, what: str) -> NoReturn:
+    raise CdiffError(f"{source}: {what}; export the model again to write a valid manifest")

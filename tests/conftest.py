@@ -25,9 +25,9 @@ def lidc() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A few synthetic 32 x 32 x 4 cases, four raters, with Training and Validation folders."""
+    """A few synthetic 32 x 32 x 4 cases, three raters, with Training and Validation folders."""
     root = tmp_path_factory.mktemp("data") / "tiny"
-    return write_synthetic_dataset(root, {"Training": 4, "Validation": 2}, raters=4, shape=(32, 32, 4))
+    return write_synthetic_dataset(root, {"Training": 4, "Validation": 2}, raters=3, shape=(32, 32, 4))
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,54 @@
+# make demo: segment the scan that comes with cdiff, with the model that comes with it.
+# make test: everything that the project asserts about itself.
+# Both need Python 3.11 or newer and make, and install into .venv; PYTHON=... chooses another interpreter.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PACKAGES := train export runtime cli benchmarks
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help demo test lint clean
+
+help:
+	@echo "make demo   segment the demo scan with the shipped model into demo-output/ (about two minutes)"
+	@echo "make test   install what the tests need, then ruff, mypy and pytest"
+	@echo "make lint   ruff and mypy alone"
+	@echo "make clean  remove .venv and demo-output"
+
+demo: $(VENV)/cpu.installed
+	@$(BIN)/cdiff segment cdiff/demo/image.nii.gz --fast -o demo-output
+	@cat cdiff/demo/CREDIT.txt
+	@echo "Open the picture: $(CURDIR)/demo-output/image_preview.png"
+
+test: lint
+	$(BIN)/pytest
+
+lint: $(VENV)/test.installed $(VENV)/types
+	$(BIN)/ruff check .
+	MYPYPATH=$(VENV)/types $(BIN)/mypy -p cdiff
+
+clean:
+	rm -rf $(VENV) demo-output
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit("cdiff needs Python 3.11 or newer, and this is %s; try make PYTHON=python3.12" \
+	  % sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/cpu.installed: $(BIN)/python pyproject.toml constraints.txt
+	@echo "Installing cdiff for this machine's CPU into $(VENV) (about a minute)"
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[cpu]'
+	@touch $@
+
+$(VENV)/test.installed: $(BIN)/python pyproject.toml constraints.txt
+	@echo "Installing cdiff with what training and the tests need into $(VENV) (a few minutes)"
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[cpu,train,test]'
+	@touch $@
+
+# mypy has no notion of setuptools' package-dir: give it the tree that the import system sees.
+$(VENV)/types: $(BIN)/python Makefile
+	@mkdir -p $@/cdiff
+	@ln -sfn $(CURDIR)/cdiff/__init__.py $(CURDIR)/cdiff/py.typed $@/cdiff
+	@for package in $(PACKAGES); do ln -sfn $(CURDIR)/$$package $@/cdiff/$$package; done
+	@touch $@

@@ -1,0 +1,74 @@
+"""The layers: what may import what, and that segmenting needs neither PyTorch nor the training code."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPOSITORY
+
+LAYERS = ("runtime", "train", "export", "benchmarks", "cli")  # bottom first: a layer imports those before it
+HEAVY = {"torch", "onnx", "onnxscript", "safetensors", "tensorboard", "diffusers"}
+
+# Runs a command in a Python where importing PyTorch, the training code or the exporter is an error.
+WITHOUT_TORCH = f"""
+import sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {sorted(HEAVY)!r} or name.startswith(("cdiff.train", "cdiff.export")):
+            raise ImportError(f"segmenting must not import {{name}}")
+
+sys.meta_path.insert(0, Refuse())
+from cdiff.cli import main
+sys.argv = ["cdiff", *sys.argv[1:]]
+main()
+"""
+
+
+def imported_by(path: Path) -> set[str]:
+    """Every module that a file names in an import, inside functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: a relative import hides its layer"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_arrows_point_down_only(layer: str) -> None:
+    above = {f"cdiff.{name}" for name in LAYERS[LAYERS.index(layer) + 1 :]}
+    files = sorted((REPOSITORY / layer).rglob("*.py"))
+    assert files
+    for path in files:
+        upward = [name for name in imported_by(path) if ".".join(name.split(".")[:2]) in above]
+        assert not upward, f"{path.relative_to(REPOSITORY)} imports {upward}"
+
+
+def test_runtime_never_names_what_segmenting_does_without() -> None:
+    for path in sorted((REPOSITORY / "runtime").rglob("*.py")):
+        heavy = HEAVY & {name.split(".")[0] for name in imported_by(path)}
+        assert not heavy, f"{path.relative_to(REPOSITORY)} imports {heavy}"
+
+
+def test_segmenting_imports_no_torch(tiny_bundle: Path, tiny_data: Path, tmp_path: Path) -> None:
+    scan = tiny_data / "Validation" / "case01" / "image.nii.gz"
+    arguments = ["segment", str(scan), "--model", str(tiny_bundle), "--fast", "--runs", "2", "-o", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert list(tmp_path.glob("*_soft.nii.gz"))
+
+
+@pytest.mark.parametrize("command", [["--help"], ["--version"], ["doctor"], ["segment", "--help"]])
+def test_small_commands_import_no_torch(command: list[str]) -> None:
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, *command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -1,0 +1,107 @@
+"""The wheel: what it carries, the one name it claims, and that it segments from outside the clone."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPOSITORY
+
+PACKAGES = ("cdiff", "train", "export", "runtime", "cli", "benchmarks")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built from a copy of the sources so that nothing is left in the clone."""
+    source = tmp_path_factory.mktemp("source")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(REPOSITORY / name, source)
+    for name in PACKAGES:
+        shutil.copytree(REPOSITORY / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    out = tmp_path_factory.mktemp("wheel")
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    done = subprocess.run([*pip, "--wheel-dir", str(out), str(source)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (built,) = out.glob("cdiff-*.whl")
+    return built
+
+
+def members(wheel: Path) -> set[str]:
+    return set(zipfile.ZipFile(wheel).namelist())
+
+
+def test_wheel_claims_one_name(wheel: Path) -> None:
+    top = {name.split("/")[0] for name in members(wheel)}
+    assert {name for name in top if not name.endswith(".dist-info")} == {"cdiff"}
+
+
+def test_wheel_carries_every_module(wheel: Path) -> None:
+    expected = set()
+    for package in PACKAGES:
+        for path in (REPOSITORY / package).rglob("*.py"):
+            inside = path.relative_to(REPOSITORY)
+            expected.add(inside.as_posix() if package == "cdiff" else f"cdiff/{inside.as_posix()}")
+    assert not expected - members(wheel), "a folder is missing from [tool.setuptools] packages"
+
+
+def test_wheel_carries_model_demo_licence_and_type_marker(wheel: Path) -> None:
+    data = [p for folder in ("demo", "models") for p in (REPOSITORY / "cdiff" / folder).rglob("*") if p.is_file()]
+    expected = {p.relative_to(REPOSITORY).as_posix() for p in data}
+    inside = members(wheel)
+    assert not expected - inside
+    assert {"cdiff/demo/image.nii.gz", "cdiff/demo/CREDIT.txt", "cdiff/py.typed"} <= inside
+    assert {"cdiff/models/lidc/manifest.json", "cdiff/models/lidc/denoiser.onnx"} <= inside
+    assert any(re.fullmatch(r"cdiff-.*\.dist-info/licenses/LICENSE", name) for name in inside)
+
+
+def test_shipped_bundle_is_at_most_30_mb() -> None:
+    sizes = [p.stat().st_size for p in (REPOSITORY / "cdiff" / "models").rglob("*") if p.is_file()]
+    assert sizes
+    assert sum(sizes) <= 30_000_000
+
+
+@pytest.mark.slow
+def test_installed_wheel_segments_its_demo_scan(wheel: Path, tmp_path: Path) -> None:
+    """Installed elsewhere, run from elsewhere: the code, the model and the scan are the wheel's own."""
+    site = tmp_path / "site"
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)]
+    subprocess.run(pip, check=True, capture_output=True)
+    program = (
+        "import pathlib, cdiff, cdiff.runtime.segmenter as loop\n"
+        "root = pathlib.Path(cdiff.__file__).parent\n"
+        "assert pathlib.Path(loop.__file__).is_relative_to(root), loop.__file__\n"
+        "print(root)\n"
+        "result = cdiff.load().segment(root / 'demo' / 'image.nii.gz', fast=True, runs=1, slices=slice(2, 4))\n"
+        "print(result.soft.max())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    root, largest = done.stdout.split()
+    assert Path(root).is_relative_to(site)
+    assert 0.5 <= float(largest) <= 1.0, "the demo scan holds a nodule that most readers drew"
+
+
+def test_constraints_pin_every_direct_dependency() -> None:
+    lines = (REPOSITORY / "constraints.txt").read_text().splitlines()
+    pins = dict(line.lower().split("==") for line in lines if line and not line.startswith("#"))
+    assert not [pin for pin in pins.values() if "+" in pin], "a local version suffix resolves on one machine only"
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *extras["cpu"], *extras["train"], *extras["test"]]
+    names = {re.split(r"[<>=!~ \[]", requirement)[0].lower() for requirement in wanted}
+    assert not names - set(pins), "regenerate constraints.txt"

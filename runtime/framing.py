@@ -2,39 +2,91 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from functools import cached_property, lru_cache
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cdiff.runtime.errors import CdiffError
+
 Float32 = NDArray[np.float32]
+FramingMode = Literal["resize", "tile"]
 
 
 def resize(array: Float32, size: tuple[int, int]) -> Float32:
-    """Resample the last two axes of [..., h, w] to `size`: linear, antialiased where it shrinks, centres of pixels aligned."""
-    raise NotImplementedError
+    """Resample the last two axes of [..., h, w] to `size` (H, W), float32.
+
+    Linear, with the corners of the two grids aligned (a pixel's value belongs to its centre) and the kernel widened where the
+    array shrinks, so that nothing aliases; at the edges the kernel is cut and renormalised. Equal sizes return the array itself.
+    """
+    (h, w), (H, W) = array.shape[-2:], size
+    if (h, w) == (H, W):
+        return array
+    return np.asarray(_weights(h, H) @ array @ _weights(w, W).T, dtype=np.float32)
+
+
+@lru_cache(maxsize=16)
+def _weights(n: int, N: int) -> Float32:
+    """The matrix [N,n] of linear interpolation from n pixels to N; every row sums to 1."""
+    scale = n / N
+    width = max(scale, 1.0)
+    distance = np.abs((np.arange(N) + 0.5)[:, None] * scale - (np.arange(n) + 0.5)) / width
+    weights = np.maximum(0, 1 - distance)
+    return np.asarray(weights / weights.sum(1, keepdims=True), dtype=np.float32)
 
 
 @dataclass(frozen=True)
 class Framing:
-    """`resize`: the whole slice is resampled to the model's size (H, W). `tile`: windows of that size at the slice's own
-    resolution, neighbours overlapping by the fraction `overlap` of a window at least; a smaller slice is padded by reflection.
+    """How slices are brought to the model's `size` (H, W).
+
+    `resize`: the whole slice is resampled to it, its two axes independently. `tile`: windows of that size at the slice's own
+    resolution, evenly spread, neighbours overlapping by at least the fraction `overlap` (0 <= overlap < 1) of a window; a
+    slice that is smaller is padded by reflection, equally on both sides. Raises CdiffError for other modes or overlaps.
     """
 
-    mode: Literal["resize", "tile"]
+    mode: FramingMode
     size: tuple[int, int]
     overlap: float = 0.25
 
+    def __post_init__(self) -> None:
+        if self.mode not in get_args(FramingMode):
+            raise CdiffError(f"framing {self.mode!r} is not known; use 'resize' or 'tile'")
+        if not 0 <= self.overlap < 1:
+            raise CdiffError(f"the tiles' overlap is {self.overlap}, but must be at least 0 and below 1")
+
     def frame(self, slices: Float32) -> Windows:
-        """The windows of slices [S,ch,h,w]. They are made one at a time on request, so a long scan costs no memory here."""
-        raise NotImplementedError
+        """The windows of slices [S,ch,h,w]. Each is made when it is asked for, so a long scan costs no memory here."""
+        if slices.ndim != 4 or 0 in slices.shape:
+            raise CdiffError(
+                f"slices of shape [S, channels, h, w] are needed, none of them 0, not {list(slices.shape)}"
+            )
+        (H, W), (h, w) = self.size, slices.shape[-2:]
+        if self.mode == "resize":
+            return Windows(slices, self, self.size, ((0, 0),))
+        rows, columns = _starts(h, H, self.overlap), _starts(w, W, self.overlap)
+        return Windows(slices, self, (max(h, H), max(w, W)), tuple((y, x) for y in rows for x in columns))
+
+
+def _starts(n: int, N: int, overlap: float) -> list[int]:
+    """Where windows of N pixels start to cover n pixels, as few as the overlap allows, evenly spread."""
+    if n <= N:
+        return [0]
+    stride = max(1, math.floor(N * (1 - overlap)))
+    steps = math.ceil((n - N) / stride)
+    return [round(k * (n - N) / steps) for k in range(steps + 1)]
 
 
 @dataclass(frozen=True)
 class Windows:
-    """The windows of S slices, `per_slice` of them each: window i belongs to slice i // per_slice, tile i % per_slice."""
+    """The windows of S slices [S,ch,h,w], `per_slice` of them each: window i is tile i % per_slice of slice i // per_slice.
+
+    `origins` are the tiles' corners (y, x) in the `canvas` (height, width), which is the slice, padded where it is smaller than
+    a window; when slices are resized there is one window a slice and it is the canvas.
+    """
 
     slices: Float32
     framing: Framing
@@ -49,17 +101,57 @@ class Windows:
     def __len__(self) -> int:
         return len(self.slices) * self.per_slice
 
-    def image(self, index: int) -> Float32:
-        """Window `index` [ch,H,W]."""
-        raise NotImplementedError
-
     def __iter__(self) -> Iterator[Float32]:
         return (self.image(index) for index in range(len(self)))
 
+    def image(self, index: int) -> Float32:
+        """Window `index` [ch,H,W], float32, contiguous."""
+        number, tile = divmod(index, self.per_slice)
+        image = self.slices[number]
+        if self.framing.mode == "resize":
+            return np.ascontiguousarray(resize(image, self.framing.size), dtype=np.float32)
+        (top, left), (height, width) = self._pad, image.shape[-2:]
+        if self.canvas != (height, width):
+            below, right = self.canvas[0] - height - top, self.canvas[1] - width - left
+            image = np.pad(image, ((0, 0), (top, below), (left, right)), mode="reflect")
+        (y, x), (H, W) = self.origins[tile], self.framing.size
+        return np.ascontiguousarray(image[:, y : y + H, x : x + W], dtype=np.float32)
+
     def unframe_slice(self, maps: Float32) -> Float32:
-        """The maps of one slice's windows [per_slice,...,H,W] put together on its own grid [...,h,w]; tiles are blended."""
-        raise NotImplementedError
+        """The maps of one slice's windows [per_slice,...,H,W], put together on the slice's own grid [...,h,w], float32.
+
+        A resized map is resampled back. Tiles are averaged where they overlap, each with a weight that falls linearly from
+        its middle to its edge. Where no resampling and no blending is needed, the values come back unchanged.
+        """
+        h, w = self.slices.shape[-2:]
+        if self.framing.mode == "resize":
+            return resize(maps[0], (h, w))
+        canvas: Float32 = maps[0]
+        if self.per_slice > 1:
+            H, W = self.framing.size
+            canvas = np.zeros((*maps.shape[1:-2], *self.canvas), np.float32)
+            for (y, x), weights, tile in zip(self.origins, self._blend, maps, strict=True):
+                canvas[..., y : y + H, x : x + W] += weights * tile
+        top, left = self._pad
+        return canvas[..., top : top + h, left : left + w]
 
     def unframe(self, maps: Float32) -> Float32:
-        """The same for all slices: [S*per_slice,...,H,W] -> [S,...,h,w]. With equal sizes the values come back unchanged."""
-        raise NotImplementedError
+        """`unframe_slice` for all slices: maps [S*per_slice,...,H,W] -> [S,...,h,w]."""
+        groups = maps.reshape(-1, self.per_slice, *maps.shape[1:])
+        return np.stack([self.unframe_slice(group) for group in groups])
+
+    @property
+    def _pad(self) -> tuple[int, int]:
+        """Pixels added above and to the left of a slice smaller than its canvas."""
+        return (self.canvas[0] - self.slices.shape[-2]) // 2, (self.canvas[1] - self.slices.shape[-1]) // 2
+
+    @cached_property
+    def _blend(self) -> list[Float32]:
+        """A weight [H,W] for each tile; over every pixel of the canvas they sum to 1."""
+        H, W = self.framing.size
+        ramp = [np.minimum(np.arange(n) + 1, n - np.arange(n)) / n for n in (H, W)]
+        tent = np.outer(*ramp)
+        total = np.zeros(self.canvas)
+        for y, x in self.origins:
+            total[y : y + H, x : x + W] += tent
+        return [np.asarray(tent / total[y : y + H, x : x + W], dtype=np.float32) for y, x in self.origins]

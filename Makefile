@@ -17,9 +17,9 @@ help:
 	@echo "make clean  remove .venv and demo-output"
 
 demo: $(VENV)/cpu.installed
-	@$(BIN)/cdiff segment cdiff/demo/image.nii.gz --fast -o demo-output
+	@$(BIN)/cdiff segment cdiff/demo --fast -o demo-output
 	@cat cdiff/demo/CREDIT.txt
-	@echo "Open the picture: $(CURDIR)/demo-output/image_preview.png"
+	@echo "Open the picture: $(CURDIR)/demo-output/demo_preview.png"
 
 test: lint
 	$(BIN)/pytest
@@ -43,7 +43,7 @@ $(VENV)/cpu.installed: $(BIN)/python pyproject.toml constraints.txt
 
 $(VENV)/test.installed: $(BIN)/python pyproject.toml constraints.txt
 	@echo "Installing cdiff with what training and the tests need into $(VENV) (a few minutes)"
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[cpu,train,test]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[cpu,train,bench,test]'
 	@touch $@
 
 # mypy has no notion of setuptools' package-dir: give it the tree that the import system sees.

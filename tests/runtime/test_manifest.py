@@ -1,0 +1,120 @@
+"""The manifest refuses, with the file and the key, whatever is not exactly what this version writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.intensity import Intensity
+from cdiff.runtime.manifest import Manifest
+from cdiff.runtime.schedule import NoiseSchedule
+
+
+def example(**changes: Any) -> Manifest:
+    """A valid manifest, with some values changed."""
+    entry = {"sha256": "0" * 64, "bytes": 0}
+    values: dict[str, Any] = {
+        "name": "test",
+        "task": "segment circles",
+        "citation": ["Somebody, 2023"],
+        "levels": 4,
+        "T": 40,
+        "schedule": NoiseSchedule(40).to_json(),
+        "target": "x0",
+        "variance": "fixed",
+        "image_size": (32, 48),
+        "image_channels": 1,
+        "framing": "tile",
+        "tile_overlap": 0.25,
+        "intensity": Intensity("volume", 1.0, 99.0).to_json(),
+        "slice_axis": 2,
+        "precision": "float32",
+        "opset": 21,
+        "features_channels": 8,
+        "fast": {"sampler": "ddim", "steps": 10, "runs": 5},
+        "files": {"encoder.onnx": entry, "denoiser.onnx": entry},
+    }
+    return Manifest(**{**values, **changes})
+
+
+def test_round_trip_through_a_file(tmp_path: Path) -> None:
+    manifest = example(scores={"soft_dice": 0.8})
+    path = tmp_path / "manifest.json"
+    path.write_text(json.dumps(manifest.to_json()))
+    read = Manifest.read(path)
+    assert read == manifest
+    assert read.noise_schedule == NoiseSchedule(40)
+    assert read.normalisation == Intensity("volume", 1.0, 99.0)
+
+
+@pytest.mark.parametrize("key", sorted(example().to_json()))
+def test_every_missing_key_is_named(key: str) -> None:
+    data = example().to_json()
+    del data[key]
+    with pytest.raises(CdiffError, match=rf"some\.json.*{key}"):
+        Manifest.from_json(data, "some.json")
+
+
+@pytest.mark.parametrize("key", sorted(set(example().to_json()) - {"format_version"}))
+@pytest.mark.parametrize("value", [None, True, ["a", 1], -3.5])
+def test_every_mistyped_key_is_named(key: str, value: Any) -> None:
+    data = example().to_json() | {key: value}
+    with pytest.raises(CdiffError, match=rf"some\.json.*'{key}'"):
+        Manifest.from_json(data, "some.json")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("levels", 0),
+        ("target", "noise"),
+        ("precision", "int8"),
+        ("slice_axis", 3),
+        ("image_size", [32]),
+        ("image_size", [0, 32]),
+        ("tile_overlap", 1.0),
+        ("schedule", {"T": 40, "beta": 1}),
+        ("schedule", {"T": 40, "beta_end": "high"}),
+        ("schedule", NoiseSchedule(30).to_json()),
+        ("intensity", {"scope": "world"}),
+        ("files", {"encoder.onnx": {"sha256": "0", "bytes": 1}}),
+    ],
+)
+def test_values_out_of_range_are_named(key: str, value: Any) -> None:
+    with pytest.raises(CdiffError, match=f"'{key}'"):
+        Manifest.from_json(example().to_json() | {key: value})
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/b", "..", "a\\b", "C:x", "manifest.json", ""])
+def test_a_file_name_cannot_leave_the_bundle(name: str) -> None:
+    files = example().to_json()["files"] | {name: {"sha256": "0", "bytes": 1}}
+    with pytest.raises(CdiffError, match="not a plain file name"):
+        Manifest.from_json(example().to_json() | {"files": files})
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", True, None])
+def test_another_version_is_refused(version: Any) -> None:
+    with pytest.raises(CdiffError, match="format_version"):
+        Manifest.from_json(example().to_json() | {"format_version": version})
+
+
+def test_an_unknown_key_is_refused() -> None:
+    with pytest.raises(CdiffError, match="'colour' is not known"):
+        Manifest.from_json(example().to_json() | {"colour": "red"})
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"format_version": NaN}', "\xff"])
+def test_a_file_that_is_no_manifest_is_named(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "manifest.json"
+    path.write_text(text, encoding="latin-1")
+    with pytest.raises(CdiffError, match=r"manifest\.json"):
+        Manifest.read(path)
+
+
+def test_an_absent_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CdiffError, match=r"cannot read .*nothing\.json"):
+        Manifest.read(tmp_path / "nothing.json")

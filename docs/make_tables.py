@@ -1,0 +1,112 @@
+"""Fills the tables of README.md and docs/*.md from benchmarks/results/*.json, so that no number is typed by hand.
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`. Run `python docs/make_tables.py` after a measurement;
+`--check` changes nothing and exits 1 when a page is not what the results say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+REGION = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+NOT_MEASURED = "not measured"
+
+Scores = Mapping[str, Any]
+
+
+def read(name: str, results: Path) -> Scores | None:
+    """One result file, or None when it was not measured yet."""
+    path = results / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def interval(score: Mapping[str, float] | None) -> str:
+    """A mean with its 95 % interval."""
+    if score is None or score.get("mean") is None:
+        return "-"
+    return f"{score['mean']:.3f} ({score['low']:.3f} - {score['high']:.3f})"
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table; the first column holds words, the others numbers."""
+    lines = [header, ["---", *["--:"] * (len(header) - 1)], *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+MODEL_ROWS = (  # slices, method, result file, how its keys end
+    ("four marked", "cdiff, 25 runs x 100 steps", "lidc_testing_all_raters", ""),
+    ("four marked", "cdiff `--fast`", "lidc_testing_all_raters_fast", ""),
+    ("four marked", "plain U-Net on the soft label", "unet_testing_all_raters", ""),
+    ("four marked", "a radiologist against the other three", "lidc_testing_all_raters", "_annotators"),
+    ("any marked", "cdiff, 25 runs x 100 steps", "lidc_testing_marked", ""),
+    ("any marked", "plain U-Net on the soft label", "unet_testing_marked", ""),
+    ("any marked", "a radiologist against the other three", "lidc_testing_marked", "_annotators"),
+)
+
+
+def model_table(results: Path) -> str:
+    """Scores on LIDC Testing: soft Dice at five and nine thresholds, Dice at each level, energy distance."""
+    levels = range(1, 5)
+    header = ["Testing slices", "method", "soft Dice, 5", "soft Dice, 9", *[f"level {c}" for c in levels], "GED"]
+    rows = []
+    for slices, method, name, ending in MODEL_ROWS:
+        scores = read(name, results)
+        if scores is None:
+            rows.append([slices, method, NOT_MEASURED, *["-"] * (len(header) - 3)])
+            continue
+        by_level = {entry["level"]: entry for entry in scores.get("dice_per_level", [])} if not ending else {}
+        rows.append(
+            [
+                f"{slices} ({scores['n_slices']})",
+                method,
+                interval(scores.get(f"soft_dice_5{ending}")),
+                interval(scores.get(f"soft_dice_9{ending}")),
+                *[f"{by_level[c]['mean']:.3f}" if c in by_level else "-" for c in levels],
+                f"{scores['ged']['mean']:.3f}" if not ending and scores.get("ged") else "-",
+            ]
+        )
+    return markdown(header, rows)
+
+
+def speed_table(results: Path) -> str:
+    """What `cdiff benchmark` measured on a CPU."""
+    if read("benchmark_cpu", results) is None:
+        return f"{NOT_MEASURED}\n"
+    raise NotImplementedError
+
+
+TABLES: dict[str, Callable[[Path], str]] = {"model": model_table, "speed": speed_table}
+
+
+def filled(text: str, results: Path = RESULTS) -> str:
+    """A page's text with every marked region rewritten. Raises KeyError for a table that does not exist."""
+    return REGION.sub(lambda m: f"{m[1]}{TABLES[m['name']](results)}{m[3]}", text)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="only say which pages are out of date")
+    options = parser.parse_args()
+    stale = 0
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        text = page.read_text(encoding="utf-8")
+        new = filled(text)
+        if new == text:
+            continue
+        stale += 1
+        print(f"{page.relative_to(ROOT)}: {'out of date' if options.check else 'written'}")
+        if not options.check:
+            page.write_text(new, encoding="utf-8")
+    return int(options.check and stale > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,27 @@
+"""The public Python face: `cdiff.load(bundle).segment(scan)`."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cdiff.runtime.segmenter import Segmenter
+
+__version__ = version("cdiff")
+__all__ = ["__version__", "load"]
+
+
+def load(bundle: str | PathLike[str] | None = None, *, engine: str = "auto", device: str = "cpu") -> Segmenter:
+    """Open a bundle once; segment as many scans with it as you like.
+
+    bundle: the folder that `cdiff export` wrote; the model that comes with cdiff when left out.
+    engine, device: as for `cdiff segment`; what was picked is in the result's report.
+    Raises cdiff.runtime.errors.CdiffError when the bundle is not whole or the engine cannot run here.
+    """
+    from cdiff.runtime.bundle import shipped_bundle
+    from cdiff.runtime.segmenter import Segmenter
+
+    return Segmenter.open(shipped_bundle() if bundle is None else Path(bundle), engine=engine, device=device)

@@ -1,0 +1,77 @@
+"""The Typer application: registers the commands and turns a CdiffError into one red line and an exit code."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+import cdiff
+from cdiff.cli import benchmark, doctor, evaluate, export, info, segment, train
+from cdiff.cli.console import fail
+from cdiff.runtime.errors import CdiffError
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+EPILOG = (
+    "Exit codes: 0 done · 1 a crash that should not have happened · 2 something to mend, said in one line · "
+    "3 some scans of a folder failed, the others are done · 130 interrupted."
+)
+
+
+class Commands(TyperGroup):
+    """The group of all commands; the one place where errors that a user can mend end."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except CdiffError as error:
+            fail(str(error))
+            raise typer.Exit(USER_ERROR) from None
+        except KeyboardInterrupt:
+            fail("interrupted")
+            raise typer.Exit(INTERRUPTED) from None
+
+
+app = typer.Typer(
+    cls=Commands,
+    name="cdiff",
+    help="Map how many experts would agree: train, export and run consensus-diffusion segmentation.",
+    epilog=EPILOG,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"cdiff {cdiff.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Options that come before a command."""
+
+
+app.command("segment", rich_help_panel="Use a model")(segment.segment)
+app.command("evaluate", rich_help_panel="Use a model")(evaluate.evaluate)
+app.command("info", rich_help_panel="Use a model")(info.info)
+app.command("train", rich_help_panel="Make a model")(train.train)
+app.command("export", rich_help_panel="Make a model")(export.export)
+app.command("doctor", rich_help_panel="This machine")(doctor.doctor)
+app.command("benchmark", rich_help_panel="This machine")(benchmark.benchmark)
+
+
+def main() -> None:
+    """The entry point of the `cdiff` command."""
+    app()

@@ -1,0 +1,89 @@
+"""What the commands print with: results to stdout, everything about the work to stderr, a bar only on a terminal."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+SPARSE_SECONDS = 30.0
+"""Without a terminal: at most one line in this time, so that a log stays readable."""
+
+
+def fail(message: str) -> None:
+    """One red line on stderr, never wrapped so that it can be searched for in a log."""
+    err.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
+
+
+def warn(message: str) -> None:
+    """One yellow line on stderr, printed with -q too: what a user must not miss."""
+    err.print(f"[yellow]note:[/] {escape(message)}", soft_wrap=True)
+
+
+def say(message: str, quiet: bool = False) -> None:
+    """One line on stderr about the work; nothing with -q."""
+    if not quiet:
+        err.print(escape(message), soft_wrap=True)
+
+
+class Meter:
+    """A progress bar on a terminal, sparse lines elsewhere, nothing with -q.
+
+    `meter(done, total)` is the callback that the runtime calls; `label` may change on the way. The remaining time is
+    that of the whole `total`.
+    """
+
+    def __init__(self, label: str, quiet: bool = False) -> None:
+        self.label = label
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._sparse = not quiet and not err.is_terminal
+        self._started = self._said = time.monotonic()
+        if not quiet and err.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TaskProgressColumn(),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=err,
+                transient=True,
+            )
+
+    def __enter__(self) -> Meter:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __call__(self, done: int, total: int) -> None:
+        if self._bar is not None:
+            if self._task is None:
+                self._task = self._bar.add_task(escape(self.label), total=total)
+            self._bar.update(self._task, completed=done, total=total, description=escape(self.label))
+        elif self._sparse and total:
+            now = time.monotonic()
+            if now - self._said >= SPARSE_SECONDS:
+                self._said = now
+                left = (now - self._started) * (total - done) / max(done, 1)
+                say(f"{self.label}: {done / total:.0%}, about {left:.0f} s left")

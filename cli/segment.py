@@ -1,0 +1,131 @@
+"""`cdiff segment`: one scan or a folder of them to maps of agreement."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cdiff.cli import options
+from cdiff.cli.console import Meter, fail, out, say
+from cdiff.runtime.errors import CdiffError
+
+if TYPE_CHECKING:
+    from cdiff.runtime.inputs import NamedScan
+
+SOME_FAILED = 3
+
+
+def segment(
+    scan: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="SCAN",
+            help="A scan (.nii.gz, .nii, .png ...), a folder of scans, or a folder of case folders with image.nii.gz.",
+            show_default=False,
+        ),
+    ] = None,
+    input_: Annotated[
+        Path | None,
+        typer.Option("--input", "-i", metavar="SCAN", help="The same as SCAN, for those used to -i."),
+    ] = None,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="OUT",
+            help="Folder for what is written; made if need be.",
+            rich_help_panel=options.OUTPUT,
+        ),
+    ] = Path("cdiff_output"),
+    slices: Annotated[
+        str | None,
+        typer.Option(
+            "--slices",
+            metavar="A:B",
+            help="Only slices A to B-1, counted from 0; A or B may be left out.",
+            show_default="all",
+        ),
+    ] = None,
+    model: options.ModelOption = None,
+    engine: options.EngineOption = options.EngineName.auto,
+    device: options.DeviceOption = "cpu",
+    runs: options.RunsOption = None,
+    steps: options.StepsOption = None,
+    sampler: options.SamplerOption = None,
+    fast: options.FastOption = False,
+    levels: options.CombineOption = options.Combine.mean,
+    seed: options.SeedOption = 0,
+    preview: Annotated[
+        bool,
+        typer.Option("--preview/--no-preview", help="Write a picture too.", rich_help_panel=options.OUTPUT),
+    ] = True,
+    quiet: options.QuietOption = False,
+) -> None:
+    """Map how many experts would agree, for a scan or a folder of scans.
+
+    Written to OUT for each scan, on the scan's own grid:
+
+    NAME_soft.nii.gz         share of annotators who would agree, 0 to 1
+    NAME_levels.nii.gz       one map a level: at least 1, 2 ... C agree
+    NAME_uncertainty.nii.gz  entropy in bits; standard deviation over runs
+    NAME_mask.nii.gz         1 where the share is one half or more
+    NAME_preview.png         a picture of the result
+    NAME.json                what was done: hashes, seed, timings, volumes
+
+    Examples:
+
+    cdiff segment scan.nii.gz
+    cdiff segment scan.nii.gz -o maps --fast
+    cdiff segment folder -o maps --model my_bundle --steps 20 --sampler ddim
+    """
+    from cdiff import load
+    from cdiff.runtime.inputs import scans_at
+
+    scans = scans_at(_one_of(scan, input_))
+    segmenter = load(model, engine=engine, device=device)
+    say(f"model {segmenter.manifest.name}, engine {segmenter.engine.name} on {segmenter.engine.device}", quiet)
+
+    def work(item: NamedScan, label: str) -> None:
+        started = time.monotonic()
+        with Meter(label, quiet) as meter:
+            result = segmenter.segment(
+                item.path,
+                runs=runs,
+                steps=steps,
+                sampler=sampler,
+                fast=fast,
+                combine=levels,
+                seed=seed,
+                slices=slices,
+                progress=meter,
+            )
+        result.save(output, item.name, preview=preview)
+        say(f"{item.name}: {time.monotonic() - started:.1f} s", quiet)
+        out.print(str(output / (f"{item.name}_preview.png" if preview else f"{item.name}_soft.nii.gz")), soft_wrap=True)
+
+    if len(scans) == 1:
+        work(scans[0], scans[0].name)
+        return
+    failed = 0
+    for number, item in enumerate(scans, start=1):
+        try:
+            work(item, f"{number}/{len(scans)} {item.name}")
+        except CdiffError as error:
+            failed += 1
+            fail(f"{item.name}: {error}")
+    say(f"{len(scans) - failed} of {len(scans)} scans are in {output}", quiet)
+    if failed:
+        fail(f"{failed} of {len(scans)} scans failed; the lines above say why")
+        raise typer.Exit(SOME_FAILED)
+
+
+def _one_of(scan: Path | None, input_: Path | None) -> Path:
+    if scan and input_ and scan != input_:
+        raise CdiffError(f"two scans are named, {scan} and -i {input_}; give one, or the folder that holds both")
+    if named := scan or input_:
+        return named
+    raise CdiffError("no scan is named; try: cdiff segment SCAN (see cdiff segment --help)")

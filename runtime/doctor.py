@@ -1,0 +1,171 @@
+"""What this machine has for every command, and what is missing for each engine; imports no torch and changes nothing."""
+
+from __future__ import annotations
+
+import ctypes.util
+import os
+import platform
+import shutil
+import subprocess
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+from cdiff.runtime.bundle import open_bundle, shipped_bundle
+from cdiff.runtime.engines.registry import available_engines
+from cdiff.runtime.errors import CdiffError
+
+CPU_EXTRA = 'pip install "cdiff[cpu]"'
+GPU_EXTRA = 'pip install "cdiff[gpu]"'
+TRAIN_EXTRA = 'pip install "cdiff[train]"'
+
+# What a package is for; the first name that is installed counts.
+PACKAGES: tuple[tuple[str, tuple[str, ...], str], ...] = (
+    ("ONNX Runtime", ("onnxruntime", "onnxruntime-gpu"), CPU_EXTRA),
+    ("TensorRT", ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"), GPU_EXTRA),
+    ("TensorRT for RTX", ("tensorrt-rtx", "tensorrt-rtx-cu13"), "pip install tensorrt-rtx"),
+    ("PyCUDA", ("pycuda",), GPU_EXTRA),
+    ("CUDA bindings", ("cuda-bindings",), GPU_EXTRA),
+    ("PyTorch", ("torch",), TRAIN_EXTRA),
+    ("ONNX", ("onnx",), TRAIN_EXTRA),
+    ("ONNX Script", ("onnxscript",), TRAIN_EXTRA),
+    ("safetensors", ("safetensors",), TRAIN_EXTRA),
+)
+LIBRARIES = ("cuda", "cudart", "cublas", "cudnn", "curand", "nvinfer")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at. ok is None for a plain fact; remedy says what to do when ok is False."""
+
+    name: str
+    ok: bool | None
+    found: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Every check by section, and whether at least one engine can run a model here."""
+
+    sections: dict[str, list[Check]]
+    usable: bool
+
+
+def diagnose() -> Diagnosis:
+    """Look at the machine, the packages, the shipped model and the engines. Raises nothing that is the machine's fault."""
+    engines = _engines()
+    sections = {
+        "Engines": engines,
+        "Commands": _commands(),
+        "Machine": _machine(),
+        "GPU": _gpu(),
+        "Packages": _packages(),
+    }
+    return Diagnosis(sections, any(check.ok for check in engines))
+
+
+def _engines() -> list[Check]:
+    checks = []
+    for status in available_engines():
+        label = f"{status.version or ''} on {', '.join(status.devices)}".strip()
+        checks.append(Check(status.name, status.available, label if status.available else "", status.missing))
+    return checks
+
+
+def _commands() -> list[Check]:
+    try:
+        model = open_bundle(shipped_bundle())
+        shipped = Check("shipped model", True, f"{model.manifest.name}, {model.manifest.levels} levels, whole")
+    except CdiffError as error:
+        shipped = Check("shipped model", False, "", str(error))
+    missing = [name for name in ("torch", "safetensors", "tensorboard") if find_spec(name) is None]
+    train = Check("train", not missing, "ready" if not missing else f"lacks {', '.join(missing)}", TRAIN_EXTRA)
+    missing += [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
+    export = Check("export", not missing, "ready" if not missing else f"lacks {', '.join(missing)}", TRAIN_EXTRA)
+    return [shipped, train, export]
+
+
+def _machine() -> list[Check]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return [
+        Check("cdiff", None, version("cdiff")),
+        Check("Python", None, f"{platform.python_version()} ({platform.python_implementation()})"),
+        Check("system", None, f"{platform.system()} {platform.release()}, {platform.machine()}"),
+        Check("processor", None, f"{_processor()}, {cores} cores to use"),
+        Check("memory", None, _memory()),
+    ]
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _memory() -> str:
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return "unknown"
+    return f"{total / 2**30:.1f} GiB"
+
+
+def _gpu() -> list[Check]:
+    checks = [_driver()]
+    for name in LIBRARIES:
+        where = ctypes.util.find_library(name) or _in_wheels(name)
+        checks.append(Check(f"lib{name}", None, where or "not found"))
+    return checks
+
+
+def _driver() -> Check:
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return Check("NVIDIA GPU", None, "none: no nvidia-smi on the PATH; only CPU engines can run")
+    query = [tool, "--query-gpu=index,name,memory.total,compute_cap,driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return Check("NVIDIA GPU", False, "", f"nvidia-smi does not answer ({error}); reinstall the driver")
+    lines = [line.strip() for line in answer.stdout.splitlines() if line.strip()]
+    if answer.returncode or not lines:
+        said = " ".join((answer.stderr or answer.stdout).split()) or "no device listed"
+        return Check("NVIDIA GPU", False, "", f"nvidia-smi: {said}")
+    return Check("NVIDIA GPU", True, "; ".join(lines))
+
+
+def _in_wheels(name: str) -> str | None:
+    """A CUDA library that came as a Python wheel (nvidia/<part>/lib/lib<name>.so.N): its file's name."""
+    spec = find_spec("nvidia")
+    for root in (spec.submodule_search_locations or []) if spec else []:
+        for file in sorted(Path(root).glob(f"*/lib/lib{name}.so*")):
+            return f"{file.name} (wheel)"
+    return None
+
+
+def _packages() -> list[Check]:
+    checks = []
+    for label, names, remedy in PACKAGES:
+        installed = [f"{name} {found}" for name in names if (found := _version(name))]
+        checks.append(Check(label, None, ", ".join(installed) or f"not installed ({remedy})"))
+    if _version("onnxruntime") and _version("onnxruntime-gpu"):
+        checks.append(
+            Check(
+                "onnxruntime twice",
+                False,
+                "onnxruntime and onnxruntime-gpu overwrite each other",
+                "pip uninstall onnxruntime onnxruntime-gpu, then install the one that you want",
+            )
+        )
+    return checks
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -35,9 +35,9 @@ def interval(score: Mapping[str, float] | None) -> str:
     return f"{score['mean']:.3f} ({score['low']:.3f} - {score['high']:.3f})"
 
 
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table; the first column holds words, the others numbers."""
-    lines = [header, ["---", *["--:"] * (len(header) - 1)], *rows]
+def markdown(header: list[str], rows: list[list[str]], words: int = 1) -> str:
+    """A Markdown table; the first `words` columns hold words, the others numbers."""
+    lines = [header, [*["---"] * words, *["--:"] * (len(header) - words)], *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -73,7 +73,7 @@ def model_table(results: Path) -> str:
                 f"{scores['ged']['mean']:.3f}" if not ending and scores.get("ged") else "-",
             ]
         )
-    return markdown(header, rows)
+    return markdown(header, rows, words=2)
 
 
 def speed_table(results: Path) -> str:

@@ -42,9 +42,7 @@ def write_synthetic_dataset(
     return root
 
 
-def _write_case(
-    folder: Path, raters: int, shape: tuple[int, ...], channels: int, rng: np.random.Generator
-) -> None:
+def _write_case(folder: Path, raters: int, shape: tuple[int, ...], channels: int, rng: np.random.Generator) -> None:
     folder.mkdir(parents=True)
     rows, columns = np.indices(shape[:2])
     size = np.array(shape[:2], dtype=float)

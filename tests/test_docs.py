@@ -1,0 +1,106 @@
+"""The pages: links that lead somewhere, settings and commands that exist, tables that are what was measured."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from tests.conftest import REPOSITORY
+
+PAGES = sorted([REPOSITORY / "README.md", REPOSITORY / "cdiff/demo/README.md", *(REPOSITORY / "docs").glob("*.md")])
+
+
+@pytest.fixture(scope="module")
+def tables() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("make_tables", REPOSITORY / "docs" / "make_tables.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(REPOSITORY).as_posix())
+def test_links_lead_somewhere(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    anchors = {"#" + re.sub(r"[^\w\- ]", "", title).strip().lower().replace(" ", "-") for title in headings(text)}
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"https?://", target):
+            continue
+        if target.startswith("#"):
+            assert target in anchors, f"{page.name}: no heading for {target}"
+        else:
+            assert (page.parent / target.split("#")[0]).exists(), f"{page.name}: {target} does not exist"
+
+
+def headings(text: str) -> list[str]:
+    return re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+
+
+def test_every_setting_that_the_pages_name_exists() -> None:
+    from cdiff.train.config import Config
+
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    settings = re.findall(r"--set (\w+=[\w.]+)", text)
+    assert len(settings) > 5
+    for setting in settings:
+        if not setting.startswith("nonsense="):
+            Config().with_settings([setting])
+
+
+def test_every_option_that_the_pages_name_exists() -> None:
+    """Each `cdiff COMMAND ... --option` in a page against that command's own --help."""
+    lines = [line for page in PAGES for line in page.read_text(encoding="utf-8").splitlines()]
+    used: dict[str, set[str]] = {}
+    for line in lines:
+        for name, rest in re.findall(r"\bcdiff ([a-z]+)\b([^`#]*)", line):
+            used.setdefault(name, set()).update(re.findall(r"(?<!\S)--?[a-z][\w-]*", rest))
+    assert {"segment", "train", "export", "evaluate"} <= set(used)
+    commands = ("segment", "evaluate", "train", "export", "benchmark", "info", "doctor")
+    for name in commands:
+        help_text = subprocess.run(
+            [str(Path(sys.executable).with_name("cdiff")), name, "--help"],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={"COLUMNS": "200", "TERM": "dumb"},
+        ).stdout
+        for option in used.get(name, set()):
+            assert re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", help_text), f"cdiff {name} has no {option}"
+
+
+def test_pages_say_what_was_measured(tables: ModuleType) -> None:
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert tables.filled(text) == text, f"{page.name} is out of date: run python docs/make_tables.py"
+
+
+def test_a_result_reaches_the_model_table(tables: ModuleType, tmp_path: Path) -> None:
+    assert tables.NOT_MEASURED in tables.model_table(tmp_path)
+
+    def score(mean: float) -> dict[str, float]:
+        return {"mean": mean, "low": mean - 0.01, "high": mean + 0.01}
+
+    result = {
+        "n_slices": 351,
+        "soft_dice_5": score(0.8125),
+        "soft_dice_9": score(0.7),
+        "soft_dice_5_annotators": score(0.7625),
+        "ged": score(0.25),
+        "dice_per_level": [{"level": c, **score(0.9 - c / 10)} for c in (1, 2, 3, 4)],
+    }
+    (tmp_path / "lidc_testing_all_raters.json").write_text(json.dumps(result))
+    rows = tables.model_table(tmp_path).splitlines()
+    (own,) = [row for row in rows if "25 runs" in row and "351" in row]
+    assert "0.812 (0.802 - 0.823)" in own
+    assert [cell.strip() for cell in own.split("|")][5:10] == ["0.800", "0.700", "0.600", "0.500", "0.250"]
+    (reader,) = [row for row in rows if "radiologist" in row and "351" in row]
+    assert "0.762" in reader
+    assert "0.800" not in reader

@@ -1,0 +1,175 @@
+"""Where a scan's voxels lie: putting maps back on the input's grid, NIfTI geometry, volumes, how to look at a slice."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from numpy.typing import NDArray
+
+GEOMETRY_FIELDS = (
+    "xyzt_units", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d",
+    "qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z",
+)  # fmt: skip
+MM = {"mm": 1.0, "meter": 1000.0, "micron": 0.001, "unknown": 1.0}
+
+
+@dataclass(frozen=True)
+class View:
+    """How a slice [H, W] as stored becomes a picture: transposed first, then flipped.
+
+    edges: letters for left, right, top and bottom of the picture, empty where the header does not say.
+    spacing: (down, across) in mm for the picture's axes, None when unknown. note: the convention, in words.
+    """
+
+    transpose: bool = False
+    flip_down: bool = False
+    flip_across: bool = False
+    edges: tuple[str, str, str, str] = ("", "", "", "")
+    spacing: tuple[float, float] | None = None
+    note: str = "array as stored: first axis down, second across"
+
+    def __call__(self, maps: NDArray[Any]) -> NDArray[Any]:
+        """[..., H, W] as stored -> [..., rows, columns] of the picture."""
+        turned = np.swapaxes(maps, -1, -2) if self.transpose else maps
+        return turned[..., :: -1 if self.flip_down else 1, :: -1 if self.flip_across else 1]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The input's grid.
+
+    shape: the input's shape without its channels; two or three axes, and trailing ones where the file has them.
+    slice_axis: the array axis that was cut along; None for a 2-D image.
+    header: NIfTI header whose geometry the maps take over; None for a picture or a bare array.
+    """
+
+    shape: tuple[int, ...]
+    slice_axis: int | None
+    header: nib.Nifti1Header | None = None
+
+    @property
+    def spatial(self) -> tuple[int, ...]:
+        """The two or three axes that count, without trailing ones."""
+        return self.shape[: 2 if self.slice_axis is None else 3]
+
+    def cut(self, voxels: NDArray[Any]) -> NDArray[Any]:
+        """[*spatial, channels] -> [S, channels, H, W], the order of the in-plane axes as stored."""
+        stack = voxels[None] if self.slice_axis is None else np.moveaxis(voxels, self.slice_axis, 0)
+        return np.ascontiguousarray(np.moveaxis(stack, -1, 1))
+
+    def restore(self, maps: NDArray[Any]) -> NDArray[Any]:
+        """[S, K, H, W] -> [*spatial, K]: the inverse of `cut`."""
+        stack = np.moveaxis(maps, 1, -1)
+        return np.ascontiguousarray(stack[0] if self.slice_axis is None else np.moveaxis(stack, 0, self.slice_axis))
+
+    @property
+    def spacing(self) -> tuple[float, ...] | None:
+        """Millimetres a voxel along each spatial axis, from the header's zooms and unit; None without a header."""
+        if self.header is None:
+            return None
+        scale = MM[self.header.get_xyzt_units()[0]]
+        return tuple(float(zoom) * scale for zoom in self.header["pixdim"][1 : 1 + len(self.spatial)])
+
+    @property
+    def spacing_note(self) -> str | None:
+        """One line on why the spacing should not be trusted, or None."""
+        spacing = self.spacing
+        if self.header is None or spacing is None:
+            return "the input has no spacing: volumes are counted in voxels only"
+        if all(zoom == 1 for zoom in self.header["pixdim"][1 : 1 + len(self.spatial)]):
+            return "the header's spacing is 1 for every axis, which is often a placeholder: check it before using ml"
+        if self.header.get_xyzt_units()[0] == "unknown":
+            return "the header names no unit of length: millimetres are assumed"
+        if int(self.header["sform_code"]) > 0:
+            lengths = (
+                np.linalg.norm(self.header.get_sform()[:3, : len(spacing)], axis=0)
+                * MM[self.header.get_xyzt_units()[0]]
+            )
+            if not np.allclose(lengths, spacing, rtol=0.01):
+                listed = " x ".join(f"{length:.3g}" for length in lengths)
+                return f"the header's spacing and its sform ({listed} mm) disagree: volumes use the spacing"
+        return None
+
+    @property
+    def voxel_ml(self) -> float | None:
+        """Volume of a voxel in millilitres; None for a 2-D image or without spacing."""
+        spacing = self.spacing
+        return math.prod(spacing) / 1000 if spacing is not None and len(spacing) == 3 else None
+
+    @property
+    def has_orientation(self) -> bool:
+        """Whether the header says how the patient lies. An identity affine is a placeholder, not an orientation."""
+        if self.header is None or (int(self.header["sform_code"]) <= 0 and int(self.header["qform_code"]) <= 0):
+            return False
+        return not np.array_equal(self.header.get_best_affine(), np.eye(4))
+
+    def image(self, maps: NDArray[Any], intent: str) -> nib.Nifti1Image:
+        """A NIfTI image of `maps` ([*shape] or [*spatial, K]) that lies where the input lies.
+
+        Geometry alone is taken over (affine, codes, zooms, units): nothing else of the input's header, such as a name
+        or a date in a free-text field or an extension, travels. K maps go on a fourth axis, also for a 2-D input.
+        """
+        if maps.ndim > len(self.spatial) and maps.shape != self.shape:
+            maps = maps.reshape(*(*self.spatial, 1)[:3], maps.shape[-1])
+        source = self.header
+        header = nib.Nifti2Header() if isinstance(source, nib.Nifti2Header) else nib.Nifti1Header()
+        header.set_data_dtype(maps.dtype)
+        header.set_data_shape(maps.shape)
+        if source is None:
+            header.set_sform(np.eye(4), code="aligned")
+        else:
+            for field in GEOMETRY_FIELDS:
+                header[field] = source[field]
+            header["pixdim"][:4] = source["pixdim"][:4]
+            header["pixdim"][1:4][~(header["pixdim"][1:4] > 0)] = 1  # a 2-D file need not fill the third
+            header.set_xyzt_units(source.get_xyzt_units()[0], None)
+        header["cal_min"], header["cal_max"] = 0, 1
+        header["descrip"] = f"cdiff {intent}"
+        if isinstance(header, nib.Nifti2Header):
+            return nib.Nifti2Image(maps, None, header)
+        return nib.Nifti1Image(maps, None, header)
+
+    @property
+    def view(self) -> View:
+        """The picture of a slice: radiological convention where the header gives an orientation, else the array as stored.
+
+        Radiological: the patient's right (or front) on the left, front (or head) at the top.
+        """
+        axes = [axis for axis in range(len(self.spatial)) if axis != self.slice_axis]
+        spacing = self.spacing
+        if not self.has_orientation or self.header is None:
+            known = None if spacing is None else (spacing[axes[0]], spacing[axes[1]])
+            return View(spacing=known)
+        codes = nib.aff2axcodes(self.header.get_best_affine())
+        towards = [codes[axis] for axis in axes]  # where each in-plane axis points
+        # Across the picture runs left-right if the plane has it, else front-back; down runs the other one.
+        transpose = _rank(towards[0]) < _rank(towards[1])
+        down, across = (1, 0) if transpose else (0, 1)
+        flip_down = towards[down] in "AS"
+        flip_across = towards[across] in "RA"
+        bottom = OPPOSITE[towards[down]] if flip_down else towards[down]
+        right = OPPOSITE[towards[across]] if flip_across else towards[across]
+        plane = {"S": "axial", "A": "coronal", "R": "sagittal"}[
+            next(axis for axis in "RAS" if axis not in _both(towards[0]) + _both(towards[1]))
+        ]
+        return View(
+            transpose, flip_down, flip_across,
+            (OPPOSITE[right], right, OPPOSITE[bottom], bottom),
+            None if spacing is None else (spacing[axes[down]], spacing[axes[across]]),
+            f"{plane}, radiological convention",
+        )  # fmt: skip
+
+
+OPPOSITE = {"R": "L", "L": "R", "A": "P", "P": "A", "S": "I", "I": "S"}
+
+
+def _rank(letter: str) -> int:
+    return next(rank for rank, pair in enumerate(("RL", "AP", "SI")) if letter in pair)
+
+
+def _both(letter: str) -> str:
+    return letter + OPPOSITE[letter]

@@ -1,0 +1,98 @@
+"""NIfTI bytes to a header that can be trusted and voxels, or one line that says what is wrong (promise 6)."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import math
+import zlib
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
+from numpy.typing import NDArray
+
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.shapes import by, check_kind, check_size, one_line, spatial_axes
+
+
+def parse_nifti(data: bytes, path: Path, channels: int) -> nib.Nifti1Image:
+    """The NIfTI image in `data`, its header checked before nibabel can mend it in silence (it makes a zero spacing 1)."""
+    packed = data[:2] == b"\x1f\x8b"
+    try:
+        with gzip.open(io.BytesIO(data)) if packed else io.BytesIO(data) as file:
+            start = file.read(540)
+            kind = {b"n+1": nib.Nifti1Image, b"n+2": nib.Nifti2Image}.get(
+                start[344:347] if start[344:347] == b"n+1" else start[4:7]
+            )
+            if kind is None:
+                raise CdiffError(
+                    f"{path} is not a NIfTI file (no NIfTI mark in its header); convert it, e.g. with dcm2niix"
+                )
+            header = kind.header_class(start[: kind.header_class.template_dtype.itemsize], check=False)
+            check_header(header, str(path), channels)
+            size = math.prod(header.get_data_shape()) * header.get_data_dtype().itemsize
+            # Deflate packs at most about 1032 to 1: a header that promises more than that lies, and is not given memory.
+            if size > (1032 if packed else 1) * len(data):
+                raise CdiffError(
+                    f"{path} holds less than its header promises ({size} bytes of voxels); it is truncated or damaged: copy it again"
+                )
+            end = int(header["vox_offset"]) + size
+            raw = start + file.read(max(0, end - len(start)))
+            while file.read(2**20):  # to the end, for gzip to check its sum; nothing of it is kept
+                pass
+        return kind.from_bytes(raw)
+    except (EOFError, OSError, zlib.error) as error:
+        raise CdiffError(f"{path} is truncated or damaged ({one_line(error)}); copy it again") from None
+    except (ImageFileError, HeaderDataError, ValueError, OverflowError) as error:
+        raise CdiffError(f"{path} is not a valid NIfTI file ({one_line(error)}); convert it again") from None
+    except MemoryError:
+        raise CdiffError(f"{path} needs more memory than there is; crop the scan first") from None
+
+
+def check_header(header: nib.Nifti1Header, where: str, channels: int) -> None:
+    """Shape, data type, spacing and affine of a header as it stands in the file."""
+    shape = header.get_data_shape()
+    if not shape or min(shape) < 1:
+        raise CdiffError(f"{where} has shape {by(shape)}, so it holds no voxel; export the scan again")
+    check_size(shape, where)
+    check_kind(header.get_data_dtype(), where)
+    axes = len(spatial_axes(shape, channels, where))
+    zooms = [float(zoom) for zoom in header["pixdim"][1 : 1 + axes]]
+    if not all(math.isfinite(zoom) and zoom > 0 for zoom in zooms):
+        listed = " x ".join(f"{zoom:g}" for zoom in zooms)
+        raise CdiffError(
+            f"{where} has the spacing {listed} in its header; every one must be above zero: correct the header"
+        )
+    for form, code in (("sform", header["sform_code"]), ("qform", header["qform_code"])):
+        if int(code) <= 0:
+            continue
+        if not _spans(header, form, axes):
+            raise CdiffError(
+                f"{where} has a singular or non-finite {form} (its axes do not span space); correct the header"
+            )
+
+
+def _spans(header: nib.Nifti1Header, form: str, axes: int) -> bool:
+    """Whether the first `axes` columns of the affine are finite and independent."""
+    try:
+        matrix = header.get_sform() if form == "sform" else header.get_qform()
+    except (HeaderDataError, ValueError):  # a quaternion longer than 1
+        return False
+    columns = matrix[:3, :axes]
+    lengths = np.linalg.norm(columns, axis=0)
+    if not np.isfinite(matrix).all() or not (lengths > 0).all():
+        return False
+    return bool(np.linalg.matrix_rank(columns / lengths, 1e-5) == axes)
+
+
+def nifti_voxels(image: nib.Nifti1Pair, where: str) -> NDArray[np.float32]:
+    """The image's values, scaled as its header says. Raises CdiffError when the file ends early."""
+    try:
+        return np.asarray(image.get_fdata(dtype=np.float32, caching="unchanged"))
+    except (EOFError, OSError, ValueError, zlib.error) as error:
+        raise CdiffError(f"{where} is truncated or damaged ({one_line(error)}); copy it again") from None
+    except MemoryError:
+        raise CdiffError(f"{where} needs more memory than there is; crop the scan first") from None

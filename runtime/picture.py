@@ -1,0 +1,48 @@
+"""A PNG, TIFF or JPEG as the pixels that a model takes: grey for one channel, colours for three."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.shapes import one_line
+
+
+def read_picture(data: bytes, path: Path, channels: int) -> tuple[NDArray[np.float32], list[str]]:
+    """Pixels [H, W] for a model of one channel, [H, W, 3] for one of three."""
+    from PIL import Image, UnidentifiedImageError
+
+    if channels not in (1, 3):
+        raise CdiffError(
+            f"{path} is a picture, but this model takes {channels} channels; give a NIfTI with them on its last axis"
+        )
+    notes = []
+    try:
+        with Image.open(io.BytesIO(data)) as picture:
+            if getattr(picture, "n_frames", 1) > 1:
+                raise CdiffError(f"{path} holds {picture.n_frames} pictures; save one, or convert them to NIfTI")  # type: ignore[attr-defined]
+            picture.load()
+            if picture.mode in ("P", "1", "CMYK", "YCbCr"):
+                picture = picture.convert("L" if picture.mode == "1" else "RGB")  # type: ignore[assignment]
+            pixels = np.asarray(picture, dtype=np.float32)
+            mode = picture.mode
+    except (UnidentifiedImageError, OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise CdiffError(f"{path} cannot be read as a picture ({one_line(error)}); save it again as PNG") from None
+    if mode in ("LA", "RGBA"):
+        if (pixels[..., -1] != pixels[..., -1].max()).any():
+            notes.append("the picture's transparency was ignored")
+        pixels = pixels[..., 0] if mode == "LA" else pixels[..., :3]
+    if channels == 1 and pixels.ndim == 3:
+        if (pixels != pixels[..., :1]).any():
+            notes.append("the picture's colours were turned to grey (ITU-R 601 luma): the model takes one channel")
+            pixels = pixels @ np.array([0.299, 0.587, 0.114], np.float32)
+        else:
+            pixels = pixels[..., 0]
+    elif channels == 3 and pixels.ndim == 2:
+        notes.append("the grey picture was given to all three channels of the model")
+        pixels = np.repeat(pixels[..., None], 3, axis=2)
+    return pixels, notes

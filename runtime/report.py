@@ -1,0 +1,87 @@
+"""The report of a segmented scan: what was done, with what, how long it took, and the volume at each level (section 4)."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from cdiff.runtime.grid import Grid
+    from cdiff.runtime.results import Float32, Stack
+
+NOTICE = "Research use only. Not a medical device."
+
+
+def volumes(stack: Stack, grid: Grid) -> dict[str, Any]:
+    """Volumes of the slices that were computed, in voxels, and in ml where the header has a spacing in three axes.
+
+    levels: of each level, where its map is at least one half. mask: where the soft map is at least one half. expected: the sum
+    of the soft map, which is the mean over the levels of the expected volume. A 2-D image has areas in mm2 in place of ml.
+    """
+    unit, size = _voxel(grid)
+
+    def measure(voxels: float) -> dict[str, float]:
+        return {"voxels": round(voxels, 2), **({unit: round(voxels * size, 6)} if size is not None else {})}
+
+    return {
+        "levels": [
+            {"level": c, **measure(float(np.count_nonzero(stack.levels[:, c - 1] >= 0.5)))}
+            for c in range(1, stack.levels.shape[1] + 1)
+        ],
+        "mask": measure(float(np.count_nonzero(stack.soft >= 0.5))),
+        "expected": measure(float(stack.soft.sum(dtype=np.float64))),
+    }
+
+
+def _voxel(grid: Grid) -> tuple[str, float | None]:
+    spacing = grid.spacing
+    if spacing is not None and len(spacing) == 2:
+        return "mm2", spacing[0] * spacing[1]
+    return "ml", grid.voxel_ml
+
+
+def describe_input(source: str, sha256: str, grid: Grid, image: Float32) -> dict[str, Any]:
+    """The input as it was read: where, its hash, shape, spacing, and how it was cut."""
+    spacing = grid.spacing
+    header = grid.header
+    return {
+        "path": source,
+        "sha256": sha256,
+        "shape": list(grid.shape),
+        "channels": image.shape[1],
+        "slice_axis": grid.slice_axis,
+        "slice_axis_note": (
+            "a 2-D image is one slice"
+            if grid.slice_axis is None
+            else f"cut along axis {grid.slice_axis} of the array as stored; in-plane axes as stored"
+        ),
+        "spacing_mm": None if spacing is None else [round(value, 6) for value in spacing],
+        "sform_code": None if header is None else int(header["sform_code"]),
+        "qform_code": None if header is None else int(header["qform_code"]),
+        "maps_affine": "identity: the input has none" if header is None else "the input's",
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on besides the engine."""
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("numpy", "scipy", "nibabel")},
+        "platform": platform.platform(),
+    }
+
+
+def build_report(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """The report: the package's version and the time first, then `parts` in their order, then versions and notice."""
+    return {
+        "cdiff": version("cdiff"),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        **parts,
+        "versions": versions(),
+        "notice": NOTICE,
+    }

@@ -1,0 +1,125 @@
+"""What a scan's segmentation gives: soft map, one map a level, uncertainty, majority mask, report; and its files (section 4)."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from numpy.typing import NDArray
+
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.files import dump_json, sha256, staged
+from cdiff.runtime.grid import Grid
+
+Float32 = NDArray[np.float32]
+
+
+def entropy(soft: Float32) -> Float32:
+    """Entropy in bits of a pixel's yes or no, H(p) = -p log2 p - (1-p) log2 (1-p); 0 where all agree, 1 at p = 1/2."""
+    p = soft.astype(np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        terms = [np.where(q > 0, -q * np.log2(q), 0.0) for q in (p, 1 - p)]
+    return np.where(np.isnan(p), np.nan, terms[0] + terms[1]).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The maps of the slices that were computed, n of them, in-plane axes as stored.
+
+    levels [n,C,h,w] float32, index c-1 for "at least c annotators". run_std [n,h,w] float32: standard deviation over runs
+    of a run's soft map. runs [n,C,R,h,w] uint8 (255 = 1), when they were kept.
+    """
+
+    levels: Float32
+    run_std: Float32
+    runs: NDArray[np.uint8] | None = None
+
+    @property
+    def soft(self) -> Float32:
+        """[n,h,w]: the fraction of annotators, the mean over the levels (the sum of P(at least c) over c, divided by C)."""
+        return self.levels.mean(axis=1, dtype=np.float64).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Result:
+    """The maps of one scan on the scan's own grid. Outside the chosen slices floats are NaN and the mask is 0.
+
+    grid: shape and geometry. image [S,channels,h,w]: the scan as read, for pictures. slices: the numbers of those computed,
+    which `stack` holds in that order. name: what the files' names begin with unless another is given. report: see
+    `runtime.report`; `save` adds the outputs to the copy that it writes and returns.
+    """
+
+    grid: Grid
+    image: Float32
+    slices: range
+    stack: Stack
+    name: str = "scan"
+    report: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def soft(self) -> Float32:
+        """Fraction of annotators who would include the voxel, float32, shape of the input."""
+        return self._on_grid(self.stack.soft[:, None]).reshape(self.grid.shape)
+
+    @property
+    def levels(self) -> Float32:
+        """[*spatial, C] float32: at index c-1 the map of "at least c annotators"."""
+        return self._on_grid(self.stack.levels)
+
+    @property
+    def uncertainty(self) -> Float32:
+        """[*spatial, 2] float32: entropy of the soft map in bits, standard deviation of the soft map over runs."""
+        return self._on_grid(np.stack([entropy(self.stack.soft), self.stack.run_std], axis=1))
+
+    @property
+    def mask(self) -> NDArray[np.uint8]:
+        """1 where the soft map is at least one half, uint8, shape of the input."""
+        return (self.soft >= 0.5).astype(np.uint8)
+
+    def _on_grid(self, maps: Float32) -> Float32:
+        """[n,K,h,w] of the chosen slices -> [*spatial,K], NaN in the others."""
+        whole = np.full((len(self.image), *maps.shape[1:]), np.nan, np.float32)
+        whole[self.slices.start : self.slices.stop] = maps
+        return self.grid.restore(whole)
+
+    def save(self, folder: str | Path, name: str | None = None, *, preview: bool = True) -> dict[str, Any]:
+        """Write NAME_soft, _levels, _uncertainty and _mask .nii.gz, NAME_preview.png and, last, NAME.json; return the report.
+
+        Each file appears whole or not at all; the report, which holds the others' SHA-256, appears last, so where it is, all
+        are. An older preview is removed when none is asked for. Raises CdiffError when the folder cannot be written.
+        """
+        name = name or self.name
+        if not name or Path(name).name != name:
+            raise CdiffError(f"the name {name!r} cannot begin a file's name; give one without folders")
+        started = time.perf_counter()
+        maps: dict[str, tuple[NDArray[Any], str]] = {
+            "soft": (self.soft, "soft map: fraction of annotators"),
+            "levels": (self.levels, "at least c annotators, c last"),
+            "uncertainty": (self.uncertainty, "entropy (bits); std over runs"),
+            "mask": (self.mask, "mask: soft map at least 0.5"),
+        }
+        with staged(Path(folder)) as stage:
+            parts = {f"{name}_{kind}.nii.gz": stage(f"{name}_{kind}.nii.gz") for kind in maps}
+            for part, (values, intent) in zip(parts.values(), maps.values(), strict=True):
+                nib.save(self.grid.image(values, intent), part)
+            if preview:
+                from cdiff.runtime.preview import write_preview
+
+                parts[f"{name}_preview.png"] = stage(f"{name}_preview.png")
+                write_preview(self, parts[f"{name}_preview.png"], name)
+            else:
+                stage.replaces(f"{name}_preview.png")
+            outputs = {file: {"sha256": sha256(part), "bytes": part.stat().st_size} for file, part in parts.items()}
+            timings = {**self.report.get("timings", {}), "write": round(time.perf_counter() - started, 3)}
+            report = {**self.report, "timings": timings, "outputs": outputs}
+            stage(f"{name}.json").write_text(dump_json(report), encoding="utf-8")
+        return report
+
+    def with_report(self, report: dict[str, Any]) -> Result:
+        """The same maps with a report."""
+        return dataclasses.replace(self, report=report)

@@ -1,0 +1,163 @@
+"""Reading a scan (NIfTI, picture, array) into slices [S, channels, H, W], or saying in one line why not (promise 6)."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from numpy.typing import NDArray
+
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.grid import Grid
+from cdiff.runtime.inputs import stem
+from cdiff.runtime.nifti import check_header, nifti_voxels, parse_nifti
+from cdiff.runtime.picture import read_picture
+from cdiff.runtime.shapes import check_kind, check_size, spatial_axes
+
+ScanInput = str | os.PathLike[str] | NDArray[Any] | nib.Nifti1Image
+NIFTI_SUFFIXES = (".nii", ".nii.gz")
+PICTURE_SUFFIXES = (".png", ".tif", ".tiff", ".jpg", ".jpeg")
+
+
+@dataclass(frozen=True)
+class Scan:
+    """A scan that is fit to be segmented.
+
+    slices: float32 [S, channels, H, W], raw intensities, in-plane axes as stored. grid: how to go back.
+    source: the path, or "array" / "NIfTI image" for something in memory. sha256: of the file's (or the array's) bytes.
+    name: the file's without its suffix. warnings: what a reader of the result should know, one line each.
+    """
+
+    slices: NDArray[np.float32]
+    grid: Grid
+    source: str
+    sha256: str
+    name: str = "scan"
+    warnings: tuple[str, ...] = ()
+
+
+def read_scan(scan: ScanInput, *, channels: int = 1, slice_axis: int = 2) -> Scan:
+    """Read a path (NIfTI 2-D or 3-D, PNG, TIFF, JPEG), an array ([H, W] or three axes) or a nibabel image.
+
+    channels: what the model takes; more than one lie on the last axis of a NIfTI or array (colours for a picture).
+    slice_axis: the array axis (0, 1 or 2, as stored) to cut a volume along.
+    Raises CdiffError, one line, for everything that cannot be segmented faithfully: unreadable or truncated files, NaN,
+    a wrong number of axes or channels, spacing that is not positive, a singular affine, more than 2^31 voxels.
+    """
+    if slice_axis not in (0, 1, 2):
+        raise CdiffError(f"slice axis {slice_axis} does not exist; use 0, 1 or 2, an axis of the array as stored")
+    loaded = _load(scan, channels)
+    voxels, named = loaded.voxels, loaded.source if loaded.source != "array" else "the array"
+    check_size(voxels.shape, named)
+    spatial = spatial_axes(voxels.shape, channels, named)
+    values = np.asarray(voxels, dtype=np.float32)
+    finite = np.isfinite(values)
+    if not finite.all():
+        first = tuple(int(i) for i in np.argwhere(~finite)[0])
+        count = int(finite.size - np.count_nonzero(finite))
+        raise CdiffError(f"{named} holds {count} NaN or infinite values (the first at {first}); replace them first")
+    # Ones after the third axis stay in the shape of the maps; channels do not.
+    shape = voxels.shape if channels == 1 else spatial
+    grid = Grid(tuple(shape), slice_axis if len(spatial) == 3 else None, loaded.header)
+    notes = list(loaded.notes)
+    if values.min() == values.max():
+        notes.append("every voxel has the same value: the maps say nothing about this scan")
+    if grid.spacing_note:
+        notes.append(grid.spacing_note)
+    slices = grid.cut(values.reshape(*spatial, channels))
+    return Scan(slices, grid, loaded.source, loaded.sha256, loaded.name, tuple(notes))
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    voxels: NDArray[Any]
+    header: nib.Nifti1Header | None
+    source: str
+    sha256: str
+    name: str = "scan"
+    notes: tuple[str, ...] = ()
+
+
+def _load(scan: ScanInput, channels: int) -> _Loaded:
+    if isinstance(scan, np.ndarray):
+        check_kind(scan.dtype, "the array")
+        digest = hashlib.sha256(f"{scan.dtype.str} {scan.shape}".encode())
+        digest.update(np.ascontiguousarray(scan).tobytes())
+        return _Loaded(scan, None, "array", digest.hexdigest())
+    if isinstance(scan, nib.Nifti1Pair):
+        named = scan.get_filename()
+        source = named or "NIfTI image"
+        check_header(scan.header, source, channels)
+        voxels = nifti_voxels(scan, source)
+        digest = hashlib.sha256(scan.header.binaryblock + voxels.tobytes())
+        return _Loaded(voxels, scan.header, source, digest.hexdigest(), _name(Path(named)) if named else "scan")
+    if not isinstance(scan, str | os.PathLike):
+        raise CdiffError(f"cannot segment a {type(scan).__name__}; give a path, a NumPy array or a nibabel NIfTI image")
+    path = Path(scan)
+    data = _read_bytes(path)
+    digest = hashlib.sha256(data)
+    if path.name.lower().endswith(PICTURE_SUFFIXES):
+        pixels, notes = read_picture(data, path, channels)
+        return _Loaded(pixels, None, str(path), digest.hexdigest(), _name(path), tuple(notes))
+    image = parse_nifti(data, path, channels)
+    return _Loaded(nifti_voxels(image, str(path)), image.header, str(path), digest.hexdigest(), _name(path))
+
+
+def _name(path: Path) -> str:
+    return stem(path) or path.stem
+
+
+def parse_slices(slices: str | slice | tuple[int, int] | range | None, count: int) -> range:
+    """Text "A:B" (A included, B not, counted from 0, either may be left out), a pair, slice or range -> range within `count`.
+
+    Raises CdiffError when the text is not of that form or the range is empty or reaches beyond the scan.
+    """
+    advice = f"give A:B with 0 <= A < B <= {count} (slices are counted from 0, B is not included)"
+    if slices is None:
+        return range(count)
+    if isinstance(slices, str):
+        first, colon, last = slices.partition(":")
+        try:
+            start, stop = int(first or 0), int(last or count)
+        except ValueError:
+            colon = ""
+        if not colon:
+            raise CdiffError(f"slices {slices!r} cannot be read; {advice}")
+    elif isinstance(slices, slice | range):
+        if slices.step not in (None, 1):
+            raise CdiffError(f"slices {slices} skip some; {advice}")
+        start = 0 if slices.start is None else slices.start
+        stop = count if slices.stop is None else slices.stop
+    else:
+        start, stop = slices
+    if not 0 <= start < stop <= count:
+        raise CdiffError(f"slices {start}:{stop} are not in this scan of {count}; {advice}")
+    return range(start, stop)
+
+
+def _read_bytes(path: Path) -> bytes:
+    if not path.name.lower().endswith(NIFTI_SUFFIXES + PICTURE_SUFFIXES):
+        advice = (
+            "convert DICOM with dcm2niix first"
+            if path.is_dir() or path.suffix.lower() in (".dcm", "")
+            else "convert it"
+        )
+        kinds = ", ".join((*NIFTI_SUFFIXES, *PICTURE_SUFFIXES))
+        if path.exists():
+            raise CdiffError(f"{path} is not a kind of file that is read here ({kinds}); {advice}")
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise CdiffError(f"{path} does not exist; check the path") from None
+    except OSError as error:
+        raise CdiffError(
+            f"{path} cannot be read: {error.strerror or error}; check the file and its permissions"
+        ) from None
+    if not data:
+        raise CdiffError(f"{path} is empty (0 bytes); copy it again")
+    return data

@@ -1,0 +1,123 @@
+"""Checkpoints of a run: safetensors + JSON, and the optimiser's state in a file that loads with weights_only=True.
+
+RUN/config.json            the configuration
+RUN/checkpoints/step-N/    model.safetensors (weights), ema.safetensors (their average: what is exported), optimiser.pt, checkpoint.json
+RUN/last.json, best.json   which of them is the last and the best; replaced in one rename, so a kill leaves the old or the new one
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.files import atomic_folder, write_json
+from cdiff.runtime.intensity import Intensity
+from cdiff.runtime.schedule import NoiseSchedule
+from cdiff.train.config import Config
+from cdiff.train.network import ConsensusNet
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A run's network with its averaged weights, in evaluation mode, and what else an export needs.
+
+    `info`: step, seconds of training, hardware, versions, data summary, validation scores, and the command's settings.
+    """
+
+    config: Config
+    network: ConsensusNet
+    info: dict[str, Any]
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        return self.config.schedule
+
+    @property
+    def intensity(self) -> Intensity:
+        return self.config.data.intensity
+
+
+def load_run(run: Path, which: str = "best") -> LoadedRun:
+    """The run's "best" or "last" checkpoint. Raises CdiffError, naming the file, if it is missing or does not fit."""
+    config = read_config(run)
+    folder = checkpoint_folder(run, which)
+    if folder is None and which == "best":  # a run that ended before its first validation
+        folder = checkpoint_folder(run, "last")
+    if folder is None:
+        raise CdiffError(f"{run} holds no {which} checkpoint; train it first (cdiff train --out {run})")
+    network = ConsensusNet(config.network)
+    load_weights(network, read_tensors(folder / "ema.safetensors"), folder / "ema.safetensors")
+    return LoadedRun(config, network.eval().requires_grad_(False), read_json(folder / "checkpoint.json"))
+
+
+def read_config(run: Path) -> Config:
+    return Config.from_json(read_json(run / "config.json"))
+
+
+def checkpoint_folder(run: Path, which: str) -> Path | None:
+    """Where last.json or best.json points, or None when there is no such file."""
+    pointer = run / f"{which}.json"
+    if not pointer.exists():
+        return None
+    return run / "checkpoints" / str(read_json(pointer)["checkpoint"])
+
+
+def save_checkpoint(
+    run: Path, *, network: dict[str, Tensor], ema: dict[str, Tensor], optimiser: dict[str, Any], info: dict[str, Any]
+) -> None:
+    """Write the checkpoint of info["step"] whole, then point last.json (and best.json, if info["is_best"]) at it."""
+    folder = run / "checkpoints" / f"step-{info['step']:07d}"
+    with atomic_folder(folder, replace=True) as stage:
+        save_file(network, stage / "model.safetensors")
+        save_file(ema, stage / "ema.safetensors")
+        torch.save(optimiser, stage / "optimiser.pt")
+        write_json(stage / "checkpoint.json", info)
+    write_json(run / "last.json", {"checkpoint": folder.name})
+    if info["is_best"]:
+        write_json(run / "best.json", {"checkpoint": folder.name})
+    kept = {checkpoint_folder(run, which) for which in ("last", "best")}
+    for old in (run / "checkpoints").iterdir():
+        if old not in kept:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def load_weights(network: torch.nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    """Fill the network. Raises CdiffError naming each tensor that is missing, extra or of another shape."""
+    wanted = network.state_dict()
+    wrong = [f"missing {name}" for name in wanted if name not in tensors]
+    wrong += [f"unexpected {name}" for name in tensors if name not in wanted]
+    wrong += [
+        f"{name} is {list(tensors[name].shape)}, not {list(wanted[name].shape)}"
+        for name in wanted
+        if name in tensors and tensors[name].shape != wanted[name].shape
+    ]
+    if wrong:
+        raise CdiffError(f"{path} does not fit its configuration: {', '.join(wrong[:5])} ({len(wrong)} in all)")
+    network.load_state_dict(tensors)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """A safetensors file. Raises CdiffError if it is missing or damaged."""
+    try:
+        return load_file(path)
+    except Exception as error:  # safetensors raises its own SafetensorError, OSError or ValueError
+        raise CdiffError(f"{path} cannot be read ({error}); the checkpoint is damaged") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises CdiffError if the file is missing or is not one."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CdiffError(f"{path} cannot be read ({error}); is this the folder of a training run?") from error
+    if not isinstance(value, dict):
+        raise CdiffError(f"{path} does not hold a JSON object")
+    return value

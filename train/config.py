@@ -1,0 +1,260 @@
+"""Everything that a training run is configured by, as JSON and as `--set key=value`; the names are the paper's."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any
+
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.intensity import Intensity
+from cdiff.runtime.schedule import NoiseSchedule
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """eps_theta = D(E(F(x_t) + G(I), z), z), z = z_t + z_c from look-up tables (Amit et al. 2023, section 3).
+
+    The U-Net's depth i has channel_mult[i] * base_channels channels at 1/2^i of the image size. `rrdbs` is the number of
+    residual-in-residual dense blocks in G; 0 makes G one convolution. `attention_depths` are the depths whose residual
+    blocks are each followed by self-attention; the bottleneck always has it. `levels` is C, `T` the number of timesteps.
+    """
+
+    image_size: int = 256
+    image_channels: int = 1
+    levels: int = 4
+    T: int = 100
+    base_channels: int = 128
+    channel_mult: tuple[int, ...] = (1, 1, 1, 2, 2, 4, 4)
+    residual_blocks: int = 3
+    attention_depths: tuple[int, ...] = (4, 5)
+    heads: int = 4
+    groups: int = 32
+    rrdbs: int = 8
+    rrdb_channels: int = 64
+    rrdb_growth: int = 32
+    dropout: float = 0.0
+    target: str = "eps"
+    variance: str = "fixed"
+
+    def __post_init__(self) -> None:
+        if self.target not in ("eps", "x0", "v"):
+            raise CdiffError(f"target={self.target!r} is not known; use eps, x0 or v")
+        if self.variance not in ("fixed", "learned"):
+            raise CdiffError(f"variance={self.variance!r} is not known; use fixed or learned")
+        check_size(self.image_size, self, "image_size")
+        for name in ("image_channels", "levels", "T", "base_channels", "residual_blocks", "heads", "groups"):
+            if getattr(self, name) < 1:
+                raise CdiffError(f"{name}={getattr(self, name)} must be at least 1")
+        for mult in self.channel_mult:
+            for divisor, name in ((self.groups, "groups"), (self.heads, "heads")):
+                if (self.base_channels * mult) % divisor:
+                    raise CdiffError(
+                        f"{name}={divisor} must divide base_channels * channel_mult = {self.base_channels * mult}"
+                    )
+        if any(not 0 <= depth < len(self.channel_mult) for depth in self.attention_depths):
+            raise CdiffError(f"attention_depths={self.attention_depths} must lie in 0..{len(self.channel_mult) - 1}")
+
+    @property
+    def stride(self) -> int:
+        """What the image's sides must be divisible by."""
+        return int(2 ** (len(self.channel_mult) - 1))
+
+
+def check_size(size: int, network: NetworkConfig, name: str) -> None:
+    """Raise CdiffError unless `size` pixels can be halved as often as the U-Net does."""
+    if size < network.stride or size % network.stride:
+        raise CdiffError(
+            f"{name}={size} must be a multiple of {network.stride} (the U-Net has {len(network.channel_mult)} depths)"
+        )
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """The noise schedule's ends; see NoiseSchedule for what `scaled` is about."""
+
+    beta_start: float = 1e-4
+    beta_end: float = 2e-2
+    scaled: bool = True
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """How scans become training slices.
+
+    framing: "resize" brings every slice to image_size; "tile" keeps the pixel grid and cuts windows. `crop` is the side of
+    the training window under "tile" (0: image_size), drawn within `jitter` pixels of the structure's centre; small windows
+    make early steps cheap, and the last `late` share of training takes windows of image_size.
+    missing_raters: what happens to a case with fewer masks than C: "skip" it, take its masks "as-is" (levels above its
+    number of masks are then empty), or "error".
+    empty_slices: keep slices that no annotator marked.
+    """
+
+    task: str = ""
+    slice_axis: int = 2
+    framing: str = "resize"
+    crop: int = 0
+    jitter: int = 12
+    late: float = 0.3
+    intensity_scope: str = "slice"
+    intensity_lower: float = 0.5
+    intensity_upper: float = 99.5
+    missing_raters: str = "skip"
+    empty_slices: bool = True
+    val_fraction: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.framing not in ("resize", "tile"):
+            raise CdiffError(f"framing={self.framing!r} is not known; use resize or tile")
+        if self.missing_raters not in ("skip", "as-is", "error"):
+            raise CdiffError(f"missing_raters={self.missing_raters!r} is not known; use skip, as-is or error")
+        if self.slice_axis not in (0, 1, 2):
+            raise CdiffError(f"slice_axis={self.slice_axis} must be 0, 1 or 2")
+
+    @property
+    def intensity(self) -> Intensity:
+        return Intensity(self.intensity_scope, self.intensity_lower, self.intensity_upper)
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The optimiser and its surroundings.
+
+    batch: images a step (`late_batch` when windows are image_size; 0: the same); rows_per_image: (t, c, noise) draws an image, which share its encoding. The learning rate warms up
+    linearly over `warmup` steps and then, with decay="cosine", falls to zero at `steps`; "none" keeps it.
+    amp: "auto" is bf16 on a GPU that has it, float32 elsewhere. minutes > 0 ends the run after that many minutes of training,
+    the decay following the clock (such a run is not reproducible step for step).
+    """
+
+    steps: int = 60_000
+    batch: int = 4
+    late_batch: int = 0
+    rows_per_image: int = 1
+    lr: float = 1e-4
+    weight_decay: float = 0.0
+    warmup: int = 500
+    decay: str = "none"
+    ema: float = 0.9999
+    clip: float = 1.0
+    amp: str = "auto"
+    seed: int = 0
+    augment: bool = True
+    threads: int = 0
+    minutes: float = 0.0
+    val_every: int = 1000
+    val_slices: int = 64
+    val_steps: int = 10
+    val_runs: int = 4
+    save_every_s: float = 120.0
+    log_every: int = 50
+
+    def __post_init__(self) -> None:
+        for name in (
+            "steps",
+            "batch",
+            "rows_per_image",
+            "val_every",
+            "val_slices",
+            "val_steps",
+            "val_runs",
+            "log_every",
+        ):
+            if getattr(self, name) < 1:
+                raise CdiffError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.decay not in ("none", "cosine"):
+            raise CdiffError(f"decay={self.decay!r} is not known; use none or cosine")
+        if self.amp not in ("auto", "off", "bf16", "fp16"):
+            raise CdiffError(f"amp={self.amp!r} is not known; use auto, off, bf16 or fp16")
+        if not 0 <= self.ema < 1:
+            raise CdiffError(f"ema={self.ema} must lie in [0, 1)")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole training run. Keys are unique over the sections, so `--set batch=8` needs no section's name."""
+
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        return NoiseSchedule(self.network.T, self.diffusion.beta_start, self.diffusion.beta_end, self.diffusion.scaled)
+
+    @property
+    def crop(self) -> int:
+        """The side of the square that training sees before its late phase, pixels."""
+        return self.data.crop or self.network.image_size
+
+    def __post_init__(self) -> None:
+        check_size(self.crop, self.network, "crop")
+        if self.data.crop and self.data.framing != "tile":
+            raise CdiffError("crop needs framing=tile; with framing=resize the window is the whole slice at image_size")
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Config:
+        """The inverse of to_json (JSON's lists become tuples). Raises CdiffError for a key that does not exist."""
+        sections: dict[str, Any] = {}
+        for section in dataclasses.fields(cls):
+            kind = typing.get_type_hints(cls)[section.name]
+            known = {f.name for f in dataclasses.fields(kind)}
+            values = data.get(section.name, {})
+            if unknown := sorted(set(values) - known):
+                raise CdiffError(f"the configuration's section {section.name!r} has unknown keys: {', '.join(unknown)}")
+            sections[section.name] = kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        return cls(**sections)
+
+    def with_values(self, values: dict[str, Any]) -> Config:
+        """A copy with some keys replaced, each looked up over all sections."""
+        tree = self.to_json()
+        for key, value in values.items():
+            tree[_section_of(key)][key] = value
+        return Config.from_json(tree)
+
+    def with_settings(self, settings: list[str]) -> Config:
+        """A copy with `key=value` texts applied, values in JSON or bare words. Raises CdiffError on a bad key or value."""
+        values: dict[str, Any] = {}
+        for setting in settings:
+            key, equals, text = setting.partition("=")
+            if not equals:
+                raise CdiffError(f"--set {setting}: write it as key=value")
+            values[key] = _parse(key, text)
+        return self.with_values(values)
+
+
+def _section_of(key: str) -> str:
+    hints = typing.get_type_hints(Config)
+    for section, kind in hints.items():
+        if key in {f.name for f in dataclasses.fields(kind)}:
+            return str(section)
+    keys = sorted(f.name for kind in hints.values() for f in dataclasses.fields(kind))
+    raise CdiffError(f"there is no setting {key!r}; the settings are {', '.join(keys)}")
+
+
+def _parse(key: str, text: str) -> Any:
+    kind = typing.get_type_hints(typing.get_type_hints(Config)[_section_of(key)])[key]
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = text
+    if isinstance(kind, types.GenericAlias) and isinstance(value, list):
+        if all(isinstance(item, int) for item in value):
+            return tuple(value)
+    elif (kind is float and isinstance(value, int | float) and not isinstance(value, bool)) or type(value) is kind:
+        return value
+    elif kind is str:
+        return text
+    raise CdiffError(
+        f"--set {key}={text}: expected {getattr(kind, '__name__', kind)}, for example {key}={_example(kind)}"
+    )
+
+
+def _example(kind: Any) -> str:
+    return {int: "8", float: "0.5", bool: "true", str: "word"}.get(kind, "[1,2,4]")

@@ -1,0 +1,178 @@
+"""Training slices from case folders, in memory, and batches as pure functions of (seed, step) so that a resumed run sees the same."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cdiff.runtime.cases import Case, find_cases, read_case
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.framing import resize
+from cdiff.train.augment import cut, random_window
+from cdiff.train.config import Config
+
+BACKGROUND = 0.1  # the share of windows drawn anywhere, so that a network trained on windows has seen plain background
+
+
+@dataclass
+class Slices:
+    """The slices of some cases: images float32 [channels, h, w] in [-1, 1], masks uint8 [C, h, w], sizes as they come."""
+
+    images: list[Tensor] = field(default_factory=list)
+    masks: list[Tensor] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def centre(self, i: int) -> tuple[float, float] | None:
+        """Row and column of the middle of the box around everything drawn on slice i, pixels; None if nothing was."""
+        drawn = self.masks[i].any(dim=0)
+        rows, columns = drawn.any(dim=1).nonzero(), drawn.any(dim=0).nonzero()
+        if not len(rows):
+            return None
+        return (float(rows[0] + rows[-1]) + 1) / 2, (float(columns[0] + columns[-1]) + 1) / 2
+
+
+@dataclass
+class Data:
+    """What a training run learns from and is validated on, with `summary` saying what was found and left out."""
+
+    train: Slices
+    val: Slices
+    summary: dict[str, Any]
+    notes: list[str]
+
+
+def read_data(root: Path, config: Config, *, levels: int | None = None) -> Data:
+    """Read every case below `root`. Without split folders, `val_fraction` of the cases (by name, seeded) are held out.
+
+    levels: C; by default config.network.levels. Raises CdiffError for unreadable or unusable data.
+    """
+    C = levels or config.network.levels
+    found = find_cases(root, config.data.task or None)
+    notes: list[str] = []
+    train, val = found.get("train", found.get("all", [])), found.get("val", [])
+    if not train:
+        raise CdiffError(f"{root} has no training cases (found {', '.join(found)}); name the folder Training or train")
+    if not val:
+        train, val = _hold_out(train, config)
+        notes.append(f"no validation folder: held out {len(val)} of {len(train) + len(val)} cases for validation")
+    summary: dict[str, Any] = {"annotators": C}
+    train_slices = _read(train, config, C, notes)
+    val_slices = _read(val, config, C, notes)
+    for name, cases, slices in (("train", train, train_slices), ("val", val, val_slices)):
+        if not len(slices):
+            raise CdiffError(f"no usable {name} slice in {root}: {'; '.join(notes) or 'all were empty'}")
+        summary[name] = {"cases": len(set(slices.names)), "cases_found": len(cases), "slices": len(slices)}
+    summary["notes"] = notes
+    return Data(train_slices, val_slices, summary, notes)
+
+
+def count_annotators(root: Path, config: Config) -> int:
+    """C as the data has it: the largest number of masks that at least half of the cases have."""
+    found = find_cases(root, config.data.task or None)
+    cases = found.get("train", found.get("all", []))
+    counts = Counter(len(case.masks) for case in cases)
+    total = sum(counts.values())
+    if not total:
+        raise CdiffError(f"{root} has no training cases (found {', '.join(found)}); name the folder Training or train")
+    return max(n for n in counts if sum(k for m, k in counts.items() if m >= n) * 2 >= total)
+
+
+def _hold_out(cases: list[Case], config: Config) -> tuple[list[Case], list[Case]]:
+    if len(cases) < 2:
+        raise CdiffError("one case is not enough: at least two are needed, one of them for validation")
+    order = np.random.default_rng(config.training.seed).permutation(len(cases))
+    held = set(order[: max(1, round(config.data.val_fraction * len(cases)))].tolist())
+    return [c for i, c in enumerate(cases) if i not in held], [c for i, c in enumerate(cases) if i in held]
+
+
+def _read(cases: list[Case], config: Config, C: int, notes: list[str]) -> Slices:
+    out = Slices()
+    for case in cases:
+        if len(case.masks) != C:
+            what = f"{case.name} has {len(case.masks)} masks, not {C}"
+            policy = config.data.missing_raters
+            if policy == "error" or (policy == "as-is" and len(case.masks) > C):
+                raise CdiffError(f"{what}; set levels={len(case.masks)} or missing_raters=skip")
+            notes.append(f"{what}: {'skipped' if policy == 'skip' else 'used as it is'}")
+            if policy == "skip":
+                continue
+        image, masks = read_case(case, config.data.slice_axis, config.network.image_channels)
+        image = config.data.intensity.apply(image)
+        if masks.shape[1] < C:
+            missing = np.zeros((len(masks), C - masks.shape[1], *masks.shape[2:]), bool)
+            masks = np.concatenate([masks, missing], axis=1)
+        if config.data.framing == "resize":
+            image, masks = _resized(image, masks, config.network.image_size)
+        for picture, drawn in zip(image, masks, strict=True):
+            if config.data.empty_slices or drawn.any():
+                out.images.append(torch.from_numpy(np.ascontiguousarray(picture)))
+                out.masks.append(torch.from_numpy(np.ascontiguousarray(drawn, dtype=np.uint8)))
+                out.names.append(case.name)
+    return out
+
+
+def _resized(
+    image: NDArray[np.float32], masks: NDArray[np.bool_], size: int
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    if image.shape[-2:] == (size, size):
+        return image, masks
+    return resize(image, (size, size)), resize(masks.astype(np.float32), (size, size)) >= 0.5
+
+
+@dataclass(frozen=True)
+class Batch:
+    """image [B, channels, n, n] float32 and votes [B, 1, n, n] uint8: how many annotators drew each pixel."""
+
+    image: Tensor
+    votes: Tensor
+
+
+def training_batch(slices: Slices, config: Config, step: int, batch: int, size: int) -> Batch:
+    """The batch of `batch` windows of `size` pixels at `step`: a function of (seed, step) alone; an epoch sees each slice once."""
+    seed, n = config.training.seed, len(slices)
+    rng = np.random.default_rng((seed, 1, step))
+    pictures, votes = [], []
+    for position in range(step * batch, (step + 1) * batch):
+        epoch, offset = divmod(position, n)
+        i = int(np.random.default_rng((seed, 0, epoch)).permutation(n)[offset])
+        window = random_window(size, _centre(slices, i, size, config, rng), rng, config.training.augment)
+        picture, drawn = cut(slices.images[i], slices.masks[i], window)
+        pictures.append(picture)
+        votes.append(drawn.sum(dim=0, keepdim=True, dtype=torch.uint8))
+    return Batch(torch.stack(pictures), torch.stack(votes))
+
+
+def _centre(slices: Slices, i: int, size: int, config: Config, rng: np.random.Generator) -> tuple[float, float]:
+    h, w = slices.images[i].shape[-2:]
+    anywhere, where, jitter = rng.random(), rng.random(2), rng.uniform(-1, 1, 2) * config.data.jitter
+    drawn = slices.centre(i)
+    out = []
+    for axis, extent in enumerate((h, w)):
+        low, high = min(size, extent) / 2, extent - min(size, extent) / 2
+        if drawn is None or anywhere < BACKGROUND:
+            out.append(low + float(where[axis]) * (high - low))
+        else:
+            out.append(min(max(drawn[axis] + float(jitter[axis]), low), high))
+    return out[0], out[1]
+
+
+def centre_windows(slices: Slices, chosen: list[int], size: int) -> Batch:
+    """The central windows of some slices, plain: what validation samples. No mask is looked at to place them."""
+    pictures, votes = [], []
+    for i in chosen:
+        h, w = slices.images[i].shape[-2:]
+        window = random_window(size, (h / 2, w / 2), np.random.default_rng(0), augment=False)
+        picture, drawn = cut(slices.images[i], slices.masks[i], window)
+        pictures.append(picture)
+        votes.append(drawn.sum(dim=0, keepdim=True, dtype=torch.uint8))
+    return Batch(torch.stack(pictures), torch.stack(votes))

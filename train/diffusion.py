@@ -1,0 +1,85 @@
+"""The forward process, the three prediction targets and the loss (Ho et al. 2020; Salimans & Ho 2022 for v; Nichol & Dhariwal 2021
+for the learned variance), in PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cdiff.runtime.schedule import NoiseSchedule
+
+
+class Diffusion:
+    """Schedule constants on a device, indexed by t in 0..T, and what is computed from them.
+
+    Everything here is float32 or float64 whatever the network's precision is. Shapes: x, noise [B, 1, H, W], t int64 [B].
+    """
+
+    def __init__(self, schedule: NoiseSchedule, target: str, device: torch.device | str = "cpu") -> None:
+        self.schedule, self.target = schedule, target
+        self.abar = torch.from_numpy(schedule.abar).to(device)
+        self.beta = torch.from_numpy(schedule.betas).to(device)
+
+    def noised(self, m: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """x_t = sqrt(abar_t) M^c + sqrt(1 - abar_t) eps."""
+        alpha, sigma = self._scales(t)
+        return alpha * m + sigma * noise
+
+    def aim(self, m: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What the network should return for M^c and eps: eps, x0 = M^c, or v = sqrt(abar) eps - sqrt(1 - abar) M^c."""
+        if self.target == "eps":
+            return noise
+        if self.target == "x0":
+            return m
+        alpha, sigma = self._scales(t)
+        return alpha * noise - sigma * m
+
+    def to_x0(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """x0 from the network's first channel, clipped to [-1, 1] as masks are."""
+        alpha, sigma = self._scales(t)
+        prediction = output[:, :1].float()
+        if self.target == "eps":
+            prediction = (x - sigma * prediction) / alpha
+        elif self.target == "v":
+            prediction = alpha * x - sigma * prediction
+        return prediction.clamp(-1, 1)
+
+    def loss(self, output: Tensor, m: Tensor, noise: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """Mean squared error to the target; with learned variance plus the variational bound, in bits a pixel, at 1/1000 T.
+
+        The bound reaches the variance alone: the mean is detached, as Nichol & Dhariwal's L_hybrid has it, and the weight
+        is that of their L_hybrid with the bound's terms estimated by one t of T.
+        """
+        output = output.float()
+        mse = torch.mean((output[:, :1] - self.aim(m, noise, t)) ** 2)
+        if output.shape[1] == 1:
+            return mse
+        x0 = self.to_x0(output[:, :1].detach(), x, t)
+        return mse + self._bound(output[:, 1:], x0, m, x, t).mean() * (self.schedule.T / 1000)
+
+    def _bound(self, mix: Tensor, x0: Tensor, m: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """KL(q(x_{t-1} | x_t, M) || p(x_{t-1} | x_t)) in bits a pixel, [B]; at t = 1 the negative log likelihood of M."""
+        abar, previous, beta = (
+            _column(values[i]) for values, i in ((self.abar, t), (self.abar, t - 1), (self.beta, t))
+        )
+        tilde = beta * (1 - previous) / (1 - abar)
+        # beta tilde is 0 at t = 1; its neighbour stands in, as in the published code, so that the logarithm exists.
+        second = torch.tensor(2 if self.schedule.T > 1 else 1, device=t.device)
+        floor = self.beta[second] * (1 - self.abar[second - 1]) / (1 - self.abar[second])
+        log_tilde = torch.log(torch.where(_column(t) == 1, floor, tilde)).float()
+        fraction = (mix + 1) / 2
+        log_variance = fraction * torch.log(beta).float() + (1 - fraction) * log_tilde
+        b = (torch.sqrt(previous) * beta / (1 - abar)).float()
+        gap = (b * (m - x0)) ** 2  # the means differ only through x0
+        kl = 0.5 * (log_variance - log_tilde - 1 + torch.exp(log_tilde - log_variance) + gap * torch.exp(-log_variance))
+        nll = 0.5 * (log_variance + (m - x0) ** 2 * torch.exp(-log_variance) + torch.log(torch.tensor(2 * torch.pi)))
+        terms = torch.where(_column(t) == 1, nll, kl) / torch.log(torch.tensor(2.0))
+        return terms.mean(dim=(1, 2, 3))
+
+    def _scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        abar = _column(self.abar[t])
+        return torch.sqrt(abar).float(), torch.sqrt(1 - abar).float()
+
+
+def _column(values: Tensor) -> Tensor:
+    return values[:, None, None, None]

@@ -1,0 +1,76 @@
+"""What a run tells: a CSV and TensorBoard log, and a progress bar on a terminal (sparse lines elsewhere)."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+from cdiff.runtime.files import write_text
+
+FIELDS = ("step", "seconds", "loss", "lr", "grad_norm", "window", "val_soft_dice_5")
+
+
+class Log:
+    """Rows go to RUN/log.csv and RUN/tensorboard. A resumed run first drops the rows after the step that it resumes from."""
+
+    def __init__(self, run: Path, console: Console, start: int, total: int, quiet: bool) -> None:
+        self.console, self.quiet = console, quiet
+        self.path = run / "log.csv"
+        kept = [row for row in read_log(self.path) if int(row["step"]) <= start]
+        text = io.StringIO()
+        writer = csv.DictWriter(text, FIELDS)
+        writer.writeheader()
+        writer.writerows(kept)
+        write_text(self.path, text.getvalue())
+        self.board = SummaryWriter(str(run / "tensorboard"), purge_step=start + 1)
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=quiet or not console.is_terminal,
+        )
+        self.task = self.progress.add_task("training", total=total, completed=start)
+
+    def __enter__(self) -> Log:
+        self.progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.progress.stop()
+        self.board.close()
+
+    def step(self, completed: int, total: int) -> None:
+        self.progress.update(self.task, completed=completed, total=total)
+
+    def row(self, row: dict[str, Any]) -> None:
+        """One line of the log; a missing field stays empty."""
+        with self.path.open("a", newline="") as file:
+            csv.DictWriter(file, FIELDS).writerow(row)
+        for key in FIELDS[2:]:
+            if key in row:
+                self.board.add_scalar(key, row[key], row["step"])
+        self.board.flush()
+        said = "  ".join(f"{key} {row[key]:.4g}" for key in FIELDS[1:] if key in row)
+        self.progress.update(self.task, description=f"loss {row.get('loss', float('nan')):.4f}")
+        if not self.quiet and (not self.console.is_terminal or "val_soft_dice_5" in row):
+            self.console.print(f"step {row['step']}  {said}", highlight=False)
+
+
+def read_log(path: Path) -> list[dict[str, str]]:
+    """The rows of a log.csv, oldest first; none when there is no file. A line cut short by a kill is left out."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [row for row in csv.DictReader(file) if (row.get("step") or "").isdigit() and None not in row.values()]

@@ -1,0 +1,193 @@
+"""The bundle's README.md: a model card with Hugging Face front matter, filled from the run and from the author's card.json."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.manifest import Manifest
+from cdiff.train.config import Config
+from cdiff.train.presets import PRESETS
+
+METHOD = [
+    "Amit, Shichrur, Shaharabany, Wolf: Annotator Consensus Prediction for Medical Image Segmentation with Diffusion "
+    "Models, 2023, arXiv:2306.09004",
+    "Wolleb, Sandkuehler, Bieder, Valmaggia, Cattin: Diffusion Models for Implicit Image Segmentation Ensembles, "
+    "MIDL 2022, arXiv:2112.03145",
+]
+"""The papers of the method, cited by every bundle."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a run cannot know of its model: everything a reader needs besides numbers. All of it is optional.
+
+    name, task: short texts for the manifest. summary, data, intended_use, limits: paragraphs of Markdown. license: an identifier
+    of the Hugging Face hub, such as "cc-by-4.0". credit: lines that the data's licence asks for. citation: works to cite, besides
+    the method's two papers. tags: for the hub.
+    """
+
+    name: str = ""
+    task: str = ""
+    summary: str = ""
+    data: str = ""
+    intended_use: str = ""
+    limits: str = ""
+    license: str = ""
+    credit: list[str] = field(default_factory=list)
+    citation: list[str] = field(default_factory=list)
+    tags: list[str] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, path: Path) -> Card:
+        """Read a card.json. Raises CdiffError naming the file and the key if it is not an object of the fields above."""
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CdiffError(f"cannot read {path} ({error}); it must be a JSON object in UTF-8") from None
+        if not isinstance(values, dict):
+            raise CdiffError(f"{path} must hold one JSON object")
+        lists = {f.name for f in dataclasses.fields(cls) if f.default_factory is not dataclasses.MISSING}
+        known = [f.name for f in dataclasses.fields(cls)]
+        for key, value in values.items():
+            if key not in known:
+                raise CdiffError(f"{path}: key {key!r} is not known; the keys are {', '.join(known)}")
+            texts = value if key in lists and isinstance(value, list) else [value] if key not in lists else [None]
+            if not all(isinstance(text, str) for text in texts):
+                raise CdiffError(f"{path}: key {key!r} must be {'a list of texts' if key in lists else 'a text'}")
+        return cls(**values)
+
+
+def training_command(config: Config) -> str:
+    """The `cdiff train` line that gives this configuration: the nearest preset and what differs from it."""
+    there = _flat(config.to_json())
+    changes = {
+        name: {key: value for key, value in there.items() if _flat(preset.to_json()).get(key) != value}
+        for name, preset in PRESETS.items()
+    }
+    nearest = min(changes, key=lambda name: len(changes[name]))
+    settings = [f" --set {_shell(key, value)}" for key, value in changes[nearest].items()]
+    return f"cdiff train --data DIR --preset {nearest} --out RUN" + "".join(settings)
+
+
+def render(card: Card, manifest: Manifest, config: Config) -> str:
+    """The text of README.md. `manifest` needs all but its files."""
+    training, height_width = manifest.training, " x ".join(map(str, manifest.image_size))
+    front = {
+        "license": card.license or "other",
+        "library_name": "cdiff",
+        "pipeline_tag": "image-segmentation",
+        "tags": ["medical", "segmentation", "diffusion", "uncertainty", "onnx", *card.tags],
+    }
+    parts = [
+        "---\n" + "".join(f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in front.items()) + "---",
+        f"# {manifest.name}",
+        card.summary
+        or f"A consensus-diffusion segmenter: for each pixel, how many of {manifest.levels} annotators would include it.",
+        "**Not a medical device.** For research; not for diagnosis, treatment or any other clinical decision.",
+        "```\npip install 'cdiff[cpu]'\ncdiff segment SCAN -o OUT --model THIS_FOLDER\n```",
+        "## Model\n\n"
+        + _table(
+            {
+                "task": manifest.task,
+                "consensus levels": f"{manifest.levels} (at least 1 to {manifest.levels} annotators)",
+                "input": f"{height_width} pixels, {manifest.image_channels} channel(s), {manifest.framing}",
+                "normalisation": "percentiles {lower} and {upper} of each {scope} to -1 and 1".format(
+                    **manifest.intensity
+                ),
+                "network": f"{training.get('parameters', 0) / 1e6:.2f} M parameters, predicts {manifest.target}, "
+                f"variance {manifest.variance}",
+                "diffusion": "T = {T}, {kind} schedule, beta {beta_start:g} to {beta_end:g}".format(**manifest.schedule)
+                + (" times 1000/T" if manifest.schedule.get("scaled") else ""),
+                "graphs": f"ONNX opset {manifest.opset}, {manifest.precision}",
+            }
+        ),
+        "## Data\n\n" + _paragraphs(card.data or _data_line(training), *card.credit),
+        f"## Training\n\n```\n{training_command(config)}\n```\n\n" + _table(_training_rows(training)),
+        "## Scores\n\n" + (_table(_flat_scores(manifest.scores)) if manifest.scores else "Not scored yet."),
+        "## Exported graphs against PyTorch\n\n" + _table(_verification_rows(manifest.verification)),
+        "## Intended use\n\n"
+        + (card.intended_use or "Research on agreement between annotators, on images like those trained on."),
+        "## Limits\n\n"
+        + (
+            card.limits
+            or "Only what it was trained on was tested: another scanner, protocol or population may fail without a sign of it."
+        ),
+        "## Citation\n\n" + "\n".join(f"- {line}" for line in manifest.citation),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _data_line(training: dict[str, Any]) -> str:
+    train = training.get("data", {}).get("train", {})
+    counts = ", ".join(f"{value} {key}" for key, value in train.items() if isinstance(value, int))
+    return f"Trained on {counts or 'data that the author did not describe'}."
+
+
+def _training_rows(training: dict[str, Any]) -> dict[str, str]:
+    machine = training.get("machine", {})
+    hardware = machine.get("device", "")
+    if hardware == "cpu":
+        hardware = f"{machine.get('threads')} threads of {machine.get('cpu')}"
+    rows = {
+        "steps": training.get("step"),
+        "time": f"{training['seconds'] / 3600:.2f} h" if "seconds" in training else None,
+        "hardware": hardware,
+        "precision": training.get("precision"),
+        "PyTorch": machine.get("torch"),
+    }
+    return {key: str(value) for key, value in rows.items() if value}
+
+
+def _verification_rows(verification: dict[str, Any]) -> dict[str, str]:
+    largest, bounds = verification.get("largest", {}), verification.get("bounds", {})
+    words = {"encoder": "features (relative)", "denoiser": "one denoiser call", "maps": "final soft map, mean"}
+    rows = {words[key]: f"{value:.1e} (bound {bounds[key]:.0e})" for key, value in largest.items()}
+    for name, share in verification.get("half_share", {}).items():
+        rows[f"half precision, {name}"] = f"{share:.1%} of convolutions and products"
+    return rows
+
+
+def _flat_scores(scores: dict[str, Any], above: str = "") -> dict[str, str]:
+    """One row a score; {"mean", "low", "high"} becomes "mean (low to high)"."""
+    rows: dict[str, str] = {}
+    for key, value in scores.items():
+        label = f"{above}{key}"
+        if isinstance(value, dict) and "mean" in value:
+            rows[label] = _number(value["mean"])
+            if value.get("low") is not None and value.get("high") is not None:
+                rows[label] += f" ({_number(value['low'])} to {_number(value['high'])})"
+        elif isinstance(value, dict):
+            rows |= _flat_scores(value, f"{label}, ")
+        elif isinstance(value, list) and all(isinstance(item, dict) for item in value):
+            for item in value:
+                rows |= _flat_scores({f"{label} {item.get('level', '')}".strip(): item})
+        elif value is not None:
+            rows[label] = _number(value)
+    return rows
+
+
+def _number(value: Any) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def _table(rows: dict[str, str]) -> str:
+    cells = {key: " ".join(str(value).replace("|", "\\|").split()) for key, value in rows.items()}
+    return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in cells.items())])
+
+
+def _paragraphs(*texts: str) -> str:
+    return "\n\n".join(text for text in texts if text)
+
+
+def _flat(tree: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for section in tree.values() for key, value in section.items()}
+
+
+def _shell(key: str, value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+    return f"'{key}={text}'" if not text or set(text) & set(" []\"'*$") else f"{key}={text}"

@@ -1,0 +1,145 @@
+"""A training run to a verified bundle: graphs, weights, card and manifest, written whole or not at all (design, section 3)."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from safetensors.torch import save_file
+
+from cdiff.export.card import METHOD, Card, render
+from cdiff.export.graphs import OPSET, DenoiserGraph, EncoderGraph, write_denoiser, write_encoder
+from cdiff.export.half import check_half, half_network
+from cdiff.export.reference import TorchEngine
+from cdiff.export.verify import verify
+from cdiff.runtime.bundle import Bundle, write_bundle
+from cdiff.runtime.engines.base import Float32
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.manifest import CARD, DENOISER, ENCODER, WEIGHTS, Manifest
+from cdiff.train.checkpoint import LoadedRun, load_run
+
+Progress = Callable[[int, int], None]
+TILE_OVERLAP = 0.25
+PARTS = 5
+
+
+def export_run(
+    run: Path,
+    out: Path,
+    *,
+    fp16: bool = False,
+    which: str = "best",
+    card: Card | None = None,
+    real_slices: Float32 | None = None,
+    replace: bool = False,
+    opset: int = OPSET,
+    progress: Progress | None = None,
+) -> Bundle:
+    """Export the averaged weights of a run's "best" or "last" checkpoint to the bundle folder `out`.
+
+    fp16: convolutions and products in float16 or an error. card: the author's part of the model card, RUN/card.json unless given.
+    real_slices: float32 [S, channels, h, w], normalised as in training, to compare the graphs on; the run's own validation samples
+    unless given. replace: an older bundle in `out` gives way. progress: called as progress(done, total), in parts of the work.
+    Raises CdiffError when the run cannot be read, or when a graph differs from PyTorch by more than `verify.BOUNDS`; then nothing
+    is written.
+    """
+    loaded = load_run(run, which)
+    if card is None:
+        card = Card.read(run / "card.json") if (run / "card.json").exists() else Card()
+    slices = _real_slices(run, loaded) if real_slices is None else real_slices
+    if slices is not None and (slices.ndim != 4 or slices.shape[1] != loaded.config.network.image_channels):
+        raise CdiffError(
+            f"the real slices have the shape {list(slices.shape)}, and the network takes [S, "
+            f"{loaded.config.network.image_channels}, h, w]; pass slices of the kind that it was trained on"
+        )
+    report = progress or (lambda done, total: None)
+
+    def build(folder: Path) -> Manifest:
+        report(0, PARTS)
+        half = _write_graphs(loaded, folder, fp16, opset, report)
+        metadata = {"config": json.dumps(loaded.config.to_json()), "format": "pt"}
+        save_file(loaded.network.state_dict(), folder / WEIGHTS, metadata)
+        manifest = _manifest(loaded, card, card.name or out.name, folder, fp16)
+        report(3, PARTS)
+        checked = verify(Bundle(folder, manifest), TorchEngine(loaded.network, loaded.schedule), slices)
+        checked |= {"exported_by": {name: importlib.metadata.version(name) for name in ("cdiff", "torch", "onnx")}}
+        manifest = dataclasses.replace(manifest, verification=checked | ({"half_share": half} if fp16 else {}))
+        report(4, PARTS)
+        (folder / CARD).write_text(render(card, manifest, loaded.config), encoding="utf-8")
+        return manifest
+
+    bundle = write_bundle(out, build, replace=replace)
+    report(PARTS, PARTS)
+    return bundle
+
+
+def _write_graphs(loaded: LoadedRun, folder: Path, fp16: bool, opset: int, report: Progress) -> dict[str, float]:
+    """Write both graphs; returns the share of half-precision nodes of each when `fp16`."""
+    config = loaded.config.network
+    network = half_network(loaded.network) if fp16 else loaded.network
+    dtype = torch.float16 if fp16 else torch.float32
+    encoder = write_encoder(EncoderGraph(network.encoder, dtype), config, folder, opset)
+    report(1, PARTS)
+    denoiser = write_denoiser(DenoiserGraph(network.denoiser, config, loaded.schedule), config, folder, dtype, opset)
+    report(2, PARTS)
+    return {path.stem: check_half(path) for path in (encoder, denoiser)} if fp16 else {}
+
+
+def _manifest(loaded: LoadedRun, card: Card, name: str, folder: Path, fp16: bool) -> Manifest:
+    config, info = loaded.config, loaded.info
+    opset = next(o.version for o in onnx.load(folder / DENOISER).opset_import if not o.domain)
+    settings = config.training
+    training: dict[str, Any] = {
+        key: info[key] for key in ("step", "seconds", "parameters", "precision", "data", "machine") if key in info
+    }
+    training |= {
+        key: getattr(settings, key) for key in ("batch", "rows_per_image", "lr", "weight_decay", "ema", "seed")
+    }
+    scores: dict[str, Any] = {}
+    if info.get("val_soft_dice_5") is not None:
+        protocol = ", ".join(f"{key} {value}" for key, value in info.get("val_protocol", {}).items())
+        scores["validation"] = {"soft_dice_5": info["val_soft_dice_5"], "protocol": protocol}
+    entry = {name: {"sha256": "", "bytes": 0} for name in (ENCODER, DENOISER)}
+    return Manifest(
+        name=name,
+        task=card.task or config.data.task or "segmentation by several annotators",
+        citation=[*METHOD, *card.citation],
+        levels=config.network.levels,
+        T=config.network.T,
+        schedule=loaded.schedule.to_json(),
+        target=config.network.target,
+        variance=config.network.variance,
+        image_size=(config.network.image_size, config.network.image_size),
+        image_channels=config.network.image_channels,
+        framing=config.data.framing,
+        tile_overlap=TILE_OVERLAP,
+        intensity=loaded.intensity.to_json(),
+        slice_axis=config.data.slice_axis,
+        precision="float16" if fp16 else "float32",
+        opset=opset,
+        features_channels=config.network.base_channels,
+        fast={"sampler": "ddim", "steps": min(10, config.network.T), "runs": 5},
+        training=training,
+        scores=scores,
+        files=entry,  # type: ignore[arg-type]  # filled in by write_bundle
+    )
+
+
+def _real_slices(run: Path, loaded: LoadedRun) -> Float32 | None:
+    """The validation slices that the trainer kept, or None for a run without them."""
+    path = run / "samples.npz"
+    if not path.exists():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as samples:
+            return np.asarray(samples["images"], dtype=np.float32)
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise CdiffError(f"{path} cannot be read ({error}); remove it, or train again to have it written") from None

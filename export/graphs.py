@@ -1,0 +1,156 @@
+"""The two ONNX graphs: the encoder G, run once a slice, and the denoiser, run each step, which returns x0 (design, sections 1 and 4)."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.manifest import DENOISER, ENCODER
+from cdiff.runtime.schedule import NoiseSchedule
+from cdiff.train.config import NetworkConfig
+from cdiff.train.network import Denoiser, Encoder
+
+OPSET = 21
+"""docs/export.md has the measurement: 20 takes GroupNormalization apart, 23 adds Attention, which few engines run in float32."""
+
+
+class EncoderGraph(nn.Module):
+    """image float32 [S, channels, H, W] -> features [S, L, H, W] in `dtype`."""
+
+    def __init__(self, encoder: Encoder, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.encoder, self.dtype = encoder, dtype
+
+    def forward(self, image: Tensor) -> Tensor:
+        features: Tensor = self.encoder(image)
+        return features.to(self.dtype)
+
+
+class DenoiserGraph(nn.Module):
+    """One call of the network, up to the estimate of x0 that every sampler's update starts from.
+
+    x float32 [B, 1, H, W]; features [S, L, H, W], shared by a slice's rows; row_slice int64 [B] in 0..S-1;
+    t int64 [B] in 1..T; level int64 [B] in 1..C. Returns x0 float32 [B, 1, H, W] = clip(x0, -1, 1), and with a learned variance
+    also mix float32 [B, 1, H, W] in [0, 1], the share of log beta_t against log beta~_t (Nichol & Dhariwal 2021, eq. 15).
+    """
+
+    def __init__(self, denoiser: Denoiser, config: NetworkConfig, schedule: NoiseSchedule) -> None:
+        super().__init__()
+        self.denoiser, self.target, self.learned = denoiser, config.target, config.variance == "learned"
+        of_x, of_output = x0_coefficients(config.target, schedule)
+        self.register_buffer("of_x", torch.from_numpy(of_x.astype(np.float32)))
+        self.register_buffer("of_output", torch.from_numpy(of_output.astype(np.float32)))
+
+    def forward(
+        self, x: Tensor, features: Tensor, row_slice: Tensor, t: Tensor, level: Tensor
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        output = self.denoiser(x, torch.index_select(features, 0, row_slice), t, level).float()
+        x0 = output[:, :1]
+        if self.target != "x0":
+            x0 = self._of(self.of_x, t) * x + self._of(self.of_output, t) * x0
+        x0 = x0.clamp(-1, 1)
+        return (x0, ((output[:, 1:] + 1) / 2).clamp(0, 1)) if self.learned else x0
+
+    @staticmethod
+    def _of(table: Any, t: Tensor) -> Tensor:
+        return torch.index_select(table, 0, t)[:, None, None, None]
+
+
+def x0_coefficients(target: str, schedule: NoiseSchedule) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """p and q, float64 [T + 1], such that x0 = p_t x_t + q_t output (Salimans & Ho 2022, section 4 for v).
+
+    eps: x0 = (x_t - sqrt(1-abar) eps) / sqrt(abar);  v: x0 = sqrt(abar) x_t - sqrt(1-abar) v;  x0: the output itself.
+    """
+    signal, noise = np.sqrt(schedule.abar), np.sqrt(1 - schedule.abar)
+    if target == "eps":
+        return 1 / signal, -noise / signal
+    if target == "v":
+        return signal, -noise
+    return np.zeros_like(signal), np.ones_like(signal)
+
+
+def write_encoder(graph: EncoderGraph, config: NetworkConfig, folder: Path, opset: int = OPSET) -> Path:
+    """Write encoder.onnx into `folder`: any number of slices, fixed image size. Returns its path."""
+    image = torch.zeros(2, config.image_channels, config.image_size, config.image_size)
+    return _write(graph, {"image": image}, {"image": "slices"}, ["features"], folder / ENCODER, opset)
+
+
+def write_denoiser(
+    graph: DenoiserGraph, config: NetworkConfig, folder: Path, dtype: torch.dtype, opset: int = OPSET
+) -> Path:
+    """Write denoiser.onnx into `folder`: any number of rows and slices, fixed image size. `dtype` is the features'."""
+    rows, size = 3, config.image_size
+    inputs = {
+        "x": torch.zeros(rows, 1, size, size),
+        "features": torch.zeros(2, config.base_channels, size, size, dtype=dtype),
+        "row_slice": torch.zeros(rows, dtype=torch.int64),
+        "t": torch.ones(rows, dtype=torch.int64),
+        "level": torch.ones(rows, dtype=torch.int64),
+    }
+    axes = dict.fromkeys(inputs, "rows") | {"features": "slices"}
+    return _write(graph, inputs, axes, ["x0", "mix"] if graph.learned else ["x0"], folder / DENOISER, opset)
+
+
+def _write(
+    graph: nn.Module, inputs: dict[str, Tensor], axes: dict[str, str], outputs: list[str], path: Path, opset: int
+) -> Path:
+    """Export with the first axis of every input free, named as in `axes`."""
+    free = {name: torch.export.Dim(name, min=1) for name in axes.values()}
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                graph.eval(),
+                tuple(inputs.values()),
+                dynamo=True,
+                opset_version=opset,
+                input_names=list(inputs),
+                output_names=outputs,
+                dynamic_shapes={name: {0: free[axis]} for name, axis in axes.items()},
+                external_data=False,
+                verbose=False,
+            )
+    except Exception as error:
+        raise CdiffError(f"PyTorch could not export {path.name}: {str(error).splitlines()[0]}") from error
+    assert program is not None  # what dynamo=True returns
+    model = tidy(program.model_proto)
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save(model, path)
+    return path
+
+
+def tidy(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Remove what is stale or tells of the exporting machine: intermediate types, and stack traces with its paths."""
+    graph = model.graph
+    del graph.value_info[:]  # opset conversion leaves types that no longer hold, and ONNX Runtime refuses those
+    for part in (model, graph, *graph.node, *graph.input, *graph.output, *graph.initializer):
+        part.ClearField("doc_string")
+        part.ClearField("metadata_props")
+    return model
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """PyTorch's exporter prints and logs its progress and warns about its own internals; its exceptions still come through."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

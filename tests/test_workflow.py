@@ -153,7 +153,7 @@ def weights(folder: Path) -> dict[str, np.ndarray[Any, Any]]:
 def test_killed_training_resumes_to_the_same_weights(tmp_path: Path) -> None:
     """SIGKILL twice in the middle of a run, resume, and compare with a run that nobody disturbed."""
     data = write_synthetic_dataset(tmp_path / "data", {"Training": 4, "Validation": 1}, raters=3, shape=(32, 32, 3))
-    settings = [part for text in ("steps=200", "val_every=40", "save_every_s=0.2") for part in ("--set", text)]
+    settings = [part for text in ("steps=120", "val_every=40", "save_every_s=0.2") for part in ("--set", text)]
     train = ("train", "--data", data, "--preset", "tiny", *settings)
     run(*train, "--out", tmp_path / "whole")
 

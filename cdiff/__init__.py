@@ -10,6 +10,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from cdiff.runtime.segmenter import Segmenter
 
+# Python started in a clone finds this folder before an installed cdiff, and here the subpackages lie beside it, not in it.
+if not (Path(__file__).parent / "runtime").exists():
+    __path__.append(str(Path(__file__).resolve().parents[1]))
+
 __version__ = version("cdiff")
 __all__ = ["__version__", "load"]
 

@@ -96,6 +96,19 @@ def test_installed_wheel_segments_its_demo_scan(wheel: Path, tmp_path: Path) -> 
     assert 0.5 <= float(largest) <= 1.0, "the demo scan holds a nodule that most readers drew"
 
 
+def test_python_started_in_the_clone_finds_every_package() -> None:
+    """Also where cdiff was installed by copying: the clone's own folder of that name comes first on the path."""
+    program = (
+        "import sys\n"
+        "sys.meta_path[:] = [finder for finder in sys.meta_path if 'Editable' not in getattr(finder, '__name__', '')]\n"
+        "import cdiff.runtime.schedule, cdiff.cli\n"
+        "print(cdiff.runtime.schedule.__file__)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()) == REPOSITORY / "runtime" / "schedule.py"
+
+
 def test_constraints_pin_every_direct_dependency() -> None:
     lines = (REPOSITORY / "constraints.txt").read_text().splitlines()
     pins = dict(line.lower().split("==") for line in lines if line and not line.startswith("#"))

@@ -120,7 +120,7 @@ def read_case(
 def _load(path: Path) -> NDArray[Any]:
     try:
         image = nib.load(path)
-        return np.asanyarray(image.dataobj)
+        return np.asanyarray(image.dataobj)  # type: ignore[attr-defined]
     except (OSError, EOFError, ValueError, nib.filebasedimages.ImageFileError) as error:
         raise CdiffError(
             f"{path} cannot be read as NIfTI ({' '.join(str(error).split())}); copy it again"

@@ -49,7 +49,7 @@ class NoiseSchedule:
     @cached_property
     def abar(self) -> NDArray[np.float64]:
         """abar_t, float64 [T + 1]; abar[0] = 1."""
-        return np.cumprod(1 - self.betas)
+        return np.asarray(np.cumprod(1 - self.betas), dtype=np.float64)
 
     def to_json(self) -> dict[str, Any]:
         return {

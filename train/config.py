@@ -98,7 +98,7 @@ class DataConfig:
     framing: str = "resize"
     crop: int = 0
     jitter: int = 12
-    late: float = 0.3
+    late: float = 0.25
     intensity_scope: str = "slice"
     intensity_lower: float = 0.5
     intensity_upper: float = 99.5

@@ -26,7 +26,8 @@ class DenseBlock(nn.Module):
         seen = x
         for conv in self.convs[:-1]:
             seen = torch.cat([seen, nnf.leaky_relu(conv(seen), 0.2)], dim=1)
-        return x + 0.2 * self.convs[-1](seen)
+        out: Tensor = x + 0.2 * self.convs[-1](seen)
+        return out
 
 
 class RRDB(nn.Module):
@@ -37,7 +38,8 @@ class RRDB(nn.Module):
         self.blocks = nn.Sequential(*[DenseBlock(channels, growth) for _ in range(3)])
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + 0.2 * self.blocks(x)
+        out: Tensor = x + 0.2 * self.blocks(x)
+        return out
 
 
 class Encoder(nn.Module):

@@ -1,0 +1,61 @@
+"""Augmentation moves image and masks together, in the paper's ranges, and leaves what it should alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from cdiff.train.augment import Window, cut, random_window
+
+
+def disc(size: int = 64, centre: tuple[float, float] = (30, 34), radius: float = 9) -> torch.Tensor:
+    rows, columns = torch.meshgrid(torch.arange(size) + 0.5, torch.arange(size) + 0.5, indexing="ij")
+    return (((rows - centre[0]) ** 2 + (columns - centre[1]) ** 2) < radius**2).float()
+
+
+def test_image_and_masks_stay_registered() -> None:
+    mask = disc()
+    for seed in range(20):
+        window = random_window(48, (32, 32), np.random.default_rng(seed), augment=True)
+        picture, drawn = cut(mask[None], mask[None].to(torch.uint8), window)
+        # The image is the mask itself: linear interpolation of both must agree where it is decisive.
+        assert torch.equal(drawn[0], picture[0] >= 0.5)
+        assert 0.75 * mask.sum() < drawn.sum() < 1.3 * mask.sum()
+
+
+def test_ranges_are_the_papers() -> None:
+    windows = [random_window(100, (50, 50), np.random.default_rng(s), augment=True) for s in range(400)]
+    matrices = np.array([w.matrix for w in windows])
+    scales = 1 / np.sqrt(np.abs(np.linalg.det(matrices)))
+    assert 0.9 <= scales.min() < 0.92
+    assert 1.08 < scales.max() <= 1.1
+    angles = np.degrees(np.arctan2(np.abs(matrices[:, 1, 0]), np.abs(matrices[:, 0, 0])))
+    assert 13 < angles.max() <= 15
+    shifts = np.array([w.centre for w in windows]) - 50
+    assert 9 < np.abs(shifts).max() <= 10
+    # Each flip in half of the windows: within five standard deviations of 400 throws.
+    for column in (0, 1):
+        assert 150 < (matrices[:, column, column] < 0).sum() < 250
+
+
+def test_plain_windows_are_exact_copies() -> None:
+    image, masks = torch.randn(2, 20, 30), (torch.rand(3, 20, 30) > 0.5).to(torch.uint8)
+    picture, drawn = cut(image, masks, Window(8, (10, 15)))
+    assert torch.equal(picture, image[:, 6:14, 11:19])
+    assert torch.equal(drawn, masks[:, 6:14, 11:19] > 0)
+
+
+def test_an_identity_map_through_interpolation_is_the_same_window() -> None:
+    image, masks = torch.randn(1, 20, 30), (torch.rand(1, 20, 30) > 0.5).to(torch.uint8)
+    turned = Window(8, (10, 15), ((1.0, 1e-9), (0.0, 1.0)))  # not the plain matrix, so it is interpolated
+    picture, drawn = cut(image, masks, turned)
+    torch.testing.assert_close(picture, image[:, 6:14, 11:19], rtol=0, atol=1e-5)
+    assert torch.equal(drawn, masks[:, 6:14, 11:19] > 0)
+
+
+def test_outside_the_slice_the_image_repeats_its_edge_and_masks_are_empty() -> None:
+    image, masks = torch.full((1, 8, 8), 0.7), torch.ones(1, 8, 8, dtype=torch.uint8)
+    picture, drawn = cut(image, masks, Window(16, (4, 4)))
+    torch.testing.assert_close(picture, torch.full((1, 16, 16), 0.7))
+    assert drawn[0, 4:12, 4:12].all()
+    assert drawn.sum() == 64

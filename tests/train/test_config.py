@@ -1,0 +1,55 @@
+"""Configurations survive JSON, and settings from the command line are checked."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from cdiff.runtime.errors import CdiffError
+from cdiff.train.config import Config
+from cdiff.train.presets import PRESETS, preset
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_json_round_trip(name: str) -> None:
+    config = preset(name)
+    assert Config.from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+def test_settings_reach_their_sections() -> None:
+    config = preset("tiny").with_settings(
+        ["batch=8", "lr=1", "target=v", "channel_mult=[1,4]", "scaled=false", "task=task02"]
+    )
+    assert (config.training.batch, config.training.lr, config.network.target) == (8, 1, "v")
+    assert config.network.channel_mult == (1, 4)
+    assert config.schedule.scaled is False
+    assert config.data.task == "task02"
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("bacth=8", "no setting 'bacth'"),
+        ("batch", "key=value"),
+        ("batch=many", "expected int"),
+        ("batch=1.5", "expected int"),
+        ("scaled=1", "expected bool"),
+        ("batch=0", "at least 1"),
+        ("image_size=33", "multiple of 2"),
+        ("framing=crop", "use resize or tile"),
+        ("crop=16", "crop needs framing=tile"),
+        ("missing_raters=guess", "skip, as-is or error"),
+        ("decay=linear", "none or cosine"),
+        ("channel_mult=2", "channel_mult=2"),
+    ],
+)
+def test_bad_settings_are_one_clear_line(setting: str, says: str) -> None:
+    with pytest.raises(CdiffError, match=says) as caught:
+        preset("tiny").with_settings([setting])
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_preset_names_the_known_ones() -> None:
+    with pytest.raises(CdiffError, match="paper, lidc, tiny"):
+        preset("big")

@@ -1,0 +1,125 @@
+"""Reading cases for training: what is found, what is left out and said, and batches that depend on nothing but seed and step."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cdiff.runtime.errors import CdiffError
+from cdiff.train.config import Config
+from cdiff.train.data import centre_windows, count_annotators, read_data, training_batch
+from cdiff.train.presets import preset
+from tests.synthetic import write_synthetic_dataset
+
+
+def tile_config(**values: object) -> Config:
+    return preset("tiny").with_values({"framing": "tile", "crop": 16, "jitter": 3, **values})
+
+
+def test_split_folders_are_used_as_they_are(tiny_data: Path) -> None:
+    data = read_data(tiny_data, preset("tiny"))
+    assert data.summary["train"] == {"cases": 4, "cases_found": 4, "slices": 16}
+    assert data.summary["val"] == {"cases": 2, "cases_found": 2, "slices": 8}
+    assert data.notes == []
+
+
+def test_without_split_folders_whole_cases_are_held_out_and_it_is_said(tmp_path: Path) -> None:
+    root = write_synthetic_dataset(tmp_path / "flat", 6, raters=3, shape=(32, 32, 4))
+    data = read_data(root, preset("tiny").with_values({"val_fraction": 0.34}))
+    assert len(set(data.val.names)) == 2
+    assert set(data.train.names) | set(data.val.names) == {f"case{i:02d}" for i in range(1, 7)}
+    assert not set(data.train.names) & set(data.val.names)
+    assert "held out 2 of 6 cases" in data.notes[0]
+
+
+@pytest.mark.parametrize(("policy", "cases"), [("skip", 3), ("as-is", 4)])
+def test_a_case_with_fewer_raters_is_reported_and_handled_as_chosen(
+    tiny_data: Path, tmp_path: Path, policy: str, cases: int
+) -> None:
+    root = tmp_path / "data"
+    shutil.copytree(tiny_data, root)
+    (root / "Training" / "case02" / "task01_seg03.nii.gz").unlink()
+    data = read_data(root, preset("tiny").with_values({"missing_raters": policy}))
+    assert data.summary["train"]["cases"] == cases
+    assert any("case02 has 2 masks, not 3" in note for note in data.notes)
+    with pytest.raises(CdiffError, match="case02 has 2 masks"):
+        read_data(root, preset("tiny").with_values({"missing_raters": "error"}))
+
+
+def test_a_case_with_more_raters_is_never_used_in_part(tiny_data: Path) -> None:
+    with pytest.raises(CdiffError, match="has 3 masks, not 2"):
+        read_data(tiny_data, preset("tiny").with_values({"levels": 2, "missing_raters": "as-is"}))
+
+
+def test_annotators_are_counted_over_the_cases(tiny_data: Path, tmp_path: Path) -> None:
+    assert count_annotators(tiny_data, preset("tiny")) == 3
+    root = tmp_path / "data"
+    shutil.copytree(tiny_data, root)
+    (root / "Training" / "case02" / "task01_seg03.nii.gz").unlink()
+    assert count_annotators(root, preset("tiny")) == 3
+
+
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40, 3)])
+def test_other_sizes_and_2d_images_are_resized_image_and_masks_alike(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    root = write_synthetic_dataset(tmp_path / "d", {"train": 2, "val": 1}, raters=3, shape=shape)
+    data = read_data(root, preset("tiny"))
+    assert len(data.train) == 2 * (shape[2] if len(shape) == 3 else 1)
+    for image, masks in zip(data.train.images, data.train.masks, strict=True):
+        assert image.shape == (1, 32, 32)
+        assert masks.shape == (3, 32, 32)
+        # The synthetic structure is bright: after resizing it still is, where the masks say.
+        if masks[0].any():
+            assert image[0][masks[0] > 0].mean() > image[0][masks[0] == 0].mean() + 0.5
+
+
+def test_batches_depend_on_seed_and_step_alone_and_an_epoch_sees_every_slice(tiny_data: Path) -> None:
+    config = tile_config(augment=False)
+    data = read_data(tiny_data, config)
+    again = training_batch(data.train, config, 5, 4, 16)
+    for step in (3, 9):
+        training_batch(data.train, config, step, 4, 16)
+    assert torch.equal(training_batch(data.train, config, 5, 4, 16).image, again.image)
+    assert not torch.equal(training_batch(data.train, config, 6, 4, 16).image, again.image)
+    plain = preset("tiny").with_values({"augment": False})
+    seen = torch.cat([training_batch(data.train, plain, step, 4, 32).image for step in range(4)])
+    whole = torch.stack(data.train.images)
+    matches = (seen[:, None] == whole[None]).flatten(2).all(-1)
+    assert torch.equal(matches.sum(0), torch.ones(16, dtype=torch.long))
+
+
+def test_votes_count_the_annotators(tiny_data: Path) -> None:
+    config = preset("tiny").with_values({"augment": False})
+    data = read_data(tiny_data, config)
+    batch = centre_windows(data.train, [0, 1], 32)
+    expected = torch.stack([m.sum(0, keepdim=True) for m in data.train.masks[:2]])
+    assert torch.equal(batch.votes, expected.to(torch.uint8))
+    assert int(batch.votes.max()) == 3
+
+
+def test_windows_mostly_hold_the_structure_and_sometimes_plain_background(tiny_data: Path) -> None:
+    config = tile_config(augment=False, jitter=2)
+    data = read_data(tiny_data, config)
+    votes = torch.cat([training_batch(data.train, config, step, 16, 16).votes for step in range(12)])
+    share = np.mean([bool(v.any()) for v in votes])
+    assert share > 0.8
+
+
+def test_unusable_data_is_refused_with_its_place(tmp_path: Path, tiny_data: Path) -> None:
+    with pytest.raises(CdiffError, match="is not a folder"):
+        read_data(tmp_path / "nowhere", preset("tiny"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CdiffError, match="no case in"):
+        read_data(tmp_path / "empty", preset("tiny"))
+    root = tmp_path / "data"
+    shutil.copytree(tiny_data, root)
+    victim = root / "Training" / "case01" / "task01_seg02.nii.gz"
+    victim.write_bytes(victim.read_bytes()[:100])
+    with pytest.raises(CdiffError, match=r"task01_seg02\.nii\.gz"):
+        read_data(root, preset("tiny"))
+    with pytest.raises(CdiffError, match="no usable train slice"):
+        read_data(tiny_data, dataclasses.replace(preset("tiny").with_values({"levels": 5})))

@@ -1,0 +1,93 @@
+"""Targets, forward process and the learned variance, against diffusers and against the formulas written out slowly."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from cdiff.runtime.schedule import NoiseSchedule
+from cdiff.train.diffusion import Diffusion
+
+SCHEDULE = NoiseSchedule(T=100)
+
+
+def example(t: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    m = (torch.rand(len(t), 1, 6, 6, generator=generator) > 0.5).float() * 2 - 1
+    return m, torch.randn(m.shape, generator=generator), torch.tensor(t)
+
+
+def test_forward_process_and_v_agree_with_diffusers() -> None:
+    from diffusers import DDPMScheduler
+
+    theirs = DDPMScheduler(num_train_timesteps=100, trained_betas=SCHEDULE.betas[1:].astype(np.float32))
+    m, noise, t = example([1, 37, 100])
+    diffusion = Diffusion(SCHEDULE, "v")
+    torch.testing.assert_close(diffusion.noised(m, noise, t), theirs.add_noise(m, noise, t - 1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(diffusion.aim(m, noise, t), theirs.get_velocity(m, noise, t - 1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("target", ["eps", "x0", "v"])
+def test_a_perfect_network_gives_back_the_mask_and_no_loss(target: str) -> None:
+    diffusion = Diffusion(SCHEDULE, target)
+    m, noise, t = example([1, 20, 60])
+    x = diffusion.noised(m, noise, t)
+    perfect = diffusion.aim(m, noise, t)
+    torch.testing.assert_close(diffusion.to_x0(perfect, x, t), m, rtol=0, atol=1e-4)
+    assert diffusion.loss(perfect, m, noise, x, t).item() == 0
+    assert diffusion.loss(perfect + 0.5, m, noise, x, t).item() == pytest.approx(0.25, rel=1e-5)
+
+
+def test_x0_is_clipped_to_the_range_of_masks() -> None:
+    diffusion = Diffusion(SCHEDULE, "eps")
+    x = torch.randn(1, 1, 4, 4) * 100
+    assert diffusion.to_x0(torch.zeros_like(x), x, torch.tensor([90])).abs().max() <= 1
+
+
+@pytest.mark.parametrize("t", [2, 10, 40])
+def test_the_learned_variance_is_pulled_to_the_posterior_variance(t: int) -> None:
+    # With a perfect mean the bound is least where the variance is beta tilde, that is v = -1, and there it is zero (late t are left out: beta and beta tilde differ by less than rounding).
+    diffusion = Diffusion(SCHEDULE, "eps")
+    m, noise, when = example([t])
+    x = diffusion.noised(m, noise, when)
+    losses = [
+        diffusion.loss(torch.cat([noise, torch.full_like(noise, v)], dim=1), m, noise, x, when).item()
+        for v in (-1.0, -0.5, 0.0, 0.5, 1.0)
+    ]
+    # x0 recovered from eps carries float32 rounding, amplified by 1/sqrt(abar); it costs less than 1e-4 bits.
+    assert losses[0] == pytest.approx(0, abs=1e-4)
+    assert all(a < b for a, b in itertools.pairwise(losses))
+
+
+def test_the_bound_is_the_kl_of_two_normals() -> None:
+    t = 40
+    abar, before, beta = SCHEDULE.abar[t], SCHEDULE.abar[t - 1], SCHEDULE.betas[t]
+    tilde = beta * (1 - before) / (1 - abar)
+    b = math.sqrt(before) * beta / (1 - abar)
+    m, noise, when = example([t])
+    diffusion = Diffusion(SCHEDULE, "x0")
+    x, x0, v = diffusion.noised(m, noise, when), 0.3 * m, 0.4
+    variance = math.exp((v + 1) / 2 * math.log(beta) + (1 - v) / 2 * math.log(tilde))
+    p, q = torch.distributions.Normal(b * x0, math.sqrt(variance)), torch.distributions.Normal(b * m, math.sqrt(tilde))
+    slow = torch.distributions.kl_divergence(q, p).mean().item() / math.log(2)
+    got = diffusion.loss(torch.cat([x0, torch.full_like(x0, v)], dim=1), m, noise, x, when).item()
+    mse = torch.mean((x0 - m) ** 2).item()
+    assert got - mse == pytest.approx(slow * 100 / 1000, rel=1e-4)
+
+
+def test_the_bound_does_not_move_the_mean() -> None:
+    diffusion = Diffusion(SCHEDULE, "x0")
+    m, noise, when = example([30])
+    x = diffusion.noised(m, noise, when)
+    output = torch.zeros(1, 2, 6, 6, requires_grad=True)
+    diffusion.loss(output, m, noise, x, when).backward()  # type: ignore[no-untyped-call]
+    plain = torch.zeros(1, 1, 6, 6, requires_grad=True)
+    diffusion.loss(plain, m, noise, x, when).backward()  # type: ignore[no-untyped-call]
+    assert output.grad is not None
+    assert plain.grad is not None
+    torch.testing.assert_close(output.grad[:, :1], plain.grad)
+    assert output.grad[:, 1:].abs().max() > 0

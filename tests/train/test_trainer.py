@@ -1,0 +1,150 @@
+"""Training learns, stops anywhere, and goes on as if it had not stopped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cdiff.runtime.errors import CdiffError
+from cdiff.train.checkpoint import checkpoint_folder, load_run
+from cdiff.train.config import Config
+from cdiff.train.data import read_data
+from cdiff.train.log import read_log
+from cdiff.train.presets import preset
+from cdiff.train.trainer import Run, train
+
+
+def weights(run: Path, name: str = "model") -> dict[str, torch.Tensor]:
+    folder = checkpoint_folder(run, "last")
+    assert folder is not None
+    return load_file(folder / f"{name}.safetensors")
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_stop_and_resume_ends_with_the_same_weights(tiny_data: Path, tmp_path: Path, dropout: float) -> None:
+    config = preset("tiny").with_values(
+        {"steps": 7, "val_every": 3, "log_every": 1, "dropout": dropout, "decay": "cosine"}
+    )
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(config, tiny_data, whole, quiet=True)
+    assert train(config, tiny_data, parts, max_steps=4, quiet=True).step == 4
+    assert train(config, tiny_data, parts, resume=True, quiet=True).step == 7
+    for name in ("model", "ema"):
+        assert_same(weights(whole, name), weights(parts, name))
+    columns = ("step", "loss", "lr", "val_soft_dice_5")
+    logs = [[{k: row[k] for k in columns} for row in read_log(run / "log.csv")] for run in (whole, parts)]
+    assert logs[0] == logs[1]
+    assert [row["step"] for row in logs[0]] == [str(k) for k in range(1, 8)]
+    assert json.loads((whole / "best.json").read_text()) == json.loads((parts / "best.json").read_text())
+
+
+def test_a_tiny_network_learns_the_synthetic_structure(tiny_data: Path, tmp_path: Path) -> None:
+    config = preset("tiny").with_values({"steps": 120, "val_every": 60, "decay": "cosine", "lr": 5e-3, "ema": 0.95})
+    result = train(config, tiny_data, tmp_path / "run", quiet=True)
+    rows = [float(row["val_soft_dice_5"]) for row in read_log(tmp_path / "run" / "log.csv") if row["val_soft_dice_5"]]
+    assert result.best == max(rows)
+    assert rows[-1] > 0.6
+
+
+def test_the_run_loads_with_its_averaged_weights(tiny_run: Path) -> None:
+    loaded = load_run(tiny_run)
+    assert_same(dict(loaded.network.state_dict()), weights(tiny_run, "ema"))
+    assert not loaded.network.training
+    assert loaded.info["step"] == 4
+    assert loaded.info["data"]["train"]["slices"] == 16
+    assert loaded.schedule.T == loaded.config.network.T
+    images = np.load(tiny_run / "samples.npz")["images"]
+    assert images.shape[1:] == (1, 32, 32)
+    assert np.abs(images).max() <= 1
+
+
+def test_nothing_of_a_checkpoint_needs_unpickling(tiny_run: Path) -> None:
+    folder = checkpoint_folder(tiny_run, "last")
+    assert folder is not None
+    assert set(torch.load(folder / "optimiser.pt", weights_only=True)) == {"optimiser", "scaler"}
+    assert {p.name for p in folder.iterdir()} == {
+        "model.safetensors",
+        "ema.safetensors",
+        "optimiser.pt",
+        "checkpoint.json",
+    }
+
+
+def test_damaged_or_foreign_weights_are_named(tiny_run: Path, tmp_path: Path) -> None:
+    import shutil
+
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    folder = checkpoint_folder(run, "last")
+    assert folder is not None
+    config = json.loads((run / "config.json").read_text())
+    config["network"]["base_channels"] = 16
+    (run / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CdiffError, match="does not fit"):
+        load_run(run)
+    (run / "config.json").write_bytes((tiny_run / "config.json").read_bytes())
+    (folder / "ema.safetensors").write_bytes((folder / "ema.safetensors").read_bytes()[:500])
+    with pytest.raises(CdiffError, match=r"ema\.safetensors cannot be read"):
+        load_run(run)
+
+
+def test_an_out_folder_is_never_overwritten_or_resumed_with_other_settings(
+    tiny_run: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(CdiffError, match="--resume"):
+        train(preset("tiny"), tiny_data, tiny_run, quiet=True)
+    with pytest.raises(CdiffError, match=r"lr: 0\.002 there, 0\.5 now"):
+        train(preset("tiny").with_values({"lr": 0.5}), tiny_data, tiny_run, resume=True, quiet=True)
+    with pytest.raises(CdiffError, match="no run to resume"):
+        train(preset("tiny"), tiny_data, tmp_path / "new", resume=True, quiet=True)
+
+
+def test_a_dry_run_writes_nothing(tiny_data: Path, tmp_path: Path) -> None:
+    result = train(preset("tiny"), tiny_data, tmp_path / "run", dry_run=True, quiet=True)
+    assert np.isfinite(result.loss)
+    assert result.parameters > 1000
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tiny_data: Path, tmp_path: Path) -> None:
+    run = Run(preset("tiny"), read_data(tiny_data, preset("tiny")), torch.device("cpu"), tmp_path)
+    with torch.no_grad():
+        run.network.denoiser.last.bias.fill_(float("nan"))  # type: ignore[union-attr]
+    with pytest.raises(CdiffError, match="the loss became nan at step 1; lower lr"):
+        run.step(0)
+
+
+def test_warm_up_decay_and_windows_follow_the_progress(tiny_data: Path, tmp_path: Path) -> None:
+    config: Config = preset("tiny").with_values(
+        {"framing": "tile", "crop": 16, "late": 0.25, "decay": "cosine", "steps": 100, "warmup": 10, "late_batch": 2}
+    )
+    run = Run(config, read_data(tiny_data, config), torch.device("cpu"), tmp_path)
+    lr = config.training.lr
+    assert run.lr() == pytest.approx(lr / 10)
+    run.done = 50
+    assert (run.lr(), run.window()) == (pytest.approx(lr / 2), 16)
+    run.done = 75
+    assert run.window() == 32
+    assert np.isfinite(run.step(75)[0])
+    run.done = 100
+    assert run.lr() == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    "change", [{"target": "eps"}, {"target": "v"}, {"variance": "learned"}, {"rrdbs": 0}, {"amp": "bf16"}]
+)
+def test_every_variant_takes_steps(tiny_data: Path, tmp_path: Path, change: dict[str, object]) -> None:
+    config = preset("tiny").with_values({**change, "steps": 2, "val_every": 2})
+    result = train(config, tiny_data, tmp_path / "run", quiet=True)
+    assert np.isfinite(result.loss)
+    assert result.best is not None

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from cdiff.runtime.errors import CdiffError
+
 if TYPE_CHECKING:
     from cdiff.runtime.sampler import SamplerTable
 
@@ -42,7 +44,10 @@ class Binding(Protocol):
     slots: int
 
     def encode(self, slot: int, image: Float32) -> None:
-        """Encode one window [ch,H,W] and keep its features at place `slot`, where they stay until overwritten."""
+        """Encode one window [ch,H,W] and keep its features at place `slot`, where they stay until overwritten.
+
+        Raises CdiffError when the features are not finite.
+        """
 
     def run(self, x: Float32, slot: Int64, t: Int64, level: Int64) -> Prediction:
         """Denoise x [B,1,H,W] once; the arrays returned are the binding's own and hold until its next `run`."""
@@ -94,6 +99,11 @@ class HostBinding:
     def encode(self, slot: int, image: Float32) -> None:
         """See `Binding.encode`."""
         features = np.asarray(self.engine.encode(image[None]))
+        if not np.isfinite(features).all():
+            raise CdiffError(
+                "the encoder returned a value that is not finite; "
+                "check the scan's values, and a half-precision model against its float32 form"
+            )
         if self._features is None:
             # Places not used yet hold zeros, so that a padding row never meets a NaN left in memory.
             self._features = np.zeros((self.slots, *features.shape[1:]), features.dtype)

@@ -1,0 +1,156 @@
+"""Engines: ONNX Runtime computes the graph, refuses what it cannot do in one line, and never moves to another device."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import onnx
+import pytest
+from onnx.reference import ReferenceEvaluator
+
+from cdiff.runtime.bundle import Bundle
+from cdiff.runtime.engines.cores import physical_cores
+from cdiff.runtime.engines.onnxruntime import OnnxRuntimeEngine, parse_device
+from cdiff.runtime.engines.registry import NAMES, available_engines, open_engine
+from cdiff.runtime.errors import CdiffError
+from tests.runtime.graphs import L, write_pair
+
+CUDA_HERE = any("cuda" in state.devices for state in available_engines())
+
+
+def batch(B: int, S: int, size: int = 16) -> dict[str, Any]:
+    rng = np.random.default_rng(B)
+    return {
+        "x": rng.normal(size=(B, 1, size, size)).astype(np.float32),
+        "features": rng.normal(size=(S, L, size, size)).astype(np.float32),
+        "row_slice": rng.integers(0, S, B),
+        "t": rng.integers(1, 21, B),
+        "level": rng.integers(1, 4, B),
+    }
+
+
+def as_bundle(pair: tuple[Path, Path]) -> Bundle:
+    """What the registry needs of a bundle: where its graphs lie."""
+    return cast(Bundle, SimpleNamespace(encoder=pair[0], denoiser=pair[1]))
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_it_computes_the_graph_for_any_batch(tmp_path: Path, learned: bool) -> None:
+    encoder, denoiser = write_pair(tmp_path, learned=learned)
+    engine = OnnxRuntimeEngine(encoder, denoiser, threads=1)
+    image = np.random.default_rng(1).normal(size=(2, 1, 16, 16)).astype(np.float32)
+    (want,) = ReferenceEvaluator(onnx.load(encoder)).run(None, {"image": image})
+    np.testing.assert_allclose(engine.encode(image), want, rtol=0, atol=1e-6)
+    for B, S in ((1, 1), (5, 2)):
+        feed = batch(B, S)
+        x0, mix = engine.denoise(**feed)
+        wants = ReferenceEvaluator(onnx.load(denoiser)).run(None, feed)
+        np.testing.assert_allclose(x0, wants[0], rtol=0, atol=1e-5)
+        assert (mix is not None) == learned
+        if mix is not None:
+            np.testing.assert_allclose(mix, wants[1], rtol=0, atol=1e-5)
+
+
+def test_a_binding_keeps_features_in_their_places(tmp_path: Path) -> None:
+    engine = OnnxRuntimeEngine(*write_pair(tmp_path), threads=1)
+    images = np.random.default_rng(2).normal(size=(3, 1, 16, 16)).astype(np.float32)
+    binding = engine.bind(rows=4, slots=2)
+    binding.encode(0, images[0])
+    binding.encode(1, images[1])
+    binding.encode(0, images[2])  # takes the first one's place
+    feed = batch(4, 2)
+    slot = np.array([0, 1, 1, 0])
+    got, _ = binding.run(feed["x"], slot, feed["t"], feed["level"])
+    want, _ = engine.denoise(feed["x"], engine.encode(images[[2, 1]]), slot, feed["t"], feed["level"])
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)
+
+
+def test_features_that_are_not_finite_are_an_error(tmp_path: Path) -> None:
+    binding = OnnxRuntimeEngine(*write_pair(tmp_path), threads=1).bind(1, 1)
+    with pytest.raises(CdiffError, match="encoder returned a value that is not finite"):
+        binding.encode(0, np.full((1, 16, 16), np.nan, np.float32))
+
+
+def test_auto_picks_onnx_runtime_and_says_where(tmp_path: Path) -> None:
+    engine = open_engine(as_bundle(write_pair(tmp_path)))
+    assert (engine.name, engine.device) == ("onnxruntime", "cpu")
+    assert engine.version == next(state.version for state in available_engines() if state.name == engine.name)
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "message"),
+    [
+        ("openvino", "cpu", "engine 'openvino' is not known; use one of auto, onnxruntime"),
+        ("auto", "tpu", "use cpu, cuda"),
+    ],
+)
+def test_unknown_engines_and_devices_are_refused(tmp_path: Path, name: str, device: str, message: str) -> None:
+    with pytest.raises(CdiffError, match=message):
+        open_engine(as_bundle(write_pair(tmp_path)), name, device)
+
+
+@pytest.mark.skipif(CUDA_HERE, reason="this ONNX Runtime is built for CUDA")
+@pytest.mark.parametrize("name", ["auto", *NAMES])
+def test_a_gpu_that_cannot_be_used_is_an_error_and_not_the_cpu(tmp_path: Path, name: str) -> None:
+    pair = write_pair(tmp_path)
+    with pytest.raises(CdiffError, match="onnxruntime-gpu"):
+        open_engine(as_bundle(pair), name, "cuda:0")
+    with pytest.raises(CdiffError, match="CUDA build"):
+        OnnxRuntimeEngine(*pair, device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA_HERE, reason="this ONNX Runtime has no CUDA provider")
+def test_the_cuda_provider_agrees_with_the_cpu(tmp_path: Path) -> None:
+    pair, feed = write_pair(tmp_path), batch(5, 2)
+    engine = OnnxRuntimeEngine(*pair, device="cuda:0")
+    assert engine.device == "cuda:0"
+    np.testing.assert_allclose(
+        engine.denoise(**feed)[0], OnnxRuntimeEngine(*pair).denoise(**feed)[0], rtol=0, atol=1e-4
+    )
+
+
+def test_a_gpu_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(CdiffError):
+        OnnxRuntimeEngine(*write_pair(tmp_path), device="cuda:99")
+
+
+def test_broken_and_foreign_graphs_are_named(tmp_path: Path) -> None:
+    encoder, denoiser = write_pair(tmp_path)
+    torn = tmp_path / "torn.onnx"
+    torn.write_bytes(denoiser.read_bytes()[:200])
+    with pytest.raises(CdiffError, match=r"torn\.onnx: ONNX Runtime .* cannot open it"):
+        OnnxRuntimeEngine(encoder, torn)
+    with pytest.raises(CdiffError, match=r"denoiser\.onnx is not a graph of this version"):
+        OnnxRuntimeEngine(denoiser, encoder)
+
+
+def test_wrong_shapes_are_one_line(tmp_path: Path) -> None:
+    engine = OnnxRuntimeEngine(*write_pair(tmp_path), threads=1)
+    with pytest.raises(CdiffError, match=r"failed on cpu with image \[1, 1, 8, 8\] float32") as error:
+        engine.encode(np.zeros((1, 1, 8, 8), np.float32))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("device", "number"), [("cpu", None), ("cuda", 0), ("cuda:3", 3)])
+def test_devices_are_read(device: str, number: int | None) -> None:
+    assert parse_device(device) == number
+
+
+def test_hyper_threads_and_quotas_are_counted(tmp_path: Path) -> None:
+    mask = sorted(os.sched_getaffinity(0))
+    for cpu in mask:
+        topology = tmp_path / f"cpu{cpu}" / "topology"
+        topology.mkdir(parents=True)
+        (topology / "thread_siblings_list").write_text("all of them on one core\n")
+    none = tmp_path / "cpu.max"
+    assert physical_cores(tmp_path, none) == 1
+    assert physical_cores(tmp_path / "unknown", none) == len(mask)
+    none.write_text("150000 100000\n")
+    assert physical_cores(tmp_path / "unknown", none) == min(2, len(mask))
+    none.write_text("max 100000\n")
+    assert physical_cores(tmp_path / "unknown", none) == len(mask)

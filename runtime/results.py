@@ -24,7 +24,7 @@ def entropy(soft: Float32) -> Float32:
     p = soft.astype(np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
         terms = [np.where(q > 0, -q * np.log2(q), 0.0) for q in (p, 1 - p)]
-    return np.where(np.isnan(p), np.nan, terms[0] + terms[1]).astype(np.float32)
+    return np.asarray(np.where(np.isnan(p), np.nan, terms[0] + terms[1]), dtype=np.float32)
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Stack:
     @property
     def soft(self) -> Float32:
         """[n,h,w]: the fraction of annotators, the mean over the levels (the sum of P(at least c) over c, divided by C)."""
-        return self.levels.mean(axis=1, dtype=np.float64).astype(np.float32)
+        return np.asarray(self.levels.mean(axis=1, dtype=np.float64), dtype=np.float32)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.grid import Grid
-from cdiff.runtime.inputs import stem
 from cdiff.runtime.nifti import check_header, nifti_voxels, parse_nifti
 from cdiff.runtime.picture import read_picture
 from cdiff.runtime.shapes import check_kind, check_size, spatial_axes
@@ -109,7 +108,8 @@ def _load(scan: ScanInput, channels: int) -> _Loaded:
 
 
 def _name(path: Path) -> str:
-    return stem(path) or path.stem
+    suffix = next((s for s in (".nii.gz", ".nii") if path.name.lower().endswith(s)), path.suffix)
+    return path.name[: len(path.name) - len(suffix)]
 
 
 def parse_slices(slices: str | slice | tuple[int, int] | range | None, count: int) -> range:

@@ -1,0 +1,241 @@
+"""The preview PNG of a result, and the picture of a case with its readers; matplotlib is imported only when one is drawn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cdiff.runtime import drawing
+from cdiff.runtime.files import atomic_path
+from cdiff.runtime.grid import View
+from cdiff.runtime.report import NOTICE
+from cdiff.runtime.results import entropy
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from cdiff.runtime.results import Float32, Result
+
+DPI = 130
+SIDE, GAP, EDGE = 3.1, 0.28, 0.35
+KEY = 0.62
+STRIP = 8
+
+
+def write_preview(result: Result, path: Path, name: str) -> None:
+    """Draw the slice with the largest soft area: where it lies, the levels' outlines, soft map, uncertainty; and a strip of
+    slices through the volume. path: a PNG file. Raises OSError when it cannot be written."""
+    figure = preview_figure(result, name)
+    figure.savefig(path, dpi=DPI, facecolor=figure.get_facecolor(), metadata={"Software": "cdiff"})
+
+
+def preview_figure(result: Result, name: str) -> Figure:
+    """The preview as a matplotlib figure."""
+    view = result.grid.view
+    soft = view(result.stack.soft)
+    best = int(np.argmax(soft.sum(axis=(1, 2), dtype=np.float64)))
+    number = result.slices[best]
+    levels = view(result.stack.levels[best])
+    image = _displayable(result.image[number], view)
+    shown = _strip(soft, best)
+    box = drawing.close_up(soft[shown], view)
+    whole = (slice(0, image.shape[0]), slice(0, image.shape[1]))
+    window = drawing.window_of(image[box])
+
+    strip = 1.72 if len(shown) > 1 else 0.0
+    width = 2 * EDGE + 4 * SIDE + 3 * GAP
+    height = 0.86 + 0.3 + SIDE + KEY + strip + 0.5
+    figure = drawing.new_figure(width, height)
+    _heading(figure, result, name)
+    bottom = 0.42 + strip + KEY
+    places = [(EDGE + column * (SIDE + GAP), bottom, SIDE, SIDE) for column in range(4)]
+
+    where = f"Slice {number} (of 0 to {len(result.image) - 1})" if len(result.image) > 1 else "Image"
+    axes = drawing.panel(figure, places[0], where)
+    drawing.show_image(axes, image, whole, view, drawing.window_of(image))
+    drawing.edge_letters(axes, view)
+    drawing.scale_bar(axes, whole, view)
+    if box != whole:
+        drawing.frame_box(axes, box)
+
+    axes = drawing.panel(figure, places[1], "Where at least so many experts agree")
+    drawing.show_image(axes, image, box, view, window)
+    colours = drawing.level_colours(len(levels))
+    for level, colour in zip(levels, colours, strict=True):
+        drawing.outline(axes, level, box, colour)
+    drawing.scale_bar(axes, box, view)
+    key = drawing.panel(figure, _key(places[1], 0.44))
+    drawing.line_key(key, [(str(c), colour) for c, colour in enumerate(colours, start=1)], "at least so many experts")
+
+    axes = drawing.panel(figure, places[2], "Agreement")
+    drawing.show_image(axes, image, box, view, window)
+    drawn = drawing.show_soft(axes, soft[best], box, view)
+    drawing.colour_key(figure, _key(places[2], 0.11), drawn, drawing.SOFT_LABEL)
+
+    axes = drawing.panel(figure, places[3], "Uncertainty")
+    drawing.show_image(axes, image, box, view, window, light=0.5)
+    drawn = drawing.show_entropy(axes, entropy(soft[best]), box, view)
+    drawing.outline(axes, soft[best], box, drawing.INK, width=1.0)
+    drawing.colour_key(figure, _key(places[3], 0.11), drawn, f"{drawing.ENTROPY_LABEL} (line: one half)")
+
+    if strip:
+        _draw_strip(figure, result, soft, shown, best, box, view, width)
+    _footing(figure, view, width)
+    return figure
+
+
+def reader_figure(
+    path: Path,
+    image: Float32,
+    readers: NDArray[np.bool_],
+    soft: Float32,
+    uncertainty: Float32,
+    *,
+    view: View | None = None,
+    title: str = "",
+    note: str = "",
+) -> None:
+    """Draw one slice beside what its readers drew: image, their outlines, the soft map, its uncertainty; write a PNG.
+
+    image [H,W], readers [n,H,W], soft [H,W] in 0..1, uncertainty [H,W] in bits, all as stored; view turns them as the
+    preview does. note: a line below the picture, such as a credit. Raises CdiffError when it cannot be written.
+    """
+    view = view or View()
+    picture, readers, soft, uncertainty = (view(a) for a in (image, readers, soft, uncertainty))
+    box = drawing.close_up(np.concatenate([readers.astype(np.float32), soft[None]]), view)
+    window = drawing.window_of(picture[box])
+    top = 0.5 if title else 0.1
+    width, bottom = 2 * EDGE + 4 * SIDE + 3 * GAP, KEY + (0.42 if note else 0.14)
+    figure = drawing.new_figure(width, bottom + SIDE + 0.3 + top)
+    if title:
+        figure.text(
+            EDGE / width, 1 - 0.3 / figure.get_figheight(), title,
+            color=drawing.INK, fontsize=14, fontweight="bold", va="center",
+        )  # fmt: skip
+    places = [(EDGE + column * (SIDE + GAP), bottom, SIDE, SIDE) for column in range(4)]
+
+    axes = drawing.panel(figure, places[0], "Image")
+    drawing.show_image(axes, picture, box, view, window)
+    drawing.edge_letters(axes, view)
+    drawing.scale_bar(axes, box, view)
+
+    axes = drawing.panel(figure, places[1], f"What {len(readers)} readers drew")
+    drawing.show_image(axes, picture, box, view, window)
+    colours = [drawing.READER_COLOURS[i % len(drawing.READER_COLOURS)] for i in range(len(readers))]
+    for reader, colour in zip(readers, colours, strict=True):
+        drawing.outline(axes, reader, box, colour)
+    key = drawing.panel(figure, _key(places[1], 0.44))
+    drawing.line_key(key, [(str(i), colour) for i, colour in enumerate(colours, start=1)], "reader")
+
+    axes = drawing.panel(figure, places[2], "Predicted agreement")
+    drawing.show_image(axes, picture, box, view, window)
+    drawn = drawing.show_soft(axes, soft, box, view)
+    drawing.colour_key(figure, _key(places[2], 0.11), drawn, drawing.SOFT_LABEL)
+
+    axes = drawing.panel(figure, places[3], "Uncertainty")
+    drawing.show_image(axes, picture, box, view, window, light=0.5)
+    drawn = drawing.show_entropy(axes, uncertainty, box, view)
+    drawing.outline(axes, soft, box, drawing.INK, width=1.0)
+    drawing.colour_key(figure, _key(places[3], 0.11), drawn, f"{drawing.ENTROPY_LABEL} (line: one half)")
+    if note:
+        figure.text(EDGE / width, 0.16 / figure.get_figheight(), note, color=drawing.FAINT, fontsize=8.5, va="center")
+    with atomic_path(path) as part:
+        figure.savefig(part, dpi=DPI, facecolor=figure.get_facecolor(), metadata={"Software": "cdiff"}, format="png")
+
+
+def _displayable(image: Float32, view: View) -> Float32:
+    """[channels,h,w] -> the picture's [rows, columns], or [rows, columns, 3] for three channels that are colours."""
+    turned = view(image)
+    return np.moveaxis(turned, 0, -1) if len(turned) == 3 else turned[0]
+
+
+def _strip(soft: Float32, best: int) -> list[int]:
+    """Up to STRIP slices, evenly through those with some agreement and one on each side; the best one is among them."""
+    held = np.flatnonzero(soft.max(axis=(1, 2)) >= 0.1)
+    first, last = (max(held[0] - 1, 0), min(held[-1] + 1, len(soft) - 1)) if held.size else (best, best)
+    while last - first + 1 < min(STRIP, len(soft)):
+        first, last = max(first - 1, 0), min(last + 1, len(soft) - 1)
+    if last - first + 1 <= STRIP:
+        return list(range(first, last + 1))
+    chosen = np.unique(np.linspace(first, last, STRIP).round().astype(int))
+    chosen[np.argmin(abs(chosen - best))] = best
+    return [int(index) for index in chosen]
+
+
+def _draw_strip(
+    figure: Figure,
+    result: Result,
+    soft: Float32,
+    shown: list[int],
+    best: int,
+    box: drawing.Box,
+    view: View,
+    width: float,
+) -> None:
+    gap = 0.12
+    side = (width - 2 * EDGE - (STRIP - 1) * gap) / STRIP
+    left = (width - len(shown) * side - (len(shown) - 1) * gap) / 2
+    for column, index in enumerate(shown):
+        axes = drawing.panel(figure, (left + column * (side + gap), 0.36, side, side))
+        picture = _displayable(result.image[result.slices[index]], view)
+        drawing.show_image(axes, picture, box, view, drawing.window_of(picture[box]))
+        drawing.show_soft(axes, soft[index], box, view)
+        colour = drawing.INK if index == best else drawing.FAINT
+        axes.set_title(str(result.slices[index]), color=colour, fontsize=9, pad=3)
+
+
+def _heading(figure: Figure, result: Result, name: str) -> None:
+    width, height = figure.get_size_inches()
+    report = result.report
+    figure.text(
+        EDGE / width, 1 - 0.3 / height, name, color=drawing.INK, fontsize=15, fontweight="bold", va="center",
+        parse_math=False,
+    )  # fmt: skip
+    figure.text(
+        EDGE / width, 1 - 0.6 / height, _how(report), color=drawing.FAINT, fontsize=9.5, va="center", parse_math=False
+    )
+    lines = _sizes(report.get("volumes", {}))
+    for line, (text, colour) in enumerate(lines):
+        figure.text(
+            1 - EDGE / width, 1 - (0.3 + 0.3 * line) / height, text, color=colour,
+            fontsize=11 if line == 0 else 9.5, va="center", ha="right",
+        )  # fmt: skip
+
+
+def _how(report: dict[str, Any]) -> str:
+    """How the maps were made, in one line."""
+    if "bundle" not in report:
+        return ""
+    return (
+        f"model {report['bundle']}  ·  {report['sampler']}, {report['steps']} steps × {report['runs']} runs, "
+        f"seed {report['seed']}  ·  {report['engine']} on {report['device']}"
+    )
+
+
+def _sizes(volumes: dict[str, Any]) -> list[tuple[str, str]]:
+    """The size on which at least half agree, and its range from all experts to any."""
+    if not volumes:
+        return []
+    unit, word = next(
+        ((unit, text) for unit, text in (("ml", "ml"), ("mm2", "mm²")) if unit in volumes["mask"]), ("voxels", "voxels")
+    )
+    every, one = volumes["levels"][-1][unit], volumes["levels"][0][unit]
+    return [
+        (f"at least half agree on {volumes['mask'][unit]:.3g} {word}", drawing.INK),
+        (f"all on {every:.3g}, at least one on {one:.3g} {word}", drawing.FAINT),
+    ]
+
+
+def _footing(figure: Figure, view: View, width: float) -> None:
+    height = figure.get_figheight()
+    for x, side, text in ((EDGE / width, "left", f"Shown: {view.note}."), (1 - EDGE / width, "right", NOTICE)):
+        figure.text(x, 0.16 / height, text, color=drawing.FAINT, fontsize=8.5, va="center", ha=side)
+
+
+def _key(place: tuple[float, float, float, float], height: float) -> tuple[float, float, float, float]:
+    """Where the key of a panel goes: below it."""
+    left, bottom, across, _ = place
+    return left, bottom - 0.1 - height, across, height

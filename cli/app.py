@@ -9,11 +9,8 @@ from typer.core import TyperGroup
 
 import cdiff
 from cdiff.cli import benchmark, doctor, evaluate, export, info, segment, train
-from cdiff.cli.console import fail
+from cdiff.cli.console import INTERRUPTED, USER_ERROR, fail
 from cdiff.runtime.errors import CdiffError
-
-USER_ERROR = 2
-INTERRUPTED = 130
 
 EPILOG = (
     "Exit codes: 0 done · 1 a crash that should not have happened · 2 something to mend, said in one line · "

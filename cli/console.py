@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from types import TracebackType
 
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 from rich.progress import (
     BarColumn,
     Progress,
@@ -16,9 +18,16 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
+from rich.text import Text
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
+
+USER_ERROR = 2
+SOME_FAILED = 3
+INTERRUPTED = 130
+"""Exit codes; what each means stands under `cdiff --help`."""
 
 SPARSE_SECONDS = 30.0
 """Without a terminal: at most one line in this time, so that a log stays readable."""
@@ -32,6 +41,17 @@ def fail(message: str) -> None:
 def warn(message: str) -> None:
     """One yellow line on stderr, printed with -q too: what a user must not miss."""
     err.print(f"[yellow]note:[/] {escape(message)}", soft_wrap=True)
+
+
+def facts(title: str, rows: Iterable[tuple[str | Text, ...]]) -> None:
+    """A titled list on stdout: names on the left, what is to say of them wrapped on the right."""
+    table = Table(box=None, show_header=False, padding=(0, 1), pad_edge=False)
+    for row in rows:
+        while len(table.columns) < len(row):
+            table.add_column(no_wrap=len(table.columns) < len(row) - 1, overflow="fold")
+        table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
+    out.print(Text(title, "bold"))
+    out.print(Padding(table, (0, 0, 1, 2), expand=False))
 
 
 def say(message: str, quiet: bool = False) -> None:

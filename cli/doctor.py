@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import typer
-from rich.table import Table
 from rich.text import Text
 
-from cdiff.cli.console import out
-
-NOTHING_CAN_RUN = 2
+from cdiff.cli.console import USER_ERROR, facts
 
 
 def doctor() -> None:
@@ -19,18 +16,9 @@ def doctor() -> None:
     from cdiff.runtime.doctor import diagnose
 
     found = diagnose()
+    marks = {True: Text("yes", "green"), False: Text("no", "yellow"), None: Text("")}
     for section, checks in found.sections.items():
-        table = Table(
-            title=section, title_justify="left", title_style="bold", box=None, show_header=False, padding=(0, 1)
-        )
-        table.add_column(no_wrap=True)
-        table.add_column(no_wrap=True)
-        table.add_column(overflow="fold")
-        for check in checks:
-            mark = {True: Text("yes", "green"), False: Text("no", "yellow"), None: Text("")}[check.ok]
-            words = [check.found] if check.ok is not False else [check.found, check.remedy]
-            table.add_row(check.name, mark, Text("; ".join(word for word in words if word)))
-        out.print(table)
-        out.print()
+        rows = [(c.name, marks[c.ok], "; ".join(word for word in (c.found, c.remedy) if word)) for c in checks]
+        facts(section, rows)
     if not found.usable:
-        raise typer.Exit(NOTHING_CAN_RUN)
+        raise typer.Exit(USER_ERROR)

@@ -6,10 +6,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
-from rich.text import Text
 
-from cdiff.cli.console import out
+from cdiff.cli.console import facts
 
 
 def info(
@@ -34,7 +32,7 @@ def info(
         return
     size = sum(entry["bytes"] for entry in manifest.files.values())
     height, width = manifest.image_size
-    facts: dict[str, Any] = {
+    about: dict[str, Any] = {
         "name": manifest.name,
         "task": manifest.task,
         "folder": f"{opened.path} ({len(manifest.files)} files, {size / 1e6:.1f} MB, every SHA-256 as listed)",
@@ -45,25 +43,22 @@ def info(
         "--fast": ", ".join(f"{key} {value}" for key, value in manifest.fast.items()),
         "precision": f"{manifest.precision}, opset {manifest.opset}",
     }
-    table = Table(box=None, show_header=False, padding=(0, 1))
-    table.add_column(no_wrap=True, style="bold")
-    table.add_column(overflow="fold")
-    for name, value in facts.items():
-        table.add_row(name, Text(str(value)))
-    for section in ("training", "scores", "verification"):
-        for name, value in _flat(getattr(manifest, section)).items():
-            table.add_row(f"{section}: {name}", Text(_number(value)))
-    for line in manifest.citation:
-        table.add_row("cite", Text(line))
-    out.print(table)
+    facts("Model", [(name, str(value)) for name, value in about.items()])
+    for title, section in (
+        ("Training", manifest.training),
+        ("Scores", manifest.scores),
+        ("Graphs against PyTorch, largest differences", manifest.verification),
+    ):
+        if section:
+            facts(title, [(name, _words(value)) for name, value in section.items()])
+    facts("Cite", [(line,) for line in manifest.citation])
 
 
-def _flat(tree: dict[str, Any], above: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{above}{key} ") if isinstance(value, dict) else {f"{above}{key}": value}
-    return flat
-
-
-def _number(value: Any) -> str:
+def _words(value: Any) -> str:
+    """A value of the manifest on one line: nested ones as `key value`, numbers to four digits."""
+    if isinstance(value, dict):
+        nested = {key: isinstance(inner, dict) for key, inner in value.items()}
+        return ", ".join(f"{k} ({_words(v)})" if nested[k] else f"{k} {_words(v)}" for k, v in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_words, value)) or "none"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -24,15 +24,6 @@ class Combine(StrEnum):
     vote = "vote"
 
 
-class EngineName(StrEnum):
-    """The engines that runtime.engines.registry knows, and auto."""
-
-    auto = "auto"
-    onnxruntime = "onnxruntime"
-    tensorrt = "tensorrt"
-    tensorrt_rtx = "tensorrt-rtx"
-
-
 MODEL = "Model"
 CHAIN = "Sampling"
 OUTPUT = "Output"
@@ -48,12 +39,11 @@ ModelOption = Annotated[
     ),
 ]
 EngineOption = Annotated[
-    EngineName,
+    str,
     typer.Option(
         "--engine",
         metavar="NAME",
-        help="auto, onnxruntime, tensorrt or tensorrt-rtx; `cdiff doctor` tells which can run here. One that is "
-        "asked for and cannot run is an error.",
+        help="auto, or an engine that `cdiff doctor` lists. One that is asked for and cannot run is an error.",
         rich_help_panel=MODEL,
     ),
 ]

@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cdiff.cli import options
-from cdiff.cli.console import Meter, fail, out, say
+from cdiff.cli.console import SOME_FAILED, Meter, fail, out, say
 from cdiff.runtime.errors import CdiffError
 
 if TYPE_CHECKING:
     from cdiff.runtime.inputs import NamedScan
-
-SOME_FAILED = 3
 
 
 def segment(
@@ -51,7 +49,7 @@ def segment(
         ),
     ] = None,
     model: options.ModelOption = None,
-    engine: options.EngineOption = options.EngineName.auto,
+    engine: options.EngineOption = "auto",
     device: options.DeviceOption = "cpu",
     runs: options.RunsOption = None,
     steps: options.StepsOption = None,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cdiff.cli.console import say
+from cdiff.cli.console import INTERRUPTED, err, fail, out, say
 from cdiff.cli.extras import needs
 
 
@@ -27,15 +27,20 @@ def train(
         typer.Option("--out", "-o", metavar="RUN", help="The run folder: checkpoints and logs.", show_default=False),
     ],
     preset: Annotated[
-        str,
-        typer.Option("--preset", metavar="NAME", help="paper, lidc or tiny; the values that --set may change."),
-    ] = "lidc",
+        str | None,
+        typer.Option(
+            "--preset",
+            metavar="NAME",
+            help="paper (as published, a large GPU), lidc (two CPU cores, hours) or tiny (a look, a minute).",
+            show_default="lidc; with --resume and no --set, what RUN has",
+        ),
+    ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
-            help="Change one value of the preset, such as training.batch=8. May be repeated.",
+            help="Change one value of the preset, such as batch=8. May be repeated; a wrong KEY lists them all.",
             show_default=False,
         ),
     ] = None,
@@ -49,20 +54,47 @@ def train(
     ] = False,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Check data and configuration, say what would be done, and stop."),
+        typer.Option("--dry-run", help="Read the data, take one step, say what was found, write nothing."),
     ] = False,
+    device: Annotated[
+        str,
+        typer.Option("--device", metavar="DEVICE", help="auto (a GPU if PyTorch sees one), cpu, cuda, cuda:1 ..."),
+    ] = "auto",
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors only.")] = False,
 ) -> None:
     """Train a model on several annotators' masks.
 
     Example:
 
-    cdiff train --data my_data --out runs/mine --set training.steps=20000
+    cdiff train --data my_data --out runs/mine --preset lidc --set levels=5
+    cdiff train --data my_data --out runs/mine --resume
     """
     with needs("train", "training"):
+        from cdiff.train.checkpoint import read_config
         from cdiff.train.presets import preset as named
         from cdiff.train.trainer import train as run
 
-    config = named(preset).with_settings(settings or [])
-    result = run(config, data, output, resume=resume, max_steps=max_steps, dry_run=dry_run)
-    say(f"{result}", quiet)
+    if resume and preset is None and not settings:
+        config = read_config(output)
+    else:
+        config = named(preset or "lidc").with_settings(settings or [])
+    result = run(
+        config,
+        data,
+        output,
+        resume=resume,
+        max_steps=max_steps,
+        dry_run=dry_run,
+        device=device,
+        quiet=quiet,
+        console=err,
+    )
+    if dry_run:
+        say(f"dry run: one step taken, loss {result.loss:.4f}; nothing is written", quiet)
+        return
+    best = "not validated yet" if result.best is None else f"best validation soft Dice {result.best:.3f}"
+    say(f"step {result.step}, {result.seconds / 60:.1f} minutes of training, {best}", quiet)
+    if result.interrupted:
+        fail(f"interrupted; what was done is saved, and --resume goes on from step {result.step}")
+        raise typer.Exit(INTERRUPTED)
+    out.print(str(result.out), soft_wrap=True)

@@ -16,28 +16,26 @@ from cdiff.runtime.bundle import open_bundle, shipped_bundle
 from cdiff.runtime.engines.registry import available_engines
 from cdiff.runtime.errors import CdiffError
 
-CPU_EXTRA = 'pip install "cdiff[cpu]"'
-GPU_EXTRA = 'pip install "cdiff[gpu]"'
 TRAIN_EXTRA = 'pip install "cdiff[train]"'
 
-# What a package is for; the first name that is installed counts.
-PACKAGES: tuple[tuple[str, tuple[str, ...], str], ...] = (
-    ("ONNX Runtime", ("onnxruntime", "onnxruntime-gpu"), CPU_EXTRA),
-    ("TensorRT", ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"), GPU_EXTRA),
-    ("TensorRT for RTX", ("tensorrt-rtx", "tensorrt-rtx-cu13"), "pip install tensorrt-rtx"),
-    ("PyCUDA", ("pycuda",), GPU_EXTRA),
-    ("CUDA bindings", ("cuda-bindings",), GPU_EXTRA),
-    ("PyTorch", ("torch",), TRAIN_EXTRA),
-    ("ONNX", ("onnx",), TRAIN_EXTRA),
-    ("ONNX Script", ("onnxscript",), TRAIN_EXTRA),
-    ("safetensors", ("safetensors",), TRAIN_EXTRA),
+# What a package is for; of several names any may be installed.
+PACKAGES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("ONNX Runtime", ("onnxruntime", "onnxruntime-gpu")),
+    ("TensorRT", ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")),
+    ("TensorRT for RTX", ("tensorrt-rtx", "tensorrt-rtx-cu13")),
+    ("PyCUDA", ("pycuda",)),
+    ("CUDA bindings", ("cuda-bindings",)),
+    ("PyTorch", ("torch",)),
+    ("ONNX", ("onnx",)),
+    ("ONNX Script", ("onnxscript",)),
+    ("safetensors", ("safetensors",)),
 )
 LIBRARIES = ("cuda", "cudart", "cublas", "cudnn", "curand", "nvinfer")
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at. ok is None for a plain fact; remedy says what to do when ok is False."""
+    """One thing that was looked at. ok is None for a plain fact; remedy says what would mend or widen it."""
 
     name: str
     ok: bool | None
@@ -81,10 +79,15 @@ def _commands() -> list[Check]:
     except CdiffError as error:
         shipped = Check("shipped model", False, "", str(error))
     missing = [name for name in ("torch", "safetensors", "tensorboard") if find_spec(name) is None]
-    train = Check("train", not missing, "ready" if not missing else f"lacks {', '.join(missing)}", TRAIN_EXTRA)
+    train = Check("train", not missing, *_ready(missing))
     missing += [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
-    export = Check("export", not missing, "ready" if not missing else f"lacks {', '.join(missing)}", TRAIN_EXTRA)
+    export = Check("export", not missing, *_ready(missing))
     return [shipped, train, export]
+
+
+def _ready(missing: list[str]) -> tuple[str, str]:
+    """What was found and what to do about it."""
+    return (f"lacks {', '.join(missing)}", TRAIN_EXTRA) if missing else ("ready", "")
 
 
 def _machine() -> list[Check]:
@@ -149,9 +152,9 @@ def _in_wheels(name: str) -> str | None:
 
 def _packages() -> list[Check]:
     checks = []
-    for label, names, remedy in PACKAGES:
+    for label, names in PACKAGES:
         installed = [f"{name} {found}" for name in names if (found := _version(name))]
-        checks.append(Check(label, None, ", ".join(installed) or f"not installed ({remedy})"))
+        checks.append(Check(label, None, ", ".join(installed) or "not installed"))
     if _version("onnxruntime") and _version("onnxruntime-gpu"):
         checks.append(
             Check(

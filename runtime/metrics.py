@@ -76,7 +76,8 @@ def ged(samples: NDArray[np.bool_], reference: NDArray[np.bool_]) -> float:
     cross, within, between = (
         _iou_distances(a, b).mean() for a, b in ((samples, reference), (samples, samples), (reference, reference))
     )
-    return float(2 * cross - within - between)
+    # 1 - IoU is of negative type, so the distance is never below 0 but for rounding.
+    return max(0.0, float(2 * cross - within - between))
 
 
 def _iou_distances(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> NDArray[np.float64]:

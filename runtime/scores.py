@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,30 +19,25 @@ from cdiff.runtime.metrics import (
     soft_dice_of_annotators,
 )
 
+if TYPE_CHECKING:
+    from cdiff.runtime.results import Stack
+
 PER_SLICE = (
     "soft_dice_5",
     "soft_dice_9",
     "ged",
     "ged_floor",
     "soft_dice_5_annotators",
+    "soft_dice_9_annotators",
     "pairwise_dice_annotators",
 )
 """The scores with one number a slice; `dice_per_level` has one a slice and level."""
 
 
-@dataclass(frozen=True)
-class Maps:
-    """What the model made of some slices: soft [S,H,W], levels [S,C,H,W] in 0..1, samples bool [S,C*R,H,W]."""
-
-    soft: NDArray[np.float32]
-    levels: NDArray[np.float32]
-    samples: NDArray[np.bool_]
-
-
 def marked_slices(masks: NDArray[np.bool_], all_raters: bool) -> NDArray[np.int64]:
     """The slices to score, of masks [S,n,H,W]: those that at least one annotator marked, or only those all marked."""
-    drew = masks.any(axis=(2, 3))
-    return np.flatnonzero(drew.all(axis=1) if all_raters else drew.any(axis=1))
+    readers = np.count_nonzero(masks.any(axis=(2, 3)), axis=1)
+    return np.flatnonzero(readers >= (masks.shape[1] if all_raters else 1))
 
 
 def true_levels(masks: NDArray[np.bool_], levels: int) -> NDArray[np.bool_]:
@@ -56,22 +50,31 @@ def true_levels(masks: NDArray[np.bool_], levels: int) -> NDArray[np.bool_]:
     return np.stack([votes >= c * len(masks) for c in range(1, levels + 1)])
 
 
-def score_slices(maps: Maps, masks: NDArray[np.bool_], slice_ids: NDArray[np.int64]) -> Iterator[dict[str, Any]]:
-    """The scores of each slice: maps of the slices `slice_ids`, masks [S,n,H,W] of all slices of the case.
+def score_slices(
+    stack: Stack, first: int, masks: NDArray[np.bool_], slice_ids: NDArray[np.int64]
+) -> Iterator[dict[str, Any]]:
+    """The scores of the slices `slice_ids` of a case.
 
+    stack: the model's maps, with every run's, of the slices from `first` on; masks [S,n,H,W]: all slices of the case.
     Yields {"slice", "dice_per_level": [C], and a number for each of PER_SLICE}; None where a score is not defined (a
     comparison among annotators when there is one only).
     """
-    for position, index in enumerate(slice_ids):
-        drawn, soft, levels = masks[index], maps.soft[position], maps.levels[position]
+    if stack.runs is None:
+        raise ValueError("the energy distance needs the maps of every run: segment with keep_runs")
+    soft = stack.soft
+    for index in slice_ids:
+        drawn, place = masks[index], index - first
+        levels, runs = stack.levels[place], stack.runs[place]
         truth = drawn.mean(axis=0, dtype=np.float64)
         consensus = true_levels(drawn, len(levels))
+        samples = (runs >= 128).reshape(-1, *drawn.shape[1:])  # 128 of 255: one half, rounded up
         scores = {
-            "soft_dice_5": soft_dice(soft, truth, FIVE),
-            "soft_dice_9": soft_dice(soft, truth, NINE),
-            "ged": ged(maps.samples[position], drawn),
+            "soft_dice_5": soft_dice(soft[place], truth, FIVE),
+            "soft_dice_9": soft_dice(soft[place], truth, NINE),
+            "ged": ged(samples, drawn),
             "ged_floor": ged(consensus, drawn),
             "soft_dice_5_annotators": soft_dice_of_annotators(drawn, FIVE),
+            "soft_dice_9_annotators": soft_dice_of_annotators(drawn, NINE),
             "pairwise_dice_annotators": pairwise_dice(drawn),
         }
         yield {

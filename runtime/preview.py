@@ -23,6 +23,7 @@ DPI = 130
 SIDE, GAP, EDGE = 3.1, 0.28, 0.35
 KEY = 0.62
 STRIP = 8
+SEEN = 0.1
 
 
 def write_preview(result: Result, path: Path, name: str) -> None:
@@ -36,7 +37,7 @@ def preview_figure(result: Result, name: str) -> Figure:
     """The preview as a matplotlib figure."""
     view = result.grid.view
     soft = view(result.stack.soft)
-    best = int(np.argmax(soft.sum(axis=(1, 2), dtype=np.float64)))
+    best = _fullest(soft)
     number = result.slices[best]
     levels = view(result.stack.levels[best])
     image = _displayable(result.image[number], view)
@@ -61,7 +62,7 @@ def preview_figure(result: Result, name: str) -> Figure:
     if box != whole:
         drawing.frame_box(axes, box)
 
-    axes = drawing.panel(figure, places[1], "Where at least so many experts agree")
+    axes = drawing.panel(figure, places[1], "Outline of each level")
     drawing.show_image(axes, image, box, view, window)
     colours = drawing.level_colours(len(levels))
     for level, colour in zip(levels, colours, strict=True):
@@ -152,10 +153,15 @@ def _displayable(image: Float32, view: View) -> Float32:
     return np.moveaxis(turned, 0, -1) if len(turned) == 3 else turned[0]
 
 
+def _fullest(soft: Float32) -> int:
+    """The slice with the largest soft area; the middle one when nothing is to be seen in any."""
+    return int(np.argmax(soft.sum(axis=(1, 2), dtype=np.float64))) if soft.max() >= SEEN else len(soft) // 2
+
+
 def _strip(soft: Float32, best: int) -> list[int]:
     """Up to STRIP slices, evenly through those with some agreement and one on each side; the best one is among them."""
-    held = np.flatnonzero(soft.max(axis=(1, 2)) >= 0.1)
-    first, last = (max(held[0] - 1, 0), min(held[-1] + 1, len(soft) - 1)) if held.size else (best, best)
+    held = np.flatnonzero(soft.max(axis=(1, 2)) >= SEEN)
+    first, last = (max(held[0] - 1, 0), min(held[-1] + 1, len(soft) - 1)) if held.size else (0, len(soft) - 1)
     while last - first + 1 < min(STRIP, len(soft)):
         first, last = max(first - 1, 0), min(last + 1, len(soft) - 1)
     if last - first + 1 <= STRIP:
@@ -197,7 +203,7 @@ def _heading(figure: Figure, result: Result, name: str) -> None:
     figure.text(
         EDGE / width, 1 - 0.6 / height, _how(report), color=drawing.FAINT, fontsize=9.5, va="center", parse_math=False
     )
-    lines = _sizes(report.get("volumes", {}))
+    lines = _sizes(report.get("volumes", {}), "pixels" if result.grid.slice_axis is None else "voxels")
     for line, (text, colour) in enumerate(lines):
         figure.text(
             1 - EDGE / width, 1 - (0.3 + 0.3 * line) / height, text, color=colour,
@@ -215,18 +221,26 @@ def _how(report: dict[str, Any]) -> str:
     )
 
 
-def _sizes(volumes: dict[str, Any]) -> list[tuple[str, str]]:
+def _sizes(volumes: dict[str, Any], count: str) -> list[tuple[str, str]]:
     """The size on which at least half agree, and its range from all experts to any."""
     if not volumes:
         return []
     unit, word = next(
-        ((unit, text) for unit, text in (("ml", "ml"), ("mm2", "mm²")) if unit in volumes["mask"]), ("voxels", "voxels")
+        ((unit, text) for unit, text in (("ml", "ml"), ("mm2", "mm²")) if unit in volumes["mask"]), ("voxels", count)
     )
-    every, one = volumes["levels"][-1][unit], volumes["levels"][0][unit]
+    every, one, half = (part[unit] for part in (volumes["levels"][-1], volumes["levels"][0], volumes["mask"]))
+    if word == "ml" and one < 1:
+        every, one, half, word = 1000 * every, 1000 * one, 1000 * half, "mm³"
+    if not half:
+        return [("nowhere do half agree", drawing.INK), (f"at least one on {_number(one)} {word}", drawing.FAINT)]
     return [
-        (f"at least half agree on {volumes['mask'][unit]:.3g} {word}", drawing.INK),
-        (f"all on {every:.3g}, at least one on {one:.3g} {word}", drawing.FAINT),
+        (f"at least half agree on {_number(half)} {word}", drawing.INK),
+        (f"all on {_number(every)}, at least one on {_number(one)} {word}", drawing.FAINT),
     ]
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _footing(figure: Figure, view: View, width: float) -> None:

@@ -84,7 +84,7 @@ def x0_coefficients(target: str, schedule: NoiseSchedule) -> tuple[NDArray[np.fl
 def write_encoder(graph: EncoderGraph, config: NetworkConfig, folder: Path, opset: int = OPSET) -> Path:
     """Write encoder.onnx into `folder`: any number of slices, fixed image size. Returns its path."""
     image = torch.zeros(2, config.image_channels, config.image_size, config.image_size)
-    return _write(graph, {"image": image}, {"image": "slices"}, ["features"], folder / ENCODER, opset)
+    return export_graph(graph, {"image": image}, {"image": "slices"}, ["features"], folder / ENCODER, opset)
 
 
 def write_denoiser(
@@ -100,14 +100,23 @@ def write_denoiser(
         "level": torch.ones(rows, dtype=torch.int64),
     }
     axes = dict.fromkeys(inputs, "rows") | {"features": "slices"}
-    return _write(graph, inputs, axes, ["x0", "mix"] if graph.learned else ["x0"], folder / DENOISER, opset)
+    return export_graph(graph, inputs, axes, ["x0", "mix"] if graph.learned else ["x0"], folder / DENOISER, opset)
 
 
-def _write(
-    graph: nn.Module, inputs: dict[str, Tensor], axes: dict[str, str], outputs: list[str], path: Path, opset: int
+def export_graph(
+    graph: nn.Module,
+    inputs: dict[str, Tensor],
+    axes: dict[str, str],
+    outputs: list[str],
+    path: Path,
+    opset: int = OPSET,
 ) -> Path:
-    """Export with the first axis of every input free, named as in `axes`."""
-    free = {name: torch.export.Dim(name, min=1) for name in axes.values()}
+    """Write a module as an ONNX file and return its path.
+
+    inputs: examples by name, whose first axis is free under the name in `axes`, or fixed where that is empty. Free axes of
+    one name must be equal; an example's must not be 1, which the exporter takes for a constant.
+    """
+    free = {name: torch.export.Dim(name, min=1) for name in axes.values() if name}
     try:
         with _quiet():
             program = torch.onnx.export(
@@ -117,7 +126,7 @@ def _write(
                 opset_version=opset,
                 input_names=list(inputs),
                 output_names=outputs,
-                dynamic_shapes={name: {0: free[axis]} for name, axis in axes.items()},
+                dynamic_shapes={name: {0: free[axis]} if axis else {} for name, axis in axes.items()},
                 external_data=False,
                 verbose=False,
             )

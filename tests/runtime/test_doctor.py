@@ -1,0 +1,51 @@
+"""Doctor: looks without importing torch, and believes nvidia-smi only when it answers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cdiff.runtime.doctor import diagnose
+
+
+def _gpu(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> tuple[bool | None, str]:
+    """What doctor says of the GPU where `nvidia-smi` is this script."""
+    tool = folder / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\n{script}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=":")
+    (check,) = [check for check in diagnose().sections["GPU"] if check.name == "NVIDIA GPU"]
+    return check.ok, check.found + check.remedy
+
+
+def test_a_gpu_that_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ok, words = _gpu(tmp_path, "echo '0, NVIDIA H200, 143771 MiB, 9.0, 580.1'", monkeypatch)
+    assert ok is True
+    assert "H200" in words
+
+
+def test_a_driver_that_fails_is_not_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ok, words = _gpu(tmp_path, "echo 'Driver/library version mismatch' >&2; exit 18", monkeypatch)
+    assert ok is False
+    assert "mismatch" in words
+
+
+def test_every_engine_has_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cdiff.runtime.engines.registry import NAMES
+
+    found = diagnose()
+    assert [check.name for check in found.sections["Engines"]] == list(NAMES)
+    assert found.usable == any(check.ok for check in found.sections["Engines"])
+    for check in found.sections["Engines"]:
+        assert check.ok or check.remedy
+
+
+def test_it_runs_where_torch_cannot_be_imported(tmp_path: Path) -> None:
+    """A torch that raises on import stands in front of the real one."""
+    (tmp_path / "torch.py").write_text("raise RuntimeError('doctor imported torch')")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from cdiff.runtime.doctor import diagnose; diagnose()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

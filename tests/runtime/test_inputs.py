@@ -1,0 +1,64 @@
+"""Which scans a path names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.inputs import scans_at
+
+
+def _touch(*paths: Path) -> None:
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
+def _names(path: Path) -> dict[str, str]:
+    return {scan.name: scan.path.relative_to(path).as_posix() for scan in scans_at(path)}
+
+
+def test_one_file_is_called_by_its_name(tmp_path: Path) -> None:
+    for file, name in (("a.b.nii.gz", "a.b"), ("c.nii", "c"), ("d.PNG", "d"), ("e.txt", "e")):
+        _touch(tmp_path / file)
+        (scan,) = scans_at(tmp_path / file)
+        assert (scan.name, scan.path) == (name, tmp_path / file)
+
+
+def test_a_folder_of_scans_and_cases(tmp_path: Path) -> None:
+    _touch(tmp_path / "b.nii.gz", tmp_path / "a.png", tmp_path / "notes.txt", tmp_path / ".part-1.nii.gz")
+    _touch(tmp_path / "case01/image.nii.gz", tmp_path / "case01/task01_seg01.nii.gz", tmp_path / "empty/readme")
+    assert _names(tmp_path) == {"a": "a.png", "b": "b.nii.gz", "case01": "case01/image.nii.gz"}
+
+
+def test_a_case_folder_is_one_scan(tmp_path: Path) -> None:
+    _touch(tmp_path / "case07/image.nii", tmp_path / "case07/task01_seg01.nii.gz", tmp_path / "case07/task02_seg03.nii")
+    assert _names(tmp_path / "case07") == {"case07": "image.nii"}
+
+
+def test_outputs_in_the_folder_are_not_scans(tmp_path: Path) -> None:
+    """Running twice with OUT in the scans' folder; a scan that merely ends like an output has no report beside it."""
+    _touch(tmp_path / "a.nii.gz", tmp_path / "b_mask.nii.gz", tmp_path / "a.json")
+    _touch(
+        *(tmp_path / f"a_{kind}.nii.gz" for kind in ("soft", "levels", "uncertainty", "mask")),
+        tmp_path / "a_preview.png",
+    )
+    assert list(_names(tmp_path)) == ["a", "b_mask"]
+
+
+def test_two_scans_of_one_name_are_refused(tmp_path: Path) -> None:
+    _touch(tmp_path / "a.nii.gz", tmp_path / "a.png")
+    with pytest.raises(CdiffError, match="a_soft"):
+        scans_at(tmp_path)
+
+
+def test_nothing_there_says_what_was_expected(tmp_path: Path) -> None:
+    with pytest.raises(CdiffError, match="does not exist"):
+        scans_at(tmp_path / "nowhere")
+    with pytest.raises(CdiffError, match=r"no scan in .*image\.nii\.gz"):
+        scans_at(tmp_path)
+    _touch(tmp_path / "Testing/case01/image.nii.gz")
+    with pytest.raises(CdiffError, match="name one of them, such as .*Testing"):
+        scans_at(tmp_path)

@@ -1,0 +1,122 @@
+"""The commands on a tiny trained model: what they write, where, and what they say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import cdiff
+from cdiff.cli.app import app
+
+ENDINGS = {"_soft.nii.gz", "_levels.nii.gz", "_uncertainty.nii.gz", "_mask.nii.gz", "_preview.png", ".json"}
+SHORT = ("--runs", 2, "--steps", 3)
+
+
+def run(*arguments: object) -> Any:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def soft(path: Path) -> np.ndarray:
+    return np.asanyarray(nib.load(path).dataobj)
+
+
+@pytest.fixture
+def scan(tiny_data: Path) -> Path:
+    return tiny_data / "Validation/case01/image.nii.gz"
+
+
+def test_default_output_folder(scan: Path, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run("segment", scan, "--model", tiny_bundle, *SHORT)
+    assert {path.name for path in (tmp_path / "cdiff_output").iterdir()} == {f"image{end}" for end in ENDINGS}
+    assert result.stdout.strip() == "cdiff_output/image_preview.png"
+    assert "onnxruntime on cpu" in result.stderr
+
+
+def test_quiet_says_where_and_nothing_else(scan: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    result = run("segment", "-i", scan, "-o", tmp_path, "--model", tiny_bundle, *SHORT, "-q", "--no-preview")
+    assert result.stderr == ""
+    assert result.stdout.strip() == str(tmp_path / "image_soft.nii.gz")
+    assert {path.name for path in tmp_path.iterdir()} == {f"image{end}" for end in ENDINGS if "preview" not in end}
+
+
+def test_options_reach_the_runtime(scan: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    """The report names what was asked for, and the maps are those of the same call from Python."""
+    run("segment", scan, "-o", tmp_path, "--model", tiny_bundle, "--runs", 3, "--steps", 4, "--sampler", "dpm++2m",
+        "--levels", "vote", "--seed", 5, "--slices", "1:3", "--no-preview", "-q")  # fmt: skip
+    report = json.loads((tmp_path / "image.json").read_text())
+    asked = {"runs": 3, "steps": 4, "sampler": "dpm++2m", "combine": "vote", "seed": 5}
+    assert {key: report[key] for key in asked} == asked
+    result = cdiff.load(tiny_bundle).segment(scan, **asked, slices="1:3")
+    np.testing.assert_array_equal(soft(tmp_path / "image_soft.nii.gz"), result.soft)
+
+
+def test_fast_takes_the_bundles_values_unless_told(scan: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    run("segment", scan, "-o", tmp_path, "--model", tiny_bundle, "--fast", "--runs", 2, "--no-preview", "-q")
+    report = json.loads((tmp_path / "image.json").read_text())
+    preset = json.loads((tiny_bundle / "manifest.json").read_text())["fast"]
+    assert (report["runs"], report["steps"], report["sampler"]) == (2, preset["steps"], preset["sampler"])
+
+
+def test_a_folder_of_cases(tiny_data: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    result = run("segment", tiny_data / "Validation", "-o", tmp_path, "--model", tiny_bundle, *SHORT, "--no-preview")
+    assert {path.name for path in tmp_path.glob("*.json")} == {"case01.json", "case02.json"}
+    assert "2 of 2 scans" in result.stderr
+
+
+def test_evaluate_prints_and_writes_the_scores(tiny_data: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    out = tmp_path / "scores.json"
+    result = run("evaluate", "--data", tiny_data, "--model", tiny_bundle, *SHORT, "--limit", 1, "--json", out)
+    report = json.loads(out.read_text())
+    assert (report["n_cases"], report["n_slices"]) == (1, 4)
+    assert report["data"] == {"folder": "tiny", "split": "val", "task": None}
+    assert report["protocol"]["sampler"] == "ddpm"
+    assert f"{report['soft_dice_5']['mean']:.3f}" in result.stdout
+    assert "split val of" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["scores.json"]
+
+
+def test_evaluate_agrees_with_the_files_that_segment_writes(tiny_data: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    """The same seed and options: the score is that of the map on disk."""
+    from cdiff.runtime.metrics import soft_dice
+
+    case = tiny_data / "Validation/case01"
+    run("segment", case, "-o", tmp_path, "--model", tiny_bundle, *SHORT, "--no-preview", "-q")
+    run("evaluate", "--data", tiny_data, "--split", "val", "--limit", 1, "--model", tiny_bundle, *SHORT, "-q",
+        "--json", tmp_path / "scores.json")  # fmt: skip
+    truth = np.mean([soft(path) for path in sorted(case.glob("task01*"))], axis=0)
+    maps = soft(tmp_path / "case01_soft.nii.gz")
+    expected = np.mean([soft_dice(maps[..., k], truth[..., k]) for k in range(4)])
+    report = json.loads((tmp_path / "scores.json").read_text())
+    assert report["soft_dice_5"]["mean"] == pytest.approx(expected)
+
+
+def test_info_of_a_bundle(tiny_bundle: Path) -> None:
+    manifest = json.loads((tiny_bundle / "manifest.json").read_text())
+    assert json.loads(run("info", tiny_bundle, "--json").stdout) == manifest
+    assert f"T = {manifest['T']}" in run("info", tiny_bundle).stdout
+
+
+def test_doctor_names_the_engine() -> None:
+    assert "onnxruntime" in run("doctor").stdout
+
+
+def test_dry_run_writes_nothing(tiny_data: Path, tmp_path: Path) -> None:
+    result = run("train", "--data", tiny_data, "--preset", "tiny", "--out", tmp_path / "run", "--dry-run")
+    assert "nothing is written" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_resume_needs_no_settings_again(tiny_data: Path, tmp_path: Path) -> None:
+    train = ("train", "--data", tiny_data, "--out", tmp_path / "run")
+    run(*train, "--preset", "tiny", "--set", "batch=2", "--max-steps", 2, "-q")
+    result = run(*train, "--resume", "--max-steps", 3)
+    assert "step 3" in result.stderr

@@ -1,0 +1,117 @@
+"""What a user's mistakes get: one line that says what to do, on stderr, and the right exit code."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from cdiff.cli.app import app
+from tests.synthetic import write_synthetic_dataset
+
+CDIFF = Path(sys.executable).with_name("cdiff")
+
+
+def fails(code: int, *arguments: object) -> str:
+    """Run the command in this process; it must end with `code`. Returns what it wrote to stderr."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output
+    return result.stderr
+
+
+def one_line(*arguments: object) -> str:
+    text = fails(2, *arguments)
+    assert text.startswith("error: ")
+    assert text.count("\n") == 1, text
+    return text
+
+
+def test_no_scan_and_two_scans(tmp_path: Path) -> None:
+    assert "cdiff segment SCAN" in one_line("segment")
+    assert "two scans" in one_line("segment", tmp_path / "a.nii.gz", "-i", tmp_path / "b.nii.gz")
+
+
+def test_a_scan_that_is_not_there(tmp_path: Path) -> None:
+    assert "does not exist" in one_line("segment", tmp_path / "a.nii.gz")
+    assert "does not exist" in one_line("segment", "-i", tmp_path / "a.nii.gz")
+
+
+def test_a_bundle_that_is_none(tmp_path: Path) -> None:
+    assert "manifest.json" in one_line("info", tmp_path)
+
+
+def test_data_that_is_not_there(tmp_path: Path) -> None:
+    for command in (("evaluate",), ("train", "--preset", "tiny", "--out", tmp_path / "run")):
+        assert str(tmp_path) in one_line(*command, "--data", tmp_path)
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_settings_that_do_not_exist(tmp_path: Path) -> None:
+    train = ("train", "--data", tmp_path, "--out", tmp_path / "run")
+    assert "tiny" in one_line(*train, "--preset", "huge")
+    assert "levels" in one_line(*train, "--set", "nonsense=1")
+    assert "key=value" in one_line(*train, "--set", "levels")
+
+
+def test_export_of_a_folder_that_is_no_run(tmp_path: Path) -> None:
+    assert str(tmp_path) in one_line("export", tmp_path, "--out", tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_usage_errors_name_the_option() -> None:
+    assert "--runs" in fails(2, "segment", "scan.nii.gz", "--runs", "0")
+    assert "--json" in fails(2, "evaluate", "--data", "x", "--jsn", "y")
+
+
+def test_a_bad_slice_range_an_engine_and_a_device(tiny_bundle: Path, tiny_data: Path) -> None:
+    scan = tiny_data / "Validation/case01/image.nii.gz"
+    chain = ("--model", tiny_bundle, "--runs", 1, "--steps", 2)
+    assert "0 <= A < B <= 4" in one_line("segment", scan, *chain, "-q", "--slices", "3:9")
+    assert "A:B" in one_line("segment", scan, *chain, "-q", "--slices", "three")
+    assert "onnxruntime" in one_line("segment", scan, *chain, "--engine", "abacus")
+    assert "cuda:7" in one_line("segment", scan, *chain, "--device", "cuda:7")
+
+
+def test_one_bad_scan_does_not_stop_a_folder(tiny_bundle: Path, tiny_data: Path, tmp_path: Path) -> None:
+    scans, maps = tmp_path / "scans", tmp_path / "maps"
+    scans.mkdir()
+    source = (tiny_data / "Validation/case01/image.nii.gz").read_bytes()
+    (scans / "a_truncated.nii.gz").write_bytes(source[: len(source) // 2])
+    (scans / "b_good.nii.gz").write_bytes(source)
+    (scans / "c_text.nii").write_text("not a scan")
+    Image.fromarray(np.full((32, 32), 7, np.uint8)).save(scans / "d_flat.png")
+    error = fails(3, "segment", scans, "--model", tiny_bundle, "-o", maps, "--runs", 1, "--steps", 2, "-q")
+    assert {path.name for path in maps.glob("*.json")} == {"b_good.json", "d_flat.json"}
+    lines = error.splitlines()
+    assert [line.split(":")[1].strip() for line in lines[:2]] == ["a_truncated", "c_text"]
+    assert "2 of 4 scans failed" in lines[-1]
+    assert len(lines) == 3
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_nothing_half_written(tiny_bundle: Path, tmp_path: Path) -> None:
+    data = write_synthetic_dataset(tmp_path / "data", 1, raters=1, shape=(64, 64, 40))
+    maps = tmp_path / "maps"
+    process = subprocess.Popen(
+        [CDIFF, "segment", data / "case01", "--model", tiny_bundle, "-o", maps, "--runs", "50"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert process.stderr is not None
+    assert "onnxruntime" in process.stderr.readline()  # loaded; segmenting takes far longer than what follows
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, rest = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert rest.strip().endswith("error: interrupted")
+    assert not maps.exists() or list(maps.iterdir()) == []

@@ -1,0 +1,64 @@
+"""Help that fits the terminal and names every option; commands that load no more than they need."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.metadata import version
+
+import pytest
+from typer.testing import CliRunner
+
+from cdiff.cli.app import app
+
+OPTIONS = {
+    "": ["--version", "segment", "evaluate", "train", "export", "info", "doctor", "benchmark"],
+    "segment": [
+        *("SCAN", "-i", "-o", "--model", "--runs", "--steps", "--sampler", "--fast", "--levels", "--seed", "--engine"),
+        *("--device", "--slices", "--preview", "--no-preview", "-q", "cdiff_output"),
+    ],
+    "evaluate": [
+        *("--data", "--model", "--runs", "--steps", "--limit", "--json", "--all-raters", "--raters", "--split"),
+        *("--task", "--sampler", "--fast", "--levels", "--seed", "--engine", "--device", "-q"),
+    ],
+    "train": ["--data", "--preset", "--out", "--set", "--resume", "--max-steps", "--dry-run"],
+    "export": ["RUN", "--out", "--fp16"],
+    "info": ["BUNDLE", "--json"],
+    "doctor": [],
+    "benchmark": [],
+}
+
+
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("command", OPTIONS)
+def test_help_fits_and_is_whole(command: str, width: int) -> None:
+    environment = {"COLUMNS": str(width), "TERMINAL_WIDTH": str(width), "TERM": "dumb", "NO_COLOR": "1"}
+    result = CliRunner().invoke(app, [*command.split(), "--help"], env=environment)
+    assert result.exit_code == 0, result.output
+    assert max(map(len, result.output.splitlines())) <= width
+    for word in OPTIONS[command]:
+        assert word in result.output
+    assert "…" not in result.output  # rich shortens what does not fit
+
+
+def test_version() -> None:
+    result = CliRunner().invoke(app, ["--version"])
+    assert result.exit_code == 0
+    assert result.output.strip() == f"cdiff {version('cdiff')}"
+
+
+def test_no_command_shows_help() -> None:
+    result = CliRunner().invoke(app, [])
+    assert result.exit_code in (0, 2)
+    assert "segment" in result.output
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["segment", "--help"], ["doctor"], ["segment", "nowhere.nii.gz"]])
+def test_commands_without_training_import_no_torch(arguments: list[str]) -> None:
+    code = (
+        "import sys\nfrom cdiff.cli.app import app\n"
+        f"try:\n    app({arguments!r})\nexcept SystemExit:\n    pass\n"
+        "assert not {'torch', 'onnx', 'matplotlib'} & set(sys.modules), 'more was imported than needed'"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -58,7 +58,12 @@ def check_header(header: nib.Nifti1Header, where: str, channels: int) -> None:
     if not shape or min(shape) < 1:
         raise CdiffError(f"{where} has shape {by(shape)}, so it holds no voxel; export the scan again")
     check_size(shape, where)
-    check_kind(header.get_data_dtype(), where)
+    try:
+        check_kind(header.get_data_dtype(), where)
+    except (KeyError, HeaderDataError):
+        raise CdiffError(
+            f"{where} has data type {int(header['datatype'])}, which NIfTI does not know; convert it again"
+        ) from None
     axes = len(spatial_axes(shape, channels, where))
     zooms = [float(zoom) for zoom in header["pixdim"][1 : 1 + axes]]
     if not all(math.isfinite(zoom) and zoom > 0 for zoom in zooms):

@@ -52,7 +52,6 @@ def read_scan(scan: ScanInput, *, channels: int = 1, slice_axis: int = 2) -> Sca
         raise CdiffError(f"slice axis {slice_axis} does not exist; use 0, 1 or 2, an axis of the array as stored")
     loaded = _load(scan, channels)
     voxels, named = loaded.voxels, loaded.source if loaded.source != "array" else "the array"
-    check_size(voxels.shape, named)
     spatial = spatial_axes(voxels.shape, channels, named)
     values = np.asarray(voxels, dtype=np.float32)
     finite = np.isfinite(values)
@@ -85,6 +84,7 @@ class _Loaded:
 def _load(scan: ScanInput, channels: int) -> _Loaded:
     if isinstance(scan, np.ndarray):
         check_kind(scan.dtype, "the array")
+        check_size(scan.shape, "the array")
         digest = hashlib.sha256(f"{scan.dtype.str} {scan.shape}".encode())
         digest.update(np.ascontiguousarray(scan).tobytes())
         return _Loaded(scan, None, "array", digest.hexdigest())

@@ -123,9 +123,14 @@ def render(card: Card, manifest: Manifest, config: Config) -> str:
 
 
 def _data_line(training: dict[str, Any]) -> str:
-    train = training.get("data", {}).get("train", {})
-    counts = ", ".join(f"{value} {key}" for key, value in train.items() if isinstance(value, int))
-    return f"Trained on {counts or 'data that the author did not describe'}."
+    data = training.get("data", {})
+    if not {"train", "val"} <= set(data):
+        return "The data were not described."
+    train, val = data["train"], data["val"]
+    return (
+        f"Trained on {train['slices']} slices of {train['cases']} cases, chosen on {val['slices']} slices of {val['cases']}; "
+        "the author did not describe them further."
+    )
 
 
 def _training_rows(training: dict[str, Any]) -> dict[str, str]:
@@ -135,12 +140,16 @@ def _training_rows(training: dict[str, Any]) -> dict[str, str]:
         hardware = f"{machine.get('threads')} threads of {machine.get('cpu')}"
     rows = {
         "steps": training.get("step"),
-        "time": f"{training['seconds'] / 3600:.2f} h" if "seconds" in training else None,
+        "time": _duration(training["seconds"]) if "seconds" in training else None,
         "hardware": hardware,
         "precision": training.get("precision"),
         "PyTorch": machine.get("torch"),
     }
     return {key: str(value) for key, value in rows.items() if value}
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
 
 
 def _verification_rows(verification: dict[str, Any]) -> dict[str, str]:

@@ -22,6 +22,7 @@ from cdiff.export.reference import TorchEngine
 from cdiff.export.verify import verify
 from cdiff.runtime.bundle import Bundle, write_bundle
 from cdiff.runtime.engines.base import Float32
+from cdiff.runtime.engines.registry import available_engines
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.manifest import CARD, DENOISER, ENCODER, WEIGHTS, Manifest
 from cdiff.train.checkpoint import LoadedRun, load_run
@@ -51,6 +52,10 @@ def export_run(
     Raises CdiffError when the run cannot be read, or when a graph differs from PyTorch by more than `verify.BOUNDS`; then nothing
     is written.
     """
+    if not any("cpu" in state.devices for state in available_engines()):
+        raise CdiffError(
+            "export compares its graphs by ONNX Runtime, which is not here: pip install 'cdiff[train,cpu]'"
+        )
     loaded = load_run(run, which)
     if card is None:
         card = Card.read(run / "card.json") if (run / "card.json").exists() else Card()

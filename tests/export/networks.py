@@ -1,0 +1,58 @@
+"""Small networks of every kind, with weights that matter: a fresh network's zero-initialised layers would hide most of a graph."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cdiff.runtime.files import write_json
+from cdiff.train.checkpoint import save_checkpoint
+from cdiff.train.config import Config, NetworkConfig
+from cdiff.train.network import ConsensusNet
+
+BASE = NetworkConfig(
+    image_size=16,
+    image_channels=1,
+    levels=3,
+    T=50,
+    base_channels=8,
+    channel_mult=(1, 2),
+    residual_blocks=1,
+    attention_depths=(1,),
+    heads=2,
+    groups=4,
+    rrdbs=1,
+    rrdb_channels=6,
+    rrdb_growth=3,
+    target="x0",
+    variance="fixed",
+)
+
+
+def random_network(config: NetworkConfig, seed: int = 0) -> ConsensusNet:
+    """A network none of whose layers is zero, in evaluation mode."""
+    torch.manual_seed(seed)
+    network = ConsensusNet(config)
+    for parameter in network.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.05)
+    return network.eval().requires_grad_(False)
+
+
+def random_run(folder: Path, config: Config, seed: int = 0, **info: Any) -> Path:
+    """A run folder as the trainer writes it, whose averaged weights are `random_network`'s."""
+    network = random_network(config.network, seed)
+    folder.mkdir()
+    write_json(folder / "config.json", config.to_json())
+    raw = {name: torch.zeros_like(tensor) for name, tensor in network.state_dict().items()}
+    facts = {
+        "step": 7,
+        "seconds": 90.0,
+        "is_best": True,
+        "parameters": sum(p.numel() for p in network.parameters()),
+        **info,
+    }
+    save_checkpoint(folder, network=raw, ema=network.state_dict(), optimiser={}, info=facts)
+    return folder

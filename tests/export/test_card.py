@@ -1,0 +1,93 @@
+"""The model card: its front matter parses, its training command gives the configuration, the author's words are in it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cdiff.export.card import Card, render, training_command
+from cdiff.runtime.errors import CdiffError
+from cdiff.train.presets import PRESETS, preset
+from tests.runtime.test_manifest import example
+
+CHANGED = preset("lidc").with_values(
+    {"base_channels": 32, "channel_mult": (1, 2), "attention_depths": (), "task": "task 2"}
+)
+
+
+@pytest.mark.parametrize("config", [*PRESETS.values(), CHANGED], ids=[*PRESETS, "changed"])
+def test_the_training_command_gives_the_configuration(config: object) -> None:
+    words = shlex.split(training_command(config))  # type: ignore[arg-type]
+    name = words[words.index("--preset") + 1]
+    settings = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
+    assert preset(name).with_settings(settings) == config
+
+
+def test_the_card_holds_what_the_author_and_the_run_say() -> None:
+    card = Card(
+        license="cc-by-4.0",
+        summary="Finds | circles.",
+        credit=["Credit: the circle archive"],
+        tags=["a: b"],
+        limits="Only circles.",
+    )
+    manifest = example(
+        training={"step": 12, "seconds": 7200.0, "machine": {"device": "cpu", "cpu": "Some CPU", "threads": 2}},
+        scores={
+            "testing": {"soft_dice_5": {"mean": 0.81234, "low": 0.7, "high": 0.9}},
+            "dice_per_level": [{"level": 1, "mean": 0.9}, {"level": 2, "mean": 0.8}],
+        },
+        verification={"largest": {"maps": 1e-6}, "bounds": {"maps": 1e-3}},
+    )
+    text = render(card, manifest, CHANGED)
+    front = text.split("---\n")[1]
+    values = {key: json.loads(value) for key, value in (line.split(": ", 1) for line in front.splitlines())}
+    assert values["license"] == "cc-by-4.0"
+    assert "a: b" in values["tags"]
+    for words in (
+        "Finds | circles.",
+        "Credit: the circle archive",
+        "Only circles.",
+        "Not a medical device",
+        "| testing, soft_dice_5 | 0.812 (0.700 to 0.900) |",
+        "| dice_per_level 2 | 0.800 |",
+        "2.0 h",
+        "2 threads of Some CPU",
+        "1.0e-06 (bound 1e-03)",
+        "Somebody, 2023",
+        training_command(CHANGED),
+    ):
+        assert words in text
+
+
+def test_an_unscored_run_says_so() -> None:
+    assert "Not scored yet" in render(Card(), example(), preset("tiny"))
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("{", "cannot read"),
+        ("[]", "JSON object"),
+        ('{"colour": "red"}', "'colour'"),
+        ('{"name": 3}', "'name'"),
+        ('{"tags": "x"}', "'tags'"),
+        ('{"tags": [1]}', "'tags'"),
+    ],
+)
+def test_a_wrong_card_is_named(tmp_path: Path, text: str, word: str) -> None:
+    path = tmp_path / "card.json"
+    path.write_text(text)
+    with pytest.raises(CdiffError, match=word) as error:
+        Card.read(path)
+    assert str(path) in str(error.value)
+
+
+def test_a_card_file_is_read_whole(tmp_path: Path) -> None:
+    path = tmp_path / "card.json"
+    path.write_text(json.dumps({"name": "n", "tags": ["x", "y"]}))
+    assert Card.read(path) == replace(Card(), name="n", tags=["x", "y"])

@@ -1,0 +1,133 @@
+"""A run becomes a bundle that opens, agrees with PyTorch and says so; or nothing is written and one line says why."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from cdiff.export.exporter import export_run
+from cdiff.export.reference import TorchEngine
+from cdiff.export.verify import BOUNDS, verify
+from cdiff.runtime.bundle import Bundle, open_bundle
+from cdiff.runtime.engines.registry import open_engine
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.schedule import NoiseSchedule
+from cdiff.train.config import Config, DataConfig
+from tests.export.networks import BASE, random_network, random_run
+
+CONFIG = Config(
+    network=replace(BASE, target="eps", variance="learned"),
+    data=DataConfig(framing="tile", slice_axis=1, intensity_scope="volume", intensity_lower=2.0),
+)
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_run(tmp_path_factory.mktemp("exporter") / "run", CONFIG, val_soft_dice_5=0.5)
+
+
+@pytest.fixture(scope="module")
+def bundle(run: Path) -> Bundle:
+    return open_bundle(export_run(run, run.parent / "model").path)
+
+
+def test_the_manifest_describes_the_run(bundle: Bundle) -> None:
+    manifest = bundle.manifest
+    assert manifest.name == "model"
+    assert (manifest.levels, manifest.T, manifest.image_size, manifest.features_channels) == (3, 50, (16, 16), 8)
+    assert (manifest.target, manifest.variance, manifest.precision) == ("eps", "learned", "float32")
+    assert (manifest.framing, manifest.slice_axis) == ("tile", 1)
+    assert manifest.normalisation == CONFIG.data.intensity
+    assert manifest.noise_schedule == CONFIG.schedule
+    assert manifest.scores["validation"]["soft_dice_5"] == 0.5
+    assert set(manifest.files) == {"README.md", "denoiser.onnx", "encoder.onnx", "model.safetensors"}
+
+
+def test_the_recorded_errors_are_below_their_bounds(bundle: Bundle) -> None:
+    recorded = bundle.manifest.verification
+    assert recorded["bounds"] == BOUNDS["float32"]
+    assert set(recorded["largest"]) == set(BOUNDS["float32"])
+    assert all(0 < error < recorded["bounds"][key] for key, error in recorded["largest"].items())
+    assert "real" not in recorded
+
+
+def test_the_averaged_weights_are_the_ones_exported(bundle: Bundle) -> None:
+    wanted = random_network(CONFIG.network).state_dict()
+    with safe_open(bundle.file("model.safetensors"), "pt") as file:
+        assert Config.from_json(json.loads(file.metadata()["config"])) == CONFIG
+        assert set(file.keys()) == set(wanted)
+        assert all(torch.equal(file.get_tensor(name), wanted[name]) for name in wanted)
+
+
+def test_the_engine_and_pytorch_give_the_same_bundle_output(bundle: Bundle) -> None:
+    engine = open_engine(bundle, "onnxruntime", "cpu", threads=1)
+    reference = TorchEngine(random_network(CONFIG.network), CONFIG.schedule)
+    rng = np.random.default_rng(3)
+    images = rng.uniform(-1, 1, (2, 1, 16, 16)).astype(np.float32)
+    x = rng.normal(size=(4, 1, 16, 16)).astype(np.float32)
+    rest = (np.array([0, 1, 1, 0]), np.array([1, 9, 20, 5]), np.array([1, 2, 3, 3]))
+    ours = engine.denoise(x, engine.encode(images), *rest)
+    theirs = reference.denoise(x, reference.encode(images), *rest)
+    for mine, wanted in zip(ours, theirs, strict=True):
+        assert mine is not None
+        assert wanted is not None
+        assert np.abs(mine - wanted).max() < 1e-4
+
+
+def test_half_precision_is_read_back_and_real_slices_are_used(run: Path, tmp_path: Path) -> None:
+    slices = np.random.default_rng(0).uniform(-1, 1, (3, 1, 24, 20)).astype(np.float32)
+    seen: list[tuple[int, int]] = []
+    bundle = export_run(run, tmp_path / "half", fp16=True, real_slices=slices, progress=lambda *at: seen.append(at))
+    manifest = open_bundle(bundle.path).manifest
+    assert manifest.precision == "float16"
+    assert manifest.verification["half_share"] == {"encoder": 1.0, "denoiser": 1.0}
+    assert {"random", "real"} <= set(manifest.verification)
+    # Half precision shows: the errors are beyond float32's, and below their bounds all the same.
+    assert manifest.verification["largest"]["denoiser"] > 1e-5
+    assert manifest.verification["largest"]["maps"] < BOUNDS["float16"]["maps"]
+    assert bundle.denoiser.stat().st_size < 0.75 * bundle.file("model.safetensors").stat().st_size
+    assert seen == sorted(seen)
+    assert seen[-1][0] == seen[-1][1]
+
+
+def test_a_graph_of_other_weights_is_refused(bundle: Bundle) -> None:
+    network = random_network(CONFIG.network)
+    network.denoiser.last.bias += 0.02
+    with pytest.raises(CdiffError, match="denoiser error"):
+        verify(bundle, TorchEngine(network, CONFIG.schedule), None)
+    network = random_network(CONFIG.network)
+    network.encoder.last.weight *= 1.01
+    with pytest.raises(CdiffError, match="encoder error"):
+        verify(bundle, TorchEngine(network, CONFIG.schedule), None)
+    with pytest.raises(CdiffError, match="denoiser error"):
+        verify(bundle, TorchEngine(random_network(CONFIG.network), NoiseSchedule(50, beta_end=0.019)), None)
+
+
+def test_a_broken_network_leaves_no_bundle(tmp_path: Path) -> None:
+    run = random_run(tmp_path / "run", CONFIG)
+    (weights,) = run.glob("checkpoints/*/ema.safetensors")
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(weights)
+    tensors["denoiser.last.bias"][:] = float("nan")
+    save_file(tensors, weights)
+    with pytest.raises(CdiffError):
+        export_run(run, tmp_path / "bundle")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_what_cannot_be_exported_gets_one_line(run: Path, bundle: Bundle, tmp_path: Path) -> None:
+    with pytest.raises(CdiffError, match="already exists"):
+        export_run(run, bundle.path)
+    with pytest.raises(CdiffError, match=str(tmp_path)):
+        export_run(tmp_path, tmp_path / "bundle")
+    with pytest.raises(CdiffError, match=r"shape \[2, 3, 16, 16\]"):
+        export_run(run, tmp_path / "bundle", real_slices=np.zeros((2, 3, 16, 16), np.float32))
+    assert list(tmp_path.iterdir()) == []

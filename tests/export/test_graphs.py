@@ -1,0 +1,121 @@
+"""The ONNX graphs, run by ONNX Runtime, give what the PyTorch network and the training's own formulas give."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+
+from cdiff.export.graphs import DenoiserGraph, EncoderGraph, write_denoiser, write_encoder, x0_coefficients
+from cdiff.runtime.schedule import NoiseSchedule
+from cdiff.train.config import NetworkConfig
+from cdiff.train.diffusion import Diffusion
+from cdiff.train.network import ConsensusNet
+from tests.export.networks import BASE, random_network
+
+KINDS: dict[str, dict[str, Any]] = {
+    "x0": {},
+    "eps-learned": {"target": "eps", "variance": "learned"},
+    "v-one-convolution-rgb": {"target": "v", "rrdbs": 0, "image_channels": 3},
+    "three-depths": {"channel_mult": (1, 2, 3), "attention_depths": (0, 2), "residual_blocks": 2, "heads": 4},
+}
+
+
+def schedule_of(config: NetworkConfig) -> NoiseSchedule:
+    return NoiseSchedule(config.T)
+
+
+def write(network: ConsensusNet, folder: Path, opset: int = 21) -> None:
+    config = network.config
+    write_encoder(EncoderGraph(network.encoder), config, folder, opset)
+    graph = DenoiserGraph(network.denoiser, config, schedule_of(config))
+    write_denoiser(graph, config, folder, torch.float32, opset)
+
+
+def inputs(config: NetworkConfig, rows: int, slices: int) -> dict[str, np.ndarray[Any, Any]]:
+    rng = np.random.default_rng(rows * 10 + slices)
+    size = config.image_size
+    return {
+        "image": rng.uniform(-1, 1, (slices, config.image_channels, size, size)).astype(np.float32),
+        "x": rng.normal(size=(rows, 1, size, size)).astype(np.float32),
+        "row_slice": rng.integers(0, slices, rows),
+        "t": np.linspace(1, config.T, rows).round().astype(np.int64),
+        "level": np.arange(rows) % config.levels + 1,
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_graphs_agree_with_the_network_for_any_number_of_rows_and_slices(kind: str, tmp_path: Path) -> None:
+    config = replace(BASE, **KINDS[kind])
+    network = random_network(config)
+    write(network, tmp_path)
+    encoder = ort.InferenceSession(tmp_path / "encoder.onnx")
+    denoiser = ort.InferenceSession(tmp_path / "denoiser.onnx")
+    diffusion = Diffusion(schedule_of(config), config.target)
+    for rows, slices in ((1, 1), (7, 3), (2, 5)):
+        given = inputs(config, rows, slices)
+        image = given.pop("image")
+        features = encoder.run(None, {"image": image})[0]
+        tensors = {name: torch.from_numpy(value) for name, value in given.items()}
+        wanted = network.encoder(torch.from_numpy(image))
+        assert np.abs(features - wanted.numpy()).max() < 1e-5
+
+        found = denoiser.run(None, {**given, "features": features})
+        output = network.denoiser(tensors["x"], wanted[tensors["row_slice"]], tensors["t"], tensors["level"])
+        x0 = diffusion.to_x0(output, tensors["x"], tensors["t"]).numpy()
+        # Where x0 = (x - sigma eps) / alpha, an error of the network's grows by sigma / alpha.
+        abar = schedule_of(config).abar[given["t"]]
+        growth = np.maximum(1, np.sqrt((1 - abar) / abar)) if config.target == "eps" else np.ones(rows)
+        assert (np.abs(found[0] - x0).max(axis=(1, 2, 3)) < 2e-5 * growth).all()
+        assert found[0].std() > 0.01
+        assert len(found) == (2 if config.variance == "learned" else 1)
+        if config.variance == "learned":
+            mix = ((output[:, 1:] + 1) / 2).clamp(0, 1).numpy()
+            assert np.abs(found[1] - mix).max() < 2e-5
+            assert mix.std() > 0.01
+
+
+@pytest.mark.parametrize("target", ["eps", "x0", "v"])
+def test_x0_from_the_exact_target_is_the_mask(target: str) -> None:
+    schedule = NoiseSchedule(100)
+    rng = np.random.default_rng(0)
+    mask, noise = rng.choice([-1.0, 1.0], 100), rng.normal(size=100)
+    t = np.arange(1, 101)
+    signal, sigma = np.sqrt(schedule.abar[t]), np.sqrt(1 - schedule.abar[t])
+    x = signal * mask + sigma * noise
+    output = {"eps": noise, "x0": mask, "v": signal * noise - sigma * mask}[target]
+    of_x, of_output = x0_coefficients(target, schedule)
+    assert np.allclose(of_x[t] * x + of_output[t] * output, mask, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_files_are_whole_quiet_repeatable_and_say_nothing_of_the_machine(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    network = random_network(BASE)
+    first, second = tmp_path / "first", tmp_path / "second"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for folder in (first, second):
+            folder.mkdir()
+            write(network, folder)
+    assert "".join(capfd.readouterr()) == ""
+    norms = sum(isinstance(module, torch.nn.GroupNorm) for module in network.denoiser.modules())
+    for name in ("encoder.onnx", "denoiser.onnx"):
+        data = (first / name).read_bytes()
+        assert data == (second / name).read_bytes()
+        assert b".py" not in data
+        model = onnx.load(first / name)
+        assert not model.graph.value_info
+        assert next(o.version for o in model.opset_import if not o.domain) == 21
+        kinds = [node.op_type for node in model.graph.node]
+        assert kinds.count("GroupNormalization") == (norms if name == "denoiser.onnx" else 0)
+    assert sorted(p.name for p in first.iterdir()) == ["denoiser.onnx", "encoder.onnx"]

@@ -17,11 +17,15 @@ HEAVY = {"torch", "onnx", "onnxscript", "safetensors", "tensorboard", "diffusers
 # Runs a command in a Python where importing PyTorch, the training code or the exporter is an error.
 WITHOUT_TORCH = f"""
 import sys
+from importlib.machinery import ModuleSpec
 
 class Refuse:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in {sorted(HEAVY)!r} or name.startswith(("cdiff.train", "cdiff.export")):
-            raise ImportError(f"segmenting must not import {{name}}")
+            return ModuleSpec(name, self)
+
+    def create_module(self, spec):
+        raise ImportError(f"this must not import {{spec.name}}")
 
 sys.meta_path.insert(0, Refuse())
 from cdiff.cli import main

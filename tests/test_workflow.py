@@ -39,6 +39,7 @@ def load(path: Path) -> tuple[np.ndarray[Any, Any], nib.Nifti1Image]:
     return np.asanyarray(image.dataobj), image
 
 
+@pytest.mark.slow
 def test_volumes_of_five_annotators(tmp_path: Path) -> None:
     """Another size than the model's, more annotators than the shipped model's four."""
     shape = (44, 36, 3)
@@ -75,6 +76,7 @@ def test_volumes_of_five_annotators(tmp_path: Path) -> None:
     assert set(METRICS) <= set(scores)
 
 
+@pytest.mark.slow
 def test_microscopy_in_colour(tmp_path: Path) -> None:
     """2-D images of three channels, cut in tiles, without split folders; and a PNG segmented like its NIfTI."""
     data = write_synthetic_dataset(tmp_path / "data", 5, raters=3, shape=(40, 52), channels=3)

@@ -28,7 +28,8 @@ class Card:
 
     name, task: short texts for the manifest. summary, data, intended_use, limits: paragraphs of Markdown. license: an identifier
     of the Hugging Face hub, such as "cc-by-4.0". credit: lines that the data's licence asks for. citation: works to cite, besides
-    the method's two papers. tags: for the hub.
+    the method's two papers. tags: for the hub. scores: measured with the bundle afterwards, by name, as `cdiff evaluate` writes
+    them; they reach the bundle by exporting once more, which writes the same graphs byte for byte.
     """
 
     name: str = ""
@@ -41,6 +42,7 @@ class Card:
     credit: list[str] = field(default_factory=list)
     citation: list[str] = field(default_factory=list)
     tags: list[str] = field(default_factory=list)
+    scores: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path) -> Card:
@@ -51,14 +53,14 @@ class Card:
             raise CdiffError(f"cannot read {path} ({error}); it must be a JSON object in UTF-8") from None
         if not isinstance(values, dict):
             raise CdiffError(f"{path} must hold one JSON object")
-        lists = {f.name for f in dataclasses.fields(cls) if f.default_factory is not dataclasses.MISSING}
-        known = [f.name for f in dataclasses.fields(cls)]
+        kinds = {f.name: str(f.type).partition("[")[0] for f in dataclasses.fields(cls)}
+        words = {"str": "a text", "list": "a list of texts", "dict": "an object"}
         for key, value in values.items():
-            if key not in known:
-                raise CdiffError(f"{path}: key {key!r} is not known; the keys are {', '.join(known)}")
-            texts = value if key in lists and isinstance(value, list) else [value] if key not in lists else [None]
-            if not all(isinstance(text, str) for text in texts):
-                raise CdiffError(f"{path}: key {key!r} must be {'a list of texts' if key in lists else 'a text'}")
+            if key not in kinds:
+                raise CdiffError(f"{path}: key {key!r} is not known; the keys are {', '.join(kinds)}")
+            texts = value if isinstance(value, list) else []
+            if type(value).__name__ != kinds[key] or not all(isinstance(text, str) for text in texts):
+                raise CdiffError(f"{path}: key {key!r} must be {words[kinds[key]]}")
         return cls(**values)
 
 

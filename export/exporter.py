@@ -133,7 +133,7 @@ def _manifest(loaded: LoadedRun, card: Card, name: str, folder: Path, fp16: bool
         features_channels=config.network.base_channels,
         fast={"sampler": "ddim", "steps": min(10, config.network.T), "runs": 5},
         training=training,
-        scores=scores,
+        scores=scores | card.scores,
         files=entry,  # type: ignore[arg-type]  # filled in by write_bundle
     )
 

@@ -25,6 +25,9 @@ from cdiff.train.network import Denoiser, Encoder
 OPSET = 21
 """docs/export.md has the measurement: 20 takes GroupNormalization apart, 23 adds Attention, which few engines run in float32."""
 
+MAX_BYTES = 2**31 - 2**24
+"""Protobuf's limit for a file, less room for all that is not weights."""
+
 
 class EncoderGraph(nn.Module):
     """image float32 [S, channels, H, W] -> features [S, L, H, W] in `dtype`."""
@@ -116,6 +119,11 @@ def export_graph(
     inputs: examples by name, whose first axis is free under the name in `axes`, or fixed where that is empty. Free axes of
     one name must be equal; an example's must not be 1, which the exporter takes for a constant.
     """
+    size = sum(t.numel() * t.element_size() for t in (*graph.parameters(), *graph.buffers()))
+    if size >= MAX_BYTES:
+        raise CdiffError(
+            f"{path.name} would hold {size / 2**30:.1f} GiB, and an ONNX file at most 2; use --fp16 or a smaller network"
+        )
     free = {name: torch.export.Dim(name, min=1) for name in axes.values() if name}
     try:
         with _quiet():
@@ -131,7 +139,8 @@ def export_graph(
                 verbose=False,
             )
     except Exception as error:
-        raise CdiffError(f"PyTorch could not export {path.name}: {str(error).splitlines()[0]}") from error
+        reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
+        raise CdiffError(f"PyTorch {torch.__version__} could not export {path.name}: {reason[0]}") from error
     assert program is not None  # what dynamo=True returns
     model = tidy(program.model_proto)
     onnx.checker.check_model(model, full_check=True)

@@ -40,8 +40,9 @@ def benchmark(
 ) -> None:
     """Time the exported engine and PyTorch with the same weights, and the machine's floor, in one run.
 
-    Milliseconds a denoiser call at each batch size, slices a minute end to end at equal steps, runs and precision,
-    peak memory, and the time that the same FLOPs need at the matrix-product rate measured here. Wants a machine
+    Milliseconds a denoiser call at each batch size; slices a minute end to
+    end at equal steps, runs and precision; peak memory; and the time that the
+    same FLOPs need at the matrix-product rate measured here. Wants a machine
     that does nothing else meanwhile.
 
     Example:

@@ -11,7 +11,8 @@ from cdiff.cli.console import USER_ERROR, facts
 def doctor() -> None:
     """Tell what this machine has and what is missing for each engine.
 
-    Looks only: imports no PyTorch, changes nothing. Exit code 0 when at least one engine can run a model here, else 2.
+    Looks only: imports no PyTorch, changes nothing. Exit code 0 when at least
+    one engine can run a model here, else 2.
     """
     from cdiff.runtime.doctor import diagnose
 

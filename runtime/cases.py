@@ -41,9 +41,7 @@ def find_cases(root: Path, task: str | None = None) -> dict[str, list[Case]]:
         raise CdiffError(
             f"{root} is not a folder; give a folder of case folders, each with image.nii.gz and task01_seg01.nii.gz ..."
         )
-    splits = {
-        SPLITS[d.name.lower()]: d for d in sorted(root.iterdir()) if d.is_dir() and d.name.lower() in SPLITS
-    }
+    splits = {SPLITS[d.name.lower()]: d for d in sorted(root.iterdir()) if d.is_dir() and d.name.lower() in SPLITS}
     found = (
         {split: _cases_in(folder, task) for split, folder in splits.items()}
         if splits
@@ -80,9 +78,7 @@ def _cases_in(folder: Path, task: str | None) -> list[Case]:
     return cases
 
 
-def read_case(
-    case: Case, slice_axis: int = 2, channels: int = 1
-) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+def read_case(case: Case, slice_axis: int = 2, channels: int = 1) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """Image and masks as slices: float32 [S, channels, H, W] (raw intensities) and bool [S, C_case, H, W].
 
     2-D files make one slice. With channels > 1 the image's last axis holds the channels (as QUBIQ's tumour files do).
@@ -91,9 +87,7 @@ def read_case(
     image = _load(case.image).astype(np.float32)
     spatial = image.shape[:-1] if channels > 1 else image.shape
     if channels > 1 and image.shape[-1] != channels:
-        raise CdiffError(
-            f"{case.image} has shape {image.shape}; {channels} channels are expected in its last axis"
-        )
+        raise CdiffError(f"{case.image} has shape {image.shape}; {channels} channels are expected in its last axis")
     if channels == 1 and image.ndim == 4 and image.shape[-1] == 1:
         image, spatial = image[..., 0], image.shape[:-1]
     if not np.isfinite(image).all():
@@ -105,14 +99,10 @@ def read_case(
         if mask.ndim == len(spatial) + 1 and mask.shape[-1] == 1:
             mask = mask[..., 0]
         if mask.shape != spatial:
-            raise CdiffError(
-                f"{path} has shape {mask.shape} but its image {spatial}; they must be on one grid"
-            )
+            raise CdiffError(f"{path} has shape {mask.shape} but its image {spatial}; they must be on one grid")
         # Masks come as 0/1, 0/255 or floats: anything from half of the largest value on is inside.
         masks.append(
-            _as_slices(mask > 0.5 * max(float(mask.max(initial=0)), 1e-6), len(spatial), slice_axis, path)[
-                :, 0
-            ]
+            _as_slices(mask > 0.5 * max(float(mask.max(initial=0)), 1e-6), len(spatial), slice_axis, path)[:, 0]
         )
     return slices, np.stack(masks, axis=1)
 
@@ -122,15 +112,16 @@ def _load(path: Path) -> NDArray[Any]:
         image = nib.load(path)
         return np.asanyarray(image.dataobj)  # type: ignore[attr-defined]
     except (OSError, EOFError, ValueError, nib.filebasedimages.ImageFileError) as error:
-        raise CdiffError(
-            f"{path} cannot be read as NIfTI ({' '.join(str(error).split())}); copy it again"
-        ) from error
+        raise CdiffError(f"{path} cannot be read as NIfTI ({' '.join(str(error).split())}); copy it again") from error
 
 
 def _as_slices(array: NDArray[Any], spatial: int, slice_axis: int, path: Path) -> NDArray[Any]:
     """[H, W(, ch)] or [.., .., ..(, ch)] -> [S, ch, H, W], cut along `slice_axis`."""
     if spatial not in (2, 3):
-        raise CdiffError(f"{path} has {spatial} spatial dimensions; a 2-D or 3-D image is expected")
+        raise CdiffError(
+            f"{path} has shape {array.shape}: a 2-D or 3-D image is expected; if its last axis holds channels, say so "
+            f"(image_channels={array.shape[-1]})"
+        )
     if array.ndim == spatial:
         array = array[..., None]
     stacked = array[None] if spatial == 2 else np.moveaxis(array, slice_axis, 0)

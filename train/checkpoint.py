@@ -70,11 +70,15 @@ def checkpoint_folder(run: Path, which: str) -> Path | None:
     return run / "checkpoints" / str(read_json(pointer)["checkpoint"])
 
 
+def checkpoint_name(step: int) -> str:
+    return f"step-{step:07d}"
+
+
 def save_checkpoint(
     run: Path, *, network: dict[str, Tensor], ema: dict[str, Tensor], optimiser: dict[str, Any], info: dict[str, Any]
 ) -> None:
     """Write the checkpoint of info["step"] whole, then point last.json (and best.json, if info["is_best"]) at it."""
-    folder = run / "checkpoints" / f"step-{info['step']:07d}"
+    folder = run / "checkpoints" / checkpoint_name(info["step"])
     with atomic_folder(folder, replace=True) as stage:
         save_file(network, stage / "model.safetensors")
         save_file(ema, stage / "ema.safetensors")

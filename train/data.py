@@ -51,12 +51,12 @@ class Data:
     notes: list[str]
 
 
-def read_data(root: Path, config: Config, *, levels: int | None = None) -> Data:
+def read_data(root: Path, config: Config) -> Data:
     """Read every case below `root`. Without split folders, `val_fraction` of the cases (by name, seeded) are held out.
 
-    levels: C; by default config.network.levels. Raises CdiffError for unreadable or unusable data.
+    Raises CdiffError for unreadable or unusable data.
     """
-    C = levels or config.network.levels
+    C = config.network.levels
     found = find_cases(root, config.data.task or None)
     notes: list[str] = []
     train, val = found.get("train", found.get("all", [])), found.get("val", [])
@@ -74,6 +74,14 @@ def read_data(root: Path, config: Config, *, levels: int | None = None) -> Data:
         summary[name] = {"cases": len(set(slices.names)), "cases_found": len(cases), "slices": len(slices)}
     summary["notes"] = notes
     return Data(train_slices, val_slices, summary, notes)
+
+
+def fit_to_data(config: Config, root: Path, settings: list[str]) -> Config:
+    """The configuration with `settings` (key=value) applied and C taken from the masks, unless `levels=` is among them."""
+    config = config.with_settings(settings)
+    if any(setting.partition("=")[0] == "levels" for setting in settings):
+        return config
+    return config.with_values({"levels": count_annotators(root, config)})
 
 
 def count_annotators(root: Path, config: Config) -> int:

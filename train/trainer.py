@@ -21,6 +21,7 @@ from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import atomic_path, make_folder, write_json
 from cdiff.train.checkpoint import (
     checkpoint_folder,
+    checkpoint_name,
     load_weights,
     read_config,
     read_json,
@@ -30,6 +31,7 @@ from cdiff.train.checkpoint import (
 from cdiff.train.config import Config
 from cdiff.train.data import Batch, Data, centre_windows, read_data, training_batch
 from cdiff.train.diffusion import Diffusion
+from cdiff.train.interrupt import Interrupt
 from cdiff.train.log import Log
 from cdiff.train.machine import describe_machine
 from cdiff.train.network import ConsensusNet
@@ -230,36 +232,34 @@ class Run:
         """Steps until the end, an interrupt, or `max_steps`; saves as it goes. Returns how it ended."""
         settings = self.config.training
         end = min(settings.steps, max_steps or settings.steps)
-        loss, norm, interrupted, saved = math.nan, math.nan, False, time.monotonic()
+        loss, saved = math.nan, time.monotonic()
         if not (self.out / "samples.npz").exists():
             self._save_samples()
-        with Log(self.out, console, self.done, settings.steps, quiet) as log:
-            try:
-                while self.done < end and self.progress() < 1:
+        with Interrupt() as interrupt, Log(self.out, console, self.done, settings.steps, quiet) as log:
+            while self.done < end and self.progress() < 1 and not interrupt.asked:
+                began = time.monotonic()
+                loss, norm = self.step(self.done)
+                self.done += 1
+                self.seconds += time.monotonic() - began
+                log.step(self.done, settings.steps)
+                finished = self.done == settings.steps or self.progress() >= 1
+                row: dict[str, Any] = {"step": self.done, "seconds": round(self.seconds, 1)}
+                row |= {"loss": loss, "lr": self.lr(), "grad_norm": norm, "window": self.window()}
+                if self.done % settings.val_every == 0 or finished:
                     began = time.monotonic()
-                    loss, norm = self.step(self.done)
-                    self.done += 1
+                    row["val_soft_dice_5"] = value = self.validate()
                     self.seconds += time.monotonic() - began
-                    log.step(self.done, settings.steps)
-                    finished = self.done == settings.steps or self.progress() >= 1
-                    row: dict[str, Any] = {"step": self.done, "seconds": round(self.seconds, 1)}
-                    row |= {"loss": loss, "lr": self.lr(), "grad_norm": norm, "window": self.window()}
-                    if self.done % settings.val_every == 0 or finished:
-                        began = time.monotonic()
-                        row["val_soft_dice_5"] = value = self.validate()
-                        self.seconds += time.monotonic() - began
-                        log.row(row)
-                        self._save(value)
-                        saved = time.monotonic()
-                    elif self.done % settings.log_every == 0:
-                        log.row(row)
-                    if time.monotonic() - saved > settings.save_every_s or (self.done == end and not finished):
-                        self._save(None)
-                        saved = time.monotonic()
-            except KeyboardInterrupt:
+                    log.row(row)
+                    self._save(value)
+                    saved = time.monotonic()
+                elif self.done % settings.log_every == 0:
+                    log.row(row)
+                if time.monotonic() - saved > settings.save_every_s:
+                    self._save(None)
+                    saved = time.monotonic()
+            if not self._is_saved():
                 self._save(None)
-                interrupted = True
-        return self.result(loss, interrupted)
+        return self.result(loss, interrupt.asked)
 
     def result(self, loss: float, interrupted: bool = False) -> TrainResult:
         best = self.best if math.isfinite(self.best) else None
@@ -296,6 +296,10 @@ class Run:
         ema = {name: value.contiguous() for name, value in self.ema.items()}
         state = {"optimiser": self.optimiser.state_dict(), "scaler": self.scaler.state_dict()}
         save_checkpoint(self.out, network=network, ema=ema, optimiser=state, info=info)
+
+    def _is_saved(self) -> bool:
+        folder = checkpoint_folder(self.out, "last")
+        return folder is not None and folder.name == checkpoint_name(self.done)
 
     def restore(self) -> None:
         """Take up the last checkpoint; a run that was killed before its first starts from step 0."""

@@ -12,7 +12,7 @@ import torch
 
 from cdiff.runtime.errors import CdiffError
 from cdiff.train.config import Config
-from cdiff.train.data import centre_windows, count_annotators, read_data, training_batch
+from cdiff.train.data import centre_windows, count_annotators, fit_to_data, read_data, training_batch
 from cdiff.train.presets import preset
 from tests.synthetic import write_synthetic_dataset
 
@@ -123,3 +123,10 @@ def test_unusable_data_is_refused_with_its_place(tmp_path: Path, tiny_data: Path
         read_data(root, preset("tiny"))
     with pytest.raises(CdiffError, match="no usable train slice"):
         read_data(tiny_data, dataclasses.replace(preset("tiny").with_values({"levels": 5})))
+
+
+def test_c_comes_from_the_masks_unless_it_is_set(tmp_path: Path) -> None:
+    root = write_synthetic_dataset(tmp_path / "five", 3, raters=5, shape=(32, 32))
+    assert fit_to_data(preset("tiny"), root, ["batch=2"]).network.levels == 5
+    chosen = fit_to_data(preset("tiny"), root, ["levels=4", "batch=2"])
+    assert (chosen.network.levels, chosen.training.batch) == (4, 2)

@@ -66,18 +66,19 @@ def train(
 
     Example:
 
-    cdiff train --data my_data --out runs/mine --preset lidc --set levels=5
+    cdiff train --data my_data --out runs/mine --preset lidc --set batch=8
     cdiff train --data my_data --out runs/mine --resume
     """
     with needs("train", "training"):
         from cdiff.train.checkpoint import read_config
+        from cdiff.train.data import fit_to_data
         from cdiff.train.presets import preset as named
         from cdiff.train.trainer import train as run
 
     if resume and preset is None and not settings:
         config = read_config(output)
     else:
-        config = named(preset or "lidc").with_settings(settings or [])
+        config = fit_to_data(named(preset or "lidc"), data, settings or [])
     result = run(
         config,
         data,

@@ -11,10 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 GEOMETRY_FIELDS = (
-    "xyzt_units", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d",
+    "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d",
     "qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z",
 )  # fmt: skip
-MM = {"mm": 1.0, "meter": 1000.0, "micron": 0.001, "unknown": 1.0}
+MM = {1: 1000.0, 2: 1.0, 3: 0.001}
+"""Millimetres a unit of length, by the code of NIfTI's xyzt_units (metre, millimetre, micron)."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,17 @@ class Grid:
         return np.ascontiguousarray(stack[0] if self.slice_axis is None else np.moveaxis(stack, 0, self.slice_axis))
 
     @property
+    def unit(self) -> int:
+        """NIfTI's code of the header's unit of length; 0 when there is none, or one that does not exist."""
+        code = 0 if self.header is None else int(self.header["xyzt_units"]) & 7
+        return code if code in MM else 0
+
+    @property
     def spacing(self) -> tuple[float, ...] | None:
         """Millimetres a voxel along each spatial axis, from the header's zooms and unit; None without a header."""
         if self.header is None:
             return None
-        scale = MM[self.header.get_xyzt_units()[0]]
+        scale = MM.get(self.unit, 1.0)
         return tuple(float(zoom) * scale for zoom in self.header["pixdim"][1 : 1 + len(self.spatial)])
 
     @property
@@ -82,13 +89,10 @@ class Grid:
             return "the input has no spacing: volumes are counted in voxels only"
         if all(zoom == 1 for zoom in self.header["pixdim"][1 : 1 + len(self.spatial)]):
             return "the header's spacing is 1 for every axis, which is often a placeholder: check it before using ml"
-        if self.header.get_xyzt_units()[0] == "unknown":
+        if not self.unit:
             return "the header names no unit of length: millimetres are assumed"
         if int(self.header["sform_code"]) > 0:
-            lengths = (
-                np.linalg.norm(self.header.get_sform()[:3, : len(spacing)], axis=0)
-                * MM[self.header.get_xyzt_units()[0]]
-            )
+            lengths = np.linalg.norm(self.header.get_sform()[:3, : len(spacing)], axis=0) * MM[self.unit]
             if not np.allclose(lengths, spacing, rtol=0.01):
                 listed = " x ".join(f"{length:.3g}" for length in lengths)
                 return f"the header's spacing and its sform ({listed} mm) disagree: volumes use the spacing"
@@ -126,7 +130,7 @@ class Grid:
                 header[field] = source[field]
             header["pixdim"][:4] = source["pixdim"][:4]
             header["pixdim"][1:4][~(header["pixdim"][1:4] > 0)] = 1  # a 2-D file need not fill the third
-            header.set_xyzt_units(source.get_xyzt_units()[0], None)
+            header["xyzt_units"] = self.unit
         header["cal_min"], header["cal_max"] = 0, 1
         header["descrip"] = f"cdiff {intent}"
         if isinstance(header, nib.Nifti2Header):

@@ -197,7 +197,7 @@ def _heading(figure: Figure, result: Result, name: str) -> None:
     width, height = figure.get_size_inches()
     report = result.report
     figure.text(
-        EDGE / width, 1 - 0.3 / height, name, color=drawing.INK, fontsize=15, fontweight="bold", va="center",
+        EDGE / width, 1 - 0.3 / height, _short(name, 60), color=drawing.INK, fontsize=15, fontweight="bold", va="center",
         parse_math=False,
     )  # fmt: skip
     figure.text(
@@ -216,7 +216,7 @@ def _how(report: dict[str, Any]) -> str:
     if "bundle" not in report:
         return ""
     return (
-        f"model {report['bundle']}  ·  {report['sampler']}, {report['steps']} steps × {report['runs']} runs, "
+        f"model {_short(report['bundle'], 30)}  ·  {report['sampler']}, {report['steps']} steps × {report['runs']} runs, "
         f"seed {report['seed']}  ·  {report['engine']} on {report['device']}"
     )
 
@@ -237,6 +237,11 @@ def _sizes(volumes: dict[str, Any], count: str) -> list[tuple[str, str]]:
         (f"at least half agree on {_number(half)} {word}", drawing.INK),
         (f"all on {_number(every)}, at least one on {_number(one)} {word}", drawing.FAINT),
     ]
+
+
+def _short(text: str, most: int) -> str:
+    """`text` with its middle left out when it is longer than `most` characters."""
+    return text if len(text) <= most else f"{text[: most // 2]}…{text[1 - most // 2 :]}"
 
 
 def _number(value: float) -> str:

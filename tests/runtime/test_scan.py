@@ -20,7 +20,7 @@ from cdiff.runtime.grid import Grid
 from cdiff.runtime.scan import parse_slices, read_scan
 
 AFFINE = np.array([[-0.7, 0, 0, 10], [0, 0.8, 0, -20], [0, 0, 2.5, 5], [0, 0, 0, 1.0]])
-PIXDIM, DIM, SROW_X, QUATERN_B, DATATYPE, VOX_OFFSET, SCL_SLOPE = 76, 40, 280, 256, 70, 108, 112
+PIXDIM, DIM, SROW_X, QUATERN_B, DATATYPE, VOX_OFFSET, SCL_SLOPE, XYZT_UNITS = 76, 40, 280, 256, 70, 108, 112, 123
 """Where the fields of a NIfTI-1 header begin, from the format's own definition."""
 
 
@@ -154,6 +154,7 @@ def test_doubtful_spacing_is_said(tmp_path: Path) -> None:
     assert note(nifti(tmp_path / "a.nii", voxels(3, 4, 5))) == ""
     assert "placeholder" in note(nifti(tmp_path / "a.nii", voxels(3, 4, 5), np.eye(4)))
     assert "no unit" in note(nifti(tmp_path / "a.nii", voxels(3, 4, 5), units=None))
+    assert "no unit" in note(patched(nifti(tmp_path / "a.nii", voxels(3, 4, 5)), XYZT_UNITS, "<B", 7))
     assert "no spacing" in note(voxels(3, 4, 5))
     assert "disagree" in note(patched(nifti(tmp_path / "a.nii", voxels(3, 4, 5)), PIXDIM + 4, "<f", 1.4))
 

@@ -1,0 +1,147 @@
+"""The pictures: drawn for every kind of scan, nothing overlaps or runs out of the page, the right slice and close-up."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.ndimage import gaussian_filter
+
+from cdiff.runtime.drawing import close_up
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.grid import View
+from cdiff.runtime.preview import preview_figure, reader_figure, write_preview
+from cdiff.runtime.report import volumes
+from cdiff.runtime.results import Result, Stack, entropy
+from cdiff.runtime.scan import read_scan
+
+
+def result(
+    shape: tuple[int, ...], C: int = 4, *, channels: int = 1, found: bool = True, spacing: Any = (0.7, 0.7, 2.5)
+) -> Result:
+    """A blob in a scan of noise: its area is the largest in slice S // 3."""
+    rng = np.random.default_rng(0)
+    array = gaussian_filter(rng.normal(size=shape), 1).astype(np.float32)
+    scan: Any = array
+    if spacing is not None:
+        scan = nib.Nifti1Image(array, np.diag([*spacing, 1]))
+        scan.header.set_xyzt_units("mm")
+    read = read_scan(scan, channels=channels)
+    n, _, h, w = read.slices.shape
+    z, y, x = np.indices((n, h, w))
+    far = np.hypot((y - 0.4 * h) / (0.1 * h), (x - 0.6 * w) / (0.1 * w)) + 0.5 * abs(z - n // 3)
+    levels = np.stack([(far < 1.5 - 0.1 * c) for c in range(C)], axis=1).astype(np.float32) * found
+    stack = Stack(levels, 0 * levels[:, 0])
+    report = {
+        "bundle": "a model with quite a long name", "sampler": "dpm++2m", "steps": 1000, "runs": 100, "seed": 2**63,
+        "engine": "onnxruntime", "device": "cuda:0", "volumes": volumes(stack, read.grid),
+    }  # fmt: skip
+    return Result(read.grid, read.slices, range(n), stack, "x", report)
+
+
+KINDS = {
+    "volume": result((64, 64, 12)),
+    "long volume": result((40, 40, 60)),
+    "two slices": result((64, 64, 2)),
+    "2-D": result((64, 96), 7),
+    "one slice": result((64, 64, 1), 1),
+    "no spacing": result((64, 64, 3), spacing=None),
+    "colours": result((64, 64, 3), channels=3, spacing=None),
+    "nothing found": result((64, 64, 5), found=False),
+    "thick voxels": result((64, 20, 5), spacing=(0.5, 3.0, 1.0)),
+    "tiny": result((2, 3, 1)),
+    "long name": result((64, 64, 3)),
+}
+
+
+def drawn_texts(figure: Any) -> list[Any]:
+    """Every text that is drawn: ticks' labels only of the colour bars, the other axes are off."""
+    texts = list(figure.texts)
+    for axes in figure.axes:
+        texts += [*axes.texts, axes.title, axes._left_title]
+        texts += [*axes.get_xticklabels(), axes.xaxis.label] if axes.axison else []
+    return texts
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_overlaps_or_leaves_the_page(kind: str, tmp_path: Path) -> None:
+    name = "a_rather_long_but_possible_name_of_a_scan_2019-03-01" * 3 if kind == "long name" else "scan $1_a$"
+    figure = preview_figure(KINDS[kind], name)
+    figure.savefig(tmp_path / "x.png", dpi=60)
+    renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
+    boxes = {text: text.get_window_extent(renderer) for text in drawn_texts(figure) if text.get_text()}
+    assert len(boxes) > 10
+    page = figure.bbox
+    for text, box in boxes.items():
+        inside = page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1
+        assert inside, f"{text.get_text()!r} leaves the page"
+    for (one, a), (two, b) in combinations(boxes.items(), 2):
+        assert not a.overlaps(b), f"{one.get_text()!r} overlaps {two.get_text()!r}"
+
+
+def test_the_slice_with_the_largest_area_is_shown() -> None:
+    titles = [axes.get_title(loc="left") for axes in preview_figure(KINDS["volume"], "x").axes]
+    assert "Slice 4 (of 0 to 11)" in titles
+
+
+def test_slices_keep_the_numbers_of_the_scan() -> None:
+    whole = KINDS["volume"]
+    part = Stack(whole.stack.levels[3:6], whole.stack.run_std[3:6])
+    shown = preview_figure(Result(whole.grid, whole.image, range(3, 6), part, "x", whole.report), "x")
+    assert [axes.get_title() for axes in shown.axes if axes.get_title()] == ["3", "4", "5"]
+
+
+def test_every_level_has_its_outline() -> None:
+    axes = next(a for a in preview_figure(KINDS["2-D"], "x").axes if a.get_title(loc="left") == "Outline of each level")
+    assert len({tuple(line.get_edgecolor()[0]) for line in axes.collections}) == 7
+
+
+def test_the_close_up_holds_the_object_and_is_square_in_millimetres() -> None:
+    soft = np.zeros((200, 100), np.float32)
+    soft[60:80, 85:99] = 1
+    rows, columns = close_up(soft, View(spacing=(0.5, 1.0)))
+    assert rows.start <= 60
+    assert rows.stop >= 80
+    assert columns.start <= 85
+    assert columns.stop >= 99
+    assert (rows.stop - rows.start) * 0.5 == pytest.approx(columns.stop - columns.start, abs=1)
+    assert close_up(0 * soft, View()) == (slice(0, 200), slice(0, 100))
+    assert close_up(np.ones((20, 30), np.float32), View()) == (slice(0, 20), slice(0, 30))
+
+
+def test_the_picture_of_a_case_with_its_readers(tmp_path: Path) -> None:
+    image, readers = np.random.default_rng(0).random((40, 40)).astype(np.float32), np.zeros((4, 40, 40), bool)
+    for k in range(3):  # the fourth reader drew nothing
+        readers[k, 10 + k : 25, 12 : 26 + k] = True
+    soft = readers.mean(axis=0).astype(np.float32)
+    reader_figure(tmp_path / "a" / "r.png", image, readers, soft, entropy(soft), title="A case", note="A credit")
+    with Image.open(tmp_path / "a" / "r.png") as picture:
+        assert picture.width > 3 * picture.height / 2
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["r.png"]
+    (tmp_path / "file").touch()
+    with pytest.raises(CdiffError):
+        reader_figure(tmp_path / "file" / "r.png", image, readers, soft, entropy(soft))
+
+
+def test_the_preview_is_a_picture_in_colour(tmp_path: Path) -> None:
+    write_preview(KINDS["volume"], tmp_path / "x.png", "x")
+    with Image.open(tmp_path / "x.png") as picture:
+        pixels = np.asarray(picture.convert("RGB"), dtype=int)
+    assert picture.format == "PNG"
+    assert np.ptp(pixels, axis=2).max() > 150
+
+
+def test_importing_the_runtime_draws_in_nothing_heavy() -> None:
+    code = (
+        "import sys, cdiff, cdiff.runtime.segmenter, cdiff.runtime.results, cdiff.runtime.preview\n"
+        "print([name for name in ('torch', 'matplotlib', 'onnxruntime', 'onnx') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,170 @@
+"""What is written of a result: maps on the input's grid, uncertainty, volumes, a report that vouches for the files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.files import sha256
+from cdiff.runtime.report import build_report, volumes
+from cdiff.runtime.results import Result, Stack, entropy
+from cdiff.runtime.scan import read_scan
+
+C = 3
+OBLIQUE = np.array([[-0.68, 0.1, 0.2, 11], [0.12, 0.79, -0.3, -20], [0.05, 0.2, 2.4, 5], [0, 0, 0, 1.0]])
+
+
+def segmented(scan: Any, slices: range | None = None, axis: int = 2, channels: int = 1) -> Result:
+    """A result with maps that differ in every pixel, slice and level."""
+    read = read_scan(scan, slice_axis=axis, channels=channels)
+    slices = slices or range(len(read.slices))
+    h, w = read.slices.shape[2:]
+    levels = np.random.default_rng(3).random((len(slices), C, h, w), dtype=np.float32)
+    stack = Stack(levels, levels.std(axis=1))
+    return Result(
+        read.grid, read.slices, slices, stack, read.name, build_report({"volumes": volumes(stack, read.grid)})
+    )
+
+
+def scan_file(
+    folder: Path, shape: tuple[int, ...], *, qform: int = 1, sform: int = 2, kind: Any = nib.Nifti1Image
+) -> Path:
+    array = np.arange(np.prod(shape), dtype=np.int16).reshape(shape)
+    image = kind(array, None)
+    zooms = np.linalg.norm(OBLIQUE[:3, :3], axis=0)[: len(shape)]
+    image.header.set_zooms((*zooms, *[1.0] * (len(shape) - len(zooms))))
+    image.header.set_qform(OBLIQUE, code=qform)
+    image.header.set_sform(OBLIQUE + np.eye(4) * 0.001, code=sform)
+    image.header.set_xyzt_units("mm", "sec")
+    image.header["descrip"] = b"Doe^Jane 1950-01-01"
+    image.header["cal_max"] = 400
+    image.header.set_slope_inter(2.0, -100.0)
+    nib.save(image, folder / "scan.nii.gz")
+    return folder / "scan.nii.gz"
+
+
+@pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
+@pytest.mark.parametrize("codes", [(1, 2), (0, 1), (1, 0), (0, 0)])
+def test_the_maps_lie_where_the_input_lies(tmp_path: Path, codes: tuple[int, int], kind: Any) -> None:
+    path = scan_file(tmp_path, (5, 6, 4), qform=codes[0], sform=codes[1], kind=kind)
+    segmented(path).save(tmp_path / "out", preview=False)
+    given = nib.load(path)
+    for name, dtype, shape in (
+        ("soft", np.float32, (5, 6, 4)),
+        ("levels", np.float32, (5, 6, 4, C)),
+        ("uncertainty", np.float32, (5, 6, 4, 2)),
+        ("mask", np.uint8, (5, 6, 4)),
+    ):
+        made = nib.load(tmp_path / "out" / f"scan_{name}.nii.gz")
+        assert type(made) is kind
+        assert made.shape == shape
+        assert made.get_data_dtype() == dtype
+        np.testing.assert_array_equal(made.affine, given.affine)
+        for field in ("qform_code", "sform_code", "xyzt_units", "quatern_b", "qoffset_x"):
+            expected = given.header[field] & 7 if field == "xyzt_units" else given.header[field]
+            assert made.header[field] == expected, field
+        np.testing.assert_array_equal(made.header["pixdim"][:4], given.header["pixdim"][:4])
+        assert made.dataobj.slope == 1
+        assert made.dataobj.inter == 0
+        assert b"Doe" not in made.header.binaryblock
+        assert made.header["cal_max"] == 1
+
+
+def test_what_is_written_is_what_the_result_holds(tmp_path: Path) -> None:
+    result = segmented(scan_file(tmp_path, (5, 6, 4)), axis=1)
+    result.save(tmp_path, "a", preview=False)
+    for name in ("soft", "levels", "uncertainty", "mask"):
+        written = np.asarray(nib.load(tmp_path / f"a_{name}.nii.gz").dataobj)
+        np.testing.assert_array_equal(written, getattr(result, name))
+    assert result.soft[1, 3, 2] == pytest.approx(result.stack.levels[3, :, 1, 2].mean())
+    assert result.levels[1, 3, 2, 1] == result.stack.levels[3, 1, 1, 2]
+    np.testing.assert_array_equal(result.mask, result.soft >= 0.5)
+
+
+@pytest.mark.parametrize(("shape", "written"), [((5, 6), (5, 6)), ((5, 6, 1), (5, 6, 1)), ((5, 6, 3, 1), (5, 6, 3, 1))])
+def test_the_shape_is_kept(tmp_path: Path, shape: tuple[int, ...], written: tuple[int, ...]) -> None:
+    result = segmented(scan_file(tmp_path, shape))
+    result.save(tmp_path, preview=False)
+    assert result.soft.shape == written
+    assert nib.load(tmp_path / "scan_soft.nii.gz").shape == written
+    assert nib.load(tmp_path / "scan_mask.nii.gz").shape == written
+    # Levels lie on the fourth axis whatever the input: a third one would be read as slices.
+    assert nib.load(tmp_path / "scan_levels.nii.gz").shape == (*(*written, 1)[:3], C)
+
+
+def test_slices_that_were_not_computed_are_not_zeros(tmp_path: Path) -> None:
+    result = segmented(scan_file(tmp_path, (5, 6, 4)), range(1, 3))
+    assert np.isnan(result.soft[..., [0, 3]]).all()
+    assert np.isnan(result.levels[..., [0, 3], :]).all()
+    assert np.isnan(result.uncertainty[..., [0, 3], :]).all()
+    assert np.isfinite(result.uncertainty[..., 1:3, :]).all()
+    assert not result.mask[..., [0, 3]].any()
+    assert result.mask.any()
+    np.testing.assert_array_equal(result.levels[..., 1, :], np.moveaxis(result.stack.levels[0], 0, -1))
+    report = result.save(tmp_path, preview=True)
+    assert set(report["outputs"]) == {
+        f"scan_{k}" for k in ("soft.nii.gz", "levels.nii.gz", "uncertainty.nii.gz", "mask.nii.gz", "preview.png")
+    }
+
+
+def test_entropy_against_its_definition() -> None:
+    p = np.array([0, 0.5, 1, 0.25, np.nan], np.float32)
+    h = entropy(p)
+    np.testing.assert_allclose(h[:4], [0, 1, 0, 2 - 0.75 * np.log2(3)], rtol=1e-6)
+    assert np.isnan(h[4])
+
+
+def test_volumes_counted_by_hand(tmp_path: Path) -> None:
+    levels = np.zeros((2, 2, 3, 4), np.float32)
+    levels[0, 0, :2] = 0.5  # 8 voxels at level 1
+    levels[1, 1, 0, 0] = 1.0  # 1 voxel at level 2
+    path = scan_file(tmp_path, (3, 4, 2))
+    grid = read_scan(path).grid
+    ml = float(np.prod(nib.load(path).header.get_zooms())) / 1000
+    found = volumes(Stack(levels, levels[:, 0]), grid)
+    assert [(v["level"], v["voxels"]) for v in found["levels"]] == [(1, 8), (2, 1)]
+    assert found["levels"][0]["ml"] == pytest.approx(8 * ml, rel=1e-3)
+    assert found["mask"]["voxels"] == 1  # the soft map there is (0 + 1) / 2
+    assert found["expected"]["voxels"] == pytest.approx(8 * 0.25 + 0.5)
+    assert "ml" not in volumes(Stack(levels[:1], levels[:1, 0]), read_scan(np.ones((3, 4))).grid)["mask"]
+
+
+def test_the_report_vouches_for_every_file(tmp_path: Path) -> None:
+    result = segmented(scan_file(tmp_path, (5, 6, 4)))
+    returned = result.save(tmp_path / "out")
+    report = json.loads((tmp_path / "out" / "scan.json").read_text())
+    assert report == returned
+    assert set(report["outputs"]) == {path.name for path in (tmp_path / "out").iterdir()} - {"scan.json"}
+    for name, entry in report["outputs"].items():
+        assert entry == {"sha256": sha256(tmp_path / "out" / name), "bytes": (tmp_path / "out" / name).stat().st_size}
+    assert "outputs" not in result.report
+
+
+def test_saving_twice_writes_the_same_bytes_and_drops_an_old_preview(tmp_path: Path) -> None:
+    result = segmented(scan_file(tmp_path, (5, 6, 4)))
+    first = result.save(tmp_path / "out", "a")["outputs"]
+    assert result.save(tmp_path / "out", "a")["outputs"] == first
+    result.save(tmp_path / "out", "a", preview=False)
+    assert not (tmp_path / "out" / "a_preview.png").exists()
+
+
+def test_a_result_of_an_array_has_the_identity(tmp_path: Path) -> None:
+    result = segmented(np.random.default_rng(0).random((5, 6)))
+    result.save(tmp_path, preview=False)
+    made = nib.load(tmp_path / "scan_soft.nii.gz")
+    np.testing.assert_array_equal(made.affine, np.eye(4))
+    np.testing.assert_array_equal(np.asarray(made.dataobj), result.soft)
+
+
+@pytest.mark.parametrize("name", ["a/b", "../a", ""])
+def test_a_name_cannot_leave_the_folder(tmp_path: Path, name: str) -> None:
+    with pytest.raises(CdiffError, match="name"):
+        dataclasses.replace(segmented(np.eye(4)), name="").save(tmp_path / "out", name)
+    assert list(tmp_path.iterdir()) == []

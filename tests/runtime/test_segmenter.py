@@ -1,0 +1,239 @@
+"""From a bundle and a scan to maps: the arguments' meaning, promises 1 and 4, every way of giving a scan, the report."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+import cdiff
+from cdiff.runtime.batching import segment_windows
+from cdiff.runtime.bundle import open_bundle, write_bundle
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.framing import Framing
+from cdiff.runtime.intensity import Intensity
+from cdiff.runtime.manifest import Manifest
+from cdiff.runtime.sampler import sampler_table
+from cdiff.runtime.schedule import NoiseSchedule
+from cdiff.runtime.segmenter import Segmenter
+from tests.runtime.graphs import write_pair
+from tests.runtime.test_manifest import example
+
+C, T, SIZE = 3, 20, 16
+QUICK: dict[str, Any] = {"steps": 3, "runs": 2, "sampler": "ddim"}
+
+
+def make_bundle(path: Path, **changes: Any) -> Path:
+    def build(folder: Path) -> Manifest:
+        write_pair(folder, size=SIZE, T=T, levels=C)
+        values = {
+            "name": "tiny", "levels": C, "T": T, "schedule": NoiseSchedule(T, beta_end=1e-2).to_json(),
+            "image_size": (SIZE, SIZE), "framing": "tile", "features_channels": 4,
+            "intensity": Intensity("slice").to_json(), "fast": {"sampler": "dpm++2m", "steps": 4, "runs": 3},
+        }  # fmt: skip
+        return example(files={}, **{**values, **changes})
+
+    return write_bundle(path, build).path
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_bundle(tmp_path_factory.mktemp("bundle") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def segmenter(bundle: Path) -> Segmenter:
+    return cdiff.load(bundle)
+
+
+def volume(*shape: int) -> Any:
+    return np.random.default_rng(2).integers(0, 255, shape).astype(np.uint8)
+
+
+def saved(path: Path, array: Any) -> Path:
+    nib.save(nib.Nifti1Image(array, np.diag([0.7, 0.7, 2.5, 1])), path)
+    return path
+
+
+def test_the_maps_are_those_of_the_loop(segmenter: Segmenter) -> None:
+    """Axis, order of levels, means: all against the loop called by hand."""
+    array = volume(SIZE, SIZE, 3)
+    result = segmenter.segment(array, runs=3, steps=5, sampler="ddpm", seed=7)
+    slices = Intensity("slice").apply(np.moveaxis(array, 2, 0)[:, None])
+    expected = list(
+        segment_windows(
+            segmenter.engine,
+            Framing("tile", (SIZE, SIZE), 0.25).frame(slices),
+            sampler_table("ddpm", segmenter.manifest.noise_schedule, 5),
+            levels=C, runs=3, seed=7, batch=result.report["batch"],
+        )
+    )  # fmt: skip
+    for index, one in enumerate(expected):
+        np.testing.assert_array_equal(result.levels[:, :, index], np.moveaxis(one.level_means, 0, -1))
+        np.testing.assert_array_equal(result.uncertainty[:, :, index, 1], one.run_std)
+    np.testing.assert_allclose(result.soft, result.levels.mean(axis=-1), rtol=1e-6)
+    assert result.soft.std() > 0.05, "the tiny network's maps must differ for this test to mean anything"
+
+
+def test_the_same_seed_gives_the_same_maps_bit_for_bit(segmenter: Segmenter, bundle: Path) -> None:
+    array = volume(SIZE, SIZE, 2)
+    one = segmenter.segment(array, **QUICK, seed=3, batch=4)
+    again = cdiff.load(bundle).segment(array, **QUICK, seed=3, batch=4)
+    np.testing.assert_array_equal(one.levels, again.levels)
+    np.testing.assert_allclose(segmenter.segment(array, **QUICK, seed=3, batch=5).levels, one.levels, atol=1e-5)
+    assert abs(segmenter.segment(array, **QUICK, seed=4, batch=4).levels - one.levels).max() > 0.01
+
+
+def test_a_part_of_a_scan_has_the_maps_that_it_has_in_the_whole(segmenter: Segmenter) -> None:
+    array = volume(SIZE, SIZE, 6)
+    whole = segmenter.segment(array, **QUICK)
+    part = segmenter.segment(array, **QUICK, slices="2:4")
+    np.testing.assert_allclose(part.soft[..., 2:4], whole.soft[..., 2:4], atol=1e-5)
+    assert np.isnan(part.soft[..., [0, 1, 4, 5]]).all()
+    assert part.report["slices"] == {"first": 2, "end": 4, "of": 6}
+    assert any("only slices 2 to 3 of 0 to 5" in line for line in part.report["warnings"])
+
+
+def test_intensity_over_the_volume_uses_the_whole_scan_for_a_part(tmp_path: Path) -> None:
+    segmenter = cdiff.load(make_bundle(tmp_path / "b", intensity=Intensity("volume").to_json()))
+    array = volume(SIZE, SIZE, 4)
+    array[..., 0] //= 4
+    whole, part = segmenter.segment(array, **QUICK), segmenter.segment(array, **QUICK, slices=(0, 1))
+    np.testing.assert_allclose(part.soft[..., 0], whole.soft[..., 0], atol=1e-5)
+
+
+def test_every_way_of_giving_a_scan_gives_the_same(segmenter: Segmenter, tmp_path: Path) -> None:
+    array = volume(SIZE, SIZE, 2)
+    path = saved(tmp_path / "a.nii.gz", array)
+    expected = segmenter.segment(array, **QUICK).levels
+    given: list[Any] = [path, str(path), nib.load(path)]
+    for scan in given:
+        np.testing.assert_array_equal(segmenter.segment(scan, **QUICK).levels, expected)
+
+
+def test_the_slice_axis_is_the_bundles_unless_given(segmenter: Segmenter, tmp_path: Path) -> None:
+    array = volume(SIZE, SIZE, 2)
+    expected = segmenter.segment(array, **QUICK).soft
+    turned = np.moveaxis(array, 2, 0)
+    np.testing.assert_array_equal(segmenter.segment(turned, **QUICK, slice_axis=0).soft, np.moveaxis(expected, 2, 0))
+    other = cdiff.load(make_bundle(tmp_path / "b", slice_axis=0))
+    result = other.segment(turned, **QUICK)
+    np.testing.assert_array_equal(result.soft, np.moveaxis(expected, 2, 0))
+    assert result.report["input"]["slice_axis"] == 0
+
+
+def test_mean_and_vote(segmenter: Segmenter) -> None:
+    array = volume(SIZE, SIZE)
+    mean = segmenter.segment(array, **QUICK, combine="mean")
+    vote = segmenter.segment(array, **QUICK, combine="vote")
+    np.testing.assert_array_equal(vote.levels, mean.levels >= 0.5)
+    np.testing.assert_allclose(vote.soft, (mean.levels >= 0.5).mean(axis=-1), rtol=1e-6)
+    assert (mean.report["combine"], vote.report["combine"]) == ("mean", "vote")
+
+
+def test_what_is_used_when_nothing_is_said(segmenter: Segmenter) -> None:
+    array = volume(SIZE, SIZE)
+
+    def used(**options: Any) -> tuple[str, int, int]:
+        report = segmenter.segment(array, **options).report
+        return report["sampler"], report["steps"], report["runs"]
+
+    assert used() == ("ddpm", T, 25)
+    assert used(fast=True) == ("dpm++2m", 4, 3)
+    assert used(fast=True, runs=2) == ("dpm++2m", 4, 2)
+    assert used(fast=True, steps=6, sampler="ddim") == ("ddim", 6, 3)
+
+
+def test_kept_runs_have_the_maps_as_their_mean(segmenter: Segmenter) -> None:
+    array = volume(SIZE, SIZE, 2)
+    stack = segmenter.segment(array, **QUICK, keep_runs=True).stack
+    assert stack.runs is not None
+    assert stack.runs.shape == (2, C, 2, SIZE, SIZE)
+    np.testing.assert_allclose(stack.runs.mean(axis=2) / 255, stack.levels, atol=0.5 / 255 + 1e-6)
+    assert segmenter.segment(array, **QUICK).stack.runs is None
+
+
+def test_other_sizes_come_back_on_their_own_grid(segmenter: Segmenter, tmp_path: Path) -> None:
+    array = volume(30, 11, 2)
+    tiled = segmenter.segment(array, **QUICK)
+    assert tiled.soft.shape == (30, 11, 2)
+    assert tiled.report["framing"]["windows_per_slice"] == 3
+    resized = cdiff.load(make_bundle(tmp_path / "b", framing="resize")).segment(array, **QUICK)
+    assert resized.soft.shape == (30, 11, 2)
+    assert any("30 x 11 were resampled" in line for line in resized.report["warnings"])
+
+
+def test_the_report_says_what_was_done(segmenter: Segmenter, bundle: Path, tmp_path: Path) -> None:
+    path = saved(tmp_path / "scan.nii.gz", volume(SIZE, SIZE, 2))
+    calls: list[tuple[int, int]] = []
+    result = segmenter.segment(path, **QUICK, seed=5, progress=lambda done, total: calls.append((done, total)))
+    report = result.save(tmp_path / "out")
+    assert report == json.loads((tmp_path / "out" / "scan.json").read_text())
+    expected = {
+        "cdiff": cdiff.__version__,
+        "bundle": "tiny",
+        "manifest_sha256": hashlib.sha256((bundle / "manifest.json").read_bytes()).hexdigest(),
+        "levels": C,
+        "engine": "onnxruntime",
+        "device": "cpu",
+        "precision": "float32",
+        "sampler": "ddim",
+        "steps": 3,
+        "runs": 2,
+        "combine": "mean",
+        "seed": 5,
+    }
+    assert {key: report[key] for key in expected} == expected
+    assert report["input"]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert report["input"]["path"] == str(path)
+    timings = report["timings"]
+    assert {"read", "frame", "segment", "encode", "denoise", "noise", "update", "write"} <= set(timings)
+    assert timings["rows"] >= 2 * C * 2
+    assert sum(timings[part] for part in ("encode", "denoise", "noise", "update")) <= timings["segment"] + 0.01
+    assert calls[-1] == (2 * C * 2 * 3, 2 * C * 2 * 3)
+    np.testing.assert_array_equal(np.asarray(nib.load(tmp_path / "out" / "scan_soft.nii.gz").dataobj), result.soft)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"runs": 0}, "runs 0"),
+        ({"steps": 0}, "steps"),
+        ({"steps": T + 1}, "steps"),
+        ({"sampler": "euler"}, "euler"),
+        ({"combine": "max"}, "max"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**64}, "seed"),
+        ({"slices": "1:9"}, "1:9"),
+        ({"slice_axis": 3}, "slice axis 3"),
+        ({"batch": 0}, "batch"),
+    ],
+)
+def test_wrong_arguments_get_one_line(segmenter: Segmenter, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(CdiffError, match=said) as caught:
+        segmenter.segment(volume(SIZE, SIZE, 2), **{**QUICK, **options})
+    assert "\n" not in str(caught.value)
+
+
+def test_no_engine_stands_in_for_another(bundle: Path) -> None:
+    for engine, device in (("tensorrt", "cpu"), ("onnxruntime", "tpu"), ("abacus", "cpu")):
+        with pytest.raises(CdiffError):
+            cdiff.load(bundle, engine=engine, device=device)
+
+
+def test_a_changed_bundle_is_not_opened(tmp_path: Path) -> None:
+    path = make_bundle(tmp_path / "b")
+    data = bytearray((path / "denoiser.onnx").read_bytes())
+    data[len(data) // 2] ^= 1
+    (path / "denoiser.onnx").write_bytes(data)
+    with pytest.raises(CdiffError, match=r"denoiser\.onnx"):
+        Segmenter.open(path)
+
+
+def test_an_open_bundle_can_be_given(bundle: Path) -> None:
+    assert Segmenter.open(open_bundle(bundle)).manifest.name == "tiny"

@@ -30,7 +30,9 @@ def read_picture(data: bytes, path: Path, channels: int) -> tuple[NDArray[np.flo
                 picture = picture.convert("L" if picture.mode == "1" else "RGB")  # type: ignore[assignment]
             pixels = np.asarray(picture, dtype=np.float32)
             mode = picture.mode
-    except (UnidentifiedImageError, OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except UnidentifiedImageError:
+        raise CdiffError(f"{path} is not a picture that can be read; save it again as PNG") from None
+    except (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise CdiffError(f"{path} cannot be read as a picture ({one_line(error)}); save it again as PNG") from None
     if mode in ("LA", "RGBA"):
         if (pixels[..., -1] != pixels[..., -1].max()).any():

@@ -264,6 +264,11 @@ def bad_picture(folder: Path) -> Path:
     return folder / "x.png"
 
 
+def bad_picture_text(folder: Path) -> Path:
+    (folder / "x.png").write_text("no picture")
+    return folder / "x.png"
+
+
 def bad_pages(folder: Path) -> Path:
     pages = [Image.fromarray(voxels(8, 8).astype(np.uint8)) for _ in range(3)]
     pages[0].save(folder / "x.tif", save_all=True, append_images=pages[1:])
@@ -304,6 +309,7 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "negative size": (bad_header(DIM, "<4h", 3, 4, -5, 6), "no voxel|not a valid"),
     "voxels far away": (bad_header(VOX_OFFSET, "<f", 1e9), "truncated|not a valid"),
     "truncated picture": (bad_picture, "picture"),
+    "text for a picture": (bad_picture_text, r"is not a picture that can be read; save"),
     "several pictures": (bad_pages, "3 pictures"),
 }  # fmt: skip
 

@@ -45,7 +45,7 @@ class WholeUpdate(nn.Module):
 
     def __init__(self, graph: DenoiserGraph) -> None:
         super().__init__()
-        self.graph = graph
+        self.inner = graph
 
     def forward(
         self,
@@ -58,7 +58,7 @@ class WholeUpdate(nn.Module):
         x0_prev: Tensor,
         z: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        x0 = self.graph(x, features, row_slice, t, level)
+        x0 = self.inner(x, features, row_slice, t, level)
         return row[0] * x + row[1] * x0 + row[2] * x0_prev + row[3] * z, x0
 
 

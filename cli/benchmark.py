@@ -3,26 +3,50 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
 
 from cdiff.cli import options
-from cdiff.cli.console import Meter, out, say
+from cdiff.cli.console import Meter, out, warn
 from cdiff.cli.extras import needs
 from cdiff.runtime.errors import CdiffError
 
 
 def benchmark(
     model: options.ModelOption = None,
+    run: Annotated[
+        Path | None,
+        typer.Option(
+            "--run",
+            metavar="RUN",
+            help="A folder that `cdiff train` wrote, in place of a bundle: it is exported for this measurement.",
+            show_default=False,
+            rich_help_panel=options.MODEL,
+        ),
+    ] = None,
     engine: options.EngineOption = "auto",
     device: options.DeviceOption = "cpu",
-    batches: Annotated[
-        str, typer.Option("--batches", metavar="B,B,...", help="Batch sizes to time one denoiser call at.")
-    ] = "1,4,16,64",
-    slices: Annotated[int, typer.Option("--slices", metavar="N", min=1, help="Slices segmented end to end.")] = 2,
-    runs: Annotated[int, typer.Option("--runs", metavar="R", min=1, help="Chains a slice and level.")] = 5,
-    steps: Annotated[int, typer.Option("--steps", metavar="N", min=1, help="Steps a chain.")] = 10,
+    scan: Annotated[
+        Path | None,
+        typer.Option("--scan", metavar="SCAN", help="What to segment end to end.", show_default="the demo scan"),
+    ] = None,
+    slices: Annotated[
+        str | None, typer.Option("--slices", metavar="A:B", help="Slices of it.", show_default="its middle one")
+    ] = None,
+    batch: Annotated[
+        str, typer.Option("--batch", metavar="B,B,...", help="Batch sizes to time one denoiser call at.")
+    ] = "1,8,32",
+    runs: Annotated[int, typer.Option("--runs", metavar="R", min=1, help="Chains a slice and level.")] = 4,
+    steps: Annotated[
+        int | None, typer.Option("--steps", metavar="N", min=1, help="Steps a chain.", show_default="all T")
+    ] = None,
+    repeats: Annotated[int, typer.Option("--repeats", metavar="K", min=1, help="Rounds; medians are shown.")] = 3,
+    threads: Annotated[
+        int | None,
+        typer.Option("--threads", metavar="N", min=1, help="Of every contender.", show_default="the physical cores"),
+    ] = None,
     compiled: Annotated[
         bool, typer.Option("--compile", help="Time torch.compile as well; compiling takes minutes.")
     ] = False,
@@ -49,24 +73,33 @@ def benchmark(
 
     cdiff benchmark --json benchmark.json
     """
+    if model and run:
+        raise CdiffError("--model and --run both name what to measure; give one of them")
     with needs("train", "the comparison with PyTorch"):
+        import torch  # noqa: F401 - the contenders import it in processes of their own: say now if it is not here
+
         from cdiff.benchmarks.benchmark import benchmark as measure
         from cdiff.benchmarks.benchmark import summary
+        from cdiff.export.exporter import export_run
     from cdiff.runtime.bundle import shipped_bundle
     from cdiff.runtime.files import write_json
 
-    with Meter("benchmark", quiet) as meter:
+    sizes = _sizes(batch)
+    with TemporaryDirectory() as folder, Meter("benchmark", quiet) as meter:
         report = measure(
-            model or shipped_bundle(),
+            export_run(run, Path(folder) / "bundle").path if run else model or shipped_bundle(),
+            scan=scan,
             engine=engine,
             device=device,
-            batches=_sizes(batches),
+            batches=sizes,
             slices=slices,
             runs=runs,
             steps=steps,
+            repeats=repeats,
             compiled=compiled,
+            threads=threads,
             progress=meter,
-            notice=lambda line: say(line, quiet),
+            notice=warn,
         )
     out.print(summary(report))
     if json_:
@@ -80,5 +113,5 @@ def _sizes(text: str) -> tuple[int, ...]:
     except ValueError:
         sizes = ()
     if not sizes or min(sizes) < 1:
-        raise CdiffError(f"--batches {text} is not a list of whole numbers from 1 on, such as 1,4,16,64")
+        raise CdiffError(f"--batch {text} is not a list of whole numbers from 1 on, such as 1,8,32")
     return sizes

@@ -1,0 +1,250 @@
+"""What `cdiff benchmark` measures: the exported engine, PyTorch with the same weights and the machine's floor, in one run.
+
+Every contender has a process of its own and they take turns, so that a busy moment hits all alike; see docs/benchmarks.md.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.resources
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from cdiff.benchmarks.contenders import COMPILED, EXPORTED, PUBLISHED, PYTORCH
+from cdiff.benchmarks.tables import summary
+from cdiff.runtime.batching import rows_per_batch
+from cdiff.runtime.bundle import open_bundle
+from cdiff.runtime.engines.cores import physical_cores
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.files import sha256
+from cdiff.runtime.framing import Framing
+from cdiff.runtime.manifest import NAME as MANIFEST
+from cdiff.runtime.scan import parse_slices, read_scan
+
+__all__ = ["benchmark", "summary"]
+
+RUNS = 25  # what a whole segmentation takes, for the estimate
+BUSY = 0.5  # processors that others may keep busy before a reader is told
+
+
+class Worker:
+    """A contender's process. `ask` sends one request and waits for its answer; raises CdiffError when the process cannot give one."""
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        self.kind = spec["kind"]
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the worker
+        threads = str(spec["threads"])
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "cdiff.benchmarks.contenders", json.dumps(spec)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
+        )
+
+    def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            print(json.dumps({"do": do, **arguments}), file=self._process.stdin, flush=True)
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            self._errors.seek(0)
+            last = self._errors.read().strip().splitlines()[-1:] or ["no message"]
+            raise CdiffError(f"the benchmark of {self.kind} stopped at {do!r}: {last[0]}; is there enough memory?")
+        found: dict[str, Any] = json.loads(line)
+        if "error" in found:
+            raise CdiffError(found["error"])
+        return found
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self._process.kill()
+        self._process.communicate()
+        self._errors.close()
+
+
+def benchmark(
+    bundle: str | Path,
+    *,
+    scan: str | Path | None = None,
+    engine: str = "auto",
+    device: str = "cpu",
+    batches: Sequence[int] = (1, 8, 32),
+    slices: str | None = None,
+    runs: int = 4,
+    steps: int | None = None,
+    repeats: int = 3,
+    compiled: bool = False,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    notice: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Measure and return everything, in JSON values; docs/benchmarks.md says what each is.
+
+    scan: a file, by default the demo scan. slices: "A:B" of it, its middle one by default. steps: of ddpm, all T by default.
+    repeats: rounds of the end-to-end measurement. threads: of every contender, the physical cores by default. Raises CdiffError for a
+    bundle, scan or engine that cannot be used, and when a contender's process dies.
+    """
+    opened = open_bundle(bundle)
+    manifest = opened.manifest
+    say, tick = notice or (lambda line: None), progress or (lambda done, total: None)
+    threads, path = threads or physical_cores(), Path(scan) if scan is not None else _demo_scan()
+    read = read_scan(path, channels=manifest.image_channels, slice_axis=manifest.slice_axis)
+    middle = len(read.slices) // 2
+    chosen = parse_slices(slices or f"{middle}:{middle + 1}", len(read.slices))
+    framing = Framing(manifest.framing, manifest.image_size, manifest.tile_overlap)  # type: ignore[arg-type]
+    windows = len(framing.frame(read.slices[chosen.start : chosen.stop]))
+    spec = {
+        "bundle": str(Path(bundle).resolve()), "scan": str(path.resolve()), "slices": f"{chosen.start}:{chosen.stop}",
+        "runs": runs, "engine": engine, "device": device, "threads": threads,
+    }  # fmt: skip
+    steps = manifest.T if steps is None else steps
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if load > BUSY:
+        say(f"the machine is busy (load {load:.1f} before this run): times are longer than they need be")
+    if manifest.precision != "float32":
+        say(f"the bundle is in {manifest.precision} and PyTorch runs float32: the two are not at equal precision")
+    if device != "cpu":
+        say("memory is the host's; what lies on the GPU is not in it")
+
+    kinds = [PUBLISHED, PYTORCH, *([COMPILED] if compiled else []), EXPORTED]
+    done, total = 0, len(kinds) * (1 + repeats) + 2 + (len(kinds) - 1) * (len(batches) + 1)
+
+    def asked(worker: Worker, do: str, **arguments: Any) -> dict[str, Any]:
+        nonlocal done
+        found = worker.ask(do, **arguments)
+        done += 1
+        tick(done, total)
+        return found
+
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        workers = {kind: stack.enter_context(Worker({**spec, "kind": kind})) for kind in kinds}
+        about = {kind: worker.ask("about") for kind, worker in workers.items()}
+        for worker in workers.values():  # warm-up: one step of the same batch; compiles and fills caches
+            asked(worker, "end_to_end", steps=1, maps=None)
+        rounds: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
+        for _ in range(repeats):
+            for kind, worker in workers.items():
+                rounds[kind].append(asked(worker, "end_to_end", steps=steps, maps=str(folder / f"{kind}.npy")))
+        through = {kind: worker for kind, worker in workers.items() if kind != PUBLISHED}
+        calls: dict[str, dict[str, Any]] = {kind: {} for kind in through}
+        for rows in batches:
+            for kind, worker in through.items():
+                calls[kind][str(rows)] = _times(asked(worker, "call", rows=rows)["ms"], rows)
+        encode = {kind: _times(asked(worker, "encode")["ms"], 1) for kind, worker in through.items()}
+        floor = asked(workers[PYTORCH], "floor")
+        write = asked(workers[EXPORTED], "write")["seconds"]
+        maps = {kind: np.load(folder / f"{kind}.npy") for kind in kinds}
+
+    calls_of_rows = windows * manifest.levels * runs * steps
+    least = (windows * floor["encoder_flop"] + calls_of_rows * floor["denoiser_flop"]) / floor["rate"]
+    return {
+        "machine": {
+            **floor["machine"], "threads": threads, "load_before": round(load, 2),
+            "versions": {name: importlib.metadata.version(name) for name in ("cdiff", "numpy", "onnxruntime") if _has(name)},
+        },
+        "model": {
+            "name": manifest.name, "manifest_sha256": sha256(opened.path / MANIFEST), "parameters": floor["parameters"],
+            "image_size": list(manifest.image_size), "levels": manifest.levels, "T": manifest.T, "precision": manifest.precision,
+        },
+        "protocol": {
+            "scan": path.name, "slices": len(chosen), "windows": windows, "runs": runs, "steps": steps, "sampler": "ddpm",
+            "repeats": repeats, "batch": rows_per_batch(windows * manifest.levels * runs, device),
+        },
+        "contenders": {kind: {key: about[kind][key] for key in ("engine", "version", "device")} for kind in kinds},
+        "floor": {
+            "matmul_flop_per_s": floor["rate"], "encoder_flop": floor["encoder_flop"], "denoiser_flop": floor["denoiser_flop"],
+            "ms_a_row": 1e3 * floor["denoiser_flop"] / floor["rate"], "end_to_end_seconds": least,
+        },
+        "denoiser_call": calls,
+        "encoder_call": encode,
+        "end_to_end": {
+            kind: _end_to_end(found, about[kind], len(chosen), _whole(found, runs, steps, manifest.T, len(chosen)))
+            for kind, found in rounds.items()
+        },
+        "write_seconds": write,
+        "ratios": {
+            f"{kind}_over_{slower}": _ratio(rounds[slower], rounds[kind])
+            for slower in (PUBLISHED, PYTORCH) for kind in kinds if kind not in (PUBLISHED, slower)
+        },
+        "agreement": {
+            kind: {"max": float(gap.max()), "mean": float(gap.mean())}
+            for kind in through if kind != PYTORCH for gap in [np.abs(maps[kind] - maps[PYTORCH])]
+        },
+    }  # fmt: skip
+
+
+def _end_to_end(found: list[dict[str, Any]], about: dict[str, Any], slices: int, whole: float) -> dict[str, Any]:
+    """Medians over the rounds; `parts` are those of the median round, `other` what no part counted."""
+    middle = sorted(found, key=lambda one: one["wall"])[len(found) // 2]
+    seconds = statistics.median(one["wall"] for one in found)
+    return {
+        "seconds": seconds,
+        "all_seconds": [one["wall"] for one in found],
+        "cpu_seconds": statistics.median(one["cpu"] for one in found),
+        "slices_a_minute": 60 * slices / seconds,
+        "parts": {**middle["parts"], "other": middle["wall"] - sum(middle["parts"].values())},
+        "calls": middle["calls"],
+        "batch": middle["batch"],
+        "peak_bytes": max(one["peak_bytes"] for one in found),
+        "loaded_bytes": about["peak_bytes"],
+        "estimate_25_runs_all_steps_seconds_a_slice": whole,
+    }
+
+
+def _whole(found: list[dict[str, Any]], runs: int, steps: int, T: int, slices: int) -> float:
+    """Seconds a slice of 25 runs and all T steps, by proportion: an estimate where fewer were measured."""
+    measured: float = statistics.median(one["wall"] for one in found)
+    return measured / slices * (RUNS / runs) * (T / steps)
+
+
+def _ratio(slower: list[dict[str, Any]], faster: list[dict[str, Any]]) -> dict[str, float]:
+    """How many times faster: the median, least and most over the rounds, each round compared with itself."""
+    ratios = [a["wall"] / b["wall"] for a, b in zip(slower, faster, strict=True)]
+    cpu = [a["cpu"] / b["cpu"] for a, b in zip(slower, faster, strict=True)]
+    return {"median": statistics.median(ratios), "low": min(ratios), "high": max(ratios), "cpu": statistics.median(cpu)}
+
+
+def _times(ms: list[float], rows: int) -> dict[str, Any]:
+    quarters = np.percentile(ms, (25, 50, 75))
+    return {
+        "ms": float(quarters[1]), "ms_a_row": float(quarters[1]) / rows, "ms_low": float(quarters[0]),
+        "ms_high": float(quarters[2]), "repeats": len(ms),
+    }  # fmt: skip
+
+
+def _demo_scan() -> Path:
+    """The scan that comes with the package. Raises CdiffError when this installation has none."""
+    path = Path(str(importlib.resources.files("cdiff") / "demo" / "image.nii.gz"))
+    if not path.is_file():
+        raise CdiffError(f"this installation has no demo scan in {path.parent}; give one with --scan")
+    return path
+
+
+def _has(package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True

@@ -1,0 +1,110 @@
+"""The published way to sample, as the yardstick: plain PyTorch, one chain after another, the encoder run anew for each chain.
+
+Amit et al. 2023, algorithm 2, as their code runs it: a batch of one row (slice, level, run), G(I) once a chain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cdiff.runtime.chain import Timings
+from cdiff.runtime.engines.base import Float32
+from cdiff.runtime.framing import Windows
+from cdiff.runtime.noise import INITIAL
+from cdiff.runtime.sampler import SamplerTable
+from cdiff.train.diffusion import Diffusion
+from cdiff.train.network import ConsensusNet
+
+
+@dataclass(frozen=True)
+class Row:
+    """One chain: which window, level 1..C and run 0..R-1 it belongs to."""
+
+    window: int
+    level: int
+    run: int
+
+
+Draw = Callable[[Row, int, Tensor], Tensor]
+"""draw(row, step, x) -> standard normals of x's shape; step INITIAL is x_T."""
+
+
+def randn(row: Row, step: int, x: Tensor) -> Tensor:
+    """PyTorch's own generator, as the published code uses it: nothing but the order of the calls decides."""
+    return torch.randn_like(x)
+
+
+@torch.inference_mode()
+def plain_loop(
+    network: ConsensusNet,
+    diffusion: Diffusion,
+    windows: Windows,
+    table: SamplerTable,
+    runs: int,
+    timings: Timings,
+    draw: Draw = randn,
+) -> Float32:
+    """Soft maps [S, h, w]: the mean over runs and levels of clip((x + 1)/2, 0, 1), each chain sampled on its own.
+
+    The network and `diffusion` must be on one device; results come back to the host once a chain. `timings` is filled; on a GPU its
+    parts other than the sum are only when the work was queued.
+    """
+    device = next(network.parameters()).device
+    levels, maps = network.config.levels, []
+    for w, image in enumerate(windows):
+        total = np.zeros(windows.framing.size, np.float32)
+        for run in range(runs):
+            for level in range(1, levels + 1):
+                row, picture = Row(w, level, run), torch.from_numpy(image)[None].to(device)
+                total += _chain(network, diffusion, picture, row, table, timings, draw)
+        maps.append(total / np.float32(runs * levels))
+    return windows.unframe(np.stack(maps))
+
+
+def _chain(
+    network: ConsensusNet,
+    diffusion: Diffusion,
+    image: Tensor,
+    row: Row,
+    table: SamplerTable,
+    timings: Timings,
+    draw: Draw,
+) -> Float32:
+    """One reverse chain: image [1, ch, H, W] -> fraction [H, W] in 0..1."""
+    with timings.part("encode"):
+        features = network.encoder(image)
+    with timings.part("noise"):
+        x = draw(row, INITIAL, image[:, :1])
+    c = torch.full((1,), row.level, dtype=torch.int64, device=x.device)
+    x0_prev = torch.zeros_like(x)
+    for step in range(len(table)):
+        t = torch.full_like(c, int(table.t[step]))
+        with timings.part("denoise"):
+            output = network.denoiser(x, features, t, c)
+        timings.calls += 1
+        z: Tensor | float = 0.0
+        if table.d[step] > 0:
+            with timings.part("noise"):
+                z = draw(row, step, x)
+        with timings.part("update"):
+            x0 = diffusion.to_x0(output, x, t)
+            x = float(table.a[step]) * x + float(table.b[step]) * x0 + float(table.c[step]) * x0_prev
+            x = x + _deviation(table, step, output) * z
+            x0_prev = x0
+    timings.rows += 1
+    with timings.part("collect"):
+        return np.asarray(((x[0, 0] + 1) / 2).clamp(0, 1).cpu().numpy())
+
+
+def _deviation(table: SamplerTable, step: int, output: Tensor) -> Tensor | float:
+    """What the noise is multiplied by: d, or with a learned variance the interpolated one (Nichol & Dhariwal 2021, eq. 15)."""
+    if output.shape[1] == 1 or table.log_variance_min is None or table.log_variance_max is None:
+        return float(table.d[step])
+    mix = (output[:, 1:] + 1) / 2
+    low, high = float(table.log_variance_min[step]), float(table.log_variance_max[step])
+    return torch.exp((low + mix.clamp(0, 1) * (high - low)) / 2)

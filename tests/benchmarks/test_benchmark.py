@@ -1,0 +1,152 @@
+"""`cdiff benchmark`: the contenders do the same work, in processes of their own, and the report holds together."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cdiff.benchmarks.benchmark import Worker, benchmark
+from cdiff.benchmarks.contenders import load_network
+from cdiff.benchmarks.floor import count_flop
+from cdiff.benchmarks.plain_loop import Row, plain_loop
+from cdiff.runtime.batching import segment_windows
+from cdiff.runtime.bundle import open_bundle
+from cdiff.runtime.chain import Timings
+from cdiff.runtime.engines.registry import open_engine
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.framing import Framing
+from cdiff.runtime.noise import normal
+from cdiff.runtime.sampler import sampler_table
+from cdiff.train.diffusion import Diffusion
+from cdiff.train.network import ConsensusNet
+from cdiff.train.presets import preset
+
+
+@pytest.fixture(scope="module")
+def scan(tiny_data: Path) -> Path:
+    return tiny_data / "Validation" / "case01" / "image.nii.gz"
+
+
+@pytest.fixture(scope="module")
+def report(tiny_bundle: Path, scan: Path) -> dict[str, Any]:
+    return benchmark(tiny_bundle, scan=scan, batches=(1, 3), runs=2, steps=4, repeats=2, threads=1)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++2m"])
+def test_plain_loop_is_the_same_method(tiny_bundle: Path, sampler: str) -> None:
+    """With the runtime's noise, one chain after another in PyTorch ends at the maps of the batched exported engine."""
+    bundle = open_bundle(tiny_bundle)
+    network, schedule = load_network(bundle, "cpu"), bundle.manifest.noise_schedule
+    images = np.random.default_rng(0).uniform(-1, 1, (2, 1, 32, 32)).astype(np.float32)
+    windows = Framing("resize", (32, 32)).frame(images)
+    table = sampler_table(sampler, schedule, 5)
+
+    def draw(row: Row, step: int, x: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(normal(7, row.window, row.level, row.run, step, (32, 32)))[None, None]
+
+    timings = Timings()
+    plain = plain_loop(network, Diffusion(schedule, network.config.target), windows, table, 2, timings, draw)
+    found = segment_windows(open_engine(bundle), windows, table, levels=bundle.manifest.levels, runs=2, seed=7)
+    batched = np.stack([one.level_means.mean(axis=0) for one in found])
+    assert np.ptp(batched) > 0.01, "a flat map would agree with anything"
+    np.testing.assert_allclose(plain, batched, atol=1e-4)
+    assert timings.calls == 2 * 2 * bundle.manifest.levels * 5
+
+
+def test_flop_of_a_network_that_can_be_counted_by_hand() -> None:
+    """The encoder of one 3x3 convolution: two operations a multiply-add; and FLOPs grow with the area."""
+    config = preset("tiny").network
+    single = replace(config, rrdbs=0)
+    encoder, denoiser = count_flop(ConsensusNet(single))
+    assert encoder == 2 * 9 * single.image_channels * single.base_channels * single.image_size**2
+    _, larger = count_flop(ConsensusNet(replace(single, image_size=64, attention_depths=())))
+    _, smaller = count_flop(ConsensusNet(replace(single, attention_depths=())))
+    assert larger > 3.9 * smaller
+    assert denoiser > smaller
+
+
+@pytest.mark.slow
+def test_report_holds_together(report: dict[str, Any]) -> None:
+    end = report["end_to_end"]
+    assert set(end) == {"published", "pytorch", "exported"}
+    # The same rows through the same steps: one row a call as published, all in one batch otherwise.
+    levels = report["model"]["levels"]
+    assert end["published"]["calls"] == 2 * levels * 4
+    assert end["pytorch"]["calls"] == end["exported"]["calls"] == 4
+    assert end["exported"]["batch"] == 2 * levels
+    for found in end.values():
+        assert found["seconds"] >= 0.8 * sum(value for part, value in found["parts"].items() if part != "other")
+        assert found["peak_bytes"] >= found["loaded_bytes"] > 10 * 2**20
+        assert found["slices_a_minute"] == pytest.approx(60 / found["seconds"])
+    assert set(report["denoiser_call"]["exported"]) == {"1", "3"}
+    assert report["agreement"]["exported"]["max"] < 1e-3
+
+
+@pytest.mark.slow
+def test_ratios_compare_a_round_with_itself(report: dict[str, Any]) -> None:
+    slow, fast = (report["end_to_end"][kind]["all_seconds"] for kind in ("published", "exported"))
+    by_hand = np.median([a / b for a, b in zip(slow, fast, strict=True)])
+    assert report["ratios"]["exported_over_published"]["median"] == pytest.approx(by_hand)
+
+
+@pytest.mark.slow
+def test_floor_is_below_what_was_measured(report: dict[str, Any]) -> None:
+    assert report["floor"]["matmul_flop_per_s"] > 1e8
+    for calls in report["denoiser_call"].values():
+        assert calls["3"]["ms_a_row"] > report["floor"]["ms_a_row"]
+
+
+@pytest.mark.slow
+def test_the_exported_engine_is_measured_without_torch_in_memory(tiny_bundle: Path, report: dict[str, Any]) -> None:
+    memory = {kind: found["loaded_bytes"] for kind, found in report["end_to_end"].items()}
+    assert memory["exported"] < memory["pytorch"]
+
+
+def test_a_contender_that_dies_is_named(tmp_path: Path, scan: Path) -> None:
+    spec = {
+        "kind": "exported", "bundle": str(tmp_path), "scan": str(scan), "slices": "0:1", "runs": 1,
+        "engine": "auto", "device": "cpu", "threads": 1,
+    }  # fmt: skip
+    with pytest.raises(CdiffError, match="not a bundle"), Worker(spec) as worker:
+        worker.ask("about")
+    with Worker(spec) as worker:
+        worker._process.kill()
+        worker._process.wait()
+        with pytest.raises(CdiffError, match="exported stopped at 'about'"):
+            worker.ask("about")
+
+
+@pytest.mark.slow
+def test_command_prints_tables_and_writes_json(tiny_bundle: Path, scan: Path, tmp_path: Path) -> None:
+    arguments = ["--model", str(tiny_bundle), "--scan", str(scan), "--slices", "1:2", "--batch", "2", "--runs", "1"]
+    more = ["--steps", "2", "--repeats", "1", "--threads", "1", "--json", str(tmp_path / "b.json"), "-q"]
+    done = subprocess.run(
+        [str(Path(sys.executable).with_name("cdiff")), "benchmark", *arguments, *more],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"COLUMNS": "120", "PATH": "/usr/bin:/bin"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for words in ("End to end", "One denoiser call", "Where the time goes", "one chain after another", "onnxruntime"):
+        assert words in done.stdout
+    assert json.loads((tmp_path / "b.json").read_text())["protocol"]["steps"] == 2
+
+
+def test_command_refuses_a_batch_that_is_no_number(tiny_bundle: Path) -> None:
+    done = subprocess.run(
+        [str(Path(sys.executable).with_name("cdiff")), "benchmark", "--model", str(tiny_bundle), "--batch", "1,x"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "--batch 1,x" in done.stderr

@@ -76,11 +76,56 @@ def model_table(results: Path) -> str:
     return markdown(header, rows, words=2)
 
 
+SPEED_ROWS = {  # as in the report of `cdiff benchmark`
+    "published": "PyTorch, one chain after another, as published",
+    "pytorch": "PyTorch, batched, encoder once a slice",
+    "compiled": "PyTorch compiled, batched, encoder once a slice",
+    "exported": "cdiff, exported engine",
+}
+
+
 def speed_table(results: Path) -> str:
-    """What `cdiff benchmark` measured on a CPU."""
-    if read("benchmark_cpu", results) is None:
+    """What `cdiff benchmark` measured on a CPU: end to end, a denoiser call at each batch size, and the floor."""
+    report = read("benchmark_cpu", results)
+    if report is None:
         return f"{NOT_MEASURED}\n"
-    raise NotImplementedError
+    calls, floor = report["denoiser_call"], report["floor"]
+    sizes = list(next(iter(calls.values())))
+    rows = []
+    for kind, found in report["end_to_end"].items():
+        ratio = report["ratios"].get(f"{kind}_over_published")
+        rows.append(
+            [
+                SPEED_ROWS[kind],
+                f"{found['slices_a_minute']:.2f}",
+                "1" if ratio is None else f"{ratio['median']:.2f}",
+                *[f"{calls[kind][n]['ms']:.1f}" if kind in calls else "-" for n in sizes],
+                f"{found['peak_bytes'] / 2**20:.0f}",
+            ]
+        )
+    rate = 60 * report["protocol"]["slices"] / floor["end_to_end_seconds"]
+    rows.append(
+        [
+            "floor: FLOPs over the measured matrix-product rate",
+            f"{rate:.2f}",
+            "-",
+            *[f"{int(n) * floor['ms_a_row']:.1f}" for n in sizes],
+            "-",
+        ]
+    )
+    header = ["", "slices a minute", "times as fast", *[f"ms a call of {n}" for n in sizes], "peak MiB"]
+    return f"{speed_setting(report)}\n\n{markdown(header, rows)}"
+
+
+def speed_setting(report: Scores) -> str:
+    """On what and for what the speed table was measured, one sentence."""
+    machine, model, protocol = report["machine"], report["model"], report["protocol"]
+    return (
+        f"{machine['cpu']}, {machine['threads']} threads, PyTorch {machine['torch']}, "
+        f"ONNX Runtime {machine['versions'].get('onnxruntime', '-')}; {model['parameters'] / 1e6:.2f} M parameters, "
+        f"{'x'.join(map(str, model['image_size']))}, {model['levels']} levels x {protocol['runs']} runs x "
+        f"{protocol['steps']} steps a slice, {model['precision']}; medians of {protocol['repeats']} rounds."
+    )
 
 
 TABLES: dict[str, Callable[[Path], str]] = {"model": model_table, "speed": speed_table}

@@ -48,7 +48,7 @@ def test_every_setting_that_the_pages_name_exists() -> None:
     from cdiff.train.config import Config
 
     text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
-    settings = re.findall(r"--set (\w+=[\w.]+)", text)
+    settings = re.findall(r"--set ([a-zT]\w*=[\w.]+)", text)
     assert len(settings) > 5
     for setting in settings:
         if not setting.startswith("nonsense="):
@@ -104,3 +104,28 @@ def test_a_result_reaches_the_model_table(tables: ModuleType, tmp_path: Path) ->
     (reader,) = [row for row in rows if "radiologist" in row and "351" in row]
     assert "0.762" in reader
     assert "0.800" not in reader
+
+
+def test_a_benchmark_reaches_the_speed_table(tables: ModuleType, tmp_path: Path) -> None:
+    assert tables.NOT_MEASURED in tables.speed_table(tmp_path)
+    report = {
+        "machine": {"cpu": "a processor", "threads": 2, "torch": "2.13.0", "versions": {"onnxruntime": "1.31.1"}},
+        "model": {"parameters": 2.1e6, "image_size": [128, 128], "levels": 4, "precision": "float32"},
+        "protocol": {"slices": 2, "runs": 4, "steps": 100, "repeats": 3},
+        "floor": {"ms_a_row": 3.0, "end_to_end_seconds": 60.0},
+        "denoiser_call": {"exported": {"1": {"ms": 12.34}, "8": {"ms": 56.78}}},
+        "end_to_end": {
+            "published": {"slices_a_minute": 0.5, "peak_bytes": 500 * 2**20},
+            "exported": {"slices_a_minute": 1.25, "peak_bytes": 300 * 2**20},
+        },
+        "ratios": {"exported_over_published": {"median": 2.5}},
+    }
+    (tmp_path / "benchmark_cpu.json").write_text(json.dumps(report))
+    cells = {row.split("|")[1].strip(): [c.strip() for c in row.split("|")[2:-1]] for row in rows_of(tables, tmp_path)}
+    assert cells["cdiff, exported engine"] == ["1.25", "2.50", "12.3", "56.8", "300"]
+    assert cells["PyTorch, one chain after another, as published"] == ["0.50", "1", "-", "-", "500"]
+    assert cells["floor: FLOPs over the measured matrix-product rate"] == ["2.00", "-", "3.0", "24.0", "-"]
+
+
+def rows_of(tables: ModuleType, results: Path) -> list[str]:
+    return [line for line in tables.speed_table(results).splitlines() if line.startswith("|")]

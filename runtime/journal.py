@@ -27,7 +27,8 @@ class Journal:
         lines = _lines(path)
         if lines and lines[0] == json.loads(first):
             self.rows = {row["inputs"]: row for row in lines[1:]}
-            notice(f"{path} has {len(self.rows)} finished cases of an interrupted evaluation: going on from there")
+            if self.rows:
+                notice(f"{path} has {len(self.rows)} finished cases of an interrupted evaluation: going on from there")
         elif lines:
             kept = path.with_name(path.name + ".old")
             os.replace(path, kept)

@@ -48,7 +48,7 @@ def test_volumes_of_five_annotators(tmp_path: Path) -> None:
     )
     trained, bundle, maps = tmp_path / "run", tmp_path / "bundle", tmp_path / "maps"
 
-    run("train", "--data", data, "--preset", "tiny", "--set", "levels=5", "--out", trained, "--max-steps", 4)
+    run("train", "--data", data, "--preset", "tiny", "--out", trained, "--max-steps", 4)
     run("export", trained, "--out", bundle)
     assert "5" in run("info", bundle)
     run("segment", data / "Testing", "--model", bundle, "-o", maps, "--runs", 3, "--steps", 4, "--seed", 7)
@@ -101,16 +101,17 @@ def test_microscopy_in_colour(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_road_leads_to_useful_maps(tmp_path: Path) -> None:
-    """A short training on an easy shape is enough for maps that agree with annotators never seen."""
+    """A short training on an easy shape gives maps of unseen cases that are nearer to all annotators than one of them is."""
     data = write_synthetic_dataset(
         tmp_path / "data", {"Training": 12, "Validation": 2, "Testing": 4}, raters=3, shape=(40, 36, 3)
     )
     trained, bundle, scores_file = tmp_path / "run", tmp_path / "bundle", tmp_path / "scores.json"
-    settings = [part for text in ("steps=300", "val_every=150", "ema=0.98") for part in ("--set", text)]
+    settings = [part for text in ("steps=400", "val_every=200", "ema=0.98") for part in ("--set", text)]
     run("train", "--data", data, "--preset", "tiny", *settings, "--out", trained)
     run("export", trained, "--out", bundle)
     run("evaluate", "--data", data, "--model", bundle, "--fast", "--json", scores_file)
-    assert json.loads(scores_file.read_text())["soft_dice_5"]["mean"] > 0.8
+    scores = json.loads(scores_file.read_text())
+    assert scores["soft_dice_5"]["mean"] > scores["soft_dice_5_annotators"]["mean"]
 
 
 @pytest.mark.slow

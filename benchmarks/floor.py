@@ -11,8 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cdiff.train.network import ConsensusNet
 
-SIZES = (1024, 2048)
+SIZES = (512, 1024, 2048)
 SECONDS = 0.5
+"""A size each. The smallest product takes milliseconds, so that one falls between two interruptions even on a busy machine."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def count_flop(network: ConsensusNet) -> tuple[int, int]:
 
 @torch.inference_mode()
 def matmul_rate(device: torch.device) -> float:
-    """FLOP/s of the best float32 product of square matrices out of about a second's repeats: a rate, so the best counts."""
+    """FLOP/s of the best float32 product of square matrices among many: the floor is what the machine can do."""
     best = 0.0
     for n in SIZES:
         a, b = torch.randn(n, n, device=device), torch.randn(n, n, device=device)

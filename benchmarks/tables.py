@@ -14,7 +14,11 @@ NAMES = {
     "compiled": "PyTorch compiled, batched",
     "exported": "exported engine",
 }
-PARTS = ("read", "encode", "denoise", "noise", "update", "collect", "other")
+SHORT = {"published": "chain after chain", "pytorch": "batched", "compiled": "compiled", "exported": "exported"}
+PARTS = {
+    "read": "reading the scan", "encode": "encoder", "denoise": "denoiser", "noise": "drawing noise",
+    "update": "the sampler's update", "collect": "adding up maps", "other": "anything else",
+}  # fmt: skip
 
 
 def summary(report: dict[str, Any]) -> RenderableType:
@@ -32,7 +36,7 @@ def name_of(report: dict[str, Any], kind: str) -> str:
 def _head(report: dict[str, Any]) -> Text:
     machine, model, protocol = report["machine"], report["model"], report["protocol"]
     lines = (
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads; torch {machine['torch']}, "
+        f"{machine['cpu']}, {machine['cores']} cores, threads used: {machine['threads']}; torch {machine['torch']}, "
         f"{', '.join(f'{name} {version}' for name, version in machine['versions'].items())}",
         f"model {model['name']}: {model['parameters'] / 1e6:.2f} M parameters, {model['image_size'][0]}x{model['image_size'][1]}, "
         f"{model['levels']} levels, {model['precision']}",
@@ -44,15 +48,15 @@ def _head(report: dict[str, Any]) -> Text:
 
 
 def _end_to_end(report: dict[str, Any]) -> Table:
-    table = _table("End to end: a scan's file in, maps out", "s", "slices a minute", "times as fast", "peak memory")
+    table = _table("End to end: a scan's file in, maps out", "s", "slices/min", "speed", "peak MiB")
     for kind, found in report["end_to_end"].items():
         ratio = report["ratios"].get(f"{kind}_over_published")
         table.add_row(
             name_of(report, kind),
             f"{found['seconds']:.2f}",
             f"{found['slices_a_minute']:.2f}",
-            "1" if ratio is None else f"{ratio['median']:.2f}",
-            f"{found['peak_bytes'] / 2**20:.0f} MiB",
+            "1.00 x" if ratio is None else f"{ratio['median']:.2f} x",
+            f"{found['peak_bytes'] / 2**20:.0f}",
         )
     floor = report["floor"]["end_to_end_seconds"]
     table.add_row(
@@ -76,10 +80,11 @@ def _calls(report: dict[str, Any]) -> Table:
 
 
 def _parts(report: dict[str, Any]) -> Table:
-    table = _table("Where the time goes, % of each", *PARTS)
-    for kind, found in report["end_to_end"].items():
-        total = sum(found["parts"].values())
-        table.add_row(name_of(report, kind), *(f"{100 * found['parts'][part] / total:.1f}" for part in PARTS))
+    end = report["end_to_end"]
+    table = _table("Where the time goes, %", *(SHORT[kind] for kind in end))
+    for part, what in PARTS.items():
+        shares = (100 * found["parts"][part] / sum(found["parts"].values()) for found in end.values())
+        table.add_row(what, *(f"{share:.1f}" for share in shares))
     return table
 
 

@@ -60,5 +60,5 @@ def test_nothing_there_says_what_was_expected(tmp_path: Path) -> None:
     with pytest.raises(CdiffError, match=r"no scan in .*image\.nii\.gz"):
         scans_at(tmp_path)
     _touch(tmp_path / "Testing/case01/image.nii.gz")
-    with pytest.raises(CdiffError, match="name one of them, such as .*Testing"):
+    with pytest.raises(CdiffError, match=r"name one of them, such as .*Testing"):
         scans_at(tmp_path)

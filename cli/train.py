@@ -31,8 +31,8 @@ def train(
         typer.Option(
             "--preset",
             metavar="NAME",
-            help="paper (as published, a large GPU), lidc (two CPU cores, hours) or tiny (a look, a minute).",
-            show_default="lidc; with --resume and no --set, what RUN has",
+            help="small (modest machines), lidc (the shipped model: crops centred on the structure), paper (as published, a large GPU) or tiny (a look, a minute).",
+            show_default="small; with --resume and no --set, what RUN has",
         ),
     ] = None,
     settings: Annotated[
@@ -52,6 +52,12 @@ def train(
         bool,
         typer.Option("--resume", help="Go on where the run in RUN stopped; exact, also after a kill."),
     ] = False,
+    init: Annotated[
+        Path | None,
+        typer.Option(
+            "--init", metavar="RUN", help="Start from another run's averaged weights (fine-tuning).", show_default=False
+        ),
+    ] = None,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Read the data, take one step, say what was found, write nothing."),
@@ -66,7 +72,7 @@ def train(
 
     Example:
 
-    cdiff train --data my_data --out runs/mine --preset lidc --set batch=8
+    cdiff train --data my_data --out runs/mine --preset small --set batch=8
     cdiff train --data my_data --out runs/mine --resume
     """
     with needs("train", "training"):
@@ -78,7 +84,7 @@ def train(
     if resume and preset is None and not settings:
         config = read_config(output)
     else:
-        config = fit_to_data(named(preset or "lidc"), data, settings or [])
+        config = fit_to_data(named(preset or "small"), data, settings or [])
     result = run(
         config,
         data,
@@ -86,6 +92,7 @@ def train(
         resume=resume,
         max_steps=max_steps,
         dry_run=dry_run,
+        init=init,
         device=device,
         quiet=quiet,
         console=err,

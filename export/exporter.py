@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from cdiff.export.card import METHOD, Card, render
-from cdiff.export.graphs import OPSET, DenoiserGraph, EncoderGraph, write_denoiser, write_encoder
+from cdiff.export.graphs import DenoiserGraph, EncoderGraph, write_denoiser, write_encoder
 from cdiff.export.half import check_half, half_network
 from cdiff.export.reference import TorchEngine
 from cdiff.export.verify import verify
@@ -41,14 +41,14 @@ def export_run(
     card: Card | None = None,
     real_slices: Float32 | None = None,
     replace: bool = False,
-    opset: int = OPSET,
+    opset: int | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
     """Export the averaged weights of a run's "best" or "last" checkpoint to the bundle folder `out`.
 
     fp16: convolutions and products in float16 or an error. card: the author's part of the model card, RUN/card.json unless given.
     real_slices: float32 [S, channels, h, w], normalised as in training, to compare the graphs on; the run's own validation samples
-    unless given. replace: an older bundle in `out` gives way. progress: called as progress(done, total), in parts of the work.
+    unless given. replace: an older bundle in `out` gives way. opset: `graphs.OPSETS` unless given. progress: called as progress(done, total), in parts of the work.
     Raises CdiffError when the run cannot be read, or when a graph differs from PyTorch by more than `verify.BOUNDS`; then nothing
     is written.
     """
@@ -86,7 +86,7 @@ def export_run(
     return bundle
 
 
-def _write_graphs(loaded: LoadedRun, folder: Path, fp16: bool, opset: int, report: Progress) -> dict[str, float]:
+def _write_graphs(loaded: LoadedRun, folder: Path, fp16: bool, opset: int | None, report: Progress) -> dict[str, float]:
     """Write both graphs; returns the share of half-precision nodes of each when `fp16`."""
     config = loaded.config.network
     network = half_network(loaded.network) if fp16 else loaded.network
@@ -131,7 +131,7 @@ def _manifest(loaded: LoadedRun, card: Card, name: str, folder: Path, fp16: bool
         precision="float16" if fp16 else "float32",
         opset=opset,
         features_channels=config.network.base_channels,
-        fast={"sampler": "ddim", "steps": min(10, config.network.T), "runs": 5},
+        fast={"sampler": "ddim", "steps": min(5, config.network.T), "runs": 5},
         training=training,
         scores=scores | card.scores,
         files=entry,  # type: ignore[arg-type]  # filled in by write_bundle

@@ -22,8 +22,9 @@ from cdiff.runtime.schedule import NoiseSchedule
 from cdiff.train.config import NetworkConfig
 from cdiff.train.network import Denoiser, Encoder
 
-OPSET = 21
-"""docs/export.md has the measurement: 20 takes GroupNormalization apart, 23 adds Attention, which few engines run in float32."""
+OPSETS = {torch.float32: 20, torch.float16: 21}
+"""docs/export.md has the measurement. Opset 21 keeps GroupNormalization whole, which engines for GPUs fuse, and half precision is
+for them; 20 takes it apart into what ONNX Runtime's CPU provider runs faster. 23 adds Attention, which few engines run in float32."""
 
 MAX_BYTES = 2**31 - 2**24
 """Protobuf's limit for a file, less room for all that is not weights."""
@@ -63,12 +64,18 @@ class DenoiserGraph(nn.Module):
         x0 = output[:, :1]
         if self.target != "x0":
             x0 = self._of(self.of_x, t) * x + self._of(self.of_output, t) * x0
-        x0 = x0.clamp(-1, 1)
-        return (x0, ((output[:, 1:] + 1) / 2).clamp(0, 1)) if self.learned else x0
+        x0 = _clip(x0, -1, 1)
+        return (x0, _clip((output[:, 1:] + 1) / 2, 0, 1)) if self.learned else x0
 
     @staticmethod
     def _of(table: Any, t: Tensor) -> Tensor:
         return torch.index_select(table, 0, t)[:, None, None, None]
+
+
+def _clip(value: Tensor, low: float, high: float) -> Tensor:
+    """clip(value, low, high), but NaN where the value is not finite: a clip would make a plausible number of an overflow."""
+    finite = value.abs() <= torch.finfo(torch.float32).max
+    return torch.where(finite, value.clamp(low, high), torch.full_like(value, torch.nan))
 
 
 def x0_coefficients(target: str, schedule: NoiseSchedule) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -84,14 +91,16 @@ def x0_coefficients(target: str, schedule: NoiseSchedule) -> tuple[NDArray[np.fl
     return np.zeros_like(signal), np.ones_like(signal)
 
 
-def write_encoder(graph: EncoderGraph, config: NetworkConfig, folder: Path, opset: int = OPSET) -> Path:
+def write_encoder(graph: EncoderGraph, config: NetworkConfig, folder: Path, opset: int | None = None) -> Path:
     """Write encoder.onnx into `folder`: any number of slices, fixed image size. Returns its path."""
     image = torch.zeros(2, config.image_channels, config.image_size, config.image_size)
-    return export_graph(graph, {"image": image}, {"image": "slices"}, ["features"], folder / ENCODER, opset)
+    return export_graph(
+        graph, {"image": image}, {"image": "slices"}, ["features"], folder / ENCODER, opset or OPSETS[graph.dtype]
+    )
 
 
 def write_denoiser(
-    graph: DenoiserGraph, config: NetworkConfig, folder: Path, dtype: torch.dtype, opset: int = OPSET
+    graph: DenoiserGraph, config: NetworkConfig, folder: Path, dtype: torch.dtype, opset: int | None = None
 ) -> Path:
     """Write denoiser.onnx into `folder`: any number of rows and slices, fixed image size. `dtype` is the features'."""
     rows, size = 3, config.image_size
@@ -103,7 +112,9 @@ def write_denoiser(
         "level": torch.ones(rows, dtype=torch.int64),
     }
     axes = dict.fromkeys(inputs, "rows") | {"features": "slices"}
-    return export_graph(graph, inputs, axes, ["x0", "mix"] if graph.learned else ["x0"], folder / DENOISER, opset)
+    return export_graph(
+        graph, inputs, axes, ["x0", "mix"] if graph.learned else ["x0"], folder / DENOISER, opset or OPSETS[dtype]
+    )
 
 
 def export_graph(
@@ -112,7 +123,7 @@ def export_graph(
     axes: dict[str, str],
     outputs: list[str],
     path: Path,
-    opset: int = OPSET,
+    opset: int,
 ) -> Path:
     """Write a module as an ONNX file and return its path.
 

@@ -151,9 +151,7 @@ def _random_images(channels: int, size: tuple[int, int]) -> Float32:
 
 def _framed(slices: Float32, framing: str, size: tuple[int, int]) -> Float32:
     """Windows of the model's size, as the runtime would cut or resample them; a tiled slice gives its central window."""
-    windows = Framing("tile" if framing == "tile" else "resize", size).frame(
-        np.ascontiguousarray(slices, dtype=np.float32)
-    )
+    windows = Framing(framing, size).frame(np.ascontiguousarray(slices, dtype=np.float32))  # type: ignore[arg-type]
     middle = windows.per_slice // 2
     return np.stack([windows.image(i * windows.per_slice + middle) for i in range(len(slices))])
 

@@ -1,4 +1,4 @@
-"""How a slice of any size meets a model of one size: resampled to it, or cut in overlapping tiles; and back again."""
+"""How a slice of any size meets a model of one size: resampled to it, cut in overlapping tiles, or its centre; and back again."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from cdiff.runtime.errors import CdiffError
 
 Float32 = NDArray[np.float32]
-FramingMode = Literal["resize", "tile"]
+FramingMode = Literal["resize", "tile", "centre"]
 
 
 def resize(array: Float32, size: tuple[int, int]) -> Float32:
@@ -45,7 +45,8 @@ class Framing:
 
     `resize`: the whole slice is resampled to it, its two axes independently. `tile`: windows of that size at the slice's own
     resolution, evenly spread, neighbours overlapping by at least the fraction `overlap` (0 <= overlap < 1) of a window; a
-    slice that is smaller is padded by reflection, equally on both sides. Raises CdiffError for other modes or overlaps.
+    slice that is smaller is padded by reflection, equally on both sides. `centre`: the one such window in the middle of the
+    slice, for crops that were centred on the structure; outside it the maps are 0. Raises CdiffError for other modes or overlaps.
     """
 
     mode: FramingMode
@@ -54,7 +55,7 @@ class Framing:
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(FramingMode):
-            raise CdiffError(f"framing {self.mode!r} is not known; use 'resize' or 'tile'")
+            raise CdiffError(f"framing {self.mode!r} is not known; use 'resize', 'tile' or 'centre'")
         if not 0 <= self.overlap < 1:
             raise CdiffError(f"the tiles' overlap is {self.overlap}, but must be at least 0 and below 1")
 
@@ -67,8 +68,11 @@ class Framing:
         (H, W), (h, w) = self.size, slices.shape[-2:]
         if self.mode == "resize":
             return Windows(slices, self, self.size, ((0, 0),))
+        canvas = (max(h, H), max(w, W))
+        if self.mode == "centre":
+            return Windows(slices, self, canvas, (((canvas[0] - H) // 2, (canvas[1] - W) // 2),))
         rows, columns = _starts(h, H, self.overlap), _starts(w, W, self.overlap)
-        return Windows(slices, self, (max(h, H), max(w, W)), tuple((y, x) for y in rows for x in columns))
+        return Windows(slices, self, canvas, tuple((y, x) for y in rows for x in columns))
 
 
 def _starts(n: int, N: int, overlap: float) -> list[int]:
@@ -95,7 +99,7 @@ class Windows:
 
     @property
     def per_slice(self) -> int:
-        """Windows a slice: 1 when resized."""
+        """Windows a slice: 1 unless tiled."""
         return len(self.origins)
 
     def __len__(self) -> int:
@@ -121,13 +125,14 @@ class Windows:
         """The maps of one slice's windows [per_slice,...,H,W], put together on the slice's own grid [...,h,w], float32.
 
         A resized map is resampled back. Tiles are averaged where they overlap, each with a weight that falls linearly from
-        its middle to its edge. Where no resampling and no blending is needed, the values come back unchanged.
+        its middle to its edge; what no window covers is 0. Where no resampling and no blending is needed, the values come
+        back unchanged.
         """
         h, w = self.slices.shape[-2:]
         if self.framing.mode == "resize":
             return resize(maps[0], (h, w))
         canvas: Float32 = maps[0]
-        if self.per_slice > 1:
+        if self.canvas != self.framing.size:
             H, W = self.framing.size
             canvas = np.zeros((*maps.shape[1:-2], *self.canvas), np.float32)
             for (y, x), weights, tile in zip(self.origins, self._blend, maps, strict=True):
@@ -147,7 +152,7 @@ class Windows:
 
     @cached_property
     def _blend(self) -> list[Float32]:
-        """A weight [H,W] for each tile; over every pixel of the canvas they sum to 1."""
+        """A weight [H,W] for each tile; over every pixel that a window covers they sum to 1."""
         H, W = self.framing.size
         ramp = [np.minimum(np.arange(n) + 1, n - np.arange(n)) / n for n in (H, W)]
         tent = np.outer(*ramp)

@@ -34,9 +34,7 @@ class Intensity:
         """[S, channels, H, W] of any real dtype -> float32 in [-1, 1], same shape. A constant image becomes zeros."""
         axes = (2, 3) if self.scope == "slice" else (0, 2, 3)
         values = np.asarray(array, dtype=np.float32)
-        low, high = np.percentile(values, (self.lower, self.upper), axis=axes, keepdims=True).astype(
-            np.float32
-        )
+        low, high = np.percentile(values, (self.lower, self.upper), axis=axes, keepdims=True).astype(np.float32)
         span = high - low
         flat = span <= 0
         scaled = (values - low) / np.where(flat, 1, span) * 2 - 1

@@ -104,7 +104,7 @@ class Manifest:
         choices = {
             "target": ("eps", "x0", "v"),
             "variance": ("fixed", "learned"),
-            "framing": ("resize", "tile"),
+            "framing": ("resize", "tile", "centre"),
             "precision": ("float32", "float16"),
             "slice_axis": (0, 1, 2),
         }

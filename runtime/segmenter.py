@@ -203,6 +203,12 @@ def _notes(read: Scan, chosen: range, manifest: Manifest) -> list[str]:
         notes.append(
             f"slices of {size[0]} x {size[1]} were resampled to the model's {model}, and the maps back to them"
         )
+    if manifest.framing == "centre" and any(n > m for n, m in zip(size, manifest.image_size, strict=True)):
+        height, width = manifest.image_size
+        notes.append(
+            f"the model sees the central {height} x {width} of each slice's {size[0]} x {size[1]} pixels, where it expects the "
+            "structure; outside them the maps are 0 and mean nothing"
+        )
     if len(chosen) < len(read.slices):
         notes.append(
             f"only slices {chosen.start} to {chosen.stop - 1} of 0 to {len(read.slices) - 1} were segmented: in the others the "

@@ -85,7 +85,8 @@ class DiffusionConfig:
 class DataConfig:
     """How scans become training slices.
 
-    framing: "resize" brings every slice to image_size; "tile" keeps the pixel grid and cuts windows. `crop` is the side of
+    framing: "resize" brings every slice to image_size; "tile" keeps the pixel grid and cuts windows; "centre" looks only at
+    the central image_size pixels of a slice, for crops that someone centred on the structure. `crop` is the side of
     the training window under "tile" (0: image_size), drawn within `jitter` pixels of the structure's centre; small windows
     make early steps cheap, and the last `late` share of training takes windows of image_size.
     missing_raters: what happens to a case with fewer masks than C: "skip" it, take its masks "as-is" (levels above its
@@ -107,8 +108,8 @@ class DataConfig:
     val_fraction: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.framing not in ("resize", "tile"):
-            raise CdiffError(f"framing={self.framing!r} is not known; use resize or tile")
+        if self.framing not in ("resize", "tile", "centre"):
+            raise CdiffError(f"framing={self.framing!r} is not known; use resize, tile or centre")
         if self.missing_raters not in ("skip", "as-is", "error"):
             raise CdiffError(f"missing_raters={self.missing_raters!r} is not known; use skip, as-is or error")
         if self.slice_axis not in (0, 1, 2):

@@ -1,6 +1,9 @@
-"""Named configurations: `paper` as published, `lidc` for the shipped model, `tiny` for a first try and the tests."""
+"""Named configurations: `paper` as published, `small` for one's own data on modest machines, `lidc` for the shipped model, `tiny`
+for a first try and the tests."""
 
 from __future__ import annotations
+
+import dataclasses
 
 from cdiff.runtime.errors import CdiffError
 from cdiff.train.config import Config, DataConfig, NetworkConfig, TrainingConfig
@@ -13,6 +16,41 @@ def preset(name: str) -> Config:
     return PRESETS[name]
 
 
+# Sized for two CPU cores and hours, not days: x0 as the target learns several times faster than eps, and G is one RRDB because
+# training runs it on every step.
+SMALL = Config(
+    network=NetworkConfig(
+        image_size=128,
+        levels=4,
+        T=100,
+        base_channels=16,
+        channel_mult=(1, 2, 4, 4, 8),
+        residual_blocks=1,
+        attention_depths=(),
+        heads=2,
+        groups=8,
+        rrdbs=1,
+        rrdb_channels=16,
+        rrdb_growth=8,
+        target="x0",
+    ),
+    data=DataConfig(framing="resize"),
+    training=TrainingConfig(
+        steps=10_000,
+        batch=12,
+        rows_per_image=3,
+        lr=1e-3,
+        weight_decay=1e-2,
+        warmup=200,
+        decay="cosine",
+        ema=0.998,
+        val_every=250,
+        val_slices=48,
+        val_steps=5,
+        val_runs=1,
+    ),
+)
+
 PRESETS: dict[str, Config] = {
     # Section 4 of the paper: 256x256, T = 100, L = 128, depths [L, L, L, 2L, 2L, 4L, 4L], 8 RRDBs, attention at 16 and 8,
     # AdamW, batch 4. Three residual blocks a depth, 64 channels and growth 32 in an RRDB, the learning rate and EMA are the
@@ -22,36 +60,13 @@ PRESETS: dict[str, Config] = {
         data=DataConfig(framing="resize"),
         training=TrainingConfig(batch=4, lr=1e-4, ema=0.9999),
     ),
-    # Lung nodules in 128x128 CT crops, sized for two CPU cores: x0 as the target learns several times faster than eps, G is
-    # small because training runs it on every step, and most of training sees 48x48 windows, which hold all but the largest nodules.
-    "lidc": Config(
-        network=NetworkConfig(
-            image_size=128,
-            levels=4,
-            T=100,
-            base_channels=16,
-            channel_mult=(1, 2, 4, 4, 8),
-            residual_blocks=1,
-            attention_depths=(),
-            heads=2,
-            groups=8,
-            rrdbs=1,
-            rrdb_channels=16,
-            rrdb_growth=8,
-            target="x0",
-        ),
-        data=DataConfig(framing="tile", crop=48, jitter=8),
-        training=TrainingConfig(
-            steps=12_000,
-            batch=12,
-            rows_per_image=3,
-            lr=1e-3,
-            weight_decay=1e-2,
-            warmup=200,
-            decay="cosine",
-            ema=0.998,
-            val_every=500,
-        ),
+    "small": SMALL,
+    # Lung nodules in CT crops that are centred on them: the central 64x64 pixels, which hold 98 % of the structures whole, at a
+    # quarter of the cost of the whole crop.
+    "lidc": dataclasses.replace(
+        SMALL,
+        network=dataclasses.replace(SMALL.network, image_size=64),
+        data=DataConfig(framing="centre", jitter=6),
     ),
     "tiny": Config(
         network=NetworkConfig(

@@ -60,22 +60,26 @@ def train(
     resume: bool = False,
     max_steps: int | None = None,
     dry_run: bool = False,
+    init: Path | None = None,
     device: str = "auto",
     quiet: bool = False,
     console: Console | None = None,
 ) -> TrainResult:
     """Train `config` on the case folders in `data`, writing to the folder `out`.
 
+    init is a run whose averaged weights this one starts from (fine-tuning); its network must have the same tensors.
     max_steps ends this call after step `max_steps` without changing the schedule, as if it had been stopped there. dry_run reads
     the data, takes one step and writes nothing. Raises CdiffError for unusable data, an `out` that holds another run, or a loss
     that is not finite.
     """
     console = console or Console(stderr=True)
     if not dry_run:
-        _claim(out, config, resume)
+        _check_out(out, config, resume)
     if config.training.threads:
         torch.set_num_threads(config.training.threads)
     run = Run(config, read_data(data, config), _device(device), out)
+    if init is not None:
+        run.start_from(init)
     if not quiet:
         for note in run.data.notes:
             console.print(f"note: {note}", highlight=False)
@@ -90,11 +94,14 @@ def train(
         return run.result(loss)
     if resume:
         run.restore()
+    else:  # only now, when data and settings have proved usable, is there a run
+        make_folder(out)
+        write_json(out / "config.json", config.to_json())
     return run.loop(max_steps, console, quiet)
 
 
-def _claim(out: Path, config: Config, resume: bool) -> None:
-    """Make the run's folder, or see that it holds this very run."""
+def _check_out(out: Path, config: Config, resume: bool) -> None:
+    """Raise CdiffError unless `out` holds no run, or is to be resumed and holds this very one."""
     if (out / "config.json").exists():
         if not resume:
             raise CdiffError(f"{out} already holds a run; add --resume to go on with it, or choose another --out")
@@ -105,8 +112,6 @@ def _claim(out: Path, config: Config, resume: bool) -> None:
         return
     if resume:
         raise CdiffError(f"{out} holds no run to resume; start it without --resume")
-    make_folder(out)
-    write_json(out / "config.json", config.to_json())
 
 
 def _device(name: str) -> torch.device:
@@ -143,6 +148,14 @@ class Run:
         if not self.val_chosen:
             raise CdiffError("no validation slice has anything drawn on it; validation would score nothing")
         self.val_batches: dict[int, Batch] = {}
+
+    def start_from(self, init: Path) -> None:
+        """Take the averaged weights of the last checkpoint of the run `init` as the first ones."""
+        folder = checkpoint_folder(init, "last")
+        if folder is None:
+            raise CdiffError(f"{init} holds no checkpoint to start from; give the folder of a training run")
+        load_weights(self.network, read_tensors(folder / "ema.safetensors"), folder / "ema.safetensors")
+        self.ema = {name: value.detach().clone() for name, value in self.network.state_dict().items()}
 
     @property
     def parameters(self) -> int:

@@ -96,3 +96,16 @@ def test_bad_framing_is_refused() -> None:
         Framing("tile", (8, 8), 1.0)
     with pytest.raises(CdiffError, match="shape"):
         Framing("tile", (8, 8)).frame(np.zeros((0, 1, 8, 8), np.float32))
+
+
+@pytest.mark.parametrize("shape", [(12, 16), (13, 9), (8, 8), (5, 20)])
+def test_the_centre_is_the_middle_window_and_the_rest_is_zero(shape: tuple[int, int]) -> None:
+    slices = np.random.default_rng(0).normal(size=(2, 1, *shape)).astype(np.float32)
+    windows = Framing("centre", (8, 8)).frame(slices)
+    assert (len(windows), windows.per_slice) == (2, 1)
+    back = windows.unframe(np.stack(list(windows)))
+    top, left = (max(n - 8, 0) // 2 for n in shape)
+    inside = np.zeros(shape, bool)
+    inside[top : top + 8, left : left + 8] = True
+    assert np.array_equal(back[..., inside], slices[..., inside])
+    assert not back[..., ~inside].any()

@@ -37,7 +37,7 @@ def test_settings_reach_their_sections() -> None:
         ("scaled=1", "expected bool"),
         ("batch=0", "at least 1"),
         ("image_size=33", "multiple of 2"),
-        ("framing=crop", "use resize or tile"),
+        ("framing=crop", "use resize, tile or centre"),
         ("crop=16", "crop needs framing=tile"),
         ("missing_raters=guess", "skip, as-is or error"),
         ("decay=linear", "none or cosine"),
@@ -51,5 +51,5 @@ def test_bad_settings_are_one_clear_line(setting: str, says: str) -> None:
 
 
 def test_unknown_preset_names_the_known_ones() -> None:
-    with pytest.raises(CdiffError, match="paper, lidc, tiny"):
+    with pytest.raises(CdiffError, match="paper, small, lidc, tiny"):
         preset("big")

@@ -148,3 +148,16 @@ def test_every_variant_takes_steps(tiny_data: Path, tmp_path: Path, change: dict
     result = train(config, tiny_data, tmp_path / "run", quiet=True)
     assert np.isfinite(result.loss)
     assert result.best is not None
+
+
+def test_a_run_can_start_from_anothers_averaged_weights(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
+    config = preset("tiny").with_values({"lr": 1e-30, "weight_decay": 0.0, "steps": 1})
+    train(config, tiny_data, tmp_path / "run", init=tiny_run, quiet=True)
+    start = weights(tiny_run, "ema")
+    for name, value in weights(tmp_path / "run").items():
+        torch.testing.assert_close(value, start[name], rtol=0, atol=1e-12)
+    with pytest.raises(CdiffError, match="no checkpoint to start from"):
+        train(config, tiny_data, tmp_path / "other", init=tmp_path, quiet=True)
+    with pytest.raises(CdiffError, match="does not fit"):
+        train(config.with_values({"base_channels": 16}), tiny_data, tmp_path / "third", init=tiny_run, quiet=True)
+    assert not (tmp_path / "third").exists()

@@ -174,14 +174,16 @@ def speed(network: ConsensusNet, schedule: NoiseSchedule, image: Float32, folder
         graph = DenoiserGraph(network.denoiser, config, schedule)
         sessions[f"opset {opset}"] = _open(write_denoiser(graph, config, _new(folder), torch.float32, opset))
     graph = DenoiserGraph(folded(network).denoiser, config, schedule)
-    sessions["embeddings folded"] = _open(write_denoiser(graph, config, _new(folder), torch.float32))
+    sessions["embeddings folded"] = _open(write_denoiser(graph, config, _new(folder), torch.float32, 21))
     whole = WholeUpdate(DenoiserGraph(network.denoiser, config, schedule))
     tensors = {
         key: torch.from_numpy(value[:3] if len(value) == ROWS else value) for key, value in (feed | extra).items()
     }
     tensors["features"] = tensors["features"].repeat(2, 1, 1, 1)
     axes = dict.fromkeys(tensors, "rows") | {"features": "slices", "row": ""}
-    sessions["whole update"] = _open(export_graph(whole, tensors, axes, ["x_next", "x0"], _new(folder) / "whole.onnx"))
+    sessions["whole update"] = _open(
+        export_graph(whole, tensors, axes, ["x_next", "x0"], _new(folder) / "whole.onnx", 21)
+    )
 
     def numpy_update() -> None:
         a, b, c, d = extra["row"]

@@ -55,7 +55,7 @@ def train(
     init: Annotated[
         Path | None,
         typer.Option(
-            "--init", metavar="RUN", help="Start from another run's averaged weights (fine-tuning).", show_default=False
+            "--init", metavar="RUN", help="Start from the weights of another run or of a bundle.", show_default=False
         ),
     ] = None,
     dry_run: Annotated[

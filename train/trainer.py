@@ -67,7 +67,7 @@ def train(
 ) -> TrainResult:
     """Train `config` on the case folders in `data`, writing to the folder `out`.
 
-    init is a run whose averaged weights this one starts from (fine-tuning); its network must have the same tensors.
+    init is a run, or a bundle, whose averaged weights this one starts from (fine-tuning); its network must have the same tensors.
     max_steps ends this call after step `max_steps` without changing the schedule, as if it had been stopped there. dry_run reads
     the data, takes one step and writes nothing. Raises CdiffError for unusable data, an `out` that holds another run, or a loss
     that is not finite.
@@ -150,11 +150,12 @@ class Run:
         self.val_batches: dict[int, Batch] = {}
 
     def start_from(self, init: Path) -> None:
-        """Take the averaged weights of the last checkpoint of the run `init` as the first ones."""
+        """Take the averaged weights of the last checkpoint of the run `init`, or those of the bundle `init`, as the first ones."""
         folder = checkpoint_folder(init, "last")
-        if folder is None:
-            raise CdiffError(f"{init} holds no checkpoint to start from; give the folder of a training run")
-        load_weights(self.network, read_tensors(folder / "ema.safetensors"), folder / "ema.safetensors")
+        path = init / "model.safetensors" if folder is None else folder / "ema.safetensors"
+        if not path.exists():
+            raise CdiffError(f"{init} holds no weights to start from; give the folder of a training run or of a bundle")
+        load_weights(self.network, read_tensors(path), path)
         self.ema = {name: value.detach().clone() for name, value in self.network.state_dict().items()}
 
     @property

@@ -13,7 +13,7 @@ from cdiff.runtime.errors import CdiffError
 if TYPE_CHECKING:
     from cdiff.runtime.bundle import Bundle
 
-NAMES = ("onnxruntime",)
+NAMES = ("onnxruntime", "tensorrt", "tensorrt-rtx")
 """Every engine there is; `auto` takes the first that can run on the device."""
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
@@ -39,7 +39,12 @@ class EngineStatus:
 
 def available_engines() -> list[EngineStatus]:
     """The state of every engine in `NAMES`, in that order; imports no torch and raises nothing."""
-    return [_onnxruntime_status()]
+    return [_onnxruntime_status(), *(_without_engine(name) for name in NAMES[1:])]
+
+
+def _without_engine(name: str) -> EngineStatus:
+    reason = f"this version of cdiff does not run {name}; on a GPU use --engine onnxruntime --device cuda:0"
+    return EngineStatus(name, None, (), reason)
 
 
 def _onnxruntime_status() -> EngineStatus:
@@ -70,7 +75,7 @@ def open_engine(bundle: Bundle, name: str = "auto", device: str = "cpu", *, thre
         raise CdiffError(f"device {device!r} is not known; use cpu, cuda or cuda:N")
     states = [state for state in available_engines() if name in ("auto", state.name)]
     if not any(kind in state.devices for state in states):
-        reasons = "; ".join(state.missing for state in states)
+        reasons = "; ".join(state.missing for state in states if name != "auto" or state.devices)
         raise CdiffError(f"no engine can run on {device} here: {reasons}" if name == "auto" else f"{name}: {reasons}")
 
     from cdiff.runtime.engines.onnxruntime import OnnxRuntimeEngine

@@ -156,7 +156,7 @@ def test_a_run_can_start_from_anothers_averaged_weights(tiny_run: Path, tiny_dat
     start = weights(tiny_run, "ema")
     for name, value in weights(tmp_path / "run").items():
         torch.testing.assert_close(value, start[name], rtol=0, atol=1e-12)
-    with pytest.raises(CdiffError, match="no checkpoint to start from"):
+    with pytest.raises(CdiffError, match="no weights to start from"):
         train(config, tiny_data, tmp_path / "other", init=tmp_path, quiet=True)
     with pytest.raises(CdiffError, match="does not fit"):
         train(config.with_values({"base_channels": 16}), tiny_data, tmp_path / "third", init=tiny_run, quiet=True)

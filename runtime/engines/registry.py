@@ -43,7 +43,7 @@ def available_engines() -> list[EngineStatus]:
 
 
 def _without_engine(name: str) -> EngineStatus:
-    reason = f"this version of cdiff does not run {name}; on a GPU use --engine onnxruntime --device cuda:0"
+    reason = f"this version of cdiff does not run {name}; on a GPU use onnxruntime-gpu (pip install 'cdiff[gpu]') with --engine onnxruntime --device cuda:0"
     return EngineStatus(name, None, (), reason)
 
 

@@ -86,6 +86,7 @@ def test_auto_picks_onnx_runtime_and_says_where(tmp_path: Path) -> None:
     [
         ("openvino", "cpu", "engine 'openvino' is not known; use one of auto, onnxruntime"),
         ("auto", "tpu", "use cpu, cuda"),
+        ("tensorrt", "cpu", "this version of cdiff does not run tensorrt"),
     ],
 )
 def test_unknown_engines_and_devices_are_refused(tmp_path: Path, name: str, device: str, message: str) -> None:

@@ -72,6 +72,7 @@ def export_run(
         half = _write_graphs(loaded, folder, fp16, opset, report)
         metadata = {"config": json.dumps(loaded.config.to_json()), "format": "pt"}
         save_file(loaded.network.state_dict(), folder / WEIGHTS, metadata)
+        (folder / WEIGHTS).chmod(0o644)  # safetensors makes it private, and a bundle is shared
         manifest = _manifest(loaded, card, card.name or out.name, folder, fp16)
         report(3, PARTS)
         checked = verify(Bundle(folder, manifest), TorchEngine(loaded.network, loaded.schedule), slices)

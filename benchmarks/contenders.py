@@ -86,7 +86,7 @@ class Through:
         """Segment the scan from its file once; `maps` names a file for the soft maps."""
         spec = self.spec
         result = self.segmenter.segment(
-            spec["scan"], runs=spec["runs"], steps=steps, sampler="ddpm", slices=spec["slices"], seed=0
+            spec["scan"], runs=spec["runs"], steps=steps, sampler="ddpm", slices=spec["slices"], seed=0, mirror=False
         )
         if maps:
             np.save(maps, result.stack.soft)

@@ -106,6 +106,7 @@ def evaluate(
     sampler: options.SamplerOption = None,
     fast: options.FastOption = False,
     levels: options.CombineOption = options.Combine.mean,
+    mirror: options.MirrorOption = None,
     seed: options.SeedOption = 0,
     quiet: options.QuietOption = False,
 ) -> None:
@@ -132,7 +133,7 @@ def evaluate(
         report = score(
             segmenter,
             cases,
-            Protocol(runs, steps, sampler, fast, levels, seed, all_raters, raters),
+            Protocol(runs, steps, sampler, fast, levels, mirror, seed, all_raters, raters),
             data={"folder": data.resolve().name, "split": chosen, "task": task},
             out=json_,
             progress=meter,

@@ -100,6 +100,15 @@ CombineOption = Annotated[
         rich_help_panel=CHAIN,
     ),
 ]
+MirrorOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--mirror/--no-mirror",
+        help="Let the runs see the slice as it is and mirrored, in turn.",
+        show_default="yes where the model was trained on mirrored images",
+        rich_help_panel=CHAIN,
+    ),
+]
 SeedOption = Annotated[
     int,
     typer.Option("--seed", metavar="K", min=0, help="The same seed gives the same maps.", rich_help_panel=CHAIN),

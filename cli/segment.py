@@ -56,6 +56,7 @@ def segment(
     sampler: options.SamplerOption = None,
     fast: options.FastOption = False,
     levels: options.CombineOption = options.Combine.mean,
+    mirror: options.MirrorOption = None,
     seed: options.SeedOption = 0,
     preview: Annotated[
         bool,
@@ -97,6 +98,7 @@ def segment(
                 sampler=sampler,
                 fast=fast,
                 combine=levels,
+                mirror=mirror,
                 seed=seed,
                 slices=slices,
                 progress=meter,

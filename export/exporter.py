@@ -129,6 +129,7 @@ def _manifest(loaded: LoadedRun, card: Card, name: str, folder: Path, fp16: bool
         tile_overlap=TILE_OVERLAP,
         intensity=loaded.intensity.to_json(),
         slice_axis=config.data.slice_axis,
+        mirror=settings.augment,
         precision="float16" if fp16 else "float32",
         opset=opset,
         features_channels=config.network.base_channels,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,7 @@ from cdiff.runtime.chain import Chain, Timings, check_finite
 from cdiff.runtime.engines.base import ChainBinding, Engine, Int64, Rows
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.framing import Windows
+from cdiff.runtime.mirror import VIEWS, origin_in, view_of
 from cdiff.runtime.noise import Noise
 from cdiff.runtime.sampler import SamplerTable
 
@@ -45,13 +47,14 @@ class SliceResult:
 
 @dataclass(frozen=True)
 class _Plan:
-    """The order of the rows: window by window, in a window run by run, in a run level by level."""
+    """The order of the rows: window by window, in a window run by run, in a run level by level. Run r sees view r % views."""
 
     windows: Windows
     slice_ids: Int64
     levels: int
     runs: int
     batch: int
+    views: int
 
     @property
     def per_window(self) -> int:
@@ -62,9 +65,17 @@ class _Plan:
         return len(self.windows) * self.per_window
 
     @property
-    def slots(self) -> int:
-        """Most windows that one batch can touch: windows i and i + slots never meet in one, so they can share a place."""
+    def held(self) -> int:
+        """Most windows that one batch can touch: windows i and i + held never meet in one, so they can share a place."""
         return min(len(self.windows), (self.batch - 2) // self.per_window + 2)
+
+    @property
+    def slots(self) -> int:
+        """Places for features: one for each view of each window held."""
+        return self.held * self.views
+
+    def slot(self, window: Any, view: Any) -> Any:
+        return window % self.held * self.views + view
 
     def window_of(self, row: int) -> int:
         return row // self.per_window
@@ -74,14 +85,18 @@ class _Plan:
         number = np.minimum(np.arange(first, first + self.batch), self.total - 1)
         window, within = np.divmod(number, self.per_window)
         slice_, tile = np.divmod(window, self.windows.per_slice)
+        run = within // self.levels
+        view = run % self.views
+        windows = self.windows
+        origin = np.asarray(windows.origins, np.int64)[tile]
         return Rows(
             valid=min(self.batch, self.total - first),
-            slot=window % self.slots,
+            slot=self.slot(window, view),
             slice_id=self.slice_ids[slice_],
-            origin=np.asarray(self.windows.origins, np.int64)[tile],
+            origin=origin_in(view, origin, windows.canvas, windows.framing.size),
             level=within % self.levels + 1,
-            run=within // self.levels,
-            canvas=self.windows.canvas,
+            run=run,
+            canvas=windows.canvas,
         )
 
 
@@ -136,6 +151,7 @@ def segment_windows(
     seed: int = 0,
     batch: int | None = None,
     slice_ids: Sequence[int] | None = None,
+    mirror: bool = False,
     keep_runs: bool = False,
     progress: Progress | None = None,
     timings: Timings | None = None,
@@ -145,7 +161,8 @@ def segment_windows(
     `levels` is the model's C. Rows run window by window, so a batch may span slices; each window is encoded once, just
     before the first batch that needs it, and at most two slices' sums are alive unless a batch spans more. `slice_ids` [S]
     are the slices' numbers in the scan (0..S-1 by default): they, not the position, enter the noise, so a part of a scan gets
-    the maps that it has in the whole. The maps depend on `batch` only through the engine's rounding.
+    the maps that it has in the whole. `mirror` lets the runs see the window's mirrored views in turn (`mirror.VIEWS`); their maps are
+    mirrored back. Each view is encoded once too. The maps depend on `batch` only through the engine's rounding.
     Raises CdiffError for arguments out of range and when the network returns a value that is not finite.
     """
     if runs < 1 or levels < 1:
@@ -156,7 +173,8 @@ def segment_windows(
     if ids.shape != (len(windows.slices),) or (ids < 0).any():
         raise CdiffError(f"{len(windows.slices)} slices need as many slice numbers, 0 or more; not {ids.tolist()}")
     total = len(windows) * levels * runs
-    plan = _Plan(windows, ids, levels, runs, batch or rows_per_batch(total, engine.device))
+    views = min(VIEWS, runs) if mirror else 1
+    plan = _Plan(windows, ids, levels, runs, batch or rows_per_batch(total, engine.device), views)
     # Checked here and not at the first result: a generator would only raise once somebody asks it for a slice.
     return _segment(engine, plan, table, seed, Noise(seed), keep_runs, progress, timings or Timings())
 
@@ -180,7 +198,9 @@ def _segment(
         last = first + rows.valid
         with timings.part("encode"):
             while encoded <= plan.window_of(last - 1):
-                binding.encode(encoded % plan.slots, plan.windows.image(encoded))
+                image = plan.windows.image(encoded)
+                for view in range(plan.views):
+                    binding.encode(plan.slot(encoded, view), np.ascontiguousarray(view_of(image, view)))
                 encoded += 1
         done = first * len(table)
         report = None if progress is None else _counter(progress, done, rows.valid, plan.total * len(table))
@@ -198,7 +218,8 @@ def _segment(
                 index, tile = divmod(plan.window_of(first + i), plan.windows.per_slice)
                 if index not in open_sums:
                     open_sums[index] = _Sums(plan, keep_runs)
-                open_sums[index].add(tile, int(rows.level[i]), int(rows.run[i]), x[i, 0])
+                run = int(rows.run[i])
+                open_sums[index].add(tile, int(rows.level[i]), run, view_of(x[i, 0], run % plan.views))
         while finished < last // (plan.per_window * plan.windows.per_slice):
             with timings.part("collect"):
                 result = open_sums.pop(finished).result(finished)

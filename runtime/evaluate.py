@@ -46,6 +46,7 @@ class Protocol:
     sampler: str | None = None
     fast: bool = False
     combine: str = "mean"
+    mirror: bool | None = None
     seed: int = 0
     all_raters: bool = False
     raters: str = "skip"
@@ -189,6 +190,7 @@ def _score(segmenter: Segmenter, job: _Job, protocol: Protocol, progress: Progre
         sampler=protocol.sampler,
         fast=protocol.fast,
         combine=protocol.combine,
+        mirror=protocol.mirror,
         seed=protocol.seed,
         slices=job.span,
         keep_runs=True,
@@ -198,7 +200,7 @@ def _score(segmenter: Segmenter, job: _Job, protocol: Protocol, progress: Progre
         "case": job.case.name,
         "annotators": job.masks,
         "seconds": round(time.monotonic() - started, 2),
-        "chain": {key: result.report[key] for key in ("sampler", "steps", "runs")},
+        "chain": {key: result.report[key] for key in ("sampler", "steps", "runs", "mirror")},
         "slices": list(score_slices(result.stack, job.span.start, masks, job.slices)),
     }
 

@@ -31,7 +31,7 @@ class Manifest:
     levels is C. target and variance are what the network was trained for; the denoiser's graph returns x0 whatever the target.
     image_size is (H, W), the graphs' fixed size. framing, tile_overlap and slice_axis say how a scan meets that size, intensity
     how it is normalised. precision is the graphs' arithmetic; features_channels the width L of the encoder's output.
-    fast holds sampler, steps and runs of `--fast`. training, scores and verification are for the reader: how the model was
+    mirror says that the network was trained on mirrored images, so that its runs may see them. fast holds sampler, steps and runs of `--fast`. training, scores and verification are for the reader: how the model was
     trained, how it scored, and how far the graphs were from PyTorch when they were exported.
     files lists every file of the bundle except the manifest itself and the engines' cache.
     """
@@ -50,6 +50,7 @@ class Manifest:
     tile_overlap: float
     intensity: dict[str, Any]
     slice_axis: int
+    mirror: bool
     precision: str
     opset: int
     features_channels: int
@@ -167,8 +168,9 @@ _KINDS: dict[str, type] = {
     ),
     **dict.fromkeys(("schedule", "intensity", "fast", "training", "scores", "verification"), dict),
     "tile_overlap": float,
+    "mirror": bool,
 }
-_WORDS: dict[type, str] = {str: "a text", int: "a whole number", float: "a number", dict: "an object"}
+_WORDS: dict[type, str] = {bool: "true or false", str: "a text", int: "a whole number", float: "a number", dict: "an object"}
 
 
 def _check_files(value: Any, source: str) -> None:

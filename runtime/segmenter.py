@@ -66,6 +66,7 @@ class Segmenter:
         sampler: str | None = None,
         fast: bool = False,
         combine: str = "mean",
+        mirror: bool | None = None,
         seed: int = 0,
         slices: str | slice | tuple[int, int] | range | None = None,
         slice_axis: int | None = None,
@@ -77,6 +78,7 @@ class Segmenter:
 
         runs, steps, sampler: 25 runs of ddpm over all T steps unless given; with `fast`, what the bundle states for it.
         combine: "mean" over runs, or "vote", which rounds each level's mean over runs as the published code does.
+        mirror: let the runs see the slice as it is and mirrored, in turn; what the bundle states unless given.
         slices: "A:B", A included and B not; the maps are NaN (the mask 0) elsewhere. A slice's maps do not depend on them.
         slice_axis: axis of the array as stored to cut along, the bundle's unless given. batch: rows a padded batch.
         keep_runs: keep every run's maps, uint8, in `result.stack.runs`. progress: called as progress(done, total).
@@ -94,6 +96,7 @@ class Segmenter:
         steps = int(preset.get("steps", manifest.T)) if steps is None else steps
         if runs < 1:
             raise CdiffError(f"runs {runs} is out of range; at least one is needed")
+        mirror = manifest.mirror if mirror is None else mirror
         table = sampler_table(sampler, manifest.noise_schedule, steps)
 
         clock = _Clock()
@@ -118,6 +121,7 @@ class Segmenter:
                 seed=seed,
                 batch=batch,
                 slice_ids=list(chosen),
+                mirror=mirror,
                 keep_runs=keep_runs,
                 progress=progress,
                 timings=spent,
@@ -133,7 +137,7 @@ class Segmenter:
         report = build_report(
             {
                 **self._model_report(),
-                **_sampling_report(table, runs, combine, seed, fast, batch),
+                **_sampling_report(table, runs, combine, mirror, seed, fast, batch),
                 "framing": {
                     "mode": manifest.framing,
                     "model_size": list(manifest.image_size),
@@ -181,13 +185,16 @@ class _Clock:
         self._last = now
 
 
-def _sampling_report(table: SamplerTable, runs: int, combine: str, seed: int, fast: bool, batch: int) -> dict[str, Any]:
+def _sampling_report(
+    table: SamplerTable, runs: int, combine: str, mirror: bool, seed: int, fast: bool, batch: int
+) -> dict[str, Any]:
     return {
         "sampler": table.name,
         "steps": len(table),
         "runs": runs,
         "combine": combine,
         "combine_note": COMBINE_NOTES[combine],
+        "mirror": mirror,
         "seed": seed,
         "fast": fast,
         "batch": batch,

@@ -124,8 +124,10 @@ class DataConfig:
 class TrainingConfig:
     """The optimiser and its surroundings.
 
-    batch: images a step (`late_batch` when windows are image_size; 0: the same); rows_per_image: (t, c, noise) draws an image, which share its encoding. The learning rate warms up
-    linearly over `warmup` steps and then, with decay="cosine", falls to zero at `steps`; "none" keeps it.
+    batch: images a step (`late_batch` when windows are image_size; 0: the same); rows_per_image: (t, c, noise) draws an image, which share its encoding.
+    dice_weight: how much the soft Dice of the predicted x0 adds to the squared error, which alone is mostly the background's where
+    structures are small. t_power p draws t with a density that grows as t^(p - 1): 1 is the papers' uniform draw; 2 favours the
+    noisy end, where a chain of few steps settles the shape. The learning rate warms up linearly over `warmup` steps and then, with decay="cosine", falls to zero at `steps`; "none" keeps it.
     amp: "auto" is bf16 on a GPU that has it, float32 elsewhere. minutes > 0 ends the run after that many minutes of training,
     the decay following the clock (such a run is not reproducible step for step).
     """
@@ -140,6 +142,8 @@ class TrainingConfig:
     decay: str = "none"
     ema: float = 0.9999
     clip: float = 1.0
+    dice_weight: float = 0.0
+    t_power: float = 1.0
     amp: str = "auto"
     seed: int = 0
     augment: bool = True
@@ -169,6 +173,10 @@ class TrainingConfig:
             raise CdiffError(f"decay={self.decay!r} is not known; use none or cosine")
         if self.amp not in ("auto", "off", "bf16", "fp16"):
             raise CdiffError(f"amp={self.amp!r} is not known; use auto, off, bf16 or fp16")
+        if self.dice_weight < 0:
+            raise CdiffError(f"dice_weight={self.dice_weight} must not be negative")
+        if self.t_power <= 0:
+            raise CdiffError(f"t_power={self.t_power} must be positive")
         if not 0 <= self.ema < 1:
             raise CdiffError(f"ema={self.ema} must lie in [0, 1)")
 

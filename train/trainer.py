@@ -132,7 +132,7 @@ class Run:
         settings = config.training
         torch.manual_seed(settings.seed)
         self.network = ConsensusNet(config.network).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.diffusion = Diffusion(config.schedule, config.network.target, device)
+        self.diffusion = Diffusion(config.schedule, config.network.target, device, settings.dice_weight)
         self.optimiser = torch.optim.AdamW(
             self.network.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, betas=(0.9, 0.99)
         )
@@ -190,7 +190,9 @@ class Run:
         batch = training_batch(self.data.train, self.config, k, size, window)
         generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + k)
         rows = size * settings.rows_per_image
-        t = torch.randint(1, self.config.network.T + 1, (rows,), generator=generator).to(self.device)
+        T = self.config.network.T
+        u = torch.rand(rows, generator=generator) ** (1 / settings.t_power)
+        t = (1 + (T * u).long().clamp(max=T - 1)).to(self.device)
         level = torch.randint(1, self.config.network.levels + 1, (rows,), generator=generator).to(self.device)
         noise = torch.randn(rows, 1, window, window, generator=generator).to(self.device)
         image = batch.image.to(self.device, memory_format=torch.channels_last)

@@ -80,8 +80,17 @@ def plain_chain(engine: Engine, image: Float32, table: SamplerTable, z_of: Any, 
     return x
 
 
-def plain_segment(engine: Engine, windows: Windows, table: SamplerTable, slice_: int) -> np.ndarray:
-    """Every run's map [C,R,h,w] of one slice, one row after another."""
+def plain_segment(
+    engine: Engine, windows: Windows, table: SamplerTable, slice_: int, *, mirror: bool = False
+) -> np.ndarray:
+    """Every run's map [C,R,h,w] of one slice, one row after another; with `mirror`, of the whole slice mirrored and back."""
+    if mirror:
+        whole, maps = windows.slices[slice_], []
+        for r in range(R):
+            axes = tuple(axis for axis, bit in ((-1, 1), (-2, 2)) if r % 4 & bit)
+            turned = windows.framing.frame(np.flip(whole, axes)[None])
+            maps.append(np.flip(plain_segment(engine, turned, table, 0)[:, r], axes))
+        return np.stack(maps, axis=1)
     maps = np.zeros((windows.per_slice, C, R, SIZE, SIZE), np.float32)
     for tile, origin in enumerate(windows.origins):
         image = windows.image(slice_ * windows.per_slice + tile)
@@ -131,6 +140,37 @@ def test_tiles_of_a_large_slice_share_their_canvas_s_noise() -> None:
         maps = plain_segment(FakeEngine(), windows, table, result.slice_id)
         np.testing.assert_allclose(result.level_means, maps.mean(axis=1), rtol=0, atol=2e-5)
         np.testing.assert_allclose(result.run_std, maps.mean(axis=0).std(axis=0), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(("mode", "shape"), [("resize", (SIZE, SIZE)), ("tile", (20, 41)), ("centre", (SIZE, 30))])
+def test_mirrored_runs_are_those_of_the_mirrored_slice(mode: str, shape: tuple[int, int]) -> None:
+    windows, table = framed(scan((1, *shape)), mode), sampler_table("ddpm", SCHEDULE, 4)
+    engine = FakeEngine()
+    (result,) = run(engine, windows, table, batch=7, mirror=True, keep_runs=True)
+    maps = plain_segment(FakeEngine(), windows, table, 0, mirror=True)
+    np.testing.assert_allclose(result.level_means, maps.mean(axis=1), rtol=0, atol=2e-5)
+    np.testing.assert_allclose(result.run_std, maps.mean(axis=0).std(axis=0), rtol=0, atol=2e-5)
+    assert result.runs is not None
+    # A tile's map is rounded to 8 bits before tiles are put together, and the slice's after it.
+    roundings = 1 if windows.per_slice == 1 else 2
+    np.testing.assert_allclose(result.runs / 255, maps, rtol=0, atol=roundings * 0.5 / 255 + 2e-5)
+    assert engine.encoded == 4 * windows.per_slice, "each view of a window is encoded once"
+
+
+@pytest.mark.parametrize("batch", [1, 5, 30])
+def test_mirrored_runs_do_not_depend_on_the_batch(batch: int) -> None:
+    windows, table = framed(scan((3, SIZE, 20)), "tile"), sampler_table("ddpm", SCHEDULE, 3)
+    want = run(FakeEngine(), windows, table, batch=12, mirror=True)
+    for a, b in zip(run(FakeEngine(), windows, table, batch=batch, mirror=True), want, strict=True):
+        np.testing.assert_allclose(a.level_means, b.level_means, rtol=0, atol=2e-5)
+
+
+def test_a_single_run_sees_the_slice_as_it_is() -> None:
+    windows, table = framed(scan((1, SIZE, SIZE))), sampler_table("ddim", SCHEDULE, 3)
+    one, plain = (
+        next(segment_windows(FakeEngine(), windows, table, levels=C, runs=1, mirror=mirror)) for mirror in (True, False)
+    )
+    assert np.array_equal(one.level_means, plain.level_means)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

@@ -32,6 +32,7 @@ def example(**changes: Any) -> Manifest:
         "tile_overlap": 0.25,
         "intensity": Intensity("volume", 1.0, 99.0).to_json(),
         "slice_axis": 2,
+        "mirror": False,
         "precision": "float32",
         "opset": 21,
         "features_channels": 8,

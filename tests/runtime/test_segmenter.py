@@ -80,6 +80,17 @@ def test_the_maps_are_those_of_the_loop(segmenter: Segmenter) -> None:
     assert result.soft.std() > 0.05, "the tiny network's maps must differ for this test to mean anything"
 
 
+def test_runs_are_mirrored_where_the_bundle_says_so_or_the_caller_does(segmenter: Segmenter, tmp_path: Path) -> None:
+    array, chain = volume(SIZE, SIZE, 1), {"steps": 3, "runs": 4, "sampler": "ddim", "batch": 4}
+    plain, asked = segmenter.segment(array, **chain), segmenter.segment(array, **chain, mirror=True)
+    other = cdiff.load(make_bundle(tmp_path / "mirrored", mirror=True))
+    stated, refused = other.segment(array, **chain), other.segment(array, **chain, mirror=False)
+    assert [r.report["mirror"] for r in (plain, asked, stated, refused)] == [False, True, True, False]
+    np.testing.assert_array_equal(stated.levels, asked.levels)
+    np.testing.assert_array_equal(refused.levels, plain.levels)
+    assert abs(asked.levels - plain.levels).max() > 0.01
+
+
 def test_the_same_seed_gives_the_same_maps_bit_for_bit(segmenter: Segmenter, bundle: Path) -> None:
     array = volume(SIZE, SIZE, 2)
     one = segmenter.segment(array, **QUICK, seed=3, batch=4)

@@ -42,6 +42,25 @@ def test_a_perfect_network_gives_back_the_mask_and_no_loss(target: str) -> None:
     assert diffusion.loss(perfect + 0.5, m, noise, x, t).item() == pytest.approx(0.25, rel=1e-5)
 
 
+@pytest.mark.parametrize("target", ["eps", "x0", "v"])
+def test_the_dice_term_is_that_of_the_predicted_mask(target: str) -> None:
+    m = torch.full((2, 1, 6, 6), -1.0)
+    m[0, 0, :2] = 1  # twelve pixels; the second row's mask is empty
+    guess = torch.full_like(m, -1.0)
+    guess[:, 0, 1:3] = 1  # six pixels of the first in common, and twelve of an empty mask
+    noise, t = torch.randn(m.shape, generator=torch.Generator().manual_seed(0)), torch.tensor([20, 60])
+    diffusion = Diffusion(SCHEDULE, target, dice_weight=0.5)
+    x = diffusion.noised(m, noise, t)
+    abar = torch.from_numpy(SCHEDULE.abar)[t][:, None, None, None].float()
+    alpha, sigma = abar.sqrt(), (1 - abar).sqrt()
+    # What a network that takes `guess` for the mask would return.
+    aim = diffusion.aim(guess, (x - alpha * guess) / sigma, t)
+    plain = Diffusion(SCHEDULE, target).loss(aim, m, noise, x, t)
+    dice = ((2 * 6 + 1) / (12 + 12 + 1) + (0 + 1) / (12 + 0 + 1)) / 2
+    assert (diffusion.loss(aim, m, noise, x, t) - plain).item() == pytest.approx(0.5 * (1 - dice), rel=1e-4)
+    assert diffusion.loss(diffusion.aim(m, noise, t), m, noise, x, t).item() == pytest.approx(0, abs=1e-6)
+
+
 def test_x0_is_clipped_to_the_range_of_masks() -> None:
     diffusion = Diffusion(SCHEDULE, "eps")
     x = torch.randn(1, 1, 4, 4) * 100

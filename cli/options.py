@@ -68,7 +68,7 @@ StepsOption = Annotated[
         metavar="N",
         min=1,
         help="Steps a chain.",
-        show_default="all T; with --fast the bundle's, 10",
+        show_default="all T; with --fast the bundle's, 5",
         rich_help_panel=CHAIN,
     ),
 ]

@@ -57,7 +57,7 @@ RunsOption = Annotated[
         metavar="R",
         min=1,
         help="Chains a slice and level, averaged.",
-        show_default="25; with --fast the bundle's, 5",
+        show_default="25; with --fast the bundle's, 4",
         rich_help_panel=CHAIN,
     ),
 ]

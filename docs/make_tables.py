@@ -43,12 +43,12 @@ def markdown(header: list[str], rows: list[list[str]], words: int = 1) -> str:
 
 MODEL_ROWS = (  # slices, method, result file, how its keys end
     ("four marked", "cdiff, 25 runs x 100 steps", "lidc_testing_all_raters", ""),
-    ("four marked", "cdiff `--fast`, 5 runs x 5 steps", "lidc_testing_all_raters_fast", ""),
+    ("four marked", "cdiff `--fast`, 4 runs x 5 steps", "lidc_testing_all_raters_fast", ""),
     ("four marked", "cdiff `--fast --levels vote`", "lidc_testing_all_raters_fast_vote", ""),
     ("four marked", "plain U-Net on the soft label", "unet_testing_all_raters", ""),
     ("four marked", "a radiologist against the other three", "lidc_testing_all_raters_fast", "_annotators"),
     ("any marked", "cdiff, 25 runs x 100 steps", "lidc_testing_marked", ""),
-    ("any marked", "cdiff `--fast`, 5 runs x 5 steps", "lidc_testing_marked_fast", ""),
+    ("any marked", "cdiff `--fast`, 4 runs x 5 steps", "lidc_testing_marked_fast", ""),
     ("any marked", "plain U-Net on the soft label", "unet_testing_marked", ""),
     ("any marked", "a radiologist against the other three", "lidc_testing_marked_fast", "_annotators"),
 )

@@ -25,6 +25,7 @@ from cdiff.runtime.engines.base import Float32
 from cdiff.runtime.engines.registry import available_engines
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.manifest import CARD, DENOISER, ENCODER, WEIGHTS, Manifest
+from cdiff.runtime.mirror import VIEWS
 from cdiff.train.checkpoint import LoadedRun, load_run
 
 Progress = Callable[[int, int], None]
@@ -133,7 +134,7 @@ def _manifest(loaded: LoadedRun, card: Card, name: str, folder: Path, fp16: bool
         precision="float16" if fp16 else "float32",
         opset=opset,
         features_channels=config.network.base_channels,
-        fast={"sampler": "ddim", "steps": min(5, config.network.T), "runs": 5},
+        fast={"sampler": "ddim", "steps": min(5, config.network.T), "runs": VIEWS},  # each mirrored view once
         training=training,
         scores=scores | card.scores,
         files=entry,  # type: ignore[arg-type]  # filled in by write_bundle

@@ -69,6 +69,7 @@ PRESETS: dict[str, Config] = {
         SMALL,
         network=dataclasses.replace(SMALL.network, image_size=64),
         data=DataConfig(framing="centre", jitter=6),
+        training=dataclasses.replace(SMALL.training, dice_weight=1.0),
     ),
     "tiny": Config(
         network=NetworkConfig(

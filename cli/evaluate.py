@@ -31,6 +31,7 @@ class Raters(StrEnum):
     use = "use"
 
 
+@options.spread
 def evaluate(
     data: Annotated[
         Path,
@@ -98,16 +99,9 @@ def evaluate(
             rich_help_panel=DATA,
         ),
     ] = Raters.skip,
-    model: options.ModelOption = None,
-    engine: options.EngineOption = "auto",
-    device: options.DeviceOption = "cpu",
-    runs: options.RunsOption = None,
-    steps: options.StepsOption = None,
-    sampler: options.SamplerOption = None,
-    fast: options.FastOption = False,
-    levels: options.CombineOption = options.Combine.mean,
-    mirror: options.MirrorOption = None,
-    seed: options.SeedOption = 0,
+    *,
+    model: options.Model,
+    chain: options.Chain,
     quiet: options.QuietOption = False,
 ) -> None:
     """Score a model against several annotators' masks, with 95 % intervals by bootstrap over cases.
@@ -118,7 +112,6 @@ def evaluate(
 
     cdiff evaluate --data my_data --model my_bundle --json scores.json
     """
-    from cdiff import load
     from cdiff.runtime.cases import find_cases
     from cdiff.runtime.evaluate import Protocol, choose_split
     from cdiff.runtime.evaluate import evaluate as score
@@ -126,14 +119,13 @@ def evaluate(
     found = find_cases(data, task)
     chosen, cases = choose_split(found, split)
     cases = cases[:limit]
-    segmenter = load(model, engine=engine, device=device)
     say(f"split {chosen} of {', '.join(found)}: {len(cases)} cases", quiet)
-    say(f"model {segmenter.manifest.name}, engine {segmenter.engine.name} on {segmenter.engine.device}", quiet)
+    segmenter = model.load(quiet)
     with Meter("evaluate", quiet) as meter:
         report = score(
             segmenter,
             cases,
-            Protocol(runs, steps, sampler, fast, levels, mirror, seed, all_raters, raters),
+            Protocol(**chain.arguments(), all_raters=all_raters, raters=raters.value),
             data={"folder": data.resolve().name, "split": chosen, "task": task},
             out=json_,
             progress=meter,

@@ -16,6 +16,7 @@ from cdiff.runtime.cases import Case, find_cases, read_case
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.evaluate import Protocol, choose_split, evaluate
 from cdiff.runtime.results import Stack
+from cdiff.runtime.scan import read_scan
 from cdiff.runtime.scores import PER_SLICE, marked_slices, true_levels
 from cdiff.runtime.segmenter import Segmenter
 from tests.synthetic import write_synthetic_dataset
@@ -48,8 +49,12 @@ class KnownMaps:
         levels = np.roll(levels, self.shift, axis=-1)
         runs = np.repeat(levels[:, :, None] * 255, 2, axis=2).astype(np.uint8)
         progress(1, 2)
-        report = {"runs": 2, "steps": 5, "sampler": "ddim"}
-        return SimpleNamespace(stack=Stack(levels, np.zeros_like(levels[:, 0]), runs), report=report)
+        report = {"runs": 2, "steps": chain["steps"] or 5, "sampler": "ddim", "mirror": False}
+        grid = read_scan(scan).grid
+        return SimpleNamespace(stack=Stack(levels, np.zeros_like(levels[:, 0]), runs), report=report, grid=grid)
+
+    def runs(self, asked: int | None, fast: bool) -> int:
+        return 2
 
 
 def _case(folder: Path) -> Case:
@@ -82,7 +87,7 @@ def test_perfect_maps_score_one(cases: list[Case], tmp_path: Path) -> None:
     assert report["soft_dice_5_annotators"]["mean"] < 1
     assert report["protocol"] == {
         **{"runs": 2, "steps": 5, "sampler": "ddim", "fast": False, "combine": "mean", "seed": 0},
-        **{"all_raters": False, "raters": "skip"},
+        **{"mirror": False, "all_raters": False, "raters": "skip"},
     }
     json.dumps(report, allow_nan=False)
 

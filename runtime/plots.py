@@ -88,10 +88,11 @@ def write_curve(table: Table, x: str, label: str, path: Path) -> None:
 
 
 def _ticks(at: Sequence[int], most: int = 8) -> list[int]:
-    """The values themselves where there are few of them; else some of them, the first and the last too."""
+    """The values themselves where there are few of them; else the first and the multiples of a round number."""
     if len(at) <= most:
         return list(at)
-    return [at[i] for i in sorted({round(float(i)) for i in np.linspace(0, len(at) - 1, most)})]
+    step = next(k * 10**n for n in range(9) for k in (1, 2, 5) if at[-1] <= 6 * k * 10**n)
+    return [at[0], *range(step, at[-1] + 1, step)]
 
 
 def _column(table: Table, name: str) -> list[float]:

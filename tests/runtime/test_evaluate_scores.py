@@ -201,3 +201,29 @@ def test_levels_of_another_number_of_annotators() -> None:
     assert true_levels(masks, 4).sum(axis=(1, 2)).tolist() == [4, 3, 2, 1]
     assert true_levels(masks, 2).sum(axis=(1, 2)).tolist() == [3, 1]
     assert true_levels(masks[:3], 4)[:, 0].tolist() == [[k * 4 >= c * 3 for k in (0, 1, 2, 3, 3)] for c in (1, 2, 3, 4)]
+
+
+def test_real_cases(lidc: Path, tmp_path: Path) -> None:
+    """Eight nodules of five patients, four readers each; maps that are the truth moved by a pixel."""
+    cases = find_cases(lidc)["test"][:8]
+    report = run(KnownMaps(tmp_path / "b", 4, shift=1), cases, group="LIDC-IDRI-[0-9]+")
+    assert (report["n_cases"], report["intervals"]["units"]) == (8, 5)
+    for case in report["cases"]:
+        (mm,) = {
+            float(size) for size in nib.load(lidc / "Testing" / case["case"] / "image.nii.gz").header.get_zooms()[:2]
+        }
+        for scores in case["slices"]:
+            for pixels, length in zip(scores["hd95_px_per_level"], scores["hd95_mm_per_level"], strict=True):
+                assert (pixels is None) == (length is None)
+                assert pixels is None or (0 < pixels <= 1 and length == pytest.approx(mm * pixels))
+            assert scores["brier"] > scores["brier_floor"]
+            assert scores["brier_near"] > scores["brier"]
+            assert 0 < scores["iou_per_level"][0] < scores["dice_per_level"][0] < 1
+            assert scores["ged"] > scores["ged_floor"]
+            assert scores["ged_no_diagonal"] < scores["ged"]
+        truth = read_case(case_in(lidc / "Testing" / case["case"]))[1].sum(axis=1)
+        assert case["volumes"]["predicted_voxels"] == case["volumes"]["true_voxels"]
+        assert case["volumes"]["true_voxels"] == [int((truth >= c).sum()) for c in (1, 2, 3, 4)]
+    # A map with four values that is calibrated but for the pixel's move.
+    assert 0 < report["ece_near"]["mean"] < 0.2
+    assert report["auroc_entropy_near"]["mean"] > 0.5

@@ -41,7 +41,7 @@ def iou(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> float:
     _same_shape(a, b)
     first, second = np.asarray(a, dtype=bool), np.asarray(b, dtype=bool)
     either = np.count_nonzero(first | second)
-    return np.count_nonzero(first & second) / either if either else 1.0
+    return float(np.count_nonzero(first & second) / either) if either else 1.0
 
 
 def dice_by_threshold(

@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from cdiff.runtime.drawing import new_figure
 from cdiff.runtime.tables import Table
 

@@ -56,7 +56,7 @@ def near(masks: Mask) -> Mask:
     a disc that is a region of four times its area, whatever the resolution. It follows from the annotators alone, so every
     model is scored on the same pixels. Empty when nobody marked anything.
     """
-    union = masks.any(axis=0)
+    union = np.asarray(masks.any(axis=0))
     region = np.zeros_like(union)
     if union.any():
         radius = max(2.0, float(np.sqrt(np.count_nonzero(union) / np.pi)))

@@ -16,7 +16,7 @@ from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.metrics import bootstrap_over_cases
 from cdiff.runtime.results import Stack
 from cdiff.runtime.scores import PER_SLICE, true_levels
-from tests.runtime.known_maps import KnownMaps, run
+from tests.runtime.known_maps import KnownMaps, case_in, run
 from tests.synthetic import write_synthetic_dataset
 
 
@@ -218,7 +218,8 @@ def test_real_cases(lidc: Path, tmp_path: Path) -> None:
                 assert pixels is None or (0 < pixels <= 1 and length == pytest.approx(mm * pixels))
             assert scores["brier"] > scores["brier_floor"]
             assert scores["brier_near"] > scores["brier"]
-            assert 0 < scores["iou_per_level"][0] < scores["dice_per_level"][0] < 1
+            for iou, dice in zip(scores["iou_per_level"], scores["dice_per_level"], strict=True):
+                assert dice == pytest.approx(2 * iou / (1 + iou), abs=1e-5)
             assert scores["ged"] > scores["ged_floor"]
             assert scores["ged_no_diagonal"] < scores["ged"]
         truth = read_case(case_in(lidc / "Testing" / case["case"]))[1].sum(axis=1)

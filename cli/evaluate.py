@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from cdiff.cli import options
 from cdiff.cli.console import Meter, out, say, warn
+from cdiff.cli.score_tables import paper_tables, score_tables
+from cdiff.runtime.errors import CdiffError
 
 DATA = "Data"
 
@@ -31,6 +32,7 @@ class Raters(StrEnum):
     use = "use"
 
 
+@options.spread
 def evaluate(
     data: Annotated[
         Path,
@@ -54,6 +56,36 @@ def evaluate(
             rich_help_panel=options.OUTPUT,
         ),
     ] = None,
+    report_: Annotated[
+        Path | None,
+        typer.Option(
+            "--report",
+            metavar="DIR",
+            help="Write scores.json, tables (CSV: scores, cases, slices) and plots (reliability, soft Dice against the "
+            "number of runs) into this folder.",
+            show_default=False,
+            rich_help_panel=options.OUTPUT,
+        ),
+    ] = None,
+    steps_curve: Annotated[
+        str | None,
+        typer.Option(
+            "--steps-curve",
+            metavar="N,N...",
+            help="Evaluate again with each of these numbers of steps and add soft Dice against them to the report, as "
+            "1,2,5,10,25.",
+            show_default=False,
+            rich_help_panel=options.OUTPUT,
+        ),
+    ] = None,
+    paper_table: Annotated[
+        bool,
+        typer.Option(
+            "--paper-table",
+            help="Print Tables 1 to 3 of Amit et al. 2023 for this data, beside the published numbers known here.",
+            rich_help_panel=options.OUTPUT,
+        ),
+    ] = False,
     split: Annotated[
         Split | None,
         typer.Option(
@@ -98,69 +130,91 @@ def evaluate(
             rich_help_panel=DATA,
         ),
     ] = Raters.skip,
-    model: options.ModelOption = None,
-    engine: options.EngineOption = "auto",
-    device: options.DeviceOption = "cpu",
-    runs: options.RunsOption = None,
-    steps: options.StepsOption = None,
-    sampler: options.SamplerOption = None,
-    fast: options.FastOption = False,
-    levels: options.CombineOption = options.Combine.mean,
-    mirror: options.MirrorOption = None,
-    seed: options.SeedOption = 0,
+    group: Annotated[
+        str | None,
+        typer.Option(
+            "--group",
+            metavar="REGEX",
+            help="Intervals over groups of cases, patients say: what this finds in a case's name (its first bracket, if "
+            "it has one) is the group.",
+            show_default="cases",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    *,
+    model: options.Model,
+    chain: options.Chain,
     quiet: options.QuietOption = False,
 ) -> None:
     """Score a model against several annotators' masks, with 95 % intervals by bootstrap over cases.
 
     What each score means is in docs/metrics.md.
 
-    Example:
+    Examples:
 
     cdiff evaluate --data my_data --model my_bundle --json scores.json
+    cdiff evaluate --data my_data --report scores --steps-curve 1,2,5,10,25
+    cdiff evaluate --data my_data --group "patient[0-9]+" --paper-table
     """
-    from cdiff import load
     from cdiff.runtime.cases import find_cases
     from cdiff.runtime.evaluate import Protocol, choose_split
     from cdiff.runtime.evaluate import evaluate as score
+    from cdiff.runtime.files import write_json
+    from cdiff.runtime.publish import SCORES, check_steps, sweep_steps, write_report
 
+    steps = None if steps_curve is None else _numbers(steps_curve)
+    if steps and report_ is None:
+        raise CdiffError("--steps-curve needs a folder to write to; add --report DIR")
     found = find_cases(data, task)
     chosen, cases = choose_split(found, split)
     cases = cases[:limit]
-    segmenter = load(model, engine=engine, device=device)
     say(f"split {chosen} of {', '.join(found)}: {len(cases)} cases", quiet)
-    say(f"model {segmenter.manifest.name}, engine {segmenter.engine.name} on {segmenter.engine.device}", quiet)
+    segmenter = model.load(quiet)
+    protocol = Protocol(**chain.arguments(), all_raters=all_raters, raters=raters.value)
+    if steps:
+        check_steps(segmenter, protocol, steps)
+    about = {"folder": data.resolve().name, "split": chosen, "task": task}
+    told: set[str] = set()
+
+    def once(line: str) -> None:
+        if line not in told:
+            told.add(line)
+            warn(line)
+
     with Meter("evaluate", quiet) as meter:
         report = score(
             segmenter,
             cases,
-            Protocol(runs, steps, sampler, fast, levels, mirror, seed, all_raters, raters),
-            data={"folder": data.resolve().name, "split": chosen, "task": task},
-            out=json_,
+            protocol,
+            data=about,
+            group=group,
+            out=report_ / SCORES if report_ else json_,
+            write=write_report if report_ else write_json,
             progress=meter,
-            notice=warn,
+            notice=once,
         )
-    out.print(_table(report))
-    if json_:
-        out.print(str(json_), soft_wrap=True)
+    if report_ and json_:
+        write_json(json_, report)
+    if report_ and steps:
+        with Meter("steps", quiet) as meter:
+            sweep_steps(
+                segmenter, cases, protocol, steps, report_,
+                data=about, group=group, known=report, progress=meter, notice=once,
+            )  # fmt: skip
+    out.print(score_tables(report))
+    if paper_table:
+        out.print(paper_tables(report))
+    for path in (json_, report_):
+        if path:
+            out.print(str(path), soft_wrap=True)
 
 
-def _table(report: dict[str, Any]) -> Table:
-    table = Table(title=f"{report['n_slices']} slices of {report['n_cases']} cases", title_justify="left")
-    for name in ("score", "mean", "95 % interval"):
-        table.add_column(name, justify="left" if name == "score" else "right")
-    rows = [
-        ("soft Dice, five thresholds", report["soft_dice_5"]),
-        ("soft Dice, nine thresholds", report["soft_dice_9"]),
-        *((f"Dice, at least {row['level']}", row) for row in report["dice_per_level"]),
-        ("energy distance (GED)", report["ged"]),
-        ("  its floor for nested maps", report["ged_floor"]),
-        ("annotators: soft Dice, one against the others", report["soft_dice_5_annotators"]),
-        ("annotators: pairwise Dice", report["pairwise_dice_annotators"]),
-    ]
-    for label, value in rows:
-        table.add_row(label, _number(value["mean"]), f"{_number(value['low'])} to {_number(value['high'])}")
-    return table
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+def _numbers(text: str) -> list[int]:
+    """ "1,2,5" as numbers."""
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise CdiffError(f"--steps-curve {text!r} is no list of numbers of steps; write 1,2,5,10,25")
+    return numbers

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, is_dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
+
+from cdiff.cli.console import say
+
+if TYPE_CHECKING:
+    from cdiff.runtime.segmenter import Segmenter
 
 
 class Sampler(StrEnum):
@@ -116,3 +125,76 @@ SeedOption = Annotated[
 QuietOption = Annotated[
     bool, typer.Option("--quiet", "-q", help="Print results and errors only.", rich_help_panel=OUTPUT)
 ]
+
+
+@dataclass(frozen=True)
+class Model:
+    """Which model, and what runs it: --model, --engine, --device."""
+
+    model: ModelOption = None
+    engine: EngineOption = "auto"
+    device: DeviceOption = "cpu"
+
+    def load(self, quiet: bool) -> Segmenter:
+        """The model in its engine; says which they are."""
+        from cdiff import load
+
+        segmenter = load(self.model, engine=self.engine, device=self.device)
+        say(f"model {segmenter.manifest.name}, engine {segmenter.engine.name} on {segmenter.engine.device}", quiet)
+        return segmenter
+
+
+@dataclass(frozen=True)
+class Chain:
+    """How maps are drawn: --runs, --steps, --sampler, --fast, --levels, --mirror, --seed."""
+
+    runs: RunsOption = None
+    steps: StepsOption = None
+    sampler: SamplerOption = None
+    fast: FastOption = False
+    levels: CombineOption = Combine.mean
+    mirror: MirrorOption = None
+    seed: SeedOption = 0
+
+    def arguments(self) -> dict[str, Any]:
+        """The same as keyword arguments of `Segmenter.segment`, in plain types."""
+        return {
+            "runs": self.runs,
+            "steps": self.steps,
+            "sampler": None if self.sampler is None else self.sampler.value,
+            "fast": self.fast,
+            "combine": self.levels.value,
+            "mirror": self.mirror,
+            "seed": self.seed,
+        }
+
+
+def spread(command: Callable[..., None]) -> Callable[..., None]:
+    """The command as Typer should see it: a parameter that is a block of options (Model, Chain) is replaced by them.
+
+    The block's options stand where the block stood, so the order in --help is that of the definition.
+    """
+    hints = get_type_hints(command, include_extras=True)
+    blocks = {name: hint for name, hint in hints.items() if inspect.isclass(hint) and is_dataclass(hint)}
+
+    def parameters() -> Iterator[inspect.Parameter]:
+        for name, parameter in inspect.signature(command).parameters.items():
+            if block := blocks.get(name):
+                types = get_type_hints(block, include_extras=True)
+                for field in fields(block):
+                    yield inspect.Parameter(
+                        field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=types[field.name]
+                    )
+            else:
+                yield parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[name])
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        for name, block in blocks.items():
+            given[name] = block(**{field.name: given.pop(field.name) for field in fields(block)})
+        command(**given)
+
+    spread_out = inspect.Signature(list(parameters()))
+    run.__signature__ = spread_out  # type: ignore[attr-defined]
+    run.__annotations__ = {name: parameter.annotation for name, parameter in spread_out.parameters.items()}
+    return run

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from cdiff.runtime.inputs import NamedScan
 
 
+@options.spread
 def segment(
     scan: Annotated[
         Path | None,
@@ -48,16 +49,9 @@ def segment(
             show_default="all",
         ),
     ] = None,
-    model: options.ModelOption = None,
-    engine: options.EngineOption = "auto",
-    device: options.DeviceOption = "cpu",
-    runs: options.RunsOption = None,
-    steps: options.StepsOption = None,
-    sampler: options.SamplerOption = None,
-    fast: options.FastOption = False,
-    levels: options.CombineOption = options.Combine.mean,
-    mirror: options.MirrorOption = None,
-    seed: options.SeedOption = 0,
+    *,
+    model: options.Model,
+    chain: options.Chain,
     preview: Annotated[
         bool,
         typer.Option("--preview/--no-preview", help="Write a picture too.", rich_help_panel=options.OUTPUT),
@@ -81,28 +75,15 @@ def segment(
     cdiff segment scan.nii.gz -o maps --fast
     cdiff segment folder -o maps --model my_bundle --steps 20 --sampler ddim
     """
-    from cdiff import load
     from cdiff.runtime.inputs import scans_at
 
     scans = scans_at(_one_of(scan, input_))
-    segmenter = load(model, engine=engine, device=device)
-    say(f"model {segmenter.manifest.name}, engine {segmenter.engine.name} on {segmenter.engine.device}", quiet)
+    segmenter = model.load(quiet)
 
     def work(item: NamedScan, label: str) -> None:
         started = time.monotonic()
         with Meter(label, quiet) as meter:
-            result = segmenter.segment(
-                item.path,
-                runs=runs,
-                steps=steps,
-                sampler=sampler,
-                fast=fast,
-                combine=levels,
-                mirror=mirror,
-                seed=seed,
-                slices=slices,
-                progress=meter,
-            )
+            result = segmenter.segment(item.path, **chain.arguments(), slices=slices, progress=meter)
         result.save(output, item.name, preview=preview)
         say(f"{item.name}: {time.monotonic() - started:.1f} s", quiet)
         out.print(str(output / (f"{item.name}_preview.png" if preview else f"{item.name}_soft.nii.gz")), soft_wrap=True)

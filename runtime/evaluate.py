@@ -1,4 +1,4 @@
-"""Scores a bundle on case folders: every marked slice, bootstrap intervals over cases, resumable (docs/metrics.md)."""
+"""Scores a bundle on case folders: every marked slice, resumable, in bounded memory (docs/metrics.md)."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from cdiff.runtime.cases import Case, read_case
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import sha256, write_json
-from cdiff.runtime.journal import Journal
+from cdiff.runtime.journal import Journal, fingerprint, finished_rows
 from cdiff.runtime.manifest import NAME as MANIFEST
-from cdiff.runtime.metrics import bootstrap_over_cases
-from cdiff.runtime.scores import PER_SLICE, marked_slices, score_slices
+from cdiff.runtime.scores import CaseTally, marked_slices
+from cdiff.runtime.summary import ROW_KEYS, Row, group_names, summarise
 
 if TYPE_CHECKING:
     from cdiff.runtime.segmenter import Segmenter
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 Notice = Callable[[str], None]
 Progress = Callable[[int, int], None]
 """Called as progress(done, total) in thousandths of a slice."""
-Row = dict[str, Any]
-"""One case: name, annotators, hash of its files, seconds, the chain as it was resolved, and its slices' scores."""
-
-CASE_KEYS = ("case", "annotators", "inputs", "seconds")
+FORMAT = 2
+"""Of a row, and of what its scores mean: rows of another format are not gone on from."""
+RUNS_AT_ONCE = 2**28
+"""Bytes of kept runs in memory at once: a longer scan is segmented part by part. One slice is the least."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,15 @@ class _Job:
     slices: NDArray[np.int64]
 
     @property
-    def span(self) -> slice:
-        return slice(int(self.slices[0]), int(self.slices[-1]) + 1)
-
-    @property
     def work(self) -> int:
         """Slices to compute, in thousandths."""
         return 1000 * int(self.slices[-1] - self.slices[0] + 1)
+
+    def parts(self, most: int) -> Iterator[slice]:
+        """From the first slice to score to the last, at most so many at a time."""
+        end = int(self.slices[-1]) + 1
+        for first in range(int(self.slices[0]), end, most):
+            yield slice(first, min(first + most, end))
 
 
 def choose_split(found: Mapping[str, list[Case]], wanted: str | None = None) -> tuple[str, list[Case]]:
@@ -90,22 +92,28 @@ def evaluate(
     protocol: Protocol,
     *,
     data: Mapping[str, Any] | None = None,
+    group: str | None = None,
     out: Path | None = None,
+    write: Callable[[Path, dict[str, Any]], None] = write_json,
     progress: Progress | None = None,
     notice: Notice | None = None,
 ) -> dict[str, Any]:
     """Segment and score every case; returns the report that `cdiff evaluate --json` writes.
 
-    data: what to say of the data in the report (folder, split, task). out: the report's file; finished cases are kept
-    in NAME.partial.jsonl beside it until it is written, so that an interrupted evaluation resumes. Rows of another
-    protocol, bundle, engine or data set are not used. notice: called with one line for each thing that a reader of the
-    scores must know. Raises CdiffError for a case that cannot be read, and when nothing is left to score.
+    data: what to say of the data in the report (folder, split, task). group: a regular expression, `summary.group_names`; cases
+    of one group are resampled together. out: the report's file; finished cases are kept in NAME.partial.jsonl beside it until
+    it is written, so that an interrupted evaluation resumes; the cases of a report that is there are kept too. Rows of another
+    protocol, bundle, engine, data set or format are not used. write: called as write(out, report), to write more than that
+    file. notice: called with one line for each thing that a reader of the scores must know. Raises CdiffError for a case that
+    cannot be read, a group that cannot be found, and when nothing is left to score.
     """
     tell = notice or (lambda line: None)
     jobs, left_out = _plan(segmenter, cases, protocol, tell)
+    group_names([job.case.name for job in jobs], group)
     header = _header(segmenter, protocol, data or {})
-    journal = Journal(out.with_name(f"{out.stem}.partial.jsonl"), header, tell) if out else None
-    known = journal.rows if journal else {}
+    known = finished_rows(out, header, ROW_KEYS, tell) if out else {}
+    journal = Journal(out.with_name(f"{out.stem}.partial.jsonl"), header, ROW_KEYS, tell) if out else None
+    known |= journal.rows if journal else {}
     total, done = sum(job.work for job in jobs), 0
     tick = progress or (lambda done, total: None)
     rows: list[Row] = []
@@ -123,9 +131,9 @@ def evaluate(
         rows.append(row | {"case": job.case.name})
         done += job.work
         tick(done, total)
-    report = _report(rows, header, left_out)
+    report = summarise(rows, header | {"made_with": fingerprint(header)}, left_out, group)
     if out and journal:
-        write_json(out, report)
+        write(out, report)
         journal.remove()
     return report
 
@@ -183,25 +191,38 @@ def _score(segmenter: Segmenter, job: _Job, protocol: Protocol, progress: Progre
     started = time.monotonic()
     manifest = segmenter.manifest
     masks = read_case(job.case, manifest.slice_axis, manifest.image_channels)[1]
-    result = segmenter.segment(
-        job.case.image,
-        runs=protocol.runs,
-        steps=protocol.steps,
-        sampler=protocol.sampler,
-        fast=protocol.fast,
-        combine=protocol.combine,
-        mirror=protocol.mirror,
-        seed=protocol.seed,
-        slices=job.span,
-        keep_runs=True,
-        progress=progress,
-    )
+    tally = CaseTally(masks, job.slices, manifest.levels, protocol.combine)
+    pixels, runs = masks.shape[2] * masks.shape[3], segmenter.runs(protocol.runs, protocol.fast)
+    chain: dict[str, Any] = {}
+    for part in job.parts(max(1, RUNS_AT_ONCE // max(1, pixels * manifest.levels * runs))):
+
+        def within(done: int, total: int, part: slice = part) -> None:
+            # In thousandths of the parts together, for a bar that does not start anew with each.
+            before, now = part.start - int(job.slices[0]), part.stop - part.start
+            progress(int(1000 * (before + now * done / max(total, 1))), job.work)
+
+        result = segmenter.segment(
+            job.case.image,
+            runs=protocol.runs,
+            steps=protocol.steps,
+            sampler=protocol.sampler,
+            fast=protocol.fast,
+            combine=protocol.combine,
+            mirror=protocol.mirror,
+            seed=protocol.seed,
+            slices=part,
+            keep_runs=True,
+            progress=within,
+        )
+        tally.add(result.stack, part.start, result.grid)
+        chain = {key: result.report[key] for key in ("sampler", "steps", "runs", "mirror")}
+        del result  # or two parts' runs were in memory while the next is made
     return {
         "case": job.case.name,
         "annotators": job.masks,
         "seconds": round(time.monotonic() - started, 2),
-        "chain": {key: result.report[key] for key in ("sampler", "steps", "runs", "mirror")},
-        "slices": list(score_slices(result.stack, job.span.start, masks, job.slices)),
+        "chain": chain,
+        **tally.row(),
     }
 
 
@@ -217,6 +238,7 @@ def _header(segmenter: Segmenter, protocol: Protocol, data: Mapping[str, Any]) -
         "engine": {"name": segmenter.engine.name, "device": segmenter.engine.device},
         "data": dict(data),
         "cdiff": version("cdiff"),
+        "format": FORMAT,
     }
 
 
@@ -226,34 +248,3 @@ def _fingerprint(case: Case) -> str:
     for path in (case.image, *case.masks):
         digest.update(bytes.fromhex(sha256(path)))
     return digest.hexdigest()
-
-
-def _report(rows: list[Row], header: dict[str, Any], left_out: dict[str, Any]) -> dict[str, Any]:
-    levels = header["model"]["levels"]
-    by_case = [{name: _column(row, name) for name in PER_SLICE} for row in rows]
-    per_level = [[[scores["dice_per_level"][c] for scores in row["slices"]] for row in rows] for c in range(levels)]
-    return {
-        "n_slices": sum(len(row["slices"]) for row in rows),
-        "n_cases": len(rows),
-        **{name: bootstrap_over_cases([case[name] for case in by_case]).to_json() for name in PER_SLICE},
-        "dice_per_level": [
-            {"level": c, **bootstrap_over_cases(scores).to_json()} for c, scores in enumerate(per_level, start=1)
-        ],
-        **header,
-        "protocol": header["protocol"] | rows[0]["chain"],
-        "left_out": left_out,
-        "cases": [
-            {key: row[key] for key in CASE_KEYS} | {"means": _means(row), "slices": row["slices"]} for row in rows
-        ],
-    }
-
-
-def _column(row: Row, name: str) -> list[float]:
-    """One score of a case's slices; NaN where it is not defined."""
-    return [float("nan") if scores[name] is None else scores[name] for scores in row["slices"]]
-
-
-def _means(row: Row) -> dict[str, Any]:
-    """A case's own means over its slices, for whoever reads the rows."""
-    means = {name: bootstrap_over_cases([_column(row, name)]).mean for name in PER_SLICE}
-    return means | {"dice_per_level": np.mean([s["dice_per_level"] for s in row["slices"]], axis=0).tolist()}

@@ -105,6 +105,22 @@ class Grid:
         return math.prod(spacing) / 1000 if spacing is not None and len(spacing) == 3 else None
 
     @property
+    def measured_spacing(self) -> tuple[float, ...] | None:
+        """`spacing`, or None where it is 1 along every axis: a placeholder, in which nothing can be measured."""
+        if self.header is None or all(zoom == 1 for zoom in self.header["pixdim"][1 : 1 + len(self.spatial)]):
+            return None
+        return self.spacing
+
+    @property
+    def plane_mm(self) -> tuple[float, float] | None:
+        """Millimetres a pixel along the two axes of a slice as stored, from `measured_spacing`."""
+        spacing = self.measured_spacing
+        if spacing is None:
+            return None
+        first, second = (mm for axis, mm in enumerate(spacing) if axis != self.slice_axis)
+        return first, second
+
+    @property
     def has_orientation(self) -> bool:
         """Whether the header says how the patient lies. An identity affine is a placeholder, not an orientation."""
         if self.header is None or (int(self.header["sform_code"]) <= 0 and int(self.header["qform_code"]) <= 0):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import make_folder, write_text
+
+Rows = dict[str, dict[str, Any]]
 
 
 class Journal:
@@ -17,16 +20,19 @@ class Journal:
 
     Opening one that exists reads its rows when its header equals `header`, in `rows` by their key `inputs`. One with
     another header is kept under the name `*.old` and a new one is begun; `notice` gets a line about either. A last line that
-    was cut off by a kill is dropped. Raises CdiffError when the file can't be read or written.
+    was cut off by a kill is dropped, and so is a row without one of `keys`. Raises CdiffError when the file can't be read or
+    written.
     """
 
-    def __init__(self, path: Path, header: Mapping[str, Any], notice: Callable[[str], None]) -> None:
+    def __init__(
+        self, path: Path, header: Mapping[str, Any], keys: Sequence[str], notice: Callable[[str], None]
+    ) -> None:
         self.path = path
-        self.rows: dict[str, dict[str, Any]] = {}
+        self.rows: Rows = {}
         first = json.dumps(header, ensure_ascii=False, allow_nan=False)
         lines = _lines(path)
         if lines and lines[0] == json.loads(first):
-            self.rows = {row["inputs"]: row for row in lines[1:]}
+            self.rows = _whole(lines[1:], keys)
             if self.rows:
                 notice(f"{path} has {len(self.rows)} finished cases of an interrupted evaluation: going on from there")
         elif lines:
@@ -53,6 +59,32 @@ class Journal:
         self.path.unlink(missing_ok=True)
 
 
+def fingerprint(header: Mapping[str, Any]) -> str:
+    """SHA-256 of a header, by which a finished report says what its rows hold for."""
+    return hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
+
+
+def finished_rows(path: Path, header: Mapping[str, Any], keys: Sequence[str], notice: Callable[[str], None]) -> Rows:
+    """The cases of a report at `path` that was made with the same header, by their key `inputs`; none of any other file."""
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(report, dict) or report.get("made_with") != fingerprint(header):
+        return {}
+    rows = _whole(report.get("cases", []), keys)
+    if rows:
+        notice(
+            f"{path} is there, made with the same model, protocol and data: its {len(rows)} cases are not computed again"
+        )
+    return {key: {name: row[name] for name in keys} for key, row in rows.items()}
+
+
+def _whole(rows: Iterable[Any], keys: Sequence[str]) -> Rows:
+    """Those rows that have all keys, by the one named `inputs`."""
+    return {row["inputs"]: row for row in rows if isinstance(row, dict) and all(key in row for key in keys)}
+
+
 def _lines(path: Path) -> list[Any]:
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
@@ -74,8 +106,10 @@ def _difference(old: Any, new: dict[str, Any]) -> str:
     if not isinstance(old, dict):
         return "something else"
     flat_old, flat_new = _flat(old), _flat(new)
-    keys = [key for key in {**flat_new, **flat_old} if flat_old.get(key) != flat_new.get(key)]
-    return ", ".join(f"{key} {_short(flat_old.get(key))} (now {_short(flat_new.get(key))})" for key in keys)
+    keys = [key for key in {**flat_new, **flat_old} if flat_old.get(key, "none") != flat_new.get(key, "none")]
+    return ", ".join(
+        f"{key} {_short(flat_old.get(key, 'none'))} (now {_short(flat_new.get(key, 'none'))})" for key in keys
+    )
 
 
 def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:

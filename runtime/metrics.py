@@ -33,14 +33,32 @@ def dice(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> float:
     return (2.0 * both + SMOOTH) / (np.count_nonzero(first) + np.count_nonzero(second) + SMOOTH)
 
 
-def soft_dice(pred: NDArray[Any], truth: NDArray[Any], thresholds: Sequence[float] = FIVE) -> float:
-    """Mean over thresholds h of Dice(pred >= h, truth >= h).
+def iou(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> float:
+    """Intersection over union of two masks of one shape, |a and b| / |a or b|; two empty masks score 1.
+
+    Raises ValueError if the shapes differ.
+    """
+    _same_shape(a, b)
+    first, second = np.asarray(a, dtype=bool), np.asarray(b, dtype=bool)
+    either = np.count_nonzero(first | second)
+    return float(np.count_nonzero(first & second) / either) if either else 1.0
+
+
+def dice_by_threshold(
+    pred: NDArray[Any], truth: NDArray[Any], thresholds: Sequence[float] = NINE
+) -> NDArray[np.float64]:
+    """Dice(pred >= h, truth >= h) for each threshold h, [K]. Two sides that are both empty at h score 1 there.
 
     pred, truth: fractions of annotators in 0..1, of one shape (one slice: [H, W]). Equality with a threshold
     counts as reaching it, whatever the rounding (see `at_least`). Raises ValueError if the shapes differ.
     """
     _same_shape(pred, truth)
-    return float(np.mean([dice(at_least(pred, h), at_least(truth, h)) for h in thresholds]))
+    return np.array([dice(at_least(pred, h), at_least(truth, h)) for h in thresholds])
+
+
+def soft_dice(pred: NDArray[Any], truth: NDArray[Any], thresholds: Sequence[float] = FIVE) -> float:
+    """Mean over thresholds h of Dice(pred >= h, truth >= h): see `dice_by_threshold`."""
+    return float(np.mean(dice_by_threshold(pred, truth, thresholds)))
 
 
 def pairwise_dice(masks: NDArray[np.bool_]) -> float:
@@ -63,31 +81,63 @@ def soft_dice_of_annotators(masks: NDArray[np.bool_], thresholds: Sequence[float
     return float(np.mean(scores))
 
 
-def ged(samples: NDArray[np.bool_], reference: NDArray[np.bool_]) -> float:
-    """Squared generalised energy distance 2 E[d(S, Y)] - E[d(S, S')] - E[d(Y, Y')], with d = 1 - IoU.
+@dataclass(frozen=True)
+class EnergyDistance:
+    """The squared generalised energy distance in both conventions in use.
 
-    samples: bool [m, ...], reference: bool [n, ...]. The last two means run over all m^2 and n^2 pairs, each mask
-    with itself included (the V-statistic of Kohl et al. 2018), so two equal sets score 0. Two empty masks have IoU 1.
-    Raises ValueError if a set is empty or the shapes differ.
+    with_diagonal: the last two means run over all m^2 and n^2 pairs, each mask with itself included (the V-statistic of
+    Kohl et al. 2018): never negative, 0 for two equal sets, larger for fewer samples. no_diagonal: over pairs of different
+    masks alone (the U-statistic): without bias in the number of independent samples, can be negative; NaN when a set has
+    one mask only.
+    """
+
+    with_diagonal: float
+    no_diagonal: float
+
+
+def energy_distance(samples: NDArray[np.bool_], reference: NDArray[np.bool_]) -> EnergyDistance:
+    """2 E[d(S, Y)] - E[d(S, S')] - E[d(Y, Y')] with d = 1 - IoU; two empty masks have IoU 1.
+
+    samples: bool [m, ...], reference: bool [n, ...]. Raises ValueError if a set is empty or the shapes differ.
     """
     if not len(samples) or not len(reference):
         raise ValueError("the energy distance needs at least one mask in each set")
     _same_shape(samples[0], reference[0])
-    cross, within, between = (
-        _iou_distances(a, b).mean() for a, b in ((samples, reference), (samples, samples), (reference, reference))
-    )
-    # 1 - IoU is of negative type, so the distance is never below 0 but for rounding.
-    return max(0.0, float(2 * cross - within - between))
+    m, n = len(samples), len(reference)
+    distances = _iou_distances(np.concatenate([samples.reshape(m, -1), reference.reshape(n, -1)]))
+    cross, within, between = distances[:m, m:].mean(), distances[:m, :m].sum(), distances[m:, m:].sum()
+    # 1 - IoU is of negative type, so with the diagonal the distance is never below 0 but for rounding.
+    with_diagonal = max(0.0, float(2 * cross - within / m**2 - between / n**2))
+    if m < 2 or n < 2:
+        return EnergyDistance(with_diagonal, float("nan"))
+    return EnergyDistance(with_diagonal, float(2 * cross - within / (m * (m - 1)) - between / (n * (n - 1))))
 
 
-def _iou_distances(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """1 - IoU of every pair: bool [m, ...], [n, ...] -> float64 [m, n]."""
-    # Pixel counts below 2^24 are exact in float32, and a slice has fewer.
-    rows = a.reshape(len(a), -1).astype(np.float32)
-    columns = b.reshape(len(b), -1).astype(np.float32)
-    both = (rows @ columns.T).astype(np.float64)
-    either = np.add.outer(rows.sum(axis=1), columns.sum(axis=1)).astype(np.float64) - both
+def ged(samples: NDArray[np.bool_], reference: NDArray[np.bool_]) -> float:
+    """The energy distance with the diagonal, Kohl et al. 2018's: see `energy_distance`."""
+    return energy_distance(samples, reference).with_diagonal
+
+
+PIXELS_AT_ONCE = 65536
+
+
+def _iou_distances(masks: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """1 - IoU of every pair: bool [n, pixels] -> float64 [n, n], the diagonal 0.
+
+    A part of the pixels at a time: hundreds of samples of a large slice would not fit in memory as floats. Counts in a part
+    are below 2^24 and therefore exact in float32.
+    """
+    both = np.zeros((len(masks), len(masks)))
+    for first in range(0, masks.shape[1], PIXELS_AT_ONCE):
+        part = masks[:, first : first + PIXELS_AT_ONCE]
+        part = part[:, part.any(axis=0)].astype(np.float32)
+        both += part @ part.T
+    size = np.diagonal(both)
+    either = np.add.outer(size, size) - both
     return np.asarray(1 - np.divide(both, either, out=np.ones_like(both), where=either > 0))
+
+
+RESAMPLES, COVERAGE = 2000, 0.95
 
 
 @dataclass(frozen=True)
@@ -104,15 +154,23 @@ class Interval:
 
 
 def bootstrap_over_cases(
-    scores: Sequence[Sequence[float]], *, resamples: int = 2000, seed: int = 0, coverage: float = 0.95
+    scores: Sequence[Sequence[float]],
+    *,
+    groups: Sequence[str] | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    coverage: float = COVERAGE,
 ) -> Interval:
     """Mean over all slices, with a percentile interval from resampling whole cases (a cluster bootstrap).
 
     scores: for each case, its slices' scores; NaN means undefined there and is left out. Slices of one case resemble
-    each other, so cases, not slices, are drawn with replacement; a draw's value is the mean over all its slices. The
-    interval is None when fewer than two cases have a score, the mean too when none has.
+    each other, so cases, not slices, are drawn with replacement; a draw's value is the mean over all its slices. groups:
+    a name for each case (its patient, say); cases of one name are then drawn together. The interval is None when fewer
+    than two cases (groups) have a score, the mean too when none has.
     """
     kept = [values[~np.isnan(values)] for values in (np.asarray(case, dtype=np.float64) for case in scores)]
+    if groups is not None:
+        kept = [np.concatenate([kept[i] for i in members]) for members in members_of(groups)]
     kept = [values for values in kept if values.size]
     if not kept:
         return Interval(None, None, None, 0)
@@ -121,10 +179,28 @@ def bootstrap_over_cases(
     mean = float(sums.sum() / counts.sum())
     if len(kept) < 2:
         return Interval(mean, None, None, int(counts.sum()))
-    draws = np.random.default_rng(seed).multinomial(len(kept), np.full(len(kept), 1 / len(kept)), size=resamples)
-    means = (draws @ sums) / (draws @ counts)
-    low, high = np.quantile(means, [(1 - coverage) / 2, (1 + coverage) / 2])
-    return Interval(mean, float(low), float(high), int(counts.sum()))
+    draws = resampled(len(kept), resamples, seed)
+    low, high = percentile_interval((draws @ sums) / (draws @ counts), coverage)
+    return Interval(mean, low, high, int(counts.sum()))
+
+
+def members_of(groups: Sequence[str]) -> list[list[int]]:
+    """The places of each name in `groups`, names in the order of their first appearance."""
+    members: dict[str, list[int]] = {}
+    for place, name in enumerate(groups):
+        members.setdefault(name, []).append(place)
+    return list(members.values())
+
+
+def resampled(units: int, resamples: int = RESAMPLES, seed: int = 0) -> NDArray[np.int64]:
+    """How often each unit is in each bootstrap draw: [resamples, units], every row sums to `units`."""
+    return np.random.default_rng(seed).multinomial(units, np.full(units, 1 / units), size=resamples)
+
+
+def percentile_interval(values: NDArray[np.float64], coverage: float = COVERAGE) -> tuple[float, float]:
+    """The central interval that holds `coverage` of the draws' values [resamples]."""
+    low, high = np.quantile(values, [(1 - coverage) / 2, (1 + coverage) / 2])
+    return float(low), float(high)
 
 
 def _same_shape(a: NDArray[Any], b: NDArray[Any]) -> None:

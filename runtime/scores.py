@@ -2,36 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cdiff.runtime.calibration import BINS, auroc, brier, crps, reliability
+from cdiff.runtime.curves import FIVE_OF_NINE, run_counts, soft_dice_by_runs
 from cdiff.runtime.metrics import (
     FIVE,
     NINE,
     at_least,
     dice,
+    dice_by_threshold,
+    energy_distance,
     ged,
+    iou,
     pairwise_dice,
-    soft_dice,
     soft_dice_of_annotators,
 )
+from cdiff.runtime.results import entropy
+from cdiff.runtime.surface import hd95_px_and_mm, near
 
 if TYPE_CHECKING:
+    from cdiff.runtime.grid import Grid
     from cdiff.runtime.results import Stack
 
 PER_SLICE = (
     "soft_dice_5",
     "soft_dice_9",
     "ged",
+    "ged_no_diagonal",
     "ged_floor",
+    "brier",
+    "brier_near",
+    "brier_floor",
+    "brier_floor_near",
+    "crps",
+    "crps_near",
+    "auroc_entropy",
+    "auroc_entropy_near",
+    "auroc_run_std",
+    "auroc_run_std_near",
     "soft_dice_5_annotators",
     "soft_dice_9_annotators",
     "pairwise_dice_annotators",
 )
-"""The scores with one number a slice; `dice_per_level` has one a slice and level."""
+"""The scores with one number a slice."""
+PER_LEVEL = ("dice_per_level", "iou_per_level", "hd95_px_per_level", "hd95_mm_per_level")
+"""The scores with one number a slice and level."""
+PER_THRESHOLD = "dice_per_threshold"
+"""The score with one number a slice and threshold of NINE."""
+EMPTY = {(True, True): "neither", (False, True): "model", (True, False): "annotators", (False, False): "both"}
+"""Which of the two level maps of a slice is empty, by (the model's has pixels, the annotators' has)."""
+REGIONS = ("whole", "near")
+"""Where calibration is measured: on every pixel of a slice, and in or near what any annotator marked (`surface.near`)."""
 
 
 def marked_slices(masks: NDArray[np.bool_], all_raters: bool) -> NDArray[np.int64]:
@@ -50,35 +77,137 @@ def true_levels(masks: NDArray[np.bool_], levels: int) -> NDArray[np.bool_]:
     return np.stack([votes >= c * len(masks) for c in range(1, levels + 1)])
 
 
-def score_slices(
-    stack: Stack, first: int, masks: NDArray[np.bool_], slice_ids: NDArray[np.int64]
-) -> Iterator[dict[str, Any]]:
-    """The scores of the slices `slice_ids` of a case.
+@dataclass(frozen=True)
+class SliceMaps:
+    """One slice: the model's maps levels [C,H,W], runs [C,R,H,W] (255 = 1), run_std [H,W]; the annotators' masks [n,H,W]."""
 
-    stack: the model's maps, with every run's, of the slices from `first` on; masks [S,n,H,W]: all slices of the case.
-    Yields {"slice", "dice_per_level": [C], and a number for each of PER_SLICE}; None where a score is not defined (a
-    comparison among annotators when there is one only).
+    levels: NDArray[np.float32]
+    runs: NDArray[np.uint8]
+    run_std: NDArray[np.float32]
+    masks: NDArray[np.bool_]
+
+    @cached_property
+    def soft(self) -> NDArray[np.float32]:
+        """[H,W]: the mean over levels, as `Stack.soft`."""
+        return np.asarray(self.levels.mean(axis=0, dtype=np.float64), dtype=np.float32)
+
+    @cached_property
+    def level_masks(self) -> NDArray[np.bool_]:
+        """[C,H,W]: the level maps at one half."""
+        return at_least(self.levels, 0.5)
+
+    @cached_property
+    def truth(self) -> NDArray[np.float64]:
+        """[H,W]: the fraction of annotators."""
+        return np.asarray(self.masks.mean(axis=0, dtype=np.float64))
+
+    @cached_property
+    def consensus(self) -> NDArray[np.bool_]:
+        """[C,H,W]: the true level maps."""
+        return true_levels(self.masks, len(self.levels))
+
+    @cached_property
+    def region(self) -> NDArray[np.bool_]:
+        """[H,W]: in or near what any annotator marked."""
+        return near(self.masks)
+
+
+def score_slice(maps: SliceMaps, plane_mm: tuple[float, float] | None = None) -> dict[str, Any]:
+    """A number for each of PER_SLICE, a list for each of PER_LEVEL and for PER_THRESHOLD; None where a score is not defined.
+
+    plane_mm: millimetres a pixel along H and W, None when unknown.
     """
-    if stack.runs is None:
-        raise ValueError("the energy distance needs the maps of every run: segment with keep_runs")
-    soft = stack.soft
-    for index in slice_ids:
-        drawn, place = masks[index], index - first
-        levels, runs = stack.levels[place], stack.runs[place]
-        truth = drawn.mean(axis=0, dtype=np.float64)
-        consensus = true_levels(drawn, len(levels))
-        samples = (runs >= 128).reshape(-1, *drawn.shape[1:])  # 128 of 255: one half, rounded up
-        scores = {
-            "soft_dice_5": soft_dice(soft[place], truth, FIVE),
-            "soft_dice_9": soft_dice(soft[place], truth, NINE),
-            "ged": ged(samples, drawn),
-            "ged_floor": ged(consensus, drawn),
-            "soft_dice_5_annotators": soft_dice_of_annotators(drawn, FIVE),
-            "soft_dice_9_annotators": soft_dice_of_annotators(drawn, NINE),
-            "pairwise_dice_annotators": pairwise_dice(drawn),
+    truth, region = maps.truth, maps.region
+    samples = (maps.runs >= 128).reshape(-1, *truth.shape)  # 128 of 255: one half, rounded up
+    by_threshold, distance = dice_by_threshold(maps.soft, truth), energy_distance(samples, maps.masks)
+    noise = truth * (1 - truth)
+    scores = {
+        "soft_dice_5": by_threshold[FIVE_OF_NINE].mean(),
+        "soft_dice_9": by_threshold.mean(),
+        "ged": distance.with_diagonal,
+        "ged_no_diagonal": distance.no_diagonal,
+        "ged_floor": ged(maps.consensus, maps.masks),
+        **_means("brier", brier(maps.soft, truth), region),
+        **_means("brier_floor", noise, region),
+        **_means("crps", crps(maps.levels, maps.consensus), region),
+        **_found("auroc_entropy", entropy(maps.soft), noise > 0, region),
+        # The spread of one run is 0 everywhere and finds nothing.
+        **_found("auroc_run_std", maps.run_std if maps.runs.shape[1] > 1 else None, noise > 0, region),
+        "soft_dice_5_annotators": soft_dice_of_annotators(maps.masks, FIVE),
+        "soft_dice_9_annotators": soft_dice_of_annotators(maps.masks, NINE),
+        "pairwise_dice_annotators": pairwise_dice(maps.masks),
+    }
+    pairs = list(zip(maps.level_masks, maps.consensus, strict=True))
+    distances = [hd95_px_and_mm(p, m, plane_mm) for p, m in pairs]
+    return {
+        "dice_per_level": [dice(p, m) for p, m in pairs],
+        "iou_per_level": [iou(p, m) for p, m in pairs],
+        "hd95_px_per_level": [_number(pixels) for pixels, _ in distances],
+        "hd95_mm_per_level": [_number(mm) for _, mm in distances],
+        "empty_per_level": [EMPTY[bool(p.any()), bool(m.any())] for p, m in pairs],
+        PER_THRESHOLD: by_threshold.tolist(),
+        **{name: _number(value) for name, value in scores.items()},
+    }
+
+
+class CaseTally:
+    """The scores of one case, gathered part by part: `add` each part's maps, then take `row`.
+
+    masks [S,n,H,W]; slice_ids: the slices to score; levels: the model's C; combine: how runs become a level's map.
+    """
+
+    def __init__(self, masks: NDArray[np.bool_], slice_ids: NDArray[np.int64], levels: int, combine: str) -> None:
+        self.masks, self.slice_ids, self.combine = masks, slice_ids, combine
+        self._slices: list[dict[str, Any]] = []
+        self._voxels = np.zeros((2, levels), np.int64)
+        self._voxel_ml: float | None = None
+        self._reliability = {region: np.zeros((3, BINS)) for region in REGIONS}
+        self._counts: list[int] = []
+        self._curve: list[NDArray[np.float64]] = []
+
+    def add(self, stack: Stack, first: int, grid: Grid) -> None:
+        """Score those of the slices that `stack` holds, from `first` on. grid: where the scan's voxels lie.
+
+        Raises ValueError when the stack was made without keep_runs.
+        """
+        if stack.runs is None:
+            raise ValueError("the energy distance needs the maps of every run: segment with keep_runs")
+        self._voxel_ml = grid.voxel_ml if grid.measured_spacing else None
+        self._counts = run_counts(stack.runs.shape[2])
+        for index in self.slice_ids[(self.slice_ids >= first) & (self.slice_ids < first + len(stack.levels))]:
+            place = index - first
+            maps = SliceMaps(stack.levels[place], stack.runs[place], stack.run_std[place], self.masks[index])
+            self._slices.append({"slice": int(index)} | score_slice(maps, grid.plane_mm))
+            self._voxels += np.count_nonzero([maps.level_masks, maps.consensus], axis=(2, 3))
+            self._reliability["whole"] += reliability(maps.soft, maps.truth)
+            self._reliability["near"] += reliability(maps.soft[maps.region], maps.truth[maps.region])
+            self._curve.append(soft_dice_by_runs(maps.runs, maps.truth, self.combine, self._counts))
+
+    def row(self) -> dict[str, Any]:
+        """In JSON's types: the slices' scores, volumes, sums for the reliability diagram, mean soft Dice by number of runs."""
+        predicted, true = self._voxels.tolist()
+        curve = np.mean(self._curve, axis=0).T.tolist()
+        return {
+            "volumes": {"voxel_ml": self._voxel_ml, "predicted_voxels": predicted, "true_voxels": true},
+            "reliability": {region: table.tolist() for region, table in self._reliability.items()},
+            "by_runs": {"runs": self._counts, "soft_dice_5": curve[0], "soft_dice_9": curve[1]},
+            "slices": self._slices,
         }
-        yield {
-            "slice": int(index),
-            "dice_per_level": [dice(at_least(p, 0.5), m) for p, m in zip(levels, consensus, strict=True)],
-            **{name: None if np.isnan(value) else value for name, value in scores.items()},
-        }
+
+
+def _means(name: str, values: NDArray[np.float64], region: NDArray[np.bool_]) -> dict[str, float]:
+    """The mean over the slice, and over the region; NaN for a region without pixels."""
+    return {name: values.mean(), f"{name}_near": values[region].mean() if region.any() else np.nan}
+
+
+def _found(
+    name: str, unsure: NDArray[Any] | None, disagree: NDArray[np.bool_], region: NDArray[np.bool_]
+) -> dict[str, float]:
+    """How well a map of uncertainty finds the pixels where annotators disagree, on the slice and in the region."""
+    if unsure is None:
+        return {name: np.nan, f"{name}_near": np.nan}
+    return {name: auroc(unsure, disagree), f"{name}_near": auroc(unsure[region], disagree[region])}
+
+
+def _number(value: Any) -> float | None:
+    return None if np.isnan(value) else float(value)

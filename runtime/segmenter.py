@@ -57,6 +57,10 @@ class Segmenter:
         """What the bundle says of its model."""
         return self.bundle.manifest
 
+    def runs(self, asked: int | None = None, fast: bool = False) -> int:
+        """The number of runs that `segment` takes for these arguments."""
+        return asked if asked is not None else int(self.manifest.fast.get("runs", RUNS)) if fast else RUNS
+
     def segment(
         self,
         scan: ScanInput,
@@ -91,7 +95,7 @@ class Segmenter:
             raise CdiffError(f"seed {seed} is out of range; use a whole number from 0 to 2^64 - 1")
         manifest = self.manifest
         preset = manifest.fast if fast else {}
-        runs = int(preset.get("runs", RUNS)) if runs is None else runs
+        runs = self.runs(runs, fast)
         sampler = str(preset.get("sampler", SAMPLER)) if sampler is None else sampler
         steps = int(preset.get("steps", manifest.T)) if steps is None else steps
         if runs < 1:

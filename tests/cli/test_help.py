@@ -20,6 +20,7 @@ OPTIONS = {
     "evaluate": [
         *("--data", "--model", "--runs", "--steps", "--limit", "--json", "--all-raters", "--raters", "--split"),
         *("--task", "--sampler", "--fast", "--levels", "--seed", "--engine", "--device", "-q"),
+        *("--report", "--steps-curve", "--paper-table", "--group", "--mirror"),
     ],
     "train": ["--data", "--preset", "--out", "--set", "--resume", "--max-steps", "--dry-run"],
     "export": ["RUN", "--out", "--fp16"],

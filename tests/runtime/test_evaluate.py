@@ -3,99 +3,71 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
 
 import nibabel as nib
 import numpy as np
 import pytest
 
-from cdiff.runtime.cases import Case, find_cases, read_case
+from cdiff.runtime.cases import Case
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.evaluate import Protocol, choose_split, evaluate
-from cdiff.runtime.results import Stack
-from cdiff.runtime.scores import PER_SLICE, marked_slices, true_levels
-from cdiff.runtime.segmenter import Segmenter
-from tests.synthetic import write_synthetic_dataset
+from cdiff.runtime.evaluate import Protocol, choose_split
+from cdiff.runtime.scores import marked_slices
+from tests.runtime.known_maps import KnownMaps, case_in, run, without_seconds
 
 
-@dataclass
-class KnownMaps:
-    """Stands where a Segmenter does; its maps are the annotators' own consensus, moved by `shift` pixels."""
-
-    bundle_folder: Path
-    levels: int
-    shift: int = 0
-    stop_after: int | None = None
-    asked: list[tuple[str, slice]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.bundle_folder.mkdir(exist_ok=True)
-        (self.bundle_folder / "manifest.json").write_text(f"{self.levels} {self.shift}")
-        self.bundle = SimpleNamespace(path=self.bundle_folder)
-        self.engine = SimpleNamespace(name="known", device="cpu")
-        self.manifest = SimpleNamespace(name="known", levels=self.levels, slice_axis=2, image_channels=1)
-
-    def segment(self, scan: Path, *, slices: slice, keep_runs: bool, progress: Any, **chain: Any) -> Any:
-        if self.stop_after is not None and len(self.asked) >= self.stop_after:
-            raise KeyboardInterrupt
-        assert keep_runs
-        self.asked.append((scan.parent.name, slices))
-        masks = read_case(_case(scan.parent))[1][slices]
-        levels = np.stack([true_levels(drawn, self.levels) for drawn in masks]).astype(np.float32)
-        levels = np.roll(levels, self.shift, axis=-1)
-        runs = np.repeat(levels[:, :, None] * 255, 2, axis=2).astype(np.uint8)
-        progress(1, 2)
-        report = {"runs": 2, "steps": 5, "sampler": "ddim"}
-        return SimpleNamespace(stack=Stack(levels, np.zeros_like(levels[:, 0]), runs), report=report)
+def test_long_scans_are_segmented_part_by_part(
+    cases: list[Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory for two slices' runs: four slices come in two parts, and every score is the same."""
+    whole = run(KnownMaps(tmp_path / "b", 3, shift=1), cases)
+    monkeypatch.setattr("cdiff.runtime.evaluate.RUNS_AT_ONCE", 2 * 3 * 2 * 24 * 20)
+    segmenter = KnownMaps(tmp_path / "b", 3, shift=1)
+    seen: list[int] = []
+    parts = run(segmenter, cases, progress=lambda done, total: seen.append(done))
+    assert segmenter.asked[:2] == [("case01", slice(0, 2)), ("case01", slice(2, 4))]
+    assert without_seconds(parts) == without_seconds(whole)
+    assert seen == sorted(seen)
+    assert seen[-1] == 16_000
 
 
-def _case(folder: Path) -> Case:
-    return Case(folder.name, folder / "image.nii.gz", tuple(sorted(folder.glob("task01_seg*.nii.gz"))))
+def test_a_finished_report_is_not_computed_again(cases: list[Case], tmp_path: Path) -> None:
+    """The same command again: only a case that is new, or was edited, is; another protocol computes everything."""
+    out, told = tmp_path / "scores.json", list[str]()
+    first = run(KnownMaps(tmp_path / "b", 3, shift=1), cases[:3], out=out)
+    again = KnownMaps(tmp_path / "b", 3, shift=1)
+    second = run(again, cases, out=out, notice=told.append, group="case0[1-4]")
+    assert [name for name, _ in again.asked] == ["case04"]
+    assert "3 cases are not computed again" in told[0]
+    assert [case["slices"] for case in second["cases"][:3]] == [case["slices"] for case in first["cases"]]
+    other = KnownMaps(tmp_path / "b", 3, shift=1)
+    run(other, cases, Protocol(seed=1), out=out)
+    assert len(other.asked) == 4
 
 
-def _run(segmenter: KnownMaps, cases: list[Case], protocol: Protocol | None = None, **more: Any) -> dict[str, Any]:
-    return evaluate(cast(Segmenter, segmenter), cases, protocol or Protocol(), **more)
-
-
-def _without_seconds(report: dict[str, Any]) -> dict[str, Any]:
-    cases = [{key: value for key, value in case.items() if key != "seconds"} for case in report["cases"]]
-    return report | {"cases": cases}
-
-
-@pytest.fixture
-def cases(tmp_path: Path) -> list[Case]:
-    """Four cases, three annotators, four slices; in the last slice the third annotator marked nothing."""
-    return find_cases(write_synthetic_dataset(tmp_path / "data", 4, raters=3, shape=(24, 20, 4)))["all"]
-
-
-def test_perfect_maps_score_one(cases: list[Case], tmp_path: Path) -> None:
-    report = _run(KnownMaps(tmp_path / "b", 3), cases)
-    assert (report["n_slices"], report["n_cases"]) == (16, 4)
-    assert report["soft_dice_5"] == {"mean": 1.0, "low": 1.0, "high": 1.0, "n_slices": 16}
-    assert report["soft_dice_9"]["mean"] == 1
-    assert [entry["level"] for entry in report["dice_per_level"]] == [1, 2, 3]
-    assert all(entry["mean"] == 1 for entry in report["dice_per_level"])
-    assert report["ged"]["mean"] == pytest.approx(report["ged_floor"]["mean"])
-    assert report["soft_dice_5_annotators"]["mean"] < 1
-    assert report["protocol"] == {
-        **{"runs": 2, "steps": 5, "sampler": "ddim", "fast": False, "combine": "mean", "seed": 0},
-        **{"all_raters": False, "raters": "skip"},
-    }
-    json.dumps(report, allow_nan=False)
-
-
-def test_maps_beside_the_truth_score_less(cases: list[Case], tmp_path: Path) -> None:
-    """The score of the report is the mean over slices, and maps are compared with their own slice."""
-    report = _run(KnownMaps(tmp_path / "b", 3, shift=2), cases)
-    scores = [s["soft_dice_5"] for case in report["cases"] for s in case["slices"]]
-    assert 0.2 < report["soft_dice_5"]["mean"] < 0.95
-    assert report["soft_dice_5"]["mean"] == pytest.approx(np.mean(scores))
-    assert report["soft_dice_5"]["low"] <= report["soft_dice_5"]["mean"] <= report["soft_dice_5"]["high"]
-    assert report["ged"]["mean"] > report["ged_floor"]["mean"]
-    assert set(PER_SLICE) <= set(report)
+@pytest.mark.parametrize("damage", ["other format", "a row without its scores", "not an object", "not JSON"])
+def test_a_journal_of_another_shape_is_not_used(cases: list[Case], tmp_path: Path, damage: str) -> None:
+    out, partial = tmp_path / "scores.json", tmp_path / "scores.partial.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        run(KnownMaps(tmp_path / "b", 3, stop_after=2), cases, out=out)
+    lines = partial.read_text().splitlines()
+    header, row = json.loads(lines[0]), json.loads(lines[1])
+    if damage == "other format":
+        del header["format"]
+    elif damage == "a row without its scores":
+        del row["by_runs"]
+    lines[:2] = [json.dumps(header), json.dumps(row)]
+    if damage.startswith("not"):
+        lines[0] = {"not an object": "[1, 2]", "not JSON": "{"}[damage]
+    partial.write_text("\n".join(lines) + "\n")
+    rest, told = KnownMaps(tmp_path / "b", 3), list[str]()
+    report = run(rest, cases, out=out, notice=told.append)
+    assert report["n_cases"] == 4
+    computed = {"other format": 4, "a row without its scores": 3, "not an object": 4, "not JSON": 4}[damage]
+    assert len(rest.asked) == computed
+    if damage == "other format":
+        assert "format none (now 2)" in told[0]
+        assert (tmp_path / "scores.partial.jsonl.old").exists()
 
 
 def test_only_marked_slices_are_scored_and_computed(cases: list[Case], tmp_path: Path) -> None:
@@ -106,13 +78,13 @@ def test_only_marked_slices_are_scored_and_computed(cases: list[Case], tmp_path:
         voxels[..., [0, 3]] = 0
         nib.save(nib.Nifti1Image(voxels, image.affine), path)
     segmenter = KnownMaps(tmp_path / "b", 3)
-    report = _run(segmenter, cases)
+    report = run(segmenter, cases)
     assert report["n_slices"] == 14
     assert segmenter.asked[0] == ("case01", slice(1, 3))
     assert [s["slice"] for s in report["cases"][0]["slices"]] == [1, 2]
     assert report["soft_dice_5"]["mean"] == 1
 
-    strict = _run(KnownMaps(tmp_path / "b", 3), cases, Protocol(all_raters=True))
+    strict = run(KnownMaps(tmp_path / "b", 3), cases, Protocol(all_raters=True))
     assert [len(case["slices"]) for case in strict["cases"]] == [2, 3, 3, 3]
 
 
@@ -123,26 +95,18 @@ def test_marked_slices() -> None:
     assert marked_slices(masks, all_raters=True).tolist() == [2]
 
 
-def test_levels_of_another_number_of_annotators() -> None:
-    """Level c of C asks for at least c n / C of n annotators: 2 of 4 levels is one half, whoever counts."""
-    masks = np.arange(4)[:, None, None] < np.arange(5)[None, None, :]  # pixel k was marked by k of 4
-    assert true_levels(masks, 4).sum(axis=(1, 2)).tolist() == [4, 3, 2, 1]
-    assert true_levels(masks, 2).sum(axis=(1, 2)).tolist() == [3, 1]
-    assert true_levels(masks[:3], 4)[:, 0].tolist() == [[k * 4 >= c * 3 for k in (0, 1, 2, 3, 3)] for c in (1, 2, 3, 4)]
-
-
 def test_a_case_with_fewer_annotators_is_told_and_handled_as_chosen(cases: list[Case], tmp_path: Path) -> None:
     cases[1].masks[2].unlink()
-    cases = [_case(case.image.parent) for case in cases]
+    cases = [case_in(case.image.parent) for case in cases]
     told: list[str] = []
-    skipped = _run(KnownMaps(tmp_path / "b", 3), cases, notice=told.append)
+    skipped = run(KnownMaps(tmp_path / "b", 3), cases, notice=told.append)
     assert skipped["n_cases"] == 3
     assert skipped["left_out"]["other_number_of_annotators"] == {"case02": 2}
     assert "case02" in told[0]
     assert "2 annotators" in told[0]
 
     told.clear()
-    used = _run(KnownMaps(tmp_path / "b", 3), cases, Protocol(raters="use"), notice=told.append)
+    used = run(KnownMaps(tmp_path / "b", 3), cases, Protocol(raters="use"), notice=told.append)
     assert used["n_cases"] == 4
     assert used["cases"][1]["annotators"] == 2
     # Two annotators' 0, 1/2, 1 is not what three levels can say exactly, but the levels are compared like with like.
@@ -152,40 +116,40 @@ def test_a_case_with_fewer_annotators_is_told_and_handled_as_chosen(cases: list[
 
 def test_no_case_left_says_what_to_do(cases: list[Case], tmp_path: Path) -> None:
     with pytest.raises(CdiffError, match="--raters use"):
-        _run(KnownMaps(tmp_path / "b", 5), cases)
+        run(KnownMaps(tmp_path / "b", 5), cases)
 
 
 def test_an_unreadable_mask_stops_before_any_work(cases: list[Case], tmp_path: Path) -> None:
     cases[3].masks[0].write_bytes(b"not a NIfTI file")
     segmenter = KnownMaps(tmp_path / "b", 3)
     with pytest.raises(CdiffError, match="task01_seg01"):
-        _run(segmenter, cases)
+        run(segmenter, cases)
     assert segmenter.asked == []
 
 
 def test_progress_reaches_the_end_and_never_goes_back(cases: list[Case], tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
-    _run(KnownMaps(tmp_path / "b", 3), cases, progress=lambda done, total: seen.append((done, total)))
+    run(KnownMaps(tmp_path / "b", 3), cases, progress=lambda done, total: seen.append((done, total)))
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
     assert seen[-1] == (16_000, 16_000)
     assert len(seen) == 8
 
 
 def test_an_interrupted_evaluation_goes_on(cases: list[Case], tmp_path: Path) -> None:
-    whole = _run(KnownMaps(tmp_path / "b", 3, shift=1), cases)
+    whole = run(KnownMaps(tmp_path / "b", 3, shift=1), cases)
     out, partial = tmp_path / "scores.json", tmp_path / "scores.partial.jsonl"
     with pytest.raises(KeyboardInterrupt):
-        _run(KnownMaps(tmp_path / "b", 3, shift=1, stop_after=2), cases, out=out)
+        run(KnownMaps(tmp_path / "b", 3, shift=1, stop_after=2), cases, out=out)
     assert not out.exists()
     with partial.open("a") as file:
         file.write('{"case": "case03", "inpu')  # what a kill in the middle of a line leaves
 
     rest = KnownMaps(tmp_path / "b", 3, shift=1)
     told: list[str] = []
-    report = _run(rest, cases, out=out, notice=told.append)
+    report = run(rest, cases, out=out, notice=told.append)
     assert [name for name, _ in rest.asked] == ["case03", "case04"]
     assert "2 finished cases" in told[0]
-    assert _without_seconds(report) == _without_seconds(whole)
+    assert without_seconds(report) == without_seconds(whole)
     assert json.loads(out.read_text()) == report
     assert not partial.exists()
 
@@ -194,13 +158,13 @@ def test_an_interrupted_evaluation_goes_on(cases: list[Case], tmp_path: Path) ->
 def test_rows_of_something_else_are_not_used(cases: list[Case], tmp_path: Path, changed: str) -> None:
     out = tmp_path / "scores.json"
     with pytest.raises(KeyboardInterrupt):
-        _run(KnownMaps(tmp_path / "b", 3, stop_after=3), cases, out=out)
+        run(KnownMaps(tmp_path / "b", 3, stop_after=3), cases, out=out)
     if changed == "case":
         image = nib.load(cases[1].image)
         nib.save(nib.Nifti1Image(np.asanyarray(image.dataobj) + 1, image.affine), cases[1].image)
     rest = KnownMaps(tmp_path / "b", 3, shift=int(changed == "model"))
     told: list[str] = []
-    _run(rest, cases, Protocol(seed=int(changed == "seed")), out=out, notice=told.append)
+    run(rest, cases, Protocol(seed=int(changed == "seed")), out=out, notice=told.append)
     if changed == "case":
         assert [name for name, _ in rest.asked] == ["case02", "case04"]
     else:

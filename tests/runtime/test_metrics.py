@@ -16,7 +16,10 @@ from cdiff.runtime.metrics import (
     at_least,
     bootstrap_over_cases,
     dice,
+    dice_by_threshold,
+    energy_distance,
     ged,
+    iou,
     pairwise_dice,
     soft_dice,
     soft_dice_of_annotators,
@@ -73,6 +76,24 @@ def test_soft_dice_by_hand() -> None:
     assert soft_dice(truth, truth, NINE) == 1
 
 
+def test_dice_by_threshold_by_hand() -> None:
+    truth = np.array([[0, 0.25, 0.5, 1.0]])
+    pred = np.array([[0, 0.5, 0.5, 0.8]])
+    # Pixels that reach h: pred {1,2,3} to 0.5, {3} to 0.8, none at 0.9; truth {1,2,3} to 0.2, {2,3} to 0.5, {3} above.
+    expected = [1, 1, 4 / 5, 4 / 5, 4 / 5, 1, 1, 1, 0]
+    np.testing.assert_allclose(dice_by_threshold(pred, truth), expected, atol=1e-5)
+    assert soft_dice(pred, truth, NINE) == pytest.approx(np.mean(expected), abs=1e-5)
+
+
+def test_iou_by_hand() -> None:
+    assert iou(_mask(0, 1, 2), _mask(1, 2, 3, 4)) == 2 / 5
+    assert iou(_mask(0), _mask(1)) == 0
+    assert iou(_mask(), _mask(1)) == 0
+    assert iou(_mask(), _mask()) == 1
+    with pytest.raises(ValueError, match="one shape"):
+        iou(np.zeros((2, 4), bool), np.zeros((4, 2), bool))
+
+
 def test_soft_dice_of_two_empty_maps_is_one() -> None:
     assert soft_dice(np.zeros((4, 4)), np.zeros((4, 4))) == 1
 
@@ -93,7 +114,7 @@ def test_annotators_score_by_hand() -> None:
     assert np.isnan(soft_dice_of_annotators(masks[:1]))
 
 
-def _ged_plain(samples: np.ndarray, reference: np.ndarray) -> float:
+def _ged_plain(samples: np.ndarray, reference: np.ndarray, diagonal: bool = True) -> float:
     def distance(a: np.ndarray, b: np.ndarray) -> float:
         either = np.sum(a | b)
         return 1 - (np.sum(a & b) / either if either else 1)
@@ -101,7 +122,11 @@ def _ged_plain(samples: np.ndarray, reference: np.ndarray) -> float:
     def mean(first: np.ndarray, second: np.ndarray) -> float:
         return float(np.mean([[distance(a, b) for b in second] for a in first]))
 
-    return 2 * mean(samples, reference) - mean(samples, samples) - mean(reference, reference)
+    def within(masks: np.ndarray) -> float:
+        pairs = [(i, j) for i in range(len(masks)) for j in range(len(masks)) if diagonal or i != j]
+        return float(np.mean([distance(masks[i], masks[j]) for i, j in pairs]))
+
+    return 2 * mean(samples, reference) - within(samples) - within(reference)
 
 
 def test_energy_distance_against_plain_loops() -> None:
@@ -111,6 +136,42 @@ def test_energy_distance_against_plain_loops() -> None:
     reference = rng.random((4, 9, 9)) < 0.3
     reference[1] = False
     assert ged(samples, reference) == pytest.approx(_ged_plain(samples, reference), abs=1e-6)
+    found = energy_distance(samples, reference)
+    assert found.with_diagonal == ged(samples, reference)
+    assert found.no_diagonal == pytest.approx(_ged_plain(samples, reference, diagonal=False), abs=1e-6)
+
+
+def test_energy_distance_of_a_slice_larger_than_one_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adding up part by part changes nothing."""
+    rng = np.random.default_rng(4)
+    samples, reference = rng.random((5, 20, 30)) < 0.4, rng.random((3, 20, 30)) < 0.3
+    whole = energy_distance(samples, reference)
+    monkeypatch.setattr("cdiff.runtime.metrics.PIXELS_AT_ONCE", 70)
+    assert energy_distance(samples, reference) == whole
+
+
+def test_the_two_conventions_by_hand() -> None:
+    """d({0,1}, {1,2}) = 2/3. Both sets hold both masks: cross 1/3; with the diagonal 1/3 each, without it 2/3 each."""
+    both = np.stack([_mask(0, 1), _mask(1, 2)])
+    found = energy_distance(both, both)
+    assert found.with_diagonal == pytest.approx(0)
+    assert found.no_diagonal == pytest.approx(2 / 3 - 2 * 2 / 3)
+    assert np.isnan(energy_distance(both[:1], both).no_diagonal)
+    assert np.isnan(energy_distance(both, both[:1]).no_diagonal)
+
+
+def test_without_the_diagonal_the_number_of_samples_does_not_matter() -> None:
+    """Samples and annotators of one distribution: the U-statistic is 0 on average, the V-statistic shrinks with the samples."""
+    rng = np.random.default_rng(5)
+
+    def draw(count: int) -> np.ndarray:
+        return np.arange(12)[None] < rng.integers(4, 10, size=(count, 1))
+
+    few = [energy_distance(draw(2), draw(4)) for _ in range(400)]
+    many = [energy_distance(draw(8), draw(4)) for _ in range(400)]
+    assert abs(np.mean([d.no_diagonal for d in few])) < 0.02
+    assert abs(np.mean([d.no_diagonal for d in many])) < 0.02
+    assert np.mean([d.with_diagonal for d in few]) > 1.5 * np.mean([d.with_diagonal for d in many])
 
 
 def test_energy_distance_by_hand() -> None:
@@ -142,6 +203,22 @@ def test_bootstrap_draws_cases_not_slices() -> None:
     often = bootstrap_over_cases([[v] * 10 for v in values])
     assert often.low == pytest.approx(once.low)
     assert often.high == pytest.approx(once.high)
+
+
+def test_groups_are_drawn_together() -> None:
+    """Cases of one patient: the interval is that of the patients, and the names' order does not matter."""
+    values = np.random.default_rng(2).random(12)
+    patients = bootstrap_over_cases([[v, v] for v in values])
+    cases = [[v] for v in values for _ in range(2)]
+    names = [f"patient{i}" for i in range(12) for _ in range(2)]
+    grouped = bootstrap_over_cases(cases, groups=names)
+    assert grouped == patients
+    alone = bootstrap_over_cases(cases)
+    assert grouped.mean == alone.mean
+    assert grouped.low is not None
+    assert alone.low is not None
+    assert grouped.low < alone.low
+    assert bootstrap_over_cases(cases, groups=["one"] * 24).low is None
 
 
 def test_bootstrap_covers_the_true_mean() -> None:

@@ -1,0 +1,98 @@
+"""How `cdiff evaluate` prints a report: scores, scores by threshold and by level, and the paper's tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+MODEL_SCORES = (
+    ("soft Dice, five thresholds", "soft_dice_5"),
+    ("soft Dice, nine thresholds", "soft_dice_9"),
+    ("energy distance (GED), {} samples", "ged"),
+    ("  without the diagonal", "ged_no_diagonal"),
+    ("  its floor for nested maps, with it", "ged_floor"),
+    ("Brier score near the structure", "brier_near"),
+    ("  its floor: annotators differ", "brier_floor_near"),
+    ("CRPS near the structure", "crps_near"),
+    ("calibration error (ECE) near the structure", "ece_near"),
+    ("AUROC for disagreement near it: entropy", "auroc_entropy_near"),
+    ("AUROC for disagreement near it: run std", "auroc_run_std_near"),
+    ("annotators: soft Dice, one against the others", "soft_dice_5_annotators"),
+    ("annotators: pairwise Dice", "pairwise_dice_annotators"),
+)
+
+
+def score_tables(report: Mapping[str, Any]) -> RenderableType:
+    """The whole report but for what only a file can hold."""
+    return Group(_scores(report), "", _thresholds(report), "", _levels(report))
+
+
+def paper_tables(report: Mapping[str, Any]) -> RenderableType:
+    """Tables 1 to 3 of Amit et al. 2023 for the data at hand beside the published numbers, and what to know of them."""
+    from cdiff.runtime.paper import TITLES, paper_notes, paper_rows
+
+    rows = paper_rows(report)
+    sources = list(dict.fromkeys(row.source for row in rows))
+    parts: list[RenderableType] = []
+    for number, title in TITLES.items():
+        table = Table(title=f"Amit et al. 2023, {title}", title_justify="left")
+        for name in ("whose", "on which data", "%", "95 % interval", "from"):
+            table.add_column(name, justify="left" if name in ("whose", "on which data") else "right", overflow="fold")
+        for row in rows:
+            if row.table == number:
+                span = "-" if row.low is None or row.high is None else f"{row.low:.1f} to {row.high:.1f}"
+                value = "-" if row.percent is None else f"{row.percent:.2f}"
+                table.add_row(Text(row.whose), Text(row.data), value, span, f"({sources.index(row.source) + 1})")
+        parts += [table, ""]
+    notes = [f"({place}) {source}" for place, source in enumerate(sources, start=1)] + paper_notes(rows)
+    return Group(*parts, *(Text(note) for note in notes))
+
+
+def _scores(report: Mapping[str, Any]) -> Table:
+    table = Table(title=f"{report['n_slices']} slices of {report['n_cases']} cases", title_justify="left")
+    for name in ("score", "mean", "95 % interval"):
+        table.add_column(name, justify="left" if name == "score" else "right")
+    for label, key in MODEL_SCORES:
+        value = report[key]
+        label = label.format(report["ged_samples"]["model"])
+        table.add_row(label, _number(value["mean"]), f"{_number(value['low'])} to {_number(value['high'])}")
+    return table
+
+
+def _thresholds(report: Mapping[str, Any]) -> Table:
+    table = Table(title="Dice of the soft map by threshold", title_justify="left")
+    for entry in report["dice_per_threshold"]:
+        table.add_column(f"{entry['threshold']:g}", justify="right")
+    table.add_row(*(_number(entry["mean"]) for entry in report["dice_per_threshold"]))
+    return table
+
+
+def _levels(report: Mapping[str, Any]) -> Table:
+    """In millimetres and millilitres where the headers say how large a voxel is, else in pixels and voxels."""
+    measured = any(entry["n_slices"] for entry in report["hd95_mm_per_level"])
+    in_ml = any(entry["signed"]["n_cases"] for entry in report["volume_error_ml_per_level"])
+    distance = report["hd95_mm_per_level" if measured else "hd95_px_per_level"]
+    volume = report["volume_error_ml_per_level" if in_ml else "volume_error_voxels_per_level"]
+    unit = "ml" if in_ml else "voxels"
+    table = Table(title="By level: at least so many annotators", title_justify="left")
+    for name in ("level", "Dice", "IoU", f"HD95, {'mm' if measured else 'pixels'}", "one empty", f"volume - true, {unit}", f"without sign, {unit}"):  # fmt: skip
+        table.add_column(name, justify="right")
+    for c, (found, error) in enumerate(zip(distance, volume, strict=True)):
+        table.add_row(
+            str(c + 1),
+            _number(report["dice_per_level"][c]["mean"]),
+            _number(report["iou_per_level"][c]["mean"]),
+            _number(found["mean"], 2),
+            f"{found['n_model_empty'] + found['n_annotators_empty']}",
+            _number(error["signed"]["mean"], 3 if in_ml else 1),
+            _number(error["absolute"]["mean"], 3 if in_ml else 1),
+        )
+    return table
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"

@@ -1,0 +1,74 @@
+"""`cdiff evaluate` with a report folder, curves, groups and the paper's tables, on a tiny trained model; and its mistakes."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from cdiff.cli.app import app
+
+WIDE = {"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"}
+
+
+def evaluate(*arguments: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, ["evaluate", *map(str, arguments)], env=WIDE)
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_a_report_with_everything(tiny_data: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    folder, copy = tmp_path / "report", tmp_path / "scores.json"
+    command = (
+        *("--data", tiny_data, "--model", tiny_bundle, "--runs", 3, "--steps", 2, "--sampler", "ddim", "--seed", 7),
+        *("--levels", "vote", "--no-mirror", "--report", folder, "--json", copy, "--steps-curve", "3,1,2"),
+        *("--group", "case0[0-9]", "--paper-table"),
+    )
+    code, printed, said = evaluate(*command)
+    assert code == 0, said
+    names = {path.name for path in folder.iterdir()}
+    tables = {f"{name}.csv" for name in ("scores", "cases", "slices", "reliability", "runs", "steps")}
+    assert names == tables | {"scores.json", "reliability.png", "runs.png", "steps.png", "steps"}
+    report = json.loads((folder / "scores.json").read_text())
+    assert json.loads(copy.read_text()) == report
+    asked = {"runs": 3, "steps": 2, "sampler": "ddim", "seed": 7, "combine": "vote", "mirror": False, "fast": False}
+    assert {key: report["protocol"][key] for key in asked} == asked
+    assert report["intervals"]["group"] == "case0[0-9]"
+    with (folder / "steps.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["steps"] for row in rows] == ["1", "2", "3"]
+    assert float(rows[1]["soft_dice_5"]) == pytest.approx(report["soft_dice_5"]["mean"])
+
+    assert f"{report['ged_no_diagonal']['mean']:.3f}" in printed
+    assert f"{report['iou_per_level'][2]['mean']:.3f}" in printed
+    assert f"{100 * report['pairwise_dice_annotators']['mean']:.2f}" in printed
+    assert "QUBIQ kidney" in printed
+    assert "tiny val" in printed
+
+    # The same again computes nothing: the seconds would have changed.
+    code, _, said = evaluate(*command)
+    assert code == 0
+    assert "not computed again" in said
+    assert json.loads((folder / "scores.json").read_text()) == report
+
+
+def test_mistakes_are_said_before_any_work(tiny_data: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    common = ("--data", tiny_data, "--model", tiny_bundle, "--runs", 1, "--steps", 2, "-q")
+    folder = ("--report", tmp_path / "report")
+    for arguments, words in (
+        (("--steps-curve", "1,2"), "--report DIR"),
+        ((*folder, "--steps-curve", "1,two"), "1,2,5,10,25"),
+        ((*folder, "--steps-curve", "0"), "1,2,5,10,25"),
+        ((*folder, "--steps-curve", "5,100000"), "100000"),
+        ((*folder, "--group", "["), "regular expression"),
+        ((*folder, "--group", "patient"), "case01"),
+    ):
+        code, printed, said = evaluate(*common, *arguments)
+        assert code == 2, said
+        assert words in said
+        assert said.startswith("error: ")
+        assert said.count("\n") == 1
+        assert printed == ""
+    assert not (tmp_path / "report").exists()

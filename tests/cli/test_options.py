@@ -1,0 +1,57 @@
+"""Blocks of options: spread out where they stood, gathered again for the command, in plain types for the runtime."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+import typer
+from typer.testing import CliRunner
+
+from cdiff.cli import options
+
+seen: list[object] = []
+
+
+@options.spread
+def command(scan: Path, *, model: options.Model, chain: options.Chain, quiet: options.QuietOption = False) -> None:
+    """A command with both blocks."""
+    seen[:] = [scan, model, chain, quiet]
+
+
+def test_the_options_stand_where_the_block_stood() -> None:
+    names = list(inspect.signature(command).parameters)
+    assert names == [
+        *("scan", "model", "engine", "device"),
+        *("runs", "steps", "sampler", "fast", "levels", "mirror", "seed", "quiet"),
+    ]
+
+
+def test_what_was_given_reaches_the_command() -> None:
+    app = typer.Typer()
+    app.command()(command)
+    given = [
+        "s.nii",
+        "--device",
+        "cuda:1",
+        "--sampler",
+        "dpm++2m",
+        "--levels",
+        "vote",
+        "--no-mirror",
+        "--seed",
+        "3",
+        "-q",
+    ]
+    result = CliRunner().invoke(app, given)
+    assert result.exit_code == 0, result.output
+    scan, model, chain, quiet = seen
+    assert (scan, quiet) == (Path("s.nii"), True)
+    assert model == options.Model(None, "auto", "cuda:1")
+    assert isinstance(chain, options.Chain)
+    arguments = chain.arguments()
+    assert arguments == {
+        **{"runs": None, "steps": None, "sampler": "dpm++2m", "fast": False},
+        **{"combine": "vote", "mirror": False, "seed": 3},
+    }
+    assert type(arguments["sampler"]) is type(arguments["combine"]) is str  # a report writes them as they are

@@ -12,8 +12,6 @@ from rich.table import Table
 from cdiff.cli import options
 from cdiff.cli.console import Meter, out, say, warn
 
-DATA = "Data"
-
 
 class Split(StrEnum):
     """The splits that find_cases knows."""
@@ -37,10 +35,10 @@ def evaluate(
         typer.Option(
             "--data",
             metavar="DIR",
-            help="Case folders with image.nii.gz and task01_seg01.nii.gz ..., or a folder that holds "
-            "Training/Validation/Testing or train/val/test.",
+            help="Case folders with image.nii.gz and task01_seg01.nii.gz ..., a folder that holds "
+            "Training/Validation/Testing or train/val/test of them, or a table (.csv).",
             show_default=False,
-            rich_help_panel=DATA,
+            rich_help_panel=options.DATA,
         ),
     ],
     json_: Annotated[
@@ -61,23 +59,21 @@ def evaluate(
             metavar="train|val|test|all",
             help="Which split to score.",
             show_default="test, else val, else all",
-            rich_help_panel=DATA,
+            rich_help_panel=options.DATA,
         ),
     ] = None,
-    task: Annotated[
-        str | None,
-        typer.Option(
-            "--task",
-            metavar="taskNN",
-            help="Which structure, when the masks carry several.",
-            show_default="the only one",
-            rich_help_panel=DATA,
-        ),
-    ] = None,
+    task: options.TaskOption = None,
+    layout: options.LayoutOption = options.Layout.auto,
+    labels: options.LabelsOption = None,
     limit: Annotated[
         int | None,
         typer.Option(
-            "--limit", metavar="N", min=1, help="Only the first N cases.", show_default="all", rich_help_panel=DATA
+            "--limit",
+            metavar="N",
+            min=1,
+            help="Only the first N cases.",
+            show_default="all",
+            rich_help_panel=options.DATA,
         ),
     ] = None,
     all_raters: Annotated[
@@ -85,7 +81,7 @@ def evaluate(
         typer.Option(
             "--all-raters",
             help="Only slices that all annotators marked, instead of those that at least one marked.",
-            rich_help_panel=DATA,
+            rich_help_panel=options.DATA,
         ),
     ] = False,
     raters: Annotated[
@@ -95,7 +91,7 @@ def evaluate(
             metavar="skip|use",
             help="A case with another number of annotators than the model has levels: leave it out, or score it with "
             "level c of C read as the share c/C of its annotators.",
-            rich_help_panel=DATA,
+            rich_help_panel=options.DATA,
         ),
     ] = Raters.skip,
     model: options.ModelOption = None,
@@ -123,7 +119,8 @@ def evaluate(
     from cdiff.runtime.evaluate import Protocol, choose_split
     from cdiff.runtime.evaluate import evaluate as score
 
-    found = find_cases(data, task)
+    inside = options.parse_labels(labels)
+    found = find_cases(data, task, layout=layout, labels=inside)
     chosen, cases = choose_split(found, split)
     cases = cases[:limit]
     segmenter = load(model, engine=engine, device=device)
@@ -134,7 +131,8 @@ def evaluate(
             segmenter,
             cases,
             Protocol(runs, steps, sampler, fast, levels, mirror, seed, all_raters, raters),
-            data={"folder": data.resolve().name, "split": chosen, "task": task},
+            data={"folder": data.resolve().name, "split": chosen, "task": task}
+            | ({"labels": list(inside)} if inside else {}),
             out=json_,
             progress=meter,
             notice=warn,

@@ -21,7 +21,8 @@ def segment(
         Path | None,
         typer.Argument(
             metavar="SCAN",
-            help="A scan (.nii.gz, .nii, .png ...), a folder of scans, or a folder of case folders with image.nii.gz.",
+            help="A scan (.nii.gz, .nii, .png ...), a folder of scans, a case folder (with a file for each modality, if the "
+            "model takes several), a folder of those, or a table (.csv) of images.",
             show_default=False,
         ),
     ] = None,
@@ -84,8 +85,9 @@ def segment(
     from cdiff import load
     from cdiff.runtime.inputs import scans_at
 
-    scans = scans_at(_one_of(scan, input_))
+    path = _one_of(scan, input_)
     segmenter = load(model, engine=engine, device=device)
+    scans = scans_at(path, segmenter.manifest.image_channels, segmenter.manifest.modalities)
     say(f"model {segmenter.manifest.name}, engine {segmenter.engine.name} on {segmenter.engine.device}", quiet)
 
     def work(item: NamedScan, label: str) -> None:

@@ -19,7 +19,9 @@ from cdiff.runtime.table import SUFFIXES, is_table, read_table
 
 __all__ = ["Case", "DataSet", "Problem", "find_cases", "read_case"]
 
-EXPECTED = "folders with image.nii.gz and task01_seg01.nii.gz, task01_seg02.nii.gz ..., or a table of them (docs/own-data.md)"
+EXPECTED = (
+    "folders with image.nii.gz and task01_seg01.nii.gz, task01_seg02.nii.gz ..., or a table of them (docs/own-data.md)"
+)
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,9 @@ def find_cases(
     """
     notes: list[str] = []
     layout, entries = _entries(root, layout, notes)
+    asked = task
     entries, task = _one_data_set(root, entries, task)
-    chosen = _one_task(root, entries, task)
+    chosen = _one_task(root, entries, task, asked if task is None else None)
     found = DataSet(layout, chosen)
     found.notes = notes
     found.modalities = _modalities(entries)
@@ -83,7 +86,9 @@ def find_cases(
         raise CdiffError(f"none {what} has a mask and can be used: {reason}")
     for split, cases in found.unlabelled.items():
         names = listed([case.name for case in cases])
-        found.notes.append(f"{len(cases)} {split} cases without a mask{f' of {chosen}' if task else ''} ({names}): left out")
+        found.notes.append(
+            f"{len(cases)} {split} cases without a mask{f' of {chosen}' if task else ''} ({names}): left out"
+        )
     return found
 
 
@@ -93,10 +98,14 @@ def _entries(root: Path, layout: str, notes: list[str]) -> tuple[str, list[Entry
         raise CdiffError(f"the layout {layout!r} is not known; use auto, {', '.join(LAYOUTS)}")
     if root.is_file():
         if root.suffix.lower() not in SUFFIXES or layout not in (TABLE, "auto"):
-            raise CdiffError(f"{root} is a file; give a folder of case folders, or a table (.csv) that names images and masks")
+            raise CdiffError(
+                f"{root} is a file; give a folder of case folders, or a table (.csv) that names images and masks"
+            )
         return TABLE, read_table(root, notes)
     if not root.is_dir():
-        raise CdiffError(f"{root} is not a folder; give a folder of case folders, or a table (.csv); expected {EXPECTED}")
+        raise CdiffError(
+            f"{root} is not a folder; give a folder of case folders, or a table (.csv); expected {EXPECTED}"
+        )
     by_layout: dict[str, list[Entry]] = {}
     for name, entry in walk(root, [layout] if layout in READERS else list(READERS) if layout == "auto" else [], notes):
         by_layout.setdefault(name, []).append(entry)
@@ -104,7 +113,9 @@ def _entries(root: Path, layout: str, notes: list[str]) -> tuple[str, list[Entry
     if len(by_layout) + bool(tables) > 1 or len(tables) > 1:
         what = [f"{name} ({len(entries)} cases)" for name, entries in by_layout.items()]
         what += [f"the table {path.name}" for path in tables]
-        raise CdiffError(f"{root} can be read in several ways: {', '.join(what)}; choose with --layout, or name the table")
+        raise CdiffError(
+            f"{root} can be read in several ways: {', '.join(what)}; choose with --layout, or name the table"
+        )
     if tables:
         return TABLE, read_table(tables[0], notes)
     if not by_layout:
@@ -152,8 +163,8 @@ def _joined(groups: dict[str, list[Entry]]) -> dict[str, list[Entry]]:
     return joined
 
 
-def _one_task(root: Path, entries: list[Entry], task: str | None) -> str | None:
-    """The structure that is meant; None when no case has any mask."""
+def _one_task(root: Path, entries: list[Entry], task: str | None, data_set: str | None) -> str | None:
+    """The structure that is meant; None when no case has any mask. data_set: what the user chose already."""
     counts = Counter(name for entry in entries for name, masks in entry.tasks.items() if masks)
     kinds = ", ".join(f"{name} (in {counts[name]} cases)" for name in sorted(counts, key=natural))
     if task is not None:
@@ -161,7 +172,8 @@ def _one_task(root: Path, entries: list[Entry], task: str | None) -> str | None:
             raise CdiffError(f"no case in {root} has masks of the task {task!r}; there is {kinds or 'no mask at all'}")
         return task
     if len(counts) > 1:
-        raise CdiffError(f"{root} has masks of several tasks: {kinds}; name one with --task or task=")
+        example = "/".join(filter(None, (data_set, min(counts, key=natural))))
+        raise CdiffError(f"{root} has masks of several tasks: {kinds}; name one, such as --task {example}")
     return next(iter(counts), None)
 
 

@@ -76,7 +76,9 @@ def mask_slices(mask: Mask, grid: Grid, labels: tuple[int, ...], path: str, imag
         hint = ""
         if len(wanted) == 3 and counted(shape) == counted(wanted[:2]):
             hint = f"; if the image's last axis holds channels, say so (image_channels={wanted[2]})"
-        raise CdiffError(f"{path} has shape {by(shape)} but its image {image} {by(wanted)}; they must be on one grid{hint}")
+        raise CdiffError(
+            f"{path} has shape {by(shape)} but its image {image} {by(wanted)}; they must be on one grid{hint}"
+        )
     return grid.cut(inside(mask.values, labels).reshape(wanted)[..., None])[:, 0]
 
 

@@ -65,7 +65,9 @@ def _stacked(paths: Sequence[str | os.PathLike[str]], channels: int, slice_axis:
         return _one(paths[0], channels, slice_axis)
     names = ", ".join(map(str, paths))
     if len(paths) != channels:
-        raise CdiffError(f"{len(paths)} files ({names}) where the model takes {channels} channels; give one file a modality")
+        raise CdiffError(
+            f"{len(paths)} files ({names}) where the model takes {channels} channels; give one file a modality"
+        )
     parts = [_one(path, 1, slice_axis) for path in paths]
     first = parts[0]
     for part in parts[1:]:

@@ -68,7 +68,9 @@ def read_table(path: Path, notes: list[str], *, masks: bool = True) -> list[Entr
     if not known.images or (masks and not known.masks):
         raise CdiffError(f"{path} has the columns {', '.join(header)}; {CONVENTION}")
     if len(known.images) > 1 and "" in known.images:
-        raise CdiffError(f"{path} has a column image beside {known.images[max(known.images)]}; name every modality, as in image_t1")
+        raise CdiffError(
+            f"{path} has a column image beside {known.images[max(known.images)]}; name every modality, as in image_t1"
+        )
     if known.ignored:
         notes.append(f"{path.name}: columns not used: {', '.join(known.ignored)}")
     entries: dict[str, Entry] = {}
@@ -81,7 +83,9 @@ def read_table(path: Path, notes: list[str], *, masks: bool = True) -> list[Entr
     _shorten(entries)
     if len({bool(entry.split) for entry in entries.values()}) > 1:
         without = [entry.name for entry in entries.values() if not entry.split]
-        raise CdiffError(f"{path} gives a split for some cases only (none for {listed(without)}); fill the column or drop it")
+        raise CdiffError(
+            f"{path} gives a split for some cases only (none for {listed(without)}); fill the column or drop it"
+        )
     return list(entries.values())
 
 

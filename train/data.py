@@ -61,6 +61,8 @@ def read_data(root: Path, config: Config) -> Data:
     split = partition.partition(found, root, config.data.val_fraction, config.training.seed)
     train, val, notes = split.train, split.val, [*found.notes, *split.notes]
     summary: dict[str, Any] = {"annotators": C, "layout": found.layout}
+    if config.data.labels:
+        summary["labels"] = list(config.data.labels)
     if found.modalities:
         summary["modalities"] = list(found.modalities)
     train_slices = _read(train, config, C, notes)

@@ -62,3 +62,34 @@ def test_nothing_there_says_what_was_expected(tmp_path: Path) -> None:
     _touch(tmp_path / "Testing/case01/image.nii.gz")
     with pytest.raises(CdiffError, match=r"name one of them, such as .*Testing"):
         scans_at(tmp_path)
+
+
+def test_a_model_of_several_channels_takes_a_case_folders_files_as_one_scan(tmp_path: Path) -> None:
+    _touch(*(tmp_path / f"case01/image_{name}.nii.gz" for name in ("t2", "t1")), tmp_path / "case01/mask_anna.nii.gz")
+    for place in (tmp_path, tmp_path / "case01"):
+        (scan,) = scans_at(place, channels=2)
+        assert scan.name == "case01"
+        assert scan.path == (tmp_path / "case01/image_t1.nii.gz", tmp_path / "case01/image_t2.nii.gz")
+    (scan,) = scans_at(tmp_path, channels=2, modalities=("t2", "t1"))
+    assert [path.name for path in scan.path if isinstance(scan.path, tuple)] == ["image_t2.nii.gz", "image_t1.nii.gz"]
+    with pytest.raises(CdiffError, match=r"case01 has no flair \(it has t1, t2\); the model was trained on t1, flair"):
+        scans_at(tmp_path, channels=2, modalities=("t1", "flair"))
+
+
+def test_brats_files_are_one_scan_for_four_channels_and_files_for_one(tmp_path: Path) -> None:
+    names = [f"brats_train_006_{kind}_080_w.nii.gz" for kind in ("flair", "t1", "t1ce", "t2", "seg")]
+    _touch(*(tmp_path / "000246" / name for name in names))
+    (scan,) = scans_at(tmp_path, channels=4)
+    assert scan.name == "000246"
+    assert isinstance(scan.path, tuple)
+    assert [path.name.split("_")[3] for path in scan.path] == ["t1", "t1ce", "t2", "flair"]
+    assert len(scans_at(tmp_path / "000246")) == 5
+
+
+def test_a_tables_images(tmp_path: Path) -> None:
+    _touch(tmp_path / "a.png", tmp_path / "b.png", tmp_path / "cases.csv")
+    (tmp_path / "cases.csv").write_text("image\na.png\nb.png\n")
+    assert [(scan.name, scan.path) for scan in scans_at(tmp_path / "cases.csv")] == [
+        ("a", tmp_path / "a.png"),
+        ("b", tmp_path / "b.png"),
+    ]

@@ -121,6 +121,8 @@ def evaluate(
 
     inside = options.parse_labels(labels)
     found = find_cases(data, task, layout=layout, labels=inside)
+    for note in found.notes:
+        warn(note)
     chosen, cases = choose_split(found, split)
     cases = cases[:limit]
     segmenter = load(model, engine=engine, device=device)

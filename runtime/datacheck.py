@@ -209,9 +209,9 @@ def _measure(look: Look, masks: NDArray[np.bool_]) -> None:
     """Marked slices, empty and equal masks, pairwise Dice; masks bool [S, n, H, W]."""
     case, n = look.case, masks.shape[1]
     raters = case.raters or tuple(path.name for path in case.masks)
-    drawn = masks.any(axis=(2, 3))
+    drawn: NDArray[np.bool_] = np.any(masks, axis=(2, 3))
     marked, by_all = np.flatnonzero(drawn.any(axis=1)), np.flatnonzero(drawn.all(axis=1))
-    empty = [rater for rater, any_ in zip(raters, drawn.any(axis=0), strict=True) if not any_]
+    empty = [rater for i, rater in enumerate(raters) if not drawn[:, i].any()]
     pairs = [(i, j) for i in range(n) for j in range(i)]
     equal = [(raters[j], raters[i]) for i, j in pairs if drawn[:, i].any() and (masks[:, i] == masks[:, j]).all()]
     if len(empty) == n:

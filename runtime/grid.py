@@ -89,17 +89,22 @@ class Grid:
         return self.header is not None and all(zoom == 1 for zoom in self.header["pixdim"][1 : 1 + len(self.spatial)])
 
     def differs_from(self, other: Grid) -> str | None:
-        """In words why another file's grid is not this one, or None: shape, and where both have headers, spacing and place."""
+        """In words why another file's grid is not this one, or None: shape, and where both have headers, spacing and place.
+
+        A placeholder's spacing contradicts nothing.
+        """
         if self.spatial != other.spatial:
             return f"have different shapes ({by(self.spatial)} and {by(other.spatial)})"
-        if self.header is None or other.header is None:
-            return None
         mine, theirs = self.spacing, other.spacing
-        if not np.allclose(np.asarray(mine), np.asarray(theirs), rtol=1e-3):
+        if self.header is None or other.header is None or mine is None or theirs is None:
+            return None
+        if self.is_placeholder or other.is_placeholder:
+            return None
+        if not np.allclose(mine, theirs, rtol=1e-3):
             return f"have different spacings ({mine} and {theirs} mm)"
-        affines = [grid.header.get_best_affine() for grid in (self, other) if grid.header is not None]
-        placed = all(grid.has_orientation for grid in (self, other))
-        if placed and not np.allclose(*affines, rtol=1e-3, atol=0.01 * float(np.min(mine))):
+        here, there = self.header.get_best_affine(), other.header.get_best_affine()
+        placed = self.has_orientation and other.has_orientation
+        if placed and not np.allclose(here, there, rtol=1e-3, atol=0.01 * min(mine)):
             return "have different affines (they do not lie at one place)"
         return None
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from cdiff.runtime.case import SPLITS, Entry, arranged, stem
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.layouts import TASK_MASK, brats_in, cases_in
+from cdiff.runtime.layouts import OWN_MASK, TASK_MASK, brats_in, cases_in
+from cdiff.runtime.scan import NIFTI_SUFFIXES
 from cdiff.runtime.table import SUFFIXES, read_table
 
 OUTPUT_ENDINGS = ("_soft", "_levels", "_uncertainty", "_mask", "_preview")
@@ -63,15 +64,27 @@ def _scans_in(folder: Path, channels: int, modalities: Sequence[str]) -> Iterato
 
 
 def _case_scans(folder: Path, channels: int, modalities: Sequence[str]) -> Iterator[NamedScan]:
-    """The scan of a case folder, or several where BraTS slices lie together; none when it is no such folder.
-
-    A model of one channel takes a lone image only: which of several files it should see, the user has to say.
-    """
+    """The scan of a case folder, or several where BraTS slices lie together; none when it is no such folder."""
     files = [path for path in sorted(folder.iterdir()) if stem(path) is not None and path.is_file()]
-    entries = cases_in(folder, files) or (brats_in(folder, files) if channels > 1 else [])
+    entries = cases_in(folder, files) or (brats_in(folder, files) if modalities or channels > 1 else [])
     for entry in entries:
-        if channels > 1 or list(entry.images) == [""]:
+        if _is_one_scan(entry, files, channels, modalities):
             yield _scan(entry, entry.name, modalities)
+
+
+def _is_one_scan(entry: Entry, files: Sequence[Path], channels: int, modalities: Sequence[str]) -> bool:
+    """Whether a folder's images are one scan, rather than scans that lie in one folder.
+
+    Several files are, where the model was trained on such files, or they are as many NIfTI files as it has channels.
+    """
+    images = list(entry.images.values())
+    if len(images) > 1 or "" not in entry.images:
+        as_many = len(images) == channels > 1 and all(i.name.lower().endswith(NIFTI_SUFFIXES) for i in images)
+        return bool(modalities) or as_many
+    if images[0].name.lower().endswith(NIFTI_SUFFIXES):
+        return True
+    masks = [path for path in files if TASK_MASK.match(name := stem(path) or "") or OWN_MASK.match(name)]
+    return len(files) == len(masks) + 1  # image.png beside other pictures is one of them
 
 
 def _scan(entry: Entry, name: str, modalities: Sequence[str]) -> NamedScan:

@@ -35,13 +35,14 @@ Reader = Callable[[Path, Files], list[Entry]]
 def cases_in(folder: Path, files: Files) -> list[Entry]:
     """The case of a folder with `image.EXT` or `image_MODALITY.EXT`, and `taskNN_segKK.EXT` or `mask_ANNOTATOR.EXT`.
 
-    EXT is a NIfTI's or a picture's. Modalities are ordered by name. Empty when the folder holds no such image.
+    EXT is a NIfTI's or a picture's. Modalities are ordered by name; a number is none, as `image_001.png`, `image_002.png` are
+    rather several images than one. Empty when the folder holds no such image.
     """
     images: dict[str, Path] = {}
     tasks: dict[str, dict[str, Path]] = {}
     for file in sorted(files, key=lambda f: (not f.name.lower().endswith(NIFTI_SUFFIXES), f.name)):
         name = stem(file) or ""
-        if match := IMAGE.match(name):
+        if (match := IMAGE.match(name)) and not (match["modality"] or "").isdigit():
             images.setdefault(match["modality"] or "", file)
         elif match := TASK_MASK.match(name):
             tasks.setdefault(match["task"].lower(), {}).setdefault(match["rater"].lower(), file)

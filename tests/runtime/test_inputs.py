@@ -93,3 +93,24 @@ def test_a_tables_images(tmp_path: Path) -> None:
         ("a", tmp_path / "a.png"),
         ("b", tmp_path / "b.png"),
     ]
+
+
+def test_pictures_of_one_folder_stay_scans_of_their_own(tmp_path: Path) -> None:
+    """Colour pictures that somebody numbered, or called image, are not the channels of one."""
+    _touch(*(tmp_path / f"numbered/image_{k:03d}.png" for k in (1, 2, 3)))
+    _touch(tmp_path / "named/image.png", tmp_path / "named/image2.png")
+    _touch(tmp_path / "case/image.png", tmp_path / "case/mask_anna.png")
+    for channels in (1, 3):
+        assert [scan.name for scan in scans_at(tmp_path / "numbered", channels)] == [
+            "image_001",
+            "image_002",
+            "image_003",
+        ]
+        assert [scan.name for scan in scans_at(tmp_path / "named", channels)] == ["image", "image2"]
+        assert [scan.name for scan in scans_at(tmp_path / "case", channels)] == ["case"]
+
+
+def test_a_lone_named_modality(tmp_path: Path) -> None:
+    _touch(tmp_path / "case01/image_t1.nii.gz")
+    (scan,) = scans_at(tmp_path, 1, ("t1",))
+    assert (scan.name, scan.path) == ("case01", tmp_path / "case01/image_t1.nii.gz")

@@ -54,7 +54,7 @@ def read_scan(scan: ScanInput, *, channels: int = 1, slice_axis: int = 2) -> Sca
     a wrong number of axes or channels, spacing that is not positive, a singular affine, more than 2^31 voxels, modalities
     that do not lie on one grid.
     """
-    if isinstance(scan, list | tuple):
+    if isinstance(scan, list | tuple) and scan and all(isinstance(part, str | os.PathLike) for part in scan):
         return _stacked(scan, channels, slice_axis)
     return _one(scan, channels, slice_axis)  # type: ignore[arg-type]  # a str is no list of paths
 
@@ -128,7 +128,9 @@ def _load(scan: OneScan, channels: int) -> _Loaded:
         digest = hashlib.sha256(scan.header.binaryblock + voxels.tobytes())
         return _Loaded(voxels, scan.header, source, digest.hexdigest(), _name(Path(named)) if named else "scan")
     if not isinstance(scan, str | os.PathLike):
-        raise CdiffError(f"cannot segment a {type(scan).__name__}; give a path, a NumPy array or a nibabel NIfTI image")
+        raise CdiffError(
+            f"cannot segment a {type(scan).__name__}; give a path (or one for each modality), a NumPy array or a nibabel NIfTI image"
+        )
     path = Path(scan)
     data = read_bytes(path)
     digest = hashlib.sha256(data)

@@ -15,6 +15,9 @@ from cdiff.runtime.cases import Case, find_cases, read_case
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.masks import inside, read_mask
 from cdiff.runtime.partition import count_annotators, count_channels, partition
+from cdiff.runtime.preview import _sizes
+from cdiff.runtime.report import volumes
+from cdiff.runtime.results import Stack
 from cdiff.runtime.scan import read_scan
 from tests.layouts import BRATS, disc, noisy, save, write_brats, write_qubiq, write_table
 
@@ -322,6 +325,16 @@ def test_what_a_mask_puts_inside() -> None:
     assert inside(values, (1, 2)).tolist() == [False, True, True, False]
     assert inside(np.array([0.0, 0.4, 0.6, 1.0])).tolist() == [False, False, True, True]
     assert not inside(np.zeros(3)).any()
+
+
+def test_volumes_of_a_fake_spacing_are_marked(tmp_path: Path) -> None:
+    levels = np.ones((2, 1, 8, 8), np.float32)
+    for spacing, marked in ((None, True), ((0.5, 1, 1), False)):
+        grid = read_scan(save(tmp_path / "a.nii.gz", noisy(disc((8, 8, 2))), spacing)).grid
+        found = volumes(Stack(levels, levels[:, 0]), grid)
+        assert ("unreliable" in found) is marked
+        words = _sizes(found, "voxels")[0][0]
+        assert words == ("at least half agree on 128 voxels" if marked else "at least half agree on 64 mm³")
 
 
 def test_files_that_are_not_there_are_named(tmp_path: Path) -> None:

@@ -83,9 +83,9 @@ def segment(
     cdiff segment folder -o maps --model my_bundle --steps 20 --sampler ddim
     """
     from cdiff import load
-    from cdiff.runtime.inputs import scans_at
+    from cdiff.runtime.inputs import must_exist, scans_at
 
-    path = _one_of(scan, input_)
+    path = must_exist(_one_of(scan, input_))
     segmenter = load(model, engine=engine, device=device)
     scans = scans_at(path, segmenter.manifest.image_channels, segmenter.manifest.modalities)
     say(f"model {segmenter.manifest.name}, engine {segmenter.engine.name} on {segmenter.engine.device}", quiet)

@@ -60,6 +60,7 @@ class Look:
         return self.at_least is not None
 
     def tell(self, severity: str, kind: str, text: str) -> None:
+        """Add a finding of this case."""
         self.findings.append(Finding(severity, kind, self.case.name, text))
 
 

@@ -23,6 +23,13 @@ class NamedScan:
     path: Path | tuple[Path, ...]
 
 
+def must_exist(path: Path) -> Path:
+    """`path`. Raises CdiffError when nothing is there: worth knowing before a model is loaded."""
+    if not path.exists():
+        raise CdiffError(f"{path} does not exist; give a scan (.nii.gz, .nii, .png ...) or a folder of them")
+    return path
+
+
 def scans_at(path: Path, channels: int = 1, modalities: Sequence[str] = ()) -> list[NamedScan]:
     """The scans that `path` names, in the order of their names.
 
@@ -37,9 +44,8 @@ def scans_at(path: Path, channels: int = 1, modalities: Sequence[str] = ()) -> l
         scans = [_scan(entry, entry.name.replace("/", "_"), modalities) for entry in read_table(path, [], masks=False)]
     elif path.is_file():
         return [NamedScan(stem(path) or path.stem, path)]
-    elif not path.exists():
-        raise CdiffError(f"{path} does not exist; give a scan (.nii.gz, .nii, .png ...) or a folder of them")
     else:
+        must_exist(path)
         scans = list(_case_scans(path, channels, modalities)) or list(_scans_in(path, channels, modalities))
     if not scans:
         raise CdiffError(_nothing_in(path))

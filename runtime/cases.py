@@ -104,7 +104,7 @@ def _entries(root: Path, layout: str, notes: list[str]) -> tuple[str, list[Entry
         return TABLE, read_table(root, notes)
     if not root.is_dir():
         raise CdiffError(
-            f"{root} is not a folder; give a folder of case folders, or a table (.csv); expected {EXPECTED}"
+            f"{root} is not a folder; give a folder of case folders, or a table (.csv) of files (docs/own-data.md)"
         )
     by_layout: dict[str, list[Entry]] = {}
     for name, entry in walk(root, [layout] if layout in READERS else list(READERS) if layout == "auto" else [], notes):
@@ -114,7 +114,7 @@ def _entries(root: Path, layout: str, notes: list[str]) -> tuple[str, list[Entry
         what = [f"{name} ({len(entries)} cases)" for name, entries in by_layout.items()]
         what += [f"the table {path.name}" for path in tables]
         raise CdiffError(
-            f"{root} can be read in several ways: {', '.join(what)}; choose with --layout, or name the table"
+            f"{root} can be read in several ways: {', '.join(what)}; choose with --layout, or give one folder or table"
         )
     if tables:
         return TABLE, read_table(tables[0], notes)
@@ -192,7 +192,7 @@ def _sort_in(found: DataSet, entry: Entry, task: str | None, labels: tuple[int, 
         found.problems.append(Problem(split, case.name, f"{case.image.parent} {what}, but {others}; make them alike"))
     elif case.masks:
         found.setdefault(split, []).append(case)
-    elif split == "test" or entry.tasks:  # a test set may be without masks, and a case may show one structure only
+    elif split in ("val", "test") or entry.tasks:  # benchmarks keep such masks back; a case may show one structure only
         found.unlabelled.setdefault(split, []).append(case)
     else:
         wanted = f"{task or 'task01'}_seg01.nii.gz" if found.layout == "cases" else "mask"

@@ -177,13 +177,7 @@ _KINDS: dict[str, type] = {
     "tile_overlap": float,
     "mirror": bool,
 }
-_WORDS: dict[type, str] = {
-    bool: "true or false",
-    str: "a text",
-    int: "a whole number",
-    float: "a number",
-    dict: "an object",
-}
+_WORDS: dict[type, str] = {bool: "true or false", str: "a text", int: "a whole number", float: "a number", dict: "an object"}
 
 
 def _check_files(value: Any, source: str) -> None:

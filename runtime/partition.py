@@ -42,7 +42,10 @@ def partition(found: DataSet, root: Path, val_fraction: float = VAL_FRACTION, se
     Raises CdiffError without training cases, or with too few to keep one.
     """
     train, val = training_cases(found, root), found.get("val", [])
-    return Partition(train, val) if val else _hold_out(train, val_fraction, seed)
+    if val:
+        return Partition(train, val)
+    why = "the validation cases have no masks" if found.unlabelled.get("val") else "no validation folder"
+    return _hold_out(train, val_fraction, seed, why)
 
 
 def training_cases(found: DataSet, root: Path) -> list[Case]:
@@ -53,7 +56,7 @@ def training_cases(found: DataSet, root: Path) -> list[Case]:
     return cases
 
 
-def _hold_out(cases: list[Case], fraction: float, seed: int) -> Partition:
+def _hold_out(cases: list[Case], fraction: float, seed: int, why: str) -> Partition:
     if len(cases) < 2:
         raise CdiffError("one case is not enough: at least two are needed, one of them for validation")
     groups: dict[str, list[int]] = {}
@@ -69,7 +72,7 @@ def _hold_out(cases: list[Case], fraction: float, seed: int) -> Partition:
     order = np.random.default_rng(seed).permutation(len(groups))
     members = list(groups.values())
     held = {i for place in order[: max(1, round(fraction * len(groups)))] for i in members[place]}
-    notes.insert(0, f"no validation folder: held out {len(held)} of {len(cases)} cases for validation")
+    notes.insert(0, f"{why}: held out {len(held)} of {len(cases)} cases for validation")
     train, val = ([case for i, case in enumerate(cases) if (i in held) == kept] for kept in (False, True))
     return Partition(train, val, tuple(notes))
 

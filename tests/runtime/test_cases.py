@@ -291,6 +291,17 @@ def test_cases_without_masks(tmp_path: Path) -> None:
         find_cases(tmp_path, "task02")
 
 
+def test_validation_masks_that_a_benchmark_kept_back(tmp_path: Path) -> None:
+    write_qubiq(tmp_path, {"Training": 4, "Validation": 2})
+    for path in (tmp_path / "Validation").rglob("task*"):
+        path.unlink()
+    found = find_cases(tmp_path)
+    assert set(found) == {"train"}
+    split = partition(found, tmp_path)
+    assert [len(split.train), len(split.val)] == [3, 1]
+    assert split.notes == ("the validation cases have no masks: held out 1 of 4 cases for validation",)
+
+
 def test_files_of_different_grids_are_no_channels(tmp_path: Path) -> None:
     first = save(tmp_path / "a.nii.gz", noisy(disc((20, 16, 2))))
     moved = nib.load(first)

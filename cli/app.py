@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 import cdiff
-from cdiff.cli import benchmark, doctor, evaluate, export, info, segment, train
+from cdiff.cli import benchmark, data, doctor, evaluate, export, info, segment, train
 from cdiff.cli.console import INTERRUPTED, USER_ERROR, fail
 from cdiff.runtime.errors import CdiffError
 
@@ -63,6 +63,7 @@ def options(
 app.command("segment", rich_help_panel="Use a model")(segment.segment)
 app.command("evaluate", rich_help_panel="Use a model")(evaluate.evaluate)
 app.command("info", rich_help_panel="Use a model")(info.info)
+app.add_typer(data.app, name="data", rich_help_panel="Make a model")
 app.command("train", rich_help_panel="Make a model")(train.train)
 app.command("export", rich_help_panel="Make a model")(export.export)
 app.command("doctor", rich_help_panel="This machine")(doctor.doctor)

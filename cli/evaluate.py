@@ -13,8 +13,6 @@ from cdiff.cli.console import Meter, out, say, warn
 from cdiff.cli.score_tables import paper_tables, score_tables
 from cdiff.runtime.errors import CdiffError
 
-DATA = "Data"
-
 
 class Split(StrEnum):
     """The splits that find_cases knows."""
@@ -39,10 +37,10 @@ def evaluate(
         typer.Option(
             "--data",
             metavar="DIR",
-            help="Case folders with image.nii.gz and task01_seg01.nii.gz ..., or a folder that holds "
-            "Training/Validation/Testing or train/val/test.",
+            help="Case folders with image.nii.gz and task01_seg01.nii.gz ..., a folder that holds "
+            "Training/Validation/Testing or train/val/test of them, or a table (.csv).",
             show_default=False,
-            rich_help_panel=DATA,
+            rich_help_panel=options.DATA,
         ),
     ],
     json_: Annotated[
@@ -93,23 +91,21 @@ def evaluate(
             metavar="train|val|test|all",
             help="Which split to score.",
             show_default="test, else val, else all",
-            rich_help_panel=DATA,
+            rich_help_panel=options.DATA,
         ),
     ] = None,
-    task: Annotated[
-        str | None,
-        typer.Option(
-            "--task",
-            metavar="taskNN",
-            help="Which structure, when the masks carry several.",
-            show_default="the only one",
-            rich_help_panel=DATA,
-        ),
-    ] = None,
+    task: options.TaskOption = None,
+    layout: options.LayoutOption = options.Layout.auto,
+    labels: options.LabelsOption = None,
     limit: Annotated[
         int | None,
         typer.Option(
-            "--limit", metavar="N", min=1, help="Only the first N cases.", show_default="all", rich_help_panel=DATA
+            "--limit",
+            metavar="N",
+            min=1,
+            help="Only the first N cases.",
+            show_default="all",
+            rich_help_panel=options.DATA,
         ),
     ] = None,
     all_raters: Annotated[
@@ -117,7 +113,7 @@ def evaluate(
         typer.Option(
             "--all-raters",
             help="Only slices that all annotators marked, instead of those that at least one marked.",
-            rich_help_panel=DATA,
+            rich_help_panel=options.DATA,
         ),
     ] = False,
     raters: Annotated[
@@ -127,7 +123,7 @@ def evaluate(
             metavar="skip|use",
             help="A case with another number of annotators than the model has levels: leave it out, or score it with "
             "level c of C read as the share c/C of its annotators.",
-            rich_help_panel=DATA,
+            rich_help_panel=options.DATA,
         ),
     ] = Raters.skip,
     group: Annotated[
@@ -138,7 +134,7 @@ def evaluate(
             help="Intervals over groups of cases, patients say: what this finds in a case's name (its first bracket, if "
             "it has one) is the group.",
             show_default="cases",
-            rich_help_panel=DATA,
+            rich_help_panel=options.DATA,
         ),
     ] = None,
     *,
@@ -165,7 +161,10 @@ def evaluate(
     steps = None if steps_curve is None else _numbers(steps_curve)
     if steps and report_ is None:
         raise CdiffError("--steps-curve needs a folder to write to; add --report DIR")
-    found = find_cases(data, task)
+    inside = options.parse_labels(labels)
+    found = find_cases(data, task, layout=layout, labels=inside)
+    for note in found.notes:
+        warn(note)
     chosen, cases = choose_split(found, split)
     cases = cases[:limit]
     say(f"split {chosen} of {', '.join(found)}: {len(cases)} cases", quiet)
@@ -174,6 +173,7 @@ def evaluate(
     if steps:
         check_steps(segmenter, protocol, steps)
     about = {"folder": data.resolve().name, "split": chosen, "task": task}
+    about |= {"labels": list(inside)} if inside else {}
     told: set[str] = set()
 
     def once(line: str) -> None:

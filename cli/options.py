@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from cdiff.cli.console import say
+from cdiff.runtime.errors import CdiffError
 
 if TYPE_CHECKING:
     from cdiff.runtime.segmenter import Segmenter
@@ -26,6 +27,15 @@ class Sampler(StrEnum):
     dpm2m = "dpm++2m"
 
 
+class Layout(StrEnum):
+    """The ways of laying out data that runtime.layouts knows."""
+
+    auto = "auto"
+    cases = "cases"
+    brats = "brats"
+    table = "table"
+
+
 class Combine(StrEnum):
     """How the runs of a level become its map."""
 
@@ -33,6 +43,7 @@ class Combine(StrEnum):
     vote = "vote"
 
 
+DATA = "Data"
 MODEL = "Model"
 CHAIN = "Sampling"
 OUTPUT = "Output"
@@ -125,6 +136,47 @@ SeedOption = Annotated[
 QuietOption = Annotated[
     bool, typer.Option("--quiet", "-q", help="Print results and errors only.", rich_help_panel=OUTPUT)
 ]
+TaskOption = Annotated[
+    str | None,
+    typer.Option(
+        "--task",
+        metavar="taskNN",
+        help="Which structure, when the masks carry several; in a benchmark's folder which data set (prostate), or both "
+        "(prostate/task01).",
+        show_default="the only one",
+        rich_help_panel=DATA,
+    ),
+]
+LayoutOption = Annotated[
+    Layout,
+    typer.Option(
+        "--layout",
+        metavar="NAME",
+        help="How the data lies: cases (folders with image and masks, QUBIQ's too), brats (its slices or volumes) or table (CSV).",
+        rich_help_panel=DATA,
+    ),
+]
+LabelsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--labels",
+        metavar="N,N,...",
+        help="Which values of the masks are inside, such as 1,4 of a label map.",
+        show_default="from half of the largest on; brats: the whole tumour",
+        rich_help_panel=DATA,
+    ),
+]
+
+
+def parse_labels(text: str | None) -> tuple[int, ...]:
+    """The numbers of --labels. Raises CdiffError when they are not whole numbers from 1 on."""
+    try:
+        labels = tuple(int(word) for word in (text or "").split(",") if word.strip())
+    except ValueError:
+        labels = (0,)
+    if any(label < 1 for label in labels):
+        raise CdiffError(f"--labels {text} is not a list of whole numbers from 1 on, such as 1,4")
+    return labels
 
 
 @dataclass(frozen=True)

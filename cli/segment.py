@@ -22,7 +22,8 @@ def segment(
         Path | None,
         typer.Argument(
             metavar="SCAN",
-            help="A scan (.nii.gz, .nii, .png ...), a folder of scans, or a folder of case folders with image.nii.gz.",
+            help="A scan (.nii.gz, .nii, .png ...), a folder of scans, a case folder (with a file for each modality, if the "
+            "model takes several), a folder of those, or a table (.csv) of images.",
             show_default=False,
         ),
     ] = None,
@@ -75,10 +76,11 @@ def segment(
     cdiff segment scan.nii.gz -o maps --fast
     cdiff segment folder -o maps --model my_bundle --steps 20 --sampler ddim
     """
-    from cdiff.runtime.inputs import scans_at
+    from cdiff.runtime.inputs import must_exist, scans_at
 
-    scans = scans_at(_one_of(scan, input_))
+    path = must_exist(_one_of(scan, input_))
     segmenter = model.load(quiet)
+    scans = scans_at(path, segmenter.manifest.image_channels, segmenter.manifest.modalities)
 
     def work(item: NamedScan, label: str) -> None:
         started = time.monotonic()

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from cdiff.cli import options
 from cdiff.cli.console import INTERRUPTED, err, fail, out, say
 from cdiff.cli.extras import needs
 
@@ -18,7 +19,7 @@ def train(
             "--data",
             metavar="DIR",
             help="Case folders with image.nii.gz and task01_seg01.nii.gz, task01_seg02.nii.gz ...; with or without "
-            "the folders Training and Validation above them.",
+            "the folders Training and Validation above them; or a table (.csv) of files.",
             show_default=False,
         ),
     ],
@@ -26,6 +27,9 @@ def train(
         Path,
         typer.Option("--out", "-o", metavar="RUN", help="The run folder: checkpoints and logs.", show_default=False),
     ],
+    task: options.TaskOption = None,
+    layout: options.LayoutOption = options.Layout.auto,
+    labels: options.LabelsOption = None,
     preset: Annotated[
         str | None,
         typer.Option(
@@ -81,10 +85,11 @@ def train(
         from cdiff.train.presets import preset as named
         from cdiff.train.trainer import train as run
 
+    settings = [*(settings or []), *_data_settings(task, layout, labels)]
     if resume and preset is None and not settings:
         config = read_config(output)
     else:
-        config = fit_to_data(named(preset or "small"), data, settings or [])
+        config = fit_to_data(named(preset or "small"), data, settings)
     result = run(
         config,
         data,
@@ -106,3 +111,13 @@ def train(
         fail(f"interrupted; what was done is saved, and --resume goes on from step {result.step}")
         raise typer.Exit(INTERRUPTED)
     out.print(str(result.out), soft_wrap=True)
+
+
+def _data_settings(task: str | None, layout: options.Layout, labels: str | None) -> list[str]:
+    """The options that other commands share, as the settings that the run keeps."""
+    settings = [f"task={task}"] if task else []
+    if layout is not options.Layout.auto:
+        settings.append(f"layout={layout.value}")
+    if inside := options.parse_labels(labels):
+        settings.append(f"labels={list(inside)}")
+    return settings

@@ -1,128 +1,215 @@
-"""Case folders on disk: one image and several annotators' masks each, with or without the split folders above them."""
+"""The one entry to data on disk: every layout to cases by split (`find_cases`), and a case to slices (`read_case`)."""
 
 from __future__ import annotations
 
-import re
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
+from cdiff.runtime.case import Case, Entry, listed, natural
 from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.layouts import LAYOUTS, READERS, TABLE, walk
+from cdiff.runtime.masks import mask_slices, read_mask
+from cdiff.runtime.scan import read_scan
+from cdiff.runtime.table import SUFFIXES, is_table, read_table
 
-SPLITS = {
-    "training": "train", "train": "train",
-    "validation": "val", "val": "val",
-    "testing": "test", "test": "test",
-}  # fmt: skip
-IMAGE_NAMES = ("image.nii.gz", "image.nii")
-MASK_NAME = re.compile(r"(task\d+)_seg(\d+)\.nii(\.gz)?$")
+__all__ = ["Case", "DataSet", "Problem", "find_cases", "read_case"]
+
+EXPECTED = (
+    "folders with image.nii.gz and task01_seg01.nii.gz, task01_seg02.nii.gz ..., or a table of them (docs/own-data.md)"
+)
 
 
 @dataclass(frozen=True)
-class Case:
-    """One scan and the masks that its annotators drew, in the order of their file names."""
+class Problem:
+    """What is wrong with one case as its files are laid out."""
 
-    name: str
-    image: Path
-    masks: tuple[Path, ...]
+    split: str
+    case: str
+    text: str
 
 
-def find_cases(root: Path, task: str | None = None) -> dict[str, list[Case]]:
-    """The cases below `root` by split: keys "train", "val", "test" for the split folders there are, else "all".
+class DataSet(dict[str, list[Case]]):
+    """The cases by split: "train", "val", "test" where the data says, else "all". Each case has at least one mask.
 
-    task: which structure, when the masks' names carry several (`task01`, `task02`); needed only then.
-    Raises CdiffError when there is no case, a case has no mask, or several tasks are there and none is named.
+    layout: the reader that found them. task: the structure that was chosen or is the only one. modalities: the
+    names of the images' files, in the order of the channels; empty for one image file a case. unlabelled: cases without a
+    mask, by split. problems: cases that cannot be used. notes: what a user should know, one line each.
     """
-    if not root.is_dir():
-        raise CdiffError(
-            f"{root} is not a folder; give a folder of case folders, each with image.nii.gz and task01_seg01.nii.gz ..."
-        )
-    splits = {SPLITS[d.name.lower()]: d for d in sorted(root.iterdir()) if d.is_dir() and d.name.lower() in SPLITS}
-    found = (
-        {split: _cases_in(folder, task) for split, folder in splits.items()}
-        if splits
-        else {"all": _cases_in(root, task)}
-    )
-    found = {split: cases for split, cases in found.items() if cases}
+
+    def __init__(self, layout: str = "cases", task: str | None = None) -> None:
+        super().__init__()
+        self.layout, self.task = layout, task
+        self.modalities: tuple[str, ...] = ()
+        self.unlabelled: dict[str, list[Case]] = {}
+        self.problems: list[Problem] = []
+        self.notes: list[str] = []
+
+
+def find_cases(
+    root: Path,
+    task: str | None = None,
+    *,
+    layout: str = "auto",
+    labels: tuple[int, ...] = (),
+    strict: bool = True,
+) -> DataSet:
+    """The cases below `root`, a folder at any level of the data or a table of them.
+
+    task: which structure, when there are several (`task01`), or which data set of a benchmark (`prostate`), or both
+    (`prostate/task01`); needed only then. layout: one of `LAYOUTS`, or "auto". labels: the values of the masks that are
+    inside. strict: raise for the first case that cannot be used; otherwise such cases are left out and listed in `problems`.
+    Raises CdiffError when there is no case, none has a mask, or what is meant is not clear.
+    """
+    notes: list[str] = []
+    layout, entries = _entries(root, layout, notes)
+    asked = task
+    entries, task = _one_data_set(root, entries, task)
+    chosen = _one_task(root, entries, task, asked if task is None else None)
+    found = DataSet(layout, chosen)
+    found.notes = notes
+    found.modalities = _modalities(entries)
+    for entry in entries:
+        _sort_in(found, entry, chosen, labels)
+    if strict and found.problems:
+        raise CdiffError(found.problems[0].text)
+    if "all" in found and len(found) > 1:
+        stray = found.pop("all")
+        found.notes.append(f"{len(stray)} cases beside the split folders ({listed([c.name for c in stray])}): left out")
     if not found:
-        raise CdiffError(
-            f"no case in {root}: expected folders with image.nii.gz and task01_seg01.nii.gz, task01_seg02.nii.gz ..."
+        what = f"of the {len(entries)} cases in {root}" if len(entries) > 1 else f"the case in {root}"
+        reason = found.problems[0].text if found.problems else "there is nothing to learn from or to compare with"
+        raise CdiffError(f"none {what} has a mask and can be used: {reason}")
+    for split, cases in found.unlabelled.items():
+        names = listed([case.name for case in cases])
+        found.notes.append(
+            f"{len(cases)} {split} cases without a mask{f' of {chosen}' if task else ''} ({names}): left out"
         )
     return found
 
 
-def _cases_in(folder: Path, task: str | None) -> list[Case]:
-    cases = []
-    for case in sorted(d for d in folder.iterdir() if d.is_dir()):
-        image = next((case / name for name in IMAGE_NAMES if (case / name).is_file()), None)
-        if image is None:
-            continue
-        by_task: dict[str, list[tuple[int, Path]]] = {}
-        for file in sorted(case.iterdir()):
-            if match := MASK_NAME.match(file.name):
-                by_task.setdefault(match[1], []).append((int(match[2]), file))
-        if task is None and len(by_task) > 1:
+def _entries(root: Path, layout: str, notes: list[str]) -> tuple[str, list[Entry]]:
+    """The layout and its cases. Raises CdiffError when several layouts are there, or none."""
+    if layout not in (*LAYOUTS, "auto"):
+        raise CdiffError(f"the layout {layout!r} is not known; use auto, {', '.join(LAYOUTS)}")
+    if root.is_file():
+        if root.suffix.lower() not in SUFFIXES or layout not in (TABLE, "auto"):
             raise CdiffError(
-                f"{case} has masks of several tasks ({', '.join(sorted(by_task))}); name one with --task or task="
+                f"{root} is a file; give a folder of case folders, or a table (.csv) that names images and masks"
             )
-        masks = by_task.get(task, []) if task else next(iter(by_task.values()), [])
-        if not masks:
-            raise CdiffError(
-                f"{case} has an image but no mask {task or 'task01'}_seg01.nii.gz; add its masks or remove the folder"
-            )
-        cases.append(Case(case.name, image, tuple(path for _, path in sorted(masks))))
-    return cases
+        return TABLE, read_table(root, notes)
+    if not root.is_dir():
+        raise CdiffError(
+            f"{root} is not a folder; give a folder of case folders, or a table (.csv) of files (docs/own-data.md)"
+        )
+    by_layout: dict[str, list[Entry]] = {}
+    for name, entry in walk(root, [layout] if layout in READERS else list(READERS) if layout == "auto" else [], notes):
+        by_layout.setdefault(name, []).append(entry)
+    tables = [path for path in sorted(root.iterdir()) if is_table(path)] if layout in (TABLE, "auto") else []
+    if len(by_layout) + bool(tables) > 1 or len(tables) > 1:
+        what = [f"{name} ({len(entries)} cases)" for name, entries in by_layout.items()]
+        what += [f"the table {path.name}" for path in tables]
+        raise CdiffError(
+            f"{root} can be read in several ways: {', '.join(what)}; choose with --layout, or give one folder or table"
+        )
+    if tables:
+        return TABLE, read_table(tables[0], notes)
+    if not by_layout:
+        raise CdiffError(f"no case in {root}: expected {EXPECTED}")
+    return next(iter(by_layout.items()))
+
+
+def _one_data_set(root: Path, entries: list[Entry], task: str | None) -> tuple[list[Entry], str | None]:
+    """The entries of the one data set that is meant, and what is left of `task` (the structure)."""
+    groups: dict[str, list[Entry]] = {}
+    for entry in entries:
+        groups.setdefault(entry.data_set, []).append(entry)
+    groups = _joined(groups)
+    if len(groups) == 1:
+        (name,) = groups
+        head, _, tail = (task or "").rpartition("/")
+        if name and task in (name, name.rpartition("/")[2]):
+            return entries, None
+        return entries, tail if head and head in (name, name.rpartition("/")[2]) else task
+    if task in groups:
+        return groups[task], None
+    head, _, tail = (task or "").rpartition("/")
+    if head in groups:
+        return groups[head], tail
+    kinds = ", ".join(f"{name or 'the folder itself'} ({len(group)} cases)" for name, group in groups.items())
+    name = next(filter(None, groups))
+    raise CdiffError(f"{root} holds several data sets: {kinds}; name one, such as --task {name}, or give its folder")
+
+
+def _joined(groups: dict[str, list[Entry]]) -> dict[str, list[Entry]]:
+    """Data sets by the last folder's name: QUBIQ ships training and validation in two trees, with the same names in both.
+
+    Trees that both hold the same split stay apart.
+    """
+    by_name: dict[str, list[str]] = {}
+    for path in groups:
+        by_name.setdefault(path.rpartition("/")[2], []).append(path)
+    joined: dict[str, list[Entry]] = {}
+    for name, paths in by_name.items():
+        splits = Counter(split for path in paths for split in {entry.split for entry in groups[path]})
+        if max(splits.values()) == 1:
+            joined[name] = [entry for path in paths for entry in groups[path]]
+        else:
+            joined |= {path: groups[path] for path in paths}
+    return joined
+
+
+def _one_task(root: Path, entries: list[Entry], task: str | None, data_set: str | None) -> str | None:
+    """The structure that is meant; None when no case has any mask. data_set: what the user chose already."""
+    counts = Counter(name for entry in entries for name, masks in entry.tasks.items() if masks)
+    kinds = ", ".join(f"{name} (in {counts[name]} cases)" for name in sorted(counts, key=natural))
+    if task is not None:
+        if task not in counts:
+            raise CdiffError(f"no case in {root} has masks of the task {task!r}; there is {kinds or 'no mask at all'}")
+        return task
+    if len(counts) > 1:
+        example = "/".join(filter(None, (data_set, min(counts, key=natural))))
+        raise CdiffError(f"{root} has masks of several tasks: {kinds}; name one, such as --task {example}")
+    return next(iter(counts), None)
+
+
+def _modalities(entries: Iterable[Entry]) -> tuple[str, ...]:
+    """The modalities of most cases, in their order; of the longest of equally frequent ones."""
+    counts = Counter(tuple(entry.images) for entry in entries)
+    return tuple(name for name in max(counts, key=lambda names: (counts[names], len(names))) if name)
+
+
+def _sort_in(found: DataSet, entry: Entry, task: str | None, labels: tuple[int, ...]) -> None:
+    case, split = entry.case(task, labels), entry.split or "all"
+    if case.modalities != found.modalities:
+        lacking = [name for name in found.modalities if name not in case.modalities]
+        what = f"lacks {', '.join(lacking)}" if lacking else f"has {', '.join(case.modalities)} as well"
+        others = f"other cases have {', '.join(found.modalities) or 'one image'}"
+        found.problems.append(Problem(split, case.name, f"{case.image.parent} {what}, but {others}; make them alike"))
+    elif case.masks:
+        found.setdefault(split, []).append(case)
+    elif split in ("val", "test") or entry.tasks:  # benchmarks keep such masks back; a case may show one structure only
+        found.unlabelled.setdefault(split, []).append(case)
+    else:
+        wanted = f"{task or 'task01'}_seg01.nii.gz" if found.layout == "cases" else "mask"
+        text = f"{case.name} ({case.image.parent}) has an image but no mask {wanted}; add its masks or remove the case"
+        found.problems.append(Problem(split, case.name, text))
 
 
 def read_case(case: Case, slice_axis: int = 2, channels: int = 1) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """Image and masks as slices: float32 [S, channels, H, W] (raw intensities) and bool [S, C_case, H, W].
 
-    2-D files make one slice. With channels > 1 the image's last axis holds the channels (as QUBIQ's tumour files do).
-    Raises CdiffError for an unreadable file, a wrong number of dimensions, a non-finite image, or a mask of another shape.
+    2-D files make one slice. Channels are the case's files, or with channels > 1 and one file its last axis (as in QUBIQ's
+    tumour files) or a picture's colours.
+    Raises CdiffError for an unreadable file, a wrong number of dimensions or files, files of different grids, a non-finite
+    image, or a mask of another shape.
     """
-    image = _load(case.image).astype(np.float32)
-    spatial = image.shape[:-1] if channels > 1 else image.shape
-    if channels > 1 and image.shape[-1] != channels:
-        raise CdiffError(f"{case.image} has shape {image.shape}; {channels} channels are expected in its last axis")
-    if channels == 1 and image.ndim == 4 and image.shape[-1] == 1:
-        image, spatial = image[..., 0], image.shape[:-1]
-    if not np.isfinite(image).all():
-        raise CdiffError(f"{case.image} holds NaN or infinite values; repair the scan or remove the case")
-    slices = _as_slices(image, len(spatial), slice_axis, case.image)
-    masks = []
-    for path in case.masks:
-        mask = _load(path)
-        if mask.ndim == len(spatial) + 1 and mask.shape[-1] == 1:
-            mask = mask[..., 0]
-        if mask.shape != spatial:
-            raise CdiffError(f"{path} has shape {mask.shape} but its image {spatial}; they must be on one grid")
-        # Masks come as 0/1, 0/255 or floats: anything from half of the largest value on is inside.
-        masks.append(
-            _as_slices(mask > 0.5 * max(float(mask.max(initial=0)), 1e-6), len(spatial), slice_axis, path)[:, 0]
-        )
-    return slices, np.stack(masks, axis=1)
-
-
-def _load(path: Path) -> NDArray[Any]:
-    try:
-        image = nib.load(path)
-        return np.asanyarray(image.dataobj)  # type: ignore[attr-defined]
-    except (OSError, EOFError, ValueError, nib.filebasedimages.ImageFileError) as error:
-        raise CdiffError(f"{path} cannot be read as NIfTI ({' '.join(str(error).split())}); copy it again") from error
-
-
-def _as_slices(array: NDArray[Any], spatial: int, slice_axis: int, path: Path) -> NDArray[Any]:
-    """[H, W(, ch)] or [.., .., ..(, ch)] -> [S, ch, H, W], cut along `slice_axis`."""
-    if spatial not in (2, 3):
-        raise CdiffError(
-            f"{path} has shape {array.shape}: a 2-D or 3-D image is expected; if its last axis holds channels, say so "
-            f"(image_channels={array.shape[-1]})"
-        )
-    if array.ndim == spatial:
-        array = array[..., None]
-    stacked = array[None] if spatial == 2 else np.moveaxis(array, slice_axis, 0)
-    return np.ascontiguousarray(np.moveaxis(stacked, -1, 1))
+    scan = read_scan(case.scan, channels=channels, slice_axis=slice_axis)
+    masks = [mask_slices(read_mask(path), scan.grid, case.labels, f"{path}", f"{case.image}") for path in case.masks]
+    if not masks:
+        raise CdiffError(f"{case.name} has no mask; add one for each annotator")
+    return scan.slices, np.stack(masks, axis=1)

@@ -150,6 +150,8 @@ def _plan(
             other[case.name] = len(case.masks)
             if protocol.raters == "skip":
                 continue
+        if case.others:  # several files: those that the model was trained on, in its order
+            case = case.with_modalities(manifest.modalities)
         masks = read_case(case, manifest.slice_axis, manifest.image_channels)[1]
         slices = marked_slices(masks, protocol.all_raters)
         if slices.size:
@@ -202,7 +204,7 @@ def _score(segmenter: Segmenter, job: _Job, protocol: Protocol, progress: Progre
             progress(int(1000 * (before + now * done / max(total, 1))), job.work)
 
         result = segmenter.segment(
-            job.case.image,
+            job.case.scan,
             runs=protocol.runs,
             steps=protocol.steps,
             sampler=protocol.sampler,
@@ -245,6 +247,6 @@ def _header(segmenter: Segmenter, protocol: Protocol, data: Mapping[str, Any]) -
 def _fingerprint(case: Case) -> str:
     """SHA-256 over the image's and masks' own: a case that was edited since is scored again."""
     digest = hashlib.sha256()
-    for path in (case.image, *case.masks):
+    for path in case.files:
         digest.update(bytes.fromhex(sha256(path)))
     return digest.hexdigest()

@@ -10,6 +10,8 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
+from cdiff.runtime.shapes import by
+
 GEOMETRY_FIELDS = (
     "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d",
     "qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z",
@@ -82,12 +84,37 @@ class Grid:
         return tuple(float(zoom) * scale for zoom in self.header["pixdim"][1 : 1 + len(self.spatial)])
 
     @property
+    def is_placeholder(self) -> bool:
+        """Whether the header's spacing is 1 along every axis, as files get it that lost theirs: volumes in ml then mean nothing."""
+        return self.header is not None and all(zoom == 1 for zoom in self.header["pixdim"][1 : 1 + len(self.spatial)])
+
+    def differs_from(self, other: Grid) -> str | None:
+        """In words why another file's grid is not this one, or None: shape, and where both have headers, spacing and place.
+
+        A placeholder's spacing contradicts nothing.
+        """
+        if self.spatial != other.spatial:
+            return f"have different shapes ({by(self.spatial)} and {by(other.spatial)})"
+        mine, theirs = self.spacing, other.spacing
+        if self.header is None or other.header is None or mine is None or theirs is None:
+            return None
+        if self.is_placeholder or other.is_placeholder:
+            return None
+        if not np.allclose(mine, theirs, rtol=1e-3):
+            return f"have different spacings ({mine} and {theirs} mm)"
+        here, there = self.header.get_best_affine(), other.header.get_best_affine()
+        placed = self.has_orientation and other.has_orientation
+        if placed and not np.allclose(here, there, rtol=1e-3, atol=0.01 * min(mine)):
+            return "have different affines (they do not lie at one place)"
+        return None
+
+    @property
     def spacing_note(self) -> str | None:
         """One line on why the spacing should not be trusted, or None."""
         spacing = self.spacing
         if self.header is None or spacing is None:
             return "the input has no spacing: volumes are counted in voxels only"
-        if all(zoom == 1 for zoom in self.header["pixdim"][1 : 1 + len(self.spatial)]):
+        if self.is_placeholder:
             return "the header's spacing is 1 for every axis, which is often a placeholder: check it before using ml"
         if not self.unit:
             return "the header names no unit of length: millimetres are assumed"

@@ -1,70 +1,106 @@
-"""Which scans a path names - one file, a folder of scans, or a folder of case folders - and what each is called."""
+"""Which scans a path names - a file, a folder of scans or of case folders, a table - and what each is called."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cdiff.runtime.cases import IMAGE_NAMES, MASK_NAME, SPLITS
+from cdiff.runtime.case import SPLITS, Entry, arranged, stem
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.scan import NIFTI_SUFFIXES, PICTURE_SUFFIXES
+from cdiff.runtime.layouts import OWN_MASK, TASK_MASK, brats_in, cases_in
+from cdiff.runtime.scan import NIFTI_SUFFIXES
+from cdiff.runtime.table import SUFFIXES, read_table
 
 OUTPUT_ENDINGS = ("_soft", "_levels", "_uncertainty", "_mask", "_preview")
 
 
 @dataclass(frozen=True)
 class NamedScan:
-    """A scan's file and the name that its outputs begin with."""
+    """A scan's file, or files when each holds a modality, and the name that its outputs begin with."""
 
     name: str
-    path: Path
+    path: Path | tuple[Path, ...]
 
 
-def stem(path: Path) -> str | None:
-    """The file's name without a scan's suffix; None when it has none of them."""
-    for suffix in (*NIFTI_SUFFIXES, *PICTURE_SUFFIXES):
-        if path.name.lower().endswith(suffix):
-            return path.name[: -len(suffix)]
-    return None
+def must_exist(path: Path) -> Path:
+    """`path`. Raises CdiffError when nothing is there: worth knowing before a model is loaded."""
+    if not path.exists():
+        raise CdiffError(f"{path} does not exist; give a scan (.nii.gz, .nii, .png ...) or a folder of them")
+    return path
 
 
-def scans_at(path: Path) -> list[NamedScan]:
+def scans_at(path: Path, channels: int = 1, modalities: Sequence[str] = ()) -> list[NamedScan]:
     """The scans that `path` names, in the order of their names.
 
     A file is taken whatever its suffix (reading it says what is wrong with it) and is called by its own name. In a folder:
-    every NIfTI or picture file, called by its name, and every case folder with an image.nii.gz, called by the folder's name.
-    Annotators' masks and what an earlier `cdiff segment` wrote there are left out.
-    Raises CdiffError when nothing is there, or when two scans would write the same files.
+    every NIfTI or picture file, called by its name, and every case folder with an image, called by the folder's name. A
+    table (CSV): its images, called as their cases are. Annotators' masks and what an earlier `cdiff segment` wrote there are
+    left out. channels: what the model takes; with more than one, a case's `image_t1`, `image_t2` ... or BraTS's files are one
+    scan, its modalities in the order of `modalities` (what the model was trained on) where that is known.
+    Raises CdiffError when nothing is there, a modality is missing, or two scans would write the same files.
     """
-    if path.is_file():
+    if path.is_file() and path.suffix.lower() in SUFFIXES:
+        scans = [_scan(entry, entry.name.replace("/", "_"), modalities) for entry in read_table(path, [], masks=False)]
+    elif path.is_file():
         return [NamedScan(stem(path) or path.stem, path)]
-    if not path.exists():
-        raise CdiffError(f"{path} does not exist; give a scan (.nii.gz, .nii, .png ...) or a folder of them")
-    scans = [NamedScan(path.resolve().name, image)] if (image := _case_image(path)) else list(_scans_in(path))
+    else:
+        must_exist(path)
+        scans = list(_case_scans(path, channels, modalities)) or list(_scans_in(path, channels, modalities))
     if not scans:
         raise CdiffError(_nothing_in(path))
-    seen: dict[str, Path] = {}
+    seen: dict[str, NamedScan] = {}
     for scan in scans:
         if scan.name in seen:
-            raise CdiffError(f"{seen[scan.name]} and {scan.path} would both write {scan.name}_soft.nii.gz; rename one")
-        seen[scan.name] = scan.path
+            raise CdiffError(
+                f"{_first(seen[scan.name])} and {_first(scan)} would both write {scan.name}_soft.nii.gz; rename one"
+            )
+        seen[scan.name] = scan
     return scans
 
 
-def _scans_in(folder: Path) -> Iterator[NamedScan]:
+def _scans_in(folder: Path, channels: int, modalities: Sequence[str]) -> Iterator[NamedScan]:
     for entry in sorted(folder.iterdir()):
         if entry.name.startswith("."):
             continue
         if entry.is_dir():
-            if image := _case_image(entry):
-                yield NamedScan(entry.name, image)
-        elif (name := stem(entry)) and not MASK_NAME.match(entry.name) and not _is_output(entry, name):
+            yield from _case_scans(entry, channels, modalities)
+        elif (name := stem(entry)) and not TASK_MASK.match(name) and not _is_output(entry, name):
             yield NamedScan(name, entry)
 
 
-def _case_image(folder: Path) -> Path | None:
-    return next((folder / name for name in IMAGE_NAMES if (folder / name).is_file()), None)
+def _case_scans(folder: Path, channels: int, modalities: Sequence[str]) -> Iterator[NamedScan]:
+    """The scan of a case folder, or several where BraTS slices lie together; none when it is no such folder."""
+    files = [path for path in sorted(folder.iterdir()) if stem(path) is not None and path.is_file()]
+    entries = cases_in(folder, files) or (brats_in(folder, files) if modalities or channels > 1 else [])
+    for entry in entries:
+        if _is_one_scan(entry, files, channels, modalities):
+            yield _scan(entry, entry.name, modalities)
+
+
+def _is_one_scan(entry: Entry, files: Sequence[Path], channels: int, modalities: Sequence[str]) -> bool:
+    """Whether a folder's images are one scan, rather than scans that lie in one folder.
+
+    Several files are, where the model was trained on such files, or they are as many NIfTI files as it has channels.
+    """
+    images = list(entry.images.values())
+    if len(images) > 1 or "" not in entry.images:
+        as_many = len(images) == channels > 1 and all(i.name.lower().endswith(NIFTI_SUFFIXES) for i in images)
+        return bool(modalities) or as_many
+    if images[0].name.lower().endswith(NIFTI_SUFFIXES):
+        return True
+    masks = [path for path in files if TASK_MASK.match(name := stem(path) or "") or OWN_MASK.match(name)]
+    return len(files) == len(masks) + 1  # image.png beside other pictures is one of them
+
+
+def _scan(entry: Entry, name: str, modalities: Sequence[str]) -> NamedScan:
+    images = entry.images
+    files = arranged(images, modalities, entry.name) if modalities and all(images) else tuple(images.values())
+    return NamedScan(name, files if len(files) > 1 else files[0])
+
+
+def _first(scan: NamedScan) -> Path:
+    return scan.path if isinstance(scan.path, Path) else scan.path[0]
 
 
 def _is_output(path: Path, name: str) -> bool:

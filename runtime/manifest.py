@@ -69,6 +69,13 @@ class Manifest:
     def normalisation(self) -> Intensity:
         return Intensity.from_json(self.intensity)
 
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """The names of the channels, in order, where training read each from a file of its own; else empty."""
+        data = self.training.get("data", {})
+        names = data.get("modalities", []) if isinstance(data, dict) else []
+        return tuple(map(str, names))
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, the format version first."""
         values = dataclasses.asdict(self) | {"image_size": list(self.image_size)}

@@ -225,9 +225,8 @@ def _sizes(volumes: dict[str, Any], count: str) -> list[tuple[str, str]]:
     """The size on which at least half agree, and its range from all experts to any."""
     if not volumes:
         return []
-    unit, word = next(
-        ((unit, text) for unit, text in (("ml", "ml"), ("mm2", "mm²")) if unit in volumes["mask"]), ("voxels", count)
-    )
+    sizes = () if "unreliable" in volumes else (("ml", "ml"), ("mm2", "mm²"))
+    unit, word = next(((unit, text) for unit, text in sizes if unit in volumes["mask"]), ("voxels", count))
     every, one, half = (part[unit] for part in (volumes["levels"][-1], volumes["levels"][0], volumes["mask"]))
     if word == "ml" and one < 1:
         every, one, half, word = 1000 * every, 1000 * one, 1000 * half, "mm³"

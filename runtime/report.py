@@ -22,6 +22,7 @@ def volumes(stack: Stack, grid: Grid) -> dict[str, Any]:
 
     levels: of each level, where its map is at least one half. mask: where the soft map is at least one half. expected: the sum
     of the soft map, which is the mean over the levels of the expected volume. A 2-D image has areas in mm2 in place of ml.
+    unreliable: there when the header's spacing is the placeholder 1 along every axis, so that only voxels can be trusted.
     """
     unit, size = _voxel(grid)
 
@@ -35,6 +36,7 @@ def volumes(stack: Stack, grid: Grid) -> dict[str, Any]:
         ],
         "mask": measure(float(np.count_nonzero(stack.soft >= 0.5))),
         "expected": measure(float(stack.soft.sum(dtype=np.float64))),
+        **({"unreliable": f"{unit}: the header's spacing may be a placeholder"} if grid.is_placeholder else {}),
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ from cdiff.runtime.nifti import check_header, nifti_voxels, parse_nifti
 from cdiff.runtime.picture import read_picture
 from cdiff.runtime.shapes import check_kind, check_size, spatial_axes
 
-ScanInput = str | os.PathLike[str] | NDArray[Any] | nib.Nifti1Image
+OneScan = str | os.PathLike[str] | NDArray[Any] | nib.Nifti1Image
+ScanInput = OneScan | Sequence[str | os.PathLike[str]]
+"""One scan, or the paths of its modalities, one file each."""
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
 PICTURE_SUFFIXES = (".png", ".tif", ".tiff", ".jpg", ".jpeg")
 
@@ -28,7 +31,8 @@ class Scan:
     """A scan that is fit to be segmented.
 
     slices: float32 [S, channels, H, W], raw intensities, in-plane axes as stored. grid: how to go back.
-    source: the path, or "array" / "NIfTI image" for something in memory. sha256: of the file's (or the array's) bytes.
+    source: the path (of each modality), or "array" / "NIfTI image" for something in memory. sha256: of the file's (or the
+    array's) bytes; of several files' hashes, one after another.
     name: the file's without its suffix. warnings: what a reader of the result should know, one line each.
     """
 
@@ -41,13 +45,41 @@ class Scan:
 
 
 def read_scan(scan: ScanInput, *, channels: int = 1, slice_axis: int = 2) -> Scan:
-    """Read a path (NIfTI 2-D or 3-D, PNG, TIFF, JPEG), an array ([H, W] or three axes) or a nibabel image.
+    """Read a path (NIfTI 2-D or 3-D, PNG, TIFF, JPEG), an array ([H, W] or three axes), a nibabel image, or several paths.
 
-    channels: what the model takes; more than one lie on the last axis of a NIfTI or array (colours for a picture).
+    channels: what the model takes; more than one lie on the last axis of a NIfTI or array (colours for a picture), or are
+    the files of a list, one modality each, all on one grid.
     slice_axis: the array axis (0, 1 or 2, as stored) to cut a volume along.
     Raises CdiffError, one line, for everything that cannot be segmented faithfully: unreadable or truncated files, NaN,
-    a wrong number of axes or channels, spacing that is not positive, a singular affine, more than 2^31 voxels.
+    a wrong number of axes or channels, spacing that is not positive, a singular affine, more than 2^31 voxels, modalities
+    that do not lie on one grid.
     """
+    if isinstance(scan, list | tuple) and scan and all(isinstance(part, str | os.PathLike) for part in scan):
+        return _stacked(scan, channels, slice_axis)
+    return _one(scan, channels, slice_axis)  # type: ignore[arg-type]  # a str is no list of paths
+
+
+def _stacked(paths: Sequence[str | os.PathLike[str]], channels: int, slice_axis: int) -> Scan:
+    """One scan of several files, each a channel."""
+    if len(paths) == 1:
+        return _one(paths[0], channels, slice_axis)
+    names = ", ".join(map(str, paths))
+    if len(paths) != channels:
+        raise CdiffError(
+            f"{len(paths)} files ({names}) where the model takes {channels} channels; give one file a modality"
+        )
+    parts = [_one(path, 1, slice_axis) for path in paths]
+    first = parts[0]
+    for part in parts[1:]:
+        if reason := first.grid.differs_from(part.grid):
+            raise CdiffError(f"{first.source} and {part.source} {reason}; resample the modalities to one grid first")
+    digest = hashlib.sha256(b"".join(bytes.fromhex(part.sha256) for part in parts))
+    warnings = tuple(dict.fromkeys(warning for part in parts for warning in part.warnings))
+    slices = np.concatenate([part.slices for part in parts], axis=1)
+    return Scan(slices, first.grid, names, digest.hexdigest(), first.name, warnings)
+
+
+def _one(scan: OneScan, channels: int, slice_axis: int) -> Scan:
     if slice_axis not in (0, 1, 2):
         raise CdiffError(f"slice axis {slice_axis} does not exist; use 0, 1 or 2, an axis of the array as stored")
     loaded = _load(scan, channels)
@@ -81,7 +113,7 @@ class _Loaded:
     notes: tuple[str, ...] = ()
 
 
-def _load(scan: ScanInput, channels: int) -> _Loaded:
+def _load(scan: OneScan, channels: int) -> _Loaded:
     if isinstance(scan, np.ndarray):
         check_kind(scan.dtype, "the array")
         check_size(scan.shape, "the array")
@@ -96,9 +128,11 @@ def _load(scan: ScanInput, channels: int) -> _Loaded:
         digest = hashlib.sha256(scan.header.binaryblock + voxels.tobytes())
         return _Loaded(voxels, scan.header, source, digest.hexdigest(), _name(Path(named)) if named else "scan")
     if not isinstance(scan, str | os.PathLike):
-        raise CdiffError(f"cannot segment a {type(scan).__name__}; give a path, a NumPy array or a nibabel NIfTI image")
+        raise CdiffError(
+            f"cannot segment a {type(scan).__name__}; give a path (or one for each modality), a NumPy array or a nibabel NIfTI image"
+        )
     path = Path(scan)
-    data = _read_bytes(path)
+    data = read_bytes(path)
     digest = hashlib.sha256(data)
     if path.name.lower().endswith(PICTURE_SUFFIXES):
         pixels, notes = read_picture(data, path, channels)
@@ -140,7 +174,8 @@ def parse_slices(slices: str | slice | tuple[int, int] | range | None, count: in
     return range(start, stop)
 
 
-def _read_bytes(path: Path) -> bytes:
+def read_bytes(path: Path) -> bytes:
+    """A file's bytes. Raises CdiffError when its suffix is not one that is read here, or it cannot be read or is empty."""
     if not path.name.lower().endswith(NIFTI_SUFFIXES + PICTURE_SUFFIXES):
         advice = (
             "convert DICOM with dcm2niix first"

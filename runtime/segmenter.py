@@ -78,7 +78,8 @@ class Segmenter:
         keep_runs: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> Result:
-        """Segment a scan: a path (NIfTI, PNG), a NumPy array ([H, W], or three axes) or a nibabel NIfTI image.
+        """Segment a scan: a path (NIfTI, PNG), a NumPy array ([H, W], or three axes) or a nibabel NIfTI image; for a model of
+        several channels also a list of paths, one file a modality, in the order of its training.
 
         runs, steps, sampler: 25 runs of ddpm over all T steps unless given; with `fast`, what the bundle states for it.
         combine: "mean" over runs, or "vote", which rounds each level's mean over runs as the published code does.

@@ -12,11 +12,25 @@ from tests.synthetic import write_synthetic_dataset
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
+def real_data() -> Path:
+    """Where the real data lies when it is there."""
+    named = os.environ.get("CDIFF_DATA")
+    return Path(named) if named else REPOSITORY.parent / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def brats_slices() -> Path:
+    """The folder with training and testing of the BraTS slices in the implicit-ensemble layout."""
+    for folder in (real_data() / "brats_slices", real_data().parent / "brats_slices"):
+        if (folder / "training").is_dir():
+            return folder
+    pytest.skip(f"real data not found: set CDIFF_DATA to a folder that holds brats_slices ({real_data()} does not)")
+
+
 @pytest.fixture(scope="session")
 def lidc() -> Path:
     """The folder with Training, Validation and Testing of the four-reader LIDC nodules."""
-    named = os.environ.get("CDIFF_DATA")
-    root = Path(named) if named else REPOSITORY.parent / "shared" / "data"
+    root = real_data()
     for folder in (root, root / "lidc4"):
         if (folder / "Testing").is_dir():
             return folder

@@ -85,6 +85,7 @@ class DiffusionConfig:
 class DataConfig:
     """How scans become training slices.
 
+    layout, task, labels: how the data is read, which structure, and which values of a mask are inside; see `find_cases`.
     framing: "resize" brings every slice to image_size; "tile" keeps the pixel grid and cuts windows; "centre" looks only at
     the central image_size pixels of a slice, for crops that someone centred on the structure. `crop` is the side of
     the training window under "tile" (0: image_size), drawn within `jitter` pixels of the structure's centre; small windows
@@ -95,6 +96,8 @@ class DataConfig:
     """
 
     task: str = ""
+    layout: str = "auto"
+    labels: tuple[int, ...] = ()
     slice_axis: int = 2
     framing: str = "resize"
     crop: int = 0

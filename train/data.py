@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cdiff.runtime.cases import Case, find_cases, read_case
+from cdiff.runtime import partition
+from cdiff.runtime.cases import Case, DataSet, find_cases, read_case
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.framing import resize
 from cdiff.train.augment import cut, random_window
@@ -57,15 +57,14 @@ def read_data(root: Path, config: Config) -> Data:
     Raises CdiffError for unreadable or unusable data.
     """
     C = config.network.levels
-    found = find_cases(root, config.data.task or None)
-    notes: list[str] = []
-    train, val = found.get("train", found.get("all", [])), found.get("val", [])
-    if not train:
-        raise CdiffError(f"{root} has no training cases (found {', '.join(found)}); name the folder Training or train")
-    if not val:
-        train, val = _hold_out(train, config)
-        notes.append(f"no validation folder: held out {len(val)} of {len(train) + len(val)} cases for validation")
-    summary: dict[str, Any] = {"annotators": C}
+    found = _found(root, config)
+    split = partition.partition(found, root, config.data.val_fraction, config.training.seed)
+    train, val, notes = split.train, split.val, [*found.notes, *split.notes]
+    summary: dict[str, Any] = {"annotators": C, "layout": found.layout}
+    if config.data.labels:
+        summary["labels"] = list(config.data.labels)
+    if found.modalities:
+        summary["modalities"] = list(found.modalities)
     train_slices = _read(train, config, C, notes)
     val_slices = _read(val, config, C, notes)
     for name, cases, slices in (("train", train, train_slices), ("val", val, val_slices)):
@@ -77,30 +76,25 @@ def read_data(root: Path, config: Config) -> Data:
 
 
 def fit_to_data(config: Config, root: Path, settings: list[str]) -> Config:
-    """The configuration with `settings` (key=value) applied and C taken from the masks, unless `levels=` is among them."""
+    """The configuration with `settings` (key=value) applied, and C and the number of channels taken from the data unless
+    `levels=` and `image_channels=` are among them."""
     config = config.with_settings(settings)
-    if any(setting.partition("=")[0] == "levels" for setting in settings):
+    given = {setting.partition("=")[0] for setting in settings}
+    if {"levels", "image_channels"} <= given:
         return config
-    return config.with_values({"levels": count_annotators(root, config)})
+    cases = partition.training_cases(_found(root, config), root)
+    fitted = {"levels": partition.count_annotators(cases), "image_channels": partition.count_channels(cases)}
+    return config.with_values({key: value for key, value in fitted.items() if key not in given})
 
 
 def count_annotators(root: Path, config: Config) -> int:
-    """C as the data has it: the largest number of masks that at least half of the cases have."""
-    found = find_cases(root, config.data.task or None)
-    cases = found.get("train", found.get("all", []))
-    counts = Counter(len(case.masks) for case in cases)
-    total = sum(counts.values())
-    if not total:
-        raise CdiffError(f"{root} has no training cases (found {', '.join(found)}); name the folder Training or train")
-    return max(n for n in counts if sum(k for m, k in counts.items() if m >= n) * 2 >= total)
+    """C as the data has it: the largest number of masks that at least half of the training cases have."""
+    return partition.count_annotators(partition.training_cases(_found(root, config), root))
 
 
-def _hold_out(cases: list[Case], config: Config) -> tuple[list[Case], list[Case]]:
-    if len(cases) < 2:
-        raise CdiffError("one case is not enough: at least two are needed, one of them for validation")
-    order = np.random.default_rng(config.training.seed).permutation(len(cases))
-    held = set(order[: max(1, round(config.data.val_fraction * len(cases)))].tolist())
-    return [c for i, c in enumerate(cases) if i not in held], [c for i, c in enumerate(cases) if i in held]
+def _found(root: Path, config: Config) -> DataSet:
+    data = config.data
+    return find_cases(root, data.task or None, layout=data.layout, labels=data.labels)
 
 
 def _read(cases: list[Case], config: Config, C: int, notes: list[str]) -> Slices:

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from cdiff.cli.app import app
 
 OPTIONS = {
-    "": ["--version", "segment", "evaluate", "train", "export", "info", "doctor", "benchmark"],
+    "": ["--version", "segment", "evaluate", "data", "train", "export", "info", "doctor", "benchmark"],
     "segment": [
         *("SCAN", "-i", "-o", "--model", "--runs", "--steps", "--sampler", "--fast", "--levels", "--seed", "--engine"),
         *("--device", "--slices", "--preview", "--no-preview", "-q", "cdiff_output"),
@@ -22,7 +22,20 @@ OPTIONS = {
         *("--task", "--sampler", "--fast", "--levels", "--seed", "--engine", "--device", "-q"),
         *("--report", "--steps-curve", "--paper-table", "--group", "--mirror"),
     ],
-    "train": ["--data", "--preset", "--out", "--set", "--resume", "--max-steps", "--dry-run"],
+    "data": ["check"],
+    "data check": ["DIR", "--task", "--layout", "--labels", "--slice-axis", "--json", "--sheet", "--no-sheet", "-q"],
+    "train": [
+        "--data",
+        "--task",
+        "--layout",
+        "--labels",
+        "--preset",
+        "--out",
+        "--set",
+        "--resume",
+        "--max-steps",
+        "--dry-run",
+    ],
     "export": ["RUN", "--out", "--fp16"],
     "info": ["BUNDLE", "--json"],
     "doctor": [],

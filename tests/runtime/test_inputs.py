@@ -62,3 +62,55 @@ def test_nothing_there_says_what_was_expected(tmp_path: Path) -> None:
     _touch(tmp_path / "Testing/case01/image.nii.gz")
     with pytest.raises(CdiffError, match=r"name one of them, such as .*Testing"):
         scans_at(tmp_path)
+
+
+def test_a_model_of_several_channels_takes_a_case_folders_files_as_one_scan(tmp_path: Path) -> None:
+    _touch(*(tmp_path / f"case01/image_{name}.nii.gz" for name in ("t2", "t1")), tmp_path / "case01/mask_anna.nii.gz")
+    for place in (tmp_path, tmp_path / "case01"):
+        (scan,) = scans_at(place, channels=2)
+        assert scan.name == "case01"
+        assert scan.path == (tmp_path / "case01/image_t1.nii.gz", tmp_path / "case01/image_t2.nii.gz")
+    (scan,) = scans_at(tmp_path, channels=2, modalities=("t2", "t1"))
+    assert [path.name for path in scan.path if isinstance(scan.path, tuple)] == ["image_t2.nii.gz", "image_t1.nii.gz"]
+    with pytest.raises(CdiffError, match=r"case01 has no flair \(it has t1, t2\); the model was trained on t1, flair"):
+        scans_at(tmp_path, channels=2, modalities=("t1", "flair"))
+
+
+def test_brats_files_are_one_scan_for_four_channels_and_files_for_one(tmp_path: Path) -> None:
+    names = [f"brats_train_006_{kind}_080_w.nii.gz" for kind in ("flair", "t1", "t1ce", "t2", "seg")]
+    _touch(*(tmp_path / "000246" / name for name in names))
+    (scan,) = scans_at(tmp_path, channels=4)
+    assert scan.name == "000246"
+    assert isinstance(scan.path, tuple)
+    assert [path.name.split("_")[3] for path in scan.path] == ["t1", "t1ce", "t2", "flair"]
+    assert len(scans_at(tmp_path / "000246")) == 5
+
+
+def test_a_tables_images(tmp_path: Path) -> None:
+    _touch(tmp_path / "a.png", tmp_path / "b.png", tmp_path / "cases.csv")
+    (tmp_path / "cases.csv").write_text("image\na.png\nb.png\n")
+    assert [(scan.name, scan.path) for scan in scans_at(tmp_path / "cases.csv")] == [
+        ("a", tmp_path / "a.png"),
+        ("b", tmp_path / "b.png"),
+    ]
+
+
+def test_pictures_of_one_folder_stay_scans_of_their_own(tmp_path: Path) -> None:
+    """Colour pictures that somebody numbered, or called image, are not the channels of one."""
+    _touch(*(tmp_path / f"numbered/image_{k:03d}.png" for k in (1, 2, 3)))
+    _touch(tmp_path / "named/image.png", tmp_path / "named/image2.png")
+    _touch(tmp_path / "case/image.png", tmp_path / "case/mask_anna.png")
+    for channels in (1, 3):
+        assert [scan.name for scan in scans_at(tmp_path / "numbered", channels)] == [
+            "image_001",
+            "image_002",
+            "image_003",
+        ]
+        assert [scan.name for scan in scans_at(tmp_path / "named", channels)] == ["image", "image2"]
+        assert [scan.name for scan in scans_at(tmp_path / "case", channels)] == ["case"]
+
+
+def test_a_lone_named_modality(tmp_path: Path) -> None:
+    _touch(tmp_path / "case01/image_t1.nii.gz")
+    (scan,) = scans_at(tmp_path, 1, ("t1",))
+    assert (scan.name, scan.path) == ("case01", tmp_path / "case01/image_t1.nii.gz")

@@ -1,0 +1,193 @@
+"""`cdiff data`: what lies in a folder of cases, before anything is trained on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from cdiff.cli import options
+from cdiff.cli.console import USER_ERROR, Meter, facts, fail, out
+
+if TYPE_CHECKING:
+    from cdiff.runtime.datacheck import Check
+
+app = typer.Typer(no_args_is_help=True, help="Look at several annotators' masks before training on them.")
+COLOURS = {"error": "bold red", "warning": "yellow", "note": "dim"}
+MOST = 6
+
+
+@app.callback()
+def group() -> None:
+    """Look at several annotators' masks before training on them."""
+
+
+@app.command("check")
+def check(
+    data: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DIR",
+            help="Case folders with or without split folders above them, a QUBIQ or BraTS tree, or a table (.csv) of files.",
+            show_default=False,
+        ),
+    ],
+    task: options.TaskOption = None,
+    layout: options.LayoutOption = options.Layout.auto,
+    labels: options.LabelsOption = None,
+    slice_axis: Annotated[
+        int, typer.Option("--slice-axis", metavar="0|1|2", min=0, max=2, help="Axis that volumes are cut along.")
+    ] = 2,
+    json_: Annotated[
+        Path | None,
+        typer.Option(
+            "--json",
+            metavar="OUT",
+            help="Write everything here: each case and each finding.",
+            show_default=False,
+            rich_help_panel=options.OUTPUT,
+        ),
+    ] = None,
+    sheet: Annotated[
+        Path | None,
+        typer.Option(
+            "--sheet",
+            metavar="OUT.png",
+            help="The contact sheet: image, outlines and soft label of up to 12 cases.",
+            show_default="NAME_sheet.png in the current folder",
+            rich_help_panel=options.OUTPUT,
+        ),
+    ] = None,
+    no_sheet: Annotated[
+        bool, typer.Option("--no-sheet", help="Write no contact sheet.", rich_help_panel=options.OUTPUT)
+    ] = False,
+    quiet: options.QuietOption = False,
+) -> None:
+    """Report what a data set holds and what is wrong with it, and draw a contact sheet.
+
+    Cases, annotators, sizes, spacing, modalities, class balance, empty and
+    identical masks, shapes that disagree, unreadable files, pairwise Dice.
+    Every file is read. Exit code 2 only when training could not start.
+
+    Example:
+
+    cdiff data check my_data --json check.json --sheet check.png
+    """
+    from cdiff.runtime.datacheck import check_data
+    from cdiff.runtime.files import write_json
+
+    with Meter("data check", quiet) as meter:
+        checked = check_data(
+            data,
+            task,
+            layout=layout,
+            labels=options.parse_labels(labels),
+            slice_axis=slice_axis,
+            progress=meter,
+        )
+    _print(checked)
+    if json_:
+        write_json(json_, checked.report)
+        out.print(str(json_), soft_wrap=True)
+    if not no_sheet and any(look.readable for look in checked.looks):
+        from cdiff.runtime.sheet import write_sheet
+
+        name = data.resolve().name.removesuffix(data.suffix if data.is_file() else "")
+        target = sheet or Path(f"{name}_sheet.png")
+        dice = checked.report["pairwise_dice"]["mean"]
+        first = "; outlines on the first channel" if checked.channels not in (1, 3) else ""
+        note = f"{checked.report['layout']} layout; pairwise Dice {_number(dice)}; frame: what the others show{first}"
+        write_sheet(target, checked.looks, checked.channels, slice_axis, name, note)
+        out.print(str(target), soft_wrap=True)
+    if not checked.possible:
+        fail(f"training cannot start: {'; '.join(checked.report['training']['reasons'])}")
+        raise typer.Exit(USER_ERROR)
+
+
+def _print(checked: Check) -> None:
+    report = checked.report
+    raters, image, plan = report["annotators"], report["image"], report["training"]
+    names = ", ".join(image["modalities"]) or ("one" if image["channels"] == 1 else "unnamed")
+    by_number = ", ".join(f"{number} in {cases} case{'s' * (cases > 1)}" for number, cases in raters["cases_by_number"].items())
+    labels = f"; labels {report['labels']} are inside" if report["labels"] else ""
+    rows = [
+        ("folder", report["data"]),
+        ("layout", f"{report['layout']}; structure {report['task'] or 'unnamed'}{labels}"),
+        ("annotators", f"{by_number} ({', '.join(raters['names'][:12])})"),
+        ("channels", f"{image['channels']} ({names})"),
+        ("sizes", _counts(image["sizes"])),
+        ("spacing, mm", _counts(image["spacings_mm"])),
+    ]
+    facts("Data", rows)
+    out.print(_splits(report))
+    balance = ", ".join(
+        f"{100 * share:.3g} % at least {c}"
+        for c, share in enumerate(report["class_balance"]["pixels_at_least"], start=1)
+    )
+    dice, strict = report["pairwise_dice"], report["pairwise_dice"]["slices_all_marked"]
+    rows = [("pixels marked by", balance or "-")]
+    if dice["n_slices"]:
+        span = "" if dice["low"] is None else f" ({_number(dice['low'])} to {_number(dice['high'])})"
+        all_marked = f"; {_number(strict['mean'])} over {strict['n_slices']} that all marked" if strict["n_slices"] else ""
+        rows.append(("pairwise Dice", f"{_number(dice['mean'])}{span} over {dice['n_slices']} marked slices{all_marked}"))
+        rows.append(("averaged", dice["averaged"]))
+    facts("Agreement", rows)
+    _findings(report["findings"])
+    if plan["possible"]:
+        split = "; ".join(
+            f"{name} {plan[name]['cases']} of {plan[name]['cases_found']} cases, {plan[name]['slices']} slices"
+            for name in ("train", "val")
+        )
+        rows = [("levels", str(plan["levels"])), ("channels", str(plan["image_channels"])), ("cases", split)]
+        facts("Training with the default settings", [*rows, *(("note", note) for note in plan["notes"])])
+
+
+def _splits(report: dict[str, Any]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    heads = ("split", "cases", "slices", "marked", "by all", "pairwise Dice")
+    for head in heads:
+        table.add_column(head, justify="left" if head == "split" else "right")
+    for split, row in report["splits"].items():
+        extra = f" + {row['unlabelled']} without masks" if row["unlabelled"] else ""
+        numbers = (row["slices"], row["marked_slices"], row["slices_all_marked"])
+        table.add_row(split, f"{row['cases']}{extra}", *map(str, numbers), _number(row["pairwise_dice"]["mean"]))
+    return table
+
+
+def _findings(findings: list[dict[str, Any]]) -> None:
+    """Findings of one kind together, the worst first; the whole list is in the JSON."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for finding in findings:
+        groups.setdefault((finding["severity"], finding["kind"]), []).append(finding)
+    lines = []
+    for (severity, kind), members in groups.items():
+        by_text: dict[str, list[str]] = {}
+        for one in members:
+            by_text.setdefault(one["text"], []).append(one["case"])
+        for text, cases in list(by_text.items())[:MOST]:
+            where = (
+                f"{len(cases)} cases: "
+                if len(cases) > 3
+                else ", ".join(filter(None, cases)) + ": "
+                if any(cases)
+                else ""
+            )
+            lines.append((Text(severity, COLOURS[severity]), kind, f"{where}{text}"))
+        if len(by_text) > MOST:
+            rest = sum(len(cases) for cases in list(by_text.values())[MOST:])
+            lines.append(
+                (Text(severity, COLOURS[severity]), kind, f"... and {rest} more of this kind (--json has them all)")
+            )
+    facts("Findings", lines or [("none", "nothing odd was found")])
+
+
+def _counts(counts: dict[str, int], most: int = 4) -> str:
+    shown = [f"{value} ({count})" for value, count in list(counts.items())[:most]]
+    return ", ".join(shown) + (f" and {len(counts) - most} others" if len(counts) > most else "")
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

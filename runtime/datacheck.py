@@ -1,0 +1,329 @@
+"""What a data set holds and what is wrong with it, before hours of training: `cdiff data check` (no PyTorch needed)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cdiff.runtime.case import Case, listed
+from cdiff.runtime.cases import DataSet, find_cases
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.grid import Grid
+from cdiff.runtime.masks import Mask, mask_slices, read_mask
+from cdiff.runtime.metrics import bootstrap_over_cases, dice
+from cdiff.runtime.partition import count_annotators, count_channels, partition, training_cases
+from cdiff.runtime.scan import Scan, read_scan
+from cdiff.runtime.shapes import by
+
+AVERAGED = (
+    "mean over the pairs of annotators in a slice, then over the slices that at least one annotator marked (a mask beside "
+    "an empty one scores 0); interval: bootstrap over cases"
+)
+SEVERITIES = ("error", "warning", "note")
+"""An error makes training impossible, a warning should be looked at, a note is good to know."""
+SHOWN_VALUES = 6
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was noticed: how bad, what kind, in which case (empty: the whole data set), in a line."""
+
+    severity: str
+    kind: str
+    case: str
+    text: str
+
+
+@dataclass
+class Look:
+    """What was seen of one case; `row` is its entry in the report, `scores` one number a marked slice."""
+
+    case: Case
+    split: str
+    row: dict[str, Any] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
+    at_least: NDArray[np.float64] | None = None
+    scores: list[float] = field(default_factory=list)
+    scores_all: list[float] = field(default_factory=list)
+    best_slice: int = 0
+
+    @property
+    def readable(self) -> bool:
+        """Whether training could read it."""
+        return self.at_least is not None
+
+    def tell(self, severity: str, kind: str, text: str) -> None:
+        """Add a finding of this case."""
+        self.findings.append(Finding(severity, kind, self.case.name, text))
+
+
+@dataclass(frozen=True)
+class Check:
+    """The report, as `--json` writes it, and the cases that were looked at, for the contact sheet."""
+
+    report: dict[str, Any]
+    looks: list[Look]
+    channels: int
+
+    @property
+    def possible(self) -> bool:
+        """Whether `cdiff train` would start on this data with its default settings."""
+        return bool(self.report["training"]["possible"])
+
+
+def check_data(
+    root: Path,
+    task: str | None = None,
+    *,
+    layout: str = "auto",
+    labels: tuple[int, ...] = (),
+    slice_axis: int = 2,
+    progress: Callable[[int, int], None] | None = None,
+) -> Check:
+    """Read every file of a data set and say what is there; arguments as for `find_cases`.
+
+    A file that cannot be read is a finding, and the others are still checked. progress: called as progress(done, total) in
+    cases. Raises CdiffError when there is nothing to check or what is meant is not clear.
+    """
+    found = find_cases(root, task, layout=layout, labels=labels, strict=False)
+    everything = [(split, case) for split, cases in found.items() for case in cases]
+    C = count_annotators(found.get("train") or found.get("all") or [case for _, case in everything])
+    channels = count_channels([case for _, case in everything])
+    looks = []
+    for done, (split, case) in enumerate(everything, start=1):
+        # Training leaves a case of another number of masks out before it reads it, and never opens the test split.
+        stops = split != "test" and len(case.masks) == C
+        looks.append(look_at(case, split, channels, slice_axis, "error" if stops else "warning"))
+        if progress is not None:
+            progress(done, len(everything))
+    findings = [Finding("note", "layout", "", note) for note in found.notes]
+    findings += [Finding("error", "layout", problem.case, problem.text) for problem in found.problems]
+    training = _training(found, root, looks, C, channels)
+    findings += [Finding("error", "training", "", reason) for reason in training["reasons"]]
+    findings += [finding for look in looks for finding in look.findings] + _over_cases(looks, C, found)
+    report = {
+        "cdiff": version("cdiff"),
+        "data": str(root.resolve()),
+        "layout": found.layout,
+        "task": found.task,
+        "labels": list(labels),
+        "splits": _splits(found, looks),
+        "annotators": {
+            "levels": C,
+            "cases_by_number": _counted(len(look.case.masks) for look in looks),
+            "names": sorted({rater for look in looks for rater in look.case.raters}),
+        },
+        "image": {
+            "channels": channels,
+            "modalities": list(found.modalities),
+            "sizes": _counted(look.row["size"] for look in looks if "size" in look.row),
+            "spacings_mm": _counted(look.row["spacing_mm"] for look in looks if "size" in look.row),
+        },
+        "class_balance": _balance(looks, C),
+        "pairwise_dice": _pairwise(looks),
+        "training": training,
+        "findings": [asdict(f) for severity in SEVERITIES for f in findings if f.severity == severity],
+        "cases": [look.row for look in looks],
+    }
+    return Check(report, looks, channels)
+
+
+def look_at(case: Case, split: str, channels: int, slice_axis: int, severity: str) -> Look:
+    """Read a case's files one by one and note what is odd. severity: of a file that cannot be used."""
+    look = Look(case, split)
+    look.row |= {"case": case.name, "split": split, "annotators": len(case.masks), "raters": list(case.raters)}
+    scan: Scan | None = None
+    try:
+        scan = read_scan(case.scan, channels=channels, slice_axis=slice_axis)
+    except CdiffError as error:
+        look.tell(severity, "unreadable", str(error))
+    drawn, read = [], {}
+    for path in case.masks:
+        try:
+            mask = read[path] = read_mask(path)
+            if scan is not None:
+                drawn.append(mask_slices(mask, scan.grid, case.labels, str(path), str(case.image)))
+                _place(look, path, mask, scan)
+        except CdiffError as error:
+            look.tell(severity, "shape" if " has shape " in str(error) else "unreadable", str(error))
+    _values(look, read)
+    if scan is not None:
+        _describe(look, scan)
+        if len(drawn) == len(case.masks):
+            _measure(look, np.stack(drawn, axis=1))
+    return look
+
+
+def _values(look: Look, masks: dict[Path, Mask]) -> None:
+    """Which values the masks hold: 0 and 1, or 0 and one other, are plain; the rest is read by a rule that should be known."""
+    labels = look.case.labels
+    odd: dict[tuple[str, str], list[str]] = {}
+    for path, mask in masks.items():
+        values = np.unique(mask.values)
+        some = ", ".join(f"{value:g}" for value in values[:SHOWN_VALUES]) + " ..." * (len(values) > SHOWN_VALUES)
+        if labels:
+            if not np.isin(np.rint(values), (0, *labels)).all():
+                text = f"hold {some}; of these {', '.join(map(str, labels))} are inside"
+                odd.setdefault(("note", text), []).append(path.name)
+        elif len(values) > 2 or (len(values) == 2 and values[0] != 0):
+            rule = "from half of the largest on is inside; choose with --labels if these are labels"
+            odd.setdefault(("warning", f"hold {some}, not 0 and 1: {rule}"), []).append(path.name)
+        elif len(values) and values[-1] not in (0, 1):
+            odd.setdefault(("note", f"hold {some}, not 0 and 1: read as 0 and 1"), []).append(path.name)
+    for (severity, text), names in odd.items():
+        look.tell(severity, "values", f"{'its masks' if len(names) == len(masks) else ', '.join(names)} {text}")
+
+
+def _place(look: Look, path: Path, mask: Mask, scan: Scan) -> None:
+    """A mask whose header puts it elsewhere than its image: read voxel by voxel all the same, but worth a look."""
+    if mask.header is None or scan.grid.header is None or len(mask.values.shape) != len(scan.grid.shape):
+        return
+    if reason := scan.grid.differs_from(Grid(mask.values.shape, scan.grid.slice_axis, mask.header)):
+        look.tell("warning", "grid", f"{path.name} and its image {reason}")
+
+
+def _describe(look: Look, scan: Scan) -> None:
+    spacing = scan.grid.spacing
+    words = "unknown" if spacing is None else " x ".join(f"{zoom:.3g}" for zoom in spacing)
+    look.row |= {"size": by(scan.grid.spatial), "spacing_mm": words, "slices": len(scan.slices)}
+    look.row["spacing_is_placeholder"] = scan.grid.is_placeholder
+    if scan.grid.is_placeholder:
+        look.tell(
+            "note", "spacing", "the spacing is 1 along every axis, often a placeholder: volumes in ml mean nothing"
+        )
+    for warning in scan.warnings:
+        if "spacing" not in warning:
+            look.tell("note", "image", warning)
+    flat = [c for c in range(scan.slices.shape[1]) if scan.slices[:, c].min() == scan.slices[:, c].max()]
+    if flat and scan.slices.shape[1] > 1:
+        look.tell("warning", "image", f"channel {flat[0] + 1} has the same value everywhere")
+
+
+def _measure(look: Look, masks: NDArray[np.bool_]) -> None:
+    """Marked slices, empty and equal masks, pairwise Dice; masks bool [S, n, H, W]."""
+    case, n = look.case, masks.shape[1]
+    raters = case.raters or tuple(path.name for path in case.masks)
+    drawn: NDArray[np.bool_] = np.any(masks, axis=(2, 3))
+    marked, by_all = np.flatnonzero(drawn.any(axis=1)), np.flatnonzero(drawn.all(axis=1))
+    empty = [rater for i, rater in enumerate(raters) if not drawn[:, i].any()]
+    pairs = [(i, j) for i in range(n) for j in range(i)]
+    equal = [(raters[j], raters[i]) for i, j in pairs if drawn[:, i].any() and (masks[:, i] == masks[:, j]).all()]
+    if len(empty) == n:
+        look.tell("warning", "empty", "nobody marked anything")
+    elif empty:
+        look.tell("note", "empty", f"{', '.join(empty)} marked nothing")
+    if equal:
+        look.tell("warning", "duplicated", f"identical masks: {'; '.join(' and '.join(pair) for pair in equal)}")
+    votes = masks.sum(axis=1)
+    look.at_least = np.array([np.count_nonzero(votes >= c, axis=(1, 2)).sum() for c in range(1, n + 1)]) / votes.size
+    look.best_slice = int(votes.sum(axis=(1, 2)).argmax()) if len(marked) else len(votes) // 2
+    if pairs:
+        whole = set(by_all.tolist())
+        for s in marked.tolist():
+            score = float(np.mean([dice(masks[s, i], masks[s, j]) for i, j in pairs]))
+            look.scores.append(score)
+            if s in whole:
+                look.scores_all.append(score)
+    look.row |= {
+        "marked_slices": len(marked),
+        "slices_all_marked": len(by_all),
+        "pixels_at_least": [round(float(share), 8) for share in look.at_least],
+        "pairwise_dice": float(np.mean(look.scores)) if look.scores else None,
+        "empty": empty,
+        "identical": [list(pair) for pair in equal],
+    }
+
+
+def _over_cases(looks: list[Look], C: int, found: DataSet) -> list[Finding]:
+    """What only a look at all cases shows: an annotator whom some cases lack, a level that nothing reaches."""
+    out = []
+    usual = Counter(rater for look in looks for rater in look.case.raters)
+    for look in looks:
+        if len(look.case.masks) != C:
+            lacking = [
+                rater for rater, count in usual.items() if count * 2 > len(looks) and rater not in look.case.raters
+            ]
+            without = f" ({', '.join(lacking)} missing)" if lacking and len(look.case.masks) < C else ""
+            text = f"{len(look.case.masks)} masks{without}, the others have {C}; training leaves it out unless told otherwise"
+            out.append(Finding("warning", "annotators", look.case.name, text))
+    same = [look for look in looks if look.at_least is not None and len(look.case.masks) == C]
+    if same and not any(look.at_least[-1] for look in same if look.at_least is not None) and C > 1:
+        out.append(Finding("warning", "classes", "", f"no pixel of any case was marked by all {C} annotators"))
+    if C == 1:
+        out.append(Finding("note", "annotators", "", "one annotator: there is no disagreement to learn, and one level"))
+    if len({name for cases in found.values() for name in {case.name for case in cases}}) < len(looks):
+        doubles = Counter(look.case.name for look in looks)
+        twice = [name for name, count in doubles.items() if count > 1]
+        out.append(
+            Finding("note", "names", "", f"the same name in several splits: {listed(twice)}; are they other patients?")
+        )
+    return out
+
+
+def _training(found: DataSet, root: Path, looks: list[Look], C: int, channels: int) -> dict[str, Any]:
+    """What `cdiff train` would do with its default settings, or why it would not."""
+    plan: dict[str, Any] = {"levels": C, "image_channels": channels, "missing_raters": "skip", "notes": []}
+    seen = {id(look.case): look for look in looks}
+    reasons = []
+    if found.problems:
+        reasons.append(f"{len(found.problems)} cases cannot be used as their files lie (named below)")
+    blocked = sum(f.severity == "error" for look in looks for f in look.findings)
+    if blocked:
+        reasons.append(f"{blocked} files of training or validation cases cannot be used (named below)")
+    try:
+        training_cases(found, root)
+        split = partition(found, root)
+        plan["notes"] = list(split.notes)
+        for name, cases in (("train", split.train), ("val", split.val)):
+            used = [seen[id(case)] for case in cases if len(case.masks) == C]
+            slices = sum(look.row.get("slices", 0) for look in used)
+            plan[name] = {"cases": len(used), "cases_found": len(cases), "slices": slices}
+            if not blocked and not slices:
+                reasons.append(f"no usable {name} slice: no case has {C} masks")
+        if not blocked and not any(look.row.get("marked_slices") for look in used):
+            reasons.append("no validation slice has anything drawn on it; validation would score nothing")
+    except CdiffError as error:
+        reasons.append(str(error))
+    return {"possible": not reasons, "reasons": reasons, **plan}
+
+
+def _splits(found: DataSet, looks: list[Look]) -> dict[str, Any]:
+    out = {}
+    for split in dict.fromkeys([*found, *found.unlabelled]):
+        here = [look for look in looks if look.split == split]
+        out[split] = {
+            "cases": len(here),
+            "unlabelled": len(found.unlabelled.get(split, [])),
+            **{
+                key: sum(look.row.get(key, 0) for look in here)
+                for key in ("slices", "marked_slices", "slices_all_marked")
+            },
+            "pairwise_dice": bootstrap_over_cases([look.scores for look in here]).to_json(),
+        }
+    return out
+
+
+def _balance(looks: list[Look], C: int) -> dict[str, Any]:
+    """The share of pixels that at least c annotators marked, mean over slices, of the readable cases with C masks."""
+    same = [look for look in looks if look.at_least is not None and len(look.case.masks) == C]
+    weights = [look.row["slices"] for look in same]
+    shares = np.average([look.at_least for look in same], axis=0, weights=weights).tolist() if same else []
+    return {"averaged": "over all slices", "pixels_at_least": shares, "cases": len(same)}
+
+
+def _pairwise(looks: list[Look]) -> dict[str, Any]:
+    every = bootstrap_over_cases([look.scores for look in looks]).to_json()
+    strict = bootstrap_over_cases([look.scores_all for look in looks]).to_json()
+    return {"averaged": AVERAGED, **every, "slices_all_marked": strict}
+
+
+def _counted(values: Iterable[Any]) -> dict[str, int]:
+    """How often each value occurs, the most frequent first."""
+    return {str(value): count for value, count in Counter(values).most_common()}

@@ -1,0 +1,126 @@
+"""Readers of folder layouts: each looks at one folder's file names and says which cases lie in it. No file is opened here.
+
+A layout is a small function, and `walk` carries it over a tree, with or without split folders (QUBIQ's Training and
+Validation, or train and val) and data sets (QUBIQ's prostate, kidney ...) above the cases.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from cdiff.runtime.case import SPLITS, Entry, stem
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.scan import NIFTI_SUFFIXES
+
+DEPTH = 5
+"""How many folders below the given one are looked into; a circle of links ends there."""
+
+IMAGE = re.compile(r"image(?:[_-](?P<modality>.+))?$", re.IGNORECASE)
+TASK_MASK = re.compile(r"(?P<task>task\d+)_(?P<rater>seg\d+)$", re.IGNORECASE)
+OWN_MASK = re.compile(r"mask(?:[_-]?(?P<rater>.+))?$", re.IGNORECASE)
+BRATS = re.compile(r"(?P<head>(?:.+_)?)(?P<kind>t1ce|t1|t2|flair|seg)(?P<tail>(?:_\d+)?(?:_w)?)$", re.IGNORECASE)
+BRATS_MODALITIES = ("t1", "t1ce", "t2", "flair")
+"""In the order in which the implicit-ensemble code (Wolleb et al. 2022) stacks them."""
+BRATS_TUMOUR = (1, 2, 3, 4)
+"""The whole tumour, as that code takes it: every label (1 necrosis, 2 oedema, 3 or 4 enhancing, by year)."""
+OWN_TASK = "mask"
+"""The structure's name where files are called mask_ANNOTATOR."""
+
+Files = Sequence[Path]
+Reader = Callable[[Path, Files], list[Entry]]
+
+
+def cases_in(folder: Path, files: Files) -> list[Entry]:
+    """The case of a folder with `image.EXT` or `image_MODALITY.EXT`, and `taskNN_segKK.EXT` or `mask_ANNOTATOR.EXT`.
+
+    EXT is a NIfTI's or a picture's. Modalities are ordered by name; a number is none, as `image_001.png`, `image_002.png` are
+    rather several images than one. Empty when the folder holds no such image.
+    """
+    images: dict[str, Path] = {}
+    tasks: dict[str, dict[str, Path]] = {}
+    for file in sorted(files, key=lambda f: (not f.name.lower().endswith(NIFTI_SUFFIXES), f.name)):
+        name = stem(file) or ""
+        if (match := IMAGE.match(name)) and not (match["modality"] or "").isdigit():
+            images.setdefault(match["modality"] or "", file)
+        elif match := TASK_MASK.match(name):
+            tasks.setdefault(match["task"].lower(), {}).setdefault(match["rater"].lower(), file)
+        elif match := OWN_MASK.match(name):
+            tasks.setdefault(OWN_TASK, {}).setdefault(match["rater"] or "1", file)
+    if not images:
+        return []
+    if "" in images:  # one file that holds everything
+        images = {"": images[""]}
+    return [Entry(folder.resolve().name, dict(sorted(images.items())), tasks)]
+
+
+def brats_in(folder: Path, files: Files) -> list[Entry]:
+    """BraTS slices as the implicit-ensemble code lays them out, `brats_train_001_t1_080_w.nii.gz` beside `_t1ce_`, `_t2_`,
+    `_flair_` and, where known, `_seg_`; also whole BraTS volumes, `BraTS20_Training_001_t1.nii.gz` and so on.
+
+    The label map becomes one annotator's mask: the whole tumour unless labels are chosen.
+    """
+    found: dict[tuple[str, str], dict[str, Path]] = {}
+    for file in files:
+        if file.name.lower().endswith(NIFTI_SUFFIXES) and (match := BRATS.match(stem(file) or "")):
+            found.setdefault((match["head"], match["tail"]), {}).setdefault(match["kind"].lower(), file)
+    entries = []
+    for (head, tail), kinds in sorted(found.items()):
+        images = {name: kinds[name] for name in BRATS_MODALITIES if name in kinds}
+        if len(images) < 2:  # one such name alone is a scan that somebody named so
+            continue
+        tasks = {"seg": {"seg": kinds["seg"]}} if "seg" in kinds else {}
+        patient = head.strip("_")
+        name = folder.resolve().name if len(found) == 1 else f"{patient}{tail}"
+        entries.append(Entry(name, images, tasks, patient=patient, labels=BRATS_TUMOUR))
+    return entries
+
+
+READERS: dict[str, Reader] = {"cases": cases_in, "brats": brats_in}
+TABLE = "table"
+LAYOUTS = (*READERS, TABLE)
+
+
+def walk(root: Path, readers: Sequence[str], notes: list[str]) -> Iterator[tuple[str, Entry]]:
+    """Every case below `root` that one of `readers` knows, with the reader's name; folders in the order of their names.
+
+    A folder of masks without an image is told in `notes`. Raises CdiffError for a folder that cannot be listed.
+    """
+    yield from _walk(root, (), readers, notes)
+
+
+def _walk(
+    folder: Path, parts: tuple[str, ...], readers: Sequence[str], notes: list[str]
+) -> Iterator[tuple[str, Entry]]:
+    try:
+        inside = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+        folders = [path for path in inside if path.is_dir()]
+        files = [path for path in inside if stem(path) is not None and path.is_file()]
+    except OSError as error:
+        raise CdiffError(f"{folder} cannot be listed ({error.strerror}); check its permissions") from None
+    here = [(name, entry) for name in readers for entry in READERS[name](folder, files)]
+    # A case has a folder of its own, unless several lie in one folder or the split folder itself holds them.
+    own = len(here) == 1 and not (parts and parts[-1].lower() in SPLITS)
+    for name, entry in here:
+        _place(entry, parts[:-1] if own else parts)
+        yield name, entry
+    if here:
+        return
+    if any(TASK_MASK.match(stem(file) or "") for file in files):
+        notes.append(f"{folder} has masks but no image.nii.gz: left out")
+    if len(parts) < DEPTH:
+        for one in folders:
+            yield from _walk(one, (*parts, one.name), readers, notes)
+
+
+def _place(entry: Entry, above: tuple[str, ...]) -> None:
+    """Read the folders between the root and the case: data set, split, patient."""
+    split = next((i for i, part in enumerate(above) if part.lower() in SPLITS), None)
+    if split is None:
+        entry.data_set = "/".join(above)
+        return
+    entry.split, entry.data_set = SPLITS[above[split].lower()], "/".join(above[:split])
+    if below := above[split + 1 :]:
+        entry.name = "/".join((*below, entry.name))
+        entry.patient = entry.patient or below[0]

@@ -1,0 +1,106 @@
+"""What training makes of a data set before it reads a voxel: levels, channels, and which cases are kept for validation.
+
+Here, not in the trainer, so that `cdiff data check` (which needs no PyTorch) says what training will do.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from nibabel.filebasedimages import ImageFileError
+
+from cdiff.runtime.case import Case
+from cdiff.runtime.cases import DataSet
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.masks import counted, read_mask
+from cdiff.runtime.picture import read_picture
+from cdiff.runtime.scan import PICTURE_SUFFIXES, read_bytes
+
+VAL_FRACTION = 0.1
+LOOKED_AT = 4
+"""Cases that are opened to count the channels."""
+
+
+@dataclass(frozen=True)
+class Partition:
+    """The cases to train on and those to validate on, and in a line each what a user should know of the choice."""
+
+    train: list[Case]
+    val: list[Case]
+    notes: tuple[str, ...] = ()
+
+
+def partition(found: DataSet, root: Path, val_fraction: float = VAL_FRACTION, seed: int = 0) -> Partition:
+    """The data's own split; without a validation split, `val_fraction` of the training cases (by patient, seeded).
+
+    Raises CdiffError without training cases, or with too few to keep one.
+    """
+    train, val = training_cases(found, root), found.get("val", [])
+    if val:
+        return Partition(train, val)
+    why = "the validation cases have no masks" if found.unlabelled.get("val") else "no validation folder"
+    return _hold_out(train, val_fraction, seed, why)
+
+
+def training_cases(found: DataSet, root: Path) -> list[Case]:
+    """The training split, or all cases where there are no splits. Raises CdiffError when there are none."""
+    cases = found.get("train", found.get("all", []))
+    if not cases:
+        raise CdiffError(f"{root} has no training cases (found {', '.join(found)}); name the folder Training or train")
+    return cases
+
+
+def _hold_out(cases: list[Case], fraction: float, seed: int, why: str) -> Partition:
+    if len(cases) < 2:
+        raise CdiffError("one case is not enough: at least two are needed, one of them for validation")
+    groups: dict[str, list[int]] = {}
+    for i, case in enumerate(cases):
+        groups.setdefault(case.patient or f"case {i}", []).append(i)
+    notes = []
+    if len(groups) < 2:
+        groups = {str(i): [i] for i in range(len(cases))}
+        notes.append(
+            f"all {len(cases)} training cases are of one patient ({cases[0].patient}): validation sees the same patient, "
+            "and its scores are too good"
+        )
+    order = np.random.default_rng(seed).permutation(len(groups))
+    members = list(groups.values())
+    held = {i for place in order[: max(1, round(fraction * len(groups)))] for i in members[place]}
+    notes.insert(0, f"{why}: held out {len(held)} of {len(cases)} cases for validation")
+    train, val = ([case for i, case in enumerate(cases) if (i in held) == kept] for kept in (False, True))
+    return Partition(train, val, tuple(notes))
+
+
+def count_annotators(cases: Sequence[Case]) -> int:
+    """C as the data has it: the largest number of masks that at least half of the cases have."""
+    counts = Counter(len(case.masks) for case in cases)
+    return max(n for n in counts if sum(k for m, k in counts.items() if m >= n) * 2 >= len(cases))
+
+
+def count_channels(cases: Sequence[Case]) -> int:
+    """How many channels the images have, by the first few cases that show it: the files of a case; or the last axis of a
+    NIfTI, where the masks do without it (QUBIQ's tumour files); or 3 for a picture whose colours differ.
+
+    A file that cannot be read counts as one channel here; reading it for use says what is wrong.
+    """
+    return max((_channels(case) for case in cases[:LOOKED_AT]), default=1)
+
+
+def _channels(case: Case) -> int:
+    if case.others:
+        return 1 + len(case.others)
+    try:
+        if case.image.name.lower().endswith(PICTURE_SUFFIXES):
+            pixels, _ = read_picture(read_bytes(case.image), case.image, 3)
+            return 1 if (pixels == pixels[..., :1]).all() else 3
+        image = tuple(nib.load(case.image).shape)  # type: ignore[attr-defined]
+        mask = counted(read_mask(case.masks[0]).values.shape)
+    except (CdiffError, OSError, EOFError, ValueError, zlib.error, ImageFileError):
+        return 1
+    return image[-1] if len(image) > 2 and counted(image) != mask and counted(image[:-1]) == mask else 1

@@ -1,0 +1,154 @@
+"""The contact sheet of a data set: of some cases the image, every annotator's outline, and the soft label that they make."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cdiff.runtime import drawing
+from cdiff.runtime.case import natural
+from cdiff.runtime.files import atomic_path
+from cdiff.runtime.masks import mask_slices, read_mask
+from cdiff.runtime.scan import read_scan
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from cdiff.runtime.case import Case
+    from cdiff.runtime.datacheck import Look
+    from cdiff.runtime.grid import View
+
+CASES = 12
+"""Most cases on a sheet."""
+DPI = 110
+SIDE, GAP, EDGE, BETWEEN = 1.75, 0.08, 0.35, 0.4
+HEAD, ROW, FOOT = 0.85, 0.34, 0.95
+Place = tuple[float, float, float, float]
+
+
+def chosen(looks: Sequence[Look]) -> list[Look]:
+    """Up to CASES readable cases, spread evenly over the data set; those that anybody marked first."""
+    readable = [look for look in looks if look.readable]
+    marked = [look for look in readable if look.row["marked_slices"]] or readable
+    if len(marked) <= CASES:
+        return marked
+    return [marked[i] for i in np.linspace(0, len(marked) - 1, CASES).round().astype(int)]
+
+
+def write_sheet(path: Path, looks: Sequence[Look], channels: int, slice_axis: int, title: str, note: str) -> None:
+    """Draw the fullest slice of some cases and write a PNG. title and note: a line above and one below it.
+
+    Raises CdiffError when it cannot be written.
+    """
+    figure = sheet_figure(chosen(looks), channels, slice_axis, title, note)
+    with atomic_path(path) as part:
+        figure.savefig(part, dpi=DPI, facecolor=figure.get_facecolor(), metadata={"Software": "cdiff"}, format="png")
+
+
+def sheet_figure(looks: Sequence[Look], channels: int, slice_axis: int, title: str, note: str) -> Figure:
+    """The sheet as a matplotlib figure: a block of three panels for each case, two blocks a row."""
+    columns = min(2, max(1, len(looks)))
+    rows = math.ceil(len(looks) / columns)
+    block = 3 * SIDE + 2 * GAP
+    width = 2 * EDGE + columns * block + (columns - 1) * BETWEEN
+    height = HEAD + rows * (SIDE + ROW) + FOOT
+    figure = drawing.new_figure(width, height)
+    figure.text(
+        EDGE / width, 1 - 0.3 / height, title, color=drawing.INK, fontsize=13, fontweight="bold", va="center",
+        parse_math=False,
+    )  # fmt: skip
+    figure.text(EDGE / width, 0.15 / height, note, color=drawing.FAINT, fontsize=8.5, va="center", parse_math=False)
+    raters = sorted({name for look in looks for name in look.case.raters}, key=natural)
+    palette = drawing.READER_COLOURS
+    colours = {name: palette[i % len(palette)] for i, name in enumerate(raters)}
+    drawn = None
+    for number, look in enumerate(looks):
+        row, column = divmod(number, columns)
+        left = EDGE + column * (block + BETWEEN)
+        bottom = height - HEAD - (row + 1) * (SIDE + ROW) + ROW / 2
+        places = [(left + i * (SIDE + GAP), bottom, SIDE, SIDE) for i in range(3)]
+        if row == 0:
+            _heads(figure, places, 1 - 0.6 / height)
+        drawn = _block(figure, places, look, colours, channels, slice_axis)
+    if drawn is not None:
+        key = drawing.panel(figure, (EDGE, 0.35, min(block, 0.75 * len(colours) + 0.6), 0.44))
+        short = all(len(name) <= 6 for name in colours) and len(colours) <= 7
+        names = [(name if short else str(i), colour) for i, (name, colour) in enumerate(colours.items(), start=1)]
+        drawing.line_key(key, names[:14], "annotator")
+        place = (width - EDGE - 2.4, 0.68, 2.4, 0.11)
+        drawing.colour_key(figure, place, drawn, "soft label: fraction of annotators")
+    return figure
+
+
+def _heads(figure: Figure, places: list[Place], y: float) -> None:
+    for place, words in zip(places, ("image", "every annotator's outline", "soft label"), strict=True):
+        figure.text(place[0] / figure.get_figwidth(), y, words, color=drawing.FAINT, fontsize=8.5, va="center")
+
+
+def _block(
+    figure: Figure, places: list[Place], look: Look, colours: dict[str, str], channels: int, slice_axis: int
+) -> Any:
+    """One case: image, outlines, soft label. Returns the soft label's colours for the key."""
+    image, masks, view = _read(look.case, look.best_slice, channels, slice_axis)
+    soft = masks.mean(axis=0, dtype=np.float32)
+    box = (slice(0, soft.shape[0]), slice(0, soft.shape[1]))
+    near = drawing.close_up(np.concatenate([masks.astype(np.float32), soft[None]]), view)
+    slices = f" · slice {look.best_slice} of 0 to {look.row['slices'] - 1}" if look.row["slices"] > 1 else ""
+    title = f"{_short(look.case.name)} · {look.split}{slices} · {len(masks)} mask{'s' * (len(masks) > 1)}"
+    for place in places:
+        drawing.panel(figure, place).set_facecolor("black")
+    whole = drawing.panel(figure, places[0])
+    figure.text(
+        places[0][0] / figure.get_figwidth(), (places[0][1] + SIDE + 0.1) / figure.get_figheight(), title,
+        color=drawing.INK, fontsize=8.5, va="center", parse_math=False,
+    )  # fmt: skip
+    in_colour = channels == 3 and not look.case.modalities
+    if image.ndim == 3 and not in_colour:
+        mosaic = _mosaic(image)
+        drawing.show_image(whole, mosaic, (slice(None), slice(None)), view, (0.0, 1.0))
+        picture = image[0]
+    else:
+        picture = np.moveaxis(image, 0, -1) if image.ndim == 3 else image
+        drawing.show_image(whole, picture, box, view, drawing.window_of(picture))
+        if near != box:
+            drawing.frame_box(whole, near)
+    window = drawing.window_of(picture[near])
+    outlined, labelled = (drawing.panel(figure, place) for place in places[1:])
+    drawing.show_image(outlined, picture, near, view, window)
+    for rater, mask in zip(look.case.raters, masks, strict=True):
+        drawing.outline(outlined, mask, near, colours[rater], width=1.1)
+    drawing.show_image(labelled, picture, near, view, window, light=0.6)
+    if not look.row["spacing_is_placeholder"]:
+        drawing.scale_bar(outlined, near, view)
+    return drawing.show_soft(labelled, soft, near, view)
+
+
+def _read(
+    case: Case, index: int, channels: int, slice_axis: int
+) -> tuple[NDArray[np.float32], NDArray[np.bool_], View]:
+    """One slice turned as the preview turns it: image [h, w] or [channels, h, w], masks bool [n, h, w]."""
+    scan = read_scan(case.scan, channels=channels, slice_axis=slice_axis)
+    drawn = [mask_slices(read_mask(path), scan.grid, case.labels, str(path), str(case.image)) for path in case.masks]
+    view = scan.grid.view
+    image = view(scan.slices[index])
+    return (image if len(image) > 1 else image[0]), view(np.stack([mask[index] for mask in drawn])), view
+
+
+def _mosaic(image: NDArray[np.float32]) -> NDArray[np.float32]:
+    """[channels, h, w] side by side in a square, each in its own grey window, 0 to 1."""
+    side = math.ceil(math.sqrt(len(image)))
+    tiles = []
+    for channel in image:
+        low, high = drawing.window_of(channel)
+        tiles.append(np.clip((channel - low) / max(high - low, 1e-12), 0, 1))
+    tiles += [np.zeros_like(tiles[0])] * (side * math.ceil(len(image) / side) - len(tiles))
+    return np.block([tiles[start : start + side] for start in range(0, len(tiles), side)])
+
+
+def _short(name: str, most: int = 34) -> str:
+    return name if len(name) <= most else f"…{name[1 - most :]}"

@@ -1,0 +1,143 @@
+"""Reader of a table (CSV) that names images and masks, one row a case or one row a mask (docs/own-data.md)."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from cdiff.runtime.case import SPLITS, Entry, listed, stem
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.layouts import OWN_TASK
+
+SUFFIXES = (".csv", ".tsv")
+IMAGE = re.compile(r"image(?:[_ -](?P<name>.+))?$")
+MASK = re.compile(r"mask[_ -]?(?P<name>.*)$")
+PLAIN = ("case", "split", "patient", "task", "rater")
+CONVENTION = "the columns image (or image_t1, image_t2 ...) and mask1, mask2 ... (or rater and mask) are needed"
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns hold what: the images by modality ("" when there is one column), the masks by annotator, those by name."""
+
+    images: dict[str, str]
+    masks: dict[str, str]
+    plain: dict[str, str]
+    ignored: tuple[str, ...]
+
+    @property
+    def usable(self) -> bool:
+        return bool(self.images and self.masks)
+
+
+def columns(header: list[str]) -> Columns:
+    """Sort a header's columns, whatever their case."""
+    images, masks, plain, ignored = {}, {}, {}, []
+    for column in header:
+        name = column.strip().lower()
+        if name in PLAIN:
+            plain[name] = column
+        elif match := IMAGE.match(name):
+            images[match["name"] or ""] = column
+        elif match := MASK.match(name):
+            masks[match["name"] or ""] = column
+        elif name:
+            ignored.append(column)
+    return Columns(images, masks, plain, tuple(ignored))
+
+
+def is_table(path: Path) -> bool:
+    """Whether a file is a table of cases, by its first line."""
+    try:
+        return path.suffix.lower() in SUFFIXES and columns(_rows(path)[0]).usable
+    except CdiffError:
+        return False
+
+
+def read_table(path: Path, notes: list[str], *, masks: bool = True) -> list[Entry]:
+    """The cases of a table, in the order of its rows. Paths are relative to the table's folder; an empty cell is a mask that
+    nobody drew. masks: a table without masks is refused (segmenting needs none).
+
+    Raises CdiffError naming the row for a table that contradicts itself; files are not looked at here.
+    """
+    header, *rows = _rows(path)
+    known = columns(header)
+    if not known.images or (masks and not known.masks):
+        raise CdiffError(f"{path} has the columns {', '.join(header)}; {CONVENTION}")
+    if len(known.images) > 1 and "" in known.images:
+        raise CdiffError(
+            f"{path} has a column image beside {known.images[max(known.images)]}; name every modality, as in image_t1"
+        )
+    if known.ignored:
+        notes.append(f"{path.name}: columns not used: {', '.join(known.ignored)}")
+    entries: dict[str, Entry] = {}
+    for number, cells in enumerate(rows, start=2):
+        row = dict(zip(header, (cell.strip() for cell in cells), strict=False))
+        if any(row.values()):
+            _add(entries, row, known, path, f"{path}, row {number}")
+    if not entries:
+        raise CdiffError(f"{path} names no case; below its header there must be a row for each")
+    _shorten(entries)
+    if len({bool(entry.split) for entry in entries.values()}) > 1:
+        without = [entry.name for entry in entries.values() if not entry.split]
+        raise CdiffError(
+            f"{path} gives a split for some cases only (none for {listed(without)}); fill the column or drop it"
+        )
+    return list(entries.values())
+
+
+def _add(entries: dict[str, Entry], row: dict[str, str], known: Columns, path: Path, where: str) -> None:
+    def cell(name: str) -> str:
+        return row.get(known.plain.get(name, ""), "")
+
+    images = {name: path.parent / row[column] for name, column in known.images.items() if row.get(column)}
+    case = cell("case") or (row.get(next(iter(known.images.values())), ""))
+    if not case:
+        raise CdiffError(f"{where} names neither a case nor an image; give one")
+    split = cell("split").lower()
+    if split and split not in SPLITS:
+        raise CdiffError(f"{where} has the split {split!r}; use train, val or test")
+    entry = entries.get(case)
+    if entry is None:
+        if len(images) < len(known.images):
+            lacking = [column for name, column in known.images.items() if name not in images]
+            raise CdiffError(f"{where}, case {case}: {', '.join(lacking)} is empty; every case needs its images")
+        entry = entries[case] = Entry(case, images, split=SPLITS.get(split, ""), patient=cell("patient"))
+    elif "rater" not in known.plain and "task" not in known.plain:
+        raise CdiffError(f"{where} names the case {case} again; one row a case, or a column rater for one row a mask")
+    elif any(entry.images[name] != image for name, image in images.items()) or (split and SPLITS[split] != entry.split):
+        raise CdiffError(f"{where} gives another image or split to the case {case} than its first row")
+    masks = entry.tasks.setdefault(cell("task") or OWN_TASK, {})
+    for name, column in known.masks.items():
+        rater = "_".join(word for word in (cell("rater"), name) if word) or "1"
+        if row.get(column):
+            if rater in masks:
+                raise CdiffError(f"{where} gives a second mask of rater {rater} to the case {case}; keep one")
+            masks[rater] = path.parent / row[column]
+
+
+def _shorten(entries: dict[str, Entry]) -> None:
+    """Cases that go by their image's path are called by its file's name where that is enough."""
+    short = {key: stem(Path(key)) for key, entry in entries.items() if entry.name == key}
+    if all(short.values()) and len(set(short.values())) == len(entries):
+        for key, name in short.items():
+            entries[key].name = name or key
+
+
+def _rows(path: Path) -> list[list[str]]:
+    """The table's rows, the header first; comma, semicolon or tab, UTF-8 with or without a mark."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise CdiffError(f"{path} cannot be read: {error.strerror or error}; check the path") from None
+    except UnicodeDecodeError:
+        raise CdiffError(f"{path} is not UTF-8 text; save it as CSV UTF-8") from None
+    first = text.partition("\n")[0]
+    delimiter = max(",;\t", key=first.count)
+    rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))
+    if not rows or not any(rows[0]):
+        raise CdiffError(f"{path} is empty; {CONVENTION}")
+    return rows

@@ -1,0 +1,203 @@
+"""The check of a data set: every oddity is found, nothing is invented, and one bad file does not hide the others."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cdiff.runtime.cases import find_cases
+from cdiff.runtime.datacheck import Check, check_data
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.metrics import pairwise_dice
+from cdiff.runtime.sheet import CASES, chosen, write_sheet
+from tests.layouts import disc, save, write_brats, write_qubiq, write_table
+
+
+def said(check: Check, kind: str) -> list[tuple[str, str, str]]:
+    """The findings of one kind: how bad, which case, what."""
+    return [(f["severity"], f["case"], f["text"]) for f in check.report["findings"] if f["kind"] == kind]
+
+
+@pytest.fixture
+def clean(tmp_path: Path) -> Path:
+    return write_qubiq(tmp_path / "clean", {"Training": 3, "Validation": 1}, spacing=(0.5, 0.6, 3.0))
+
+
+def test_clean_data_has_no_findings(clean: Path) -> None:
+    check = check_data(clean)
+    report = check.report
+    assert check.possible
+    assert report["findings"] == []
+    assert report["splits"]["train"] | {"pairwise_dice": None} == {
+        **{"cases": 3, "unlabelled": 0, "slices": 3, "marked_slices": 3, "slices_all_marked": 3},
+        "pairwise_dice": None,
+    }
+    assert report["annotators"] == {
+        **{"levels": 3, "cases_by_number": {"3": 4}, "names": ["seg01", "seg02", "seg03"]},
+    }
+    assert report["image"] == {
+        **{"channels": 1, "modalities": []},
+        **{"sizes": {"32 x 32 x 1": 4}, "spacings_mm": {"0.5 x 0.6 x 3": 4}},
+    }
+    json.dumps(report, allow_nan=False)
+
+
+def test_the_numbers_are_those_of_the_masks(clean: Path) -> None:
+    """Class balance and pairwise Dice against a count by hand."""
+    masks = [np.stack([disc((32, 32), 0.2 * k, number) for k in (1, 2, 3)]) for number in range(1, 5)]
+    shares = np.mean([[(m.sum(axis=0) >= c).mean() for c in (1, 2, 3)] for m in masks], axis=0)
+    report = check_data(clean).report
+    assert report["class_balance"]["pixels_at_least"] == pytest.approx(shares.tolist(), abs=1e-7)
+    assert report["pairwise_dice"]["mean"] == pytest.approx(np.mean([pairwise_dice(m) for m in masks]))
+    assert report["pairwise_dice"]["n_slices"] == 4
+    assert report["cases"][0]["pairwise_dice"] == pytest.approx(pairwise_dice(masks[0]))
+
+
+def test_qubiqs_oddities(tmp_path: Path) -> None:
+    """A rater who lacks, one who saw nothing, two who are one, the fake spacing, two sizes."""
+    root = write_qubiq(tmp_path, {"Training": 5, "Validation": 1}, raters=6, shapes=((64, 64, 1), (96, 64, 1)))
+    folder = root / "Training"
+    (folder / "case03/task01_seg04.nii.gz").unlink()
+    save(folder / "case02/task01_seg02.nii.gz", np.zeros((64, 64, 1), bool), None)
+    shutil.copy(folder / "case04/task01_seg05.nii.gz", folder / "case04/task01_seg06.nii.gz")
+    check = check_data(root)
+    assert check.possible
+    ((_, case, text),) = said(check, "annotators")
+    assert case == "case03"
+    assert text.startswith("5 masks (seg04 missing), the others have 6")
+    assert said(check, "empty") == [("note", "case02", "seg02 marked nothing")]
+    assert said(check, "duplicated") == [("warning", "case04", "identical masks: seg05 and seg06")]
+    assert [case for _, case, _ in said(check, "spacing")] == [f"case{k:02d}" for k in range(1, 7)]
+    assert check.report["image"]["sizes"] == {"64 x 64 x 1": 3, "96 x 64 x 1": 3}
+    assert check.report["splits"]["train"]["slices_all_marked"] == 4
+    assert check.report["training"]["train"] == {"cases": 4, "cases_found": 5, "slices": 4}
+
+
+def test_bad_files_are_named_and_the_others_are_checked(tmp_path: Path) -> None:
+    root = write_qubiq(tmp_path, {"Training": 4, "Validation": 1, "Testing": 1})
+    truncated = root / "Training/case01/task01_seg02.nii.gz"
+    truncated.write_bytes(truncated.read_bytes()[:90])
+    (root / "Training/case02/image.nii.gz").write_text("not a scan")
+    save(root / "Training/case02/task01_seg01.nii.gz", np.full((32, 32, 1), np.nan, np.float32))
+    save(root / "Training/case03/task01_seg03.nii.gz", disc((32, 30, 1)))
+    (root / "Testing/case06/image.nii.gz").write_bytes(b"")
+    check = check_data(root)
+    assert not check.possible
+    unreadable = said(check, "unreadable")
+    assert [(severity, case) for severity, case, _ in unreadable] == [
+        ("error", "case01"),
+        ("error", "case02"),
+        ("error", "case02"),
+        ("warning", "case06"),
+    ]
+    assert str(truncated) in unreadable[0][2]
+    assert "NaN" in unreadable[2][2]
+    ((severity, case, text),) = said(check, "shape")
+    assert (severity, case) == ("error", "case03")
+    assert "32 x 30 x 1" in text
+    assert check.report["splits"]["train"]["marked_slices"] == 1  # case04, checked all the same
+    assert "4 files" in check.report["training"]["reasons"][0]
+
+
+def test_a_bad_test_case_does_not_stop_training(clean: Path) -> None:
+    write_qubiq(clean, {"Testing": 1})
+    (clean / "Testing/case01/image.nii.gz").write_text("not a scan")
+    check = check_data(clean)
+    assert check.possible
+    assert [severity for severity, _, _ in said(check, "unreadable")] == ["warning"]
+
+
+def test_values_that_are_not_zero_and_one(tmp_path: Path) -> None:
+    root = write_qubiq(tmp_path, {"Training": 3, "Validation": 1})
+    label_map = disc((32, 32, 1)) * 1.0 + disc((32, 32, 1), -0.5) * 3.0
+    save(root / "Training/case01/task01_seg01.nii.gz", label_map)
+    for rater in (1, 2, 3):
+        save(
+            root / f"Training/case02/task01_seg{rater:02d}.nii.gz",
+            (disc((32, 32, 1), rater / 9) * 255).astype(np.uint8),
+        )
+    findings = said(check_data(root), "values")
+    assert [(severity, case) for severity, case, _ in findings] == [("warning", "case01"), ("note", "case02")]
+    assert findings[0][2].startswith("task01_seg01.nii.gz hold 0, 1, 4, not 0 and 1")
+    assert findings[1][2] == "its masks hold 0, 255, not 0 and 1: read as 0 and 1"
+    chosen_ = said(check_data(root, labels=(4,)), "values")
+    assert all("of these 4 are inside" in text for _, _, text in chosen_)
+
+
+def test_a_mask_that_lies_elsewhere_is_told(clean: Path) -> None:
+    save(clean / "Training/case01/task01_seg02.nii.gz", disc((32, 32, 1), 0.3, 1), (0.5, 0.5, 3.0))
+    ((severity, case, text),) = said(check_data(clean), "grid")
+    assert (severity, case) == ("warning", "case01")
+    assert "task01_seg02.nii.gz and its image have different spacings" in text
+
+
+def test_what_makes_training_impossible_is_said(tmp_path: Path) -> None:
+    one = write_qubiq(tmp_path / "one", {"Training": 1})
+    assert "one case is not enough" in check_data(one).report["training"]["reasons"][0]
+    only_tests = write_qubiq(tmp_path / "tests", {"Testing": 2})
+    assert "no training cases" in check_data(only_tests).report["training"]["reasons"][0]
+    blank = write_qubiq(tmp_path / "blank", {"Training": 2, "Validation": 1})
+    for path in (blank / "Validation").rglob("task*"):
+        save(path, np.zeros((32, 32, 1), bool))
+    assert "no validation slice" in check_data(blank).report["training"]["reasons"][0]
+    brats = write_brats(tmp_path / "brats", 3)
+    next((brats / "000002").glob("*_t2_*")).unlink()
+    check = check_data(brats)
+    assert "1 cases cannot be used" in check.report["training"]["reasons"][0]
+    assert [(severity, case) for severity, case, _ in said(check, "layout")] == [("error", "000002")]
+    with pytest.raises(CdiffError, match="no case in"):
+        check_data(tmp_path / "one/Training/case01", layout="brats")
+
+
+def test_pictures_of_a_table(tmp_path: Path) -> None:
+    table = write_table(tmp_path, 3, modalities=("a", "b"))
+    flat = np.zeros((32, 36), np.uint16)
+    Image.fromarray(flat).save(tmp_path / "files/p1b.png")
+    check = check_data(table)
+    assert check.report["image"]["modalities"] == ["a", "b"]
+    assert check.report["image"]["channels"] == 2
+    assert check.report["image"]["spacings_mm"] == {"unknown": 3}
+    assert ("warning", "p1", "channel 2 has the same value everywhere") in said(check, "image")
+    assert check.possible
+
+
+def test_real_nodules_agree_as_published(lidc: Path) -> None:
+    """Testing: 485 slices, 351 marked by all, where two readers' mean Dice is 0.770 (counted when the data was made)."""
+    check = check_data(lidc / "Testing")
+    report = check.report
+    assert report["splits"]["all"]["slices"] == 485
+    assert report["pairwise_dice"]["slices_all_marked"]["n_slices"] == 351
+    assert report["pairwise_dice"]["slices_all_marked"]["mean"] == pytest.approx(0.770, abs=1e-3)
+    assert [finding["kind"] for finding in report["findings"] if finding["severity"] == "error"] == []
+
+
+def test_the_sheet_shows_cases_from_all_over_the_data(tmp_path: Path) -> None:
+    root = write_qubiq(
+        tmp_path / "many", {"Training": 14, "Validation": 3}, shapes=((16, 20, 1), (24, 16, 1)), channels=4
+    )
+    check = check_data(root)
+    shown = chosen(check.looks)
+    assert len(shown) == CASES
+    assert (shown[0].case.name, shown[-1].case.name) == ("case01", "case17")
+    target = tmp_path / "sheet.png"
+    write_sheet(target, check.looks[:3], check.channels, 2, "a $title", "a note")
+    with Image.open(target) as picture:
+        pixels = np.asarray(picture.convert("RGB")).astype(int)
+    assert pixels.shape[1] > 800
+    # The soft label's colours are there: plasma's yellow where all agree, which no grey image holds.
+    assert ((pixels[..., 0] - pixels[..., 2]) > 100).mean() > 0.005
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["many", "sheet.png"]
+
+
+def test_every_case_of_the_sheet_is_readable(tmp_path: Path) -> None:
+    root = write_qubiq(tmp_path, {"Training": 3})
+    (root / "Training/case02/image.nii.gz").write_text("not a scan")
+    assert [look.case.name for look in chosen(check_data(root).looks)] == ["case01", "case03"]
+    found: Any = find_cases(root)
+    assert len(found["train"]) == 3

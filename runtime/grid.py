@@ -134,9 +134,7 @@ class Grid:
     @property
     def measured_spacing(self) -> tuple[float, ...] | None:
         """`spacing`, or None where it is 1 along every axis: a placeholder, in which nothing can be measured."""
-        if self.header is None or all(zoom == 1 for zoom in self.header["pixdim"][1 : 1 + len(self.spatial)]):
-            return None
-        return self.spacing
+        return None if self.is_placeholder else self.spacing
 
     @property
     def plane_mm(self) -> tuple[float, float] | None:

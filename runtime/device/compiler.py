@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from cdiff.runtime.device.cuda import first_line, need
+from cdiff.runtime.engines.trt import user_cache
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import write_bytes
 
@@ -70,9 +70,8 @@ def version() -> str:
 
 
 def cache_folder() -> Path:
-    """Where compiled kernels are kept: `cdiff/kernels` in the user's cache folder (XDG_CACHE_HOME, else ~/.cache)."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "cdiff" / "kernels"
+    """Where compiled kernels are kept: beside the user's cache of engines."""
+    return user_cache().parent / "kernels"
 
 
 def _key(arch: str) -> str:

@@ -58,7 +58,7 @@ class Gpu:
         self.number = number
         self.name = str(device.name())
         major, minor = device.compute_capability()
-        self.arch = f"sm_{major}{minor}"
+        self.capability, self.arch = f"{major}.{minor}", f"sm_{major}{minor}"
         self._free: list[Buffer] = []
 
     @contextmanager

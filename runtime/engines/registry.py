@@ -46,8 +46,14 @@ class EngineStatus:
 
 def available_engines() -> list[EngineStatus]:
     """The state of every engine in `NAMES`, in that order; imports no torch and raises nothing."""
-    plain, through = _onnxruntime_status()
-    return [plain, _tensorrt_status("tensorrt"), _tensorrt_status("tensorrt-rtx"), through]
+    return [engine_status(name) for name in NAMES]
+
+
+def engine_status(name: str) -> EngineStatus:
+    """The state of one engine of `NAMES`; imports that engine's library and no other. Raises nothing."""
+    if name == "tensorrt" or name == "tensorrt-rtx":
+        return _tensorrt_status(name)
+    return _onnxruntime_status(name)
 
 
 def _tensorrt_status(flavour: Flavour) -> EngineStatus:
@@ -66,30 +72,30 @@ def _device_layer_missing() -> str:
     return f"{' and '.join(lacking)} not installed: {INSTALL}" if lacking else ""
 
 
-def _onnxruntime_status() -> tuple[EngineStatus, EngineStatus]:
-    """ONNX Runtime itself, and its TensorRT provider."""
-    plain, through = NAMES[0], NAMES[3]
+def _onnxruntime_status(name: str) -> EngineStatus:
+    """ONNX Runtime itself, or its TensorRT provider."""
     if importlib.util.find_spec("onnxruntime") is None:
-        reason = "onnxruntime is not installed: pip install 'cdiff[cpu]'"
-        return EngineStatus(plain, None, (), reason), EngineStatus(through, None, (), reason)
+        return EngineStatus(name, None, (), "onnxruntime is not installed: pip install 'cdiff[cpu]'")
     try:
         ort: Any = importlib.import_module("onnxruntime")
         providers, version = ort.get_available_providers(), str(ort.__version__)
     except (ImportError, OSError, AttributeError) as error:
         reason = f"onnxruntime is installed but broken ({error}): pip install --force-reinstall onnxruntime"
-        return EngineStatus(plain, None, (), reason), EngineStatus(through, None, (), reason)
+        return EngineStatus(name, None, (), reason)
+    if name == "onnxruntime-tensorrt":
+        return _through_tensorrt(version, TENSORRT in providers)
     devices = tuple(device for device, provider in (("cpu", CPU), ("cuda", CUDA)) if provider in providers)
-    lacking = _device_layer_missing()
     if "cuda" not in devices:
         missing = "for cuda: onnxruntime-gpu in place of onnxruntime, pip install 'cdiff[gpu]'"
     else:
+        lacking = _device_layer_missing()
         missing = f"on cuda every step goes through the host: {lacking}" if lacking else ""
-    return EngineStatus(plain, version, devices, missing), _through_tensorrt(version, TENSORRT in providers, lacking)
+    return EngineStatus(name, version, devices, missing)
 
 
-def _through_tensorrt(version: str, built_in: bool, lacking: str) -> EngineStatus:
+def _through_tensorrt(version: str, built_in: bool) -> EngineStatus:
     """ONNX Runtime lists its TensorRT provider even where TensorRT's libraries are not, so these are looked for as well."""
-    name = NAMES[3]
+    name = "onnxruntime-tensorrt"
     if not built_in:
         reason = "onnxruntime-gpu in place of onnxruntime, pip install 'cdiff[gpu]'"
         return EngineStatus(name, version, (), reason)
@@ -97,6 +103,7 @@ def _through_tensorrt(version: str, built_in: bool, lacking: str) -> EngineStatu
         tensorrt = trt_version("tensorrt")
     except CdiffError as error:
         return EngineStatus(name, version, (), str(error))
+    lacking = _device_layer_missing()
     if not tensorrt.startswith("10."):
         lacking = f"this onnxruntime-gpu links to TensorRT 10, and TensorRT {tensorrt} is installed: use --engine tensorrt"
     return EngineStatus(name, version, () if lacking else ("cuda",), lacking)
@@ -121,16 +128,19 @@ def open_engine(
         raise CdiffError(f"engine {name!r} is not known; use one of auto, {', '.join(NAMES)}")
     number = parse_device(device)
     kind = "cpu" if number is None else "cuda"
-    states = {state.name: state for state in available_engines()}
     if name != "auto":
-        _must_run(states[name], kind, device)
+        _must_run(engine_status(name), kind, device)
         return _open(bundle, name, number, threads, build)
+    reasons = []
     for picked in AUTO[kind]:
-        wanted = kind in states[picked].devices
-        if wanted and (picked != "tensorrt" or build is not None or _has_engines(bundle)):
+        state = engine_status(picked)
+        if kind not in state.devices:
+            reasons.append(f"{picked}: {state.missing}")
+        elif picked == "tensorrt" and build is None and not _has_engines(bundle):
+            reasons.append("tensorrt: no engine was built; cdiff export BUNDLE --engine tensorrt builds one")
+        else:
             return _open(bundle, picked, number, threads, build)
-    reasons = "; ".join(f"{one}: {states[one].missing}" for one in AUTO[kind])
-    raise CdiffError(f"no engine can run on {device} here: {reasons}")
+    raise CdiffError(f"no engine can run on {device} here: {'; '.join(reasons)}")
 
 
 def _must_run(state: EngineStatus, kind: str, device: str) -> None:

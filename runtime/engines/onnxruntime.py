@@ -53,7 +53,7 @@ def open_session(
     try:
         session = ort.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
     except Exception as error:  # onnxruntime's own classes have no common base of theirs
-        raise CdiffError(f"{path}: ONNX Runtime {ort.__version__} cannot open it: {errorerror_line(error)}") from error
+        raise CdiffError(f"{path}: ONNX Runtime {ort.__version__} cannot open it: {error_line(error)}") from error
     if provider is not None and provider[0] not in session.get_providers():
         raise CdiffError(
             f"ONNX Runtime {ort.__version__} could not start its {provider[0]} on {where} and fell back to the CPU: "

@@ -15,6 +15,7 @@ import numpy as np
 from cdiff.runtime.batching import Timings, rows_per_batch
 from cdiff.runtime.bundle import Bundle, open_bundle
 from cdiff.runtime.device.cuda import OutOfMemory
+from cdiff.runtime.device.gpu import parse_device
 from cdiff.runtime.engines.base import Engine
 from cdiff.runtime.engines.registry import open_engine
 from cdiff.runtime.engines.trt import BuildEngines
@@ -68,7 +69,8 @@ class Segmenter:
         """
         opened = bundle if isinstance(bundle, Bundle) else open_bundle(Path(bundle))
         devices = device.split(",")
-        if len(devices) > 1 and (len(set(devices)) < len(devices) or "cpu" in devices):
+        numbers = [parse_device(one) for one in devices]
+        if len(devices) > 1 and (len(set(numbers)) < len(numbers) or None in numbers):
             raise CdiffError(f"device {device!r}: give one device, or several different GPUs such as cuda:0,cuda:1")
         return cls(opened, *(open_engine(opened, engine, one, build=build) for one in devices))
 

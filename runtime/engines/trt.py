@@ -36,8 +36,12 @@ INSTALL: dict[Flavour, str] = {
     "tensorrt": "pip install 'cdiff[gpu]' (where its wheels cannot be had, install TensorRT 10.16 or 11 as NVIDIA's guide says)",
     "tensorrt-rtx": "pip install 'cdiff[rtx]'",
 }
-RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
-"""What TensorRT for RTX 1.7 builds for. Compute capability 9.0 (H100, H200) is not among them."""
+RTX_CAPABILITIES = {
+    "float32": ("8.0", "8.6", "8.9", "12.0", "12.1"),
+    "float16": ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1"),
+}
+"""What TensorRT for RTX 1.7 builds a bundle of each precision for: it has no float32 matrix product for 7.5 (Turing). 9.0 (H100,
+H200) is not among its targets."""
 
 MAX_ROWS = 256
 """Enough to keep any GPU busy at any image size that the network makes sense for."""
@@ -224,7 +228,12 @@ def engine_key(
     profile: Profile,
     options: tuple[str, ...] = (),
 ) -> EngineKey:
-    """The key of an engine of one of the bundle's graphs: for one GPU, or for all GPUs of some compute capabilities."""
+    """The key of an engine of one of the bundle's graphs: for one GPU, or for all GPUs of some compute capabilities.
+
+    profile: the denoiser's; the encoder's engine takes one image whatever it is.
+    """
+    if graph == "encoder":
+        profile = Profile(1, 1, 1, 1)
     name, capabilities = (gpu.name, (gpu.capability,)) if isinstance(gpu, Gpu) else ("", gpu)
     digest = bundle.manifest.files[FILES[graph]]["sha256"]
     precision = bundle.manifest.precision
@@ -244,14 +253,16 @@ def writable_cache(bundle: Bundle) -> Path:
     return bundle.engines if os.access(nearest, os.W_OK) else user_cache()
 
 
-def cached_engine(bundle: Bundle, graph: Graph, key: EngineKey, say: Say | None = None) -> Path | None:
+def cached_engine(
+    bundle: Bundle, graph: Graph, key: EngineKey, say: Say | None = None, *, exact: bool = False
+) -> Path | None:
     """The engine file of the cache that serves `key`, its hash checked; None when there is none that is whole.
 
     Looked for in BUNDLE/engines and the user's cache. Of several the one for fewest other GPUs and options wins, then the one
     that is fastest nearest to the rows asked for. One that was built for another version or graph, or is damaged, is
-    said (by a warning unless `say` is given) and never returned.
+    said (by a warning unless `say` is given) and never returned. exact: only one whose key is equal will do.
     """
-    found = _find(bundle, graph, key, say)
+    found = _find(bundle, graph, key, say, exact)
     return found[0] if found else None
 
 
@@ -282,14 +293,16 @@ def open_or_build(
     return EnginePair(encoder[0], denoiser[0], denoiser[1].profile)
 
 
-def _find(bundle: Bundle, graph: Graph, wanted: EngineKey, say: Say | None) -> tuple[Path, EngineKey] | None:
+def _find(
+    bundle: Bundle, graph: Graph, wanted: EngineKey, say: Say | None, exact: bool = False
+) -> tuple[Path, EngineKey] | None:
     tell = say or _warn
     serving: list[tuple[tuple[bool, int, int], Path, EngineKey, str]] = []
     for path, key, digest in _records(bundle, graph, tell):
-        if key.serves(wanted):
+        if key == wanted or (not exact and key.serves(wanted)):
             distance = abs(key.profile.opt_rows - wanted.profile.opt_rows)
             serving.append(((key.gpu == "", len(key.options), distance), path, key, digest))
-        elif key.is_for(wanted):
+        elif key.is_for(wanted) and not key.serves(wanted):
             stale = f"TensorRT {key.version}" if key.graph_sha256 == wanted.graph_sha256 else "another graph"
             tell(f"{path.parent} was built for {stale} and is not used; remove it, or build again")
     for _, path, key, digest in sorted(serving, key=lambda one: one[0]):

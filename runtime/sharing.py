@@ -33,7 +33,7 @@ def segment_shared(
     """
     spent = Timings() if timings is None else timings
     if len(engines) == 1:
-        shared = {"slice_ids": slice_ids, "progress": progress, "timings": spent}
+        shared: dict[str, Any] = {"slice_ids": slice_ids, "progress": progress, "timings": spent}
         return list(segment_windows(engines[0], windows, table, **shared, **options))
     total = len(windows.slices)
     edges = [total * k // len(engines) for k in range(len(engines) + 1)]
@@ -46,7 +46,11 @@ def segment_shared(
         if first == end:
             return found, mine
         share = replace(windows, slices=windows.slices[first:end])
-        rest = {"slice_ids": slice_ids[first:end], "progress": meter.part(k, total, end - first), "timings": mine}
+        rest: dict[str, Any] = {
+            "slice_ids": slice_ids[first:end],
+            "progress": meter.part(k, total, end - first),
+            "timings": mine,
+        }
         try:
             for result in segment_windows(engines[k], share, table, **rest, **options):
                 found.append(replace(result, index=result.index + first))

@@ -51,7 +51,7 @@ class SliceSums:
     def put(self, tile: int, sums: WindowSums) -> None:
         """Take over one window's finished sums, as a device kept them."""
         self.level[tile], self.run[tile] = sums.level, sums.run
-        if self.kept is not None:
+        if self.kept is not None and sums.kept is not None:
             self.kept[tile] = sums.kept
 
     def result(self, index: int, slice_id: int) -> SliceResult:

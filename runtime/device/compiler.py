@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from functools import cache
 from pathlib import Path
@@ -29,10 +30,8 @@ def cubin(arch: str) -> bytes:
     except OSError:
         pass
     binary = compile_source(SOURCE.read_text(encoding="utf-8"), arch)
-    try:
+    with contextlib.suppress(CdiffError):  # a read-only home: compiled again next time, which takes about a second
         write_bytes(path, binary)
-    except CdiffError:
-        pass  # a read-only home: compiled again next time, which takes about a second
     return binary
 
 
@@ -46,7 +45,9 @@ def compile_source(source: str, arch: str) -> bytes:
         if int(status) != 0:
             log = bytearray(_ok(nvrtc, nvrtc.nvrtcGetProgramLogSize(program)))
             nvrtc.nvrtcGetProgramLog(program, log)
-            raise CdiffError(f"NVRTC {version()} could not compile the kernels for {arch}: {_reason(nvrtc, status, log)}")
+            raise CdiffError(
+                f"NVRTC {version()} could not compile the kernels for {arch}: {_reason(nvrtc, status, log)}"
+            )
         binary = bytearray(_ok(nvrtc, nvrtc.nvrtcGetCUBINSize(program)))
         _ok(nvrtc, nvrtc.nvrtcGetCUBIN(program, binary))
         return bytes(binary)

@@ -18,7 +18,9 @@ class Graph:
     def __init__(self, stream: Any, queue: Callable[[], None]) -> None:
         driver = need("cuda.bindings.driver")
         self._stream = driver.CUstream(stream.handle)
-        driver_call("cuStreamBeginCapture", self._stream, driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
+        driver_call(
+            "cuStreamBeginCapture", self._stream, driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        )
         try:
             queue()
         except BaseException:

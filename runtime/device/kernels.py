@@ -51,7 +51,9 @@ class Kernels:
         """Add 1 to the state's step."""
         self._launch("cdiff_advance", (1, 1), stream, state, threads=1)
 
-    def sum(self, stream: Any, x: int, sums: int, kept: int, state: int, job: int, rows: int, levels: int, runs: int) -> None:
+    def sum(
+        self, stream: Any, x: int, sums: int, kept: int, state: int, job: int, rows: int, levels: int, runs: int
+    ) -> None:
         """Add the final x to sums [places, C + R, H, W] float32; write kept [places, C, R, H, W] uint8 unless it is 0."""
         blocks = -(-self.height * self.width // THREADS)
         numbers = self.rows, levels, runs, self.height, self.width

@@ -24,18 +24,18 @@ IN_FLIGHT = 2
 """Batches that may be queued and not waited for."""
 
 
-def bad_features() -> CdiffError:
-    """The error for an encoder's output that is not finite."""
-    return CdiffError(
-        "the encoder returned a value that is not finite; "
-        "check the scan's values, and a half-precision model against its float32 form"
-    )
+def check_features(state: NDArray[np.void]) -> None:
+    """Raise CdiffError if the device's State [1] says that an encoder's output was not finite."""
+    if state["bad_features"][0]:
+        raise CdiffError(
+            "the encoder returned a value that is not finite; "
+            "check the scan's values, and a half-precision model against its float32 form"
+        )
 
 
 def check_state(state: NDArray[np.void], rows: Rows, table: SamplerTable) -> None:
     """Raise CdiffError if the device's State [1], read back after a batch, says that a value was not finite."""
-    if state["bad_features"][0]:
-        raise bad_features()
+    check_features(state)
     bad = int(state["bad"][0])
     if bad != GOOD:
         what, row = place_of_bad(bad, len(rows.slot), table)
@@ -125,7 +125,9 @@ class QueuedBatch:
         gpu, sums = self._gpu, self._sums
         self.ended.record(stream)
         for i, place in enumerate(places):
-            gpu.download(self._staging[i * sums.bytes : (i + 1) * sums.bytes], sums.address + place * sums.bytes, stream)
+            gpu.download(
+                self._staging[i * sums.bytes : (i + 1) * sums.bytes], sums.address + place * sums.bytes, stream
+            )
             gpu.clear(sums.address + place * sums.bytes, sums.bytes, stream)
             if self._kept_staging is not None:
                 part = self._kept_staging[i * sums.kept_bytes : (i + 1) * sums.kept_bytes]

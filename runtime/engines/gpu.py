@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cdiff.runtime.device.binding import Connector, DeviceBinding, GraphSpec
+from cdiff.runtime.device.binding import DeviceBinding
 from cdiff.runtime.device.gpu import Gpu
+from cdiff.runtime.device.spec import Connector, GraphSpec
 from cdiff.runtime.engines.base import Float32, Int64, Prediction
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import onnxruntime as ort
 
 from cdiff.runtime.bundle import Bundle
-from cdiff.runtime.device.binding import Connector, GraphSpec, Tensor
 from cdiff.runtime.device.cuda import OutOfMemory
+from cdiff.runtime.device.spec import Connector, GraphSpec, Tensor
 from cdiff.runtime.engines.gpu import GpuEngine
 from cdiff.runtime.engines.onnxruntime import CUDA, DENOISER, ENCODER, Provider, cuda_options, error_line, open_session
 from cdiff.runtime.engines.trt import load_trt, writable_cache

@@ -105,7 +105,9 @@ def _through_tensorrt(version: str, built_in: bool) -> EngineStatus:
         return EngineStatus(name, version, (), str(error))
     lacking = _device_layer_missing()
     if not tensorrt.startswith("10."):
-        lacking = f"this onnxruntime-gpu links to TensorRT 10, and TensorRT {tensorrt} is installed: use --engine tensorrt"
+        lacking = (
+            f"this onnxruntime-gpu links to TensorRT 10, and TensorRT {tensorrt} is installed: use --engine tensorrt"
+        )
     return EngineStatus(name, version, () if lacking else ("cuda",), lacking)
 
 

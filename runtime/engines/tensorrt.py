@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from cdiff.runtime.bundle import Bundle
-from cdiff.runtime.device.binding import Connector, GraphSpec, Tensor
 from cdiff.runtime.device.cuda import OutOfMemory
 from cdiff.runtime.device.gpu import Buffer
+from cdiff.runtime.device.spec import Connector, GraphSpec, Tensor
 from cdiff.runtime.engines.gpu import GpuEngine
 from cdiff.runtime.engines.trt import BuildEngines, Flavour, Gpu, Profile, load_trt, open_or_build, profile_for
 from cdiff.runtime.errors import CdiffError
@@ -38,7 +38,11 @@ class TensorRtEngine(GpuEngine):
         super().__init__(number)
         self._bundle, self._flavour, self._build = bundle, flavour, build
         self._messages, self._logger, self._recorder = listeners(self._trt)
-        self._runtime = self._trt.Runtime(self._logger)
+        with self.gpu.current():
+            try:
+                self._runtime = self._trt.Runtime(self._logger)
+            except TypeError as error:  # what the bindings make of a library that gave no runtime
+                raise self.failure(f"its runtime did not start ({error})") from error
         self._runtime.error_recorder = self._recorder
         self._loaded: tuple[Path, Path] | None = None
         self._engines: dict[str, Any] = {}
@@ -59,9 +63,10 @@ class TensorRtEngine(GpuEngine):
             self._engines.clear()
             self._engines = {"encoder": self._load(pair.encoder), "denoiser": self._load(pair.denoiser)}
             self._loaded = pair[:2]
-        return self._spec(), TrtConnector(self)
+        return self._spec(), TrtConnector(self, self._engines, self._trt)
 
     def _load(self, path: Path) -> Any:
+        self._messages.clear()
         engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
         if engine is None:
             raise self.failure(f"{path} cannot be loaded; remove its folder, and it will be built again")
@@ -76,8 +81,10 @@ class TensorRtEngine(GpuEngine):
 
     def failure(self, what: str) -> CdiffError:
         """The error for something that TensorRT refused, with what it said; OutOfMemory where that is about memory."""
-        said = self._messages[-1] if self._messages else "it gave no reason"
-        lacking = any(word in " ".join(self._messages).lower() for word in ("out of memory", "outofmemory", "failed_allocation"))
+        said = self._messages[0] if self._messages else "it gave no reason"  # what follows comes of the first
+        lacking = any(
+            word in " ".join(self._messages).lower() for word in ("out of memory", "outofmemory", "failed_allocation")
+        )
         self._messages.clear()
         kind = OutOfMemory if lacking else CdiffError
         return kind(f"{self.name} {self.version} on {self.device}: {what}: {said}")
@@ -93,15 +100,17 @@ class TensorRtEngine(GpuEngine):
 class TrtConnector:
     """Execution contexts for one binding; their working memory is ours. Implements `Connector`."""
 
-    def __init__(self, engine: TensorRtEngine) -> None:
-        self._engine, self._trt, self._gpu = engine, engine._trt, engine.gpu
+    def __init__(self, owner: TensorRtEngine, engines: dict[str, Any], trt: Any) -> None:
+        self._engines, self._trt, self._gpu, self._fail = engines, trt, owner.gpu, owner.failure
+        self._messages = owner._messages
         self._contexts: list[Any] = []
         self._memory: list[Buffer] = []
 
     def connect(self, graph: str, tensors: dict[str, Tensor], stream: Any) -> Callable[[], None]:
         """See `Connector.connect`: the profile, every shape and every address are set once, before the first run."""
-        trt, engine, fail = self._trt, self._engine._engines[graph], self._engine.failure
+        trt, engine, fail = self._trt, self._engines[graph], self._fail
         self._check(graph, engine, tensors)
+        self._messages.clear()
         memory = self._gpu.allocate(int(engine.device_memory_size_v2))
         self._memory.append(memory)
         context = self._context(engine)
@@ -112,16 +121,18 @@ class TrtConnector:
         if not context.set_optimization_profile_async(0, stream.handle):
             raise fail(f"the {graph}'s optimisation profile cannot be set")
         stream.synchronize()  # what the change of profile copies must be there before anything runs
-        for name, tensor in tensors.items():
-            if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT and not context.set_input_shape(name, tensor.shape):
-                raise fail(f"the {graph} does not take {name} {list(tensor.shape)}")
-            if not context.set_tensor_address(name, tensor.address):
+        for name, place in tensors.items():
+            if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT and not context.set_input_shape(
+                name, place.shape
+            ):
+                raise fail(f"the {graph} does not take {name} {list(place.shape)}")
+            if not context.set_tensor_address(name, place.address):
                 raise fail(f"the {graph} does not take an address for {name}")
         if unknown := list(context.infer_shapes()):
             raise fail(f"the {graph} lacks the shape of {', '.join(unknown)}")
-        for name, tensor in tensors.items():
-            if (found := tuple(context.get_tensor_shape(name))) != tensor.shape:
-                raise fail(f"the {graph}'s {name} is {list(found)}, not {list(tensor.shape)}")
+        for name, place in tensors.items():
+            if (found := tuple(context.get_tensor_shape(name))) != place.shape:
+                raise fail(f"the {graph}'s {name} is {list(found)}, not {list(place.shape)}")
         handle = stream.handle
 
         def queue() -> None:
@@ -141,24 +152,27 @@ class TrtConnector:
         """A context whose working memory we provide."""
         trt = self._trt
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        if not hasattr(trt, "DynamicShapesKernelSpecializationStrategy"):
+        specialisation = getattr(trt, "DynamicShapesKernelSpecializationStrategy", None)
+        if specialisation is None:
             return engine.create_execution_context(strategy)
         # TensorRT for RTX compiles kernels when it runs. Eagerly, so that the same kernels serve from the first call on: by default
         # better ones replace them in the middle of a scan, which a captured graph would miss and which would change its bits.
-        config = engine.create_runtime_config()
-        config.set_execution_context_allocation_strategy(strategy)
-        config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
-        return engine.create_execution_context(config)
+        options = engine.create_runtime_config()
+        options.set_execution_context_allocation_strategy(strategy)
+        options.dynamic_shapes_kernel_specialization_strategy = specialisation.EAGER
+        return engine.create_execution_context(options)
 
     def _check(self, graph: str, engine: Any, tensors: dict[str, Tensor]) -> None:
         """The engine's tensors are the ones that we mean, of the same types."""
         names = tensor_names(engine)
         if names != set(tensors):
-            raise CdiffError(f"the {graph}'s engine has the tensors {sorted(names)}, not {sorted(tensors)}: export the bundle again")
-        for name, tensor in tensors.items():
+            raise CdiffError(
+                f"the {graph}'s engine has the tensors {sorted(names)}, not {sorted(tensors)}: export the bundle again"
+            )
+        for name, place in tensors.items():
             found = np.dtype(self._trt.nptype(engine.get_tensor_dtype(name)))
-            if found != tensor.dtype:
-                raise CdiffError(f"the {graph}'s engine has {name} as {found}, not {tensor.dtype}: build it again")
+            if found != place.dtype:
+                raise CdiffError(f"the {graph}'s engine has {name} as {found}, not {place.dtype}: build it again")
 
 
 def tensor_names(engine: Any) -> set[str]:
@@ -221,4 +235,3 @@ def listeners(trt: Any) -> tuple[list[str], Any, Any]:
             return False  # no opinion on whether to go on: the call's own result tells
 
     return messages, Logger(), Recorder()
-

@@ -16,7 +16,7 @@ from cdiff.runtime.bundle import Bundle
 from cdiff.runtime.device.gpu import parse_device
 from cdiff.runtime.engines.cores import physical_cores
 from cdiff.runtime.engines.onnxruntime import OnnxRuntimeEngine
-from cdiff.runtime.engines.registry import NAMES, available_engines, open_engine
+from cdiff.runtime.engines.registry import available_engines, open_engine
 from cdiff.runtime.errors import CdiffError
 from tests.runtime.graphs import L, write_pair
 
@@ -99,7 +99,10 @@ def test_unknown_engines_and_devices_are_refused(tmp_path: Path, name: str, devi
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("auto", r"no engine can run on cuda:0 here: tensorrt: .*pip install 'cdiff\[gpu\]'.*; onnxruntime: .*onnxruntime-gpu"),
+        (
+            "auto",
+            r"no engine can run on cuda:0 here: tensorrt: .*pip install 'cdiff\[gpu\]'.*; onnxruntime: .*onnxruntime-gpu",
+        ),
         ("onnxruntime", "onnxruntime does not run on cuda:0 here: for cuda: onnxruntime-gpu"),
         ("tensorrt", r"tensorrt cannot run here: tensorrt is not installed: .*cdiff\[gpu\]"),
         ("tensorrt-rtx", r"tensorrt-rtx cannot run here: .*cdiff\[rtx\]"),

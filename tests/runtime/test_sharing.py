@@ -59,7 +59,7 @@ def test_several_engines_give_the_maps_of_one(engines: int) -> None:
 
 def test_one_engine_s_error_ends_all() -> None:
     windows, table = framed(scan((6, SIZE, SIZE))), sampler_table("ddpm", SCHEDULE)
-    with pytest.raises(CdiffError, match="x0 at timestep 7, slice [345]"):
+    with pytest.raises(CdiffError, match=r"x0 at timestep 7, slice [345]"):
         segment_shared(
             [FakeEngine(), BrokenEngine(np.nan)], windows, table, slice_ids=range(6), levels=C, runs=R, seed=9
         )
@@ -79,7 +79,8 @@ def test_a_batch_that_does_not_fit_is_halved_and_that_is_said_once(
     assert engine.asked == [20, 10, 5, 3, 3], "the second scan begins with what fitted"
     assert first.report["batch"] == second.report["batch"] == 3
     assert [record.message for record in caplog.records] == [
-        f"no room; use a smaller batch; going on with {b} rows a batch instead of {a}" for a, b in ((20, 10), (10, 5), (5, 3))
+        f"no room; use a smaller batch; going on with {b} rows a batch instead of {a}"
+        for a, b in ((20, 10), (10, 5), (5, 3))
     ]
     want = Segmenter(bundle, Small(100)).segment(slices, batch=20, **options)
     np.testing.assert_allclose(first.stack.soft, want.stack.soft, rtol=0, atol=2e-5)

@@ -141,7 +141,10 @@ class Event:
         return True
 
     def time_till(self, end: Event) -> float:
-        assert self.marker is not None and self.marker.done and end.marker is not None and end.marker.done
+        assert self.marker is not None
+        assert self.marker.done
+        assert end.marker is not None
+        assert end.marker.done
         return 1.0
 
 
@@ -157,7 +160,9 @@ class Function:
         self.world.current()
         assert len(arguments) == len(self.types)
         assert all(type(one) is int for one in arguments), f"{self.name}: {arguments}"
-        assert isinstance(grid, tuple) and isinstance(block, tuple) and block[1:] == (1, 1)
+        assert isinstance(grid, tuple)
+        assert isinstance(block, tuple)
+        assert block[1:] == (1, 1)
         for letter, one in zip(self.types, arguments, strict=True):
             if letter == "P" and one:
                 self.world.check(one, 1)

@@ -36,7 +36,7 @@ class Network:
             "denoiser": {
                 "x": (maps, f32),
                 "features": (features, self.dtype),
-                **{name: ((-1,), i64) for name in ("row_slice", "t", "level")},
+                **dict.fromkeys(("row_slice", "t", "level"), ((-1,), i64)),
             },
         }
         mix = {"mix": (maps, f32)} if learned else {}

@@ -47,7 +47,11 @@ def test_a_kernel_is_compiled_once(cache: Path, monkeypatch: pytest.MonkeyPatch)
         return f"cubin {arch}".encode()
 
     monkeypatch.setattr(compiler, "compile_source", compile_source)
-    assert [compiler.cubin(arch) for arch in ("sm_80", "sm_90", "sm_80")] == [b"cubin sm_80", b"cubin sm_90", b"cubin sm_80"]
+    assert [compiler.cubin(arch) for arch in ("sm_80", "sm_90", "sm_80")] == [
+        b"cubin sm_80",
+        b"cubin sm_90",
+        b"cubin sm_80",
+    ]
     assert compiled == ["sm_80", "sm_90"]
     monkeypatch.setattr(compiler, "OPTIONS", (*compiler.OPTIONS, "-G"))
     compiler.cubin("sm_80")
@@ -67,7 +71,11 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize(
     ("source", "arch", "said"),
     [
-        ("extern \"C\" __global__ void f() { nothing(); }", "sm_80", r"for sm_80: kernels.cu\(1\): error: identifier \"nothing\""),
+        (
+            'extern "C" __global__ void f() { nothing(); }',
+            "sm_80",
+            r"for sm_80: kernels.cu\(1\): error: identifier \"nothing\"",
+        ),
         ("", "sm_1", "for sm_1: nvrtc: error: invalid value for --gpu-architecture"),
     ],
 )
@@ -80,9 +88,15 @@ def test_what_nvrtc_refuses_is_one_line(source: str, arch: str, said: str) -> No
 @pytest.mark.parametrize(
     ("raised", "said"),
     [
-        (ModuleNotFoundError("No module named 'pycuda'", name="pycuda"), "a GPU needs pycuda, which is not installed: pip install"),
+        (
+            ModuleNotFoundError("No module named 'pycuda'", name="pycuda"),
+            "a GPU needs pycuda, which is not installed: pip install",
+        ),
         (ModuleNotFoundError("No module named 'pytools'", name="pytools"), "pycuda is installed, but lacks pytools"),
-        (ImportError("libcuda.so.1: cannot open shared object file"), r"pycuda is installed but cannot be loaded \(libcuda"),
+        (
+            ImportError("libcuda.so.1: cannot open shared object file"),
+            r"pycuda is installed but cannot be loaded \(libcuda",
+        ),
     ],
 )
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, raised: Exception, said: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -11,16 +12,19 @@ import pytest
 
 from cdiff.runtime.batching import SliceResult, Timings, segment_windows
 from cdiff.runtime.bundle import Bundle
-from cdiff.runtime.device.binding import WARM_UPS
+from cdiff.runtime.chain import Chain
+from cdiff.runtime.device.chain import WARM_UPS
 from cdiff.runtime.device.cuda import OutOfMemory
 from cdiff.runtime.engines import tensorrt
 from cdiff.runtime.engines.base import ChainBinding, SumBinding
 from cdiff.runtime.engines.trt import EnginePair, Profile
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.framing import Framing
+from cdiff.runtime.noise import Noise
 from cdiff.runtime.sampler import SAMPLERS, sampler_table
 from tests.runtime.device import fake_tensorrt
 from tests.runtime.device.fake_cuda import World, install
+from tests.runtime.device.test_kernels import rows_of
 from tests.runtime.test_batching import SCHEDULE, SIZE, BrokenEngine, C, FakeEngine, R, framed, run, scan
 
 
@@ -100,7 +104,10 @@ def test_mirrored_views_and_tiles(make: Any, mode: str, shape: tuple[int, int, i
 
 
 def test_a_model_of_odd_width(make: Any) -> None:
-    slices, table = np.random.default_rng(1).normal(size=(1, 1, 9, 9)).astype(np.float32), sampler_table("ddpm", SCHEDULE, 3)
+    slices, table = (
+        np.random.default_rng(1).normal(size=(1, 1, 9, 9)).astype(np.float32),
+        sampler_table("ddpm", SCHEDULE, 3),
+    )
     windows = Framing("resize", (9, 9)).frame(slices)
     same(run(make(size=9).engine, windows, table, batch=5), run(FakeEngine(), windows, table, batch=5))
 
@@ -136,7 +143,7 @@ def test_the_next_scan_reuses_buffers_graph_and_kernels(make: Any) -> None:
 
 
 def test_a_table_longer_than_its_buffer(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cdiff.runtime.device.binding.TABLE_ROWS", 4)
+    monkeypatch.setattr("cdiff.runtime.device.chain.TABLE_ROWS", 4)
     setup, windows = make(), framed(scan((1, SIZE, SIZE)))
     for steps in (3, 9, 5):
         table = sampler_table("ddpm", SCHEDULE, steps)
@@ -219,7 +226,7 @@ def test_a_value_that_is_not_finite_names_the_row_as_on_the_host(make: Any, valu
 def test_features_that_are_not_finite_are_an_error(make: Any) -> None:
     setup, table = make(), sampler_table("ddim", SCHEDULE, 3)
     slices = scan()
-    slices[1, 0, 3, 3] = np.inf
+    slices[1, 0, 3, 3] = np.nan
     results = segment_windows(setup.engine, framed(slices), table, levels=C, runs=R, batch=C * R)
     with pytest.raises(CdiffError, match="encoder returned a value that is not finite"):
         list(results)
@@ -252,9 +259,19 @@ def test_the_binding_runs_chains_and_single_calls_too(make: Any) -> None:
     assert mix is None
     binding = setup.engine.bind(12, 2)
     assert isinstance(binding, ChainBinding)
+    binding.encode(0, np.full((1, SIZE, SIZE), np.nan, np.float32))
     with pytest.raises(CdiffError, match="encoder"):
-        binding.encode(0, np.full((1, SIZE, SIZE), np.nan, np.float32))
         binding.features()
+    rows, table = rows_of(12, canvas=(SIZE, SIZE)), sampler_table("ddpm", SCHEDULE, 4)
+    rows = replace(rows, slot=rows.slot % 2, level=rows.level % C + 1)
+    plain = host.bind(12, 2)
+    for slot, image in enumerate(images):
+        binding.encode(slot, image)
+        plain.encode(slot, image)
+    x = binding.run_chain(rows, table, 3)
+    np.testing.assert_allclose(
+        x, Chain(plain, (SIZE, SIZE), table, Noise(3), Timings()).run(rows, None), rtol=0, atol=1e-5
+    )
 
 
 def test_progress_is_that_of_the_chain(make: Any) -> None:
@@ -290,7 +307,9 @@ def test_a_batch_that_does_not_fit_is_out_of_memory_and_leaks_nothing(make: Any)
 
 
 def test_what_tensorrt_says_is_in_the_error(make: Any) -> None:
-    with pytest.raises(CdiffError, match=r"tensorrt 10.16.1.11 on cuda:0: the denoiser does not take x \[12, 1, 16, 16\]: INVALID_ARG"):
+    with pytest.raises(
+        CdiffError, match=r"tensorrt 10.16.1.11 on cuda:0: the denoiser does not take x \[12, 1, 16, 16\]: INVALID_ARG"
+    ):
         make(max_rows=8).engine.bind(12, 2)
     with pytest.raises(CdiffError, match=r"cannot be loaded; remove its folder.*: the plan is damaged and more$"):
         make(plan=b"nonsense").engine.bind(12, 2)
@@ -312,10 +331,10 @@ def test_the_engines_are_built_when_the_cache_has_none(make: Any, monkeypatch: p
     with pytest.raises(CdiffError, match="build it"):
         setup.engine.bind(12, 8)
     setup.engine._build = lambda *_: None
-    setup.engine._bundle = SimpleNamespace(
-        manifest=SimpleNamespace(image_size=(16, 16), features_channels=2, levels=3)
-    )
+    setup.engine._bundle = SimpleNamespace(manifest=SimpleNamespace(image_size=(16, 16), features_channels=2, levels=3))
     setup.engine.bind(12, 8)
     built = setup.asked[-1]
-    assert (built.min_rows, built.opt_rows, built.max_rows) == (1, 12, 75), "for the usual 25 runs too, fastest for these"
+    assert (built.min_rows, built.opt_rows, built.max_rows) == (1, 12, 75), (
+        "for the usual 25 runs too, fastest for these"
+    )
     assert built.slots >= 8

@@ -21,7 +21,9 @@ SCHEDULE = NoiseSchedule(T=20, beta_end=1e-2)
 SEEDS = (0, 2**64 - 1)
 
 
-def rows_of(count: int, *, canvas: tuple[int, int], valid: int | None = None, views: int = 1, rng_seed: int = 0) -> Rows:
+def rows_of(
+    count: int, *, canvas: tuple[int, int], valid: int | None = None, views: int = 1, rng_seed: int = 0
+) -> Rows:
     rng = np.random.default_rng(rng_seed)
     run = rng.integers(0, 2**31, count) // views * views + rng.integers(0, views, count)
     return Rows(

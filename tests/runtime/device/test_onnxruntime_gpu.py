@@ -115,7 +115,7 @@ def test_the_tensorrt_provider_keeps_types_and_caches(make: Any, monkeypatch: py
     assert "trt_fp16_enable" not in options, "that would build a weakly typed network"
     assert Path(options["trt_engine_cache_path"]).is_dir()
     monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
-    with pytest.raises(CdiffError, match="TF32.*set NVIDIA_TF32_OVERRIDE=0"):
+    with pytest.raises(CdiffError, match=r"TF32.*set NVIDIA_TF32_OVERRIDE=0"):
         make(tensorrt=True)
     monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
     assert make(tensorrt=True).engine.name == "onnxruntime-tensorrt"
@@ -124,7 +124,10 @@ def test_the_tensorrt_provider_keeps_types_and_caches(make: Any, monkeypatch: py
 @pytest.mark.parametrize(
     ("text", "kind"),
     [
-        ("[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Failed to allocate memory for requested buffer of size 9", OutOfMemory),
+        (
+            "[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Failed to allocate memory for requested buffer of size 9",
+            OutOfMemory,
+        ),
         ("CUDNN_STATUS_EXECUTION_FAILED\nand a trace", CdiffError),
     ],
 )
@@ -151,5 +154,7 @@ def test_a_provider_that_did_not_start_is_an_error(monkeypatch: pytest.MonkeyPat
         return real(path, options, providers=["CPUExecutionProvider"])
 
     monkeypatch.setattr(plain.ort, "InferenceSession", without_cuda)
-    with pytest.raises(CdiffError, match="could not start its CUDAExecutionProvider on cuda:3 and fell back to the CPU"):
+    with pytest.raises(
+        CdiffError, match="could not start its CUDAExecutionProvider on cuda:3 and fell back to the CPU"
+    ):
         open_session(encoder, plain.ENCODER, ("CUDAExecutionProvider", plain.cuda_options(3)))

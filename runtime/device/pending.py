@@ -138,6 +138,8 @@ class QueuedBatch:
 
     def wait(self, report: Callable[[int], None] | None = None) -> list[WindowSums]:
         """See `base.Pending.wait`."""
+        if self.waited:
+            raise RuntimeError("this batch was waited for already, or another scan was begun on the same binding")
         with self._gpu.current():
             for step, mark in zip(self._marked, self._marks, strict=False):
                 if report is not None:

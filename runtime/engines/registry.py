@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 NAMES = ("onnxruntime", "tensorrt", "tensorrt-rtx", "onnxruntime-tensorrt")
 """Every engine there is."""
+FLAVOURS: dict[str, Flavour] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt-rtx"}
 AUTO = {"cpu": ("onnxruntime",), "cuda": ("tensorrt", "onnxruntime")}
 """What `auto` tries on each kind of device, in this order."""
 
@@ -51,8 +52,8 @@ def available_engines() -> list[EngineStatus]:
 
 def engine_status(name: str) -> EngineStatus:
     """The state of one engine of `NAMES`; imports that engine's library and no other. Raises nothing."""
-    if name == "tensorrt" or name == "tensorrt-rtx":
-        return _tensorrt_status(name)
+    if name in FLAVOURS:
+        return _tensorrt_status(FLAVOURS[name])
     return _onnxruntime_status(name)
 
 
@@ -161,10 +162,10 @@ def _has_engines(bundle: Bundle) -> bool:
 
 
 def _open(bundle: Bundle, name: str, number: int | None, threads: int | None, build: BuildEngines | None) -> Engine:
-    if name == "tensorrt" or name == "tensorrt-rtx":
+    if name in FLAVOURS:
         from cdiff.runtime.engines.tensorrt import TensorRtEngine
 
-        return TensorRtEngine(bundle, name, number or 0, build)
+        return TensorRtEngine(bundle, FLAVOURS[name], number or 0, build)
     if number is not None:
         if name == "onnxruntime-tensorrt" or not missing_packages():
             from cdiff.runtime.engines.onnxruntime_gpu import OnnxRuntimeGpuEngine

@@ -242,6 +242,15 @@ def test_a_scan_that_was_given_up_leaves_nothing_behind(make: Any) -> None:
     same(run(setup.engine, windows, table, batch=5), run(FakeEngine(), windows, table, batch=5))
 
 
+def test_two_scans_at_once_are_refused(make: Any) -> None:
+    setup, table, windows = make(), sampler_table("ddpm", SCHEDULE, 3), framed(scan((4, SIZE, SIZE)))
+    first = segment_windows(setup.engine, windows, table, levels=C, runs=R, seed=9, batch=12)
+    next(first)
+    run(setup.engine, windows, table, batch=12)
+    with pytest.raises(RuntimeError, match="another scan was begun"):
+        list(first)
+
+
 def test_the_binding_runs_chains_and_single_calls_too(make: Any) -> None:
     setup, host = make(), FakeEngine()
     images = scan((2, SIZE, SIZE))

@@ -105,7 +105,7 @@ def test_unknown_engines_and_devices_are_refused(tmp_path: Path, name: str, devi
         ),
         ("onnxruntime", "onnxruntime does not run on cuda:0 here: for cuda: onnxruntime-gpu"),
         ("tensorrt", r"tensorrt cannot run here: tensorrt is not installed: .*cdiff\[gpu\]"),
-        ("tensorrt-rtx", r"tensorrt-rtx cannot run here: .*cdiff\[rtx\]"),
+        ("tensorrt-rtx", r"tensorrt-rtx cannot run here: .*cdiff\[(rtx|gpu)\]"),
         ("onnxruntime-tensorrt", "onnxruntime-tensorrt cannot run here: onnxruntime-gpu"),
     ],
 )

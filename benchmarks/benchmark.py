@@ -170,7 +170,7 @@ def benchmark(
         },
         "protocol": {
             "scan": path.name, "slices": len(chosen), "windows": windows, "runs": runs, "steps": steps, "sampler": "ddpm",
-            "repeats": repeats, "batch": rows_per_batch(windows * manifest.levels * runs, device),
+            "repeats": repeats, "batch": rows_per_batch(windows * manifest.levels * runs, device, manifest.levels * runs),
         },
         "contenders": {kind: {key: about[kind][key] for key in ("engine", "version", "device")} for kind in kinds},
         "floor": {

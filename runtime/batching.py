@@ -7,42 +7,25 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cdiff.runtime.chain import Chain, Timings, check_finite
-from cdiff.runtime.engines.base import ChainBinding, Engine, Int64, Rows
+from cdiff.runtime.engines.base import Binding, ChainBinding, Engine, Int64, Pending, Rows, SumBinding, SumLayout
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.framing import Windows
 from cdiff.runtime.mirror import VIEWS, origin_in, view_of
 from cdiff.runtime.noise import Noise
 from cdiff.runtime.sampler import SamplerTable
+from cdiff.runtime.sums import SliceResult, SliceSums
 
 __all__ = ["Progress", "SliceResult", "Timings", "rows_per_batch", "segment_windows"]
 
-Float32 = NDArray[np.float32]
 Progress = Callable[[int, int], None]
-"""Called as progress(done, total) after every denoiser call; both count rows times steps of the whole scan."""
+"""Called as progress(done, total) after every denoiser call, or a few times a batch where a device runs whole chains; both count
+rows times steps of the whole scan."""
 
-ROWS_PER_BATCH = {"cpu": 8, "cuda": 32}
+ROWS_PER_BATCH = {"cpu": 8, "cuda": 256}
 """On a CPU larger batches gain nothing and leave the caches: 8 rows of a 1.6 M-parameter network at 128x128 took 24.5 ms a
-row on two cores, 64 rows 27 ms and eight times the memory."""
-
-
-@dataclass(frozen=True)
-class SliceResult:
-    """One finished slice, on its own grid [h, w] (windows already put together).
-
-    `level_means` [C,h,w] float32: at index c-1 the mean over runs of clip((x+1)/2, 0, 1), the fraction of runs that put the
-    pixel in the consensus at level c. `run_std` [h,w] float32: standard deviation over runs (divided by R) of a run's soft
-    map, which is its mean over levels. `runs` [C,R,h,w] uint8, when kept: each run's map, 255 = 1. `index` is the slice's
-    place among those framed, `slice_id` its number in the scan.
-    """
-
-    index: int
-    slice_id: int
-    level_means: Float32
-    run_std: Float32
-    runs: NDArray[np.uint8] | None
+row on two cores, 64 rows 27 ms and eight times the memory. On a GPU a whole slice, 7 levels and 25 runs being 175 rows."""
 
 
 @dataclass(frozen=True)
@@ -100,45 +83,14 @@ class _Plan:
         )
 
 
-class _Sums:
-    """The running sums of one slice, float32: over runs for each level, over levels for each run, of each of its windows."""
+def rows_per_batch(total: int, device: str = "cpu", per_window: int | None = None) -> int:
+    """The padded batch used when none is asked for: at most `ROWS_PER_BATCH`, evened out so that the last one is nearly full.
 
-    def __init__(self, plan: _Plan, keep_runs: bool) -> None:
-        self.plan = plan
-        G, C, R, size = plan.windows.per_slice, plan.levels, plan.runs, plan.windows.framing.size
-        self.level = np.zeros((G, C, *size), np.float32)
-        self.run = np.zeros((G, R, *size), np.float32)
-        self.kept = np.zeros((G, C, R, *size), np.uint8) if keep_runs else None
-
-    def add(self, tile: int, level: int, run: int, x: Float32) -> None:
-        """Add the final x [H,W] of one row, as a fraction: clip((x + 1)/2, 0, 1)."""
-        fraction = np.clip((x + 1) * np.float32(0.5), 0, 1)
-        self.level[tile, level - 1] += fraction
-        self.run[tile, run] += fraction
-        if self.kept is not None:
-            self.kept[tile, level - 1, run] = np.rint(fraction * 255)
-
-    def result(self, index: int) -> SliceResult:
-        """The means on the slice's own grid; the spread over runs is taken there, after the windows were put together."""
-        plan = self.plan
-        runs = None
-        if self.kept is not None:
-            runs = np.stack(  # one level at a time: only that one becomes float32
-                [np.rint(plan.windows.unframe_slice(self.kept[:, c].astype(np.float32))) for c in range(plan.levels)]
-            ).astype(np.uint8)
-        return SliceResult(
-            index=index,
-            slice_id=int(plan.slice_ids[index]),
-            level_means=plan.windows.unframe_slice(self.level / np.float32(plan.runs)),
-            run_std=plan.windows.unframe_slice(self.run / np.float32(plan.levels)).std(axis=0),
-            runs=runs,
-        )
-
-
-def rows_per_batch(total: int, device: str = "cpu") -> int:
-    """The padded batch used when none is asked for: at most `ROWS_PER_BATCH`, evened out so that the last one is nearly full."""
-    most = ROWS_PER_BATCH[device.split(":")[0]]
-    return -(-total // -(-total // most))
+    On a GPU the `per_window` rows of one window are what is evened out, so that a slice is one batch where it can be.
+    """
+    kind = device.split(":")[0]
+    rows = total if per_window is None or kind == "cpu" else min(total, per_window)
+    return -(-rows // -(-rows // ROWS_PER_BATCH[kind]))
 
 
 def segment_windows(
@@ -174,7 +126,8 @@ def segment_windows(
         raise CdiffError(f"{len(windows.slices)} slices need as many slice numbers, 0 or more; not {ids.tolist()}")
     total = len(windows) * levels * runs
     views = min(VIEWS, runs) if mirror else 1
-    plan = _Plan(windows, ids, levels, runs, batch or rows_per_batch(total, engine.device), views)
+    rows = batch or rows_per_batch(total, engine.device, levels * runs)
+    plan = _Plan(windows, ids, levels, runs, rows, views)
     # Checked here and not at the first result: a generator would only raise once somebody asks it for a slice.
     return _segment(engine, plan, table, seed, Noise(seed), keep_runs, progress, timings or Timings())
 
@@ -190,43 +143,108 @@ def _segment(
     timings: Timings,
 ) -> Iterator[SliceResult]:
     binding = engine.bind(plan.batch, plan.slots)
-    chain = Chain(binding, plan.windows.framing.size, table, noise, timings)
-    encoded, finished = 0, 0
-    open_sums: dict[int, _Sums] = {}
-    for first in range(0, plan.total, plan.batch):
-        rows = plan.rows(first)
-        last = first + rows.valid
-        with timings.part("encode"):
-            while encoded <= plan.window_of(last - 1):
-                image = plan.windows.image(encoded)
-                for view in range(plan.views):
-                    binding.encode(plan.slot(encoded, view), np.ascontiguousarray(view_of(image, view)))
-                encoded += 1
-        done = first * len(table)
-        report = None if progress is None else _counter(progress, done, rows.valid, plan.total * len(table))
-        if isinstance(binding, ChainBinding):
-            with timings.part("denoise"):
-                x = binding.run_chain(rows, table, seed)
-            if report is not None:
-                report(len(table))
-        else:
-            x = chain.run(rows, report)
-        timings.rows += plan.batch
-        with timings.part("collect"):
-            check_finite(rows, x, "the result")
-            for i in range(rows.valid):
-                index, tile = divmod(plan.window_of(first + i), plan.windows.per_slice)
-                if index not in open_sums:
-                    open_sums[index] = _Sums(plan, keep_runs)
-                run = int(rows.run[i])
-                open_sums[index].add(tile, int(rows.level[i]), run, view_of(x[i, 0], run % plan.views))
-        while finished < last // (plan.per_window * plan.windows.per_slice):
+    loop = _Loop(binding, plan, len(table), keep_runs, progress, timings)
+    if isinstance(binding, SumBinding):
+        return loop.on_device(binding, table, seed)
+    return loop.on_host(Chain(binding, plan.windows.framing.size, table, noise, timings), seed)
+
+
+class _Loop:
+    """Batch after batch of a plan, and the slices as they finish."""
+
+    def __init__(
+        self, binding: Binding, plan: _Plan, steps: int, keep_runs: bool, progress: Progress | None, timings: Timings
+    ) -> None:
+        self.binding, self.plan, self.steps, self.keep_runs = binding, plan, steps, keep_runs
+        self.progress, self.timings = progress, timings
+        self.encoded, self.finished = 0, 0
+        self.sums: dict[int, SliceSums] = {}
+
+    def on_host(self, chain: Chain, seed: int) -> Iterator[SliceResult]:
+        """x comes back after every batch, and the sums are kept here."""
+        plan, binding, timings = self.plan, self.binding, self.timings
+        for first in range(0, plan.total, plan.batch):
+            rows = plan.rows(first)
+            self._encode(first + rows.valid)
+            report = self._report(first, rows.valid)
+            if isinstance(binding, ChainBinding):
+                with timings.part("denoise"):
+                    x = binding.run_chain(rows, chain.table, seed)
+                if report is not None:
+                    report(self.steps)
+            else:
+                x = chain.run(rows, report)
+            timings.rows += plan.batch
             with timings.part("collect"):
-                result = open_sums.pop(finished).result(finished)
+                check_finite(rows, x, "the result")
+                for i in range(rows.valid):
+                    sums, tile = self._sums_of(plan.window_of(first + i))
+                    run = int(rows.run[i])
+                    sums.add(tile, int(rows.level[i]), run, view_of(x[i, 0], run % plan.views))
+            yield from self._results(first + rows.valid)
+
+    def on_device(self, binding: SumBinding, table: SamplerTable, seed: int) -> Iterator[SliceResult]:
+        """The binding keeps the sums. A batch is queued before the one before it is waited for, so the device never idles."""
+        plan, timings = self.plan, self.timings
+        binding.begin(SumLayout(plan.held, plan.levels, plan.runs, plan.views, self.keep_runs), table, seed)
+        waiting: tuple[int, int, Pending] | None = None
+        for first in range(0, plan.total, plan.batch):
+            rows = plan.rows(first)
+            self._encode(first + rows.valid)
+            with timings.part("queue"):
+                finished = self._windows_finished(first, rows.valid)
+                pending = binding.queue(rows, [window % plan.held for window in finished])
+            timings.rows += plan.batch
+            timings.calls += self.steps
+            if waiting is not None:
+                yield from self._collect(*waiting)
+            waiting = first, rows.valid, pending
+        if waiting is not None:
+            yield from self._collect(*waiting)
+
+    def _collect(self, first: int, valid: int, pending: Pending) -> Iterator[SliceResult]:
+        windows = pending.wait(self._report(first, valid))
+        self.timings.denoise += pending.seconds
+        with self.timings.part("collect"):
+            for window, found in zip(self._windows_finished(first, valid), windows, strict=True):
+                sums, tile = self._sums_of(window)
+                sums.put(tile, found)
+        yield from self._results(first + valid)
+
+    def _windows_finished(self, first: int, valid: int) -> range:
+        """The windows whose last row is one of first .. first + valid - 1."""
+        return range(first // self.plan.per_window, (first + valid) // self.plan.per_window)
+
+    def _encode(self, end: int) -> None:
+        """Encode every view of the windows that rows up to `end` need, and that were not yet."""
+        plan = self.plan
+        with self.timings.part("encode"):
+            while self.encoded <= plan.window_of(end - 1):
+                image = plan.windows.image(self.encoded)
+                for view in range(plan.views):
+                    self.binding.encode(plan.slot(self.encoded, view), np.ascontiguousarray(view_of(image, view)))
+                self.encoded += 1
+
+    def _sums_of(self, window: int) -> tuple[SliceSums, int]:
+        """The sums of the slice that a window belongs to, and its number there."""
+        plan = self.plan
+        index, tile = divmod(window, plan.windows.per_slice)
+        if index not in self.sums:
+            self.sums[index] = SliceSums(plan.windows, plan.levels, plan.runs, self.keep_runs)
+        return self.sums[index], tile
+
+    def _results(self, end: int) -> Iterator[SliceResult]:
+        """The slices that rows up to `end` finish and that were not given yet."""
+        while self.finished < end // (self.plan.per_window * self.plan.windows.per_slice):
+            with self.timings.part("collect"):
+                index = self.finished
+                result = self.sums.pop(index).result(index, int(self.plan.slice_ids[index]))
             yield result
-            finished += 1
+            self.finished += 1
 
-
-def _counter(progress: Progress, done: int, rows: int, total: int) -> Callable[[int], None]:
-    """Report a batch's progress from the number of its steps that are through."""
-    return lambda steps: progress(done + rows * steps, total)
+    def _report(self, first: int, valid: int) -> Callable[[int], None] | None:
+        """Reports a batch's progress from the number of its steps that are through."""
+        progress, done, total = self.progress, first * self.steps, self.plan.total * self.steps
+        if progress is None:
+            return None
+        return lambda steps: progress(done + valid * steps, total)

@@ -20,9 +20,14 @@ Float32 = NDArray[np.float32]
 
 @dataclass
 class Timings:
-    """Seconds spent by part, added up over all batches: pass one in to have it filled. `rows` counts padding too."""
+    """Seconds spent by part, added up over all batches: pass one in to have it filled. `rows` counts padding too.
+
+    Where a device runs whole chains, `denoise` is the device's own time for them, noise and update in it, `encode` and `queue`
+    are the host's for handing the work over, and the parts overlap.
+    """
 
     encode: float = 0.0
+    queue: float = 0.0
     denoise: float = 0.0
     noise: float = 0.0
     update: float = 0.0
@@ -118,8 +123,12 @@ def check_finite(rows: Rows, value: Float32, what: str) -> None:
     with np.errstate(invalid="ignore"):
         if np.isfinite(value[: rows.valid].sum()):
             return
-    bad = int(np.argmin(np.isfinite(value[: rows.valid]).all(axis=(1, 2, 3))))
-    raise CdiffError(
-        f"the network returned a value that is not finite: {what}, slice {rows.slice_id[bad]}, level {rows.level[bad]}, "
-        f"run {rows.run[bad]}; check the scan's values, and a half-precision model against its float32 form"
+    raise not_finite(rows, what, int(np.argmin(np.isfinite(value[: rows.valid]).all(axis=(1, 2, 3)))))
+
+
+def not_finite(rows: Rows, what: str, row: int) -> CdiffError:
+    """The error for a value that is not finite in one row of a batch."""
+    return CdiffError(
+        f"the network returned a value that is not finite: {what}, slice {rows.slice_id[row]}, level {rows.level[row]}, "
+        f"run {rows.run[row]}; check the scan's values, and a half-precision model against its float32 form"
     )

@@ -25,12 +25,13 @@ PACKAGES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("TensorRT for RTX", ("tensorrt-rtx", "tensorrt-rtx-cu13")),
     ("PyCUDA", ("pycuda",)),
     ("CUDA bindings", ("cuda-bindings",)),
+    ("NVRTC", ("nvidia-cuda-nvrtc",)),
     ("PyTorch", ("torch",)),
     ("ONNX", ("onnx",)),
     ("ONNX Script", ("onnxscript",)),
     ("safetensors", ("safetensors",)),
 )
-LIBRARIES = ("cuda", "cudart", "cublas", "cudnn", "curand", "nvinfer")
+LIBRARIES = ("cuda", "cudart", "cublas", "cudnn", "curand", "nvrtc", "nvinfer")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -11,20 +12,26 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from cdiff.runtime.batching import Timings, rows_per_batch, segment_windows
+from cdiff.runtime.batching import Timings, rows_per_batch
 from cdiff.runtime.bundle import Bundle, open_bundle
+from cdiff.runtime.device.cuda import OutOfMemory
+from cdiff.runtime.device.gpu import parse_device
 from cdiff.runtime.engines.base import Engine
 from cdiff.runtime.engines.registry import open_engine
+from cdiff.runtime.engines.trt import BuildEngines
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import sha256
-from cdiff.runtime.framing import Framing
+from cdiff.runtime.framing import Framing, Windows
 from cdiff.runtime.manifest import NAME as MANIFEST
 from cdiff.runtime.manifest import Manifest
 from cdiff.runtime.report import build_report, describe_input, volumes
 from cdiff.runtime.results import Float32, Result, Stack
 from cdiff.runtime.sampler import SamplerTable, sampler_table
 from cdiff.runtime.scan import Scan, ScanInput, parse_slices, read_scan
+from cdiff.runtime.sharing import segment_shared
+from cdiff.runtime.sums import SliceResult
 
+LOG = logging.getLogger("cdiff")
 Combine = Literal["mean", "vote"]
 RUNS = 25
 SAMPLER = "ddpm"
@@ -37,20 +44,35 @@ COMBINE_NOTES = {
 class Segmenter:
     """`Segmenter.open(folder)` once, then `.segment(scan)` for as many scans as there are."""
 
-    def __init__(self, bundle: Bundle, engine: Engine) -> None:
+    def __init__(self, bundle: Bundle, engine: Engine, *more: Engine) -> None:
+        """`more` engines share a scan's slices with the first."""
         self.bundle = bundle
-        self.engine = engine
+        self.engine, self.engines = engine, (engine, *more)
+        self._most_rows: int | None = None
         self._manifest_sha256 = sha256(bundle.path / MANIFEST)
 
     @classmethod
-    def open(cls, bundle: str | os.PathLike[str] | Bundle, engine: str = "auto", device: str = "cpu") -> Segmenter:
+    def open(
+        cls,
+        bundle: str | os.PathLike[str] | Bundle,
+        engine: str = "auto",
+        device: str = "cpu",
+        *,
+        build: BuildEngines | None = None,
+    ) -> Segmenter:
         """Check the bundle's hashes and load its graphs into an engine.
 
         engine: a name of `runtime.engines.registry`, or "auto", which picks; `segmenter.engine.name` tells which.
+        device: `cpu`, `cuda:N`, or several GPUs with commas between, which share a scan's slices.
+        build: makes TensorRT's engines where none is cached for the GPU; `cdiff.export.tensorrt.build_engines` does.
         Raises CdiffError when the bundle is not whole, or the engine asked for cannot run on that device.
         """
         opened = bundle if isinstance(bundle, Bundle) else open_bundle(Path(bundle))
-        return cls(opened, open_engine(opened, engine, device))
+        devices = device.split(",")
+        numbers = [parse_device(one) for one in devices]
+        if len(devices) > 1 and (len(set(numbers)) < len(numbers) or None in numbers):
+            raise CdiffError(f"device {device!r}: give one device, or several different GPUs such as cuda:0,cuda:1")
+        return cls(opened, *(open_engine(opened, engine, one, build=build) for one in devices))
 
     @property
     def manifest(self) -> Manifest:
@@ -113,24 +135,19 @@ class Segmenter:
         windows = framing.frame(self._normalised(read, chosen))
         clock.lap("frame")
 
-        rows = len(windows) * manifest.levels * runs
-        batch = rows_per_batch(rows, self.engine.device) if batch is None else batch
-        spent = Timings()
-        finished = list(
-            segment_windows(
-                self.engine,
-                windows,
-                table,
-                levels=manifest.levels,
-                runs=runs,
-                seed=seed,
-                batch=batch,
-                slice_ids=list(chosen),
-                mirror=mirror,
-                keep_runs=keep_runs,
-                progress=progress,
-                timings=spent,
-            )
+        per_window = manifest.levels * runs
+        batch = rows_per_batch(len(windows) * per_window, self.engine.device, per_window) if batch is None else batch
+        finished, batch, spent = self._fitting(
+            batch,
+            windows,
+            table,
+            levels=manifest.levels,
+            runs=runs,
+            seed=seed,
+            slice_ids=list(chosen),
+            mirror=mirror,
+            keep_runs=keep_runs,
+            progress=progress,
         )
         levels = np.stack([one.level_means for one in finished])
         stack = Stack(
@@ -157,6 +174,26 @@ class Segmenter:
         )
         return Result(read.grid, read.slices, chosen, stack, read.name, report)
 
+    def _fitting(
+        self, batch: int, windows: Windows, table: SamplerTable, **options: Any
+    ) -> tuple[list[SliceResult], int, Timings]:
+        """Segment in batches of `batch` rows, or half as many, and half of those, until they fit into the device's memory.
+
+        What fitted is where the next scan begins; each halving is said once, in the log. Returns the batch with the results.
+        """
+        if self._most_rows is not None:
+            batch = min(batch, self._most_rows)
+        while True:
+            spent = Timings()
+            try:
+                return segment_shared(self.engines, windows, table, batch=batch, timings=spent, **options), batch, spent
+            except OutOfMemory as error:
+                if batch == 1:
+                    raise
+                self._most_rows = -(-batch // 2)
+                LOG.warning("%s; going on with %d rows a batch instead of %d", error, self._most_rows, batch)
+                batch = self._most_rows
+
     def _normalised(self, read: Scan, chosen: range) -> Float32:
         """The chosen slices in [-1, 1]; where the scope is the volume, the percentiles are the whole scan's."""
         intensity, part = self.manifest.normalisation, slice(chosen.start, chosen.stop)
@@ -172,7 +209,7 @@ class Segmenter:
             "levels": manifest.levels,
             "engine": self.engine.name,
             "engine_version": self.engine.version,
-            "device": self.engine.device,
+            "device": ",".join(engine.device for engine in self.engines),
             "precision": manifest.precision,
         }
 

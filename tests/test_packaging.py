@@ -58,6 +58,7 @@ def test_wheel_carries_model_demo_licence_and_type_marker(wheel: Path) -> None:
     inside = members(wheel)
     assert not expected - inside
     assert {"cdiff/demo/image.nii.gz", "cdiff/demo/CREDIT.txt", "cdiff/py.typed"} <= inside
+    assert "cdiff/runtime/device/kernels.cu" in inside, "the kernels are compiled where they run"
     assert {"cdiff/models/lidc/manifest.json", "cdiff/models/lidc/denoiser.onnx"} <= inside
     assert any(re.fullmatch(r"cdiff-.*\.dist-info/licenses/LICENSE", name) for name in inside)
 

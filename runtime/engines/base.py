@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -62,6 +63,60 @@ class ChainBinding(Protocol):
 
     def run_chain(self, rows: Rows, table: SamplerTable, seed: int) -> Float32:
         """From x_T, drawn with the noise's initial step, to the last x [B,1,H,W]; padding rows may hold anything."""
+
+
+@dataclass(frozen=True)
+class SumLayout:
+    """What running sums are kept: for `places` windows at once, over `levels` C and `runs` R; each run's map too if `keep_runs`.
+
+    A window has `views` slots for features, one after another: place p's are p * views .. p * views + views - 1.
+    """
+
+    places: int
+    levels: int
+    runs: int
+    views: int
+    keep_runs: bool
+
+
+@dataclass(frozen=True)
+class WindowSums:
+    """The sums of one window whose rows are all through, of clip((x + 1)/2, 0, 1) mirrored back: `level` [C,H,W] over runs, `run`
+    [R,H,W] over levels, float32; `kept` [C,R,H,W] uint8, each run's map, 255 = 1. They hold until the second next `queue`."""
+
+    level: Float32
+    run: Float32
+    kept: NDArray[np.uint8] | None
+
+
+class Pending(Protocol):
+    """A batch that was queued."""
+
+    @property
+    def seconds(self) -> float:
+        """What the batch's chain took on the device; known once `wait` is back."""
+
+    def wait(self, report: Callable[[int], None] | None = None) -> list[WindowSums]:
+        """Wait until the batch is through, and give the sums of the windows that it finished, in the order of `queue`'s places.
+
+        report: called with the number of steps that are through, a few times. Raises CdiffError, naming the row, when the network
+        returned a value that is not finite.
+        """
+
+
+@runtime_checkable
+class SumBinding(Protocol):
+    """A binding that runs whole chains by itself and keeps the running sums on its device, so that only they come back.
+
+    The loop uses it in place of `run` and `run_chain` when a binding has it. Work is queued: the next batch may be encoded and
+    queued before the last one is waited for, and no more than that. `encode` then reports what is not finite in `wait`.
+    """
+
+    def begin(self, layout: SumLayout, table: SamplerTable, seed: int) -> None:
+        """Clear the sums; `table` and `seed` are for all batches up to the next `begin`, which also drops what was not waited for."""
+
+    def queue(self, rows: Rows, finished: Sequence[int]) -> Pending:
+        """Queue a batch's chain and the addition to its sums; `finished` are the places of the windows that it completes."""
 
 
 class Engine(Protocol):

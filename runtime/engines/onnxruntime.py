@@ -1,4 +1,4 @@
-"""ONNX Runtime: the engine of every machine; on a CPU, or through its CUDA provider when that is asked for and really there."""
+"""ONNX Runtime with arrays in host memory: the engine of every machine, and of a GPU whose device layer is not installed."""
 
 from __future__ import annotations
 
@@ -10,20 +10,67 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from cdiff.runtime.device.gpu import parse_device
 from cdiff.runtime.engines.base import Binding, Float32, HostBinding, Int64, Prediction
 from cdiff.runtime.engines.cores import physical_cores
 from cdiff.runtime.errors import CdiffError
 
 CUDA = "CUDAExecutionProvider"
-DENOISER_INPUTS = {"x", "features", "row_slice", "t", "level"}
+Provider = tuple[str, dict[str, str]]
+ENCODER = frozenset({"image"}), frozenset({"features"})
+DENOISER = frozenset({"x", "features", "row_slice", "t", "level"}), frozenset({"x0"})
+"""The inputs and the least outputs of the two graphs."""
 
 
-def parse_device(device: str) -> int | None:
-    """None for `cpu`, the GPU's number for `cuda` (0) and `cuda:N`. Raises CdiffError for anything else."""
-    match = re.fullmatch(r"cpu|cuda(?::(\d+))?", device)
-    if match is None:
-        raise CdiffError(f"device {device!r} is not known; use cpu, cuda or cuda:N")
-    return None if device == "cpu" else int(match[1] or 0)
+def cuda_options(gpu: int) -> dict[str, str]:
+    """Options of the CUDA provider.
+
+    TF32 would be a silent loss of precision. A search for the fastest convolution would pick by the clock, so that two runs of one seed
+    could differ in their bits. Memory is taken as it is asked for, not doubled each time.
+    """
+    return {
+        "device_id": str(gpu),
+        "use_tf32": "0",
+        "cudnn_conv_algo_search": "HEURISTIC",
+        "arena_extend_strategy": "kSameAsRequested",
+    }
+
+
+def open_session(
+    path: Path, names: tuple[frozenset[str], frozenset[str]], provider: Provider | None = None, *, threads: int = 0
+) -> ort.InferenceSession:
+    """Open one graph, with the provider asked for before the CPU's, and check that it is what its name says and runs there.
+
+    Raises CdiffError when the provider is not in this build or did not start (ONNX Runtime itself would go on with the CPU in
+    silence), when the graph cannot be opened, or is not one of ours.
+    """
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3  # errors are raised; warnings about its own optimiser are not the user's business
+    providers: list[Any] = ["CPUExecutionProvider"]
+    if provider is not None:
+        where = f"cuda:{provider[1]['device_id']}"
+        if provider[0] not in ort.get_available_providers():
+            raise CdiffError(
+                f"device {where} needs ONNX Runtime's CUDA build, but onnxruntime {ort.__version__} has no {provider[0]}: "
+                "pip uninstall onnxruntime, then pip install 'cdiff[gpu]'; or use --device cpu"
+            )
+        ort.preload_dlls()  # CUDA's and cuDNN's libraries where they came as wheels
+        providers.insert(0, provider)
+    try:
+        session = ort.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
+    except Exception as error:  # onnxruntime's own classes have no common base of theirs
+        raise CdiffError(f"{path}: ONNX Runtime {ort.__version__} cannot open it: {error_line(error)}") from error
+    if provider is not None and provider[0] not in session.get_providers():
+        raise CdiffError(
+            f"ONNX Runtime {ort.__version__} could not start its {provider[0]} on {where} and fell back to the CPU: "
+            "check that CUDA and cuDNN match it (cdiff doctor shows what is there), or use --device cpu"
+        )
+    found = {item.name for item in session.get_inputs()}, {item.name for item in session.get_outputs()}
+    if found[0] != names[0] or not names[1] <= found[1]:
+        raise CdiffError(f"{path} is not a graph of this version of cdiff (inputs {sorted(found[0])}): export it again")
+    return session
 
 
 class OnnxRuntimeEngine:
@@ -39,45 +86,12 @@ class OnnxRuntimeEngine:
 
     def __init__(self, encoder: Path, denoiser: Path, device: str = "cpu", *, threads: int | None = None) -> None:
         gpu = parse_device(device)
-        if gpu is not None and CUDA not in ort.get_available_providers():
-            raise CdiffError(
-                f"device {device} needs ONNX Runtime's CUDA build, but onnxruntime {ort.__version__} has none: "
-                "pip uninstall onnxruntime, then pip install 'cdiff[gpu]'; or use --device cpu"
-            )
         self.device = "cpu" if gpu is None else f"cuda:{gpu}"
         self.threads = threads or physical_cores()
-        self._encoder = self._session(encoder, gpu, {"image"}, {"features"})
-        self._denoiser = self._session(denoiser, gpu, DENOISER_INPUTS, {"x0"})
+        provider = None if gpu is None else (CUDA, cuda_options(gpu))
+        self._encoder = open_session(encoder, ENCODER, provider, threads=self.threads)
+        self._denoiser = open_session(denoiser, DENOISER, provider, threads=self.threads)
         self.learned_variance = "mix" in {output.name for output in self._denoiser.get_outputs()}
-
-    def _session(self, path: Path, gpu: int | None, inputs: set[str], outputs: set[str]) -> ort.InferenceSession:
-        """Open one graph and check that it is what its name says and runs where it was asked to."""
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = self.threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = (
-            3  # errors are raised; warnings about its own optimiser are not the user's business
-        )
-        providers: list[Any] = ["CPUExecutionProvider"]
-        if gpu is not None:
-            ort.preload_dlls()  # CUDA's and cuDNN's libraries where they came as wheels
-            # TF32 would be a silent loss of precision.
-            providers.insert(0, (CUDA, {"device_id": gpu, "use_tf32": "0"}))
-        try:
-            session = ort.InferenceSession(str(path), options, providers=providers)
-        except Exception as error:  # onnxruntime's own classes have no common base of theirs
-            raise CdiffError(f"{path}: ONNX Runtime {ort.__version__} cannot open it: {_line(error)}") from error
-        if gpu is not None and CUDA not in session.get_providers():
-            raise CdiffError(
-                f"ONNX Runtime {ort.__version__} could not start its CUDA provider on cuda:{gpu} and fell back to the CPU: "
-                "check that CUDA and cuDNN match it (cdiff doctor shows what is there), or use --device cpu"
-            )
-        found = {item.name for item in session.get_inputs()}, {item.name for item in session.get_outputs()}
-        if found[0] != inputs or not outputs <= found[1]:
-            raise CdiffError(
-                f"{path} is not a graph of this version of cdiff (inputs {sorted(found[0])}): export it again"
-            )
-        return session
 
     def encode(self, images: Float32) -> NDArray[Any]:
         """See `base.Engine.encode`; float16 when the graph is in half precision."""
@@ -98,10 +112,10 @@ class OnnxRuntimeEngine:
             return list(session.run(names, feed))
         except Exception as error:
             shapes = ", ".join(f"{name} {list(array.shape)} {array.dtype}" for name, array in feed.items())
-            raise CdiffError(f"ONNX Runtime failed on {self.device} with {shapes}: {_line(error)}") from error
+            raise CdiffError(f"ONNX Runtime failed on {self.device} with {shapes}: {error_line(error)}") from error
 
 
-def _line(error: Exception) -> str:
+def error_line(error: Exception) -> str:
     """The first line of an exception's text, without ONNX Runtime's status code in front."""
     text = str(error).strip() or type(error).__name__
     return re.sub(r"^\[ONNXRuntimeError\] : \d+ : ", "", text.splitlines()[0])

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from cdiff.runtime.device.cuda import INSTALL, missing_packages
+from cdiff.runtime.device.gpu import parse_device
 from cdiff.runtime.engines.base import Engine
+from cdiff.runtime.engines.trt import BuildEngines, Flavour, trt_version, user_cache
 from cdiff.runtime.errors import CdiffError
 
 if TYPE_CHECKING:
     from cdiff.runtime.bundle import Bundle
 
-NAMES = ("onnxruntime", "tensorrt", "tensorrt-rtx")
-"""Every engine there is; `auto` takes the first that can run on the device."""
+NAMES = ("onnxruntime", "tensorrt", "tensorrt-rtx", "onnxruntime-tensorrt")
+"""Every engine there is."""
+FLAVOURS: dict[str, Flavour] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt-rtx"}
+AUTO = {"cpu": ("onnxruntime",), "cuda": ("tensorrt", "onnxruntime")}
+"""What `auto` tries on each kind of device, in this order."""
 
-CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
+LOG = logging.getLogger("cdiff")
 
 
 @dataclass(frozen=True)
@@ -39,45 +47,133 @@ class EngineStatus:
 
 def available_engines() -> list[EngineStatus]:
     """The state of every engine in `NAMES`, in that order; imports no torch and raises nothing."""
-    return [_onnxruntime_status(), *(_without_engine(name) for name in NAMES[1:])]
+    return [engine_status(name) for name in NAMES]
 
 
-def _without_engine(name: str) -> EngineStatus:
-    reason = f"this version of cdiff does not run {name}; on a GPU use onnxruntime-gpu (pip install 'cdiff[gpu]') with --engine onnxruntime --device cuda:0"
-    return EngineStatus(name, None, (), reason)
+def engine_status(name: str) -> EngineStatus:
+    """The state of one engine of `NAMES`; imports that engine's library and no other. Raises nothing."""
+    if name in FLAVOURS:
+        return _tensorrt_status(FLAVOURS[name])
+    return _onnxruntime_status(name)
 
 
-def _onnxruntime_status() -> EngineStatus:
+def _tensorrt_status(flavour: Flavour) -> EngineStatus:
+    try:
+        version = trt_version(flavour)
+    except CdiffError as error:
+        return EngineStatus(flavour, None, (), str(error))
+    if lacking := _device_layer_missing():
+        return EngineStatus(flavour, version, (), lacking)
+    return EngineStatus(flavour, version, ("cuda",), "")
+
+
+def _device_layer_missing() -> str:
+    """What the GPU layer lacks, and how to get it; empty when nothing."""
+    lacking = missing_packages()
+    return f"{' and '.join(lacking)} not installed: {INSTALL}" if lacking else ""
+
+
+def _onnxruntime_status(name: str) -> EngineStatus:
+    """ONNX Runtime itself, or its TensorRT provider."""
     if importlib.util.find_spec("onnxruntime") is None:
-        return EngineStatus("onnxruntime", None, (), "onnxruntime is not installed: pip install 'cdiff[cpu]'")
+        return EngineStatus(name, None, (), "onnxruntime is not installed: pip install 'cdiff[cpu]'")
     try:
         ort: Any = importlib.import_module("onnxruntime")
-        providers = ort.get_available_providers()
+        providers, version = ort.get_available_providers(), str(ort.__version__)
     except (ImportError, OSError, AttributeError) as error:
         reason = f"onnxruntime is installed but broken ({error}): pip install --force-reinstall onnxruntime"
-        return EngineStatus("onnxruntime", None, (), reason)
+        return EngineStatus(name, None, (), reason)
+    if name == "onnxruntime-tensorrt":
+        return _through_tensorrt(version, TENSORRT in providers)
     devices = tuple(device for device, provider in (("cpu", CPU), ("cuda", CUDA)) if provider in providers)
-    missing = "" if "cuda" in devices else "for cuda: onnxruntime-gpu in place of onnxruntime, pip install 'cdiff[gpu]'"
-    return EngineStatus("onnxruntime", str(ort.__version__), devices, missing)
+    if "cuda" not in devices:
+        missing = "for cuda: onnxruntime-gpu in place of onnxruntime, pip install 'cdiff[gpu]'"
+    else:
+        lacking = _device_layer_missing()
+        missing = f"on cuda every step goes through the host: {lacking}" if lacking else ""
+    return EngineStatus(name, version, devices, missing)
 
 
-def open_engine(bundle: Bundle, name: str = "auto", device: str = "cpu", *, threads: int | None = None) -> Engine:
+def _through_tensorrt(version: str, built_in: bool) -> EngineStatus:
+    """ONNX Runtime lists its TensorRT provider even where TensorRT's libraries are not, so these are looked for as well."""
+    name = "onnxruntime-tensorrt"
+    if not built_in:
+        reason = "onnxruntime-gpu in place of onnxruntime, pip install 'cdiff[gpu]'"
+        return EngineStatus(name, version, (), reason)
+    try:
+        tensorrt = trt_version("tensorrt")
+    except CdiffError as error:
+        return EngineStatus(name, version, (), str(error))
+    lacking = _device_layer_missing()
+    if not tensorrt.startswith("10."):
+        lacking = (
+            f"this onnxruntime-gpu links to TensorRT 10, and TensorRT {tensorrt} is installed: use --engine tensorrt"
+        )
+    return EngineStatus(name, version, () if lacking else ("cuda",), lacking)
+
+
+def open_engine(
+    bundle: Bundle,
+    name: str = "auto",
+    device: str = "cpu",
+    *,
+    threads: int | None = None,
+    build: BuildEngines | None = None,
+) -> Engine:
     """Open the bundle's graphs with the engine called `name` on `device` (`cpu`, `cuda` or `cuda:N`).
 
-    `auto` picks the first engine of `NAMES` that is built for that device here; the caller shows the engine's `name`, `version`
-    and `device`, which are the picked one's. `threads` is for the CPU, by default the physical cores available.
+    `auto` picks the first engine of `AUTO` that can run on that device here (TensorRT only where an engine is cached or can be built);
+    the caller shows the engine's `name`, `version` and `device`, which are the picked one's. `threads` is for the CPU, by default the
+    physical cores available. build: makes TensorRT's engines where the cache has none for this GPU.
     Raises CdiffError when the engine or the device is unknown or cannot run here: never another one in silence.
     """
     if name not in ("auto", *NAMES):
         raise CdiffError(f"engine {name!r} is not known; use one of auto, {', '.join(NAMES)}")
-    kind = device.split(":")[0]
-    if kind not in ("cpu", "cuda"):
-        raise CdiffError(f"device {device!r} is not known; use cpu, cuda or cuda:N")
-    states = [state for state in available_engines() if name in ("auto", state.name)]
-    if not any(kind in state.devices for state in states):
-        reasons = "; ".join(state.missing for state in states if name != "auto" or state.devices)
-        raise CdiffError(f"no engine can run on {device} here: {reasons}" if name == "auto" else f"{name}: {reasons}")
+    number = parse_device(device)
+    kind = "cpu" if number is None else "cuda"
+    if name != "auto":
+        _must_run(engine_status(name), kind, device)
+        return _open(bundle, name, number, threads, build)
+    reasons = []
+    for picked in AUTO[kind]:
+        state = engine_status(picked)
+        if kind not in state.devices:
+            reasons.append(f"{picked}: {state.missing}")
+        elif picked == "tensorrt" and build is None and not _has_engines(bundle):
+            reasons.append("tensorrt: no engine was built; cdiff export BUNDLE --engine tensorrt builds one")
+        else:
+            return _open(bundle, picked, number, threads, build)
+    raise CdiffError(f"no engine can run on {device} here: {'; '.join(reasons)}")
 
+
+def _must_run(state: EngineStatus, kind: str, device: str) -> None:
+    if kind in state.devices:
+        return
+    if state.devices:
+        raise CdiffError(
+            f"{state.name} does not run on {device} here: {state.missing or 'it needs a GPU, such as --device cuda:0'}"
+        )
+    raise CdiffError(f"{state.name} cannot run here: {state.missing}")
+
+
+def _has_engines(bundle: Bundle) -> bool:
+    """Whether some TensorRT engine was built for this machine's user or in this bundle; which one serves shows when it is bound."""
+    return any(any(folder.glob("denoiser_tensorrt_*")) for folder in (bundle.engines, user_cache()))
+
+
+def _open(bundle: Bundle, name: str, number: int | None, threads: int | None, build: BuildEngines | None) -> Engine:
+    if name in FLAVOURS:
+        from cdiff.runtime.engines.tensorrt import TensorRtEngine
+
+        return TensorRtEngine(bundle, FLAVOURS[name], number or 0, build)
+    if number is not None:
+        if name == "onnxruntime-tensorrt" or not missing_packages():
+            from cdiff.runtime.engines.onnxruntime_gpu import OnnxRuntimeGpuEngine
+
+            return OnnxRuntimeGpuEngine(bundle, number, tensorrt=name == "onnxruntime-tensorrt")
+        LOG.warning("on cuda:%d every step goes through the host, which is slow: %s", number, _device_layer_missing())
     from cdiff.runtime.engines.onnxruntime import OnnxRuntimeEngine
 
-    return OnnxRuntimeEngine(bundle.encoder, bundle.denoiser, device, threads=threads)
+    return OnnxRuntimeEngine(
+        bundle.encoder, bundle.denoiser, "cpu" if number is None else f"cuda:{number}", threads=threads
+    )

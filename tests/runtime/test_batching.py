@@ -319,8 +319,15 @@ def test_bad_arguments_are_refused_at_once(options: dict[str, Any], message: str
 
 @pytest.mark.parametrize("total", [1, 7, 8, 9, 20, 100, 175, 4375])
 def test_the_default_batch_wastes_less_than_a_row_a_batch(total: int) -> None:
-    for device, most in (("cpu", 8), ("cuda:1", 32)):
+    for device, most in (("cpu", 8), ("cuda:1", 256)):
         batch = rows_per_batch(total, device)
         batches = -(-total // batch)
         assert 1 <= batch <= most
         assert batches * batch - total < batches
+
+
+@pytest.mark.parametrize(("C", "R", "want"), [(7, 25, 175), (4, 25, 100), (4, 100, 200), (3, 1, 3)])
+def test_a_gpu_gets_a_slice_at_once(C: int, R: int, want: int) -> None:
+    assert rows_per_batch(50 * C * R, "cuda:0", C * R) == want
+    assert rows_per_batch(C * R, "cuda:0", C * R) == want
+    assert rows_per_batch(2, "cuda:0", C * R) == 2

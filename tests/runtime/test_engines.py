@@ -13,9 +13,10 @@ import pytest
 from onnx.reference import ReferenceEvaluator
 
 from cdiff.runtime.bundle import Bundle
+from cdiff.runtime.device.gpu import parse_device
 from cdiff.runtime.engines.cores import physical_cores
-from cdiff.runtime.engines.onnxruntime import OnnxRuntimeEngine, parse_device
-from cdiff.runtime.engines.registry import NAMES, available_engines, open_engine
+from cdiff.runtime.engines.onnxruntime import OnnxRuntimeEngine
+from cdiff.runtime.engines.registry import available_engines, open_engine
 from cdiff.runtime.errors import CdiffError
 from tests.runtime.graphs import L, write_pair
 
@@ -34,8 +35,8 @@ def batch(B: int, S: int, size: int = 16) -> dict[str, Any]:
 
 
 def as_bundle(pair: tuple[Path, Path]) -> Bundle:
-    """What the registry needs of a bundle: where its graphs lie."""
-    return cast(Bundle, SimpleNamespace(encoder=pair[0], denoiser=pair[1]))
+    """What the registry needs of a bundle: where its graphs and its engines lie."""
+    return cast(Bundle, SimpleNamespace(encoder=pair[0], denoiser=pair[1], engines=pair[0].parent / "engines"))
 
 
 @pytest.mark.parametrize("learned", [False, True])
@@ -86,7 +87,7 @@ def test_auto_picks_onnx_runtime_and_says_where(tmp_path: Path) -> None:
     [
         ("openvino", "cpu", "engine 'openvino' is not known; use one of auto, onnxruntime"),
         ("auto", "tpu", "use cpu, cuda"),
-        ("tensorrt", "cpu", "this version of cdiff does not run tensorrt"),
+        ("tensorrt", "cpu", "tensorrt"),
     ],
 )
 def test_unknown_engines_and_devices_are_refused(tmp_path: Path, name: str, device: str, message: str) -> None:
@@ -94,14 +95,29 @@ def test_unknown_engines_and_devices_are_refused(tmp_path: Path, name: str, devi
         open_engine(as_bundle(write_pair(tmp_path)), name, device)
 
 
+@pytest.mark.skipif(CUDA_HERE, reason="an engine for GPUs is installed")
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        (
+            "auto",
+            r"no engine can run on cuda:0 here: tensorrt: .*pip install 'cdiff\[gpu\]'.*; onnxruntime: .*onnxruntime-gpu",
+        ),
+        ("onnxruntime", "onnxruntime does not run on cuda:0 here: for cuda: onnxruntime-gpu"),
+        ("tensorrt", r"tensorrt cannot run here: tensorrt is not installed: .*cdiff\[gpu\]"),
+        ("tensorrt-rtx", r"tensorrt-rtx cannot run here: .*cdiff\[(rtx|gpu)\]"),
+        ("onnxruntime-tensorrt", "onnxruntime-tensorrt cannot run here: onnxruntime-gpu"),
+    ],
+)
+def test_a_gpu_that_cannot_be_used_is_an_error_and_not_the_cpu(tmp_path: Path, name: str, said: str) -> None:
+    with pytest.raises(CdiffError, match=said):
+        open_engine(as_bundle(write_pair(tmp_path)), name, "cuda:0")
+
+
 @pytest.mark.skipif(CUDA_HERE, reason="this ONNX Runtime is built for CUDA")
-@pytest.mark.parametrize("name", ["auto", *NAMES])
-def test_a_gpu_that_cannot_be_used_is_an_error_and_not_the_cpu(tmp_path: Path, name: str) -> None:
-    pair = write_pair(tmp_path)
-    with pytest.raises(CdiffError, match="onnxruntime-gpu"):
-        open_engine(as_bundle(pair), name, "cuda:0")
+def test_onnx_runtime_without_cuda_does_not_take_a_gpu(tmp_path: Path) -> None:
     with pytest.raises(CdiffError, match="CUDA build"):
-        OnnxRuntimeEngine(*pair, device="cuda")
+        OnnxRuntimeEngine(*write_pair(tmp_path), device="cuda")
 
 
 @pytest.mark.gpu

@@ -1,0 +1,72 @@
+"""The CUDA packages, imported when they are first needed, each with a line that says what to install where it is missing."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import Any
+
+from cdiff.runtime.errors import CdiffError
+
+INSTALL = "pip install 'cdiff[gpu]' (see docs/gpu.md for what goes together)"
+PACKAGES = {
+    "pycuda.driver": "pycuda",
+    "cuda.bindings.driver": "cuda-bindings",
+    "cuda.bindings.nvrtc": "cuda-bindings",
+}
+"""The modules that the device layer needs, and the packages that bring them."""
+
+
+class OutOfMemory(CdiffError):
+    """The GPU has no room for a batch of this size; a smaller one may fit."""
+
+
+def need(module: str) -> Any:
+    """Import one of `PACKAGES`' modules. Raises CdiffError, with the package to install, when that fails."""
+    package = PACKAGES[module]
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name and not module.startswith(error.name):
+            raise CdiffError(f"{package} is installed, but lacks {error.name}: {INSTALL}") from error
+        raise CdiffError(f"a GPU needs {package}, which is not installed: {INSTALL}") from None
+    except Exception as error:  # a library that it links to: ImportError, OSError, cuda-pathfinder's own classes
+        raise CdiffError(f"{package} is installed but cannot be loaded ({first_line(error)}): {INSTALL}") from error
+
+
+def missing_packages() -> list[str]:
+    """The packages of `PACKAGES` that are not installed here, each once; imports none of them."""
+    found = []
+    for module, package in PACKAGES.items():
+        try:
+            there = importlib.util.find_spec(module.rpartition(".")[0]) is not None
+        except ModuleNotFoundError:
+            there = False
+        if not there and package not in found:
+            found.append(package)
+    return found
+
+
+def driver_call(function: str, *arguments: Any) -> Any:
+    """Call a function of `cuda.bindings.driver` by name; returns what follows the status: nothing, one value or a tuple.
+
+    Raises OutOfMemory or CdiffError with the driver's words for any status but success.
+    """
+    module = need("cuda.bindings.driver")
+    try:
+        status, *values = getattr(module, function)(*arguments)
+    except RuntimeError as error:  # the driver library is not there, or has no such function
+        raise CdiffError(f"{function}: {first_line(error)}; install or update the NVIDIA driver") from error
+    if int(status) == 0:
+        return values[0] if len(values) == 1 else tuple(values) if values else None
+    _, text = module.cuGetErrorString(status)
+    words = text.decode() if isinstance(text, bytes) else str(text)
+    if status == module.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
+        raise OutOfMemory(f"{function}: the GPU is out of memory; use a smaller batch")
+    raise CdiffError(f"{function} failed: {words} ({getattr(status, 'name', status)})")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's text, or its class's name where it has none."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

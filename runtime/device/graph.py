@@ -1,0 +1,49 @@
+"""Capture of what is queued on a stream as a CUDA graph, and its replay, by cuda.bindings on the stream's handle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from cdiff.runtime.device.cuda import driver_call, need
+
+
+class Graph:
+    """What `queue` puts on `stream`, captured once; `launch` replays it there. The GPU's context must be current.
+
+    The capture is the thread's own (CU_STREAM_CAPTURE_MODE_THREAD_LOCAL), so that other threads may use the GPU meanwhile.
+    Raises CdiffError when something that was queued cannot be captured; the stream is then out of capture again.
+    """
+
+    def __init__(self, stream: Any, queue: Callable[[], None]) -> None:
+        driver = need("cuda.bindings.driver")
+        self._stream = driver.CUstream(stream.handle)
+        driver_call(
+            "cuStreamBeginCapture", self._stream, driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        )
+        try:
+            queue()
+        except BaseException:
+            self._abandon(driver)
+            raise
+        graph = driver_call("cuStreamEndCapture", self._stream)
+        try:
+            self._executable = driver_call("cuGraphInstantiate", graph, 0)
+        finally:
+            driver_call("cuGraphDestroy", graph)
+
+    def launch(self) -> None:
+        """Queue one replay; returns at once."""
+        driver_call("cuGraphLaunch", self._executable, self._stream)
+
+    def close(self) -> None:
+        """Free the graph. Nothing queued may still use it."""
+        if self._executable is not None:
+            driver_call("cuGraphExecDestroy", self._executable)
+            self._executable = None
+
+    def _abandon(self, driver: Any) -> None:
+        """End a capture that failed, whatever state it is in; the error that broke it is what the caller sees."""
+        status, graph = driver.cuStreamEndCapture(self._stream)
+        if int(status) == 0 and int(graph) != 0:
+            driver.cuGraphDestroy(graph)

@@ -1,0 +1,77 @@
+"""What the engines on a GPU share: the streams, one binding kept for the next scan, and single calls with host arrays (section 4)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cdiff.runtime.device.binding import DeviceBinding
+from cdiff.runtime.device.gpu import Gpu
+from cdiff.runtime.device.spec import Connector, GraphSpec
+from cdiff.runtime.engines.base import Float32, Int64, Prediction
+
+
+class GpuEngine(ABC):
+    """Implements `base.Engine` on `Gpu` number `number`; a subclass says how its graphs are tied to buffers.
+
+    `encoder_stream` and `stream` are the engine's for life, because ONNX Runtime takes its stream when a session is opened.
+    Raises CdiffError when PyCUDA, the driver or the GPU is not there.
+    """
+
+    name: str
+    version: str
+    capture = True
+
+    def __init__(self, number: int) -> None:
+        self.gpu = Gpu(number)
+        self.device = f"cuda:{number}"
+        with self.gpu.current():
+            self.encoder_stream, self.stream = self.gpu.stream(), self.gpu.stream()
+        self._binding: DeviceBinding | None = None
+
+    @abstractmethod
+    def prepare(self, rows: int, slots: int) -> tuple[GraphSpec, Connector]:
+        """What the graphs take, and the way to tie them to buffers for that many rows and slots. The context is current."""
+
+    def bind(self, rows: int, slots: int) -> DeviceBinding:
+        """See `base.Engine.bind`. The last binding is given again for the same numbers; other ones close it first.
+
+        So one scan at a time: a second one begins the sums anew.
+        """
+        if self._binding is not None:
+            if (self._binding.rows, self._binding.slots) == (rows, slots):
+                return self._binding
+            self._binding.close()
+            self._binding = None
+        with self.gpu.current():
+            spec, connector = self.prepare(rows, slots)
+            self._binding = DeviceBinding(
+                self.gpu, spec, rows, slots, connector, (self.encoder_stream, self.stream), capture=self.capture
+            )
+        return self._binding
+
+    def encode(self, images: Float32) -> NDArray[Any]:
+        """See `base.Engine.encode`: one window after another, the features brought back."""
+        binding = self.bind(1, 1)
+        found = []
+        for image in images:
+            binding.encode(0, image)
+            found.append(binding.features()[0])
+        return np.stack(found)
+
+    def denoise(self, x: Float32, features: NDArray[Any], row_slice: Int64, t: Int64, level: Int64) -> Prediction:
+        """See `base.Engine.denoise`: for comparisons; everything is carried to the device and back."""
+        binding = self.bind(len(x), len(features))
+        binding.set_features(features)
+        return binding.run(x, row_slice, t, level)
+
+    def close(self) -> None:
+        """Give back the binding's memory. The engine can be used again."""
+        if self._binding is not None:
+            self._binding.close()
+            self._binding = None
+        with self.gpu.current():
+            self.gpu.trim()

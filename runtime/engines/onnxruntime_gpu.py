@@ -1,0 +1,114 @@
+"""ONNX Runtime's CUDA and TensorRT providers on device pointers by I/O binding, on our streams (design, section 4)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from cdiff.runtime.bundle import Bundle
+from cdiff.runtime.device.cuda import OutOfMemory
+from cdiff.runtime.device.spec import Connector, GraphSpec, Tensor
+from cdiff.runtime.engines.gpu import GpuEngine
+from cdiff.runtime.engines.onnxruntime import CUDA, DENOISER, ENCODER, Provider, cuda_options, error_line, open_session
+from cdiff.runtime.engines.trt import load_trt, writable_cache
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.files import make_folder
+
+TENSORRT = "TensorrtExecutionProvider"
+TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+NO_TF32 = "NVIDIA_TF32_OVERRIDE"
+
+
+class OnnxRuntimeGpuEngine(GpuEngine):
+    """A bundle's two graphs through ONNX Runtime on GPU `number`; with `tensorrt` through its TensorRT provider.
+
+    The TensorRT provider compiles a graph for each batch's shapes at the first run and keeps the result in the bundle's cache. It has
+    no switch for TF32, so it takes a float32 bundle only where the environment forbids TF32. Raises CdiffError for that, and when
+    PyCUDA, the provider or the GPU is not there.
+    """
+
+    version: str = ort.__version__
+
+    def __init__(self, bundle: Bundle, number: int = 0, *, tensorrt: bool = False) -> None:
+        self.name = "onnxruntime-tensorrt" if tensorrt else "onnxruntime"
+        if tensorrt and bundle.manifest.precision != "float16" and os.environ.get(NO_TF32) != "0":
+            raise CdiffError(
+                "onnxruntime-tensorrt would compute this float32 model in TF32 and has no switch for it: "
+                f"set {NO_TF32}=0, export with --fp16, or use --engine onnxruntime"
+            )
+        if tensorrt:
+            load_trt("tensorrt")  # so that the provider finds TensorRT's libraries, which the module has loaded
+        super().__init__(number)
+        with self.gpu.current():
+            provider = self._tensorrt(bundle, number) if tensorrt else (CUDA, cuda_options(number))
+            self._sessions = {
+                "encoder": open_session(bundle.encoder, ENCODER, self._on(provider, self.encoder_stream)),
+                "denoiser": open_session(bundle.denoiser, DENOISER, self._on(provider, self.stream)),
+            }
+
+    def prepare(self, rows: int, slots: int) -> tuple[GraphSpec, Connector]:
+        """See `GpuEngine.prepare`: the sessions are open already."""
+        (image,) = self._sessions["encoder"].get_inputs()
+        features = next(one for one in self._sessions["denoiser"].get_inputs() if one.name == "features")
+        learned = "mix" in {one.name for one in self._sessions["denoiser"].get_outputs()}
+        spec = GraphSpec(tuple(image.shape[1:]), tuple(features.shape[1:]), np.dtype(TYPES[features.type]), learned)
+        return spec, SessionConnector(self._sessions, self.gpu.number, f"{self.name} {self.version}")
+
+    @staticmethod
+    def _on(provider: Provider, stream: Any) -> Provider:
+        """The provider with its kernels on one of our streams."""
+        return provider[0], provider[1] | {"user_compute_stream": str(stream.handle)}
+
+    @staticmethod
+    def _tensorrt(bundle: Bundle, number: int) -> Provider:
+        """Without trt_fp16_enable the provider builds a strongly typed network: the graph's own types, as exported."""
+        cache = make_folder(writable_cache(bundle) / "onnxruntime")
+        return TENSORRT, {
+            "device_id": str(number),
+            "trt_engine_cache_enable": "1",
+            "trt_engine_cache_path": str(cache),
+            "trt_timing_cache_enable": "1",
+            "trt_timing_cache_path": str(cache),
+        }
+
+
+class SessionConnector:
+    """Two sessions tied to one binding's buffers. Implements `Connector`."""
+
+    def __init__(self, sessions: dict[str, ort.InferenceSession], number: int, what: str) -> None:
+        self._sessions, self._number, self._what = sessions, number, what
+
+    def connect(self, graph: str, tensors: dict[str, Tensor], stream: Any) -> Callable[[], None]:
+        """See `Connector.connect`: every tensor is bound to its address; a run does not wait for the GPU.
+
+        The session was opened with `stream` as its own.
+        """
+        session = self._sessions[graph]
+        bound = session.io_binding()
+        inputs = {one.name for one in session.get_inputs()}
+        for name, tensor in tensors.items():
+            bind = bound.bind_input if name in inputs else bound.bind_output
+            bind(name, "cuda", self._number, tensor.dtype.type, list(tensor.shape), tensor.address)
+        options = ort.RunOptions()
+        options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+
+        def queue() -> None:
+            try:
+                session.run_with_iobinding(bound, options)
+            except Exception as error:  # onnxruntime's own classes have no common base of theirs
+                raise _failure(f"{self._what} failed on cuda:{self._number} in the {graph}", error) from error
+
+        return queue
+
+    def close(self) -> None:
+        """Nothing to give back: ONNX Runtime keeps its memory for the session's life."""
+
+
+def _failure(what: str, error: Exception) -> CdiffError:
+    text = str(error).lower()
+    lacking = any(word in text for word in ("out of memory", "failed to allocate", "alloc_failed", "bad_alloc"))
+    return (OutOfMemory if lacking else CdiffError)(f"{what}: {error_line(error)}")

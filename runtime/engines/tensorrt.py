@@ -1,0 +1,237 @@
+"""TensorRT and TensorRT for RTX: engines from the cache, run by address on our streams (design, section 4).
+
+Written for the Python bindings of TensorRT 10.16, 11.4 and TensorRT for RTX 1.7.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cdiff.runtime.bundle import Bundle
+from cdiff.runtime.device.cuda import OutOfMemory
+from cdiff.runtime.device.gpu import Buffer
+from cdiff.runtime.device.spec import Connector, GraphSpec, Tensor
+from cdiff.runtime.engines.gpu import GpuEngine
+from cdiff.runtime.engines.trt import BuildEngines, Flavour, Gpu, Profile, load_trt, open_or_build, profile_for
+from cdiff.runtime.errors import CdiffError
+
+LOG = logging.getLogger("cdiff")
+RUNS = 25
+"""Runs that a newly built engine is made for, unless more rows are asked for at once."""
+KEPT_ERRORS = 20
+
+
+class TensorRtEngine(GpuEngine):
+    """A bundle's two engines of one flavour on GPU `number`, built by `build` where the cache has none for that GPU.
+
+    Engines are looked up when a batch's size is known, in `bind`. Raises CdiffError when TensorRT, PyCUDA or the GPU is not there.
+    """
+
+    def __init__(self, bundle: Bundle, flavour: Flavour, number: int = 0, build: BuildEngines | None = None) -> None:
+        self._trt = load_trt(flavour)
+        self.name, self.version = flavour, str(self._trt.__version__)
+        super().__init__(number)
+        self._bundle, self._flavour, self._build = bundle, flavour, build
+        self._messages, self._logger, self._recorder = listeners(self._trt)
+        with self.gpu.current():
+            try:
+                self._runtime = self._trt.Runtime(self._logger)
+            except TypeError as error:  # what the bindings make of a library that gave no runtime
+                raise self.failure(f"its runtime did not start ({error})") from error
+        self._runtime.error_recorder = self._recorder
+        self._loaded: tuple[Path, Path] | None = None
+        self._engines: dict[str, Any] = {}
+
+    def prepare(self, rows: int, slots: int) -> tuple[GraphSpec, Connector]:
+        """See `GpuEngine.prepare`: finds or builds the engines for these shapes and loads them."""
+        gpu = Gpu(self.gpu.name, self.gpu.capability, self.gpu.memory()[0])
+        needed = Profile(rows, rows, rows, slots)
+        try:
+            pair = open_or_build(self._bundle, self._flavour, gpu, needed)
+        except CdiffError:
+            if self._build is None:
+                raise
+            usual = profile_for(self._bundle.manifest, RUNS, gpu.free_bytes)
+            wide = Profile(1, rows, max(rows, usual.max_rows), max(slots, usual.slots))
+            pair = open_or_build(self._bundle, self._flavour, gpu, wide, self._build)
+        if self._loaded != pair[:2]:
+            self._engines.clear()
+            self._engines = {"encoder": self._load(pair.encoder), "denoiser": self._load(pair.denoiser)}
+            self._loaded = pair[:2]
+        return self._spec(), TrtConnector(self, self._engines, self._trt)
+
+    def _load(self, path: Path) -> Any:
+        self._messages.clear()
+        engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
+        if engine is None:
+            raise self.failure(f"{path} cannot be loaded; remove its folder, and it will be built again")
+        return engine
+
+    def _spec(self) -> GraphSpec:
+        """Shapes and types as the engines state them."""
+        encoder, denoiser = self._engines["encoder"], self._engines["denoiser"]
+        image, features = (tuple(encoder.get_tensor_shape(name))[1:] for name in ("image", "features"))
+        dtype = np.dtype(self._trt.nptype(encoder.get_tensor_dtype("features")))
+        return GraphSpec(image, features, dtype, "mix" in tensor_names(denoiser))
+
+    def failure(self, what: str) -> CdiffError:
+        """The error for something that TensorRT refused, with what it said; OutOfMemory where that is about memory."""
+        said = self._messages[0] if self._messages else "it gave no reason"  # what follows comes of the first
+        lacking = any(
+            word in " ".join(self._messages).lower() for word in ("out of memory", "outofmemory", "failed_allocation")
+        )
+        self._messages.clear()
+        kind = OutOfMemory if lacking else CdiffError
+        return kind(f"{self.name} {self.version} on {self.device}: {what}: {said}")
+
+    def close(self) -> None:
+        """See `GpuEngine.close`; the engines are loaded again when they are needed."""
+        super().close()
+        with self.gpu.current():
+            self._engines.clear()
+        self._loaded = None
+
+
+class TrtConnector:
+    """Execution contexts for one binding; their working memory is ours. Implements `Connector`."""
+
+    def __init__(self, owner: TensorRtEngine, engines: dict[str, Any], trt: Any) -> None:
+        self._engines, self._trt, self._gpu, self._fail = engines, trt, owner.gpu, owner.failure
+        self._messages = owner._messages
+        self._contexts: list[Any] = []
+        self._memory: list[Buffer] = []
+
+    def connect(self, graph: str, tensors: dict[str, Tensor], stream: Any) -> Callable[[], None]:
+        """See `Connector.connect`: the profile, every shape and every address are set once, before the first run."""
+        trt, engine, fail = self._trt, self._engines[graph], self._fail
+        self._check(graph, engine, tensors)
+        self._messages.clear()
+        memory = self._gpu.allocate(int(engine.device_memory_size_v2))
+        self._memory.append(memory)
+        context = self._context(engine)
+        if context is None:
+            raise fail(f"no execution context for the {graph}")
+        self._contexts.append(context)
+        context.set_device_memory(memory.address, memory.size)
+        if not context.set_optimization_profile_async(0, stream.handle):
+            raise fail(f"the {graph}'s optimisation profile cannot be set")
+        stream.synchronize()  # what the change of profile copies must be there before anything runs
+        for name, place in tensors.items():
+            if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT and not context.set_input_shape(
+                name, place.shape
+            ):
+                raise fail(f"the {graph} does not take {name} {list(place.shape)}")
+            if not context.set_tensor_address(name, place.address):
+                raise fail(f"the {graph} does not take an address for {name}")
+        if unknown := list(context.infer_shapes()):
+            raise fail(f"the {graph} lacks the shape of {', '.join(unknown)}")
+        for name, place in tensors.items():
+            if (found := tuple(context.get_tensor_shape(name))) != place.shape:
+                raise fail(f"the {graph}'s {name} is {list(found)}, not {list(place.shape)}")
+        handle = stream.handle
+
+        def queue() -> None:
+            if not context.execute_async_v3(handle):
+                raise fail(f"the {graph} did not run")
+
+        return queue
+
+    def close(self) -> None:
+        """Drop the contexts, then give back their memory."""
+        self._contexts.clear()
+        for buffer in self._memory:
+            self._gpu.release(buffer)
+        self._memory.clear()
+
+    def _context(self, engine: Any) -> Any:
+        """A context whose working memory we provide."""
+        trt = self._trt
+        strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        specialisation = getattr(trt, "DynamicShapesKernelSpecializationStrategy", None)
+        if specialisation is None:
+            return engine.create_execution_context(strategy)
+        # TensorRT for RTX compiles kernels when it runs. Eagerly, so that the same kernels serve from the first call on: by default
+        # better ones replace them in the middle of a scan, which a captured graph would miss and which would change its bits.
+        options = engine.create_runtime_config()
+        options.set_execution_context_allocation_strategy(strategy)
+        options.dynamic_shapes_kernel_specialization_strategy = specialisation.EAGER
+        return engine.create_execution_context(options)
+
+    def _check(self, graph: str, engine: Any, tensors: dict[str, Tensor]) -> None:
+        """The engine's tensors are the ones that we mean, of the same types."""
+        names = tensor_names(engine)
+        if names != set(tensors):
+            raise CdiffError(
+                f"the {graph}'s engine has the tensors {sorted(names)}, not {sorted(tensors)}: export the bundle again"
+            )
+        for name, place in tensors.items():
+            found = np.dtype(self._trt.nptype(engine.get_tensor_dtype(name)))
+            if found != place.dtype:
+                raise CdiffError(f"the {graph}'s engine has {name} as {found}, not {place.dtype}: build it again")
+
+
+def tensor_names(engine: Any) -> set[str]:
+    """The names of all inputs and outputs."""
+    return {str(engine.get_tensor_name(i)) for i in range(engine.num_io_tensors)}
+
+
+def listeners(trt: Any) -> tuple[list[str], Any, Any]:
+    """A list that gathers TensorRT's errors, and the logger and error recorder that fill it.
+
+    Errors go into the exceptions that follow from them; warnings go to the logger `cdiff` at level debug.
+    """
+    messages: list[str] = []
+
+    def keep(text: object) -> None:
+        line = " ".join(str(text).split())
+        if line and line not in messages:
+            messages.append(line)
+            del messages[:-KEPT_ERRORS]
+
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
+                keep(message)
+            else:
+                LOG.debug("TensorRT: %s", message)
+
+    class Recorder(trt.IErrorRecorder):  # type: ignore[misc]
+        """The names are those that the bindings look up from C++; `num_errors` is the documented one, `get_num_errors` the used one."""
+
+        def __init__(self) -> None:
+            trt.IErrorRecorder.__init__(self)
+            self._errors: list[tuple[Any, str]] = []
+
+        def get_num_errors(self) -> int:
+            return len(self._errors)
+
+        def num_errors(self) -> int:
+            return len(self._errors)
+
+        def get_error_code(self, index: int) -> Any:
+            return self._errors[index][0]
+
+        def get_error_desc(self, index: int) -> str:
+            return self._errors[index][1]
+
+        def has_overflowed(self) -> bool:
+            return len(self._errors) >= KEPT_ERRORS
+
+        def clear(self) -> None:
+            self._errors.clear()
+
+        def report_error(self, code: Any, description: str) -> bool:
+            if len(self._errors) < KEPT_ERRORS:
+                self._errors.append((code, description))
+            keep(f"{getattr(code, 'name', code)}: {description}")
+            return False  # no opinion on whether to go on: the call's own result tells
+
+    return messages, Logger(), Recorder()

@@ -1,0 +1,95 @@
+"""A scan's slices shared out among several engines, one thread each: the same maps, sooner (design, section 4)."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields, replace
+from typing import Any
+
+from cdiff.runtime.batching import Progress, Timings, segment_windows
+from cdiff.runtime.engines.base import Engine
+from cdiff.runtime.framing import Windows
+from cdiff.runtime.sampler import SamplerTable
+from cdiff.runtime.sums import SliceResult
+
+
+def segment_shared(
+    engines: Sequence[Engine],
+    windows: Windows,
+    table: SamplerTable,
+    *,
+    slice_ids: Sequence[int],
+    progress: Progress | None = None,
+    timings: Timings | None = None,
+    **options: Any,
+) -> list[SliceResult]:
+    """The result of every slice, in order; engine k of n takes the k-th part of the slices, all parts being as equal as can be.
+
+    The arguments are `segment_windows`'s; `options` are its others. The noise belongs to a slice's number, so the maps do not
+    depend on who computed them but for the batch's make-up. `timings` adds the engines' up. The first error of any of them
+    stops the others after the slice that they are at, and is raised.
+    """
+    spent = Timings() if timings is None else timings
+    if len(engines) == 1:
+        shared: dict[str, Any] = {"slice_ids": slice_ids, "progress": progress, "timings": spent}
+        return list(segment_windows(engines[0], windows, table, **shared, **options))
+    total = len(windows.slices)
+    edges = [total * k // len(engines) for k in range(len(engines) + 1)]
+    meter, stop = _Meter(progress), threading.Event()
+
+    def work(k: int) -> tuple[list[SliceResult], Timings]:
+        first, end = edges[k], edges[k + 1]
+        mine = Timings()
+        found: list[SliceResult] = []
+        if first == end:
+            return found, mine
+        share = replace(windows, slices=windows.slices[first:end])
+        rest: dict[str, Any] = {
+            "slice_ids": slice_ids[first:end],
+            "progress": meter.part(k, total, end - first),
+            "timings": mine,
+        }
+        try:
+            for result in segment_windows(engines[k], share, table, **rest, **options):
+                found.append(replace(result, index=result.index + first))
+                if stop.is_set():
+                    break
+        except BaseException:
+            stop.set()
+            raise
+        return found, mine
+
+    with ThreadPoolExecutor(len(engines), "cdiff-gpu") as pool:
+        running = [pool.submit(work, k) for k in range(len(engines))]
+        try:
+            parts = [one.result() for one in running]
+        except BaseException:  # Ctrl-C too: the threads would go on to the end of their share
+            stop.set()
+            raise
+    for _, mine in parts:
+        for field in fields(Timings):
+            setattr(spent, field.name, getattr(spent, field.name) + getattr(mine, field.name))
+    return [result for found, _ in parts for result in found]
+
+
+class _Meter:
+    """One progress report out of several threads'."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self._progress, self._lock = progress, threading.Lock()
+        self._done: dict[int, int] = {}
+
+    def part(self, k: int, slices: int, share: int) -> Callable[[int, int], None] | None:
+        """Progress of thread k, whose share is `share` of all `slices`: both count alike for a slice."""
+        progress = self._progress
+        if progress is None:
+            return None
+
+        def report(done: int, total: int) -> None:
+            with self._lock:
+                self._done[k] = done
+                progress(sum(self._done.values()), total // share * slices)
+
+        return report

@@ -1,0 +1,198 @@
+"""A double of TensorRT's Python module: it computes a network in NumPy at the addresses that it was given, and insists on the order
+of calls that TensorRT asks for."""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from tests.runtime.device.fake_cuda import World
+
+SIZE = {"encoder": 1000, "denoiser": 5000}
+"""Bytes of working memory of each engine."""
+
+
+def view(address: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray[Any, Any]:
+    """Host memory at an address as an array."""
+    count = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    buffer = (ctypes.c_uint8 * count).from_address(address)
+    return np.frombuffer(buffer, dtype=dtype).reshape(shape)
+
+
+class Network:
+    """What the two engines compute: `model` is a test engine with encode and denoise, `size` (H, W), features [.,L,H,W] of a type."""
+
+    def __init__(self, model: Any, size: tuple[int, int], L: int, dtype: Any, learned: bool) -> None:
+        self.model, self.learned, self.dtype = model, learned, np.dtype(dtype)
+        image, features, maps = (-1, 1, *size), (-1, L, *size), (-1, 1, *size)
+        i64 = np.dtype(np.int64)
+        f32 = np.dtype(np.float32)
+        self.inputs: dict[str, dict[str, Any]] = {
+            "encoder": {"image": (image, f32)},
+            "denoiser": {
+                "x": (maps, f32),
+                "features": (features, self.dtype),
+                **dict.fromkeys(("row_slice", "t", "level"), ((-1,), i64)),
+            },
+        }
+        mix = {"mix": (maps, f32)} if learned else {}
+        self.outputs: dict[str, dict[str, Any]] = {
+            "encoder": {"features": (features, self.dtype)},
+            "denoiser": {"x0": (maps, f32), **mix},
+        }
+
+    def compute(self, graph: str, arrays: dict[str, np.ndarray[Any, Any]]) -> None:
+        if graph == "encoder":
+            arrays["features"][:] = self.model.encode(arrays["image"])
+            return
+        asked = {name: arrays[name].copy() for name in self.inputs["denoiser"]}
+        asked["features"] = asked["features"].astype(np.float32)
+        x0, mix = self.model.denoise(**asked)
+        arrays["x0"][:] = x0
+        if self.learned:
+            arrays["mix"][:] = mix
+
+
+def module(world: World, network: Network, *, rtx: bool = False, max_rows: int = 10**6) -> Any:
+    """The module `tensorrt`, or `tensorrt_rtx`."""
+    trt: Any = ModuleType("tensorrt_rtx" if rtx else "tensorrt")
+    trt.__version__ = "1.7.1.116" if rtx else "10.16.1.11"
+
+    class Severity(enum.IntEnum):
+        INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE = range(5)
+
+    class ILogger:
+        def __init__(self) -> None: ...
+
+    ILogger.Severity = Severity  # type: ignore[attr-defined]
+
+    class IErrorRecorder:
+        def __init__(self) -> None: ...
+
+    class TensorIOMode(enum.Enum):
+        INPUT, OUTPUT = 1, 2
+
+    class Strategy(enum.Enum):
+        STATIC, ON_PROFILE_CHANGE, USER_MANAGED = range(3)
+
+    class Specialization(enum.Enum):
+        LAZY, EAGER, NONE = range(3)
+
+    class Config:
+        dynamic_shapes_kernel_specialization_strategy = Specialization.LAZY
+        strategy = Strategy.STATIC
+
+        def set_execution_context_allocation_strategy(self, strategy: Strategy) -> None:
+            self.strategy = strategy
+
+    class Engine:
+        def __init__(self, graph: str, recorder: Any) -> None:
+            self.graph, self.recorder = graph, recorder
+            self.inputs, self.outputs = network.inputs[graph], network.outputs[graph]
+            self.tensors = self.inputs | self.outputs
+            self.num_io_tensors = len(self.tensors)
+            self.device_memory_size_v2 = SIZE[graph]
+
+        def get_tensor_name(self, index: int) -> str:
+            return list(self.tensors)[index]
+
+        def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+            return tuple(self.tensors[name][0])
+
+        def get_tensor_dtype(self, name: str) -> np.dtype[Any]:
+            return self.tensors[name][1]  # type: ignore[no-any-return]
+
+        def get_tensor_mode(self, name: str) -> TensorIOMode:
+            return TensorIOMode.INPUT if name in self.inputs else TensorIOMode.OUTPUT
+
+        def create_runtime_config(self) -> Config:
+            return Config()
+
+        def create_execution_context(self, how: Any) -> Context:
+            assert (how.strategy if rtx else how) is Strategy.USER_MANAGED
+            if rtx:
+                assert how.dynamic_shapes_kernel_specialization_strategy is Specialization.EAGER
+            return Context(self)
+
+    class Context:
+        def __init__(self, engine: Engine) -> None:
+            self.engine = engine
+            self.shapes: dict[str, tuple[int, ...]] = {}
+            self.addresses: dict[str, int] = {}
+            self.profile: int | None = None
+            self.memory = 0
+
+        def set_device_memory(self, memory: int, size: int) -> None:
+            assert memory % 256 == 0
+            world.check(memory, size)
+            assert size >= self.engine.device_memory_size_v2
+            self.memory = memory
+
+        def set_optimization_profile_async(self, index: int, stream: int) -> bool:
+            assert stream in world.streams
+            world.note("profile", self.engine.graph, index)
+            self.profile = index
+            return True
+
+        def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+            assert self.profile is not None, "the profile comes before the shapes"
+            world.note("shape", self.engine.graph, name, shape)
+            wanted = self.engine.inputs[name][0]
+            fits = len(shape) == len(wanted) and all(w in (-1, n) for w, n in zip(wanted, shape, strict=True))
+            if not fits or (name == "x" and shape[0] > max_rows):
+                self.engine.recorder.report_error("INVALID_ARGUMENT", f"{name} {shape} is not in the profile")
+                return False
+            self.shapes[name] = shape
+            return True
+
+        def set_tensor_address(self, name: str, memory: int) -> bool:
+            assert memory % 256 == 0, "TensorRT asks for 256 bytes of alignment"
+            world.note("address", self.engine.graph, name, memory)
+            self.addresses[name] = memory
+            return name in self.engine.tensors
+
+        def infer_shapes(self) -> list[str]:
+            missing = [name for name in self.engine.inputs if name not in self.shapes]
+            first = self.shapes["image" if self.engine.graph == "encoder" else "x"][0]
+            for name, (shape, _) in self.engine.outputs.items():
+                self.shapes[name] = (first, *shape[1:])
+            return missing
+
+        def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+            return self.shapes[name]
+
+        def execute_async_v3(self, stream: int) -> bool:
+            world.current()
+            assert self.memory, "no working memory"
+            assert set(self.addresses) == set(self.shapes) == set(self.engine.tensors)
+            world.note("execute", self.engine.graph, stream)
+            places = {n: (self.addresses[n], self.shapes[n], self.engine.tensors[n][1]) for n in self.addresses}
+            graph = self.engine.graph
+            world.streams[stream].put(
+                lambda: network.compute(graph, {name: view(*place) for name, place in places.items()})
+            )
+            return True
+
+    class Runtime:
+        error_recorder: Any = None
+
+        def __init__(self, logger: Any) -> None:
+            assert isinstance(logger, ILogger)
+            self.logger = logger
+
+        def deserialize_cuda_engine(self, plan: bytes) -> Engine | None:
+            if plan.decode() not in SIZE:
+                self.logger.log(Severity.ERROR, "the plan is damaged\nand more")
+                return None
+            return Engine(plan.decode(), self.error_recorder)
+
+    trt.ILogger, trt.IErrorRecorder, trt.TensorIOMode = ILogger, IErrorRecorder, TensorIOMode
+    trt.ExecutionContextAllocationStrategy = Strategy
+    if rtx:
+        trt.DynamicShapesKernelSpecializationStrategy = Specialization
+    trt.Runtime, trt.nptype = Runtime, lambda dtype: dtype.type
+    return trt

@@ -1,0 +1,160 @@
+"""ONNX Runtime on device pointers: every tensor bound to its address, nothing falls back, the maps are the CPU engine's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+
+from cdiff.runtime.bundle import Bundle
+from cdiff.runtime.device.cuda import OutOfMemory
+from cdiff.runtime.engines import onnxruntime as plain
+from cdiff.runtime.engines import onnxruntime_gpu
+from cdiff.runtime.engines.onnxruntime import OnnxRuntimeEngine, open_session
+from cdiff.runtime.engines.onnxruntime_gpu import OnnxRuntimeGpuEngine
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.sampler import sampler_table
+from tests.runtime.device.fake_cuda import World, install
+from tests.runtime.device.fake_tensorrt import view
+from tests.runtime.graphs import write_pair
+from tests.runtime.test_batching import SCHEDULE, SIZE, C, framed, run, scan
+
+
+class Bound:
+    def __init__(self) -> None:
+        self.tensors: dict[str, tuple[str, tuple[int, tuple[int, ...], Any]]] = {}
+
+    def bind_input(self, name: str, kind: str, device: int, dtype: Any, shape: list[int], address: int) -> None:
+        assert (kind, device) == ("cuda", 0)
+        self.tensors[name] = "in", (address, tuple(shape), dtype)
+
+    def bind_output(self, name: str, kind: str, device: int, dtype: Any, shape: list[int], address: int) -> None:
+        assert (kind, device) == ("cuda", 0)
+        self.tensors[name] = "out", (address, tuple(shape), dtype)
+
+
+class Session:
+    """A session on the CPU that reads and writes at the addresses bound, when its stream comes to it."""
+
+    def __init__(self, path: Path, world: World, provider: Any) -> None:
+        self.cpu, self.world = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"]), world
+        self.stream = world.streams[int(provider[1]["user_compute_stream"])]
+        self.get_inputs, self.get_outputs = self.cpu.get_inputs, self.cpu.get_outputs
+        self.failure: Exception | None = None
+
+    def io_binding(self) -> Bound:
+        return Bound()
+
+    def run_with_iobinding(self, bound: Bound, options: Any) -> None:
+        self.world.current()
+        assert options.get_run_config_entry("disable_synchronize_execution_providers") == "1"
+        if self.failure is not None:
+            raise self.failure
+
+        def compute() -> None:
+            feed = {name: view(*place).copy() for name, (way, place) in bound.tensors.items() if way == "in"}
+            names = [name for name, (way, _) in bound.tensors.items() if way == "out"]
+            for name, value in zip(names, self.cpu.run(names, feed), strict=True):
+                view(*bound.tensors[name][1])[:] = value
+
+        self.stream.put(compute)
+
+
+@pytest.fixture
+def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    def build(*, learned: bool = False, tensorrt: bool = False, precision: str = "float32") -> Any:
+        world = install(monkeypatch)
+        opened: list[Any] = []
+
+        def open_(path: Path, names: Any, provider: Any) -> Session:
+            opened.append((path.name, provider))
+            return Session(path, world, provider)
+
+        monkeypatch.setattr(onnxruntime_gpu, "open_session", open_)
+        monkeypatch.setattr(onnxruntime_gpu, "load_trt", lambda flavour: opened.append(flavour))
+        encoder, denoiser = write_pair(tmp_path, size=SIZE, T=20, levels=C, learned=learned)
+        manifest = SimpleNamespace(precision=precision)
+        bundle = SimpleNamespace(
+            encoder=encoder, denoiser=denoiser, manifest=manifest, path=tmp_path, engines=tmp_path / "engines"
+        )
+        engine = OnnxRuntimeGpuEngine(cast(Bundle, bundle), tensorrt=tensorrt)
+        return SimpleNamespace(engine=engine, world=world, opened=opened, pair=(encoder, denoiser))
+
+    return build
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_the_maps_are_the_cpu_engine_s(make: Any, learned: bool) -> None:
+    setup = make(learned=learned)
+    windows, table = framed(scan((2, SIZE, SIZE))), sampler_table("ddpm", SCHEDULE, 5)
+    want = run(OnnxRuntimeEngine(*setup.pair, threads=1), windows, table, batch=7, mirror=True)
+    for a, b in zip(run(setup.engine, windows, table, batch=7, mirror=True), want, strict=True):
+        np.testing.assert_allclose(a.level_means, b.level_means, rtol=0, atol=2e-6)
+        np.testing.assert_allclose(a.run_std, b.run_std, rtol=0, atol=2e-6)
+    assert (setup.engine.name, setup.engine.device, setup.engine.version) == ("onnxruntime", "cuda:0", ort.__version__)
+
+
+def test_each_session_has_its_stream_and_no_tf32(make: Any) -> None:
+    setup = make()
+    (encoder, first), (denoiser, second) = setup.opened
+    assert (encoder, denoiser) == ("encoder.onnx", "denoiser.onnx")
+    assert first[0] == second[0] == "CUDAExecutionProvider"
+    assert first[1]["use_tf32"] == "0"
+    assert first[1]["user_compute_stream"] != second[1]["user_compute_stream"]
+
+
+def test_the_tensorrt_provider_keeps_types_and_caches(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = make(tensorrt=True, precision="float16")
+    assert setup.opened[0] == "tensorrt", "its libraries are loaded before the provider looks for them"
+    provider, options = setup.opened[1][1]
+    assert provider == "TensorrtExecutionProvider"
+    assert "trt_fp16_enable" not in options, "that would build a weakly typed network"
+    assert Path(options["trt_engine_cache_path"]).is_dir()
+    monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
+    with pytest.raises(CdiffError, match=r"TF32.*set NVIDIA_TF32_OVERRIDE=0"):
+        make(tensorrt=True)
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
+    assert make(tensorrt=True).engine.name == "onnxruntime-tensorrt"
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        (
+            "[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Failed to allocate memory for requested buffer of size 9",
+            OutOfMemory,
+        ),
+        ("CUDNN_STATUS_EXECUTION_FAILED\nand a trace", CdiffError),
+    ],
+)
+def test_its_failures_are_one_line(make: Any, text: str, kind: type[CdiffError]) -> None:
+    setup = make()
+    binding = setup.engine.bind(4, 1)
+    setup.engine._sessions["encoder"].failure = RuntimeError(text)
+    with pytest.raises(CdiffError, match="failed on cuda:0 in the encoder") as error:
+        binding.encode(0, np.zeros((1, SIZE, SIZE), np.float32))
+    assert type(error.value) is kind
+    assert "\n" not in str(error.value)
+    assert setup.world.contexts == []
+
+
+def test_a_provider_that_did_not_start_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """ONNX Runtime goes on with the CPU where a provider's libraries are missing, and tells only its log."""
+    encoder, _ = write_pair(tmp_path)
+    monkeypatch.setattr(plain.ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    monkeypatch.setattr(plain.ort, "preload_dlls", lambda: None)
+    real = ort.InferenceSession
+
+    def without_cuda(path: str, options: Any, providers: Any, **rest: Any) -> Any:
+        assert rest == {"enable_fallback": 0}
+        return real(path, options, providers=["CPUExecutionProvider"])
+
+    monkeypatch.setattr(plain.ort, "InferenceSession", without_cuda)
+    with pytest.raises(
+        CdiffError, match="could not start its CUDAExecutionProvider on cuda:3 and fell back to the CPU"
+    ):
+        open_session(encoder, plain.ENCODER, ("CUDAExecutionProvider", plain.cuda_options(3)))

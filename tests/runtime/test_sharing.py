@@ -1,0 +1,107 @@
+"""Slices shared out among engines, and batches halved until they fit: the maps stay the same."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+
+from cdiff.runtime import segmenter as loop
+from cdiff.runtime.batching import Timings
+from cdiff.runtime.bundle import Bundle, open_bundle
+from cdiff.runtime.device.cuda import OutOfMemory
+from cdiff.runtime.engines.base import Binding
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.sampler import sampler_table
+from cdiff.runtime.segmenter import Segmenter
+from cdiff.runtime.sharing import segment_shared
+from tests.runtime.test_batching import SCHEDULE, SIZE, BrokenEngine, C, FakeEngine, R, framed, run, scan
+from tests.runtime.test_segmenter import make_bundle
+
+
+class Small(FakeEngine):
+    """An engine with room for so many rows."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room, self.asked = room, list[int]()
+
+    def bind(self, rows: int, slots: int) -> Binding:
+        self.asked.append(rows)
+        if rows > self.room:
+            raise OutOfMemory("no room; use a smaller batch")
+        return super().bind(rows, slots)
+
+
+@pytest.mark.parametrize("engines", [1, 2, 3, 7])
+def test_several_engines_give_the_maps_of_one(engines: int) -> None:
+    windows, table = framed(scan((5, SIZE, 20)), "tile"), sampler_table("ddpm", SCHEDULE, 4)
+    want = run(FakeEngine(), windows, table, batch=12, slice_ids=[3, 4, 5, 6, 7])
+    seen: list[tuple[int, int]] = []
+    several, spent = [FakeEngine() for _ in range(engines)], Timings()
+    got = segment_shared(
+        several, windows, table, slice_ids=[3, 4, 5, 6, 7], levels=C, runs=R, seed=9, batch=12,
+        progress=lambda *done: seen.append(done), timings=spent,
+    )  # fmt: skip
+    assert [(one.index, one.slice_id) for one in got] == [(i, i + 3) for i in range(5)]
+    for a, b in zip(got, want, strict=True):
+        assert np.array_equal(a.level_means, b.level_means)
+        assert np.array_equal(a.run_std, b.run_std)
+    total = len(windows) * C * R * len(table)
+    assert seen[-1] == (total, total)
+    assert {whole for _, whole in seen} == {total}
+    assert sum(engine.encoded for engine in several) == len(windows)
+    assert spent.rows == len(windows) * C * R
+
+
+def test_one_engine_s_error_ends_all() -> None:
+    windows, table = framed(scan((6, SIZE, SIZE))), sampler_table("ddpm", SCHEDULE)
+    with pytest.raises(CdiffError, match=r"x0 at timestep 7, slice [345]"):
+        segment_shared(
+            [FakeEngine(), BrokenEngine(np.nan)], windows, table, slice_ids=range(6), levels=C, runs=R, seed=9
+        )
+    assert threading.active_count() == 1 or not [t for t in threading.enumerate() if "cdiff-gpu" in t.name]
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_that_is_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bundle = open_bundle(make_bundle(tmp_path / "tiny"))
+    engine = Small(3)
+    segmenter = Segmenter(bundle, engine)
+    slices = np.random.default_rng(0).normal(size=(SIZE, SIZE, 2)).astype(np.float32)
+    options: dict[str, Any] = {"runs": 4, "steps": 2, "seed": 1}
+    first = segmenter.segment(slices, batch=20, **options)
+    second = segmenter.segment(slices, batch=20, **options)
+    assert engine.asked == [20, 10, 5, 3, 3], "the second scan begins with what fitted"
+    assert first.report["batch"] == second.report["batch"] == 3
+    assert [record.message for record in caplog.records] == [
+        f"no room; use a smaller batch; going on with {b} rows a batch instead of {a}"
+        for a, b in ((20, 10), (10, 5), (5, 3))
+    ]
+    want = Segmenter(bundle, Small(100)).segment(slices, batch=20, **options)
+    np.testing.assert_allclose(first.stack.soft, want.stack.soft, rtol=0, atol=2e-5)
+    with pytest.raises(OutOfMemory):
+        Segmenter(bundle, Small(0)).segment(slices, batch=2, **options)
+
+
+def test_devices_are_opened_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+
+    def open_engine(bundle: Bundle, name: str, device: str, build: Any = None) -> Any:
+        opened.append(device)
+        engine = FakeEngine()
+        engine.device = device  # type: ignore[misc]
+        return engine
+
+    monkeypatch.setattr(loop, "open_engine", open_engine)
+    bundle = make_bundle(tmp_path / "tiny")
+    segmenter = Segmenter.open(bundle, device="cuda:0,cuda:2")
+    assert opened == ["cuda:0", "cuda:2"]
+    assert cast(Any, segmenter)._model_report()["device"] == "cuda:0,cuda:2"
+    for wrong in ("cuda:0,cuda:0", "cuda,cuda:0", "cpu,cuda:0", "cuda:0,"):
+        with pytest.raises(CdiffError, match="device"):
+            Segmenter.open(bundle, device=wrong)

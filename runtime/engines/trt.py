@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 from cdiff.runtime.bundle import Bundle
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import sha256
-from cdiff.runtime.manifest import DENOISER, ENCODER
+from cdiff.runtime.manifest import DENOISER, ENCODER, Manifest
 
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
 Graph = Literal["encoder", "denoiser"]
@@ -25,7 +25,7 @@ Say = Callable[[str], None]
 
 FILES: dict[Graph, str] = {"encoder": ENCODER, "denoiser": DENOISER}
 RECORD, LAYERS = "record.json", "layers.json"
-"""Beside each engine: what it was built for and its hash; what the builder made of every layer."""
+"""Beside each engine: what it was built for, and its hash; what the builder made of every layer."""
 RECORD_FORMAT = 1
 
 MODULES: dict[Flavour, tuple[str, ...]] = {
@@ -33,14 +33,18 @@ MODULES: dict[Flavour, tuple[str, ...]] = {
     "tensorrt-rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings"),
 }
 INSTALL: dict[Flavour, str] = {
-    "tensorrt": "pip install 'cdiff[gpu]'",
+    "tensorrt": "pip install 'cdiff[gpu]' (where its wheels cannot be had, install TensorRT 10.16 or 11 as NVIDIA's guide says)",
     "tensorrt-rtx": "pip install 'cdiff[rtx]'",
 }
 RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 """What TensorRT for RTX 1.7 builds for. Compute capability 9.0 (H100, H200) is not among them."""
 
-PORTABLE_OPTIONS = ("hardware-compatible", "same-compute-capability", "version-compatible")
+MAX_ROWS = 256
+"""Enough to keep any GPU busy at any image size that the network makes sense for."""
+MAX_VALUES = 2**31 - 1
+"""Values in one tensor that every kernel of TensorRT can index."""
 FAST_RUNS = 5
+"""Fewest runs that the places for features are made for; with fewer, a batch holds fewer rows."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ class Gpu:
 class Profile:
     """The shapes that a denoiser's engine takes: min_rows..max_rows rows, fastest at opt_rows, over 1..slots sets of features.
 
-    The encoder's engine always takes one image: the runtime encodes a window at a time.
+    The encoder's engine takes one image: the runtime encodes a window at a time. Raises CdiffError when the numbers make no sense.
     """
 
     min_rows: int
@@ -68,7 +72,7 @@ class Profile:
         if not 1 <= self.min_rows <= self.opt_rows <= self.max_rows or self.slots < 1:
             raise CdiffError(
                 f"engine rows {self.min_rows} / {self.opt_rows} / {self.max_rows} over {self.slots} sets of features make no "
-                "sense: give 1 <= min <= opt <= max, and at least one set"
+                "sense; give 1 <= min <= opt <= max, and at least one set"
             )
 
     def covers(self, other: Profile) -> bool:
@@ -76,46 +80,40 @@ class Profile:
         return self.min_rows <= other.min_rows and self.max_rows >= other.max_rows and self.slots >= other.slots
 
 
-def row_bytes(bundle: Bundle) -> int:
-    """A guess at the device memory that one row needs, in bytes: 16 maps of the widest layer in float32.
-
-    The widest layer has L channels at the full image size. While the last depth is computed, about 5.4 of its maps are held for
-    the skips over all depths (4 at full size, then a quarter each), and about ten by the block at work and its formats.
-    """
-    height, width = bundle.manifest.image_size
-    return 16 * 4 * bundle.manifest.features_channels * height * width
-
-
 def profile_for(
-    levels: int, runs: int, *, row_bytes: int, free_bytes: int | None = None, views: int = 2, share: float = 0.7
+    manifest: Manifest, runs: int, free_bytes: int | None = None, *, max_rows: int | None = None
 ) -> Profile:
-    """The rows that suit C = `levels` levels x `runs` runs of a slice on a GPU with `free_bytes` of memory free.
+    """The rows that suit C levels x `runs` runs of a slice on a GPU with `free_bytes` of free memory.
 
-    All C x R rows of a slice at once if they fit into `share` of the free memory at `row_bytes` a row, else the fewest equal
-    batches, so that as few padding rows as possible are computed; at most MAX_ROWS. Without `free_bytes` (no GPU here) memory sets no
-    limit: the runtime then binds fewer rows. One row is always allowed, for the end of a scan and after running out of memory.
-    slots: enough for rows of `views` views (the slice and its mirror image) with FAST_RUNS runs or more a level.
+    A slice's C x R rows at once if they fit, else the fewest equal batches, so that as few padding rows as possible are computed.
+    What fits: 70 % of the free memory at 64 maps of float16 a row, one map being L channels at the full image size (about 11 of
+    them are held for the skips in float32, as many are at work, and the rest is room for formats and workspace: a guess, not
+    measured); a widest tensor of 4 maps within MAX_VALUES; MAX_ROWS, or `max_rows` where it is given. Without `free_bytes` (no
+    GPU here) memory sets no limit, and the runtime binds fewer rows where it must. One row is always allowed, for the end of a
+    scan and after running out of memory. slots: places for the windows, and their mirror images, that such a batch can
+    touch with FAST_RUNS runs or more a level.
     """
-    wanted = levels * runs
-    if levels < 1 or runs < 1:
-        raise CdiffError(f"{levels} levels x {runs} runs make no batch; give at least one of each")
-    fit = MAX_ROWS if free_bytes is None else max(1, min(MAX_ROWS, int(share * free_bytes) // row_bytes))
-    batches = -(-wanted // fit)
+    if runs < 1 or (max_rows is not None and max_rows < 1):
+        raise CdiffError(f"{runs} runs in batches of {max_rows} rows make no engine; give at least one of each")
+    height, width = manifest.image_size
+    map_values = manifest.features_channels * height * width
+    fit = min(max_rows or MAX_ROWS, MAX_VALUES // (4 * map_values))
+    if free_bytes is not None:
+        fit = min(fit, int(0.7 * free_bytes) // (64 * 2 * map_values))
+    wanted = manifest.levels * runs
+    batches = -(-wanted // max(fit, 1))
     rows = -(-wanted // batches)
-    held = max(rows - 2, 0) // (levels * min(runs, FAST_RUNS)) + 2
-    return Profile(1, rows, rows, held * views)
-
-
-MAX_ROWS = 256
-"""Beyond this many rows a GPU's arithmetic is busy at any image size that the network makes sense for."""
+    held = max(rows - 2, 0) // (manifest.levels * min(runs, FAST_RUNS)) + 2
+    return Profile(1, rows, rows, 2 * held)
 
 
 @dataclass(frozen=True)
 class EngineKey:
     """All that an engine depends on. Two builds with equal keys may stand in for one another.
 
-    gpu: the driver's name, "" for a portable engine. capabilities: the GPU's alone, or all that a portable engine runs on.
-    precision: the bundle's. graph_sha256: of the ONNX file. options: the builder's, sorted words such as "refit".
+    version: TensorRT's. gpu: the driver's name, "" for an engine that runs on others too. capabilities: the compute
+    capabilities that it runs on, "8.0+" meaning that or newer. precision: the bundle's. graph_sha256: of the ONNX file. options: the
+    builder's, as sorted words such as "refit".
     """
 
     graph: Graph
@@ -139,46 +137,77 @@ class EngineKey:
         try:
             values = {**data, "profile": Profile(**data["profile"])}
             for name in ("capabilities", "options"):
-                values[name] = tuple(values[name])
-            key = cls(**values)
-        except (TypeError, KeyError, CdiffError) as error:
-            raise CdiffError(f"not the key of an engine ({error}); delete the folder, it will be built again") from None
-        return key
+                values[name] = tuple(map(str, values[name]))
+            return cls(**values)
+        except (TypeError, KeyError) as error:
+            raise CdiffError(
+                f"not the key of an engine ({error}); remove its folder, and it will be built again"
+            ) from None
 
     def folder_name(self) -> str:
-        """A name that a person can read, and 16 digits of the key's hash that make it unique."""
+        """A name that a person can read, with 16 digits of the key's hash, which make it unique."""
         digest = hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:16]
-        where = self.gpu or "portable"
+        where = self.gpu or f"sm{'-'.join(self.capabilities)}"
         words = (self.graph, self.flavour, self.version, where, self.precision, f"{self.profile.max_rows}rows", digest)
-        return "-".join(re.sub(r"[^A-Za-z0-9.]+", "_", word) for word in words)
+        return "_".join(re.sub(r"[^A-Za-z0-9.+-]+", "-", word) for word in words)
 
     def serves(self, wanted: EngineKey) -> bool:
-        """Whether an engine with this key does what `wanted` asks for: same graph, and a GPU, version and shapes that it covers."""
-        same = all(getattr(self, n) == getattr(wanted, n) for n in ("graph", "flavour", "precision", "graph_sha256"))
-        version = self.version == wanted.version or (
-            "version-compatible" in self.options and _release(self.version) <= _release(wanted.version)
-            and _release(self.version)[0] == _release(wanted.version)[0]
-        )  # fmt: skip
-        gpu = self.gpu in ("", wanted.gpu) and set(wanted.capabilities) <= set(self.capabilities)
-        return same and version and gpu and self.profile.covers(wanted.profile)
+        """Whether an engine with this key does what `wanted` asks for: that graph, on that GPU, with shapes and options it covers."""
+        return self.is_for(wanted) and self.graph_sha256 == wanted.graph_sha256 and self._loads_in(wanted.version)
+
+    def is_for(self, wanted: EngineKey) -> bool:
+        """`serves`, but for the TensorRT version and the graph's hash, which tell a stale engine from another's."""
+        same = all(getattr(self, name) == getattr(wanted, name) for name in ("graph", "flavour", "precision"))
+        gpu = self.gpu in ("", wanted.gpu) and all(self._runs_on(capability) for capability in wanted.capabilities)
+        return same and gpu and set(wanted.options) <= set(self.options) and self.profile.covers(wanted.profile)
+
+    def _runs_on(self, capability: str) -> bool:
+        return any(
+            capability == mine or (mine.endswith("+") and _numbers(capability.rstrip("+")) >= _numbers(mine[:-1]))
+            for mine in self.capabilities
+        )
+
+    def _loads_in(self, version: str) -> bool:
+        if self.version == version:
+            return True
+        ours, theirs = _numbers(self.version), _numbers(version)
+        return VERSION_COMPATIBLE in self.options and ours[:1] == theirs[:1] and ours <= theirs
 
 
-BuildEngines = Callable[[Bundle, Flavour, Gpu, Profile], tuple[Path, Path]]
-"""Builds both graphs' engines for that GPU into the cache: returns the paths of the encoder's and the denoiser's. It lives in
-export, which the runtime cannot import; whoever opens the runtime hands it down (`cdiff.export.tensorrt.build_engines`)."""
+VERSION_COMPATIBLE = "version-compatible"
+"""The option of engines that later TensorRT versions of the same major one load too."""
 
 
 class EnginePair(NamedTuple):
-    """The two engine files, and the profile that the denoiser's really has: what `bind` may ask for."""
+    """The two engine files, and the shapes that the denoiser's really takes: what `bind` may ask for."""
 
     encoder: Path
     denoiser: Path
     profile: Profile
 
 
+BuildEngines = Callable[[Bundle, Flavour, Gpu, Profile], tuple[Path, Path]]
+"""Builds the encoder's and the denoiser's engines for that GPU into the cache and returns their paths. It lives in export, which the
+runtime cannot import: whoever opens the runtime hands it down (`cdiff.export.tensorrt.build_engines`)."""
+
+
 def load_trt(flavour: Flavour) -> Any:
-    """Import TensorRT's Python module. Raises CdiffError that says what to install, or what the library refused."""
-    raise NotImplementedError
+    """Import TensorRT's Python module, only now and only this one.
+
+    Raises CdiffError when it is not installed, with what to install, or when it is broken, with what it said.
+    """
+    for name in MODULES[flavour]:
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name != name:
+                raise CdiffError(
+                    f"{flavour}: {name} is installed but lacks {error.name}; {INSTALL[flavour]}"
+                ) from error
+        except Exception as error:  # a missing library, or a wheel that stands in for one and says so in its own way
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise CdiffError(f"{flavour} is installed but does not load ({reason}); {INSTALL[flavour]}") from error
+    raise CdiffError(f"{flavour} is not installed: {INSTALL[flavour]}")
 
 
 def trt_version(flavour: Flavour) -> str:
@@ -186,20 +215,44 @@ def trt_version(flavour: Flavour) -> str:
     return str(load_trt(flavour).__version__)
 
 
-def wanted_key(bundle: Bundle, graph: Graph, flavour: Flavour, version: str, gpu: Gpu, profile: Profile) -> EngineKey:
-    """The key of an engine of one of the bundle's graphs for one GPU, without builder options."""
-    entry = bundle.manifest.files[FILES[graph]]
-    return EngineKey(
-        graph, flavour, version, gpu.name, (gpu.capability,), bundle.manifest.precision, profile, entry["sha256"]
-    )
+def engine_key(
+    bundle: Bundle,
+    graph: Graph,
+    flavour: Flavour,
+    version: str,
+    gpu: Gpu | tuple[str, ...],
+    profile: Profile,
+    options: tuple[str, ...] = (),
+) -> EngineKey:
+    """The key of an engine of one of the bundle's graphs: for one GPU, or for all GPUs of some compute capabilities."""
+    name, capabilities = (gpu.name, (gpu.capability,)) if isinstance(gpu, Gpu) else ("", gpu)
+    digest = bundle.manifest.files[FILES[graph]]["sha256"]
+    precision = bundle.manifest.precision
+    return EngineKey(graph, flavour, version, name, capabilities, precision, profile, digest, tuple(sorted(options)))
+
+
+def user_cache() -> Path:
+    """The user's folder of engines, for bundles that cannot be written to: $CDIFF_CACHE, $XDG_CACHE_HOME/cdiff or ~/.cache/cdiff."""
+    if named := os.environ.get("CDIFF_CACHE"):
+        return Path(named) / "engines"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cdiff" / "engines"
+
+
+def writable_cache(bundle: Bundle) -> Path:
+    """Where a new engine of this bundle goes: BUNDLE/engines, or the user's cache where the bundle is read-only."""
+    nearest = bundle.engines if bundle.engines.is_dir() else bundle.path
+    return bundle.engines if os.access(nearest, os.W_OK) else user_cache()
 
 
 def cached_engine(bundle: Bundle, graph: Graph, key: EngineKey, say: Say | None = None) -> Path | None:
-    """The engine file in the cache that serves `key`, its hash checked; None when there is none that is whole.
+    """The engine file of the cache that serves `key`, its hash checked; None when there is none that is whole.
 
-    One that is stale (another graph, version or GPU) is passed over; one that is damaged is passed over and said.
+    Looked for in BUNDLE/engines and the user's cache. Of several the one for fewest other GPUs and options wins, then the one
+    that is fastest nearest to the rows asked for. One that was built for another version or graph, or is damaged, is
+    said (by a warning unless `say` is given) and never returned.
     """
-    raise NotImplementedError
+    found = _find(bundle, graph, key, say)
+    return found[0] if found else None
 
 
 def open_or_build(
@@ -210,8 +263,63 @@ def open_or_build(
     build: BuildEngines | None = None,
     say: Say | None = None,
 ) -> EnginePair:
-    """Both engines for this GPU from the cache, or built now by `build`; what the runtime engine opens.
+    """Both engines for this GPU from the cache, or built now by `build`.
 
-    Raises CdiffError that says what command builds them when there is no `build`.
+    Raises CdiffError, with the command that builds them, when they are not there and there is no `build`; whatever `build` raises.
     """
-    raise NotImplementedError
+    version = trt_version(flavour)
+    keys = {graph: engine_key(bundle, graph, flavour, version, gpu, profile) for graph in FILES}
+    found = {graph: _find(bundle, graph, key, say) for graph, key in keys.items()}
+    if not all(found.values()) and build is not None:
+        build(bundle, flavour, gpu, profile)
+        found = {graph: _find(bundle, graph, key, say) for graph, key in keys.items()}
+    encoder, denoiser = found["encoder"], found["denoiser"]
+    if encoder is None or denoiser is None:
+        raise CdiffError(
+            f"{bundle.path} has no {flavour} {version} engine for {gpu.name} (compute capability {gpu.capability}) with "
+            f"{profile.max_rows} rows; build it: cdiff export {bundle.path} --engine {flavour}"
+        )
+    return EnginePair(encoder[0], denoiser[0], denoiser[1].profile)
+
+
+def _find(bundle: Bundle, graph: Graph, wanted: EngineKey, say: Say | None) -> tuple[Path, EngineKey] | None:
+    tell = say or _warn
+    serving: list[tuple[tuple[bool, int, int], Path, EngineKey, str]] = []
+    for path, key, digest in _records(bundle, graph, tell):
+        if key.serves(wanted):
+            distance = abs(key.profile.opt_rows - wanted.profile.opt_rows)
+            serving.append(((key.gpu == "", len(key.options), distance), path, key, digest))
+        elif key.is_for(wanted):
+            stale = f"TensorRT {key.version}" if key.graph_sha256 == wanted.graph_sha256 else "another graph"
+            tell(f"{path.parent} was built for {stale} and is not used; remove it, or build again")
+    for _, path, key, digest in sorted(serving, key=lambda one: one[0]):
+        if path.is_file() and sha256(path) == digest:
+            return path, key
+        tell(
+            f"{path} is missing or damaged (its SHA-256 is not the recorded one) and is not used; it must be built again"
+        )
+    return None
+
+
+def _records(bundle: Bundle, graph: Graph, tell: Say) -> Iterator[tuple[Path, EngineKey, str]]:
+    """Each engine of that graph in the caches: its file, key and recorded SHA-256. Other graphs' may be another model's."""
+    for folder in dict.fromkeys((bundle.engines, user_cache())):
+        for record in sorted(folder.glob(f"{graph}_*/{RECORD}")):
+            try:
+                data = json.loads(record.read_text(encoding="utf-8"))
+                if data["format"] != RECORD_FORMAT:
+                    continue  # another version of cdiff's
+                key, digest = EngineKey.from_json(data["key"]), str(data["sha256"])
+            except (OSError, ValueError, KeyError, TypeError, CdiffError) as error:
+                tell(f"{record} cannot be read ({error}), so its engine is not used; remove {record.parent}")
+                continue
+            if folder == bundle.engines or key.graph_sha256 == bundle.manifest.files[FILES[graph]]["sha256"]:
+                yield record.parent / f"{graph}.engine", key, digest
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, UserWarning, stacklevel=2)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version))

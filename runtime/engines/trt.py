@@ -244,14 +244,16 @@ def writable_cache(bundle: Bundle) -> Path:
     return bundle.engines if os.access(nearest, os.W_OK) else user_cache()
 
 
-def cached_engine(bundle: Bundle, graph: Graph, key: EngineKey, say: Say | None = None) -> Path | None:
+def cached_engine(
+    bundle: Bundle, graph: Graph, key: EngineKey, say: Say | None = None, *, exact: bool = False
+) -> Path | None:
     """The engine file of the cache that serves `key`, its hash checked; None when there is none that is whole.
 
     Looked for in BUNDLE/engines and the user's cache. Of several the one for fewest other GPUs and options wins, then the one
     that is fastest nearest to the rows asked for. One that was built for another version or graph, or is damaged, is
-    said (by a warning unless `say` is given) and never returned.
+    said (by a warning unless `say` is given) and never returned. exact: only one whose key is equal will do.
     """
-    found = _find(bundle, graph, key, say)
+    found = _find(bundle, graph, key, say, exact)
     return found[0] if found else None
 
 
@@ -282,14 +284,16 @@ def open_or_build(
     return EnginePair(encoder[0], denoiser[0], denoiser[1].profile)
 
 
-def _find(bundle: Bundle, graph: Graph, wanted: EngineKey, say: Say | None) -> tuple[Path, EngineKey] | None:
+def _find(
+    bundle: Bundle, graph: Graph, wanted: EngineKey, say: Say | None, exact: bool = False
+) -> tuple[Path, EngineKey] | None:
     tell = say or _warn
     serving: list[tuple[tuple[bool, int, int], Path, EngineKey, str]] = []
     for path, key, digest in _records(bundle, graph, tell):
-        if key.serves(wanted):
+        if key == wanted or (not exact and key.serves(wanted)):
             distance = abs(key.profile.opt_rows - wanted.profile.opt_rows)
             serving.append(((key.gpu == "", len(key.options), distance), path, key, digest))
-        elif key.is_for(wanted):
+        elif key.is_for(wanted) and not key.serves(wanted):
             stale = f"TensorRT {key.version}" if key.graph_sha256 == wanted.graph_sha256 else "another graph"
             tell(f"{path.parent} was built for {stale} and is not used; remove it, or build again")
     for _, path, key, digest in sorted(serving, key=lambda one: one[0]):

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from cdiff.cli import options
 from cdiff.cli.console import Meter, out, say, warn
+from cdiff.cli.engines import builder
 
 DATA = "Data"
 
@@ -126,7 +127,7 @@ def evaluate(
     found = find_cases(data, task)
     chosen, cases = choose_split(found, split)
     cases = cases[:limit]
-    segmenter = load(model, engine=engine, device=device)
+    segmenter = load(model, engine=engine, device=device, build=builder(quiet))
     say(f"split {chosen} of {', '.join(found)}: {len(cases)} cases", quiet)
     say(f"model {segmenter.manifest.name}, engine {segmenter.engine.name} on {segmenter.engine.device}", quiet)
     with Meter("evaluate", quiet) as meter:

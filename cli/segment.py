@@ -10,6 +10,7 @@ import typer
 
 from cdiff.cli import options
 from cdiff.cli.console import SOME_FAILED, Meter, fail, out, say
+from cdiff.cli.engines import builder
 from cdiff.runtime.errors import CdiffError
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def segment(
     from cdiff.runtime.inputs import scans_at
 
     scans = scans_at(_one_of(scan, input_))
-    segmenter = load(model, engine=engine, device=device)
+    segmenter = load(model, engine=engine, device=device, build=builder(quiet))
     say(f"model {segmenter.manifest.name}, engine {segmenter.engine.name} on {segmenter.engine.device}", quiet)
 
     def work(item: NamedScan, label: str) -> None:

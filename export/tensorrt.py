@@ -40,6 +40,7 @@ from cdiff.runtime.engines.trt import (
 )
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import atomic_folder, make_folder, sha256, write_bytes, write_json
+from cdiff.runtime.gpus import visible_gpus
 
 Progress = Callable[[int, int], None]
 PARTS = 1000
@@ -121,6 +122,8 @@ def build_engines(
         raise CdiffError(
             "TensorRT builds on the GPU that it builds for, and none is here; build at the first run there"
         )
+    if flavour == "tensorrt-rtx" and options.refit and not visible_gpus():
+        raise CdiffError("TensorRT for RTX makes engines to refit only on a machine with a GPU; leave --refit out here")
     report = progress or (lambda done, total: None)
     paths = []
     for number, graph in enumerate(FILES):

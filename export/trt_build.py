@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -198,7 +199,7 @@ def _monitor(trt: Any, progress: Fraction, cancel: Cancel) -> Any:
             inner = 0.0
             for done, steps in reversed(list(self.phases.values())):
                 inner = min((done + inner) / steps, 1.0)
-            if inner > self.told:
+            if inner >= self.told + 0.005:
                 self.told = inner
                 progress(inner)
 
@@ -207,9 +208,8 @@ def _monitor(trt: Any, progress: Fraction, cancel: Cancel) -> Any:
 
 def _failed(trt: Any, log: Any, what: str) -> CdiffError:
     said = "; ".join(dict.fromkeys(log.errors[-SHOWN:])) or "it gave no reason"
-    return CdiffError(
-        f"TensorRT {trt.__version__} {what} ({said}); try a larger workspace or fewer rows, or use --engine onnxruntime"
-    )
+    short = "give it a larger workspace or fewer rows, or " if re.search("workspace|memory", said) else ""
+    return CdiffError(f"TensorRT {trt.__version__} {what} ({said}); {short}use --engine onnxruntime")
 
 
 def _line(text: str) -> str:

@@ -15,6 +15,7 @@ from cdiff.runtime.batching import Timings, rows_per_batch, segment_windows
 from cdiff.runtime.bundle import Bundle, open_bundle
 from cdiff.runtime.engines.base import Engine
 from cdiff.runtime.engines.registry import open_engine
+from cdiff.runtime.engines.trt import BuildEngines
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import sha256
 from cdiff.runtime.framing import Framing
@@ -43,14 +44,22 @@ class Segmenter:
         self._manifest_sha256 = sha256(bundle.path / MANIFEST)
 
     @classmethod
-    def open(cls, bundle: str | os.PathLike[str] | Bundle, engine: str = "auto", device: str = "cpu") -> Segmenter:
+    def open(
+        cls,
+        bundle: str | os.PathLike[str] | Bundle,
+        engine: str = "auto",
+        device: str = "cpu",
+        *,
+        build: BuildEngines | None = None,
+    ) -> Segmenter:
         """Check the bundle's hashes and load its graphs into an engine.
 
         engine: a name of `runtime.engines.registry`, or "auto", which picks; `segmenter.engine.name` tells which.
+        build: builds TensorRT's engines for a GPU that the bundle has none for yet; `cdiff.load` gives its own.
         Raises CdiffError when the bundle is not whole, or the engine asked for cannot run on that device.
         """
         opened = bundle if isinstance(bundle, Bundle) else open_bundle(Path(bundle))
-        return cls(opened, open_engine(opened, engine, device))
+        return cls(opened, open_engine(opened, engine, device, build=build))
 
     @property
     def manifest(self) -> Manifest:

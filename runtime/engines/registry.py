@@ -12,6 +12,7 @@ from cdiff.runtime.errors import CdiffError
 
 if TYPE_CHECKING:
     from cdiff.runtime.bundle import Bundle
+    from cdiff.runtime.engines.trt import BuildEngines
 
 NAMES = ("onnxruntime", "tensorrt", "tensorrt-rtx")
 """Every engine there is; `auto` takes the first that can run on the device."""
@@ -61,11 +62,19 @@ def _onnxruntime_status() -> EngineStatus:
     return EngineStatus("onnxruntime", str(ort.__version__), devices, missing)
 
 
-def open_engine(bundle: Bundle, name: str = "auto", device: str = "cpu", *, threads: int | None = None) -> Engine:
+def open_engine(
+    bundle: Bundle,
+    name: str = "auto",
+    device: str = "cpu",
+    *,
+    threads: int | None = None,
+    build: BuildEngines | None = None,
+) -> Engine:
     """Open the bundle's graphs with the engine called `name` on `device` (`cpu`, `cuda` or `cuda:N`).
 
     `auto` picks the first engine of `NAMES` that is built for that device here; the caller shows the engine's `name`, `version`
     and `device`, which are the picked one's. `threads` is for the CPU, by default the physical cores available.
+    `build` makes the TensorRT engines that a GPU has none of yet; without it that is an error which names the command.
     Raises CdiffError when the engine or the device is unknown or cannot run here: never another one in silence.
     """
     if name not in ("auto", *NAMES):

@@ -36,8 +36,12 @@ INSTALL: dict[Flavour, str] = {
     "tensorrt": "pip install 'cdiff[gpu]' (where its wheels cannot be had, install TensorRT 10.16 or 11 as NVIDIA's guide says)",
     "tensorrt-rtx": "pip install 'cdiff[rtx]'",
 }
-RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
-"""What TensorRT for RTX 1.7 builds for. Compute capability 9.0 (H100, H200) is not among them."""
+RTX_CAPABILITIES = {
+    "float32": ("8.0", "8.6", "8.9", "12.0", "12.1"),
+    "float16": ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1"),
+}
+"""What TensorRT for RTX 1.7 builds a bundle of each precision for: it has no float32 matrix product for 7.5 (Turing). 9.0 (H100,
+H200) is not among its targets."""
 
 MAX_ROWS = 256
 """Enough to keep any GPU busy at any image size that the network makes sense for."""
@@ -224,7 +228,12 @@ def engine_key(
     profile: Profile,
     options: tuple[str, ...] = (),
 ) -> EngineKey:
-    """The key of an engine of one of the bundle's graphs: for one GPU, or for all GPUs of some compute capabilities."""
+    """The key of an engine of one of the bundle's graphs: for one GPU, or for all GPUs of some compute capabilities.
+
+    profile: the denoiser's; the encoder's engine takes one image whatever it is.
+    """
+    if graph == "encoder":
+        profile = Profile(1, 1, 1, 1)
     name, capabilities = (gpu.name, (gpu.capability,)) if isinstance(gpu, Gpu) else ("", gpu)
     digest = bundle.manifest.files[FILES[graph]]["sha256"]
     precision = bundle.manifest.precision

@@ -39,7 +39,7 @@ class Layer(NamedTuple):
 
 def half_share(layers: Sequence[Layer]) -> float | None:
     """Share of the layers that tell their types whose factors are float16, 0..1; None when none tells."""
-    told = [layer.half for layer in layers if layer.half is not None]
+    told = [product.half for product in layers if product.half is not None]
     return sum(told) / len(told) if told else None
 
 

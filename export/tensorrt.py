@@ -181,14 +181,14 @@ def _build(
     report = layer_report(key, built, inspect(trt, built.plan) if isinstance(gpu, Gpu) else "")
     folder = cache / key.folder_name()
     with atomic_folder(folder, replace=True) as part:
-        engine = part / f"{key.graph}.engine"
-        engine.write_bytes(built.plan)
+        file = part / f"{key.graph}.engine"
+        file.write_bytes(built.plan)
         write_json(part / LAYERS, report)
         record = {
             "format": RECORD_FORMAT,
             "key": key.to_json(),
-            "sha256": sha256(engine),
-            "bytes": engine.stat().st_size,
+            "sha256": sha256(file),
+            "bytes": file.stat().st_size,
             "seconds": round(time.monotonic() - started, 1),
             "cdiff": package_version("cdiff"),
             "half_share": report["half_share"],
@@ -229,6 +229,6 @@ def layer_report(key: EngineKey, built: Built, inspected: str) -> dict[str, Any]
             f"{FILES[key.graph]} holds no convolution that TensorRT {key.version} tells of: export it again"
         )
     source = next(iter(told))  # the nearest to what runs
-    layers = [layer._asdict() for layer in read[source]]
+    layers = [product._asdict() for product in read[source]]
     whole = json.loads(inspected) if read["inspector"] else None
     return {"read_from": source, "half_share": round(told[source], 4), "layers": layers, "inspector": whole}

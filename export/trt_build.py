@@ -93,14 +93,18 @@ def _parse(trt: Any, builder: Any, log: Any, graph: Path) -> tuple[Any, Any]:
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(graph)):
-        errors = [parser.get_error(i) for i in range(parser.num_errors)]
-        said = [f"{e.node_operator() or 'graph'} {e.node_name()}: {_line(e.desc())}".strip() for e in errors]
+        said = [_parser_error(parser.get_error(i)) for i in range(parser.num_errors)]
         more = f" and {len(said) - SHOWN} more" if len(said) > SHOWN else ""
         raise CdiffError(
             f"TensorRT {trt.__version__} cannot read {graph} ({'; '.join(said[:SHOWN]) or 'no reason given'}{more}); "
             "export the model again, or use --engine onnxruntime"
         )
     return network, parser
+
+
+def _parser_error(parser_error: Any) -> str:
+    where = f"{parser_error.node_operator()} {parser_error.node_name()}".strip()
+    return f"{where or 'graph'}: {_line(parser_error.desc())}"
 
 
 def _configure(trt: Any, builder: Any, network: Any, config: Any, request: Request, log: Any) -> None:

@@ -47,6 +47,9 @@ MAX_ROWS = 256
 """Enough to keep any GPU busy at any image size that the network makes sense for."""
 MAX_VALUES = 2**31 - 1
 """Values in one tensor that every kernel of TensorRT can index."""
+ROW_MAPS = 40
+"""Memory of a row, in maps of float16. TensorRT for RTX 1.7 plans 31 for the shipped network in half precision and 19 for a reduced
+paper network; what the kernels that it chooses on a GPU need besides is not measured."""
 FAST_RUNS = 5
 """Fewest runs that the places for features are made for; with fewer, a batch holds fewer rows."""
 
@@ -90,12 +93,10 @@ def profile_for(
     """The rows that suit C levels x `runs` runs of a slice on a GPU with `free_bytes` of free memory.
 
     A slice's C x R rows at once if they fit, else the fewest equal batches, so that as few padding rows as possible are computed.
-    What fits: 70 % of the free memory at 64 maps of float16 a row, one map being L channels at the full image size (about 11 of
-    them are held for the skips in float32, as many are at work, and the rest is room for formats and workspace: a guess, not
-    measured); a widest tensor of 4 maps within MAX_VALUES; MAX_ROWS, or `max_rows` where it is given. Without `free_bytes` (no
-    GPU here) memory sets no limit, and the runtime binds fewer rows where it must. One row is always allowed, for the end of a
-    scan and after running out of memory. slots: places for the windows, and their mirror images, that such a batch can
-    touch with FAST_RUNS runs or more a level.
+    What fits: 70 % of the free memory at ROW_MAPS maps of float16 a row, one map being L channels at the full image size; a widest
+    tensor of 4 maps within MAX_VALUES; MAX_ROWS, or `max_rows` where it is given. Without `free_bytes` (no GPU here) memory sets no
+    limit, and the runtime binds fewer rows where it must. One row is always allowed, for the end of a scan and after running
+    out of memory. slots: places for the windows, and their mirror images, that such a batch can touch with FAST_RUNS runs or more.
     """
     if runs < 1 or (max_rows is not None and max_rows < 1):
         raise CdiffError(f"{runs} runs in batches of {max_rows} rows make no engine; give at least one of each")
@@ -103,7 +104,7 @@ def profile_for(
     map_values = manifest.features_channels * height * width
     fit = min(max_rows or MAX_ROWS, MAX_VALUES // (4 * map_values))
     if free_bytes is not None:
-        fit = min(fit, int(0.7 * free_bytes) // (64 * 2 * map_values))
+        fit = min(fit, int(0.7 * free_bytes) // (ROW_MAPS * 2 * map_values))
     wanted = manifest.levels * runs
     batches = -(-wanted // max(fit, 1))
     rows = -(-wanted // batches)

@@ -105,7 +105,10 @@ def test_rtx_is_told_its_targets_and_keeps_no_timings(bundle: Bundle, monkeypatc
     build(bundle, double)
     first = double.calls[: double.calls.index(("build_serialized_network",))]
     number = first.index(("set", "num_compute_capabilities", 2))
-    assert first[number + 1 : number + 3] == [("set_compute_capability", "SM89", 0), ("set_compute_capability", "SM120", 1)]
+    assert first[number + 1 : number + 3] == [
+        ("set_compute_capability", "SM89", 0),
+        ("set_compute_capability", "SM120", 1),
+    ]
     assert not double.called("create_timing_cache")
     assert not list(bundle.engines.glob("timings*"))
 
@@ -113,7 +116,9 @@ def test_rtx_is_told_its_targets_and_keeps_no_timings(bundle: Bundle, monkeypatc
 @pytest.mark.parametrize(
     "options", [{"version_compatible": True}, {"hardware_compatible": "ampere+"}, {"level": 6}, {"workspace_bytes": 0}]
 )
-def test_options_that_are_not_to_be_had(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
+def test_options_that_are_not_to_be_had(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
     double = use(RTX, monkeypatch)
     with pytest.raises(CdiffError):
         build(bundle, double, **options)
@@ -207,7 +212,7 @@ def test_other_options_are_another_engine(bundle: Bundle, native: Double) -> Non
 
 
 def test_the_runtime_builds_what_is_missing_and_only_then(bundle: Bundle, native: Double) -> None:
-    with pytest.raises(CdiffError, match="cdiff export .* --engine tensorrt"):
+    with pytest.raises(CdiffError, match=r"cdiff export .* --engine tensorrt"):
         open_or_build(bundle, "tensorrt", H200, PROFILE)
     pair = open_or_build(bundle, "tensorrt", H200, PROFILE, build_engines)
     assert pair.profile == PROFILE

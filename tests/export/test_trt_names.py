@@ -42,7 +42,11 @@ def asked(rtx: bool) -> dict[str, Any]:
     if not rtx:
         names -= {name for owner, name in RTX_ONLY if owner == "names"}
     calls = [call for call in used.calls if rtx or call[:2] not in RTX_ONLY]
-    return {"names": sorted(names), "calls": sorted(calls), "enums": [*SAME_IN_ALL, "ComputeCapability", *ENUMS["1.7.1.116"]]}
+    return {
+        "names": sorted(names),
+        "calls": sorted(calls),
+        "enums": [*SAME_IN_ALL, "ComputeCapability", *ENUMS["1.7.1.116"]],
+    }
 
 
 def check(module: str, question: dict[str, Any], environment: dict[str, str]) -> dict[str, Any]:
@@ -80,7 +84,11 @@ def test_names_of_tensorrt(version: str, tmp_path: Path) -> None:
     assert agrees_with_its_double(answer, version)
 
     # What a version does not have is found out: the names of weak typing in 11, of TensorRT for RTX in both.
-    probe = {"names": ["BuilderFlag.FP16", "ComputeCapability.SM89"], "calls": [["Builder", "create_network", 2]], "enums": []}
+    probe = {
+        "names": ["BuilderFlag.FP16", "ComputeCapability.SM89"],
+        "calls": [["Builder", "create_network", 2]],
+        "enums": [],
+    }
     lacking = check("tensorrt_bindings", probe, environment)["missing"]
     assert ("BuilderFlag.FP16" in lacking) == version.startswith("11.")
     assert "ComputeCapability.SM89" in lacking
@@ -98,6 +106,10 @@ def test_names_of_tensorrt_for_rtx() -> None:
 
 def test_the_check_sees_what_the_code_uses() -> None:
     question = asked(rtx=True)
-    for name in ("NetworkDefinitionCreationFlag.STRONGLY_TYPED", "IBuilderConfig.progress_monitor", "OnnxParser.num_errors"):
+    for name in (
+        "NetworkDefinitionCreationFlag.STRONGLY_TYPED",
+        "IBuilderConfig.progress_monitor",
+        "OnnxParser.num_errors",
+    ):
         assert name in question["names"]
     assert ("IBuilderConfig", "set_timing_cache", 2) in question["calls"]

@@ -174,7 +174,9 @@ def test_ctrl_c_ends_a_build_and_leaves_nothing(tmp_path: Path) -> None:
     assert running.stderr is not None
     assert "tensorrt-rtx engines for compute capability" in running.stderr.readline()
     until = time.monotonic() + 120
-    while not list(bundle.engines.glob("encoder_*")) and time.monotonic() < until:  # the denoiser's, much longer, is next
+    while (
+        not list(bundle.engines.glob("encoder_*")) and time.monotonic() < until
+    ):  # the denoiser's, much longer, is next
         time.sleep(0.02)
     running.send_signal(signal.SIGINT)
     _, said = running.communicate(timeout=180)

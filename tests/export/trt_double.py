@@ -16,9 +16,7 @@ FLAGS = (
     "VERSION_COMPATIBLE EXCLUDE_LEAN_RUNTIME ERROR_ON_TIMING_CACHE_MISS DISABLE_COMPILATION_CACHE STRIP_PLAN REFIT_IDENTICAL "
     "WEIGHT_STREAMING REFIT_INDIVIDUAL STRICT_NANS MONITOR_MEMORY DISTRIBUTIVE_INDEPENDENCE"
 )
-WEAK = (
-    "FP16 INT8 BF16 FP8 INT4 FP4 OBEY_PRECISION_CONSTRAINTS PREFER_PRECISION_CONSTRAINTS REJECT_EMPTY_ALGORITHMS WEIGHTLESS"
-)
+WEAK = "FP16 INT8 BF16 FP8 INT4 FP4 OBEY_PRECISION_CONSTRAINTS PREFER_PRECISION_CONSTRAINTS REJECT_EMPTY_ALGORITHMS WEIGHTLESS"
 PYTHON_PLUGINS = "PREFER_AOT_PYTHON_PLUGINS PREFER_JIT_PYTHON_PLUGINS"
 
 ENUMS: dict[str, dict[str, str]] = {
@@ -51,8 +49,6 @@ CONFIG = {
 """The attributes of IBuilderConfig that may be set; TensorRT for RTX has one more."""
 
 
-
-
 class Double:
     """One version's module, `trt` to the code under test. `calls` is what was called; the rest says how it shall behave.
 
@@ -71,7 +67,9 @@ class Double:
         self.on_build: Callable[[Any], bool] = lambda monitor: True
         for name, members in {**SAME_IN_ALL, **ENUMS[version]}.items():
             setattr(self, name, enum.IntEnum(name, members, start=0))
-        self.LayerType = enum.IntEnum("LayerType", "CONVOLUTION DECONVOLUTION MATRIX_MULTIPLY EINSUM ATTENTION_INPUT SHUFFLE")
+        self.LayerType = enum.IntEnum(
+            "LayerType", "CONVOLUTION DECONVOLUTION MATRIX_MULTIPLY EINSUM ATTENTION_INPUT SHUFFLE"
+        )
         self.ILogger = type("ILogger", (), {"Severity": enum.IntEnum("Severity", "INTERNAL_ERROR ERROR WARNING INFO")})
         self.IProgressMonitor = type("IProgressMonitor", (), {})
 
@@ -104,7 +102,8 @@ class Double:
         inspector = SimpleNamespace(get_engine_information=lambda kind: json.dumps({"Layers": [layer], "Bindings": []}))
         engine = SimpleNamespace(create_engine_inspector=lambda: inspector)
         return SimpleNamespace(
-            engine_host_code_allowed=False, deserialize_cuda_engine=lambda plan: self._note(engine, "deserialize", bytes(plan))
+            engine_host_code_allowed=False,
+            deserialize_cuda_engine=lambda plan: self._note(engine, "deserialize", bytes(plan)),
         )
 
     def _note(self, value: Any, *call: Any) -> Any:

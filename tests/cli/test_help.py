@@ -22,7 +22,7 @@ OPTIONS = {
         *("--task", "--sampler", "--fast", "--levels", "--seed", "--engine", "--device", "-q"),
     ],
     "train": ["--data", "--preset", "--out", "--set", "--resume", "--max-steps", "--dry-run"],
-    "export": ["RUN", "--out", "--fp16"],
+    "export": ["RUN", "--out", "--fp16", "--engine", "--rows", "--capability", "--workspace", "--refit"],
     "info": ["BUNDLE", "--json"],
     "doctor": [],
     "benchmark": [],

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+import cdiff
 from cdiff.export import tensorrt
 from cdiff.export.tensorrt import BuildOptions, build_engines
 from cdiff.runtime.bundle import Bundle
@@ -219,6 +220,24 @@ def test_the_runtime_builds_what_is_missing_and_only_then(bundle: Bundle, native
     small = Profile(1, 30, 30, 4)
     assert open_or_build(bundle, "tensorrt", H200, small) == pair, "an engine for more rows serves fewer"
     assert len(native.called("build_serialized_network")) == 2
+
+
+def test_the_public_face_hands_a_builder_down(bundle: Bundle, double: Double, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The runtime cannot import the exporter, so `cdiff.load` gives it what builds the engines of a GPU."""
+    given: dict[str, Any] = {}
+
+    def open_engine(opened: Bundle, name: str, device: str, **more: Any) -> Any:
+        given.update(more, bundle=opened)
+
+    monkeypatch.setattr("cdiff.runtime.segmenter.open_engine", open_engine)
+    cdiff.load(bundle.path, engine="tensorrt")
+    flavour: Flavour = "tensorrt-rtx" if double.rtx else "tensorrt"
+    gpu = Gpu("NVIDIA GeForce RTX 4090", "8.9", 24 << 30)
+    pair = open_or_build(given["bundle"], flavour, gpu, PROFILE, given["build"])
+    assert pair.denoiser.read_bytes() == b"plan"
+    own: Any = object()
+    cdiff.load(bundle.path, build=own)
+    assert given["build"] is own
 
 
 def test_ctrl_c_in_a_build_stops_it(bundle: Bundle, double: Double, monkeypatch: pytest.MonkeyPatch) -> None:

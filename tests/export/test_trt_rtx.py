@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from safetensors.torch import load_file
 from cdiff.export.graphs import DenoiserGraph, EncoderGraph, write_denoiser, write_encoder
 from cdiff.export.half import half_network
 from cdiff.export.tensorrt import BuildOptions, build_engines
-from cdiff.runtime.bundle import Bundle, shipped_bundle, write_bundle
+from cdiff.runtime.bundle import Bundle, open_bundle, shipped_bundle, write_bundle
 from cdiff.runtime.engines.trt import LAYERS, RECORD, RTX_CAPABILITIES, Gpu, Profile, open_or_build, profile_for
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.manifest import Manifest
@@ -40,38 +41,23 @@ pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT for RTX is not ins
 SMALL = Profile(1, 6, 6, 4)
 
 
-def write(folder: Path, network: ConsensusNet, schedule: NoiseSchedule, precision: str) -> Bundle:
-    """A bundle of a network's graphs, without the comparison with PyTorch, which has tests of its own."""
-    config, dtype = network.config, torch.float16 if precision == "float16" else torch.float32
-
-    def fill(part: Path) -> Manifest:
-        used = half_network(network) if precision == "float16" else network
-        write_encoder(EncoderGraph(used.encoder, dtype), config, part)
-        write_denoiser(DenoiserGraph(used.denoiser, config, schedule), config, part, dtype)
-        return example(
-            levels=config.levels,
-            T=schedule.T,
-            schedule=schedule.to_json(),
-            image_size=(config.image_size,) * 2,
-            features_channels=config.base_channels,
-            precision=precision,
-            files={},
-        )
-
-    return write_bundle(folder, fill)
-
-
-def shipped(folder: Path, precision: str) -> Bundle:
-    weights = shipped_bundle() / "model.safetensors"
-    with safe_open(weights, "pt") as file:
+def shipped(part: Path, precision: str) -> Manifest:
+    """The shipped model: its own graphs in float32, half-precision ones made from its weights."""
+    folder = shipped_bundle()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    if precision == "float32":
+        for name in ("encoder.onnx", "denoiser.onnx"):
+            shutil.copy(folder / name, part)
+        keys = ("levels", "T", "schedule", "features_channels")
+        return example(**{key: manifest[key] for key in keys}, image_size=tuple(manifest["image_size"]), files={})
+    with safe_open(folder / "model.safetensors", "pt") as file:
         config = Config.from_json(json.loads(file.metadata()["config"]))
     network = ConsensusNet(config.network).eval()
-    network.load_state_dict(load_file(weights))
-    manifest = json.loads((shipped_bundle() / "manifest.json").read_text())
-    return write(folder, network, NoiseSchedule.from_json(manifest["schedule"]), precision)
+    network.load_state_dict(load_file(folder / "model.safetensors"))
+    return write(part, network, NoiseSchedule.from_json(manifest["schedule"]), precision)
 
 
-def paper(folder: Path, precision: str) -> Bundle:
+def paper(part: Path, precision: str) -> Manifest:
     """The paper's network with all of its depths, attention and heads, narrower, at a quarter of the size, one block a depth."""
     config = dataclasses.replace(
         preset("paper").network,
@@ -82,14 +68,49 @@ def paper(folder: Path, precision: str) -> Bundle:
         rrdb_channels=16,
         rrdb_growth=8,
     )
-    return write(folder, random_network(config), NoiseSchedule(config.T), precision)
+    return write(part, random_network(config), NoiseSchedule(config.T), precision)
+
+
+def write(part: Path, network: ConsensusNet, schedule: NoiseSchedule, precision: str) -> Manifest:
+    """A network's graphs; that they compute what PyTorch does has tests of its own."""
+    config, dtype = network.config, torch.float16 if precision == "float16" else torch.float32
+    used = half_network(network) if precision == "float16" else network
+    write_encoder(EncoderGraph(used.encoder, dtype), config, part)
+    write_denoiser(DenoiserGraph(used.denoiser, config, schedule), config, part, dtype)
+    return example(
+        levels=config.levels,
+        T=schedule.T,
+        schedule=schedule.to_json(),
+        image_size=(config.image_size,) * 2,
+        features_channels=config.base_channels,
+        precision=precision,
+        files={},
+    )
+
+
+MODELS = {"shipped": shipped, "paper": paper}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Bundle]:
+    """Each model's bundle in each precision, exported once and copied, so that no test sees another's engines."""
+    root, done = tmp_path_factory.mktemp("models"), {}
+
+    def make(model: str, precision: str) -> Bundle:
+        folder = root / f"{model}-{precision}"
+        if folder not in done:
+            done[folder] = write_bundle(folder, lambda part: MODELS[model](part, precision))
+        copied = Path(shutil.copytree(folder, tmp_path_factory.mktemp("copy") / "bundle"))
+        return open_bundle(copied)
+
+    return make
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float32", "float16"])
-@pytest.mark.parametrize("model", [shipped, paper])
-def test_portable_engines_of_both_graphs(model: Callable[[Path, str], Bundle], precision: str, tmp_path: Path) -> None:
-    bundle = model(tmp_path / "bundle", precision)
+@pytest.mark.parametrize("model", MODELS)
+def test_portable_engines_of_both_graphs(made: Callable[[str, str], Bundle], model: str, precision: str) -> None:
+    bundle = made(model, precision)
     profile = profile_for(bundle.manifest, 25)
     capabilities = RTX_CAPABILITIES[precision]
     paths = build_engines(bundle, "tensorrt-rtx", capabilities, profile)
@@ -108,9 +129,9 @@ def test_portable_engines_of_both_graphs(model: Callable[[Path, str], Bundle], p
 
 
 @pytest.mark.slow
-def test_float32_products_are_not_to_be_had_on_turing(tmp_path: Path) -> None:
+def test_float32_products_are_not_to_be_had_on_turing(made: Callable[[str, str], Bundle]) -> None:
     """Why 7.5 is missing from the float32 targets. When this fails, the library has learnt it: add 7.5 to them."""
-    bundle = shipped(tmp_path / "bundle", "float32")
+    bundle = made("shipped", "float32")
     with pytest.raises(CdiffError, match=r"denoiser\.onnx .*SM75.*FP32 GEMM is not supported"):
         build_engines(bundle, "tensorrt-rtx", ("7.5",), SMALL)
 
@@ -165,8 +186,8 @@ def test_a_node_that_tensorrt_does_not_know_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_a_build_and_leaves_nothing(tmp_path: Path) -> None:
-    bundle = paper(tmp_path / "bundle", "float32")
+def test_ctrl_c_ends_a_build_and_leaves_nothing(made: Callable[[str, str], Bundle]) -> None:
+    bundle = made("paper", "float32")
     command = [sys.executable, "-c", "from cdiff.cli import main; main()", "export", str(bundle.path)]
     running = subprocess.Popen(
         [*command, "--engine", "tensorrt-rtx"], stderr=subprocess.PIPE, text=True, env=os.environ | {"COLUMNS": "200"}

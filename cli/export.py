@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,6 +12,9 @@ from cdiff.cli.console import Meter, out
 from cdiff.cli.engines import build_ahead, check
 from cdiff.cli.extras import needs
 from cdiff.runtime.errors import CdiffError
+
+if TYPE_CHECKING:
+    from cdiff.runtime.engines.trt import Flavour
 
 ENGINES = "Engines for a GPU"
 
@@ -22,6 +25,13 @@ class Build(StrEnum):
     onnx = "onnx"
     tensorrt = "tensorrt"
     tensorrt_rtx = "tensorrt-rtx"
+
+
+FLAVOURS: dict[Build, Flavour | None] = {
+    Build.onnx: None,
+    Build.tensorrt: "tensorrt",
+    Build.tensorrt_rtx: "tensorrt-rtx",
+}
 
 
 class Hardware(StrEnum):
@@ -142,7 +152,7 @@ def export(
         version_compatible=version_compatible,
         hardware_compatible=None if hardware_compatible is None else hardware_compatible.value,
     )
-    flavour = None if engine is Build.onnx else engine.value
+    flavour = FLAVOURS[engine]
     check(flavour, options, rows, capability or [])  # before the graphs, which take longer
     if (source / NAME).is_file():
         if flavour is None or output is not None or fp16:

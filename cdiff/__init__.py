@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from cdiff.runtime.bundle import Bundle
+    from cdiff.runtime.engines.trt import BuildEngines, Flavour, Gpu, Profile
     from cdiff.runtime.segmenter import Segmenter
 
 # Python started in a clone finds this folder before an installed cdiff, and here the subpackages lie beside it, not in it.
@@ -18,14 +20,30 @@ __version__ = version("cdiff")
 __all__ = ["__version__", "load"]
 
 
-def load(bundle: str | PathLike[str] | None = None, *, engine: str = "auto", device: str = "cpu") -> Segmenter:
+def load(
+    bundle: str | PathLike[str] | None = None,
+    *,
+    engine: str = "auto",
+    device: str = "cpu",
+    build: BuildEngines | None = None,
+) -> Segmenter:
     """Open a bundle once; segment as many scans with it as you like.
 
     bundle: the folder that `cdiff export` wrote; the model that comes with cdiff when left out.
     engine, device: as for `cdiff segment`; what was picked is in the result's report.
+    build: what makes the TensorRT engines of a GPU that the bundle has none for yet, which takes minutes and happens once;
+    `cdiff.export.tensorrt.build_engines` unless given.
     Raises cdiff.runtime.errors.CdiffError when the bundle is not whole or the engine cannot run here.
     """
     from cdiff.runtime.bundle import shipped_bundle
     from cdiff.runtime.segmenter import Segmenter
 
-    return Segmenter.open(shipped_bundle() if bundle is None else Path(bundle), engine=engine, device=device)
+    folder = shipped_bundle() if bundle is None else Path(bundle)
+    return Segmenter.open(folder, engine=engine, device=device, build=build or _build)
+
+
+def _build(bundle: Bundle, flavour: Flavour, gpu: Gpu, profile: Profile) -> tuple[Path, Path]:
+    """The exporter's builder, imported only when there is something to build: segmenting needs nothing of it."""
+    from cdiff.export.tensorrt import build_engines
+
+    return build_engines(bundle, flavour, gpu, profile)

@@ -1,22 +1,57 @@
-"""`cdiff export`: a run folder to a verified bundle."""
+"""`cdiff export`: a run folder to a verified bundle, and a bundle's graphs to TensorRT engines."""
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cdiff.cli.console import Meter, out
+from cdiff.cli.engines import build_ahead, check
 from cdiff.cli.extras import needs
+from cdiff.runtime.errors import CdiffError
+
+if TYPE_CHECKING:
+    from cdiff.runtime.engines.trt import Flavour
+
+ENGINES = "Engines for a GPU"
+
+
+class Build(StrEnum):
+    """What a bundle is exported for: its ONNX graphs alone, or engines in its cache too."""
+
+    onnx = "onnx"
+    tensorrt = "tensorrt"
+    tensorrt_rtx = "tensorrt-rtx"
+
+
+FLAVOURS: dict[Build, Flavour | None] = {
+    Build.onnx: None,
+    Build.tensorrt: "tensorrt",
+    Build.tensorrt_rtx: "tensorrt-rtx",
+}
+
+
+class Hardware(StrEnum):
+    """How widely a TensorRT engine runs, besides on the GPU that builds it."""
+
+    ampere = "ampere+"
+    same = "same-capability"
 
 
 def export(
-    run: Annotated[
-        Path, typer.Argument(metavar="RUN", help="The folder that `cdiff train` wrote.", show_default=False)
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN",
+            help="The folder that `cdiff train` wrote; or a bundle, to add engines to it.",
+            show_default=False,
+        ),
     ],
     output: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             "--out",
             "-o",
@@ -24,22 +59,118 @@ def export(
             help="The bundle's folder, written whole or not at all.",
             show_default=False,
         ),
-    ],
+    ] = None,
     fp16: Annotated[
         bool,
         typer.Option("--fp16", help="Half-precision graphs, or an error; sums and normalisation stay float32."),
     ] = False,
+    engine: Annotated[
+        Build,
+        typer.Option(
+            "--engine",
+            metavar="NAME",
+            help="onnx (any machine), tensorrt (built on the GPU that it is for) or tensorrt-rtx (built anywhere, for GeForce RTX and RTX PRO).",
+            rich_help_panel=ENGINES,
+        ),
+    ] = Build.onnx,
+    runs: Annotated[
+        int,
+        typer.Option("--runs", metavar="R", min=1, help="Runs that a batch is made for.", rich_help_panel=ENGINES),
+    ] = 25,
+    rows: Annotated[
+        int | None,
+        typer.Option(
+            "--rows",
+            metavar="N",
+            min=1,
+            help="Most rows (levels x runs) in a batch.",
+            show_default="what the memory holds",
+            rich_help_panel=ENGINES,
+        ),
+    ] = None,
+    capability: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--capability",
+            metavar="X.Y",
+            help="tensorrt-rtx: a compute capability to build for; may be given several times.",
+            show_default="all it knows",
+            rich_help_panel=ENGINES,
+        ),
+    ] = None,
+    workspace: Annotated[
+        float | None,
+        typer.Option(
+            "--workspace",
+            metavar="GIB",
+            min=0.001,
+            help="Most scratch memory a layer may use, in GiB.",
+            show_default="no limit",
+            rich_help_panel=ENGINES,
+        ),
+    ] = None,
+    refit: Annotated[
+        bool, typer.Option("--refit", help="Weights can be replaced in the engine.", rich_help_panel=ENGINES)
+    ] = False,
+    version_compatible: Annotated[
+        bool,
+        typer.Option(
+            "--version-compatible",
+            help="tensorrt: later versions of the same major one load the engine.",
+            rich_help_panel=ENGINES,
+        ),
+    ] = False,
+    hardware_compatible: Annotated[
+        Hardware | None,
+        typer.Option(
+            "--hardware-compatible",
+            metavar="HOW",
+            help="tensorrt: ampere+ runs on compute capability 8.0 and newer, same-capability on other GPUs of this one's; slower.",
+            show_default="this GPU only",
+            rich_help_panel=ENGINES,
+        ),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors only.")] = False,
 ) -> None:
     """Write a trained model as a bundle of ONNX graphs, checked against PyTorch.
 
-    Example:
+    With --engine, engines for NVIDIA GPUs are built into the bundle's cache; an existing bundle gets them in place.
+
+    Examples:
 
     cdiff export runs/mine --out my_bundle
+    cdiff export runs/mine --out my_bundle --fp16 --engine tensorrt-rtx
+    cdiff export my_bundle --engine tensorrt
     """
-    with needs("train", "export"):
-        from cdiff.export.exporter import export_run
+    from cdiff.export.tensorrt import BuildOptions
+    from cdiff.runtime.bundle import open_bundle
+    from cdiff.runtime.manifest import NAME
 
-    with Meter(f"export {run.name}", quiet) as meter:
-        bundle = export_run(run, output, fp16=fp16, progress=meter)
-    out.print(str(bundle.path), soft_wrap=True)
+    options = BuildOptions(
+        workspace_bytes=None if workspace is None else int(workspace * 2**30),
+        refit=refit,
+        version_compatible=version_compatible,
+        hardware_compatible=None if hardware_compatible is None else hardware_compatible.value,
+    )
+    flavour = FLAVOURS[engine]
+    check(flavour, options, rows, capability or [])  # before the graphs, which take longer
+    if (source / NAME).is_file():
+        if flavour is None or output is not None or fp16:
+            raise CdiffError(
+                f"{source} is a bundle already: --engine tensorrt or tensorrt-rtx adds engines to it, in place and in its own "
+                "precision; give a run folder to export anew"
+            )
+        bundle = open_bundle(source)
+    else:
+        if output is None:
+            if not source.is_dir():
+                raise CdiffError(f"{source} is not a folder; give the one that `cdiff train` wrote, or a bundle")
+            raise CdiffError(f"no bundle is named to write to; try: cdiff export {source} --out BUNDLE")
+        with needs("train", "export"):
+            from cdiff.export.exporter import export_run
+
+        with Meter(f"export {source.name}", quiet) as meter:
+            bundle = export_run(source, output, fp16=fp16, progress=meter)
+        out.print(str(bundle.path), soft_wrap=True)
+    if flavour is not None:
+        build_ahead(bundle, flavour, runs=runs, rows=rows, capabilities=capability or [], options=options, quiet=quiet)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from cdiff.cli.console import say
+from cdiff.cli.engines import builder
 from cdiff.runtime.errors import CdiffError
 
 if TYPE_CHECKING:
@@ -191,7 +192,7 @@ class Model:
         """The model in its engine; says which they are."""
         from cdiff import load
 
-        segmenter = load(self.model, engine=self.engine, device=self.device)
+        segmenter = load(self.model, engine=self.engine, device=self.device, build=builder(quiet))
         say(f"model {segmenter.manifest.name}, engine {segmenter.engine.name} on {segmenter.engine.device}", quiet)
         return segmenter
 

@@ -10,13 +10,12 @@ import onnx
 import torch
 from torch import Tensor, nn
 
+from cdiff.export.engine_report import MIN_HALF_SHARE
 from cdiff.runtime.errors import CdiffError
 from cdiff.train.network import Attention, ConsensusNet
 
 COMPUTE = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Attention")
 """The operators that hold the arithmetic; the others only move, normalise or add."""
-MIN_HALF_SHARE = 0.95
-"""Share of compute nodes that must be in half precision for a graph to be called so."""
 
 
 class HalfConv2d(nn.Module):

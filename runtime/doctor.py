@@ -14,7 +14,9 @@ from pathlib import Path
 
 from cdiff.runtime.bundle import open_bundle, shipped_bundle
 from cdiff.runtime.engines.registry import available_engines
+from cdiff.runtime.engines.trt import MODULES, trt_version
 from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.gpus import visible_gpus
 
 TRAIN_EXTRA = 'pip install "cdiff[train]"'
 
@@ -22,7 +24,7 @@ TRAIN_EXTRA = 'pip install "cdiff[train]"'
 PACKAGES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("ONNX Runtime", ("onnxruntime", "onnxruntime-gpu")),
     ("TensorRT", ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")),
-    ("TensorRT for RTX", ("tensorrt-rtx", "tensorrt-rtx-cu13")),
+    ("TensorRT for RTX", ("tensorrt-rtx", "tensorrt-rtx-cu13", "tensorrt-rtx-cu13-bindings")),
     ("PyCUDA", ("pycuda",)),
     ("CUDA bindings", ("cuda-bindings",)),
     ("NVRTC", ("nvidia-cuda-nvrtc",)),
@@ -83,7 +85,23 @@ def _commands() -> list[Check]:
     train = Check("train", not missing, *_ready(missing))
     missing += [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
     export = Check("export", not missing, *_ready(missing))
-    return [shipped, train, export]
+    return [shipped, train, export, *_builders()]
+
+
+def _builders() -> list[Check]:
+    """Whether engines can be built here: TensorRT builds on the GPU that it builds for, TensorRT for RTX anywhere."""
+    checks = []
+    for flavour in MODULES:
+        name = f"export --engine {flavour}"
+        try:
+            found = trt_version(flavour)
+        except CdiffError as error:
+            checks.append(Check(name, False, "", str(error)))
+            continue
+        waits = flavour == "tensorrt" and not visible_gpus()
+        remedy = "no GPU here: the engine is built at the first run on one" if waits else ""
+        checks.append(Check(name, not waits, found, remedy))
+    return checks
 
 
 def _ready(missing: list[str]) -> tuple[str, str]:

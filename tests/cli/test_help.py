@@ -36,7 +36,7 @@ OPTIONS = {
         "--max-steps",
         "--dry-run",
     ],
-    "export": ["RUN", "--out", "--fp16"],
+    "export": ["RUN", "--out", "--fp16", "--engine", "--rows", "--capability", "--workspace", "--refit"],
     "info": ["BUNDLE", "--json"],
     "doctor": [],
     "benchmark": [],

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from cdiff.runtime.doctor import diagnose
+from cdiff.runtime.doctor import Check, diagnose
+from cdiff.runtime.errors import CdiffError
 
 
 def _gpu(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> tuple[bool | None, str]:
@@ -41,6 +42,29 @@ def test_every_engine_has_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.usable == any(check.ok for check in found.sections["Engines"])
     for check in found.sections["Engines"]:
         assert check.ok or check.remedy
+
+
+def test_what_can_build_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT builds where its GPU is, TensorRT for RTX anywhere; neither without its library."""
+
+    def builders() -> dict[str, Check]:
+        return {c.name.split()[-1]: c for c in diagnose().sections["Commands"] if c.name.startswith("export --engine")}
+
+    monkeypatch.setattr("cdiff.runtime.doctor.trt_version", lambda flavour: "10.16.1.11")
+    monkeypatch.setattr("cdiff.runtime.doctor.visible_gpus", lambda: [])
+    found = builders()
+    assert (found["tensorrt"].ok, found["tensorrt-rtx"].ok) == (False, True)
+    assert "first run" in found["tensorrt"].remedy
+    monkeypatch.setattr("cdiff.runtime.doctor.visible_gpus", lambda: ["a GPU"])
+    assert builders()["tensorrt"].ok is True
+
+    def missing(flavour: str) -> str:
+        raise CdiffError(f"{flavour} is not installed")
+
+    monkeypatch.setattr("cdiff.runtime.doctor.trt_version", missing)
+    found = builders()
+    assert not found["tensorrt"].ok
+    assert "not installed" in found["tensorrt-rtx"].remedy
 
 
 def test_it_runs_where_torch_cannot_be_imported(tmp_path: Path) -> None:

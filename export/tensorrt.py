@@ -1,0 +1,234 @@
+"""A bundle's graphs to TensorRT engines in its cache: options, keys, reports and records (design, sections 3 and 6)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version as package_version
+from pathlib import Path
+from typing import Any
+
+from cdiff.export.engine_report import (
+    MIN_HALF_SHARE,
+    half_share,
+    inspected_layers,
+    plan_layers,
+)
+from cdiff.export.trt_build import Built, Request, inspect, serialise
+from cdiff.runtime.bundle import Bundle
+from cdiff.runtime.engines.trt import (
+    FILES,
+    LAYERS,
+    RECORD,
+    RECORD_FORMAT,
+    VERSION_COMPATIBLE,
+    EngineKey,
+    Flavour,
+    Gpu,
+    Graph,
+    Profile,
+    Say,
+    cached_engine,
+    engine_key,
+    load_trt,
+    writable_cache,
+)
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.files import atomic_folder, make_folder, sha256, write_bytes, write_json
+from cdiff.runtime.gpus import visible_gpus
+
+Progress = Callable[[int, int], None]
+PARTS = 1000
+"""The progress of one graph's build, in parts."""
+ROW_INPUTS = ("x", "row_slice", "t", "level")
+HARDWARE = {"ampere+": "AMPERE_PLUS", "same-capability": "SAME_COMPUTE_CAPABILITY"}
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What a user may ask of the builder; the defaults give the fastest engine for one GPU.
+
+    workspace_bytes: most memory for one layer's scratch, all of the GPU's unless given. refit: weights can be replaced in the built engine.
+    version_compatible: later TensorRT versions of the same major one load it. hardware_compatible: "ampere+" runs on compute
+    capability 8.0 and newer, "same-capability" on every GPU of this one's. level: 0..5, how long the builder searches, 3 unless given.
+    """
+
+    workspace_bytes: int | None = None
+    refit: bool = False
+    version_compatible: bool = False
+    hardware_compatible: str | None = None
+    level: int | None = None
+
+    def words(self, flavour: Flavour) -> tuple[str, ...]:
+        """The options in force, as an engine's key has them. Raises CdiffError for one that the flavour does not have."""
+        if flavour == "tensorrt-rtx":
+            if self.version_compatible:
+                raise CdiffError(
+                    "TensorRT for RTX has no version-compatible engines; leave it out, or use --engine tensorrt"
+                )
+            if self.hardware_compatible:
+                raise CdiffError(
+                    "TensorRT for RTX engines run on every capability that they are built for (--capability); leave "
+                    "--hardware-compatible out"
+                )
+        if self.hardware_compatible and self.hardware_compatible not in HARDWARE:
+            raise CdiffError(
+                f"{self.hardware_compatible!r} is not known; an engine can be compatible with {', '.join(HARDWARE)}"
+            )
+        if self.workspace_bytes is not None and self.workspace_bytes < 1:
+            raise CdiffError(f"a workspace of {self.workspace_bytes} bytes is none; leave it out for all of the memory")
+        if self.level is not None and not 0 <= self.level <= 5:
+            raise CdiffError(f"optimisation level {self.level} is out of range; TensorRT has 0 to 5")
+        words = {
+            "refit": self.refit,
+            VERSION_COMPATIBLE: self.version_compatible,
+            f"hardware-{self.hardware_compatible}": bool(self.hardware_compatible),
+            f"workspace-{self.workspace_bytes}": self.workspace_bytes is not None,
+            f"level-{self.level}": self.level is not None,
+        }
+        return tuple(sorted(word for word, on in words.items() if on))
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """Names of TensorRT's `BuilderFlag`."""
+        return (*["REFIT"] * self.refit, *["VERSION_COMPATIBLE"] * self.version_compatible)
+
+
+def build_engines(
+    bundle: Bundle,
+    flavour: Flavour,
+    gpu: Gpu | tuple[str, ...],
+    profile: Profile,
+    *,
+    options: BuildOptions | None = None,
+    progress: Progress | None = None,
+    say: Say | None = None,
+) -> tuple[Path, Path]:
+    """Build the engines of the encoder and of the denoiser into the bundle's cache; returns their paths, in that order.
+
+    gpu: the current GPU of this thread, or, for TensorRT for RTX on any machine, the compute capabilities to build for. One that is
+    there already, whole and for the same key, is kept. progress: called as progress(done, total) over both. Each engine
+    appears whole or not at all; Ctrl-C stops the builder. Raises CdiffError when TensorRT is not installed, refuses the
+    graph or an option, or (promise 2) when layers of a half-precision bundle are not in half precision in the engine.
+    """
+    options = options or BuildOptions()
+    words, trt = options.words(flavour), load_trt(flavour)
+    if flavour == "tensorrt" and not isinstance(gpu, Gpu):
+        raise CdiffError(
+            "TensorRT builds on the GPU that it builds for, and none is here; build at the first run there"
+        )
+    if flavour == "tensorrt-rtx" and options.refit and not visible_gpus():
+        raise CdiffError("TensorRT for RTX makes engines to refit only on a machine with a GPU; leave --refit out here")
+    report = progress or (lambda done, total: None)
+    paths = []
+    for number, graph in enumerate(FILES):
+        key = engine_key(bundle, graph, flavour, str(trt.__version__), gpu, profile, words)
+        key = _widened(key, options)
+        path = cached_engine(bundle, graph, key, say, exact=True)
+        if path is None:
+            path = _build(trt, bundle, key, gpu, options, partial(_scaled, report, number))
+        report((number + 1) * PARTS, 2 * PARTS)
+        paths.append(path)
+    return paths[0], paths[1]
+
+
+def _scaled(report: Progress, graph: int, part: float) -> None:
+    report(int((graph + part) * PARTS), 2 * PARTS)
+
+
+def _widened(key: EngineKey, options: BuildOptions) -> EngineKey:
+    """The key says what the engine runs on; a hardware-compatible one runs on more than the GPU that built it."""
+    capabilities = ("8.0+",) if options.hardware_compatible == "ampere+" else key.capabilities
+    portable = options.hardware_compatible or key.flavour == "tensorrt-rtx"
+    return dataclasses.replace(key, capabilities=capabilities, gpu="" if portable else key.gpu)
+
+
+def free_axes(graph: Graph, profile: Profile) -> dict[str, tuple[int, int, int]]:
+    """The least, best and most length of each input's first axis: rows, or sets of features. The encoder takes one image."""
+    if graph == "encoder":
+        return {"image": (1, 1, 1)}
+    rows = (profile.min_rows, profile.opt_rows, profile.max_rows)
+    return dict.fromkeys(ROW_INPUTS, rows) | {"features": (1, profile.slots, profile.slots)}
+
+
+def _build(
+    trt: Any,
+    bundle: Bundle,
+    key: EngineKey,
+    gpu: Gpu | tuple[str, ...],
+    options: BuildOptions,
+    progress: Callable[[float], None],
+) -> Path:
+    started = time.monotonic()
+    cache = make_folder(writable_cache(bundle))
+    timings = _timing_cache(cache, key, gpu)
+    request = Request(
+        graph=bundle.path / FILES[key.graph],
+        free_axes=free_axes(key.graph, key.profile),
+        capabilities=key.capabilities if key.flavour == "tensorrt-rtx" else (),
+        flags=options.flags,
+        hardware=HARDWARE[options.hardware_compatible] if options.hardware_compatible else None,
+        workspace_bytes=options.workspace_bytes,
+        level=options.level,
+        timing_cache=None if timings is None else timings.read_bytes() if timings.is_file() else b"",
+    )
+    built = serialise(trt, request, progress)
+    report = layer_report(key, built, inspect(trt, built.plan) if isinstance(gpu, Gpu) else "")
+    folder = cache / key.folder_name()
+    with atomic_folder(folder, replace=True) as part:
+        file = part / f"{key.graph}.engine"
+        file.write_bytes(built.plan)
+        write_json(part / LAYERS, report)
+        record = {
+            "format": RECORD_FORMAT,
+            "key": key.to_json(),
+            "sha256": sha256(file),
+            "bytes": file.stat().st_size,
+            "seconds": round(time.monotonic() - started, 1),
+            "cdiff": package_version("cdiff"),
+            "half_share": report["half_share"],
+            "warnings": built.warnings[:20],
+        }
+        write_json(part / RECORD, record)
+    if timings is not None and built.timing_cache:
+        write_bytes(timings, built.timing_cache)
+    return folder / f"{key.graph}.engine"
+
+
+def _timing_cache(cache: Path, key: EngineKey, gpu: Gpu | tuple[str, ...]) -> Path | None:
+    """Timings belong to a GPU and a version, whatever the model. TensorRT for RTX makes none."""
+    if key.flavour == "tensorrt-rtx" or not isinstance(gpu, Gpu):
+        return None
+    return cache / f"timings_{key.version}_{re.sub(r'[^A-Za-z0-9]+', '-', gpu.name)}.cache"
+
+
+def layer_report(key: EngineKey, built: Built, inspected: str) -> dict[str, Any]:
+    """What layers.json holds: where it was read, the share of half precision, and each convolution and product.
+
+    inspected: the engine inspector's text, "" where no GPU is. Raises CdiffError when the bundle is in half precision and fewer than
+    MIN_HALF_SHARE of the layers that TensorRT was given, or of those that the engine tells of, are.
+    """
+    read = {"inspector": inspected_layers(inspected)}
+    if key.flavour == "tensorrt-rtx":
+        read["engine file"] = plan_layers(built.plan)
+    read["network"] = built.layers
+    told = {source: share for source, layers in read.items() if (share := half_share(layers)) is not None}
+    for source, share in told.items():
+        if key.precision == "float16" and share < MIN_HALF_SHARE:
+            raise CdiffError(
+                f"{FILES[key.graph]}: only {share:.0%} of the convolutions and products of its {key.flavour} engine ({source}) are "
+                f"in half precision, and --fp16 means at least {MIN_HALF_SHARE:.0%}; export the model without --fp16"
+            )
+    if not told:
+        raise CdiffError(
+            f"{FILES[key.graph]} holds no convolution that TensorRT {key.version} tells of: export it again"
+        )
+    source = next(iter(told))  # the nearest to what runs
+    layers = [product._asdict() for product in read[source]]
+    whole = json.loads(inspected) if read["inspector"] else None
+    return {"read_from": source, "half_share": round(told[source], 4), "layers": layers, "inspector": whole}

@@ -1,0 +1,83 @@
+"""`cdiff export --engine`: builds where it can, says when where it cannot, and refuses options that go together with nothing."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from cdiff.cli.app import app
+from cdiff.runtime.bundle import Bundle
+from tests.export.engine_bundles import pair_bundle
+
+
+@pytest.fixture
+def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bundle:
+    monkeypatch.setattr("cdiff.runtime.gpus.visible_gpus", lambda: [])
+    monkeypatch.setattr("cdiff.export.tensorrt.visible_gpus", lambda: [])
+    return pair_bundle(tmp_path / "bundle")
+
+
+def run(code: int, *arguments: object) -> tuple[str, str]:
+    result = CliRunner().invoke(app, ["export", *map(str, arguments)])
+    assert result.exit_code == code, result.output
+    return result.stdout, result.stderr
+
+
+def test_tensorrt_without_a_gpu_says_when_it_will_build(bundle: Bundle) -> None:
+    _, said = run(
+        0, bundle.path, "--engine", "tensorrt", "--refit", "--version-compatible", "--hardware-compatible", "ampere+"
+    )
+    assert "at the first run" in said
+    assert not bundle.engines.exists()
+
+
+def test_tensorrt_for_rtx_builds_without_a_gpu(bundle: Bundle) -> None:
+    pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT for RTX is not installed: pip install 'cdiff[rtx]'")
+    arguments = (bundle.path, "--engine", "tensorrt-rtx", "--capability", "8.9", "--capability", "12.0", "--rows", 4)
+    printed, said = run(0, *arguments)
+    assert "8.9, 12.0, up to 4 rows" in said
+    engines = [Path(line) for line in printed.splitlines()]
+    assert [engine.name for engine in engines] == ["encoder.engine", "denoiser.engine"]
+    assert all(engine.is_file() for engine in engines)
+    times = [engine.stat().st_mtime_ns for engine in engines]
+    assert run(0, *arguments)[0] == printed
+    assert [engine.stat().st_mtime_ns for engine in engines] == times, "what is there is not built again"
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ([], "is a bundle already"),
+        (["--engine", "tensorrt-rtx", "--fp16"], "in its own precision"),
+        (["--engine", "tensorrt-rtx", "--out", "elsewhere"], "in place"),
+        (["--rows", "4"], "need --engine"),
+        (["--refit"], "need --engine"),
+        (["--capability", "8.9"], "need --engine"),
+        (["--engine", "tensorrt", "--capability", "8.9"], "--capability is for --engine tensorrt-rtx"),
+        (["--engine", "tensorrt-rtx", "--version-compatible"], "no version-compatible engines"),
+        (["--engine", "tensorrt-rtx", "--hardware-compatible", "ampere+"], "--hardware-compatible"),
+    ],
+)
+def test_options_that_do_not_go_together(bundle: Bundle, options: list[str], reason: str) -> None:
+    _, said = run(2, bundle.path, *options)
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    assert reason in said
+    assert not bundle.engines.exists()
+
+
+def test_a_run_that_is_not_there_and_one_without_an_output(tmp_path: Path) -> None:
+    assert "is not a folder" in run(2, tmp_path / "nothing")[1]
+    assert "--out BUNDLE" in run(2, tmp_path)[1]
+
+
+def test_a_library_that_is_missing_is_said_before_the_graphs_are_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("tensorrt_rtx", "tensorrt_rtx_bindings"):
+        monkeypatch.setitem(sys.modules, name, None)
+    _, said = run(2, tmp_path, "--out", tmp_path / "bundle", "--engine", "tensorrt-rtx")
+    assert "cdiff[rtx]" in said

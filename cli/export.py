@@ -29,6 +29,15 @@ def export(
         bool,
         typer.Option("--fp16", help="Half-precision graphs, or an error; sums and normalisation stay float32."),
     ] = False,
+    triton: Annotated[
+        Path | None,
+        typer.Option(
+            "--triton",
+            metavar="DIR",
+            help="Also write a Triton Inference Server model repository that serves the whole loop.",
+            show_default=False,
+        ),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors only.")] = False,
 ) -> None:
     """Write a trained model as a bundle of ONNX graphs, checked against PyTorch.
@@ -43,3 +52,7 @@ def export(
     with Meter(f"export {run.name}", quiet) as meter:
         bundle = export_run(run, output, fp16=fp16, progress=meter)
     out.print(str(bundle.path), soft_wrap=True)
+    if triton is not None:
+        from cdiff.export.triton import write_repository
+
+        out.print(str(write_repository(bundle, triton)), soft_wrap=True)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from cdiff.benchmarks.benchmark import Worker, benchmark
-from cdiff.benchmarks.contenders import load_network
+from cdiff.export.reference import load_network
 from cdiff.benchmarks.floor import count_flop
 from cdiff.benchmarks.plain_loop import Row, plain_loop
 from cdiff.runtime.batching import segment_windows

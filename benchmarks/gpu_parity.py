@@ -35,7 +35,13 @@ def call_errors(engine: Engine, reference: Engine, image: Float32, model: Subjec
     x = (np.sqrt(alpha) * guess + np.sqrt(1 - alpha) * z).astype(np.float32)
     gap = np.abs(engine.denoise(x, ours, slot, t, level)[0] - reference.denoise(x, theirs, slot, t, level)[0])
     eps = gap * np.sqrt(alpha / (1 - alpha))
-    return {"encoder": float(encoder), "x0": float(gap.max()), "x0_mean": float(gap.mean()), "eps": float(eps.max()), "eps_mean": float(eps.mean())}
+    return {
+        "encoder": float(encoder),
+        "x0": float(gap.max()),
+        "x0_mean": float(gap.mean()),
+        "eps": float(eps.max()),
+        "eps_mean": float(eps.mean()),
+    }
 
 
 def map_errors(engine: Engine, reference: Engine, image: Float32, model: Subject) -> dict[str, Any]:

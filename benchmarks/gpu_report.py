@@ -99,7 +99,13 @@ def _share(share: float) -> str:
 
 def _sweep(checks: dict[str, Any], model: str) -> str:
     rows = [
-        (_name(name.split(":")[1]), size, _number(cell.get("ms_a_step")), _number(cell.get("ms_a_row")), cell.get("error", ""))
+        (
+            _name(name.split(":")[1]),
+            size,
+            _number(cell.get("ms_a_step")),
+            _number(cell.get("ms_a_row")),
+            cell.get("error", ""),
+        )
         for name, result in _of(checks, ("protocol",), model)
         for size, cell in result["sweep"].items()
     ]
@@ -118,16 +124,34 @@ def _parity(checks: dict[str, Any]) -> str:
                 f"{maps['mean']:.1e}" if maps and real else NONE, f"{maps['max']:.1e}" if maps and real else NONE,
                 f"{maps['dice']:.4f}" if maps and real else NONE, f"{maps['dice_levels']:.4f}" if maps and real else NONE,
             ))  # fmt: skip
-    columns = ("", "model", "input", "encoder", "x0", "eps", "soft map, mean", "soft map, largest", "Dice", "Dice, worst level")
-    return _table("Against PyTorch float32 with the same noise (largest differences unless it says mean)", columns, rows)
+    columns = (
+        "",
+        "model",
+        "input",
+        "encoder",
+        "x0",
+        "eps",
+        "soft map, mean",
+        "soft map, largest",
+        "Dice",
+        "Dice, worst level",
+    )
+    return _table(
+        "Against PyTorch float32 with the same noise (largest differences unless it says mean)", columns, rows
+    )
 
 
 def _noise(checks: dict[str, Any]) -> str:
     rows = (
-        (_name(result["engine"]), *((f"{result['max']:.1e}", f"{result['equal_share']:.1%}") if "max" in result else (result["note"], NONE)))
+        (
+            _name(result["engine"]),
+            *((f"{result['max']:.1e}", f"{result['equal_share']:.1%}") if "max" in result else (result["note"], NONE)),
+        )
         for _, result in _of(checks, ("noise",))
     )
-    return _table("Noise on the device against the NumPy form", ("", "largest difference", "equal to the last bit"), rows)
+    return _table(
+        "Noise on the device against the NumPy form", ("", "largest difference", "equal to the last bit"), rows
+    )
 
 
 def _replay(checks: dict[str, Any]) -> str:
@@ -138,29 +162,55 @@ def _replay(checks: dict[str, Any]) -> str:
             rows.append((path, result["note"], NONE, NONE, NONE))
         for size in (1, 8) if "note" not in result else ():
             ms = result["ms_a_step"]
-            rows.append((path, str(size), _number(ms[f"launches_{size}"]), _number(ms[f"replay_{size}"]), f"{result[f'ratio_{size}']:.2f}"))
-    return _table("Graph replay against plain launches: the shipped model", ("", "rows", "launches, ms a step", "replay, ms a step", "times as fast"), rows)
+            rows.append(
+                (
+                    path,
+                    str(size),
+                    _number(ms[f"launches_{size}"]),
+                    _number(ms[f"replay_{size}"]),
+                    f"{result[f'ratio_{size}']:.2f}",
+                )
+            )
+    return _table(
+        "Graph replay against plain launches: the shipped model",
+        ("", "rows", "launches, ms a step", "replay, ms a step", "times as fast"),
+        rows,
+    )
 
 
 def _scaling(checks: dict[str, Any]) -> str:
     rows = (
-        (_name(name.split(":")[1]), *(f"{result['seconds_a_slice'][n]:.3f}" for n in ("1", "2", "4")), _share(result["share"]))
+        (
+            _name(name.split(":")[1]),
+            *(f"{result['seconds_a_slice'][n]:.3f}" for n in ("1", "2", "4")),
+            _share(result["share"]),
+        )
         for name, result in _of(checks, ("scaling",))
     )
-    return _table("Seconds a slice over several slices: the shipped model", ("", "1 slice", "2 slices", "4 slices", "measured"), rows)
+    return _table(
+        "Seconds a slice over several slices: the shipped model",
+        ("", "1 slice", "2 slices", "4 slices", "measured"),
+        rows,
+    )
 
 
 def _unmeasured(report: dict[str, Any]) -> str:
     checks = report["checks"]
     rows = [
-        (check["name"], checks.get(check["name"], {}).get("status", "not measured"), checks.get(check["name"], {}).get("message", "not run"))
+        (
+            check["name"],
+            checks.get(check["name"], {}).get("status", "not measured"),
+            checks.get(check["name"], {}).get("message", "not run"),
+        )
         for check in report["plan"]
         if "result" not in checks.get(check["name"], {})
     ]
     return _table("Not measured", ("check", "state", "why"), rows)
 
 
-def _of(checks: dict[str, Any], kinds: tuple[str, ...], model: str | None = None) -> Iterable[tuple[str, dict[str, Any]]]:
+def _of(
+    checks: dict[str, Any], kinds: tuple[str, ...], model: str | None = None
+) -> Iterable[tuple[str, dict[str, Any]]]:
     for name, found in checks.items():
         kind, *rest = name.split(":")
         if kind in kinds and "result" in found and model in (None, rest[-1]):

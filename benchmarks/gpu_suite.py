@@ -9,6 +9,7 @@ command goes on where it stopped. It needs PyTorch, NumPy and onnxruntime; what 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import cdiff
-from cdiff.benchmarks.gpu_checks import DONE, FAILED, Settings, settings_json
+from cdiff.benchmarks.gpu_checks import FAILED, Settings, settings_json
 from cdiff.benchmarks.gpu_report import markdown
 from cdiff.benchmarks.gpu_subjects import PAPER, SHIPPED
 from cdiff.benchmarks.gpu_targets import targets
@@ -78,7 +79,14 @@ def plan(device: str, small: bool) -> list[Check]:
             add("noise", engine, SHIPPED, "noise drawn by that engine against the NumPy form", 60, 15)
             add("replay", engine, SHIPPED, "graph replay against plain launches", 60, 20)
             add("parity", engine, PAPER, "calls against PyTorch float32", 120, 40)
-        add("parity", "onnxruntime-cpu", SHIPPED, "ONNX Runtime on the host's processor, against PyTorch float32", 90, 40)
+        add(
+            "parity",
+            "onnxruntime-cpu",
+            SHIPPED,
+            "ONNX Runtime on the host's processor, against PyTorch float32",
+            90,
+            40,
+        )
     return [dataclasses.replace(c, expected=2) if small else c for c in checks]
 
 
@@ -108,7 +116,11 @@ def gpu_missing(device: str) -> str | None:
     if not torch.cuda.is_available():
         return f"PyTorch {torch.__version__} sees no NVIDIA GPU here"
     number = torch.device(device).index or 0
-    return None if number < torch.cuda.device_count() else f"there is no {device}: PyTorch sees {torch.cuda.device_count()} GPU(s)"
+    return (
+        None
+        if number < torch.cuda.device_count()
+        else f"there is no {device}: PyTorch sees {torch.cuda.device_count()} GPU(s)"
+    )
 
 
 class Suite:
@@ -132,7 +144,9 @@ class Suite:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CdiffError(f"{self.path} cannot be gone on with ({error}); give --fresh to start anew") from None
         if not same:
-            raise CdiffError(f"{self.path} was measured with other settings; give --fresh to start anew, or another --out")
+            raise CdiffError(
+                f"{self.path} was measured with other settings; give --fresh to start anew, or another --out"
+            )
         self.report["checks"] = kept
 
     def save(self) -> None:
@@ -151,7 +165,11 @@ class Suite:
                 continue
             left = deadline - time.monotonic()
             if left < min(10, check.seconds):
-                done[check.name] = {"status": SKIPPED, "message": "the time was up; run the same command again", "seconds": 0}
+                done[check.name] = {
+                    "status": SKIPPED,
+                    "message": "the time was up; run the same command again",
+                    "seconds": 0,
+                }
             else:
                 done[check.name] = in_a_process(check.name, self.settings, min(check.seconds, left))
             found = done[check.name]
@@ -185,7 +203,12 @@ def in_a_process(name: str, settings: Settings, seconds: float) -> dict[str, Any
         said = log.read_text(encoding="utf-8", errors="replace")[-4000:]
         spent = round(time.monotonic() - start, 2)
         if code is None:
-            return {"status": FAILED, "message": f"took longer than {seconds:.0f} s and was ended", "log": said, "seconds": spent}
+            return {
+                "status": FAILED,
+                "message": f"took longer than {seconds:.0f} s and was ended",
+                "log": said,
+                "seconds": spent,
+            }
         if out.exists():
             outcome: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
             return outcome | ({"log": said} if outcome["status"] == FAILED else {})
@@ -195,10 +218,8 @@ def in_a_process(name: str, settings: Settings, seconds: float) -> dict[str, Any
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """End the process and what it started; the group is its own."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 
@@ -207,19 +228,27 @@ def describe(checks: list[Check]) -> str:
     width = max(len(check.name) for check in checks)
     lines = [f"{check.name:{width}}  about {check.expected:3d} s  {check.what}" for check in checks]
     total = sum(check.expected for check in checks)
-    return "\n".join([*lines, f"{len(checks)} checks, about {total / 60:.1f} minutes on an H200 by guess; --minutes ends it in time"])
+    return "\n".join(
+        [*lines, f"{len(checks)} checks, about {total / 60:.1f} minutes on an H200 by guess; --minutes ends it in time"]
+    )
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m cdiff.benchmarks.gpu_suite", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m cdiff.benchmarks.gpu_suite", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--out", type=Path, default=Path("gpu_suite"), help="folder of gpu_suite.json and gpu_suite.md")
     parser.add_argument("--device", default="cuda:0", help="cuda:0; cpu only to try the suite itself, with --small")
-    parser.add_argument("--small", action="store_true", help="tiny networks: tries the suite, measures nothing worth keeping")
+    parser.add_argument(
+        "--small", action="store_true", help="tiny networks: tries the suite, measures nothing worth keeping"
+    )
     parser.add_argument("--checks", help="names or their beginnings, with commas: parity, protocol:graph, machine")
     parser.add_argument("--dry-run", action="store_true", help="list the checks and leave")
     parser.add_argument("--fresh", action="store_true", help="forget an older report in --out")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="begin no check after this long")
-    parser.add_argument("--protocol-seconds", type=float, default=20.0, help="a longer protocol is run in part; 1e9 runs all of it")
+    parser.add_argument(
+        "--protocol-seconds", type=float, default=20.0, help="a longer protocol is run in part; 1e9 runs all of it"
+    )
     parser.add_argument("--work", type=Path, help="folder for exported graphs; OUT/work unless given")
     return parser.parse_args(argv)
 

@@ -45,12 +45,26 @@ def _of(path: str, checks: dict[str, Any]) -> list[Target]:
     of_peak = share / rate if share and rate else None
     linear = abs(slices["4"] / slices["1"] - 1) if slices else None
     return [
-        _judge("soft map within 0.01 of PyTorch float32, mean absolute", path, maps.get("mean"), "{:.2g}", lambda v: v <= MAPS),
+        _judge(
+            "soft map within 0.01 of PyTorch float32, mean absolute",
+            path,
+            maps.get("mean"),
+            "{:.2g}",
+            lambda v: v <= MAPS,
+        ),
         _judge("thresholded maps' Dice at least 0.995", path, maps.get("dice"), "{:.4f}", lambda v: v >= DICE),
         _judge("at least 8 times the published way, same GPU", path, faster, "{:.1f} times", lambda v: v >= FASTER),
-        _judge("at least 50 % of the measured half-precision matmul rate", path, of_peak, "{:.0%}", lambda v: v >= PEAK),
+        _judge(
+            "at least 50 % of the measured half-precision matmul rate", path, of_peak, "{:.0%}", lambda v: v >= PEAK
+        ),
         _judge("host below 2 % of the time", path, protocol.get("host_share"), "{:.1%}", lambda v: v < HOST),
-        _judge("time is proportional to slices: 4 slices within 5 % of 4 times 1", path, linear, "{:.1%} off", lambda v: v <= LINEAR),
+        _judge(
+            "time is proportional to slices: 4 slices within 5 % of 4 times 1",
+            path,
+            linear,
+            "{:.1%} off",
+            lambda v: v <= LINEAR,
+        ),
     ]
 
 

@@ -59,8 +59,22 @@ print(f"{len(pieces)} parts unpacked; now: export PYTHONPATH={site.resolve()}")
 
 def fetch(requirement: str, python: str, folder: Path) -> None:
     """Have pip download one wheel for Linux on x86-64. Exits with pip's own words when there is none."""
-    platforms = [f"manylinux_2_{n}_x86_64" for n in reversed(GLIBC)] + ["manylinux2014_x86_64", "manylinux1_x86_64", "linux_x86_64"]
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(folder)]
+    platforms = [f"manylinux_2_{n}_x86_64" for n in reversed(GLIBC)] + [
+        "manylinux2014_x86_64",
+        "manylinux1_x86_64",
+        "linux_x86_64",
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--dest",
+        str(folder),
+    ]
     command += ["--python-version", python, "--implementation", "cp"]
     command += [word for platform in platforms for word in ("--platform", platform)]
     ended = subprocess.run([*command, requirement], capture_output=True, text=True, check=False)
@@ -126,7 +140,9 @@ def main(argv: list[str] | None = None) -> None:
         found = sorted(Path(folder).glob("*.whl"))
         data = site_of(found)
     parts = write_parts(data, options.out, options.part_mib * 2**20)
-    print(f"{len(found)} wheels, {len(data) / 2**20:.1f} MiB, {len(parts)} part(s) in {options.out}: {', '.join(w.name for w in found)}")
+    print(
+        f"{len(found)} wheels, {len(data) / 2**20:.1f} MiB, {len(parts)} part(s) in {options.out}: {', '.join(w.name for w in found)}"
+    )
 
 
 if __name__ == "__main__":

@@ -60,7 +60,9 @@ class TritonPythonModel:
         image = self._tensor(request, "image")
         channels = self.segmenter.manifest.image_channels
         if image.ndim != 3 or image.shape[0] != channels:
-            raise CdiffError(f"image has the shape {list(image.shape)}; this model takes [{channels}, H, W], one slice as it was acquired")
+            raise CdiffError(
+                f"image has the shape {list(image.shape)}; this model takes [{channels}, H, W], one slice as it was acquired"
+            )
         numbers = {name: self._number(request, name) for name in OPTIONAL}
         scan = image[0] if channels == 1 else np.moveaxis(image, 0, -1)
         result = self.segmenter.segment(

@@ -82,9 +82,19 @@ def test_every_check_of_every_plan_exists() -> None:
         for name in names:
             assert name == "machine" or name.split(":")[0] in KINDS
     whole = plan("cuda:0", False)
-    for wanted in ("published:published:paper", "protocol:eager16:paper", "protocol:compiled:paper", "protocol:graph:paper", "parity:graph:shipped"):
+    for wanted in (
+        "published:published:paper",
+        "protocol:eager16:paper",
+        "protocol:compiled:paper",
+        "protocol:graph:paper",
+        "parity:graph:shipped",
+    ):
         assert any(check.name == wanted for check in whole)
-    assert [c.name for c in chosen(whole, "machine,protocol:graph")] == ["machine", "protocol:graph:paper", "protocol:graph:shipped"]
+    assert [c.name for c in chosen(whole, "machine,protocol:graph")] == [
+        "machine",
+        "protocol:graph:paper",
+        "protocol:graph:shipped",
+    ]
     with pytest.raises(CdiffError, match="--checks nonsense"):
         chosen(whole, "machine,nonsense")
 
@@ -167,7 +177,11 @@ def test_it_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     def outcome(name: str, settings: Settings, seconds: float) -> dict[str, Any]:
         ran.append(name)
-        return {"status": "refused", "message": "no", "seconds": 0} if "graph" in name else {"status": "failed", "message": "it broke", "seconds": 1}
+        return (
+            {"status": "refused", "message": "no", "seconds": 0}
+            if "graph" in name
+            else {"status": "failed", "message": "it broke", "seconds": 1}
+        )
 
     monkeypatch.setattr(gpu_suite, "in_a_process", outcome)
     checks = chosen(plan("cpu", True), "noise,published")
@@ -180,7 +194,9 @@ def test_it_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyP
     ran.clear()
     again = Suite(tmp_path, CPU, checks, fresh=False)
     again.run(checks, minutes=5)
-    assert ran == [name for name in (check.name for check in checks) if "graph" not in name], "what broke is tried again"
+    assert ran == [name for name in (check.name for check in checks) if "graph" not in name], (
+        "what broke is tried again"
+    )
     page = (tmp_path / "gpu_suite.md").read_text()
     assert "| noise:graph:shipped | refused | no |" in page
     with pytest.raises(CdiffError, match="other settings; give --fresh"):
@@ -217,7 +233,18 @@ def test_targets_are_met_missed_or_not_measured() -> None:
 @pytest.mark.slow
 def test_the_whole_suite_on_tiny_networks(tmp_path: Path) -> None:
     """Every check of the CPU's plan in its own process, through the command."""
-    command = [sys.executable, "-m", "cdiff.benchmarks.gpu_suite", "--device", "cpu", "--small", "--out", str(tmp_path), "--protocol-seconds", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "cdiff.benchmarks.gpu_suite",
+        "--device",
+        "cpu",
+        "--small",
+        "--out",
+        str(tmp_path),
+        "--protocol-seconds",
+        "1",
+    ]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "gpu_suite.json").read_text())
@@ -229,5 +256,12 @@ def test_the_whole_suite_on_tiny_networks(tmp_path: Path) -> None:
     assert page == markdown(report)
     assert "tried the suite itself" in page
     assert "## Not measured" not in page
-    for heading in ("## Engines", "## Targets", "## Whole protocol", "## Batch sizes", "## Against PyTorch float32", "## Noise"):
+    for heading in (
+        "## Engines",
+        "## Targets",
+        "## Whole protocol",
+        "## Batch sizes",
+        "## Against PyTorch float32",
+        "## Noise",
+    ):
         assert heading in page

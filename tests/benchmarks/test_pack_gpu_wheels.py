@@ -28,7 +28,9 @@ def parts(tmp_path: Path) -> Path:
 
 
 def run(script: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(script), *map(str, arguments)], capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, str(script), *map(str, arguments)], capture_output=True, text=True, check=False
+    )
 
 
 def test_there_and_back(parts: Path, tmp_path: Path) -> None:
@@ -41,7 +43,11 @@ def test_there_and_back(parts: Path, tmp_path: Path) -> None:
     assert (site / "thing" / "libthing.so.1").read_bytes() == CONTENT
     assert os.access(site / "thing" / "libthing.so.1", os.X_OK)
     program = subprocess.run(
-        [sys.executable, "-c", "import thing; print(thing.word)"], env={"PYTHONPATH": str(site)}, capture_output=True, text=True, check=True
+        [sys.executable, "-c", "import thing; print(thing.word)"],
+        env={"PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert program.stdout == "here\n"
 

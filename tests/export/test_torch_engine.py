@@ -34,9 +34,7 @@ def integers(*values: int) -> torch.Tensor:
 def test_words_are_numpys_bit_for_bit(seed: int) -> None:
     """numpy.random.Philox is the oracle; it adds 1 to the counter's first word before each block."""
     counter = (5, 0, (3 << 32) | 24, 2**40 + 1)
-    generator = np.random.Philox(
-        key=np.array([seed, 0], np.uint64), counter=np.array(counter, np.uint64)
-    )
+    generator = np.random.Philox(key=np.array([seed, 0], np.uint64), counter=np.array(counter, np.uint64))
     expected = generator.random_raw(8).view(np.int64).reshape(2, 4)
     blocks = integers(counter[0] + 1, counter[0] + 2)
     found = words(integers(seed - 2**64 if seed >> 63 else seed), (blocks, *(integers(c) for c in counter[1:])))
@@ -49,7 +47,9 @@ def test_words_are_numpys_bit_for_bit(seed: int) -> None:
     [((8, 8), (8, 8), [(0, 0)] * 3), ((7, 5), (7, 5), [(0, 0)] * 3), ((8, 9), (33, 31), [(0, 0), (5, 7), (25, 22)])],
     ids=["even", "odd", "tiles"],
 )
-def test_normals_are_the_runtimes(size: tuple[int, int], canvas: tuple[int, int], origins: list[tuple[int, int]]) -> None:
+def test_normals_are_the_runtimes(
+    size: tuple[int, int], canvas: tuple[int, int], origins: list[tuple[int, int]]
+) -> None:
     slices, levels, runs = (0, 5, 2**40), (1, 2, 4), (0, 24, 3)
     for step in (-1, 7):
         found = normals(

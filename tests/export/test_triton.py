@@ -30,11 +30,12 @@ def model_config() -> Any:
     def message(name: str, *fields: tuple[str, int, int, bool] | tuple[str, int, int, bool, str]) -> None:
         made = file.message_type.add(name=name)
         for field, number, kind, many, *type_name in fields:
-            label = 3 if many else 1
-            made.field.add(name=field, number=number, type=kind, label=label, type_name=f".inference.{type_name[0]}" if type_name else "")  # type: ignore[arg-type]
+            of = {"type_name": f".inference.{type_name[0]}"} if type_name else {}
+            made.field.add(name=field, number=number, type=kind, label=3 if many else 1, **of)  # type: ignore[arg-type]
 
     kinds = file.enum_type.add(name="DataType")
-    names = "INVALID BOOL UINT8 UINT16 UINT32 UINT64 INT8 INT16 INT32 INT64 FP16 FP32 FP64 STRING".split()
+    integers = [f"{sign}INT{bits}" for sign in ("U", "") for bits in (8, 16, 32, 64)]
+    names = ["INVALID", "BOOL", *integers, "FP16", "FP32", "FP64", "STRING"]
     for number, name in enumerate(names):
         kinds.value.add(name=f"TYPE_{name}", number=number)
     where = file.enum_type.add(name="Kind")
@@ -43,7 +44,13 @@ def model_config() -> Any:
     tensor = (("name", 1, STRING, False), ("data_type", 2, ENUM, False, "DataType"))
     message("ModelInput", *tensor, ("dims", 4, INT64, True), ("optional", 8, BOOL, False))
     message("ModelOutput", *tensor, ("dims", 3, INT64, True))
-    message("ModelInstanceGroup", ("name", 1, STRING, False), ("count", 2, INT32, False), ("gpus", 3, INT32, True), ("kind", 4, ENUM, False, "Kind"))
+    message(
+        "ModelInstanceGroup",
+        ("name", 1, STRING, False),
+        ("count", 2, INT32, False),
+        ("gpus", 3, INT32, True),
+        ("kind", 4, ENUM, False, "Kind"),
+    )
     message("ModelParameter", ("string_value", 1, STRING, False))
     message(
         "ModelConfig", ("name", 1, STRING, False), ("max_batch_size", 4, INT32, False), ("input", 5, MESSAGE, True, "ModelInput"),
@@ -99,7 +106,12 @@ def test_a_repository_for_gpus(tiny_bundle: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("wrong", "said"),
-    [({"name": "a/b"}, "must be letters"), ({"engine": "fast"}, "not known"), ({"device": "tpu"}, "cuda or cpu"), ({"instances": 0}, "at least one")],
+    [
+        ({"name": "a/b"}, "must be letters"),
+        ({"engine": "fast"}, "not known"),
+        ({"device": "tpu"}, "cuda or cpu"),
+        ({"instances": 0}, "at least one"),
+    ],
     ids=["name", "engine", "device", "instances"],
 )
 def test_bad_arguments_leave_nothing(tiny_bundle: Path, tmp_path: Path, wrong: dict[str, Any], said: str) -> None:
@@ -166,7 +178,12 @@ def served(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_a_request_is_a_slice(served: Any, tiny_bundle: Path) -> None:
     image = np.random.default_rng(3).uniform(0, 200, (1, 40, 30)).astype(np.float32)
-    request = {"image": image, "seed": np.array([2**64 - 1], np.uint64), "runs": np.array([2], np.int32), "steps": np.array([5], np.int32)}
+    request = {
+        "image": image,
+        "seed": np.array([2**64 - 1], np.uint64),
+        "runs": np.array([2], np.int32),
+        "steps": np.array([5], np.int32),
+    }
     (response,) = served.execute([request])
     assert response.error is None
     found = {tensor.name(): tensor.as_numpy() for tensor in response.output_tensors()}
@@ -178,11 +195,23 @@ def test_a_request_is_a_slice(served: Any, tiny_bundle: Path) -> None:
 
 
 def test_one_bad_request_costs_no_other(served: Any) -> None:
-    good = {"image": np.zeros((1, 32, 32), np.float32), "runs": np.array([1], np.int32), "steps": np.array([1], np.int32)}
-    bad = [{}, {"image": np.zeros((3, 32, 32), np.float32)}, {**good, "image": np.full((1, 32, 32), np.nan, np.float32)}, {**good, "runs": np.array([0], np.int32)}, {**good, "seed": np.array([1, 2], np.uint64)}]
+    good = {
+        "image": np.zeros((1, 32, 32), np.float32),
+        "runs": np.array([1], np.int32),
+        "steps": np.array([1], np.int32),
+    }
+    bad = [
+        {},
+        {"image": np.zeros((3, 32, 32), np.float32)},
+        {**good, "image": np.full((1, 32, 32), np.nan, np.float32)},
+        {**good, "runs": np.array([0], np.int32)},
+        {**good, "seed": np.array([1, 2], np.uint64)},
+    ]
     responses = served.execute([*bad, good])
     said = [response.error.message() for response in responses[:-1]]
-    for message, words in zip(said, ("no input 'image'", r"takes \[1, H, W\]", "NaN", "runs 0", "2 values"), strict=True):
+    for message, words in zip(
+        said, ("no input 'image'", r"takes \[1, H, W\]", "NaN", "runs 0", "2 values"), strict=True
+    ):
         assert re.search(words, message), message
     assert responses[-1].error is None
     served.finalize()

@@ -159,10 +159,7 @@ def check_protocol(path: str, model: Subject, settings: Settings) -> dict[str, A
                 "ms_a_step": 1e3 * (spent := step_seconds(engine, model, image, size)),
                 "ms_a_row": 1e3 * spent / size,
             }
-        except (
-            CdiffError,
-            RuntimeError,
-        ) as error:  # PyTorch raises RuntimeErrors for memory and for what cuDNN cannot do
+        except (CdiffError, RuntimeError) as error:  # PyTorch's for memory, and for what cuDNN cannot do
             sweep[str(size)] = {"error": one_line(error)}
     able = [size for size in sizes if "ms_a_row" in sweep[str(size)]]
     if not able:

@@ -122,7 +122,7 @@ def whole_protocol(
         assert len(list(found)) == slices
         return time.perf_counter() - start
 
-    run(1, Timings())  # binds, and captures what is captured, for as many slots as this scan needs
+    run(min(FEW, T), Timings())  # binds, and captures what is captured, for as many slots as this scan needs
     timings = Timings()
     with DeviceMemory(engine.device) as memory:
         wall = run(steps, timings)

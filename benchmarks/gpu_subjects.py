@@ -70,9 +70,7 @@ def subject(name: str, small: bool) -> Subject:
     """`shipped` or `paper` (C = 7, 25 runs); with `small` both are a tiny network with random weights, for a test of the suite itself."""
     if small:
         tiny = preset("tiny")
-        return Subject(
-            name, replace(tiny, network=replace(tiny.network, image_size=16, T=6, base_channels=4)), False, 2
-        )
+        return Subject(name, replace(tiny, network=replace(tiny.network, image_size=16, base_channels=4)), False, 2)
     if name == SHIPPED:
         return Subject(name, shipped_config(), True, 25)
     return Subject(name, replace(preset("paper"), network=replace(preset("paper").network, levels=7)), False, 25)

@@ -30,7 +30,7 @@ class TritonPythonModel:
         """Load the bundle that lies beside model.py on the instance's device. Raises CdiffError, which Triton shows, when that cannot be."""
         self._triton: Any = importlib.import_module("triton_python_backend_utils")
         config = json.loads(args["model_config"])
-        given = {name: value["string_value"] for name, value in config.get("parameters", {}).items()}
+        given = {name: value.get("string_value", "") for name, value in config.get("parameters", {}).items()}
         gpu = args["model_instance_kind"] == "GPU"
         device = f"cuda:{int(args['model_instance_device_id'])}" if gpu else "cpu"
         bundle = Path(args["model_repository"]) / args["model_version"] / BUNDLE

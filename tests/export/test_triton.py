@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool, json_format, message_factory, text_format
+from typer.testing import CliRunner
 
 import cdiff
+from cdiff.cli.app import app
 from cdiff.export.triton import write_repository
 from cdiff.runtime.bundle import open_bundle
 from cdiff.runtime.errors import CdiffError
@@ -226,3 +228,16 @@ def test_a_gpu_instance_asks_for_its_own_gpu(served: Any, repository: Path, monk
         "model_instance_device_id": "3", "model_repository": str(repository), "model_version": "1",
     })  # fmt: skip
     assert asked == [(repository / "1" / "bundle", "tensorrt", "cuda:3")]
+
+
+def test_export_writes_it_beside_the_bundle(
+    tiny_run: Path, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cdiff.export.exporter.export_run", lambda *_, **__: open_bundle(tiny_bundle))
+    command = ["export", str(tiny_run), "--out", str(tmp_path / "bundle"), "--triton", str(tmp_path / "models"), "-q"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    (model,) = (tmp_path / "models").iterdir()
+    assert read_config(model).name == model.name
+    again = CliRunner().invoke(app, command)
+    assert again.exit_code == 2, "an older model is not overwritten in silence"

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from cdiff.benchmarks.gpu_measure import SEED, evened, table_of, windows_of
-from cdiff.benchmarks.gpu_subjects import Subject
+from cdiff.benchmarks.gpu_measure import evened, table_of, windows_of
+from cdiff.benchmarks.gpu_subjects import SEED, Subject
 from cdiff.runtime.batching import segment_windows
 from cdiff.runtime.engines.base import Engine, Float32
 from cdiff.runtime.metrics import at_least, dice

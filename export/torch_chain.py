@@ -198,7 +198,7 @@ def captured(step: Callable[[], None], device: str) -> Any:
     """
     try:
         with torch.cuda.device(device):
-            aside = torch.cuda.Stream()
+            aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             aside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(aside):
                 for _ in range(WARM_UPS):

@@ -70,7 +70,7 @@ class TorchChainEngine:
         self.noise: Callable[..., Tensor] = normals
         self._binding: TorchBinding | None = None
         if self.options.compiled is not None:
-            self.network = torch.compile(prepared.denoiser, mode=self.options.compiled, dynamic=False)  # type: ignore[assignment]
+            self.network = torch.compile(prepared.denoiser, mode=self.options.compiled, dynamic=False)
             self.noise = torch.compile(normals, dynamic=False)
 
     @exact

@@ -52,9 +52,8 @@ def normals(
     block = first // 4 + torch.arange(blocks, device=slice_.device) + 1
     level_run = (level << 32) | run
     # [B, blocks, 4] -> [B, words]: the stream from word 4 * (first // 4) on.
-    stream = torch.stack(
-        torch.broadcast_tensors(*words(seed, (block, step + 1, level_run[:, None], slice_[:, None]))), dim=-1
-    ).flatten(1)
+    found = torch.broadcast_tensors(*words(seed, (block, step + 1, level_run[:, None], slice_[:, None])))  # type: ignore[no-untyped-call]
+    stream = torch.stack(found, dim=-1).flatten(1)
     r = (stream & HALF).float() * 2.0**-32 + 2.0**-33
     r = torch.sqrt(torch.log(r) * -2.0)
     theta = (stream >> 32).float() * (2 * math.pi * 2.0**-32)

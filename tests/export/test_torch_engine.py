@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -100,6 +103,27 @@ def test_a_longer_chain_after_a_shorter_one_starts_anew() -> None:
     first = maps(engine, windows, "dpm++2m")
     list(segment_windows(engine, windows, sampler_table("ddpm", SCHEDULE, 3), levels=3, runs=2, batch=4))
     np.testing.assert_array_equal(maps(engine, windows, "dpm++2m"), first)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "dpm++2m"])
+def test_what_a_capture_leaves_behind_does_not_reach_the_chain(sampler: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for the CUDA graph runs the warm-ups and replays the same call: one capture a kind of table, the same maps."""
+    captures = []
+
+    def captured(step: Callable[[], None], device: str) -> Any:
+        for _ in range(4):
+            step()
+        captures.append(device)
+        return SimpleNamespace(replay=step)
+
+    monkeypatch.setattr("cdiff.export.torch_chain.captured", captured)
+    network, windows = random_network(BASE), Framing("resize", (16, 16)).frame(slices(2))
+    expected = maps(TorchChainEngine(network, SCHEDULE, "cpu", EXACT), windows, sampler)
+    engine = TorchChainEngine(network, SCHEDULE, "cpu", EXACT)
+    engine.capture = True
+    np.testing.assert_array_equal(maps(engine, windows, sampler), expected)
+    np.testing.assert_array_equal(maps(engine, windows, sampler), expected)
+    assert captures == ["cpu"], "the second scan replays what the first one captured"
 
 
 def test_half_precision_is_half_and_stays_close() -> None:

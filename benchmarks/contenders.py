@@ -7,23 +7,21 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import sys
 import tempfile
 import time
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from cdiff.benchmarks.memory import peak_memory
 from cdiff.runtime.bundle import Bundle, open_bundle
 from cdiff.runtime.chain import Timings
 from cdiff.runtime.engines.base import Engine
 from cdiff.runtime.engines.registry import open_engine
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.framing import Framing
-from cdiff.runtime.manifest import WEIGHTS
 from cdiff.runtime.sampler import sampler_table
 from cdiff.runtime.scan import parse_slices, read_scan
 from cdiff.runtime.segmenter import Segmenter
@@ -32,29 +30,11 @@ PUBLISHED, PYTORCH, COMPILED, EXPORTED = "published", "pytorch", "compiled", "ex
 LEAST_CALLS, LEAST_SECONDS = 5, 0.5
 
 
-def load_network(bundle: Bundle, device: str) -> Any:
-    """The bundle's weights in the network that they were trained in, float32, ready to run: a `ConsensusNet`."""
-    from safetensors import safe_open
-
-    from cdiff.train.checkpoint import load_weights, read_tensors
-    from cdiff.train.config import Config
-    from cdiff.train.network import ConsensusNet
-
-    path = bundle.file(WEIGHTS)
-    with safe_open(path, "pt") as file:
-        config = (file.metadata() or {}).get("config")
-    if config is None:
-        raise CdiffError(f"{path} does not say which network it belongs to; export the bundle again")
-    network = ConsensusNet(Config.from_json(json.loads(config)).network)
-    load_weights(network, read_tensors(path), path)
-    return network.to(device).eval().requires_grad_(False)
-
-
 def torch_engine(bundle: Bundle, device: str, compiled: bool) -> Engine:
     """PyTorch behind the runtime's protocol, eager or through torch.compile."""
     import torch
 
-    from cdiff.export.reference import TorchEngine
+    from cdiff.export.reference import TorchEngine, load_network
 
     class CompiledEngine(TorchEngine):
         name = "pytorch, compiled"
@@ -126,6 +106,7 @@ class Through:
         import torch
 
         from cdiff.benchmarks.floor import measure_floor
+        from cdiff.export.reference import load_network
         from cdiff.train.machine import describe_machine
 
         network = load_network(self.segmenter.bundle, self.spec["device"])
@@ -140,6 +121,7 @@ class Published:
     """The contender that samples as the published code does: `plain_loop`."""
 
     def __init__(self, spec: dict[str, Any]) -> None:
+        from cdiff.export.reference import load_network
         from cdiff.train.diffusion import Diffusion
 
         self.spec, self.bundle = spec, open_bundle(spec["bundle"])
@@ -178,20 +160,6 @@ def _repeat(call: Any) -> list[float]:
         call()
         times.append(1e3 * (time.perf_counter() - start))
     return times
-
-
-def peak_memory() -> int:
-    """The most memory that this process has held at once, bytes.
-
-    Linux keeps it for the program itself (VmHWM); ru_maxrss also counts the parent that it was started from.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def answer(contender: Through | Published, request: dict[str, Any]) -> dict[str, Any]:

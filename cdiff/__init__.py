@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 if not (Path(__file__).parent / "runtime").exists():
     __path__.append(str(Path(__file__).resolve().parents[1]))
 
-__version__ = version("cdiff")
+try:
+    __version__ = version("cdiff")
+except PackageNotFoundError:  # run from a clone, on a machine where nothing can be installed
+    __version__ = "0+clone"
 __all__ = ["__version__", "load"]
 
 
@@ -30,7 +33,8 @@ def load(
     """Open a bundle once; segment as many scans with it as you like.
 
     bundle: the folder that `cdiff export` wrote; the model that comes with cdiff when left out.
-    engine, device: as for `cdiff segment`; what was picked is in the result's report.
+    engine, device: as for `cdiff segment`; what was picked is in the result's report. engine="torch" is PyTorch, which needs the
+    extra `train`: for a GPU without TensorRT.
     build: what makes the TensorRT engines of a GPU that the bundle has none for yet, which takes minutes and happens once;
     `cdiff.export.tensorrt.build_engines` unless given.
     Raises cdiff.runtime.errors.CdiffError when the bundle is not whole or the engine cannot run here.
@@ -39,6 +43,12 @@ def load(
     from cdiff.runtime.segmenter import Segmenter
 
     folder = shipped_bundle() if bundle is None else Path(bundle)
+    if engine == "torch":
+        from cdiff.export.torch_engine import open_torch
+        from cdiff.runtime.bundle import open_bundle
+
+        opened = open_bundle(folder)
+        return Segmenter(opened, open_torch(opened, device))
     return Segmenter.open(folder, engine=engine, device=device, build=build or _build)
 
 

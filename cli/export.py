@@ -130,6 +130,15 @@ def export(
             rich_help_panel=ENGINES,
         ),
     ] = None,
+    triton: Annotated[
+        Path | None,
+        typer.Option(
+            "--triton",
+            metavar="DIR",
+            help="Also write a Triton Inference Server model repository that serves the whole loop.",
+            show_default=False,
+        ),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors only.")] = False,
 ) -> None:
     """Write a trained model as a bundle of ONNX graphs, checked against PyTorch.
@@ -155,10 +164,10 @@ def export(
     flavour = FLAVOURS[engine]
     check(flavour, options, rows, capability or [])  # before the graphs, which take longer
     if (source / NAME).is_file():
-        if flavour is None or output is not None or fp16:
+        if (flavour is None and triton is None) or output is not None or fp16:
             raise CdiffError(
                 f"{source} is a bundle already: --engine tensorrt or tensorrt-rtx adds engines to it, in place and in its own "
-                "precision; give a run folder to export anew"
+                "precision, and --triton serves it; give a run folder to export anew"
             )
         bundle = open_bundle(source)
     else:
@@ -174,3 +183,7 @@ def export(
         out.print(str(bundle.path), soft_wrap=True)
     if flavour is not None:
         build_ahead(bundle, flavour, runs=runs, rows=rows, capabilities=capability or [], options=options, quiet=quiet)
+    if triton is not None:
+        from cdiff.export.triton import write_repository
+
+        out.print(str(write_repository(bundle, triton)), soft_wrap=True)

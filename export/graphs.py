@@ -61,6 +61,10 @@ class DenoiserGraph(nn.Module):
         self, x: Tensor, features: Tensor, row_slice: Tensor, t: Tensor, level: Tensor
     ) -> Tensor | tuple[Tensor, Tensor]:
         output = self.denoiser(x, torch.index_select(features, 0, row_slice), t, level).float()
+        return self.to_x0(output, x, t)
+
+    def to_x0(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """x0 (and mix) from the network's own output, float32."""
         x0 = output[:, :1]
         if self.target != "x0":
             x0 = self._of(self.of_x, t) * x + self._of(self.of_output, t) * x0

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from cdiff.benchmarks.benchmark import Worker, benchmark
-from cdiff.benchmarks.contenders import load_network
 from cdiff.benchmarks.floor import count_flop
 from cdiff.benchmarks.plain_loop import Row, plain_loop
+from cdiff.export.reference import load_network
 from cdiff.runtime.batching import segment_windows
 from cdiff.runtime.bundle import open_bundle
 from cdiff.runtime.chain import Timings

@@ -1,0 +1,323 @@
+"""The GPU suite's checks, each run in a process of its own: `python -m cdiff.benchmarks.gpu_checks CHECK SETTINGS OUT`.
+
+A check is `kind:path:model`, such as `protocol:graph-compiled:paper`. OUT gets {"status", "result" or "message", "seconds"}, JSON.
+"""
+
+from __future__ import annotations
+
+import ctypes.util
+import dataclasses
+import importlib
+import inspect
+import json
+import os
+import platform
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cdiff.benchmarks.gpu_subjects import PAPER, SEED, SHIPPED, Subject, bundle_of, subject
+from cdiff.runtime.engines.base import ChainBinding, Engine
+from cdiff.runtime.engines.registry import available_engines, open_engine
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.files import write_json
+
+DONE, REFUSED, FAILED = "done", "refused", "failed"
+
+TORCH_PATHS: dict[str, dict[str, Any]] = {
+    "eager16": {"channels_last": False, "capture": False},
+    "compiled": {"capture": False, "compiled": "reduce-overhead"},
+    "graph": {},
+    "graph-compiled": {"compiled": "default"},
+}
+"""PyTorch in half precision, rows batched, encoder once: `export.torch_engine.Options`. The first two are baselines."""
+
+PACKAGES = (
+    "torch", "triton", "numpy", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-cu13", "tensorrt-rtx",
+    "pycuda", "cuda-bindings", "safetensors", "nibabel",
+)  # fmt: skip
+SWEEPS = {SHIPPED: (1, 8, 32, 100), PAPER: (1, 8, 25, 88)}
+LARGEST = {SHIPPED: 100, PAPER: 88}
+"""Rows a batch: beyond 88 rows of the paper's network a concatenation at full size holds more than 2^31 numbers."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all checks share. `seconds`: how long a protocol may take before a share of its steps stands for the whole."""
+
+    device: str = "cuda:0"
+    small: bool = False
+    work: str = "gpu_suite_work"
+    seconds: float = 12.0
+
+    @property
+    def half(self) -> bool:
+        return self.device != "cpu"
+
+
+def open_path(path: str, model: Subject, settings: Settings, **options: Any) -> Engine:
+    """The engine called `path`: one of `TORCH_PATHS`, `torch32`, or an engine of the registry. Raises CdiffError when it cannot run."""
+    from cdiff.export.reference import TorchEngine
+    from cdiff.export.torch_engine import Options, TorchChainEngine
+
+    if path == "torch32":
+        return TorchEngine(model.network(), model.schedule, settings.device)
+    if path in TORCH_PATHS:
+        chosen = Options(half=settings.half, **{**TORCH_PATHS[path], **options})
+        return TorchChainEngine(model.network(), model.schedule, settings.device, chosen)
+    name, device = ("onnxruntime", "cpu") if path == "onnxruntime-cpu" else (path, settings.device)
+    bundle = bundle_of(model, device != "cpu", Path(settings.work))
+    arguments: dict[str, Any] = {}
+    if name.startswith("tensorrt") and "build" in inspect.signature(open_engine).parameters:
+        arguments["build"] = importlib.import_module("cdiff.export.tensorrt").build_engines
+    return open_engine(bundle, name, device, **arguments)
+
+
+def describe_machine(settings: Settings) -> dict[str, Any]:
+    """Versions, the GPU, its measured rates, and what every engine says of this machine."""
+    import torch
+
+    from cdiff.benchmarks.gpu_measure import matmul_rates
+
+    gpu: dict[str, Any] = {}
+    if settings.device != "cpu":
+        about = torch.cuda.get_device_properties(settings.device)
+        gpu = {
+            "name": about.name, "capability": f"{about.major}.{about.minor}", "bytes": about.total_memory,
+            "multiprocessors": about.multi_processor_count, "driver": driver(), "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
+            "copy_bytes_per_s": copy_rate(settings.device),
+        }  # fmt: skip
+    return {
+        "gpu": gpu, "python": platform.python_version(), "cores": os.cpu_count(),
+        "packages": {name: found for name in PACKAGES if (found := installed(name))},
+        "missing": [name for name in PACKAGES if not installed(name)],
+        "libnvinfer": ctypes.util.find_library("nvinfer"),
+        "engines": {state.name: {"version": state.version, "devices": list(state.devices), "missing": state.missing} for state in available_engines()},
+        "matmul_flop_per_s": matmul_rates(settings.device),
+    }  # fmt: skip
+
+
+def check_noise(path: str, model: Subject, settings: Settings) -> dict[str, Any]:
+    """The noise that the engine's own chain draws, against the NumPy form."""
+    from cdiff.benchmarks.gpu_measure import noise_of
+
+    engine = open_path(path, model, settings)
+    image = model.images()["random"]
+    if not isinstance(engine.bind(4, 1), ChainBinding):
+        return {"engine": path, "note": "the loop draws the noise, in NumPy"}
+    return {"engine": path, **noise_of(engine, model, image, 4, 2**64 - 5)}
+
+
+def check_parity(path: str, model: Subject, settings: Settings) -> dict[str, Any]:
+    """One engine against PyTorch float32 without TF32: calls on random and real input, and for trained weights whole chains too."""
+    from cdiff.benchmarks.gpu_parity import call_errors, map_errors
+    from cdiff.export.torch_chain import full_precision
+
+    with full_precision():
+        reference = open_path("torch32", model, settings)
+        engine = open_path(path, model, settings)
+        images = model.images()
+        found: dict[str, Any] = {"engine": engine.name, "version": engine.version, "device": engine.device}
+        found["calls"] = {name: call_errors(engine, reference, image, model) for name, image in images.items()}
+        if model.trained or settings.small:
+            found["maps"] = map_errors(engine, reference, images["real"], model)
+        else:
+            found["maps_note"] = "not compared: with random weights every map is noise about one half"
+    return found
+
+
+def check_published(path: str, model: Subject, settings: Settings) -> dict[str, Any]:
+    """The baseline of the published code."""
+    from cdiff.benchmarks.gpu_measure import flops, published
+
+    return {
+        **published(model, model.images()["real"], settings.device, settings.seconds / 2),
+        "flop": flops(model)["protocol"],
+    }
+
+
+def check_protocol(path: str, model: Subject, settings: Settings) -> dict[str, Any]:
+    """A batch-size sweep, the whole protocol at the best batch, and where its time goes."""
+    from cdiff.benchmarks.gpu_measure import evened, flops, step_seconds, usual_batch, whole_protocol
+
+    engine = open_path(path, model, settings)
+    image, compiles = model.images()["real"], TORCH_PATHS.get(path, {}).get("compiled") is not None
+    largest = min(evened(model, LARGEST[model.name]), model.rows)
+    # Every size is a new compilation where PyTorch compiles, and a minute of the budget.
+    sizes = [largest] if compiles else sorted({min(size, largest) for size in (*SWEEPS[model.name], largest)})
+    sweep: dict[str, Any] = {}
+    for size in sizes:
+        try:
+            sweep[str(size)] = {
+                "ms_a_step": 1e3 * (spent := step_seconds(engine, model, image, size)),
+                "ms_a_row": 1e3 * spent / size,
+            }
+        except (CdiffError, RuntimeError) as error:  # PyTorch's for memory, and for what cuDNN cannot do
+            sweep[str(size)] = {"error": one_line(error)}
+    able = [size for size in sizes if "ms_a_row" in sweep[str(size)]]
+    if not able:
+        raise CdiffError(f"no batch size could be run: {sweep[str(sizes[0])]['error']}")
+    best = min(able, key=lambda size: -(-model.rows // size) * sweep[str(size)]["ms_a_step"])
+    found = whole_protocol(engine, model, image, best, settings.seconds)
+    counted = flops(model)
+    return {
+        "engine": engine.name, "version": engine.version, "device": engine.device, "sweep": sweep, "runtime_batch": usual_batch(model, engine.device),
+        "flop": counted["protocol"], "flop_per_s": counted["protocol"] / found["seconds"], **found, **step_parts(engine, model, best),
+    }  # fmt: skip
+
+
+def step_parts(engine: Engine, model: Subject, batch: int) -> dict[str, Any]:
+    """Seconds of an encoding and, where the binding can tell, of a step's noise, denoiser and update; and of bringing x back."""
+    from cdiff.benchmarks.gpu_measure import some_rows, table_of
+    from cdiff.export.torch_chain import wait
+
+    image, binding = model.images()["real"], engine.bind(batch, 1)
+
+    def encode() -> None:
+        binding.encode(0, image[0])
+        wait(engine.device)
+
+    found: dict[str, Any] = {"encoder_seconds": least(encode)}
+    if hasattr(binding, "parts"):
+        found["step_seconds"] = binding.parts(some_rows(model, batch), table_of(model, 2), 0)
+        import torch
+
+        x = np.zeros((batch, 1, *image.shape[2:]), np.float32)
+        found["transfer_seconds"] = least(lambda: torch.from_numpy(x).to(engine.device).cpu())
+    return found
+
+
+def check_replay(path: str, model: Subject, settings: Settings) -> dict[str, Any]:
+    """A step replayed as a CUDA graph against the same step launched kernel by kernel, at small batches, where launches show most."""
+    from cdiff.benchmarks.gpu_measure import step_seconds
+
+    image, found = model.images()["random"], {}
+    for batch in (1, 8):
+        for capture in (True, False):
+            engine = open_path(path, model, settings, **({"capture": capture} if path in TORCH_PATHS else {}))
+            if path not in TORCH_PATHS:
+                if not hasattr(engine, "capture"):
+                    return {"note": "this engine captures nothing"}
+                engine.capture = capture
+            found[f"{'replay' if capture else 'launches'}_{batch}"] = 1e3 * step_seconds(engine, model, image, batch)
+    return {
+        "ms_a_step": found,
+        "ratio_1": found["launches_1"] / found["replay_1"],
+        "ratio_8": found["launches_8"] / found["replay_8"],
+    }
+
+
+def check_scaling(path: str, model: Subject, settings: Settings) -> dict[str, Any]:
+    """The same protocol over 1, 2 and 4 slices: seconds a slice."""
+    from cdiff.benchmarks.gpu_measure import evened, whole_protocol
+
+    engine, image = open_path(path, model, settings), model.images()["real"]
+    batch = min(evened(model, LARGEST[model.name]), model.rows)
+    runs = {n: whole_protocol(engine, model, image, batch, settings.seconds * n / 2, n) for n in (1, 2, 4)}
+    return {
+        "seconds_a_slice": {str(n): run["seconds_a_slice"] for n, run in runs.items()},
+        "share": min(run["share"] for run in runs.values()),
+    }
+
+
+KINDS: dict[str, Callable[[str, Subject, Settings], dict[str, Any]]] = {
+    "noise": check_noise, "parity": check_parity, "published": check_published, "protocol": check_protocol,
+    "replay": check_replay, "scaling": check_scaling,
+}  # fmt: skip
+
+
+def run_check(name: str, settings: Settings) -> dict[str, Any]:
+    """One check's outcome; what an engine refuses is an outcome too. Only Ctrl-C and the like come through."""
+    import torch
+
+    torch.manual_seed(SEED)
+    if settings.device == "cpu":
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
+    start = time.perf_counter()
+    outcome: dict[str, Any]
+    try:
+        if name == "machine":
+            result = describe_machine(settings)
+        else:
+            kind, path, model = name.split(":")
+            result = KINDS[kind](path, subject(model, settings.small), settings)
+        outcome = {"status": DONE, "result": result}
+    except CdiffError as error:
+        outcome = {"status": REFUSED, "message": one_line(error)}
+    except ModuleNotFoundError as error:
+        outcome = {"status": REFUSED, "message": f"needs {error.name}, which is not installed here"}
+    except Exception as error:  # whatever breaks one engine must not cost the others
+        traceback.print_exc()
+        outcome = {"status": FAILED, "message": one_line(error)}
+    return {**outcome, "seconds": round(time.perf_counter() - start, 2)}
+
+
+def installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def driver() -> str:
+    """The driver's version as the kernel states it, or an empty text."""
+    path = Path("/proc/driver/nvidia/version")
+    if not path.exists():
+        return ""
+    words = path.read_text().split("\n")[0].split()
+    return next((word for word in words if word[0].isdigit() and "." in word), "")
+
+
+def copy_rate(device: str) -> float:
+    """Bytes read and written a second by a copy within the device's memory."""
+    import torch
+
+    from cdiff.export.torch_chain import wait
+
+    source = torch.empty(2**30, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+
+    def copies() -> None:
+        for _ in range(10):
+            target.copy_(source)
+        wait(device)
+
+    return 10 * 2 * source.numel() / least(copies)
+
+
+def least(call: Callable[[], Any], times: int = 3) -> float:
+    """Seconds of the fastest of some calls, after one that does not count. The call must wait for what it does."""
+    call()
+    spent = []
+    for _ in range(times):
+        start = time.perf_counter()
+        call()
+        spent.append(time.perf_counter() - start)
+    return min(spent)
+
+
+def one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 400 else text[:400] + " ..."
+
+
+def main() -> None:
+    """See the module's text."""
+    name, settings, out = sys.argv[1:]
+    write_json(Path(out), run_check(name, Settings(**json.loads(settings))))
+
+
+def settings_json(settings: Settings) -> str:
+    return json.dumps(dataclasses.asdict(settings))
+
+
+if __name__ == "__main__":
+    main()

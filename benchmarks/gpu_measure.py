@@ -1,0 +1,237 @@
+"""The GPU suite's stop-watches: steps at a batch size, a whole protocol or a stated share of it, memory, noise."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from cdiff.benchmarks.gpu_subjects import SEED, Subject
+from cdiff.benchmarks.memory import peak_memory
+from cdiff.benchmarks.plain_loop import plain_loop
+from cdiff.export.torch_chain import wait
+from cdiff.runtime.batching import rows_per_batch, segment_windows
+from cdiff.runtime.chain import Chain, Timings
+from cdiff.runtime.engines.base import ChainBinding, Engine, Float32, Rows
+from cdiff.runtime.framing import Framing, Windows
+from cdiff.runtime.noise import INITIAL, Noise, normal
+from cdiff.runtime.sampler import SamplerTable, sampler_table
+from cdiff.train.diffusion import Diffusion
+
+FEW, MORE = 2, 6
+"""Steps of the two chains whose difference is the time of a step."""
+
+
+class DeviceMemory:
+    """The most memory in use while a `with` block ran, bytes: on a GPU all of the device's, looked at every 10 ms; else this process's."""
+
+    def __init__(self, device: str) -> None:
+        self.device, self.peak = device, 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def _look(self) -> None:
+        free, total = torch.cuda.mem_get_info(self.device)
+        self.peak = max(self.peak, total - free)
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.01):
+            self._look()
+
+    def __enter__(self) -> DeviceMemory:
+        if self.device != "cpu":
+            self._look()
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.device == "cpu":
+            self.peak = peak_memory()
+            return
+        self._stop.set()
+        self._thread.join()
+        self._look()
+
+
+def windows_of(image: Float32, slices: int = 1) -> Windows:
+    """`slices` copies of one window [1,channels,H,W] as slices of a scan that need no resampling."""
+    return Framing("resize", (image.shape[2], image.shape[3])).frame(np.repeat(image, slices, axis=0))
+
+
+def some_rows(model: Subject, batch: int) -> Rows:
+    """The first `batch` rows of a slice of that model, levels in turn."""
+    number = np.arange(batch)
+    zeros = np.zeros(batch, np.int64)
+    size = model.config.network.image_size
+    levels = model.config.network.levels
+    return Rows(
+        batch, zeros, zeros, np.zeros((batch, 2), np.int64), number % levels + 1, number // levels, (size, size)
+    )
+
+
+def table_of(model: Subject, steps: int) -> SamplerTable:
+    return sampler_table("ddpm", model.schedule, steps)
+
+
+def chain(engine: Engine, model: Subject, image: Float32, rows: Rows, table: SamplerTable, seed: int = 0) -> Float32:
+    """The last x of one batch, by the engine's own chain or by the loop's; a copy."""
+    binding = engine.bind(len(rows.level), 1)
+    binding.encode(0, image[0])
+    if isinstance(binding, ChainBinding):
+        return np.array(binding.run_chain(rows, table, seed))
+    size = (image.shape[2], image.shape[3])
+    return np.array(Chain(binding, size, table, Noise(seed), Timings()).run(rows, None))
+
+
+def step_seconds(engine: Engine, model: Subject, image: Float32, batch: int) -> float:
+    """Seconds of one step of a batch, noise and update included: what four more steps of a chain cost, over four."""
+    rows = some_rows(model, batch)
+    few = min(FEW, model.config.network.T - 1)
+    more = min(MORE, model.config.network.T)
+    chain(engine, model, image, rows, table_of(model, few))  # warm-up: builds, captures, fills caches
+    spent = []
+    for steps in (few, more):
+        start = time.perf_counter()
+        chain(engine, model, image, rows, table_of(model, steps))
+        spent.append(time.perf_counter() - start)
+    return max(spent[1] - spent[0], 1e-9) / (more - few)
+
+
+def whole_protocol(
+    engine: Engine, model: Subject, image: Float32, batch: int, seconds: float, slices: int = 1
+) -> dict[str, Any]:
+    """A slice with all levels, runs and T steps; where that would take longer than `seconds`, with fewer steps, and the rest in proportion.
+
+    `share` is the part of the steps that was run: below 1 `seconds` and `host_share` are extrapolated, the encoder and what happens
+    once a slice being taken as measured.
+    """
+    T, batches = model.config.network.T, -(-slices * model.rows // batch)
+    a_step = step_seconds(engine, model, image, batch)
+    steps = int(np.clip(seconds / (a_step * batches), 2, T))
+
+    def run(steps: int, timings: Timings) -> float:
+        start = time.perf_counter()
+        found = segment_windows(
+            engine, windows_of(image, slices), table_of(model, steps), levels=model.config.network.levels, runs=model.runs,
+            seed=SEED, batch=batch, timings=timings,
+        )  # fmt: skip
+        assert len(list(found)) == slices
+        return time.perf_counter() - start
+
+    run(min(FEW, T), Timings())  # binds, and captures what is captured, for as many slots as this scan needs
+    timings = Timings()
+    with DeviceMemory(engine.device) as memory:
+        wall = run(steps, timings)
+    host_loop = timings.noise + timings.update
+    once = max(wall - timings.encode - timings.denoise - host_loop, 0.0)
+    more = T / steps
+    whole = timings.encode + once + (timings.denoise + host_loop) * more
+    return {
+        "seconds": whole, "seconds_a_slice": whole / slices, "share": steps / T, "measured_seconds": wall, "steps": steps,
+        "batch": batch, "batches": batches, "host_share": (once + host_loop * more) / whole,
+        "parts": {"encode": timings.encode, "chains": timings.denoise * more, "noise and update on the host": host_loop * more, "once a slice": once},
+        "peak_bytes": memory.peak,
+    }  # fmt: skip
+
+
+def evened(model: Subject, most: int) -> int:
+    """Rows a batch, at most `most`, so that a slice's batches are as full as each other."""
+    return -(-model.rows // -(-model.rows // most))
+
+
+def usual_batch(model: Subject, device: str) -> int:
+    """What the runtime would choose by itself."""
+    return rows_per_batch(model.rows, device)
+
+
+def published(model: Subject, image: Float32, device: str, seconds: float) -> dict[str, Any]:
+    """The published way, float32 by PyTorch's own settings: one chain after another, the encoder for each; a share of it, and the rest in proportion."""
+    network = model.network().to(device)
+    diffusion = Diffusion(model.schedule, model.config.network.target, device)
+    T, chains = model.config.network.T, model.config.network.levels
+
+    def took(steps: int) -> float:
+        wait(device)
+        start = time.perf_counter()
+        plain_loop(network, diffusion, windows_of(image), table_of(model, steps), 1, Timings())
+        return time.perf_counter() - start
+
+    few = min(FEW, T - 1)
+    took(few)
+    with DeviceMemory(device) as memory:
+        short = took(few)
+        more = min(T, max(few + 1, MORE))
+        longer = took(more)
+        steps = int(np.clip((seconds - longer - short) / max((longer - short) / (more - few), 1e-9), more, T))
+        if steps > more:
+            more, longer = steps, took(steps)
+    a_step = (longer - short) / (more - few) / chains
+    a_chain = max(short / chains - few * a_step, 0.0)
+    whole = model.rows * (a_chain + T * a_step)
+    return {
+        "seconds": whole, "seconds_a_slice": whole, "share": more / T / model.runs, "measured_seconds": short + longer,
+        "ms_a_row": 1e3 * a_step, "ms_a_chain_encoder_and_copy": 1e3 * a_chain, "peak_bytes": memory.peak,
+        "tf32_convolutions": bool(torch.backends.cudnn.allow_tf32), "tf32_products": bool(torch.backends.cuda.matmul.allow_tf32),
+    }  # fmt: skip
+
+
+def noise_of(engine: Engine, model: Subject, image: Float32, batch: int, seed: int) -> dict[str, Any]:
+    """How far the noise that an engine's own chain draws is from the NumPy form, without asking the engine for it.
+
+    A table of one row with a = b = c = 0 and d = 1 makes the chain end at its noise of step 0; a = 1 and the rest 0 at x_T.
+    """
+    rows, zero, one = some_rows(model, batch), np.zeros(1), np.ones(1)
+    tables = {
+        INITIAL: SamplerTable("ddpm", np.ones(1, np.int64), one, zero, zero, zero),
+        0: SamplerTable("ddpm", np.ones(1, np.int64), zero, zero, zero, one),
+    }
+    gaps, equal, total = [], 0, 0
+    for step, table in tables.items():
+        found = chain(engine, model, image, rows, table, seed)
+        for row in range(batch):
+            expected = normal(seed, 0, int(rows.level[row]), int(rows.run[row]), step, rows.canvas)
+            gaps.append(np.abs(found[row, 0] - expected).max())
+            equal += int(np.count_nonzero(found[row, 0] == expected))
+            total += expected.size
+    return {"max": float(np.max(gaps)), "equal_share": equal / total, "values": total}
+
+
+def matmul_rates(device: str, seconds: float = 0.5) -> dict[str, float]:
+    """FLOP/s of square matrix products of random numbers, the best size's mean over many: half precision and true float32."""
+    sizes = (4096, 8192) if device != "cpu" else (512,)
+    kinds = {"float16": torch.float16, "float32": torch.float32} if device != "cpu" else {"float32": torch.float32}
+    found = {}
+    for name, dtype in kinds.items():
+        best = 0.0
+        for n in sizes:
+            a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+            out = torch.empty_like(a)
+            for _ in range(3):
+                torch.mm(a, b, out=out)
+            wait(device)
+            start, times = time.perf_counter(), 0
+            while time.perf_counter() - start < seconds:
+                for _ in range(5):
+                    torch.mm(a, b, out=out)
+                wait(device)
+                times += 5
+            best = max(best, times * 2 * n**3 / (time.perf_counter() - start))
+        found[name] = best
+    return found
+
+
+def flops(model: Subject) -> dict[str, float]:
+    """FLOPs of an encoding, of a row's step, and of the whole protocol, counted without computing anything."""
+    from cdiff.benchmarks.floor import count_flop
+    from cdiff.train.network import ConsensusNet
+
+    with torch.device("meta"):
+        network = ConsensusNet(replace(model.config.network))
+    encoder, denoiser = count_flop(network.eval().requires_grad_(False))
+    return {
+        "encoder": encoder, "denoiser": denoiser, "protocol": encoder + float(denoiser) * model.rows * model.config.network.T
+    }  # fmt: skip

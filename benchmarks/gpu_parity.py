@@ -1,0 +1,68 @@
+"""How far an engine is from PyTorch in float32: single calls, and final maps over full chains with the same noise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from cdiff.benchmarks.gpu_measure import evened, table_of, windows_of
+from cdiff.benchmarks.gpu_subjects import SEED, Subject
+from cdiff.runtime.batching import segment_windows
+from cdiff.runtime.engines.base import Engine, Float32
+from cdiff.runtime.metrics import at_least, dice
+from cdiff.runtime.noise import normal
+
+ROWS = 4
+
+
+def call_errors(engine: Engine, reference: Engine, image: Float32, model: Subject) -> dict[str, float]:
+    """Largest differences of one encoding (over the largest feature) and of one denoiser call whose rows cover timesteps and levels.
+
+    `x0` is the clipped estimate; `eps` the same difference times sqrt(abar / (1 - abar)), which is what the network's own output for
+    eps differs by where the estimate is not clipped.
+    """
+    ours, theirs = np.asarray(engine.encode(image)), np.asarray(reference.encode(image))
+    encoder = np.abs(ours.astype(np.float32) - theirs).max() / max(np.abs(theirs).max(), 1e-12)
+    network, abar = model.config.network, model.schedule.abar
+    t = np.linspace(1, network.T, ROWS).round().astype(np.int64)
+    level = np.arange(ROWS, dtype=np.int64) % network.levels + 1
+    slot = np.zeros(ROWS, np.int64)
+    z = np.stack([normal(SEED, 0, 1, row, 0, image.shape[2:]) for row in range(ROWS)])[:, None]
+    guess = reference.denoise(z, theirs, slot, np.full(ROWS, network.T), level)[0]
+    alpha = abar[t].reshape(-1, 1, 1, 1)
+    # States as a chain meets them: the network's own first guess, noised to t.
+    x = (np.sqrt(alpha) * guess + np.sqrt(1 - alpha) * z).astype(np.float32)
+    gap = np.abs(engine.denoise(x, ours, slot, t, level)[0] - reference.denoise(x, theirs, slot, t, level)[0])
+    eps = gap * np.sqrt(alpha / (1 - alpha))
+    return {
+        "encoder": float(encoder),
+        "x0": float(gap.max()),
+        "x0_mean": float(gap.mean()),
+        "eps": float(eps.max()),
+        "eps_mean": float(eps.mean()),
+    }
+
+
+def map_errors(engine: Engine, reference: Engine, image: Float32, model: Subject) -> dict[str, Any]:
+    """The soft map of the whole protocol, the same noise on both sides: mean and largest difference, and the thresholded maps' Dice.
+
+    `dice` is of the soft maps at one half, `dice_levels` the least over the levels' maps at one half.
+    """
+    levels = model.config.network.levels
+    both = []
+    for each in (reference, engine):
+        (result,) = segment_windows(
+            each, windows_of(image), table_of(model, model.config.network.T), levels=levels, runs=model.runs, seed=SEED,
+            batch=evened(model, 32),
+        )  # fmt: skip
+        both.append(result.level_means)
+    soft = [maps.mean(axis=0) for maps in both]
+    gap = np.abs(soft[0] - soft[1])
+    masks = [[at_least(maps[c], 0.5) for c in range(levels)] for maps in both]
+    return {
+        "mean": float(gap.mean()), "max": float(gap.max()),
+        "dice": dice(at_least(soft[0], 0.5), at_least(soft[1], 0.5)),
+        "dice_levels": min(dice(a, b) for a, b in zip(*masks, strict=True)),
+        "pixels": int(np.count_nonzero(at_least(soft[0], 0.5))), "steps": model.config.network.T, "runs": model.runs,
+    }  # fmt: skip

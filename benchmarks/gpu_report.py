@@ -1,0 +1,243 @@
+"""The GPU suite's report as one Markdown page; plain text, so that no package is needed to write it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from cdiff.benchmarks.gpu_subjects import PAPER, SHIPPED
+
+NAMES = {
+    "published": "PyTorch float32, one chain after another, encoder for each",
+    "eager16": "PyTorch float16 eager, encoder once",
+    "compiled": "PyTorch float16, torch.compile with CUDA graphs",
+    "graph": "cdiff, PyTorch float16, captured",
+    "graph-compiled": "cdiff, PyTorch float16, compiled and captured",
+    "onnxruntime": "cdiff, ONNX Runtime CUDA",
+    "tensorrt": "cdiff, TensorRT",
+    "tensorrt-rtx": "cdiff, TensorRT for RTX",
+    "onnxruntime-tensorrt": "cdiff, ONNX Runtime's TensorRT provider",
+    "onnxruntime-cpu": "ONNX Runtime on the host's processor",
+}
+MODELS = {PAPER: "the paper's network, random weights", SHIPPED: "the shipped model"}
+NONE = "-"
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The page. Everything in it is in the JSON too; what was not measured says so."""
+    checks = report["checks"]
+    parts = ["# GPU suite", _head(report)]
+    if report["settings"]["small"]:
+        parts.append("**Tiny networks: this run tried the suite itself. No number here says anything about a GPU.**")
+    parts += [_engines(checks), _targets(report["targets"])]
+    parts += [_protocol(checks, model) for model in (PAPER, SHIPPED)]
+    parts += [_sweep(checks, model) for model in (PAPER, SHIPPED)]
+    parts += [_parity(checks), _noise(checks), _replay(checks), _scaling(checks), _unmeasured(report)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _head(report: dict[str, Any]) -> str:
+    found = report["checks"].get("machine", {}).get("result")
+    if found is None:
+        return "The machine could not be described."
+    gpu, rates = found["gpu"], found["matmul_flop_per_s"]
+    lines = [f"- cdiff {report['cdiff']}, Python {found['python']}, {found['cores']} processors"]
+    if gpu:
+        lines.append(
+            f"- {gpu['name']}, compute capability {gpu['capability']}, {gpu['bytes'] / 2**30:.0f} GiB, driver {gpu['driver'] or 'unknown'}, "
+            f"CUDA {gpu['cuda']}, cuDNN {gpu['cudnn']}, copies {gpu['copy_bytes_per_s'] / 1e12:.2f} TB/s"
+        )
+    lines.append("- matrix products: " + ", ".join(f"{kind} {rate / 1e12:.2f} TFLOP/s" for kind, rate in rates.items()))
+    lines.append("- " + ", ".join(f"{name} {number}" for name, number in found["packages"].items()))
+    if found["missing"]:
+        lines.append("- not installed: " + ", ".join(found["missing"]))
+    return "\n".join(lines)
+
+
+def _engines(checks: dict[str, Any]) -> str:
+    found = checks.get("machine", {}).get("result")
+    if found is None:
+        return ""
+    rows = (
+        (name, state["version"] or NONE, ", ".join(state["devices"]) or NONE, state["missing"] or NONE)
+        for name, state in found["engines"].items()
+    )
+    return _table("Engines", ("engine", "version", "can run on", "what it says"), rows)
+
+
+def _targets(found: list[dict[str, str]]) -> str:
+    rows = ((one["target"], _name(one["path"]), one["found"], one["state"]) for one in found)
+    return _table("Targets", ("target", "by", "measured", "state"), rows)
+
+
+def _protocol(checks: dict[str, Any], model: str) -> str:
+    """Seconds a slice, beside the baselines of the same run."""
+    published = _done(checks, f"published:published:{model}")
+    rate = checks.get("machine", {}).get("result", {}).get("matmul_flop_per_s", {}).get("float16")
+    rows = []
+    for name, result in _of(checks, ("published", "protocol"), model):
+        own, steps = name.split(":")[1], result.get("step_seconds", {})
+        batch = result.get("batch", 1)
+        rows.append((
+            _name(own), f"{result['seconds_a_slice']:.2f}", _share(result["share"]),
+            f"{published['seconds_a_slice'] / result['seconds_a_slice']:.1f}" if published else NONE,
+            f"{result['flop'] / result['seconds_a_slice'] / rate:.0%}" if rate else NONE,
+            str(batch), _ms(result.get("encoder_seconds")), _ms(steps.get("denoise")), _ms(steps.get("noise")), _ms(steps.get("update")),
+            _ms(steps.get("replay")), _ms(result.get("transfer_seconds")), f"{result['host_share']:.1%}" if "host_share" in result else NONE,
+            f"{result['peak_bytes'] / 2**30:.1f}",
+        ))  # fmt: skip
+    columns = (
+        "", "s a slice", "measured", "times the published way", "of the half-precision matmul rate", "rows a batch", "encoder, ms",
+        "denoiser, ms a step", "noise", "update", "whole step", "x to the device and back, ms", "host", "memory in use, GiB",
+    )  # fmt: skip
+    return _table(f"Whole protocol: {MODELS[model]}, all levels, runs and steps of one slice", columns, rows)
+
+
+def _share(share: float) -> str:
+    return "all of it" if share >= 1 else f"{share:.1%} of the steps; the rest extrapolated"
+
+
+def _sweep(checks: dict[str, Any], model: str) -> str:
+    rows = [
+        (
+            _name(name.split(":")[1]),
+            size,
+            _number(cell.get("ms_a_step")),
+            _number(cell.get("ms_a_row")),
+            cell.get("error", ""),
+        )
+        for name, result in _of(checks, ("protocol",), model)
+        for size, cell in result["sweep"].items()
+    ]
+    return _table(f"Batch sizes: {MODELS[model]}", ("", "rows", "ms a step", "ms a row", "refused with"), rows)
+
+
+def _parity(checks: dict[str, Any]) -> str:
+    rows = []
+    for name, result in _of(checks, ("parity",)):
+        _, path, model = name.split(":")
+        maps = result.get("maps", {})
+        for kind, errors in result["calls"].items():
+            real = kind == "real"
+            rows.append((
+                _name(path), MODELS[model], kind, f"{errors['encoder']:.1e}", f"{errors['x0']:.1e}", f"{errors['eps']:.1e}",
+                f"{maps['mean']:.1e}" if maps and real else NONE, f"{maps['max']:.1e}" if maps and real else NONE,
+                f"{maps['dice']:.4f}" if maps and real else NONE, f"{maps['dice_levels']:.4f}" if maps and real else NONE,
+            ))  # fmt: skip
+    columns = (
+        "",
+        "model",
+        "input",
+        "encoder",
+        "x0",
+        "eps",
+        "soft map, mean",
+        "soft map, largest",
+        "Dice",
+        "Dice, worst level",
+    )
+    return _table(
+        "Against PyTorch float32 with the same noise (largest differences unless it says mean)", columns, rows
+    )
+
+
+def _noise(checks: dict[str, Any]) -> str:
+    rows = (
+        (
+            _name(result["engine"]),
+            *((f"{result['max']:.1e}", f"{result['equal_share']:.1%}") if "max" in result else (result["note"], NONE)),
+        )
+        for _, result in _of(checks, ("noise",))
+    )
+    return _table(
+        "Noise on the device against the NumPy form", ("", "largest difference", "equal to the last bit"), rows
+    )
+
+
+def _replay(checks: dict[str, Any]) -> str:
+    rows = []
+    for name, result in _of(checks, ("replay",)):
+        path = _name(name.split(":")[1])
+        if "note" in result:
+            rows.append((path, result["note"], NONE, NONE, NONE))
+        for size in (1, 8) if "note" not in result else ():
+            ms = result["ms_a_step"]
+            rows.append(
+                (
+                    path,
+                    str(size),
+                    _number(ms[f"launches_{size}"]),
+                    _number(ms[f"replay_{size}"]),
+                    f"{result[f'ratio_{size}']:.2f}",
+                )
+            )
+    return _table(
+        "Graph replay against plain launches: the shipped model",
+        ("", "rows", "launches, ms a step", "replay, ms a step", "times as fast"),
+        rows,
+    )
+
+
+def _scaling(checks: dict[str, Any]) -> str:
+    rows = (
+        (
+            _name(name.split(":")[1]),
+            *(f"{result['seconds_a_slice'][n]:.3f}" for n in ("1", "2", "4")),
+            _share(result["share"]),
+        )
+        for name, result in _of(checks, ("scaling",))
+    )
+    return _table(
+        "Seconds a slice over several slices: the shipped model",
+        ("", "1 slice", "2 slices", "4 slices", "measured"),
+        rows,
+    )
+
+
+def _unmeasured(report: dict[str, Any]) -> str:
+    checks = report["checks"]
+    rows = [
+        (
+            check["name"],
+            checks.get(check["name"], {}).get("status", "not measured"),
+            checks.get(check["name"], {}).get("message", "not run"),
+        )
+        for check in report["plan"]
+        if "result" not in checks.get(check["name"], {})
+    ]
+    return _table("Not measured", ("check", "state", "why"), rows)
+
+
+def _of(
+    checks: dict[str, Any], kinds: tuple[str, ...], model: str | None = None
+) -> Iterable[tuple[str, dict[str, Any]]]:
+    for name, found in checks.items():
+        kind, *rest = name.split(":")
+        if kind in kinds and "result" in found and model in (None, rest[-1]):
+            yield name, found["result"]
+
+
+def _done(checks: dict[str, Any], name: str) -> dict[str, Any] | None:
+    found: dict[str, Any] | None = checks.get(name, {}).get("result")
+    return found
+
+
+def _name(path: str) -> str:
+    return NAMES.get(path, path)
+
+
+def _ms(seconds: float | None) -> str:
+    return _number(None if seconds is None else 1e3 * seconds)
+
+
+def _number(value: float | None) -> str:
+    return NONE if value is None else f"{value:.3g}"
+
+
+def _table(title: str, columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    """A Markdown table under a heading; nothing when it has no row."""
+    lines = ["| " + " | ".join(cell.replace("|", "/").replace("\n", " ") for cell in row) + " |" for row in rows]
+    if not lines:
+        return ""
+    head = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    return "\n".join([f"## {title}", "", *head, *lines])

@@ -1,0 +1,240 @@
+"""The reverse chain of one padded batch in PyTorch on a device: x' = a x + b x0 + c x0_prev + d z, a step replayed as a CUDA graph (section 4)."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cdiff.runtime.engines.base import Float32, Int64, Prediction, Rows
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.noise import INITIAL
+from cdiff.runtime.sampler import SamplerTable
+
+if TYPE_CHECKING:
+    from cdiff.export.torch_engine import TorchChainEngine
+
+COLUMNS = ("a", "b", "c", "d", "low", "high")
+WARM_UPS = 3
+"""Steps launched plainly before a capture: libraries choose and set up their kernels in the first ones."""
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """float32 means float32: no TF32 in convolutions and products within the block."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def exact(function: Callable[P, R]) -> Callable[P, R]:
+    """Without gradients and without TF32, which would be a silent loss of precision."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.inference_mode(), full_precision():
+            return function(*args, **kwargs)
+
+    return call
+
+
+class TorchBinding:
+    """Buffers on the device for batches of `rows` rows over `slots` sets of features. Implements `Binding` and `ChainBinding`."""
+
+    def __init__(self, engine: TorchChainEngine, rows: int, slots: int) -> None:
+        self.engine, self.rows, self.slots = engine, rows, slots
+        size = engine.config.image_size
+        device = engine.device
+
+        def whole(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.int64, device=device)
+
+        self.size = (size, size)
+        # Places not used yet hold zeros, so that a padding row never meets a NaN left in memory.
+        width = engine.config.base_channels
+        self.features = torch.zeros(slots, size, size, width, dtype=engine.dtype, device=device)
+        self.x = torch.zeros(rows, 1, size, size, device=device)
+        self.previous = torch.zeros_like(self.x)
+        self.slot, self.slice_id, self.run_number = whole(rows), whole(rows), whole(rows)
+        self.level, self.origin = whole(rows) + 1, whole(rows, 2)
+        self.seed, self.step = whole(1), whole(1)
+        self.t = whole(engine.schedule.T) + 1
+        self.table = torch.zeros(len(COLUMNS), engine.schedule.T, device=device)
+        self.graphs: dict[tuple[Any, ...], Any] = {}
+
+    @exact
+    def encode(self, slot: int, image: Float32) -> None:
+        """See `Binding.encode`."""
+        features = self.engine.features(torch.from_numpy(image)[None].to(self.engine.device))
+        if not torch.isfinite(features).all():
+            raise CdiffError(
+                "the encoder returned a value that is not finite; "
+                "check the scan's values, and a half-precision model against its float32 form"
+            )
+        self.features[slot] = features[0].permute(1, 2, 0)
+
+    @exact
+    def run(self, x: Float32, slot: Int64, t: Int64, level: Int64) -> Prediction:
+        """See `Binding.run`."""
+        arrays = (torch.from_numpy(np.ascontiguousarray(v)).to(self.engine.device) for v in (x, slot, t, level))
+        x_, slot_, t_, level_ = arrays
+        x0, mix = self.engine.predict(x_, self.features, slot_, t_, level_)
+        return x0.cpu().numpy(), None if mix is None else mix.cpu().numpy()
+
+    @exact
+    def run_chain(self, rows: Rows, table: SamplerTable, seed: int) -> Float32:
+        """See `ChainBinding.run_chain`."""
+        step = self._prepare(rows, table, seed)
+        self._start(rows.canvas)
+        for _ in range(len(table)):
+            step()
+        return np.asarray(self.x.cpu().numpy())
+
+    @exact
+    def parts(self, rows: Rows, table: SamplerTable, seed: int, repeats: int = 3) -> dict[str, float]:
+        """Seconds of each part of one step, launched plainly and waited for: noise, denoise, update; and `replay`, the whole step as
+        `run_chain` makes it. A measurement: x is left anywhere."""
+        step = self._prepare(rows, table, seed)
+        self._start(rows.canvas)
+        z, (x0, mix) = self._draw(rows.canvas), self._predict()
+        calls: dict[str, Callable[[], Any]] = {
+            "noise": lambda: self._draw(rows.canvas),
+            "denoise": self._predict,
+            "update": lambda: self._update(x0, mix, z, True),
+            "replay": step,
+        }
+        return {part: _seconds(call, self.step, self.engine.device, repeats) for part, call in calls.items()}
+
+    def _prepare(self, rows: Rows, table: SamplerTable, seed: int) -> Callable[[], None]:
+        """Fill the inputs; returns what makes one step."""
+        for buffer, array in (
+            (self.slot, rows.slot), (self.slice_id, rows.slice_id), (self.level, rows.level),
+            (self.run_number, rows.run), (self.origin, rows.origin), (self.t[: len(table)], table.t),
+        ):  # fmt: skip
+            buffer.copy_(torch.from_numpy(np.ascontiguousarray(array)))
+        nothing = np.zeros(len(table))
+        low, high = table.log_variance_min, table.log_variance_max
+        learned = self.engine.graph.learned and low is not None
+        columns = (
+            table.a,
+            table.b,
+            table.c,
+            table.d,
+            nothing if low is None else low,
+            nothing if high is None else high,
+        )
+        self.table[:, : len(table)].copy_(torch.from_numpy(np.stack(columns).astype(np.float32)))
+        self.seed.fill_(seed - 2**64 if seed >> 63 else seed)
+        noisy, second = bool(table.d.any()), bool(table.c.any())
+
+        def plain() -> None:
+            self._step(rows.canvas, noisy, second, learned)
+
+        if not self.engine.capture:
+            return plain
+        key = (rows.canvas, noisy, second, learned)
+        if key not in self.graphs:
+            self.step.zero_()
+            self.graphs[key] = captured(plain, self.engine.device)
+        replay: Callable[[], None] = self.graphs[key].replay
+        return replay
+
+    def _start(self, canvas: tuple[int, int]) -> None:
+        """x_T, and the first row of the table."""
+        self.step.fill_(INITIAL)
+        self.x.copy_(self._draw(canvas))
+        self.previous.zero_()
+        self.step.zero_()
+
+    def _step(self, canvas: tuple[int, int], noisy: bool, second: bool, learned: bool) -> None:
+        x0, mix = self._predict()
+        self._update(x0, mix if learned else None, self._draw(canvas) if noisy else None, second)
+        self.step += 1
+
+    def _draw(self, canvas: tuple[int, int]) -> Tensor:
+        return self.engine.noise(
+            self.seed, self.slice_id, self.level, self.run_number, self.step, self.origin, self.size, canvas
+        )
+
+    def _row(self) -> Tensor:
+        """The table's row [1]; within the table also while a capture warms up, or a measurement goes on past its end."""
+        return self.step.clamp(0, self.engine.schedule.T - 1)
+
+    def _predict(self) -> tuple[Tensor, Tensor | None]:
+        t = self.t.index_select(0, self._row()).expand(self.rows)
+        return self.engine.predict(self.x, self.features, self.slot, t, self.level)
+
+    def _update(self, x0: Tensor, mix: Tensor | None, z: Tensor | None, second: bool) -> None:
+        """x' = a x + b x0 + c x0_prev + d z; every coefficient is read on the device, so a replay takes the next row."""
+        a, b, c, d, low, high = self.table.index_select(1, self._row()).view(len(COLUMNS), 1, 1, 1, 1).unbind(0)
+        x = a * self.x + b * x0
+        if second:
+            x = x + c * self.previous
+            self.previous.copy_(x0)
+        if z is not None:
+            if mix is not None:
+                # Nichol & Dhariwal 2021, equation 15; where the table has no noise there is none here either.
+                d = torch.where(d > 0, torch.exp((low + mix * (high - low)) / 2), 0.0)
+            x = x + d * z
+        self.x.copy_(x)
+
+
+def captured(step: Callable[[], None], device: str) -> Any:
+    """The CUDA graph of one call of `step`, which may only queue work on tensors that stay where they are.
+
+    Raises CdiffError, with CUDA's own words, when something in it cannot be captured.
+    """
+    try:
+        with torch.cuda.device(device):
+            aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):
+                for _ in range(WARM_UPS):
+                    step()
+            torch.cuda.current_stream().wait_stream(aside)
+            graph = torch.cuda.CUDAGraph()
+            # Only this thread's calls count: another may look at the memory meanwhile.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                step()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise CdiffError(
+            f"a step could not be captured as a CUDA graph ({_line(error)}); run without capture"
+        ) from error
+    return graph
+
+
+def _seconds(call: Callable[[], Any], step: Tensor, device: str, repeats: int) -> float:
+    """The least of several calls, each waited for; the table's row stays the first one."""
+    best = float("inf")
+    for _ in range(repeats + 1):
+        step.zero_()
+        wait(device)
+        start = time.perf_counter()
+        call()
+        wait(device)
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def wait(device: str) -> None:
+    """Until all that was queued on the device is done."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+
+
+def _line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,141 @@
+"""PyTorch as an engine of its own: half precision, channels last, whole chains on the device, a step replayed as a CUDA graph (section 4).
+
+For GPUs without TensorRT, and as the baseline that an engine has to beat. Behind the runtime's protocol, noise included.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from cdiff.export.graphs import DenoiserGraph
+from cdiff.export.reference import load_network
+from cdiff.export.torch_chain import TorchBinding, exact
+from cdiff.export.torch_noise import normals
+from cdiff.runtime.bundle import Bundle
+from cdiff.runtime.engines.base import Float32, Int64, Prediction
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.schedule import NoiseSchedule
+from cdiff.train.network import ConsensusNet
+
+
+@dataclass(frozen=True)
+class Options:
+    """How the engine runs the network.
+
+    half: convolutions and products in float16, GroupNorm's sums, the last convolution and the chain in float32; else all float32.
+    channels_last: the memory order that half-precision convolutions want. capture: replay a step as a CUDA graph (on a GPU only).
+    compiled: the mode of `torch.compile` for denoiser and noise, or None for eager.
+    """
+
+    half: bool = True
+    channels_last: bool = True
+    capture: bool = True
+    compiled: str | None = None
+
+
+class TorchChainEngine:
+    """The network by PyTorch on `device`, with bindings that run whole chains there. Implements `runtime.engines.base.Engine`.
+
+    Raises CdiffError when the device is a GPU that PyTorch does not see, or a weight does not fit into float16.
+    """
+
+    name = "torch"
+    version = str(torch.__version__)
+
+    def __init__(
+        self, network: ConsensusNet, schedule: NoiseSchedule, device: str = "cpu", options: Options | None = None
+    ) -> None:
+        where = torch.device(device)
+        if where.type == "cuda" and not torch.cuda.is_available():
+            raise CdiffError(f"device {device}: PyTorch {torch.__version__} sees no GPU; use --device cpu")
+        self.options = options or Options(half=where.type == "cuda")
+        self.capture = self.options.capture and where.type == "cuda"
+        self.device = f"cuda:{where.index or 0}" if where.type == "cuda" else "cpu"
+        self.dtype = torch.float16 if self.options.half else torch.float32
+        self.config, self.schedule = network.config, schedule
+        order = torch.channels_last if self.options.channels_last else torch.contiguous_format
+        prepared = (half_precision(network) if self.options.half else copy.deepcopy(network)).to(self.device)
+        prepared = prepared.to(memory_format=order).eval().requires_grad_(False)  # type: ignore[call-overload]
+        self.graph = DenoiserGraph(prepared.denoiser, network.config, schedule).to(self.device)
+        self.encoder: Callable[[Tensor], Tensor] = prepared.encoder
+        self.network: Callable[..., Tensor] = prepared.denoiser
+        self.noise: Callable[..., Tensor] = normals
+        self._binding: TorchBinding | None = None
+        if self.options.compiled is not None:
+            self.network = torch.compile(prepared.denoiser, mode=self.options.compiled, dynamic=False)
+            self.noise = torch.compile(normals, dynamic=False)
+
+    @exact
+    def encode(self, images: Float32) -> NDArray[Any]:
+        """See `runtime.engines.base.Engine.encode`."""
+        return np.asarray(self.features(torch.from_numpy(images).to(self.device)).cpu().numpy())
+
+    @exact
+    def denoise(self, x: Float32, features: NDArray[Any], row_slice: Int64, t: Int64, level: Int64) -> Prediction:
+        """See `runtime.engines.base.Engine.denoise`."""
+        x_, features_, slot, t_, level_ = (
+            torch.from_numpy(v).to(self.device) for v in (x, features, row_slice, t, level)
+        )
+        x0, mix = self.predict(x_, features_.permute(0, 2, 3, 1).contiguous(), slot, t_, level_)
+        return x0.cpu().numpy(), None if mix is None else mix.cpu().numpy()
+
+    def bind(self, rows: int, slots: int) -> TorchBinding:
+        """See `runtime.engines.base.Engine.bind`. The last binding, and what it captured, is given again for the same numbers."""
+        if self._binding is None or (self._binding.rows, self._binding.slots) != (rows, slots):
+            self._binding = None  # its memory goes before the next one's is taken
+            self._binding = TorchBinding(self, rows, slots)
+        return self._binding
+
+    def features(self, image: Tensor) -> Tensor:
+        """G(I) [S,L,H,W] in the engine's type."""
+        return self.encoder(image.to(self.dtype))
+
+    def predict(
+        self, x: Tensor, features: Tensor, slot: Tensor, t: Tensor, level: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """One call: x0, and mix for a learned variance. features [S,H,W,L], so that a row's are one piece of memory."""
+        own = features.index_select(0, slot).permute(0, 3, 1, 2)
+        if not self.options.channels_last:
+            own = own.contiguous()
+        found = self.graph.to_x0(self.network(x.to(self.dtype), own, t, level).float(), x, t)
+        return found if isinstance(found, tuple) else (found, None)
+
+
+def open_torch(bundle: Bundle, device: str = "cpu", options: Options | None = None) -> TorchChainEngine:
+    """The engine over a bundle's weights, in the bundle's own precision unless `options` says otherwise.
+
+    Raises CdiffError as `load_network` and `TorchChainEngine` do.
+    """
+    options = options or Options(half=bundle.manifest.precision == "float16")
+    return TorchChainEngine(load_network(bundle), bundle.manifest.noise_schedule, device, options)
+
+
+def half_precision(network: ConsensusNet) -> ConsensusNet:
+    """A copy whose weights and activations are float16, but for the last convolution, whose error a chain would magnify.
+
+    PyTorch's GroupNorm and attention add up in float32 by themselves. Raises CdiffError when a weight does not fit into float16.
+    """
+    copied = copy.deepcopy(network).half()
+    for name, weight in copied.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise CdiffError(f"weight {name} does not fit into float16 (its limit is 65504); use the float32 model")
+    copied.denoiser.last = _InFloat32(network.denoiser.last)  # type: ignore[assignment]
+    return copied
+
+
+class _InFloat32(nn.Module):
+    def __init__(self, conv: nn.Module) -> None:
+        super().__init__()
+        self.conv = copy.deepcopy(conv).float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv(x.float())
+        return out

@@ -1,0 +1,105 @@
+"""A model repository for Triton Inference Server that serves the whole loop: one request is one slice, not one step."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+from cdiff.runtime.bundle import Bundle
+from cdiff.runtime.engines.registry import NAMES
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.files import atomic_folder
+from cdiff.runtime.serving import BUNDLE
+
+VERSION = "1"
+KINDS = {"cpu": "KIND_CPU", "cuda": "KIND_GPU"}
+
+MODEL = '''"""Served by cdiff: one request is one slice; config.pbtxt has the inputs and outputs."""
+
+from cdiff.runtime.serving import TritonPythonModel
+
+__all__ = ["TritonPythonModel"]
+'''
+
+
+def write_repository(
+    bundle: Bundle,
+    folder: Path,
+    *,
+    name: str | None = None,
+    engine: str = "auto",
+    device: str = "cuda",
+    instances: int = 1,
+    replace: bool = False,
+) -> Path:
+    """Write FOLDER/NAME/config.pbtxt, 1/model.py and 1/bundle, whole or not at all; returns FOLDER/NAME.
+
+    name: the model's in the server, the bundle's own unless given. device: "cuda" makes instances on every GPU that the server sees,
+    "cpu" on the processor; `instances` of them for each. replace: an older model of that name gives way.
+    Raises CdiffError for a name that Triton or a folder cannot have, an unknown engine, or a folder that cannot be written.
+    """
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", bundle.manifest.name) if name is None else name
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
+        raise CdiffError(f"the model's name {name!r} must be letters, digits, '_', '-' and '.', such as lidc")
+    if engine not in ("auto", *NAMES):
+        raise CdiffError(f"engine {engine!r} is not known; use one of auto, {', '.join(NAMES)}")
+    if device not in KINDS:
+        raise CdiffError(f"device {device!r} is not known; a model repository is for cuda or cpu")
+    if instances < 1:
+        raise CdiffError(f"{instances} instances cannot serve; at least one is needed")
+    model = folder / name
+    with atomic_folder(model, replace=replace) as stage:
+        version = stage / VERSION
+        shutil.copytree(bundle.path, version / BUNDLE)
+        (version / "model.py").write_text(MODEL, encoding="utf-8")
+        (stage / "config.pbtxt").write_text(config(bundle, name, engine, device, instances), encoding="utf-8")
+    return model
+
+
+def config(bundle: Bundle, name: str, engine: str, device: str, instances: int) -> str:
+    """config.pbtxt: a ModelConfig in protobuf's text form. No batching by the server: the rows of one slice fill the device."""
+    manifest = bundle.manifest
+    inputs = [
+        _tensor("image", "TYPE_FP32", (manifest.image_channels, -1, -1)),
+        _tensor("seed", "TYPE_UINT64", (1,), optional=True),
+        _tensor("runs", "TYPE_INT32", (1,), optional=True),
+        _tensor("steps", "TYPE_INT32", (1,), optional=True),
+    ]
+    outputs = [
+        _tensor("soft", "TYPE_FP32", (-1, -1)),
+        _tensor("levels", "TYPE_FP32", (manifest.levels, -1, -1)),
+        _tensor("uncertainty", "TYPE_FP32", (2, -1, -1)),
+    ]
+    return f'''# Written by cdiff. One request is one slice: the whole loop of levels, runs and steps.
+name: "{name}"
+backend: "python"
+max_batch_size: 0
+
+# image: one slice as it was acquired, [channels, H, W]; seed, runs and steps may be left out (0; 25 runs; all T steps).
+input [
+{_joined(inputs)}
+]
+
+# soft: fraction of annotators; levels: at least 1 .. {manifest.levels} annotators; uncertainty: entropy in bits, deviation over runs.
+output [
+{_joined(outputs)}
+]
+
+instance_group [ {{ kind: {KINDS[device]} count: {instances} }} ]
+
+# engine: auto, {", ".join(NAMES)}. sampler: ddpm unless named (ddim, dpm++2m). fast: the bundle's quick choice. batch: rows at once.
+parameters {{ key: "engine" value {{ string_value: "{engine}" }} }}
+parameters {{ key: "sampler" value {{ string_value: "" }} }}
+parameters {{ key: "fast" value {{ string_value: "false" }} }}
+parameters {{ key: "batch" value {{ string_value: "" }} }}
+'''
+
+
+def _tensor(name: str, kind: str, dims: tuple[int, ...], *, optional: bool = False) -> str:
+    shape = ", ".join(map(str, dims))
+    return f'  {{ name: "{name}" data_type: {kind} dims: [ {shape} ]{" optional: true" if optional else ""} }}'
+
+
+def _joined(items: list[str]) -> str:
+    return ",\n".join(items)

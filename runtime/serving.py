@@ -1,0 +1,94 @@
+"""What runs inside a Triton Inference Server's Python backend: one request is one slice, and its whole loop (design, section 4).
+
+`cdiff export --triton` writes a model repository whose model.py imports `TritonPythonModel` from here.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.results import entropy
+from cdiff.runtime.segmenter import Segmenter
+
+BUNDLE = "bundle"
+"""The bundle's folder inside the model's version folder."""
+INPUTS, OPTIONAL = ("image",), ("seed", "runs", "steps")
+OUTPUTS = ("soft", "levels", "uncertainty")
+
+
+class TritonPythonModel:
+    """The interface of Triton's Python backend. Parameters of config.pbtxt: `engine`, `sampler`, `fast` ("true" or "false"), `batch`."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Load the bundle that lies beside model.py on the instance's device. Raises CdiffError, which Triton shows, when that cannot be."""
+        self._triton: Any = importlib.import_module("triton_python_backend_utils")
+        config = json.loads(args["model_config"])
+        given = {name: value.get("string_value", "") for name, value in config.get("parameters", {}).items()}
+        gpu = args["model_instance_kind"] == "GPU"
+        device = f"cuda:{int(args['model_instance_device_id'])}" if gpu else "cpu"
+        bundle = Path(args["model_repository"]) / args["model_version"] / BUNDLE
+        self.segmenter = Segmenter.open(bundle, given.get("engine", "auto"), device)
+        self._sampler = given.get("sampler") or None
+        self._fast = given.get("fast", "false") == "true"
+        self._batch = int(given["batch"]) if given.get("batch") else None
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        """A response for each request, in order; what is wrong with one of them is that one's error alone."""
+        return [self._answer(request) for request in requests]
+
+    def finalize(self) -> None:
+        """Let go of the engine, whose memory goes with it."""
+        del self.segmenter
+
+    def _answer(self, request: Any) -> Any:
+        triton = self._triton
+        try:
+            maps = self._maps(request)
+        except CdiffError as error:
+            return triton.InferenceResponse(output_tensors=[], error=triton.TritonError(str(error)))
+        return triton.InferenceResponse(output_tensors=[triton.Tensor(name, maps[name]) for name in OUTPUTS])
+
+    def _maps(self, request: Any) -> dict[str, NDArray[np.float32]]:
+        """soft [H,W], levels [C,H,W] and uncertainty [2,H,W] (entropy in bits, deviation over runs) of image [channels,H,W]."""
+        image = self._tensor(request, "image")
+        channels = self.segmenter.manifest.image_channels
+        if image.ndim != 3 or image.shape[0] != channels:
+            raise CdiffError(
+                f"image has the shape {list(image.shape)}; this model takes [{channels}, H, W], one slice as it was acquired"
+            )
+        numbers = {name: self._number(request, name) for name in OPTIONAL}
+        scan = image[0] if channels == 1 else np.moveaxis(image, 0, -1)
+        result = self.segmenter.segment(
+            np.ascontiguousarray(scan),
+            runs=numbers["runs"],
+            steps=numbers["steps"],
+            sampler=self._sampler,
+            fast=self._fast,
+            seed=numbers["seed"] or 0,
+            batch=self._batch,
+        )
+        stack = result.stack
+        soft = stack.soft[0]
+        return {"soft": soft, "levels": stack.levels[0], "uncertainty": np.stack([entropy(soft), stack.run_std[0]])}
+
+    def _tensor(self, request: Any, name: str) -> NDArray[Any]:
+        tensor = self._triton.get_input_tensor_by_name(request, name)
+        if tensor is None:
+            raise CdiffError(f"the request has no input {name!r}")
+        return np.asarray(tensor.as_numpy())
+
+    def _number(self, request: Any, name: str) -> int | None:
+        """An optional input of one whole number; None when the request leaves it out."""
+        if self._triton.get_input_tensor_by_name(request, name) is None:
+            return None
+        values = self._tensor(request, name).ravel()
+        if len(values) != 1:
+            raise CdiffError(f"input {name!r} holds {len(values)} values, but must hold one whole number")
+        return int(values[0])

@@ -1,0 +1,258 @@
+"""The GPU suite on a machine without one: plan, processes, resumption, report and targets; its numbers are tried on tiny networks."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cdiff.benchmarks import gpu_checks, gpu_suite
+from cdiff.benchmarks.gpu_checks import KINDS, Settings
+from cdiff.benchmarks.gpu_measure import flops, noise_of, published, whole_protocol
+from cdiff.benchmarks.gpu_parity import call_errors, map_errors
+from cdiff.benchmarks.gpu_report import markdown
+from cdiff.benchmarks.gpu_subjects import PAPER, SHIPPED, demo_slices, shipped_config, subject
+from cdiff.benchmarks.gpu_suite import Suite, chosen, in_a_process, main, plan
+from cdiff.benchmarks.gpu_targets import BASELINES, targets
+from cdiff.export.reference import TorchEngine
+from cdiff.export.torch_engine import TorchChainEngine
+from cdiff.runtime.bundle import open_bundle, shipped_bundle
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.scan import read_scan
+from tests.conftest import REPOSITORY
+
+TINY = subject(SHIPPED, small=True)
+CPU = Settings("cpu", small=True, seconds=0.1)
+
+
+@pytest.fixture(scope="module")
+def engine() -> TorchChainEngine:
+    return TorchChainEngine(TINY.network(), TINY.schedule, "cpu")
+
+
+def test_paper_is_the_protocol_of_the_paper() -> None:
+    model = subject(PAPER, small=False)
+    network = model.config.network
+    assert (network.levels, model.runs, network.T, network.image_size, network.base_channels) == (7, 25, 100, 256, 128)
+    counted = flops(model)
+    # 0.773 and 0.557 TFLOP, 9.7 PFLOP a slice.
+    assert counted["encoder"] == pytest.approx(0.773e12, rel=0.02)
+    assert counted["denoiser"] == pytest.approx(0.557e12, rel=0.02)
+    assert counted["protocol"] == pytest.approx(9.7e15, rel=0.02)
+
+
+def test_the_shipped_model_and_scan_are_read_without_their_packages() -> None:
+    network = shipped_config().network
+    manifest = open_bundle(shipped_bundle()).manifest
+    assert (network.levels, network.T, network.target) == (manifest.levels, manifest.T, manifest.target)
+    assert (network.image_size, network.image_size) == manifest.image_size
+    scan = REPOSITORY / "cdiff" / "demo" / "image.nii.gz"
+    np.testing.assert_array_equal(demo_slices(), read_scan(scan).slices)
+
+
+def test_imports_need_numpy_and_pytorch_alone() -> None:
+    """As on a machine where nothing but PyTorch came with it; also without cdiff being installed."""
+    program = (
+        "import sys, importlib.abc, importlib.metadata as m\n"
+        "class No(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name.split('.')[0] in {['typer', 'rich', 'nibabel', 'pycuda', 'tensorrt', 'tensorrt_rtx', 'matplotlib', 'PIL', 'monai', 'safetensors', 'diffusers', 'scipy']!r}:\n"
+        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
+        "sys.meta_path.insert(0, No())\n"
+        "m.version = lambda name, real=m.version: (_ for _ in ()).throw(m.PackageNotFoundError(name)) if name == 'cdiff' else real(name)\n"
+        "import cdiff.benchmarks.gpu_suite as s, cdiff.benchmarks.gpu_checks as c, cdiff.benchmarks.gpu_parity, cdiff.benchmarks.gpu_measure\n"
+        "import cdiff; assert cdiff.__version__ == '0+clone'\n"
+        "found = c.run_check('parity:graph:shipped', c.Settings('cpu'))\n"
+        "assert (found['status'], 'safetensors' in found['message']) == ('refused', True), found\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_check_of_every_plan_exists() -> None:
+    for device, small in (("cuda:0", False), ("cpu", True)):
+        names = [check.name for check in plan(device, small)]
+        assert len(names) == len(set(names))
+        for name in names:
+            assert name == "machine" or name.split(":")[0] in KINDS
+    whole = plan("cuda:0", False)
+    for wanted in (
+        "published:published:paper",
+        "protocol:eager16:paper",
+        "protocol:compiled:paper",
+        "protocol:graph:paper",
+        "parity:graph:shipped",
+    ):
+        assert any(check.name == wanted for check in whole)
+    assert [c.name for c in chosen(whole, "machine,protocol:graph")] == [
+        "machine",
+        "protocol:graph:paper",
+        "protocol:graph:shipped",
+    ]
+    with pytest.raises(CdiffError, match="--checks nonsense"):
+        chosen(whole, "machine,nonsense")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_without_a_gpu_it_says_so_and_leaves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert "nothing was measured: PyTorch" in said
+    assert "sees no NVIDIA GPU here" in said
+    assert "protocol:graph:paper" in said
+    assert not (tmp_path / "out").exists()
+    assert main(["--checks", "nonsense"]) == 2
+
+
+def test_noise_check_finds_a_wrong_stream(engine: TorchChainEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = TINY.images()["random"]
+    right = noise_of(engine, TINY, image, 3, 2**63 + 5)
+    assert right["max"] < 1e-6
+    assert right["values"] == 2 * 3 * 16 * 16
+    noise = engine.noise
+    monkeypatch.setattr(engine, "noise", lambda seed, *rest: noise(seed + 1, *rest))
+    assert noise_of(engine, TINY, image, 3, 2**63 + 5)["max"] > 1
+
+
+def test_parity_is_near_nought_for_the_same_weights_and_not_for_others(engine: TorchChainEngine) -> None:
+    network, images = TINY.network(), TINY.images()
+    reference = TorchEngine(network, TINY.schedule)
+    for image in images.values():
+        assert max(call_errors(engine, reference, image, TINY).values()) < 1e-4
+    same = map_errors(engine, reference, images["real"], TINY)
+    assert same["mean"] < 1e-5
+    assert same["dice"] == pytest.approx(1, abs=0.01)
+    with torch.no_grad():
+        network.denoiser.last.bias.add_(0.5)
+    other = TorchEngine(network, TINY.schedule)
+    assert call_errors(engine, other, images["real"], TINY)["x0"] > 0.1
+    assert map_errors(engine, other, images["real"], TINY)["mean"] > 0.01
+
+
+def test_a_protocol_in_part_is_extrapolated_and_says_so(engine: TorchChainEngine) -> None:
+    image = TINY.images()["real"]
+    whole = whole_protocol(engine, TINY, image, 4, seconds=1e9)
+    assert (whole["share"], whole["steps"], whole["batches"]) == (1.0, TINY.config.network.T, 2)
+    assert whole["seconds"] == pytest.approx(whole["measured_seconds"], rel=0.05)
+    part = whole_protocol(engine, TINY, image, 4, seconds=0)
+    assert part["steps"] == 2
+    assert part["share"] == pytest.approx(2 / TINY.config.network.T)
+    assert part["seconds"] > part["measured_seconds"]
+    assert part["seconds"] == pytest.approx(sum(part["parts"].values()))
+    assert 0 <= part["host_share"] < 1
+    plain = published(TINY, image, "cpu", seconds=0)
+    assert 0 < plain["share"] < 1
+    assert plain["seconds"] > plain["measured_seconds"]
+
+
+def test_a_broken_process_costs_one_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_suite, "settings_json", lambda settings: "not json")
+    broken = in_a_process("machine", CPU, 60)
+    assert broken["status"] == "failed"
+    assert "JSONDecodeError" in broken["message"]
+    ended = in_a_process("machine", CPU, 0.01)
+    assert "was ended" in ended["message"]
+
+
+def test_what_an_engine_refuses_is_an_outcome(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> Any:
+        raise CdiffError("this card is not for me")
+
+    monkeypatch.setitem(KINDS, "replay", refuse)
+    assert gpu_checks.run_check("replay:tensorrt-rtx:shipped", CPU) | {"seconds": 0} == {
+        "status": "refused", "message": "this card is not for me", "seconds": 0
+    }  # fmt: skip
+    monkeypatch.setitem(KINDS, "replay", lambda *_: 1 / 0)
+    assert gpu_checks.run_check("replay:tensorrt:shipped", CPU)["status"] == "failed"
+
+
+def test_it_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+
+    def outcome(name: str, settings: Settings, seconds: float) -> dict[str, Any]:
+        ran.append(name)
+        return (
+            {"status": "refused", "message": "no", "seconds": 0}
+            if "graph" in name
+            else {"status": "failed", "message": "it broke", "seconds": 1}
+        )
+
+    monkeypatch.setattr(gpu_suite, "in_a_process", outcome)
+    checks = chosen(plan("cpu", True), "noise,published")
+    suite = Suite(tmp_path, CPU, checks, fresh=False)
+    suite.run(checks, minutes=0)
+    assert not ran
+    assert {found["status"] for found in suite.report["checks"].values()} == {"not measured"}
+    Suite(tmp_path, CPU, checks, fresh=False).run(checks, minutes=5)
+    assert ran == [check.name for check in checks]
+    ran.clear()
+    again = Suite(tmp_path, CPU, checks, fresh=False)
+    again.run(checks, minutes=5)
+    assert ran == [name for name in (check.name for check in checks) if "graph" not in name], (
+        "what broke is tried again"
+    )
+    page = (tmp_path / "gpu_suite.md").read_text()
+    assert "| noise:graph:shipped | refused | no |" in page
+    with pytest.raises(CdiffError, match="other settings; give --fresh"):
+        Suite(tmp_path, Settings("cpu"), checks, fresh=False)
+    (tmp_path / "gpu_suite.json").write_text("{")
+    with pytest.raises(CdiffError, match="give --fresh"):
+        Suite(tmp_path, CPU, checks, fresh=False)
+
+
+def test_targets_are_met_missed_or_not_measured() -> None:
+    def checks(maps: float, dice: float, seconds: float, host: float, four: float) -> dict[str, Any]:
+        return {
+            "machine": {"result": {"matmul_flop_per_s": {"float16": 800e12}}},
+            "published:published:paper": {"result": {"seconds_a_slice": 200.0}},
+            "parity:tensorrt:shipped": {"result": {"maps": {"mean": maps, "dice": dice}}},
+            "protocol:tensorrt:paper": {"result": {"seconds_a_slice": seconds, "flop_per_s": 9.7e15 / seconds, "host_share": host}},
+            "scaling:tensorrt:shipped": {"result": {"seconds_a_slice": {"1": 1.0, "2": 1.0, "4": four}}},
+            "protocol:eager16:paper": {"result": {"seconds_a_slice": 50.0}},
+        }  # fmt: skip
+
+    good = targets(checks(0.005, 0.999, 20.0, 0.01, 1.02), small=False)
+    assert {one["path"] for one in good} == {"tensorrt"}, "baselines have no targets"
+    assert [one["state"] for one in good] == ["met"] * 6
+    assert good[2]["found"] == "10.0 times"
+    assert good[3]["found"] == "61%"
+    bad = targets(checks(0.02, 0.9, 50.0, 0.1, 1.3), small=False)
+    assert [one["state"] for one in bad] == ["missed"] * 6
+    assert {one["state"] for one in targets(checks(0, 1, 1, 0, 1), small=True)} == {"not measured"}
+    only = targets({"parity:tensorrt:shipped": {"status": "refused", "message": "no"}}, small=False)
+    assert {one["state"] for one in only} == {"not measured"}
+    assert "tensorrt" not in BASELINES
+
+
+@pytest.mark.slow
+def test_the_suite_on_tiny_networks(tmp_path: Path) -> None:
+    """A check of most kinds, each in its own process, through the command."""
+    checks = "machine,noise:graph,published:published:paper,parity:onnxruntime,protocol:graph:shipped,scaling:graph"
+    command = [sys.executable, "-m", "cdiff.benchmarks.gpu_suite", "--device", "cpu", "--small", "--out", str(tmp_path)]
+    command += ["--protocol-seconds", "1", "--minutes", "60", "--checks", checks]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "gpu_suite.json").read_text())
+    assert {found["status"] for found in report["checks"].values()} == {"done"}, done.stdout
+    assert report["checks"]["parity:onnxruntime:shipped"]["result"]["maps"]["mean"] < 1e-4
+    assert report["checks"]["noise:graph:shipped"]["result"]["max"] < 1e-6
+    page = (tmp_path / "gpu_suite.md").read_text()
+    assert page == markdown(report)
+    assert "tried the suite itself" in page
+    assert "## Not measured" not in page
+    for title in (
+        "Engines",
+        "Targets",
+        "Whole protocol",
+        "Batch sizes",
+        "Against PyTorch float32",
+        "Noise",
+        "Seconds a slice",
+    ):
+        assert f"## {title}" in page

@@ -1,0 +1,199 @@
+"""PyTorch as an engine: the runtime's noise word for word, and whole chains on the device that end where the loop's own do."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import cdiff
+from cdiff.export.reference import TorchEngine
+from cdiff.export.torch_engine import Options, TorchChainEngine
+from cdiff.export.torch_noise import normals, words
+from cdiff.runtime.batching import segment_windows
+from cdiff.runtime.engines.base import ChainBinding, Engine
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.framing import Framing, Windows
+from cdiff.runtime.noise import normal
+from cdiff.runtime.sampler import sampler_table
+from cdiff.runtime.schedule import NoiseSchedule
+from cdiff.train.config import NetworkConfig
+from tests.export.networks import BASE, random_network
+
+SCHEDULE = NoiseSchedule(BASE.T)
+EXACT = Options(half=False)
+
+
+def integers(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int64)
+
+
+@pytest.mark.parametrize("seed", [0, 12345, 2**63 + 7, 2**64 - 1])
+def test_words_are_numpys_bit_for_bit(seed: int) -> None:
+    """numpy.random.Philox is the oracle; it adds 1 to the counter's first word before each block."""
+    counter = (5, 0, (3 << 32) | 24, 2**40 + 1)
+    generator = np.random.Philox(key=np.array([seed, 0], np.uint64), counter=np.array(counter, np.uint64))
+    expected = generator.random_raw(8).view(np.int64).reshape(2, 4)
+    blocks = integers(counter[0] + 1, counter[0] + 2)
+    found = words(integers(seed - 2**64 if seed >> 63 else seed), (blocks, *(integers(c) for c in counter[1:])))
+    for word in range(4):
+        np.testing.assert_array_equal(torch.broadcast_to(found[word], (2,)).numpy(), expected[:, word])
+
+
+@pytest.mark.parametrize(
+    ("size", "canvas", "origins"),
+    [((8, 8), (8, 8), [(0, 0)] * 3), ((7, 5), (7, 5), [(0, 0)] * 3), ((8, 9), (33, 31), [(0, 0), (5, 7), (25, 22)])],
+    ids=["even", "odd", "tiles"],
+)
+def test_normals_are_the_runtimes(
+    size: tuple[int, int], canvas: tuple[int, int], origins: list[tuple[int, int]]
+) -> None:
+    slices, levels, runs = (0, 5, 2**40), (1, 2, 4), (0, 24, 3)
+    for step in (-1, 7):
+        found = normals(
+            integers(9), integers(*slices), integers(*levels), integers(*runs), integers(step), torch.tensor(origins), size, canvas
+        )  # fmt: skip
+        assert found.shape == (3, 1, *size)
+        for row in range(3):
+            expected = normal(9, slices[row], levels[row], runs[row], step, size, origin=origins[row], canvas=canvas)
+            np.testing.assert_allclose(found[row, 0].numpy(), expected, atol=1e-6, rtol=0)
+
+
+def slices(count: int, side: int = BASE.image_size) -> np.ndarray:
+    return np.random.default_rng(4).uniform(-1, 1, (count, 1, side, side)).astype(np.float32)
+
+
+def maps(engine: Engine, windows: Windows, sampler: str, **options: int | bool) -> np.ndarray:
+    table = sampler_table(sampler, SCHEDULE, 6)
+    arguments = {"levels": BASE.levels, "runs": 2, "seed": 2**63 + 1, "batch": 4, **options}
+    return np.stack([r.level_means for r in segment_windows(engine, windows, table, **arguments)])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++2m"])
+def test_chains_end_where_the_loops_own_do(sampler: str) -> None:
+    """Two slices of six rows in batches of four: rows of two slices in one batch, and padding in the last."""
+    network = random_network(BASE)
+    windows = Framing("resize", (16, 16)).frame(slices(2))
+    engine = TorchChainEngine(network, SCHEDULE, "cpu", EXACT)
+    assert isinstance(engine.bind(1, 1), ChainBinding)
+    expected = maps(TorchEngine(network, SCHEDULE), windows, sampler)
+    assert np.ptp(expected) > 0.1
+    np.testing.assert_allclose(maps(engine, windows, sampler), expected, atol=2e-5)
+
+
+def test_learned_variance_tiles_and_mirrored_views() -> None:
+    config = dataclasses.replace(BASE, variance="learned", target="eps")
+    network = random_network(config)
+    windows = Framing("tile", (16, 16)).frame(slices(1, 20))
+    expected = maps(TorchEngine(network, SCHEDULE), windows, "ddpm", mirror=True)
+    found = maps(TorchChainEngine(network, SCHEDULE, "cpu", EXACT), windows, "ddpm", mirror=True)
+    # eps as the target divides rounding by sqrt(abar), so a few pixels at the clip's edge part ways a little.
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+    assert np.abs(found - expected).mean() < 1e-5
+
+
+def test_a_longer_chain_after_a_shorter_one_starts_anew() -> None:
+    engine = TorchChainEngine(random_network(BASE), SCHEDULE, "cpu", EXACT)
+    windows = Framing("resize", (16, 16)).frame(slices(1))
+    first = maps(engine, windows, "dpm++2m")
+    list(segment_windows(engine, windows, sampler_table("ddpm", SCHEDULE, 3), levels=3, runs=2, batch=4))
+    np.testing.assert_array_equal(maps(engine, windows, "dpm++2m"), first)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "dpm++2m"])
+def test_what_a_capture_leaves_behind_does_not_reach_the_chain(sampler: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for the CUDA graph runs the warm-ups and replays the same call: one capture a kind of table, the same maps."""
+    captures = []
+
+    def captured(step: Callable[[], None], device: str) -> Any:
+        for _ in range(4):
+            step()
+        captures.append(device)
+        return SimpleNamespace(replay=step)
+
+    monkeypatch.setattr("cdiff.export.torch_chain.captured", captured)
+    network, windows = random_network(BASE), Framing("resize", (16, 16)).frame(slices(2))
+    expected = maps(TorchChainEngine(network, SCHEDULE, "cpu", EXACT), windows, sampler)
+    engine = TorchChainEngine(network, SCHEDULE, "cpu", EXACT)
+    engine.capture = True
+    np.testing.assert_array_equal(maps(engine, windows, sampler), expected)
+    np.testing.assert_array_equal(maps(engine, windows, sampler), expected)
+    assert captures == ["cpu"], "the second scan replays what the first one captured"
+
+
+def test_half_precision_is_half_and_stays_close() -> None:
+    network = random_network(BASE)
+    windows = Framing("resize", (16, 16)).frame(slices(1))
+    engine = TorchChainEngine(network, SCHEDULE, "cpu", Options(half=True))
+    kinds = {p.dtype for name, p in engine.graph.denoiser.named_parameters() if not name.startswith("last.")}
+    assert kinds == {torch.float16}
+    assert engine.encode(windows.slices).dtype == np.float16
+    exact = maps(TorchChainEngine(network, SCHEDULE, "cpu", EXACT), windows, "ddim")
+    gap = np.abs(maps(engine, windows, "ddim") - exact).mean()
+    assert 0 < gap < 1e-2
+
+
+def test_a_value_that_is_not_finite_is_an_error() -> None:
+    windows = Framing("resize", (16, 16)).frame(slices(1))
+    broken = random_network(BASE)
+    broken.denoiser.last.bias.fill_(float("inf"))
+    with pytest.raises(CdiffError, match="not finite: the result, slice 0"):
+        maps(TorchChainEngine(broken, SCHEDULE, "cpu", EXACT), windows, "ddpm")
+    broken = random_network(BASE)
+    broken.encoder.last.bias.fill_(float("nan"))
+    with pytest.raises(CdiffError, match="encoder returned a value that is not finite"):
+        maps(TorchChainEngine(broken, SCHEDULE, "cpu", EXACT), windows, "ddpm")
+    heavy = random_network(BASE)
+    heavy.denoiser.first.weight.mul_(1e9)
+    with pytest.raises(CdiffError, match=r"denoiser\.first\.weight does not fit into float16"):
+        TorchChainEngine(heavy, SCHEDULE, "cpu", Options(half=True))
+
+
+def test_parts_of_a_step_are_timed() -> None:
+    engine = TorchChainEngine(random_network(BASE), SCHEDULE, "cpu", EXACT)
+    binding = engine.bind(2, 1)
+    binding.encode(0, slices(1)[0])
+    two = np.arange(2)
+    rows = one_slice(two)
+    parts = binding.parts(rows, sampler_table("ddpm", SCHEDULE, 2), 0, repeats=1)
+    assert set(parts) == {"noise", "denoise", "update", "replay"}
+    assert 0 < parts["noise"] < parts["replay"] * 10
+
+
+def one_slice(run: np.ndarray):  # type: ignore[no-untyped-def]
+    from cdiff.runtime.engines.base import Rows
+
+    zeros = np.zeros(len(run), np.int64)
+    size = (BASE.image_size, BASE.image_size)
+    return Rows(len(run), zeros, zeros, np.zeros((len(run), 2), np.int64), zeros + 1, run, size)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_a_gpu_that_is_not_there_is_an_error() -> None:
+    with pytest.raises(CdiffError, match="sees no GPU; use --device cpu"):
+        TorchChainEngine(random_network(BASE), SCHEDULE, "cuda:0")
+
+
+def test_load_takes_torch_by_name(tiny_bundle) -> None:  # type: ignore[no-untyped-def]
+    scan = np.random.default_rng(1).uniform(0, 99, (32, 32)).astype(np.float32)
+    options = {"runs": 2, "steps": 4, "sampler": "ddim"}
+    by_torch = cdiff.load(tiny_bundle, engine="torch").segment(scan, **options)
+    assert by_torch.report["engine"] == "torch"
+    np.testing.assert_allclose(by_torch.soft, cdiff.load(tiny_bundle).segment(scan, **options).soft, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_replay_gives_what_plain_launches_give() -> None:
+    network: NetworkConfig = BASE
+    windows = Framing("resize", (16, 16)).frame(slices(2))
+    engines = [
+        TorchChainEngine(random_network(network), SCHEDULE, "cuda:0", Options(half=False, capture=capture))
+        for capture in (True, False)
+    ]
+    replayed, launched = (maps(engine, windows, "ddpm") for engine in engines)
+    np.testing.assert_allclose(replayed, launched, atol=1e-5)

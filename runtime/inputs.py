@@ -10,7 +10,7 @@ from cdiff.runtime.cases import IMAGE_NAMES, MASK_NAME, SPLITS
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.scan import NIFTI_SUFFIXES, PICTURE_SUFFIXES
 
-OUTPUT_ENDINGS = ("_soft", "_levels", "_uncertainty", "_mask", "_preview")
+OUTPUT_ENDINGS = ("_soft", "_levels", "_annotators", "_uncertainty", "_mask", "_preview")
 
 
 @dataclass(frozen=True)

@@ -61,13 +61,13 @@ def score_slices(
     """
     if stack.runs is None:
         raise ValueError("the energy distance needs the maps of every run: segment with keep_runs")
-    soft = stack.soft
+    soft, level_maps = stack.soft, stack.levels
     for index in slice_ids:
         drawn, place = masks[index], index - first
-        levels, runs = stack.levels[place], stack.runs[place]
+        levels, runs = level_maps[place], stack.runs[place]
         truth = drawn.mean(axis=0, dtype=np.float64)
         consensus = true_levels(drawn, len(levels))
-        samples = (runs >= 128).reshape(-1, *drawn.shape[1:])  # 128 of 255: one half, rounded up
+        samples = stack.variant.to_samples(runs, len(levels))
         scores = {
             "soft_dice_5": soft_dice(soft[place], truth, FIVE),
             "soft_dice_9": soft_dice(soft[place], truth, NINE),

@@ -20,18 +20,15 @@ from cdiff.runtime.files import sha256
 from cdiff.runtime.framing import Framing
 from cdiff.runtime.manifest import NAME as MANIFEST
 from cdiff.runtime.manifest import Manifest
-from cdiff.runtime.report import build_report, describe_input, volumes
+from cdiff.runtime.report import build_report, describe_input, meaning, volumes
 from cdiff.runtime.results import Float32, Result, Stack
 from cdiff.runtime.sampler import SamplerTable, sampler_table
 from cdiff.runtime.scan import Scan, ScanInput, parse_slices, read_scan
+from cdiff.runtime.variants import Variant
 
 Combine = Literal["mean", "vote"]
 RUNS = 25
 SAMPLER = "ddpm"
-COMBINE_NOTES = {
-    "mean": "mean over runs, then mean over levels",
-    "vote": "mean over runs, rounded at one half a level, then mean over levels",
-}
 
 
 class Segmenter:
@@ -77,7 +74,8 @@ class Segmenter:
         """Segment a scan: a path (NIfTI, PNG), a NumPy array ([H, W], or three axes) or a nibabel NIfTI image.
 
         runs, steps, sampler: 25 runs of ddpm over all T steps unless given; with `fast`, what the bundle states for it.
-        combine: "mean" over runs, or "vote", which rounds each level's mean over runs as the published code does.
+        combine: "mean" over runs, or "vote", which rounds each map's mean over runs as the published code does; only for models
+        that draw several maps of a slice.
         mirror: let the runs see the slice as it is and mirrored, in turn; what the bundle states unless given.
         slices: "A:B", A included and B not; the maps are NaN (the mask 0) elsewhere. A slice's maps do not depend on them.
         slice_axis: axis of the array as stored to cut along, the bundle's unless given. batch: rows a padded batch.
@@ -89,7 +87,12 @@ class Segmenter:
             raise CdiffError(f"combine {combine!r} is not known; use 'mean' or 'vote'")
         if not 0 <= seed < 2**64:
             raise CdiffError(f"seed {seed} is out of range; use a whole number from 0 to 2^64 - 1")
-        manifest = self.manifest
+        manifest, variant = self.manifest, self.manifest.draws
+        if combine == "vote" and not variant.votes:
+            raise CdiffError(
+                f"'vote' rounds each map at one half, and a {variant.name} model draws a single one: the soft map would be the mask; "
+                "use 'mean'"
+            )
         preset = manifest.fast if fast else {}
         runs = int(preset.get("runs", RUNS)) if runs is None else runs
         sampler = str(preset.get("sampler", SAMPLER)) if sampler is None else sampler
@@ -108,7 +111,7 @@ class Segmenter:
         windows = framing.frame(self._normalised(read, chosen))
         clock.lap("frame")
 
-        rows = len(windows) * manifest.levels * runs
+        rows = len(windows) * manifest.conditions * runs
         batch = rows_per_batch(rows, self.engine.device) if batch is None else batch
         spent = Timings()
         finished = list(
@@ -116,7 +119,7 @@ class Segmenter:
                 self.engine,
                 windows,
                 table,
-                levels=manifest.levels,
+                levels=manifest.conditions,
                 runs=runs,
                 seed=seed,
                 batch=batch,
@@ -127,17 +130,20 @@ class Segmenter:
                 timings=spent,
             )
         )
-        levels = np.stack([one.level_means for one in finished])
+        maps = np.stack([one.level_means for one in finished])
         stack = Stack(
-            (levels >= 0.5).astype(np.float32) if combine == "vote" else levels,
+            (maps >= 0.5).astype(np.float32) if combine == "vote" else maps,
             np.stack([one.run_std for one in finished]),
             np.stack([one.runs for one in finished if one.runs is not None]) if keep_runs else None,
+            variant,
+            manifest.levels,
         )
         clock.lap("segment")
         report = build_report(
             {
                 **self._model_report(),
                 **_sampling_report(table, runs, combine, mirror, seed, fast, batch),
+                "combine_note": _combine_note(combine, variant),
                 "framing": {
                     "mode": manifest.framing,
                     "model_size": list(manifest.image_size),
@@ -164,7 +170,9 @@ class Segmenter:
         return {
             "bundle": manifest.name,
             "manifest_sha256": self._manifest_sha256,
+            "variant": manifest.variant,
             "levels": manifest.levels,
+            "maps": meaning(manifest.draws),
             "engine": self.engine.name,
             "engine_version": self.engine.version,
             "device": self.engine.device,
@@ -193,12 +201,20 @@ def _sampling_report(
         "steps": len(table),
         "runs": runs,
         "combine": combine,
-        "combine_note": COMBINE_NOTES[combine],
         "mirror": mirror,
         "seed": seed,
         "fast": fast,
         "batch": batch,
     }
+
+
+def _combine_note(combine: str, variant: Variant) -> str:
+    steps = ["mean over runs"]
+    if combine == "vote":
+        steps.append(f"rounded at one half for each {variant.told}")
+    if variant.told:
+        steps.append(f"then mean over {variant.told}s")
+    return ", ".join(steps)
 
 
 def _notes(read: Scan, chosen: range, manifest: Manifest) -> list[str]:

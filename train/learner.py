@@ -19,6 +19,7 @@ from cdiff.train.config import Config
 from cdiff.train.data import Batch
 from cdiff.train.diffusion import Diffusion
 from cdiff.train.network import ConsensusNet
+from cdiff.train.targets import TARGETS
 
 
 class Learner:
@@ -30,6 +31,7 @@ class Learner:
         torch.manual_seed(settings.seed)
         self.network = ConsensusNet(config.network).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.diffusion = Diffusion(config.schedule, config.network.target, device, settings.dice_weight)
+        self.target = TARGETS[config.network.variant]
         self.optimiser = torch.optim.AdamW(
             self.network.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, betas=(0.9, 0.99)
         )
@@ -62,13 +64,16 @@ class Learner:
         generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + k)
         rows, window = len(batch.image) * settings.rows_per_image, batch.image.shape[-1]
         T = self.config.network.T
-        u = torch.rand(rows, generator=generator) ** (1 / settings.t_power)
-        t = (1 + (T * u).long().clamp(max=T - 1)).to(self.device)
-        level = torch.randint(1, self.config.network.levels + 1, (rows,), generator=generator).to(self.device)
+        late = torch.rand(rows, generator=generator) ** (1 / settings.t_power)
+        t = (1 + (T * late).long().clamp(max=T - 1)).to(self.device)
+        level = torch.randint(1, self.config.network.conditions + 1, (rows,), generator=generator).to(self.device)
         noise = torch.randn(rows, 1, window, window, generator=generator).to(self.device)
+        u = torch.rand(rows, generator=generator).to(self.device)
         image = batch.image.to(self.device, memory_format=torch.channels_last)
-        votes = batch.votes.to(self.device).repeat_interleave(settings.rows_per_image, 0)
-        m = (votes >= level[:, None, None, None]).float() * 2 - 1
+        masks, raters = (
+            part.to(self.device).repeat_interleave(settings.rows_per_image, 0) for part in (batch.masks, batch.raters)
+        )
+        m = self.target(masks, raters, level, u)
         x = self.diffusion.noised(m, noise, t)
         self.network.train()
         torch.manual_seed(settings.seed * 1_000_003 + k)  # dropout draws from the global generator

@@ -74,7 +74,7 @@ class Run:
         settings, window = self.config.training, self.window()
         if window not in self.val_batches:
             batch = centre_windows(self.data.val, self.val_chosen, window)
-            self.val_batches[window] = Batch(batch.image.to(self.learner.device), batch.votes)
+            self.val_batches[window] = batch.to(self.learner.device)
         return score(
             self.learner.averaged(),
             self.learner.diffusion,

@@ -21,6 +21,7 @@ def example(**changes: Any) -> Manifest:
         "name": "test",
         "task": "segment circles",
         "citation": ["Somebody, 2023"],
+        "variant": "consensus",
         "levels": 4,
         "T": 40,
         "schedule": NoiseSchedule(40).to_json(),
@@ -72,6 +73,7 @@ def test_every_mistyped_key_is_named(key: str, value: Any) -> None:
     ("key", "value"),
     [
         ("levels", 0),
+        ("variant", "majority"),
         ("target", "noise"),
         ("precision", "int8"),
         ("slice_axis", 3),

@@ -92,7 +92,7 @@ def _bundle(path: Path, name: str, **changes: Any) -> Path:
 
     def build(folder: Path) -> Manifest:
         write_pair(folder, size=SIZE, T=T, levels=K)
-        manifest = Manifest.read(make_bundle(path.with_name("pattern"), variant=name) / "manifest.json")
+        manifest = Manifest.read(make_bundle(path.with_name(f"{path.name}_pattern"), variant=name) / "manifest.json")
         return Manifest(**{**vars(manifest), "files": {}, **changes})
 
     from cdiff.runtime.bundle import write_bundle

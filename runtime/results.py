@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -111,7 +112,8 @@ class Result:
         A model that draws each annotator's map adds NAME_annotators.nii.gz.
 
         Each file appears whole or not at all; the report, which holds the others' SHA-256, appears last, so where it is, all
-        are. An older result's preview or annotators' maps are removed where this one has none. Raises CdiffError when the folder cannot be written.
+        are. A preview or annotators' maps that an older report there lists are removed where this result has none. Raises CdiffError when
+        the folder cannot be written.
         """
         name = name or self.name
         if not name or Path(name).name != name:
@@ -135,9 +137,8 @@ class Result:
 
                 parts[f"{name}_preview.png"] = stage(f"{name}_preview.png")
                 write_preview(self, parts[f"{name}_preview.png"], name)
-            for file in (f"{name}_preview.png", f"{name}_annotators.nii.gz"):
-                if file not in parts:
-                    stage.replaces(file)
+            for file in _written_before(Path(folder) / f"{name}.json", name) - set(parts):
+                stage.replaces(file)
             outputs = {file: {"sha256": sha256(part), "bytes": part.stat().st_size} for file, part in parts.items()}
             timings = {**self.report.get("timings", {}), "write": round(time.perf_counter() - started, 3)}
             report = {**self.report, "timings": timings, "outputs": outputs}
@@ -147,3 +148,12 @@ class Result:
     def with_report(self, report: dict[str, Any]) -> Result:
         """The same maps with a report."""
         return dataclasses.replace(self, report=report)
+
+
+def _written_before(report: Path, name: str) -> set[str]:
+    """Which of the files that not every result has an older report says were written: no other file of such a name is ours."""
+    try:
+        outputs = set(json.loads(report.read_text(encoding="utf-8"))["outputs"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
+    return outputs & {f"{name}_preview.png", f"{name}_annotators.nii.gz"}

@@ -21,7 +21,7 @@ SETTINGS = {
     "base_channels": 4,
     "heads": 1,
     "groups": 2,
-    "T": 20,
+    "T": 25,
     "val_slices": 1,
     "rows_per_image": 1,
 }

@@ -176,11 +176,13 @@ def test_rounding_a_single_map_is_refused(tmp_path: Path) -> None:
     )
 
 
-def saved(name: str, folder: Path) -> dict[str, Any]:
+def saved(name: str, folder: Path, called: str = "a") -> dict[str, Any]:
     read = read_scan(np.random.default_rng(0).random((5, 6, 2)), slice_axis=2)
     K = VARIANTS[name].conditions(C)
     maps = np.random.default_rng(1).random((2, K, 5, 6), dtype=np.float32)
-    return Result(read.grid, read.slices, range(2), Stack(maps, maps[:, 0], None, VARIANTS[name], C)).save(folder, "a")
+    return Result(read.grid, read.slices, range(2), Stack(maps, maps[:, 0], None, VARIANTS[name], C)).save(
+        folder, called
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -206,6 +208,10 @@ def test_an_older_results_annotators_do_not_stay_nor_are_they_scans(tmp_path: Pa
     nib.save(nib.Nifti1Image(np.zeros((5, 6, 2), np.uint8), np.eye(4)), tmp_path / "a.nii.gz")
     saved("annotator", tmp_path)
     assert [scan.name for scan in scans_at(tmp_path)] == ["a"]
+    foreign = tmp_path / "b_annotators.nii.gz"  # somebody's scan of that name, which no report of ours lists
+    foreign.touch()
+    saved("consensus", tmp_path, "b")
+    assert foreign.exists()
     saved("consensus", tmp_path)
     assert not (tmp_path / "a_annotators.nii.gz").exists()
     assert "a_annotators.nii.gz" not in json.loads((tmp_path / "a.json").read_text())["outputs"]

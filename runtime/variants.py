@@ -44,8 +44,8 @@ def _each_map(runs: NDArray[np.uint8], C: int) -> Masks:
 
 def _each_runs_levels(runs: NDArray[np.uint8], C: int) -> Masks:
     """The levels of every run's soft map: [1,R,h,w] -> [R C,h,w]. One half of a fraction is no annotator's mask."""
-    maps = np.moveaxis(runs, 1, 0).astype(np.float32) / 255
-    return _by_share(maps, C).reshape(-1, *runs.shape[2:]) > 0
+    maps = np.moveaxis(runs, 1, 0).astype(np.float32) / np.float32(255)
+    return np.asarray(_by_share(maps, C).reshape(-1, *runs.shape[2:]) > 0)
 
 
 @dataclass(frozen=True)

@@ -64,8 +64,8 @@ class Learner:
         generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + k)
         rows, window = len(batch.image) * settings.rows_per_image, batch.image.shape[-1]
         T = self.config.network.T
-        late = torch.rand(rows, generator=generator) ** (1 / settings.t_power)
-        t = (1 + (T * late).long().clamp(max=T - 1)).to(self.device)
+        share = torch.rand(rows, generator=generator) ** (1 / settings.t_power)
+        t = (1 + (T * share).long().clamp(max=T - 1)).to(self.device)
         level = torch.randint(1, self.config.network.conditions + 1, (rows,), generator=generator).to(self.device)
         noise = torch.randn(rows, 1, window, window, generator=generator).to(self.device)
         u = torch.rand(rows, generator=generator).to(self.device)

@@ -50,7 +50,7 @@ class KnownMaps:
         levels = np.roll(levels, self.shift, axis=-1)
         runs = np.repeat(levels[:, :, None] * 255, 2, axis=2).astype(np.uint8)
         progress(1, 2)
-        report = {"runs": 2, "steps": 5, "sampler": "ddim"}
+        report = {"runs": 2, "steps": 5, "sampler": "ddim", "mirror": False}
         return SimpleNamespace(stack=Stack(levels, np.zeros_like(levels[:, 0]), runs), report=report)
 
 
@@ -84,6 +84,7 @@ def test_perfect_maps_score_one(cases: list[Case], tmp_path: Path) -> None:
     assert report["soft_dice_5_annotators"]["mean"] < 1
     assert report["protocol"] == {
         **{"runs": 2, "steps": 5, "sampler": "ddim", "fast": False, "combine": "mean", "seed": 0},
+        **{"mirror": False},
         **{"all_raters": False, "raters": "skip"},
     }
     json.dumps(report, allow_nan=False)

@@ -157,7 +157,7 @@ def benchmark(
         write = asked(workers[EXPORTED], "write")["seconds"]
         maps = {kind: np.load(folder / f"{kind}.npy") for kind in kinds}
 
-    calls_of_rows = windows * manifest.levels * runs * steps
+    calls_of_rows = windows * manifest.conditions * runs * steps
     least = (windows * floor["encoder_flop"] + calls_of_rows * floor["denoiser_flop"]) / floor["rate"]
     return {
         "machine": {
@@ -170,7 +170,7 @@ def benchmark(
         },
         "protocol": {
             "scan": path.name, "slices": len(chosen), "windows": windows, "runs": runs, "steps": steps, "sampler": "ddpm",
-            "repeats": repeats, "batch": rows_per_batch(windows * manifest.levels * runs, device, manifest.levels * runs),
+            "repeats": repeats, "batch": rows_per_batch(windows * manifest.conditions * runs, device, manifest.conditions * runs),
         },
         "contenders": {kind: {key: about[kind][key] for key in ("engine", "version", "device")} for kind in kinds},
         "floor": {

@@ -92,7 +92,7 @@ class Through:
         features = engine.encode(image)
         x = rng.normal(size=(rows, 1, *manifest.image_size)).astype(np.float32)
         t = np.linspace(1, manifest.T, rows).round().astype(np.int64)
-        level = np.arange(rows) % manifest.levels + 1
+        level = np.arange(rows) % manifest.conditions + 1
         return {"ms": _repeat(lambda: engine.denoise(x, features, np.zeros(rows, np.int64), t, level))}
 
     def encode(self) -> dict[str, Any]:

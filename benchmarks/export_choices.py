@@ -96,7 +96,7 @@ def folded(network: ConsensusNet) -> ConsensusNet:
     for module in list(denoiser.modules()):
         if isinstance(block := getattr(module, "block", None), ResidualBlock):
             module.block = FoldedBlock(block, pairs.flatten(0, 1))
-    denoiser.time_table, denoiser.level_table = Index(net.config.levels), Index(1)  # type: ignore[assignment]
+    denoiser.time_table, denoiser.level_table = Index(net.config.conditions), Index(1)  # type: ignore[assignment]
     return net
 
 
@@ -160,7 +160,7 @@ def speed(network: ConsensusNet, schedule: NoiseSchedule, image: Float32, folder
         "features": engine.encode(image[:1]),
         "row_slice": np.zeros(ROWS, np.int64),
         "t": np.linspace(1, config.T, ROWS).round().astype(np.int64),
-        "level": np.arange(ROWS) % config.levels + 1,
+        "level": np.arange(ROWS) % config.conditions + 1,
     }
     extra: dict[str, Any] = {
         "row": np.array([0.9, 0.1, -0.01, 0.1], np.float32),
@@ -219,7 +219,7 @@ def precision(network: ConsensusNet, schedule: NoiseSchedule, image: Float32, fo
     reference = TorchEngine(copy.deepcopy(network), schedule)
     rng = np.random.default_rng(1)
     t = np.linspace(1, config.T, ROWS).round().astype(np.int64)
-    level, row_slice = np.arange(ROWS) % config.levels + 1, np.arange(ROWS) % len(image)
+    level, row_slice = np.arange(ROWS) % config.conditions + 1, np.arange(ROWS) % len(image)
     features = reference.encode(image)
     noise = rng.normal(size=(ROWS, 1, *image.shape[2:])).astype(np.float32)
     abar = schedule.abar[t].reshape(-1, 1, 1, 1)
@@ -230,7 +230,7 @@ def precision(network: ConsensusNet, schedule: NoiseSchedule, image: Float32, fo
     chain = sampler_table("ddim", schedule, min(10, config.T))
 
     def soft(engine: Any) -> Float32:
-        done = segment_windows(engine, windows, chain, levels=config.levels, runs=2, seed=SEED)
+        done = segment_windows(engine, windows, chain, levels=config.conditions, runs=2, seed=SEED)
         return np.stack([one.level_means.mean(axis=0) for one in done])
 
     wanted = soft(reference)

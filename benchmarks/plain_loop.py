@@ -55,7 +55,7 @@ def plain_loop(
     parts other than the sum are only when the work was queued.
     """
     device = next(network.parameters()).device
-    levels, maps = network.config.levels, []
+    levels, maps = network.config.conditions, []
     for w, image in enumerate(windows):
         total = np.zeros(windows.framing.size, np.float32)
         for run in range(runs):

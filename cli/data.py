@@ -111,7 +111,9 @@ def _print(checked: Check) -> None:
     report = checked.report
     raters, image, plan = report["annotators"], report["image"], report["training"]
     names = ", ".join(image["modalities"]) or ("one" if image["channels"] == 1 else "unnamed")
-    by_number = ", ".join(f"{number} in {cases} case{'s' * (cases > 1)}" for number, cases in raters["cases_by_number"].items())
+    by_number = ", ".join(
+        f"{number} in {cases} case{'s' * (cases > 1)}" for number, cases in raters["cases_by_number"].items()
+    )
     labels = f"; labels {report['labels']} are inside" if report["labels"] else ""
     rows = [
         ("folder", report["data"]),
@@ -131,8 +133,12 @@ def _print(checked: Check) -> None:
     rows = [("pixels marked by", balance or "-")]
     if dice["n_slices"]:
         span = "" if dice["low"] is None else f" ({_number(dice['low'])} to {_number(dice['high'])})"
-        all_marked = f"; {_number(strict['mean'])} over {strict['n_slices']} that all marked" if strict["n_slices"] else ""
-        rows.append(("pairwise Dice", f"{_number(dice['mean'])}{span} over {dice['n_slices']} marked slices{all_marked}"))
+        all_marked = (
+            f"; {_number(strict['mean'])} over {strict['n_slices']} that all marked" if strict["n_slices"] else ""
+        )
+        rows.append(
+            ("pairwise Dice", f"{_number(dice['mean'])}{span} over {dice['n_slices']} marked slices{all_marked}")
+        )
         rows.append(("averaged", dice["averaged"]))
     facts("Agreement", rows)
     _findings(report["findings"])

@@ -36,7 +36,8 @@ def info(
         "name": manifest.name,
         "task": manifest.task,
         "folder": f"{opened.path} ({len(manifest.files)} files, {size / 1e6:.1f} MB, every SHA-256 as listed)",
-        "levels": f"{manifest.levels}: at least 1 to {manifest.levels} annotators",
+        "variant": f"{manifest.variant}: draws {manifest.draws.drawn}",
+        "levels": f"{manifest.levels}: {manifest.draws.levels}, c = 1 to {manifest.levels}",
         "image": f"{height} x {width}, {manifest.image_channels} channel(s), {manifest.framing}, sliced along axis "
         f"{manifest.slice_axis}",
         "chain": f"T = {manifest.T}, predicts {manifest.target}, variance {manifest.variance}",

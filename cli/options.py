@@ -69,7 +69,10 @@ EngineOption = Annotated[
     ),
 ]
 DeviceOption = Annotated[
-    str, typer.Option("--device", metavar="DEVICE", help="cpu, cuda:0, or several GPUs: cuda:0,cuda:1", rich_help_panel=MODEL)
+    str,
+    typer.Option(
+        "--device", metavar="DEVICE", help="cpu, cuda:0, or several GPUs: cuda:0,cuda:1", rich_help_panel=MODEL
+    ),
 ]
 RunsOption = Annotated[
     int | None,

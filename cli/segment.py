@@ -70,6 +70,9 @@ def segment(
     NAME_preview.png         a picture of the result
     NAME.json                what was done: hashes, seed, timings, volumes
 
+    Models of other variants write the same files; docs/variants.md says what
+    they hold, and `annotator` adds NAME_annotators.nii.gz, one map an annotator.
+
     Examples:
 
     cdiff segment scan.nii.gz

@@ -35,8 +35,19 @@ def train(
         typer.Option(
             "--preset",
             metavar="NAME",
-            help="small (modest machines), lidc (the shipped model: crops centred on the structure), paper (as published, a large GPU) or tiny (a look, a minute).",
+            help="small (modest machines), lidc (the shipped model: crops centred on the structure), paper or implicit-ensemble "
+            "(as published, a large GPU), or tiny (a look, a minute).",
             show_default="small; with --resume and no --set, what RUN has",
+        ),
+    ] = None,
+    variant: Annotated[
+        str | None,
+        typer.Option(
+            "--variant",
+            metavar="NAME",
+            help="What the network learns to draw: consensus (levels of agreement), annotator (each annotator's mask), no-annotator "
+            "(a random one's), soft-label (the fraction) or implicit-ensemble. The same as --set variant=NAME.",
+            show_default="the preset's, mostly consensus",
         ),
     ] = None,
     settings: Annotated[
@@ -85,11 +96,15 @@ def train(
         from cdiff.train.presets import preset as named
         from cdiff.train.trainer import train as run
 
-    settings = [*(settings or []), *_data_settings(task, layout, labels)]
+    changes = [
+        *(settings or []),
+        *_data_settings(task, layout, labels),
+        *([f"variant={variant}"] if variant else []),
+    ]
     if resume and preset is None and not settings:
-        config = read_config(output)
+        config = read_config(output).with_settings(changes)
     else:
-        config = fit_to_data(named(preset or "small"), data, settings)
+        config = fit_to_data(named(preset or "small"), data, changes)
     result = run(
         config,
         data,

@@ -88,15 +88,18 @@ def render(card: Card, manifest: Manifest, config: Config) -> str:
     parts = [
         "---\n" + "".join(f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in front.items()) + "---",
         f"# {manifest.name}",
-        card.summary
-        or f"A consensus-diffusion segmenter: for each pixel, how many of {manifest.levels} annotators would include it.",
+        card.summary or manifest.draws.summary.format(C=manifest.levels),
         "**Not a medical device.** For research; not for diagnosis, treatment or any other clinical decision.",
         "```\npip install 'cdiff[cpu]'\ncdiff segment SCAN -o OUT --model THIS_FOLDER\n```",
         "## Model\n\n"
         + _table(
             {
                 "task": manifest.task,
-                "consensus levels": f"{manifest.levels} (at least 1 to {manifest.levels} annotators)",
+                "variant": f"{manifest.variant}: draws {manifest.draws.drawn}",
+                "annotators": str(manifest.levels),
+                "soft map": manifest.draws.soft,
+                "levels": f"{manifest.draws.levels}, c = 1 to {manifest.levels}",
+                "uncertainty": manifest.draws.uncertainty,
                 "input": f"{height_width} pixels, {manifest.image_channels} channel(s), {manifest.framing}",
                 "normalisation": "percentiles {lower} and {upper} of each {scope} to -1 and 1".format(
                     **manifest.intensity

@@ -119,6 +119,7 @@ def _manifest(loaded: LoadedRun, card: Card, name: str, folder: Path, fp16: bool
         name=name,
         task=card.task or config.data.task or "segmentation by several annotators",
         citation=[*METHOD, *card.citation],
+        variant=config.network.variant,
         levels=config.network.levels,
         T=config.network.T,
         schedule=loaded.schedule.to_json(),

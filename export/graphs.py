@@ -46,7 +46,7 @@ class DenoiserGraph(nn.Module):
     """One call of the network, up to the estimate of x0 that every sampler's update starts from.
 
     x float32 [B, 1, H, W]; features [S, L, H, W], shared by a slice's rows; row_slice int64 [B] in 0..S-1;
-    t int64 [B] in 1..T; level int64 [B] in 1..C. Returns x0 float32 [B, 1, H, W] = clip(x0, -1, 1), and with a learned variance
+    t int64 [B] in 1..T; level int64 [B] in 1..K. Returns x0 float32 [B, 1, H, W] = clip(x0, -1, 1), and with a learned variance
     also mix float32 [B, 1, H, W] in [0, 1], the share of log beta_t against log beta~_t (Nichol & Dhariwal 2021, eq. 15).
     """
 

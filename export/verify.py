@@ -70,10 +70,10 @@ def verify(
     for name, images in sets.items():
         say(f"comparing the graphs with PyTorch on {name} inputs")
         errors, row_seconds = _calls(
-            engine, reference, images, manifest.noise_schedule, manifest.levels, manifest.target
+            engine, reference, images, manifest.noise_schedule, manifest.conditions, manifest.target
         )
         result[name] = errors
-    chain = _affordable(row_seconds, manifest.levels, manifest.T)
+    chain = _affordable(row_seconds, manifest.conditions, manifest.T)
     for name, images in sets.items():
         say(f"comparing soft maps on {name} inputs, {chain.steps} steps")
         result[name] |= _maps(engine, reference, images, chain, manifest.noise_schedule)

@@ -20,6 +20,7 @@ Box = tuple[slice, slice]
 PAGE, INK, FAINT = "#0e1116", "#e6e8eb", "#8b949e"
 SOFT_LABEL = "fraction of experts who would include the pixel"
 ENTROPY_LABEL = "uncertainty: entropy in bits"
+RUNS_LABEL = "mean over runs"
 SOFT_MAP = "plasma"
 ENTROPY_SHADES = ("#06283d", "#136f8a", "#2fd0a5", "#e8fb6a")
 READER_COLOURS = ("#4cc9f0", "#f9c74f", "#f94178", "#80ed99", "#c77dff", "#ff9f1c", "#ffffff")
@@ -35,11 +36,14 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def level_colours(levels: int) -> list[Any]:
-    """A colour for each level c, the one that the soft map has at c / C (kept off the dark end)."""
+def outline_colours(count: int, *, readers: bool = False) -> list[Any]:
+    """A colour for each level c, the one that the soft map has at c / C (kept off the dark end); readers have no order, and
+    colours that tell them apart."""
+    if readers:
+        return [READER_COLOURS[i % len(READER_COLOURS)] for i in range(count)]
     from matplotlib import colormaps
 
-    shades = np.linspace(0.35, 1.0, levels) if levels > 1 else [0.8]
+    shades = np.linspace(0.35, 1.0, count) if count > 1 else [0.8]
     return [colormaps[SOFT_MAP](shade) for shade in shades]
 
 

@@ -234,6 +234,7 @@ def _header(segmenter: Segmenter, protocol: Protocol, data: Mapping[str, Any]) -
         "protocol": asdict(protocol),
         "model": {
             "name": segmenter.manifest.name,
+            "variant": segmenter.manifest.variant,
             "levels": segmenter.manifest.levels,
             "bundle_sha256": sha256(segmenter.bundle.path / MANIFEST),
         },

@@ -12,7 +12,7 @@ from cdiff.runtime.layouts import OWN_MASK, TASK_MASK, brats_in, cases_in
 from cdiff.runtime.scan import NIFTI_SUFFIXES
 from cdiff.runtime.table import SUFFIXES, read_table
 
-OUTPUT_ENDINGS = ("_soft", "_levels", "_uncertainty", "_mask", "_preview")
+OUTPUT_ENDINGS = ("_soft", "_levels", "_annotators", "_uncertainty", "_mask", "_preview")
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any, NoReturn, TypedDict
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.intensity import Intensity
 from cdiff.runtime.schedule import NoiseSchedule
+from cdiff.runtime.variants import VARIANTS, Variant
 
 FORMAT_VERSION = 1
 NAME = "manifest.json"
@@ -28,7 +29,8 @@ class FileEntry(TypedDict):
 class Manifest:
     """All that the runtime must know of a model, besides its graphs.
 
-    levels is C. target and variance are what the network was trained for; the denoiser's graph returns x0 whatever the target.
+    variant says what the network was trained to draw (`runtime.variants`), levels is C, the number of annotators and of levels of
+    agreement; how many maps the network draws of a slice follows from the two: `conditions`. target and variance are what the network was trained for; the denoiser's graph returns x0 whatever the target.
     image_size is (H, W), the graphs' fixed size. framing, tile_overlap and slice_axis say how a scan meets that size, intensity
     how it is normalised. precision is the graphs' arithmetic; features_channels the width L of the encoder's output.
     mirror says that the network was trained on mirrored images, so that its runs may see them. fast holds sampler, steps and runs of `--fast`. training, scores and verification are for the reader: how the model was
@@ -39,6 +41,7 @@ class Manifest:
     name: str
     task: str
     citation: list[str]
+    variant: str
     levels: int
     T: int
     schedule: dict[str, Any]
@@ -60,6 +63,16 @@ class Manifest:
     verification: dict[str, Any] = field(default_factory=dict)
     files: dict[str, FileEntry] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
+
+    @property
+    def draws(self) -> Variant:
+        """What the network draws, and what its maps mean."""
+        return VARIANTS[self.variant]
+
+    @property
+    def conditions(self) -> int:
+        """K, the number of maps of a slice, and of values that the graphs' input `level` takes (1..K)."""
+        return self.draws.conditions(self.levels)
 
     @property
     def noise_schedule(self) -> NoiseSchedule:
@@ -110,6 +123,7 @@ class Manifest:
             if getattr(self, key) < 1:
                 _refuse(source, f"key {key!r} must be at least 1, not {getattr(self, key)}")
         choices = {
+            "variant": tuple(VARIANTS),
             "target": ("eps", "x0", "v"),
             "variance": ("fixed", "learned"),
             "framing": ("resize", "tile", "centre"),
@@ -169,7 +183,7 @@ def _typed(key: str, value: Any, source: str) -> Any:
 
 
 _KINDS: dict[str, type] = {
-    **dict.fromkeys(("name", "task", "target", "variance", "framing", "precision"), str),
+    **dict.fromkeys(("name", "task", "variant", "target", "variance", "framing", "precision"), str),
     **dict.fromkeys(
         ("levels", "T", "image_channels", "slice_axis", "opset", "features_channels", "format_version"), int
     ),
@@ -177,7 +191,13 @@ _KINDS: dict[str, type] = {
     "tile_overlap": float,
     "mirror": bool,
 }
-_WORDS: dict[type, str] = {bool: "true or false", str: "a text", int: "a whole number", float: "a number", dict: "an object"}
+_WORDS: dict[type, str] = {
+    bool: "true or false",
+    str: "a text",
+    int: "a whole number",
+    float: "a number",
+    dict: "an object",
+}
 
 
 def _check_files(value: Any, source: str) -> None:

@@ -20,7 +20,9 @@ def view_of(array: Float32, view: int) -> Float32:
     return array
 
 
-def origin_in(view: NDArray[np.int64], origin: NDArray[np.int64], canvas: tuple[int, int], size: tuple[int, int]) -> NDArray[np.int64]:
+def origin_in(
+    view: NDArray[np.int64], origin: NDArray[np.int64], canvas: tuple[int, int], size: tuple[int, int]
+) -> NDArray[np.int64]:
     """Where windows of `size` (H, W) at `origin` [B,2] of a canvas (height, width) lie in the canvas's own view, [B,2].
 
     The noise is drawn there: where tiles overlap, rows of one view then share it as rows of the canvas itself do.

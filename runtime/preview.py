@@ -39,7 +39,8 @@ def preview_figure(result: Result, name: str) -> Figure:
     soft = view(result.stack.soft)
     best = _fullest(soft)
     number = result.slices[best]
-    levels = view(result.stack.levels[best])
+    variant = result.stack.variant
+    outlines = view(getattr(result.stack, variant.outlines)[best])
     image = _displayable(result.image[number], view)
     shown = _strip(soft, best)
     box = drawing.close_up(soft[shown], view)
@@ -62,19 +63,21 @@ def preview_figure(result: Result, name: str) -> Figure:
     if box != whole:
         drawing.frame_box(axes, box)
 
-    axes = drawing.panel(figure, places[1], "Outline of each level")
+    axes = drawing.panel(figure, places[1], variant.outline_title)
     drawing.show_image(axes, image, box, view, window)
-    colours = drawing.level_colours(len(levels))
-    for level, colour in zip(levels, colours, strict=True):
-        drawing.outline(axes, level, box, colour)
+    colours = drawing.outline_colours(len(outlines), readers=variant.told == "annotator")
+    for inside, colour in zip(outlines, colours, strict=True):
+        drawing.outline(axes, inside, box, colour)
     drawing.scale_bar(axes, box, view)
     key = drawing.panel(figure, _key(places[1], 0.44))
-    drawing.line_key(key, [(str(c), colour) for c, colour in enumerate(colours, start=1)], "at least so many experts")
+    names = [str(k) for k in range(1, len(outlines) + 1)] if variant.of_annotators else ["mask"]
+    drawing.line_key(key, list(zip(names, colours, strict=True)), variant.outline_key)
 
-    axes = drawing.panel(figure, places[2], "Agreement")
+    axes = drawing.panel(figure, places[2], "Agreement" if variant.of_annotators else "Mean over runs")
     drawing.show_image(axes, image, box, view, window)
     drawn = drawing.show_soft(axes, soft[best], box, view)
-    drawing.colour_key(figure, _key(places[2], 0.11), drawn, drawing.SOFT_LABEL)
+    label = drawing.SOFT_LABEL if variant.of_annotators else drawing.RUNS_LABEL
+    drawing.colour_key(figure, _key(places[2], 0.11), drawn, label)
 
     axes = drawing.panel(figure, places[3], "Uncertainty")
     drawing.show_image(axes, image, box, view, window, light=0.5)
@@ -125,7 +128,7 @@ def reader_figure(
 
     axes = drawing.panel(figure, places[1], f"What {len(readers)} readers drew")
     drawing.show_image(axes, picture, box, view, window)
-    colours = [drawing.READER_COLOURS[i % len(drawing.READER_COLOURS)] for i in range(len(readers))]
+    colours = drawing.outline_colours(len(readers), readers=True)
     for reader, colour in zip(readers, colours, strict=True):
         drawing.outline(axes, reader, box, colour)
     key = drawing.panel(figure, _key(places[1], 0.44))
@@ -203,7 +206,8 @@ def _heading(figure: Figure, result: Result, name: str) -> None:
     figure.text(
         EDGE / width, 1 - 0.6 / height, _how(report), color=drawing.FAINT, fontsize=9.5, va="center", parse_math=False
     )
-    lines = _sizes(report.get("volumes", {}), "pixels" if result.grid.slice_axis is None else "voxels")
+    count = "pixels" if result.grid.slice_axis is None else "voxels"
+    lines = _sizes(report.get("volumes", {}), count, result.stack.variant.of_annotators)
     for line, (text, colour) in enumerate(lines):
         figure.text(
             1 - EDGE / width, 1 - (0.3 + 0.3 * line) / height, text, color=colour,
@@ -221,8 +225,8 @@ def _how(report: dict[str, Any]) -> str:
     )
 
 
-def _sizes(volumes: dict[str, Any], count: str) -> list[tuple[str, str]]:
-    """The size on which at least half agree, and its range from all experts to any."""
+def _sizes(volumes: dict[str, Any], count: str, of_annotators: bool) -> list[tuple[str, str]]:
+    """The size on which at least half agree, and its range from all experts to any; of an ensemble, its mask's."""
     if not volumes:
         return []
     sizes = () if "unreliable" in volumes else (("ml", "ml"), ("mm2", "mm²"))
@@ -230,6 +234,10 @@ def _sizes(volumes: dict[str, Any], count: str) -> list[tuple[str, str]]:
     every, one, half = (part[unit] for part in (volumes["levels"][-1], volumes["levels"][0], volumes["mask"]))
     if word == "ml" and one < 1:
         every, one, half, word = 1000 * every, 1000 * one, 1000 * half, "mm³"
+    if not of_annotators:
+        return [
+            (f"the ensemble's mask: {_number(half)} {word}" if half else "the ensemble's mask is empty", drawing.INK)
+        ]
     if not half:
         return [("nowhere do half agree", drawing.INK), (f"at least one on {_number(one)} {word}", drawing.FAINT)]
     return [

@@ -13,6 +13,7 @@ import numpy as np
 if TYPE_CHECKING:
     from cdiff.runtime.grid import Grid
     from cdiff.runtime.results import Float32, Stack
+    from cdiff.runtime.variants import Variant
 
 NOTICE = "Research use only. Not a medical device."
 
@@ -20,23 +21,37 @@ NOTICE = "Research use only. Not a medical device."
 def volumes(stack: Stack, grid: Grid) -> dict[str, Any]:
     """Volumes of the slices that were computed, in voxels, and in ml where the header has a spacing in three axes.
 
-    levels: of each level, where its map is at least one half. mask: where the soft map is at least one half. expected: the sum
-    of the soft map, which is the mean over the levels of the expected volume. A 2-D image has areas in mm2 in place of ml.
-    unreliable: there when the header's spacing is the placeholder 1 along every axis, so that only voxels can be trusted.
+    levels: of each level, where its map is at least one half; annotators: the same of each annotator's map, for a model that draws
+    them. mask: where the soft map is at least one half. expected: the sum of the soft map, which is the mean over the maps of the
+    expected volume. A 2-D image has areas in mm2 in place of ml. unreliable: there when the header's spacing is the placeholder 1
+    along every axis, so that only voxels can be trusted.
     """
     unit, size = _voxel(grid)
 
     def measure(voxels: float) -> dict[str, float]:
         return {"voxels": round(voxels, 2), **({unit: round(voxels * size, 6)} if size is not None else {})}
 
+    def each(name: str, maps: Float32) -> list[dict[str, Any]]:
+        inside = np.count_nonzero(maps >= 0.5, axis=(0, 2, 3))
+        return [{name: k, **measure(float(count))} for k, count in enumerate(inside, start=1)]
+
     return {
-        "levels": [
-            {"level": c, **measure(float(np.count_nonzero(stack.levels[:, c - 1] >= 0.5)))}
-            for c in range(1, stack.levels.shape[1] + 1)
-        ],
+        "levels": each("level", stack.levels),
+        **({"annotators": each("annotator", stack.maps)} if stack.variant.told == "annotator" else {}),
         "mask": measure(float(np.count_nonzero(stack.soft >= 0.5))),
         "expected": measure(float(stack.soft.sum(dtype=np.float64))),
         **({"unreliable": f"{unit}: the header's spacing may be a placeholder"} if grid.is_placeholder else {}),
+    }
+
+
+def meaning(variant: Variant) -> dict[str, str]:
+    """What each map is, in a few words."""
+    return {
+        "soft": variant.soft,
+        "levels": variant.levels,
+        "uncertainty": variant.uncertainty,
+        "mask": "soft map at least one half",
+        "network": f"draws {variant.drawn}",
     }
 
 

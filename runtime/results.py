@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import dump_json, sha256, staged
 from cdiff.runtime.grid import Grid
+from cdiff.runtime.variants import CONSENSUS, Variant
 
 Float32 = NDArray[np.float32]
 
@@ -31,18 +33,31 @@ def entropy(soft: Float32) -> Float32:
 class Stack:
     """The maps of the slices that were computed, n of them, in-plane axes as stored.
 
-    levels [n,C,h,w] float32, index c-1 for "at least c annotators". run_std [n,h,w] float32: standard deviation over runs
-    of a run's soft map. runs [n,C,R,h,w] uint8 (255 = 1), when they were kept.
+    maps [n,K,h,w] float32: what the network drew, mean over runs; K and what they are is the variant's. run_std [n,h,w] float32:
+    standard deviation over runs of a run's soft map. runs [n,K,R,h,w] uint8 (255 = 1), when they were kept. annotators is C, K
+    unless given.
     """
 
-    levels: Float32
+    maps: Float32
     run_std: Float32
     runs: NDArray[np.uint8] | None = None
+    variant: Variant = CONSENSUS
+    annotators: int | None = None
 
     @property
     def soft(self) -> Float32:
-        """[n,h,w]: the fraction of annotators, the mean over the levels (the sum of P(at least c) over c, divided by C)."""
-        return np.asarray(self.levels.mean(axis=1, dtype=np.float64), dtype=np.float32)
+        """[n,h,w]: the mean over the maps, a fraction of annotators (from levels: the sum of P(at least c) over c, divided by C)."""
+        return np.asarray(self.maps.mean(axis=1, dtype=np.float64), dtype=np.float32)
+
+    @property
+    def levels(self) -> Float32:
+        """[n,C,h,w]: at index c-1 the map of "at least c annotators", as the variant has it."""
+        return self.variant.to_levels(self.maps, self.annotators or self.maps.shape[1])
+
+    @property
+    def spread(self) -> Float32:
+        """[n,h,w]: how much the runs differ: their standard deviation, or their variance where the variant's paper has that."""
+        return self.run_std**2 if self.variant.spread == "variance" else self.run_std
 
 
 @dataclass(frozen=True)
@@ -72,9 +87,14 @@ class Result:
         return self._on_grid(self.stack.levels)
 
     @property
+    def maps(self) -> Float32:
+        """[*spatial, K] float32: the network's own maps, one a level, one an annotator, or one."""
+        return self._on_grid(self.stack.maps)
+
+    @property
     def uncertainty(self) -> Float32:
-        """[*spatial, 2] float32: entropy of the soft map in bits, standard deviation of the soft map over runs."""
-        return self._on_grid(np.stack([entropy(self.stack.soft), self.stack.run_std], axis=1))
+        """[*spatial, 2] float32: entropy of the soft map in bits; its standard deviation, or variance, over runs."""
+        return self._on_grid(np.stack([entropy(self.stack.soft), self.stack.spread], axis=1))
 
     @property
     def mask(self) -> NDArray[np.uint8]:
@@ -89,20 +109,25 @@ class Result:
 
     def save(self, folder: str | Path, name: str | None = None, *, preview: bool = True) -> dict[str, Any]:
         """Write NAME_soft, _levels, _uncertainty and _mask .nii.gz, NAME_preview.png and, last, NAME.json; return the report.
+        A model that draws each annotator's map adds NAME_annotators.nii.gz.
 
         Each file appears whole or not at all; the report, which holds the others' SHA-256, appears last, so where it is, all
-        are. An older preview is removed when none is asked for. Raises CdiffError when the folder cannot be written.
+        are. A preview or annotators' maps that an older report there lists are removed where this result has none. Raises CdiffError when
+        the folder cannot be written.
         """
         name = name or self.name
         if not name or Path(name).name != name:
             raise CdiffError(f"the name {name!r} cannot begin a file's name; give one without folders")
         started = time.perf_counter()
+        variant = self.stack.variant
         maps: dict[str, tuple[NDArray[Any], str]] = {
-            "soft": (self.soft, "soft map: fraction of annotators"),
-            "levels": (self.levels, "at least c annotators, c last"),
-            "uncertainty": (self.uncertainty, "entropy (bits); std over runs"),
+            "soft": (self.soft, f"soft map: {variant.soft}"),
+            "levels": (self.levels, f"{variant.levels}, c last"),
+            "uncertainty": (self.uncertainty, variant.uncertainty),
             "mask": (self.mask, "mask: soft map at least 0.5"),
         }
+        if variant.told == "annotator":
+            maps["annotators"] = (self.maps, "one map an annotator, last axis")
         with staged(Path(folder)) as stage:
             parts = {f"{name}_{kind}.nii.gz": stage(f"{name}_{kind}.nii.gz") for kind in maps}
             for part, (values, intent) in zip(parts.values(), maps.values(), strict=True):
@@ -112,8 +137,8 @@ class Result:
 
                 parts[f"{name}_preview.png"] = stage(f"{name}_preview.png")
                 write_preview(self, parts[f"{name}_preview.png"], name)
-            else:
-                stage.replaces(f"{name}_preview.png")
+            for file in _written_before(Path(folder) / f"{name}.json", name) - set(parts):
+                stage.replaces(file)
             outputs = {file: {"sha256": sha256(part), "bytes": part.stat().st_size} for file, part in parts.items()}
             timings = {**self.report.get("timings", {}), "write": round(time.perf_counter() - started, 3)}
             report = {**self.report, "timings": timings, "outputs": outputs}
@@ -123,3 +148,12 @@ class Result:
     def with_report(self, report: dict[str, Any]) -> Result:
         """The same maps with a report."""
         return dataclasses.replace(self, report=report)
+
+
+def _written_before(report: Path, name: str) -> set[str]:
+    """Which of the files that not every result has an older report says were written: no other file of such a name is ours."""
+    try:
+        outputs = set(json.loads(report.read_text(encoding="utf-8"))["outputs"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
+    return outputs & {f"{name}_preview.png", f"{name}_annotators.nii.gz"}

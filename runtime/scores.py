@@ -79,17 +79,15 @@ def true_levels(masks: NDArray[np.bool_], levels: int) -> NDArray[np.bool_]:
 
 @dataclass(frozen=True)
 class SliceMaps:
-    """One slice: the model's maps levels [C,H,W], runs [C,R,H,W] (255 = 1), run_std [H,W]; the annotators' masks [n,H,W]."""
+    """One slice: the model's soft map [H,W], levels [C,H,W], runs of its K maps [K,R,H,W] (255 = 1), the masks that they are for the
+    energy distance samples [N,H,W], run_std [H,W]; the annotators' masks [n,H,W]."""
 
+    soft: NDArray[np.float32]
     levels: NDArray[np.float32]
     runs: NDArray[np.uint8]
+    samples: NDArray[np.bool_]
     run_std: NDArray[np.float32]
     masks: NDArray[np.bool_]
-
-    @cached_property
-    def soft(self) -> NDArray[np.float32]:
-        """[H,W]: the mean over levels, as `Stack.soft`."""
-        return np.asarray(self.levels.mean(axis=0, dtype=np.float64), dtype=np.float32)
 
     @cached_property
     def level_masks(self) -> NDArray[np.bool_]:
@@ -118,8 +116,7 @@ def score_slice(maps: SliceMaps, plane_mm: tuple[float, float] | None = None) ->
     plane_mm: millimetres a pixel along H and W, None when unknown.
     """
     truth, region = maps.truth, maps.region
-    samples = (maps.runs >= 128).reshape(-1, *truth.shape)  # 128 of 255: one half, rounded up
-    by_threshold, distance = dice_by_threshold(maps.soft, truth), energy_distance(samples, maps.masks)
+    by_threshold, distance = dice_by_threshold(maps.soft, truth), energy_distance(maps.samples, maps.masks)
     noise = truth * (1 - truth)
     scores = {
         "soft_dice_5": by_threshold[FIVE_OF_NINE].mean(),
@@ -163,6 +160,7 @@ class CaseTally:
         self._voxel_ml: float | None = None
         self._reliability = {region: np.zeros((3, BINS)) for region in REGIONS}
         self._counts: list[int] = []
+        self._samples = 0
         self._curve: list[NDArray[np.float64]] = []
 
     def add(self, stack: Stack, first: int, grid: Grid) -> None:
@@ -174,9 +172,14 @@ class CaseTally:
             raise ValueError("the energy distance needs the maps of every run: segment with keep_runs")
         self._voxel_ml = grid.voxel_ml if grid.measured_spacing else None
         self._counts = run_counts(stack.runs.shape[2])
-        for index in self.slice_ids[(self.slice_ids >= first) & (self.slice_ids < first + len(stack.levels))]:
+        soft, levels = stack.soft, stack.levels
+        for index in self.slice_ids[(self.slice_ids >= first) & (self.slice_ids < first + len(levels))]:
             place = index - first
-            maps = SliceMaps(stack.levels[place], stack.runs[place], stack.run_std[place], self.masks[index])
+            samples = stack.variant.to_samples(stack.runs[place], levels.shape[1])
+            self._samples = len(samples)
+            maps = SliceMaps(
+                soft[place], levels[place], stack.runs[place], samples, stack.run_std[place], self.masks[index]
+            )
             self._slices.append({"slice": int(index)} | score_slice(maps, grid.plane_mm))
             self._voxels += np.count_nonzero([maps.level_masks, maps.consensus], axis=(2, 3))
             self._reliability["whole"] += reliability(maps.soft, maps.truth)
@@ -184,10 +187,11 @@ class CaseTally:
             self._curve.append(soft_dice_by_runs(maps.runs, maps.truth, self.combine, self._counts))
 
     def row(self) -> dict[str, Any]:
-        """In JSON's types: the slices' scores, volumes, sums for the reliability diagram, mean soft Dice by number of runs."""
+        """In JSON's types: the slices' scores, masks for the energy distance, volumes, sums for the reliability diagram, mean soft Dice by number of runs."""
         predicted, true = self._voxels.tolist()
         curve = np.mean(self._curve, axis=0).T.tolist()
         return {
+            "samples": self._samples,
             "volumes": {"voxel_ml": self._voxel_ml, "predicted_voxels": predicted, "true_voxels": true},
             "reliability": {region: table.tolist() for region, table in self._reliability.items()},
             "by_runs": {"runs": self._counts, "soft_dice_5": curve[0], "soft_dice_9": curve[1]},

@@ -24,21 +24,18 @@ from cdiff.runtime.files import sha256
 from cdiff.runtime.framing import Framing, Windows
 from cdiff.runtime.manifest import NAME as MANIFEST
 from cdiff.runtime.manifest import Manifest
-from cdiff.runtime.report import build_report, describe_input, volumes
+from cdiff.runtime.report import build_report, describe_input, meaning, volumes
 from cdiff.runtime.results import Float32, Result, Stack
 from cdiff.runtime.sampler import SamplerTable, sampler_table
 from cdiff.runtime.scan import Scan, ScanInput, parse_slices, read_scan
 from cdiff.runtime.sharing import segment_shared
 from cdiff.runtime.sums import SliceResult
+from cdiff.runtime.variants import Variant
 
 LOG = logging.getLogger("cdiff")
 Combine = Literal["mean", "vote"]
 RUNS = 25
 SAMPLER = "ddpm"
-COMBINE_NOTES = {
-    "mean": "mean over runs, then mean over levels",
-    "vote": "mean over runs, rounded at one half a level, then mean over levels",
-}
 
 
 class Segmenter:
@@ -104,7 +101,8 @@ class Segmenter:
         several channels also a list of paths, one file a modality, in the order of its training.
 
         runs, steps, sampler: 25 runs of ddpm over all T steps unless given; with `fast`, what the bundle states for it.
-        combine: "mean" over runs, or "vote", which rounds each level's mean over runs as the published code does.
+        combine: "mean" over runs, or "vote", which rounds each map's mean over runs as the published code does; only for models
+        that draw several maps of a slice.
         mirror: let the runs see the slice as it is and mirrored, in turn; what the bundle states unless given.
         slices: "A:B", A included and B not; the maps are NaN (the mask 0) elsewhere. A slice's maps do not depend on them.
         slice_axis: axis of the array as stored to cut along, the bundle's unless given. batch: rows a padded batch.
@@ -116,7 +114,12 @@ class Segmenter:
             raise CdiffError(f"combine {combine!r} is not known; use 'mean' or 'vote'")
         if not 0 <= seed < 2**64:
             raise CdiffError(f"seed {seed} is out of range; use a whole number from 0 to 2^64 - 1")
-        manifest = self.manifest
+        manifest, variant = self.manifest, self.manifest.draws
+        if combine == "vote" and not variant.votes:
+            raise CdiffError(
+                f"'vote' rounds each map at one half, and a {variant.name} model draws a single one: the soft map would be the mask; "
+                "use 'mean'"
+            )
         preset = manifest.fast if fast else {}
         runs = self.runs(runs, fast)
         sampler = str(preset.get("sampler", SAMPLER)) if sampler is None else sampler
@@ -135,13 +138,13 @@ class Segmenter:
         windows = framing.frame(self._normalised(read, chosen))
         clock.lap("frame")
 
-        per_window = manifest.levels * runs
+        per_window = manifest.conditions * runs
         batch = rows_per_batch(len(windows) * per_window, self.engine.device, per_window) if batch is None else batch
         finished, batch, spent = self._fitting(
             batch,
             windows,
             table,
-            levels=manifest.levels,
+            levels=manifest.conditions,
             runs=runs,
             seed=seed,
             slice_ids=list(chosen),
@@ -149,17 +152,20 @@ class Segmenter:
             keep_runs=keep_runs,
             progress=progress,
         )
-        levels = np.stack([one.level_means for one in finished])
+        maps = np.stack([one.level_means for one in finished])
         stack = Stack(
-            (levels >= 0.5).astype(np.float32) if combine == "vote" else levels,
+            (maps >= 0.5).astype(np.float32) if combine == "vote" else maps,
             np.stack([one.run_std for one in finished]),
             np.stack([one.runs for one in finished if one.runs is not None]) if keep_runs else None,
+            variant,
+            manifest.levels,
         )
         clock.lap("segment")
         report = build_report(
             {
                 **self._model_report(),
                 **_sampling_report(table, runs, combine, mirror, seed, fast, batch),
+                "combine_note": _combine_note(combine, variant),
                 "framing": {
                     "mode": manifest.framing,
                     "model_size": list(manifest.image_size),
@@ -206,7 +212,9 @@ class Segmenter:
         return {
             "bundle": manifest.name,
             "manifest_sha256": self._manifest_sha256,
+            "variant": manifest.variant,
             "levels": manifest.levels,
+            "maps": meaning(manifest.draws),
             "engine": self.engine.name,
             "engine_version": self.engine.version,
             "device": ",".join(engine.device for engine in self.engines),
@@ -235,12 +243,20 @@ def _sampling_report(
         "steps": len(table),
         "runs": runs,
         "combine": combine,
-        "combine_note": COMBINE_NOTES[combine],
         "mirror": mirror,
         "seed": seed,
         "fast": fast,
         "batch": batch,
     }
+
+
+def _combine_note(combine: str, variant: Variant) -> str:
+    steps = ["mean over runs"]
+    if combine == "vote":
+        steps.append(f"rounded at one half for each {variant.told}")
+    if variant.told:
+        steps.append(f"then mean over {variant.told}s")
+    return ", ".join(steps)
 
 
 def _notes(read: Scan, chosen: range, manifest: Manifest) -> list[str]:

@@ -72,7 +72,7 @@ def summarise(
         "n_cases": len(rows),
         **{name: interval(column(name)) for name in PER_SLICE},
         "ged_samples": {
-            "model": levels * rows[0]["chain"]["runs"],
+            "model": rows[0]["samples"],
             "annotators": sorted({r["annotators"] for r in rows}),
         },
         PER_THRESHOLD: [{"threshold": h, **interval(column(PER_THRESHOLD, i))} for i, h in enumerate(NINE)],

@@ -12,6 +12,7 @@ from typing import Any
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.intensity import Intensity
 from cdiff.runtime.schedule import NoiseSchedule
+from cdiff.runtime.variants import ANNOTATOR, IMPLICIT_ENSEMBLE, variant_called
 
 
 @dataclass(frozen=True)
@@ -20,11 +21,13 @@ class NetworkConfig:
 
     The U-Net's depth i has channel_mult[i] * base_channels channels at 1/2^i of the image size. `rrdbs` is the number of
     residual-in-residual dense blocks in G; 0 makes G one convolution. `attention_depths` are the depths whose residual
-    blocks are each followed by self-attention; the bottleneck always has it. `levels` is C, `T` the number of timesteps.
+    blocks are each followed by self-attention; the bottleneck always has it. `levels` is C, the number of annotators, `T` the
+    number of timesteps. `variant` is what the network learns to draw (`runtime.variants`), and so what z_c tells it.
     """
 
     image_size: int = 256
     image_channels: int = 1
+    variant: str = "consensus"
     levels: int = 4
     T: int = 100
     base_channels: int = 128
@@ -45,6 +48,10 @@ class NetworkConfig:
             raise CdiffError(f"target={self.target!r} is not known; use eps, x0 or v")
         if self.variance not in ("fixed", "learned"):
             raise CdiffError(f"variance={self.variance!r} is not known; use fixed or learned")
+        if variant_called(self.variant) == IMPLICIT_ENSEMBLE and self.rrdbs:
+            raise CdiffError(
+                f"variant={self.variant} concatenates the image and x_t, which is G as one convolution; set rrdbs=0, not {self.rrdbs}"
+            )
         check_size(self.image_size, self, "image_size")
         for name in ("image_channels", "levels", "T", "base_channels", "residual_blocks", "heads", "groups"):
             if getattr(self, name) < 1:
@@ -57,6 +64,11 @@ class NetworkConfig:
                     )
         if any(not 0 <= depth < len(self.channel_mult) for depth in self.attention_depths):
             raise CdiffError(f"attention_depths={self.attention_depths} must lie in 0..{len(self.channel_mult) - 1}")
+
+    @property
+    def conditions(self) -> int:
+        """K, the number of maps of an image: one for each level or annotator, or one."""
+        return variant_called(self.variant).conditions(self.levels)
 
     @property
     def stride(self) -> int:
@@ -91,7 +103,7 @@ class DataConfig:
     the training window under "tile" (0: image_size), drawn within `jitter` pixels of the structure's centre; small windows
     make early steps cheap, and the last `late` share of training takes windows of image_size.
     missing_raters: what happens to a case with fewer masks than C: "skip" it, take its masks "as-is" (levels above its
-    number of masks are then empty), or "error".
+    number of masks are then empty; the other variants learn from the masks there are, and `annotator` cannot), or "error".
     empty_slices: keep slices that no annotator marked.
     """
 
@@ -204,6 +216,11 @@ class Config:
 
     def __post_init__(self) -> None:
         check_size(self.crop, self.network, "crop")
+        if self.network.variant == ANNOTATOR.name and self.data.missing_raters == "as-is":
+            raise CdiffError(
+                "missing_raters=as-is takes the masks there are without knowing whose they are, and variant=annotator must know; "
+                "use skip or error"
+            )
         if self.data.crop and self.data.framing != "tile":
             raise CdiffError("crop needs framing=tile; with framing=resize the window is the whole slice at image_size")
 
@@ -224,9 +241,9 @@ class Config:
         return cls(**sections)
 
     def with_values(self, values: dict[str, Any]) -> Config:
-        """A copy with some keys replaced, each looked up over all sections."""
+        """A copy with some keys replaced, each looked up over all sections. A variant brings what belongs to it, unless given."""
         tree = self.to_json()
-        for key, value in values.items():
+        for key, value in (BROUGHT.get(values.get("variant", ""), {}) | values).items():
             tree[_section_of(key)][key] = value
         return Config.from_json(tree)
 
@@ -239,6 +256,10 @@ class Config:
                 raise CdiffError(f"--set {setting}: write it as key=value")
             values[key] = _parse(key, text)
         return self.with_values(values)
+
+
+BROUGHT: dict[str, dict[str, Any]] = {IMPLICIT_ENSEMBLE.name: {"rrdbs": 0}}
+"""Settings that a variant cannot do without."""
 
 
 def _section_of(key: str) -> str:

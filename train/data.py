@@ -15,7 +15,7 @@ from cdiff.runtime import partition
 from cdiff.runtime.cases import Case, DataSet, find_cases, read_case
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.framing import resize
-from cdiff.train.augment import cut, random_window
+from cdiff.train.augment import Window, cut, random_window
 from cdiff.train.config import Config
 
 BACKGROUND = 0.1  # the share of windows drawn anywhere, so that a network trained on windows has seen plain background
@@ -23,10 +23,14 @@ BACKGROUND = 0.1  # the share of windows drawn anywhere, so that a network train
 
 @dataclass
 class Slices:
-    """The slices of some cases: images float32 [channels, h, w] in [-1, 1], masks uint8 [C, h, w], sizes as they come."""
+    """The slices of some cases: images float32 [channels, h, w] in [-1, 1], masks uint8 [C, h, w], sizes as they come.
+
+    raters: how many of a slice's masks somebody drew; those above are empty, and stand for annotators who are missing.
+    """
 
     images: list[Tensor] = field(default_factory=list)
     masks: list[Tensor] = field(default_factory=list)
+    raters: list[int] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -110,8 +114,9 @@ def _read(cases: list[Case], config: Config, C: int, notes: list[str]) -> Slices
                 continue
         image, masks = read_case(case, config.data.slice_axis, config.network.image_channels)
         image = config.data.intensity.apply(image)
-        if masks.shape[1] < C:
-            missing = np.zeros((len(masks), C - masks.shape[1], *masks.shape[2:]), bool)
+        raters = masks.shape[1]
+        if raters < C:
+            missing = np.zeros((len(masks), C - raters, *masks.shape[2:]), bool)
             masks = np.concatenate([masks, missing], axis=1)
         if config.data.framing == "resize":
             image, masks = _resized(image, masks, config.network.image_size)
@@ -119,6 +124,7 @@ def _read(cases: list[Case], config: Config, C: int, notes: list[str]) -> Slices
             if config.data.empty_slices or drawn.any():
                 out.images.append(torch.from_numpy(np.ascontiguousarray(picture)))
                 out.masks.append(torch.from_numpy(np.ascontiguousarray(drawn, dtype=np.uint8)))
+                out.raters.append(raters)
                 out.names.append(case.name)
     return out
 
@@ -133,25 +139,33 @@ def _resized(
 
 @dataclass(frozen=True)
 class Batch:
-    """image [B, channels, n, n] float32 and votes [B, 1, n, n] uint8: how many annotators drew each pixel."""
+    """image [B, channels, n, n] float32, masks [B, C, n, n] bool, and raters int64 [B], how many of the masks somebody drew."""
 
     image: Tensor
-    votes: Tensor
+    masks: Tensor
+    raters: Tensor
+
+    @property
+    def votes(self) -> Tensor:
+        """How many annotators drew each pixel: uint8 [B, 1, n, n]."""
+        return self.masks.sum(dim=1, keepdim=True, dtype=torch.uint8)
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on another device."""
+        return Batch(self.image.to(device), self.masks.to(device), self.raters.to(device))
 
 
 def training_batch(slices: Slices, config: Config, step: int, batch: int, size: int) -> Batch:
     """The batch of `batch` windows of `size` pixels at `step`: a function of (seed, step) alone; an epoch sees each slice once."""
     seed, n = config.training.seed, len(slices)
     rng = np.random.default_rng((seed, 1, step))
-    pictures, votes = [], []
+    chosen, windows = [], []
     for position in range(step * batch, (step + 1) * batch):
         epoch, offset = divmod(position, n)
         i = int(np.random.default_rng((seed, 0, epoch)).permutation(n)[offset])
-        window = random_window(size, _centre(slices, i, size, config, rng), rng, config.training.augment)
-        picture, drawn = cut(slices.images[i], slices.masks[i], window)
-        pictures.append(picture)
-        votes.append(drawn.sum(dim=0, keepdim=True, dtype=torch.uint8))
-    return Batch(torch.stack(pictures), torch.stack(votes))
+        chosen.append(i)
+        windows.append(random_window(size, _centre(slices, i, size, config, rng), rng, config.training.augment))
+    return _batch(slices, chosen, windows)
 
 
 def _centre(slices: Slices, i: int, size: int, config: Config, rng: np.random.Generator) -> tuple[float, float]:
@@ -170,11 +184,14 @@ def _centre(slices: Slices, i: int, size: int, config: Config, rng: np.random.Ge
 
 def centre_windows(slices: Slices, chosen: list[int], size: int) -> Batch:
     """The central windows of some slices, plain: what validation samples. No mask is looked at to place them."""
-    pictures, votes = [], []
+    windows = []
     for i in chosen:
         h, w = slices.images[i].shape[-2:]
-        window = random_window(size, (h / 2, w / 2), np.random.default_rng(0), augment=False)
-        picture, drawn = cut(slices.images[i], slices.masks[i], window)
-        pictures.append(picture)
-        votes.append(drawn.sum(dim=0, keepdim=True, dtype=torch.uint8))
-    return Batch(torch.stack(pictures), torch.stack(votes))
+        windows.append(random_window(size, (h / 2, w / 2), np.random.default_rng(0), augment=False))
+    return _batch(slices, chosen, windows)
+
+
+def _batch(slices: Slices, chosen: list[int], windows: list[Window]) -> Batch:
+    cuts = [cut(slices.images[i], slices.masks[i], window) for i, window in zip(chosen, windows, strict=True)]
+    raters = torch.tensor([slices.raters[i] for i in chosen])
+    return Batch(torch.stack([image for image, _ in cuts]), torch.stack([masks for _, masks in cuts]), raters)

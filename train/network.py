@@ -131,7 +131,8 @@ class Stage(nn.Module):
 class Denoiser(nn.Module):
     """D(E(F(x_t) + features, z), z) with z = z_t + z_c.
 
-    forward: x [B, 1, H, W], features [B, L, H, W] (one a row), t int64 [B] in 1..T, level int64 [B] in 1..C.
+    forward: x [B, 1, H, W], features [B, L, H, W] (one a row), t int64 [B] in 1..T, level int64 [B] in 1..K: the level of
+    agreement, or what else the variant tells the network.
     Returns [B, 1, H, W], the target's prediction; with learned variance [B, 2, H, W], the second channel being v in [-1, 1]
     that interpolates the log variance (Nichol & Dhariwal 2021, eq. 15).
     """
@@ -140,7 +141,7 @@ class Denoiser(nn.Module):
         super().__init__()
         width, embedding = config.base_channels, 4 * config.base_channels
         self.time_table = nn.Embedding(config.T, embedding)
-        self.level_table = nn.Embedding(config.levels, embedding)
+        self.level_table = nn.Embedding(config.conditions, embedding)
         with torch.no_grad():
             self.time_table.weight.copy_(_sinusoids(config.T, embedding))
         self.first = nn.Conv2d(1, width, 3, padding=1)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from cdiff.runtime.metrics import FIVE, soft_dice
 from cdiff.runtime.sampler import sampler_table
+from cdiff.runtime.variants import CONSENSUS
 from cdiff.train.data import Batch
 from cdiff.train.diffusion import Diffusion
 from cdiff.train.network import ConsensusNet
@@ -19,17 +20,17 @@ ROWS = 64  # rows a network call; bounds the memory
 def sample_soft_maps(
     network: ConsensusNet, diffusion: Diffusion, image: Tensor, *, steps: int, runs: int, seed: int
 ) -> Tensor:
-    """image [B, channels, H, W] -> soft maps [B, H, W] in 0..1: the mean over levels and runs, by DDIM over `steps` steps."""
-    C = network.config.levels
+    """image [B, channels, H, W] -> soft maps [B, H, W] in 0..1: the mean over maps and runs, by DDIM over `steps` steps."""
+    K = network.config.conditions
     table = sampler_table("ddim", diffusion.schedule, min(steps, diffusion.schedule.T))
     generator = torch.Generator().manual_seed(seed)
     total = torch.zeros(len(image), *image.shape[-2:])
-    per_slice = C * runs
+    per_slice = K * runs
     chunk = max(1, ROWS // per_slice)
     for start in range(0, len(image), chunk):
         part = image[start : start + chunk]
         features = network.encoder(part).repeat_interleave(per_slice, 0)
-        level = torch.arange(1, C + 1, device=image.device).repeat(len(part) * runs)
+        level = torch.arange(1, K + 1, device=image.device).repeat(len(part) * runs)
         x = torch.randn(len(level), 1, *image.shape[-2:], generator=generator).to(image.device)
         for t, a, b in zip(table.t, table.a, table.b, strict=True):
             when = torch.full_like(level, int(t))
@@ -45,5 +46,7 @@ def score(network: ConsensusNet, diffusion: Diffusion, batch: Batch, *, steps: i
     soft = sample_soft_maps(network, diffusion, batch.image, steps=steps, runs=runs, seed=seed)
     if not torch.isfinite(soft).all():
         return float("nan")
-    truth = batch.votes[:, 0].cpu().float() / network.config.levels
+    # A consensus model counts annotators, and one who is missing agrees to nothing; the others learn shares of those there are.
+    counted = network.config.levels if network.config.variant == CONSENSUS.name else batch.raters.cpu()[:, None, None]
+    truth = batch.votes[:, 0].cpu().float() / counted
     return float(np.mean([soft_dice(s, m, FIVE) for s, m in zip(soft.numpy(), truth.numpy(), strict=True)]))

@@ -34,7 +34,9 @@ class KnownMaps:
         (self.bundle_folder / "manifest.json").write_text(f"{self.levels} {self.shift}")
         self.bundle = SimpleNamespace(path=self.bundle_folder)
         self.engine = SimpleNamespace(name="known", device="cpu")
-        self.manifest = SimpleNamespace(name="known", levels=self.levels, slice_axis=2, image_channels=1)
+        self.manifest = SimpleNamespace(
+            name="known", variant="consensus", levels=self.levels, slice_axis=2, image_channels=1
+        )
 
     def segment(self, scan: Path, *, slices: slice, keep_runs: bool, progress: Any, **chain: Any) -> Any:
         if self.stop_after is not None and len(self.asked) >= self.stop_after:

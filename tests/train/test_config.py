@@ -51,5 +51,5 @@ def test_bad_settings_are_one_clear_line(setting: str, says: str) -> None:
 
 
 def test_unknown_preset_names_the_known_ones() -> None:
-    with pytest.raises(CdiffError, match="paper, small, lidc, tiny"):
+    with pytest.raises(CdiffError, match="paper, implicit-ensemble, small, lidc, tiny"):
         preset("big")

@@ -16,7 +16,8 @@ from cdiff.train.config import Config
 from cdiff.train.data import read_data
 from cdiff.train.log import read_log
 from cdiff.train.presets import preset
-from cdiff.train.trainer import Run, train
+from cdiff.train.run import Run
+from cdiff.train.trainer import train
 
 
 def weights(run: Path, name: str = "model") -> dict[str, torch.Tensor]:
@@ -119,7 +120,7 @@ def test_a_dry_run_writes_nothing(tiny_data: Path, tmp_path: Path) -> None:
 def test_a_loss_that_is_not_finite_stops_the_run(tiny_data: Path, tmp_path: Path) -> None:
     run = Run(preset("tiny"), read_data(tiny_data, preset("tiny")), torch.device("cpu"), tmp_path)
     with torch.no_grad():
-        run.network.denoiser.last.bias.fill_(float("nan"))  # type: ignore[union-attr]
+        run.learner.network.denoiser.last.bias.fill_(float("nan"))  # type: ignore[union-attr]
     with pytest.raises(CdiffError, match="the loss became nan at step 1; lower lr"):
         run.step(0)
 

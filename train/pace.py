@@ -1,0 +1,34 @@
+"""How a run proceeds: how much of it is over, and the windows, batch and learning rate that follow from that."""
+
+from __future__ import annotations
+
+import math
+
+from cdiff.train.config import Config
+
+
+def progress(config: Config, done: int, seconds: float) -> float:
+    """How much of the run is over after `done` steps, 0..1: by steps, or by the clock when `minutes` is set."""
+    settings = config.training
+    share = done / settings.steps
+    return max(share, seconds / (60 * settings.minutes)) if settings.minutes else share
+
+
+def window_size(config: Config, progress: float) -> int:
+    """The side of a step's windows, pixels: `crop`, then image_size for the last `late` share of the run."""
+    late = progress >= 1 - config.data.late
+    return config.network.image_size if late else config.crop
+
+
+def batch_size(config: Config, window: int) -> int:
+    """Images a step, when its windows have `window` pixels."""
+    settings = config.training
+    return settings.late_batch or settings.batch if window == config.network.image_size else settings.batch
+
+
+def learning_rate(config: Config, done: int, progress: float) -> float:
+    """AdamW's learning rate for the step after `done`: linear warm-up, then level or a half cosine to 0."""
+    settings = config.training
+    warm = min(1.0, (done + 1) / max(1, settings.warmup))
+    decay = 0.5 * (1 + math.cos(math.pi * min(1.0, progress))) if settings.decay == "cosine" else 1.0
+    return settings.lr * warm * decay

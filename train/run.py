@@ -1,0 +1,171 @@
+"""A training run: steps, validation by sampling, checkpoints, and exact resume after a kill (design, promise 5)."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.files import atomic_path
+from cdiff.train import pace
+from cdiff.train.checkpoint import checkpoint_folder, checkpoint_name, read_json, save_checkpoint
+from cdiff.train.config import Config
+from cdiff.train.data import Batch, Data, centre_windows, training_batch
+from cdiff.train.interrupt import Interrupt
+from cdiff.train.learner import Learner
+from cdiff.train.log import Log
+from cdiff.train.machine import describe_machine
+from cdiff.train.validate import score
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended: the step it reached, its last loss, the best validation score (None before the first) and seconds of training."""
+
+    step: int
+    loss: float
+    best: float | None
+    seconds: float
+    out: Path
+    parameters: int
+    data: dict[str, Any]
+    interrupted: bool = False
+
+
+class Run:
+    """The state of a training run: what learns, how far it is, its best score."""
+
+    def __init__(self, config: Config, data: Data, device: torch.device, out: Path) -> None:
+        self.config, self.data, self.out = config, data, out
+        self.learner = Learner(config, device)
+        self.done, self.seconds, self.best = 0, 0.0, -math.inf
+        self.best_window = 0
+        marked = [i for i, masks in enumerate(data.val.masks) if masks.any()]
+        count = min(config.training.val_slices, len(marked))
+        self.val_chosen = [marked[i] for i in np.linspace(0, len(marked) - 1, count).round().astype(int)]
+        if not self.val_chosen:
+            raise CdiffError("no validation slice has anything drawn on it; validation would score nothing")
+        self.val_batches: dict[int, Batch] = {}
+
+    def progress(self) -> float:
+        return pace.progress(self.config, self.done, self.seconds)
+
+    def window(self) -> int:
+        return pace.window_size(self.config, self.progress())
+
+    def lr(self) -> float:
+        return pace.learning_rate(self.config, self.done, self.progress())
+
+    def step(self, k: int) -> tuple[float, float]:
+        """Step k (from 0): the loss and the gradient's norm before clipping. Raises CdiffError when the loss is not finite."""
+        window = self.window()
+        batch = training_batch(self.data.train, self.config, k, pace.batch_size(self.config, window), window)
+        return self.learner.step(k, batch, self.lr())
+
+    def validate(self) -> float:
+        """Soft Dice of the averaged weights on central windows of the size that training sees now."""
+        settings, window = self.config.training, self.window()
+        if window not in self.val_batches:
+            batch = centre_windows(self.data.val, self.val_chosen, window)
+            self.val_batches[window] = batch.to(self.learner.device)
+        return score(
+            self.learner.averaged(),
+            self.learner.diffusion,
+            self.val_batches[window],
+            steps=settings.val_steps,
+            runs=settings.val_runs,
+            seed=settings.seed,
+        )
+
+    def loop(self, max_steps: int | None, console: Console, quiet: bool) -> TrainResult:
+        """Steps until the end, an interrupt, or `max_steps`; saves as it goes. Returns how it ended."""
+        settings = self.config.training
+        end = min(settings.steps, max_steps or settings.steps)
+        loss, saved = math.nan, time.monotonic()
+        if not (self.out / "samples.npz").exists():
+            self._save_samples()
+        with Interrupt() as interrupt, Log(self.out, console, self.done, settings.steps, quiet) as log:
+            while self.done < end and self.progress() < 1 and not interrupt.asked:
+                began = time.monotonic()
+                loss, norm = self.step(self.done)
+                self.done += 1
+                self.seconds += time.monotonic() - began
+                log.step(self.done, settings.steps)
+                finished = self.done == settings.steps or self.progress() >= 1
+                row: dict[str, Any] = {"step": self.done, "seconds": round(self.seconds, 1)}
+                row |= {"loss": loss, "lr": self.lr(), "grad_norm": norm, "window": self.window()}
+                if self.done % settings.val_every == 0 or finished:
+                    began = time.monotonic()
+                    row["val_soft_dice_5"] = value = self.validate()
+                    self.seconds += time.monotonic() - began
+                    log.row(row)
+                    self._save(value)
+                    saved = time.monotonic()
+                elif self.done % settings.log_every == 0:
+                    log.row(row)
+                if time.monotonic() - saved > settings.save_every_s:
+                    self._save(None)
+                    saved = time.monotonic()
+            if not self._is_saved():
+                self._save(None)
+        return self.result(loss, interrupt.asked)
+
+    def result(self, loss: float, interrupted: bool = False) -> TrainResult:
+        best = self.best if math.isfinite(self.best) else None
+        parameters = self.learner.parameters
+        return TrainResult(self.done, loss, best, self.seconds, self.out, parameters, self.data.summary, interrupted)
+
+    def restore(self) -> None:
+        """Take up the last checkpoint; a run that was killed before its first starts from step 0."""
+        folder = checkpoint_folder(self.out, "last")
+        if folder is None:
+            return
+        info = read_json(folder / "checkpoint.json")
+        self.learner.restore(folder)
+        self.done, self.seconds, self.best_window = int(info["step"]), float(info["seconds"]), int(info["best_window"])
+        self.best = -math.inf if info["best"] is None else float(info["best"])
+
+    def _save(self, value: float | None) -> None:
+        """Write a checkpoint. Scores of small windows and of whole ones do not compare: the best starts anew with the larger."""
+        window = self.window()
+        is_best = value is not None and math.isfinite(value) and (window != self.best_window or value > self.best)
+        if is_best and value is not None:
+            self.best, self.best_window = value, window
+        info = {
+            "step": self.done,
+            "seconds": self.seconds,
+            "best": self.best if math.isfinite(self.best) else None,
+            "best_window": self.best_window,
+            "is_best": is_best,
+            "val_soft_dice_5": value,
+            "val_protocol": {
+                "sampler": "ddim",
+                "steps": self.config.training.val_steps,
+                "runs": self.config.training.val_runs,
+                "slices": len(self.val_chosen),
+                "window": window,
+            },
+            "parameters": self.learner.parameters,
+            "precision": self.learner.precision,
+            "data": self.data.summary,
+            "machine": describe_machine(self.learner.device),
+        }
+        network, ema = self.learner.weights()
+        save_checkpoint(self.out, network=network, ema=ema, optimiser=self.learner.state(), info=info)
+
+    def _is_saved(self) -> bool:
+        folder = checkpoint_folder(self.out, "last")
+        return folder is not None and folder.name == checkpoint_name(self.done)
+
+    def _save_samples(self) -> None:
+        """A few validation slices as the network sees them, for checking exported graphs on real input."""
+        batch = centre_windows(self.data.val, self.val_chosen[:4], self.config.network.image_size)
+        with atomic_path(self.out / "samples.npz") as temporary, temporary.open("wb") as file:
+            np.savez_compressed(file, images=batch.image.numpy(), votes=batch.votes.numpy())

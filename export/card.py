@@ -10,6 +10,7 @@ from typing import Any
 
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.manifest import Manifest
+from cdiff.runtime.schedule import NoiseSchedule
 from cdiff.train.config import Config
 from cdiff.train.presets import PRESETS
 
@@ -98,13 +99,10 @@ def render(card: Card, manifest: Manifest, config: Config) -> str:
                 "task": manifest.task,
                 "consensus levels": f"{manifest.levels} (at least 1 to {manifest.levels} annotators)",
                 "input": f"{height_width} pixels, {manifest.image_channels} channel(s), {manifest.framing}",
-                "normalisation": "percentiles {lower} and {upper} of each {scope} to -1 and 1".format(
-                    **manifest.intensity
-                ),
+                "normalisation": manifest.normalisation.describe(),
                 "network": f"{training.get('parameters', 0) / 1e6:.2f} M parameters, predicts {manifest.target}, "
                 f"variance {manifest.variance}",
-                "diffusion": "T = {T}, {kind} schedule, beta {beta_start:g} to {beta_end:g}".format(**manifest.schedule)
-                + (" times 1000/T" if manifest.schedule.get("scaled") else ""),
+                "diffusion": _schedule_line(manifest.noise_schedule),
                 "graphs": f"ONNX opset {manifest.opset}, {manifest.precision}",
             }
         ),
@@ -122,6 +120,13 @@ def render(card: Card, manifest: Manifest, config: Config) -> str:
         "## Citation\n\n" + "\n".join(f"- {line}" for line in manifest.citation),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _schedule_line(schedule: NoiseSchedule) -> str:
+    if schedule.kind == "cosine":
+        return f"T = {schedule.T}, cosine schedule"
+    scale = " times 1000/T" if schedule.scaled else ""
+    return f"T = {schedule.T}, linear schedule, beta {schedule.beta_start:g} to {schedule.beta_end:g}{scale}"
 
 
 def _data_line(training: dict[str, Any]) -> str:

@@ -21,6 +21,11 @@ class NetworkConfig:
     The U-Net's depth i has channel_mult[i] * base_channels channels at 1/2^i of the image size. `rrdbs` is the number of
     residual-in-residual dense blocks in G; 0 makes G one convolution. `attention_depths` are the depths whose residual
     blocks are each followed by self-attention; the bottleneck always has it. `levels` is C, `T` the number of timesteps.
+
+    What the published code can be told besides, and an imported checkpoint may need: `heads_up`, other heads on the way up (0:
+    `heads`); `head_channels`, channels a head, which then decides their number (0: `heads` does); embedding "scale-shift"
+    multiplies and shifts the normalised features by z instead of adding it to them (Nichol & Dhariwal 2021, section 2.1);
+    resample "block" halves and doubles the size inside a residual block instead of by a convolution (Dhariwal & Nichol 2021).
     """
 
     image_size: int = 256
@@ -32,11 +37,15 @@ class NetworkConfig:
     residual_blocks: int = 3
     attention_depths: tuple[int, ...] = (4, 5)
     heads: int = 4
+    heads_up: int = 0
+    head_channels: int = 0
     groups: int = 32
     rrdbs: int = 8
     rrdb_channels: int = 64
     rrdb_growth: int = 32
     dropout: float = 0.0
+    embedding: str = "add"
+    resample: str = "convolution"
     target: str = "eps"
     variance: str = "fixed"
 
@@ -45,18 +54,32 @@ class NetworkConfig:
             raise CdiffError(f"target={self.target!r} is not known; use eps, x0 or v")
         if self.variance not in ("fixed", "learned"):
             raise CdiffError(f"variance={self.variance!r} is not known; use fixed or learned")
+        if self.embedding not in ("add", "scale-shift"):
+            raise CdiffError(f"embedding={self.embedding!r} is not known; use add or scale-shift")
+        if self.resample not in ("convolution", "block"):
+            raise CdiffError(f"resample={self.resample!r} is not known; use convolution or block")
         check_size(self.image_size, self, "image_size")
         for name in ("image_channels", "levels", "T", "base_channels", "residual_blocks", "heads", "groups"):
             if getattr(self, name) < 1:
                 raise CdiffError(f"{name}={getattr(self, name)} must be at least 1")
-        for mult in self.channel_mult:
-            for divisor, name in ((self.groups, "groups"), (self.heads, "heads")):
-                if (self.base_channels * mult) % divisor:
+        for name in ("heads_up", "head_channels"):
+            if getattr(self, name) < 0:
+                raise CdiffError(f"{name}={getattr(self, name)} must be at least 0")
+        attending = {*self.attention_depths, len(self.channel_mult) - 1}
+        for depth, mult in enumerate(self.channel_mult):
+            for name in ("groups", *(self._head_settings if depth in attending else ())):
+                divisor = getattr(self, name)
+                if divisor and (self.base_channels * mult) % divisor:
                     raise CdiffError(
                         f"{name}={divisor} must divide base_channels * channel_mult = {self.base_channels * mult}"
                     )
         if any(not 0 <= depth < len(self.channel_mult) for depth in self.attention_depths):
             raise CdiffError(f"attention_depths={self.attention_depths} must lie in 0..{len(self.channel_mult) - 1}")
+
+    @property
+    def _head_settings(self) -> tuple[str, ...]:
+        """The settings that decide how many heads an attention has."""
+        return ("head_channels",) if self.head_channels else ("heads", "heads_up")
 
     @property
     def stride(self) -> int:
@@ -74,8 +97,9 @@ def check_size(size: int, network: NetworkConfig, name: str) -> None:
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """The noise schedule's ends; see NoiseSchedule for what `scaled` is about."""
+    """The noise schedule, "linear" or "cosine", and the linear one's ends; see NoiseSchedule for what `scaled` is about."""
 
+    schedule: str = "linear"
     beta_start: float = 1e-4
     beta_end: float = 2e-2
     scaled: bool = True
@@ -103,6 +127,9 @@ class DataConfig:
     intensity_scope: str = "slice"
     intensity_lower: float = 0.5
     intensity_upper: float = 99.5
+    intensity_method: str = "percentile"
+    intensity_mean: tuple[float, ...] = ()
+    intensity_std: tuple[float, ...] = ()
     missing_raters: str = "skip"
     empty_slices: bool = True
     val_fraction: float = 0.1
@@ -117,7 +144,14 @@ class DataConfig:
 
     @property
     def intensity(self) -> Intensity:
-        return Intensity(self.intensity_scope, self.intensity_lower, self.intensity_upper)
+        return Intensity(
+            self.intensity_scope,
+            self.intensity_lower,
+            self.intensity_upper,
+            self.intensity_method,
+            self.intensity_mean,
+            self.intensity_std,
+        )
 
 
 @dataclass(frozen=True)
@@ -192,7 +226,8 @@ class Config:
 
     @property
     def schedule(self) -> NoiseSchedule:
-        return NoiseSchedule(self.network.T, self.diffusion.beta_start, self.diffusion.beta_end, self.diffusion.scaled)
+        noise = self.diffusion
+        return NoiseSchedule(self.network.T, noise.beta_start, noise.beta_end, noise.scaled, noise.schedule)
 
     @property
     def crop(self) -> int:
@@ -254,7 +289,8 @@ def _parse(key: str, text: str) -> Any:
     except json.JSONDecodeError:
         value = text
     if isinstance(kind, types.GenericAlias) and isinstance(value, list):
-        if all(isinstance(item, int) for item in value):
+        allowed = (int, float) if typing.get_args(kind)[0] is float else (int,)
+        if all(type(item) in allowed for item in value):
             return tuple(value)
     elif (kind is float and isinstance(value, int | float) and not isinstance(value, bool)) or type(value) is kind:
         return value

@@ -22,6 +22,7 @@ OPTIONS = {
         *("--task", "--sampler", "--fast", "--levels", "--seed", "--engine", "--device", "-q"),
     ],
     "train": ["--data", "--preset", "--out", "--set", "--resume", "--max-steps", "--dry-run"],
+    "import": ["CHECKPOINT", "--out", "--args", "--from", "--option", "--images", "--mean", "--std", "--image-size"],
     "export": ["RUN", "--out", "--fp16"],
     "info": ["BUNDLE", "--json"],
     "doctor": [],

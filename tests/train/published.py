@@ -64,15 +64,19 @@ def uniform(key: str, shape: tuple[int, ...]) -> Float32:
 
 
 def weight(name: str, shape: tuple[int, ...]) -> Float32:
-    """A tensor of unit gain: no layer is zero, as fresh ones are, and activations neither grow nor fade."""
+    """A tensor that matters (fresh networks have layers of zeros) and is as well conditioned as a trained one's.
+
+    Residual branches are half as strong as what they are added to: with equal strengths float32 alone, theirs as ours, is 3e-5
+    from float64, and nothing could be compared to 1e-5.
+    """
     numbers = uniform(name, shape)
     if name.endswith("bias"):
         return np.float32(0.1) * numbers
     if len(shape) == 1:  # a normalisation's scale
         return 1 + np.float32(0.2) * numbers
     fan_in = 1 if name.startswith("label_emb") else math.prod(shape[1:])
-    # Larger queries and keys, so that an attention whose heads are mixed up is plainly another one.
-    gain = 2.0 if "qkv" in name else 1.0
+    branch = any(part in name for part in ("out_layers.3", "proj_out", "in_layers.2"))
+    gain = 0.5 if branch else 1.0
     return np.float32(gain * math.sqrt(3 / fan_in)) * numbers
 
 

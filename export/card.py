@@ -107,7 +107,8 @@ def render(card: Card, manifest: Manifest, config: Config) -> str:
             }
         ),
         "## Data\n\n" + _paragraphs(card.data or _data_line(training), *card.credit),
-        f"## Training\n\n```\n{training_command(config)}\n```\n\n" + _table(_training_rows(training)),
+        f"## Training\n\n{_origin_line(training)}```\n{training_command(config)}\n```\n\n"
+        + _table(_training_rows(training)),
         "## Scores\n\n" + (_table(_flat_scores(manifest.scores)) if manifest.scores else "Not scored yet."),
         "## Exported graphs against PyTorch\n\n" + _table(_verification_rows(manifest.verification)),
         "## Intended use\n\n"
@@ -140,6 +141,17 @@ def _data_line(training: dict[str, Any]) -> str:
     )
 
 
+def _origin_line(training: dict[str, Any]) -> str:
+    """Where imported weights are from; the command below it then trains such a network here. Empty for a run of ours."""
+    origin = training.get("imported")
+    if not origin:
+        return ""
+    return (
+        f"Trained by https://github.com/{origin['repository']} ({origin['variant']}) and imported from {origin['file']}, sha256 "
+        f"{origin['sha256']}. The same network is trained here by\n\n"
+    )
+
+
 def _training_rows(training: dict[str, Any]) -> dict[str, str]:
     machine = training.get("machine", {})
     hardware = machine.get("device", "")
@@ -147,7 +159,7 @@ def _training_rows(training: dict[str, Any]) -> dict[str, str]:
         hardware = f"{machine.get('threads')} threads of {machine.get('cpu')}"
     rows = {
         "steps": training.get("step"),
-        "time": _duration(training["seconds"]) if "seconds" in training else None,
+        "time": _duration(training["seconds"]) if training.get("seconds") else None,
         "hardware": hardware,
         "precision": training.get("precision"),
         "PyTorch": machine.get("torch"),

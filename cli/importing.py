@@ -46,7 +46,8 @@ def import_(
         Source | None,
         typer.Option(
             "--from",
-            help="Which code: Annotator-Consensus-Prediction or Diffusion-based-Segmentation.",
+            metavar="CODE",
+            help="consensus (Amit et al. 2023) or implicit-ensemble (Wolleb et al. 2022).",
             show_default="told by the tensors",
         ),
     ] = None,
@@ -94,7 +95,7 @@ def import_(
 
     Example:
 
-    cdiff import ema_val_0.8_0.9999_035000.pt --out runs/kidney --images data/kidney/train
+    cdiff import logs/ema.pt --out runs/kidney --images data/kidney/train
     cdiff export runs/kidney --out bundles/kidney
     """
     with needs("train", "importing"):

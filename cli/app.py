@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 import cdiff
-from cdiff.cli import benchmark, data, doctor, evaluate, export, info, segment, train
+from cdiff.cli import benchmark, data, doctor, evaluate, export, importing, info, segment, train
 from cdiff.cli.console import INTERRUPTED, USER_ERROR, fail
 from cdiff.runtime.errors import CdiffError
 
@@ -65,6 +65,7 @@ app.command("evaluate", rich_help_panel="Use a model")(evaluate.evaluate)
 app.command("info", rich_help_panel="Use a model")(info.info)
 app.add_typer(data.app, name="data", rich_help_panel="Make a model")
 app.command("train", rich_help_panel="Make a model")(train.train)
+app.command("import", rich_help_panel="Make a model")(importing.import_)
 app.command("export", rich_help_panel="Make a model")(export.export)
 app.command("doctor", rich_help_panel="This machine")(doctor.doctor)
 app.command("benchmark", rich_help_panel="This machine")(benchmark.benchmark)

@@ -10,6 +10,7 @@ from typing import Any
 
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.manifest import Manifest
+from cdiff.runtime.schedule import NoiseSchedule
 from cdiff.train.config import Config
 from cdiff.train.presets import PRESETS
 
@@ -101,18 +102,16 @@ def render(card: Card, manifest: Manifest, config: Config) -> str:
                 "levels": f"{manifest.draws.levels}, c = 1 to {manifest.levels}",
                 "uncertainty": manifest.draws.uncertainty,
                 "input": f"{height_width} pixels, {manifest.image_channels} channel(s), {manifest.framing}",
-                "normalisation": "percentiles {lower} and {upper} of each {scope} to -1 and 1".format(
-                    **manifest.intensity
-                ),
+                "normalisation": manifest.normalisation.describe(),
                 "network": f"{training.get('parameters', 0) / 1e6:.2f} M parameters, predicts {manifest.target}, "
                 f"variance {manifest.variance}",
-                "diffusion": "T = {T}, {kind} schedule, beta {beta_start:g} to {beta_end:g}".format(**manifest.schedule)
-                + (" times 1000/T" if manifest.schedule.get("scaled") else ""),
+                "diffusion": _schedule_line(manifest.noise_schedule),
                 "graphs": f"ONNX opset {manifest.opset}, {manifest.precision}",
             }
         ),
         "## Data\n\n" + _paragraphs(card.data or _data_line(training), *card.credit),
-        f"## Training\n\n```\n{training_command(config)}\n```\n\n" + _table(_training_rows(training)),
+        f"## Training\n\n{_origin_line(training)}```\n{training_command(config)}\n```\n\n"
+        + _table(_training_rows(training)),
         "## Scores\n\n" + (_table(_flat_scores(manifest.scores)) if manifest.scores else "Not scored yet."),
         "## Exported graphs against PyTorch\n\n" + _table(_verification_rows(manifest.verification)),
         "## Intended use\n\n"
@@ -127,6 +126,13 @@ def render(card: Card, manifest: Manifest, config: Config) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _schedule_line(schedule: NoiseSchedule) -> str:
+    if schedule.kind == "cosine":
+        return f"T = {schedule.T}, cosine schedule"
+    scale = " times 1000/T" if schedule.scaled else ""
+    return f"T = {schedule.T}, linear schedule, beta {schedule.beta_start:g} to {schedule.beta_end:g}{scale}"
+
+
 def _data_line(training: dict[str, Any]) -> str:
     data = training.get("data", {})
     if not {"train", "val"} <= set(data):
@@ -138,6 +144,17 @@ def _data_line(training: dict[str, Any]) -> str:
     )
 
 
+def _origin_line(training: dict[str, Any]) -> str:
+    """Where imported weights are from; the command below it then trains such a network here. Empty for a run of ours."""
+    origin = training.get("imported")
+    if not origin:
+        return ""
+    return (
+        f"Trained by https://github.com/{origin['repository']} ({origin['variant']}) and imported from {origin['file']}, sha256 "
+        f"{origin['sha256']}. The same network is trained here by\n\n"
+    )
+
+
 def _training_rows(training: dict[str, Any]) -> dict[str, str]:
     machine = training.get("machine", {})
     hardware = machine.get("device", "")
@@ -145,7 +162,7 @@ def _training_rows(training: dict[str, Any]) -> dict[str, str]:
         hardware = f"{machine.get('threads')} threads of {machine.get('cpu')}"
     rows = {
         "steps": training.get("step"),
-        "time": _duration(training["seconds"]) if "seconds" in training else None,
+        "time": _duration(training["seconds"]) if training.get("seconds") else None,
         "hardware": hardware,
         "precision": training.get("precision"),
         "PyTorch": machine.get("torch"),

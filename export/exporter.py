@@ -105,7 +105,9 @@ def _manifest(loaded: LoadedRun, card: Card, name: str, folder: Path, fp16: bool
     opset = next(o.version for o in onnx.load(folder / DENOISER).opset_import if not o.domain)
     settings = config.training
     training: dict[str, Any] = {
-        key: info[key] for key in ("step", "seconds", "parameters", "precision", "data", "machine") if key in info
+        key: info[key]
+        for key in ("step", "seconds", "parameters", "precision", "data", "machine", "imported")
+        if key in info
     }
     training |= {
         key: getattr(settings, key) for key in ("batch", "rows_per_image", "lr", "weight_decay", "ema", "seed")

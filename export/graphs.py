@@ -47,7 +47,8 @@ class DenoiserGraph(nn.Module):
 
     x float32 [B, 1, H, W]; features [S, L, H, W], shared by a slice's rows; row_slice int64 [B] in 0..S-1;
     t int64 [B] in 1..T; level int64 [B] in 1..K. Returns x0 float32 [B, 1, H, W] = clip(x0, -1, 1), and with a learned variance
-    also mix float32 [B, 1, H, W] in [0, 1], the share of log beta_t against log beta~_t (Nichol & Dhariwal 2021, eq. 15).
+    also mix float32 [B, 1, H, W], the share of log beta_t against log beta~_t (Nichol & Dhariwal 2021, eq. 15), unbounded as
+    there: clipping it would give an imported network another chain than it was trained for.
     """
 
     def __init__(self, denoiser: Denoiser, config: NetworkConfig, schedule: NoiseSchedule) -> None:
@@ -69,7 +70,7 @@ class DenoiserGraph(nn.Module):
         if self.target != "x0":
             x0 = self._of(self.of_x, t) * x + self._of(self.of_output, t) * x0
         x0 = _clip(x0, -1, 1)
-        return (x0, _clip((output[:, 1:] + 1) / 2, 0, 1)) if self.learned else x0
+        return (x0, (output[:, 1:] + 1) / 2) if self.learned else x0
 
     @staticmethod
     def _of(table: Any, t: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
-"""Intensity normalisation: percentiles of each slice or volume go to -1 and +1, recorded in checkpoint and bundle."""
+"""Intensity normalisation, recorded in checkpoint and bundle: percentiles to -1 and +1, or mean and standard deviation to 0 and 1."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,14 +14,22 @@ from cdiff.runtime.errors import CdiffError
 
 @dataclass(frozen=True)
 class Intensity:
-    """Maps the `lower` and `upper` percentile to -1 and +1, clipped, for each channel on its own.
+    """How raw intensities become the network's input, for each channel on its own.
 
-    scope: "slice" takes the percentiles of each slice (for scans whose slices were scaled one by one), "volume" of the scan.
+    method "percentile" maps the `lower` and `upper` percentile to -1 and +1, clipped. "standard" subtracts a mean and divides by a
+    standard deviation: the numbers in `mean` and `std`, one for all channels or one a channel, as a model has them that was
+    trained on images normalised by its training set; mean 0 and std 1 leave the values as stored. Without such numbers it
+    takes the image's own.
+    scope: "slice" takes percentiles, or the image's own mean, of each slice (for scans whose slices were scaled one by one),
+    "volume" of the scan.
     """
 
     scope: str = "slice"
     lower: float = 0.5
     upper: float = 99.5
+    method: str = "percentile"
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if self.scope not in ("slice", "volume"):
@@ -29,20 +38,62 @@ class Intensity:
             raise CdiffError(
                 f"intensity percentiles must satisfy 0 <= lower < upper <= 100, not {self.lower}, {self.upper}"
             )
+        if self.method not in ("percentile", "standard"):
+            raise CdiffError(f"intensity method {self.method!r} is not known; use 'percentile' or 'standard'")
+        if len(self.mean) != len(self.std) or not all(math.isfinite(m) and 0 < s < math.inf for m, s in self._pairs):
+            raise CdiffError(
+                f"an intensity's mean and std must be as many numbers, each std positive, not {self.mean} and {self.std}"
+            )
+        if self.mean and self.method != "standard":
+            raise CdiffError("an intensity's mean and std need the method 'standard'")
+
+    @property
+    def _pairs(self) -> list[tuple[float, float]]:
+        return list(zip(self.mean, self.std, strict=False))
 
     def apply(self, array: NDArray[Any]) -> NDArray[np.float32]:
-        """[S, channels, H, W] of any real dtype -> float32 in [-1, 1], same shape. A constant image becomes zeros."""
+        """[S, channels, H, W] of any real dtype -> float32, same shape; in [-1, 1] for percentiles. A constant image becomes zeros.
+
+        Raises CdiffError when `mean` is neither one number nor one a channel.
+        """
         axes = (2, 3) if self.scope == "slice" else (0, 2, 3)
         values = np.asarray(array, dtype=np.float32)
+        if self.mean:
+            if len(self.mean) not in (1, values.shape[1]):
+                raise CdiffError(f"the intensity has {len(self.mean)} means, and the image {values.shape[1]} channels")
+            mean, std = (np.asarray(numbers, np.float32)[:, None, None] for numbers in (self.mean, self.std))
+            return np.asarray((values - mean) / std, dtype=np.float32)
+        if self.method == "standard":
+            mean, std = (of(axis=axes, keepdims=True, dtype=np.float64) for of in (values.mean, values.std))
+            flat = std <= 0
+            return np.asarray(np.where(flat, 0, (values - mean) / np.where(flat, 1, std)), dtype=np.float32)
         low, high = np.percentile(values, (self.lower, self.upper), axis=axes, keepdims=True).astype(np.float32)
         span = high - low
         flat = span <= 0
         scaled = (values - low) / np.where(flat, 1, span) * 2 - 1
         return np.asarray(np.where(flat, 0, np.clip(scaled, -1, 1)), dtype=np.float32)
 
+    def describe(self) -> str:
+        """What is done, in words, for a model card."""
+        if self.mean:
+            if set(self._pairs) == {(0, 1)}:
+                return "none: values as stored"
+            mean, std = (", ".join(f"{number:g}" for number in numbers) for numbers in (self.mean, self.std))
+            return f"minus {mean}, divided by {std}" + (" (a number a channel)" if len(self.mean) > 1 else "")
+        if self.method == "standard":
+            return f"mean and standard deviation of each {self.scope} to 0 and 1"
+        return f"percentiles {self.lower} and {self.upper} of each {self.scope} to -1 and 1"
+
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """Plain JSON values; what only the method "standard" has is left out of the other's."""
+        values: dict[str, Any] = {"scope": self.scope, "lower": self.lower, "upper": self.upper}
+        if self.method == "standard":
+            values |= {"method": self.method, "mean": list(self.mean), "std": list(self.std)}
+        return values
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Intensity:
-        return cls(**data)
+        values: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in data.items()
+        }
+        return cls(**values)

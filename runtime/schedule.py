@@ -1,4 +1,5 @@
-"""The noise schedule: beta_t and abar_t = prod(1 - beta_s), t = 1..T (Ho et al. 2020, section 2; Amit et al. 2023, section 3)."""
+"""The noise schedule: beta_t and abar_t = prod(1 - beta_s), t = 1..T (Ho et al. 2020, section 2; Amit et al. 2023, section 3;
+Nichol & Dhariwal 2021, equation 17, for the cosine)."""
 
 from __future__ import annotations
 
@@ -14,8 +15,9 @@ from cdiff.runtime.errors import CdiffError
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """A linear schedule of T steps. Arrays have length T + 1 and are indexed by t, so `abar[0]` is 1 (no noise).
+    """A schedule of T steps, linear or cosine. Arrays have length T + 1 and are indexed by t, so `abar[0]` is 1 (no noise).
 
+    kind: "linear", betas from `beta_start` to `beta_end`; "cosine", which has no ends to choose and ignores the other fields.
     `scaled` multiplies both ends by 1000/T, as the published code does: the paper's literal values with T = 100 leave
     abar_T = 0.364, and a chain that starts from N(0, I) would start from a state the network never saw.
 
@@ -29,11 +31,11 @@ class NoiseSchedule:
     kind: str = "linear"
 
     def __post_init__(self) -> None:
-        if self.kind != "linear":
-            raise CdiffError(f"noise schedule kind {self.kind!r} is not known; use 'linear'")
+        if self.kind not in ("linear", "cosine"):
+            raise CdiffError(f"noise schedule kind {self.kind!r} is not known; use 'linear' or 'cosine'")
         if self.T < 1:
             raise CdiffError(f"a noise schedule needs T >= 1, not {self.T}")
-        if not (0 < self.beta_start <= self.beta_end) or self.betas.max() >= 1:
+        if self.kind == "linear" and (not (0 < self.beta_start <= self.beta_end) or self.betas.max() >= 1):
             raise CdiffError(
                 f"the noise schedule's betas run from {self.betas[1]:.3g} to {self.betas[-1]:.3g} and must lie in (0, 1); "
                 "raise T, lower beta_end, or set scaled=false"
@@ -42,6 +44,10 @@ class NoiseSchedule:
     @cached_property
     def betas(self) -> NDArray[np.float64]:
         """beta_t, float64 [T + 1]; betas[0] = 0."""
+        if self.kind == "cosine":
+            # abar(u) = cos^2(pi/2 (u + 0.008) / 1.008) at u = t / T; beta is cut at 0.999, for at u = 1 it would be 1.
+            wave = np.cos((np.arange(self.T + 1) / self.T + 0.008) / 1.008 * np.pi / 2) ** 2
+            return np.concatenate([[0.0], np.minimum(1 - wave[1:] / wave[:-1], 0.999)])
         scale = 1000 / self.T if self.scaled else 1.0
         ramp = np.linspace(scale * self.beta_start, scale * self.beta_end, self.T, dtype=np.float64)
         return np.concatenate([[0.0], ramp])

@@ -63,7 +63,7 @@ def test_every_option_that_the_pages_name_exists() -> None:
         for name, rest in re.findall(r"\bcdiff ([a-z]+)\b([^`#]*)", line):
             used.setdefault(name, set()).update(re.findall(r"(?<!\S)--?[a-z][\w-]*", rest))
     assert {"segment", "train", "export", "evaluate"} <= set(used)
-    commands = ("segment", "evaluate", "train", "export", "benchmark", "info", "doctor", "data")
+    commands = ("segment", "evaluate", "train", "import", "export", "benchmark", "info", "doctor", "data")
     for name in commands:
         help_text = subprocess.run(
             [str(Path(sys.executable).with_name("cdiff")), *{"data": ["data", "check"]}.get(name, [name]), "--help"],

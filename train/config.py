@@ -23,6 +23,11 @@ class NetworkConfig:
     residual-in-residual dense blocks in G; 0 makes G one convolution. `attention_depths` are the depths whose residual
     blocks are each followed by self-attention; the bottleneck always has it. `levels` is C, the number of annotators, `T` the
     number of timesteps. `variant` is what the network learns to draw (`runtime.variants`), and so what z_c tells it.
+
+    What the published code can be told besides, and an imported checkpoint may need: `heads_up`, other heads on the way up (0:
+    `heads`); `head_channels`, channels a head, which then decides their number (0: `heads` does); embedding "scale-shift"
+    multiplies and shifts the normalised features by z instead of adding it to them (Nichol & Dhariwal 2021, section 2.1);
+    resample "block" halves and doubles the size inside a residual block instead of by a convolution (Dhariwal & Nichol 2021).
     """
 
     image_size: int = 256
@@ -35,11 +40,15 @@ class NetworkConfig:
     residual_blocks: int = 3
     attention_depths: tuple[int, ...] = (4, 5)
     heads: int = 4
+    heads_up: int = 0
+    head_channels: int = 0
     groups: int = 32
     rrdbs: int = 8
     rrdb_channels: int = 64
     rrdb_growth: int = 32
     dropout: float = 0.0
+    embedding: str = "add"
+    resample: str = "convolution"
     target: str = "eps"
     variance: str = "fixed"
 
@@ -52,13 +61,22 @@ class NetworkConfig:
             raise CdiffError(
                 f"variant={self.variant} concatenates the image and x_t, which is G as one convolution; set rrdbs=0, not {self.rrdbs}"
             )
+        if self.embedding not in ("add", "scale-shift"):
+            raise CdiffError(f"embedding={self.embedding!r} is not known; use add or scale-shift")
+        if self.resample not in ("convolution", "block"):
+            raise CdiffError(f"resample={self.resample!r} is not known; use convolution or block")
         check_size(self.image_size, self, "image_size")
         for name in ("image_channels", "levels", "T", "base_channels", "residual_blocks", "heads", "groups"):
             if getattr(self, name) < 1:
                 raise CdiffError(f"{name}={getattr(self, name)} must be at least 1")
-        for mult in self.channel_mult:
-            for divisor, name in ((self.groups, "groups"), (self.heads, "heads")):
-                if (self.base_channels * mult) % divisor:
+        for name in ("heads_up", "head_channels"):
+            if getattr(self, name) < 0:
+                raise CdiffError(f"{name}={getattr(self, name)} must be at least 0")
+        attending = {*self.attention_depths, len(self.channel_mult) - 1}
+        for depth, mult in enumerate(self.channel_mult):
+            for name in ("groups", *(self._head_settings if depth in attending else ())):
+                divisor = getattr(self, name)
+                if divisor and (self.base_channels * mult) % divisor:
                     raise CdiffError(
                         f"{name}={divisor} must divide base_channels * channel_mult = {self.base_channels * mult}"
                     )
@@ -69,6 +87,11 @@ class NetworkConfig:
     def conditions(self) -> int:
         """K, the number of maps of an image: one for each level or annotator, or one."""
         return variant_called(self.variant).conditions(self.levels)
+
+    @property
+    def _head_settings(self) -> tuple[str, ...]:
+        """The settings that decide how many heads an attention has."""
+        return ("head_channels",) if self.head_channels else ("heads", "heads_up")
 
     @property
     def stride(self) -> int:
@@ -86,8 +109,9 @@ def check_size(size: int, network: NetworkConfig, name: str) -> None:
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """The noise schedule's ends; see NoiseSchedule for what `scaled` is about."""
+    """The noise schedule, "linear" or "cosine", and the linear one's ends; see NoiseSchedule for what `scaled` is about."""
 
+    schedule: str = "linear"
     beta_start: float = 1e-4
     beta_end: float = 2e-2
     scaled: bool = True
@@ -118,6 +142,9 @@ class DataConfig:
     intensity_scope: str = "slice"
     intensity_lower: float = 0.5
     intensity_upper: float = 99.5
+    intensity_method: str = "percentile"
+    intensity_mean: tuple[float, ...] = ()
+    intensity_std: tuple[float, ...] = ()
     missing_raters: str = "skip"
     empty_slices: bool = True
     val_fraction: float = 0.1
@@ -132,7 +159,14 @@ class DataConfig:
 
     @property
     def intensity(self) -> Intensity:
-        return Intensity(self.intensity_scope, self.intensity_lower, self.intensity_upper)
+        return Intensity(
+            self.intensity_scope,
+            self.intensity_lower,
+            self.intensity_upper,
+            self.intensity_method,
+            self.intensity_mean,
+            self.intensity_std,
+        )
 
 
 @dataclass(frozen=True)
@@ -207,7 +241,8 @@ class Config:
 
     @property
     def schedule(self) -> NoiseSchedule:
-        return NoiseSchedule(self.network.T, self.diffusion.beta_start, self.diffusion.beta_end, self.diffusion.scaled)
+        noise = self.diffusion
+        return NoiseSchedule(self.network.T, noise.beta_start, noise.beta_end, noise.scaled, noise.schedule)
 
     @property
     def crop(self) -> int:
@@ -278,7 +313,8 @@ def _parse(key: str, text: str) -> Any:
     except json.JSONDecodeError:
         value = text
     if isinstance(kind, types.GenericAlias) and isinstance(value, list):
-        if all(isinstance(item, int) for item in value):
+        allowed = (int, float) if typing.get_args(kind)[0] is float else (int,)
+        if all(type(item) in allowed for item in value):
             return tuple(value)
     elif (kind is float and isinstance(value, int | float) and not isinstance(value, bool)) or type(value) is kind:
         return value

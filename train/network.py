@@ -69,13 +69,19 @@ class Encoder(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Twice (GroupNorm, SiLU, 3x3 convolution); the embedding is added after the first; 1x1 skip where the width changes."""
+    """Twice (GroupNorm, SiLU, 3x3 convolution); the embedding is added after the first; 1x1 skip where the width changes.
 
-    def __init__(self, inp: int, out: int, embedding: int, config: NetworkConfig) -> None:
+    With embedding "scale-shift" z instead multiplies (by 1 + its first half) and shifts (by its second) what the second GroupNorm
+    returns. size: 0.5 halves the features' sides by averaging and 2.0 doubles them by repetition, before the first
+    convolution and in the skip; 1.0 leaves them.
+    """
+
+    def __init__(self, inp: int, out: int, embedding: int, config: NetworkConfig, size: float = 1.0) -> None:
         super().__init__()
+        self.size, self.scale_shift = size, config.embedding == "scale-shift"
         self.norm1 = nn.GroupNorm(_groups(inp, config), inp)
         self.conv1 = nn.Conv2d(inp, out, 3, padding=1)
-        self.embed = nn.Linear(embedding, out)
+        self.embed = nn.Linear(embedding, 2 * out if self.scale_shift else out)
         self.norm2 = nn.GroupNorm(_groups(out, config), out)
         self.dropout = nn.Dropout(config.dropout)
         self.conv2 = nn.Conv2d(out, out, 3, padding=1)
@@ -85,18 +91,29 @@ class ResidualBlock(nn.Module):
         nn.init.zeros_(self.conv2.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
-        h = self.conv1(nnf.silu(self.norm1(x))) + self.embed(nnf.silu(z))[:, :, None, None]
-        h = self.conv2(self.dropout(nnf.silu(self.norm2(h))))
-        out: Tensor = self.skip(x) + h
+        h = self.conv1(self._resampled(nnf.silu(self.norm1(x))))
+        z = self.embed(nnf.silu(z))[:, :, None, None]
+        if self.scale_shift:
+            scale, shift = z.chunk(2, dim=1)
+            h = self.norm2(h) * (1 + scale) + shift
+        else:
+            h = self.norm2(h + z)
+        h = self.conv2(self.dropout(nnf.silu(h)))
+        out: Tensor = self.skip(self._resampled(x)) + h
         return out
+
+    def _resampled(self, x: Tensor) -> Tensor:
+        if self.size < 1:
+            return nnf.avg_pool2d(x, 2)
+        return nnf.interpolate(x, scale_factor=2.0, mode="nearest") if self.size > 1 else x
 
 
 class Attention(nn.Module):
     """Multi-head self-attention over the positions of a feature map, with a residual connection."""
 
-    def __init__(self, channels: int, config: NetworkConfig) -> None:
+    def __init__(self, channels: int, heads: int, config: NetworkConfig) -> None:
         super().__init__()
-        self.heads = config.heads
+        self.heads = channels // config.head_channels if config.head_channels else heads
         self.norm = nn.GroupNorm(_groups(channels, config), channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = nn.Conv2d(channels, channels, 1)
@@ -116,12 +133,12 @@ class Attention(nn.Module):
 
 
 class Stage(nn.Module):
-    """A residual block and, at some depths, the self-attention that follows it."""
+    """A residual block and, at some depths, the self-attention that follows it; 0 heads stand for none."""
 
-    def __init__(self, inp: int, out: int, embedding: int, attend: bool, config: NetworkConfig) -> None:
+    def __init__(self, inp: int, out: int, embedding: int, heads: int, config: NetworkConfig) -> None:
         super().__init__()
         self.block = ResidualBlock(inp, out, embedding, config)
-        self.attention = Attention(out, config) if attend else nn.Identity()
+        self.attention = Attention(out, heads, config) if heads else nn.Identity()
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
         out: Tensor = self.attention(self.block(x, z))
@@ -133,13 +150,14 @@ class Denoiser(nn.Module):
 
     forward: x [B, 1, H, W], features [B, L, H, W] (one a row), t int64 [B] in 1..T, level int64 [B] in 1..K: the level of
     agreement, or what else the variant tells the network.
-    Returns [B, 1, H, W], the target's prediction; with learned variance [B, 2, H, W], the second channel being v in [-1, 1]
-    that interpolates the log variance (Nichol & Dhariwal 2021, eq. 15).
+    Returns [B, 1, H, W], the target's prediction; with learned variance [B, 2, H, W], the second channel being v, about
+    -1 to 1, that interpolates the log variance (Nichol & Dhariwal 2021, eq. 15).
     """
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
         width, embedding = config.base_channels, 4 * config.base_channels
+        self.by_block = config.resample == "block"
         self.time_table = nn.Embedding(config.T, embedding)
         self.level_table = nn.Embedding(config.conditions, embedding)
         with torch.no_grad():
@@ -150,29 +168,42 @@ class Denoiser(nn.Module):
         widths, channels = [width], width
         for depth, mult in enumerate(config.channel_mult):
             stages = nn.ModuleList()
+            heads = config.heads if depth in config.attention_depths else 0
             for _ in range(config.residual_blocks):
-                stages.append(Stage(channels, mult * width, embedding, depth in config.attention_depths, config))
+                stages.append(Stage(channels, mult * width, embedding, heads, config))
                 channels = mult * width
                 widths.append(channels)
             self.down.append(stages)
             if depth < len(config.channel_mult) - 1:
-                self.shrink.append(nn.Conv2d(channels, channels, 3, stride=2, padding=1))
+                self.shrink.append(
+                    ResidualBlock(channels, channels, embedding, config, size=0.5)
+                    if self.by_block
+                    else nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+                )
                 widths.append(channels)
 
         self.middle = nn.ModuleList(
-            [Stage(channels, channels, embedding, True, config), Stage(channels, channels, embedding, False, config)]
+            [
+                Stage(channels, channels, embedding, config.heads, config),
+                Stage(channels, channels, embedding, 0, config),
+            ]
         )
 
         self.up, self.grow = nn.ModuleList(), nn.ModuleList()
         for depth, mult in reversed(list(enumerate(config.channel_mult))):
             stages = nn.ModuleList()
+            heads = (config.heads_up or config.heads) if depth in config.attention_depths else 0
             for _ in range(config.residual_blocks + 1):
                 inp = channels + widths.pop()
-                stages.append(Stage(inp, mult * width, embedding, depth in config.attention_depths, config))
+                stages.append(Stage(inp, mult * width, embedding, heads, config))
                 channels = mult * width
             self.up.append(stages)
             if depth > 0:
-                self.grow.append(nn.Conv2d(channels, channels, 3, padding=1))
+                self.grow.append(
+                    ResidualBlock(channels, channels, embedding, config, size=2.0)
+                    if self.by_block
+                    else nn.Conv2d(channels, channels, 3, padding=1)
+                )
 
         self.norm = nn.GroupNorm(_groups(channels, config), channels)
         self.last = nn.Conv2d(channels, 2 if config.variance == "learned" else 1, 3, padding=1)
@@ -188,7 +219,7 @@ class Denoiser(nn.Module):
                 h = stage(h, z)
                 skips.append(h)
             if depth < len(self.shrink):
-                h = self.shrink[depth](h)
+                h = self.shrink[depth](h, z) if self.by_block else self.shrink[depth](h)
                 skips.append(h)
         for stage in self.middle:
             h = stage(h, z)
@@ -196,7 +227,8 @@ class Denoiser(nn.Module):
             for stage in stages:  # type: ignore[attr-defined]
                 h = stage(torch.cat([h, skips.pop()], dim=1), z)
             if depth < len(self.grow):
-                h = self.grow[depth](nnf.interpolate(h, scale_factor=2.0, mode="nearest"))
+                grow = self.grow[depth]
+                h = grow(h, z) if self.by_block else grow(nnf.interpolate(h, scale_factor=2.0, mode="nearest"))
         out: Tensor = self.last(nnf.silu(self.norm(h)))
         return out
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 Float32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]
 Prediction = tuple[Float32, Float32 | None]
-"""x0 [B,1,H,W] in [-1, 1], and for a learned variance the interpolation `mix` [B,1,H,W] in [0, 1], else None."""
+"""x0 [B,1,H,W] in [-1, 1], and for a learned variance the interpolation `mix` [B,1,H,W], about 0 to 1, else None."""
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ OPTIONS = {
         "--max-steps",
         "--dry-run",
     ],
+    "import": ["CHECKPOINT", "--out", "--args", "--from", "--option", "--images", "--mean", "--std", "--image-size"],
     "export": ["RUN", "--out", "--fp16", "--engine", "--rows", "--capability", "--workspace", "--refit"],
     "info": ["BUNDLE", "--json"],
     "doctor": [],

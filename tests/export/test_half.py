@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -43,8 +44,11 @@ def element_types(path: Path) -> dict[str, list[set[int]]]:
 
 
 @pytest.mark.slow
-def test_products_are_half_and_norms_softmax_and_sums_are_not(tmp_path: Path) -> None:
-    network = random_network(replace(BASE, target="v", variance="learned"))
+@pytest.mark.parametrize(
+    "change", [{"target": "v"}, {"embedding": "scale-shift", "resample": "block", "head_channels": 4}]
+)
+def test_products_are_half_and_norms_softmax_and_sums_are_not(change: dict[str, Any], tmp_path: Path) -> None:
+    network = random_network(replace(BASE, variance="learned", **change))
     encoder, denoiser = write(network, tmp_path)
     assert half_share(encoder) == half_share(denoiser) == 1.0
     types = element_types(denoiser)

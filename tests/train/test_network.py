@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cdiff.runtime.errors import CdiffError
 from cdiff.train.config import NetworkConfig
-from cdiff.train.network import ConsensusNet
+from cdiff.train.network import Attention, ConsensusNet
 from cdiff.train.presets import preset
 
 SMALL = NetworkConfig(
@@ -61,7 +61,17 @@ def test_paper_preset_attends_where_the_paper_does() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{}, {"rrdbs": 0}, {"variance": "learned"}, {"image_channels": 4}, {"image_size": 24}, {"attention_depths": ()}],
+    [
+        *(
+            {},
+            {"rrdbs": 0},
+            {"variance": "learned"},
+            {"image_channels": 4},
+            {"image_size": 24},
+            {"attention_depths": ()},
+        ),
+        *({"embedding": "scale-shift"}, {"resample": "block"}, {"heads_up": 4}, {"head_channels": 8}),
+    ],
 )
 def test_shapes_of_every_variant(change: dict[str, object]) -> None:
     config = dataclasses.replace(SMALL, **change)  # type: ignore[arg-type]
@@ -82,6 +92,17 @@ def test_timestep_level_and_image_each_matter_and_rows_do_not_mix() -> None:
     assert all((out[0] - out[i]).abs().max() > 1e-3 for i in (1, 2, 3))
     alone = network(x[:1], image[:1], torch.tensor([2]), torch.tensor([1]))
     torch.testing.assert_close(out[:1], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_heads_of_every_attention() -> None:
+    def heads(**change: object) -> list[int]:
+        network = ConsensusNet(dataclasses.replace(SMALL, **change))  # type: ignore[arg-type]
+        return [module.heads for module in network.denoiser.modules() if isinstance(module, Attention)]
+
+    # One block down, the bottleneck, two blocks up, all 16 channels wide.
+    assert heads() == [2, 2, 2, 2]
+    assert heads(heads_up=4) == [2, 2, 4, 4]
+    assert heads(head_channels=2) == [8, 8, 8, 8]
 
 
 def test_one_convolution_as_g_equals_concatenating_image_and_x() -> None:
@@ -105,6 +126,10 @@ def test_one_convolution_as_g_equals_concatenating_image_and_x() -> None:
         ({"target": "score"}, "use eps, x0 or v"),
         ({"attention_depths": (5,)}, "must lie in 0..1"),
         ({"levels": 0}, "at least 1"),
+        ({"heads_up": 5}, "heads_up=5 must divide"),
+        ({"head_channels": 5}, "head_channels=5 must divide"),
+        ({"embedding": "concat"}, "use add or scale-shift"),
+        ({"resample": "pool"}, "use convolution or block"),
     ],
 )
 def test_impossible_networks_are_refused(change: dict[str, object], says: str) -> None:

@@ -1,0 +1,311 @@
+"""Checkpoints of the published codes: imported, they return what the published code returned; what does not fit is named."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+from cdiff.export.reference import TorchEngine
+from cdiff.runtime.batching import segment_windows
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.framing import Framing
+from cdiff.runtime.intensity import Intensity
+from cdiff.runtime.sampler import sampler_table
+from cdiff.train.checkpoint import load_run
+from cdiff.train.imported.importer import Imported, import_checkpoint
+from cdiff.train.imported.mapping import links
+from cdiff.train.imported.options import Options
+from cdiff.train.network import ConsensusNet
+from cdiff.train.presets import preset
+from tests.train.published import CHAIN_SEED, Recorded, inputs, recorded
+
+TINY = ("consensus", "consensus_options", "consensus_short", "implicit", "implicit_options")
+FULL = ("consensus_256", "consensus_224", "implicit_256")
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Imported]:
+    folder = tmp_path_factory.mktemp("imported")
+    return {name: import_checkpoint(recorded(name).save(folder / name), folder / f"{name}-run") for name in TINY}
+
+
+def read_inputs(case: Recorded, channels: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    return inputs(case.name, len(case.arrays["t"]), channels, case.arrays["output"].shape[-1])
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_outputs_are_the_published_code_s(name: str, imported: dict[str, Imported]) -> None:
+    case, run = recorded(name), load_run(imported[name].path)
+    x, image = read_inputs(case, run.config.network.image_channels)
+    with torch.no_grad():
+        found = run.network(
+            *(torch.from_numpy(each) for each in (x, image, case.arrays["t"], case.arrays["level"]))
+        ).numpy()
+    wanted = case.arrays["output"]
+    assert wanted.std() > 0.3
+    np.testing.assert_allclose(found[:, : wanted.shape[1]], wanted, rtol=0, atol=1e-5)
+    if found.shape != wanted.shape:  # a variance of beta_t: the second channel says so everywhere
+        assert (found[:, 1] == 1).all()
+    # Each row has a timestep of its own, and where there are levels one of those: neither may be lost on the way.
+    assert np.abs(found[1:] - found[:1]).max() > 0.1
+
+
+@pytest.mark.parametrize("name", ["consensus_short", "implicit"])
+def test_reverse_chains_end_where_the_published_ones_do(name: str, imported: dict[str, Imported]) -> None:
+    case, run = recorded(name), load_run(imported[name].path)
+    config = run.config.network
+    _, image = read_inputs(case, config.image_channels)
+    engine = TorchEngine(run.network, run.schedule)
+    windows = Framing("resize", image.shape[2:]).frame(image[:1])
+    (result,) = segment_windows(
+        engine,
+        windows,
+        sampler_table("ddpm", run.schedule),
+        levels=config.levels,
+        runs=int(case.arrays["chain_runs"]),
+        seed=CHAIN_SEED,
+    )
+    np.testing.assert_allclose(result.level_means, case.arrays["chain"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [*TINY, *FULL])
+def test_every_tensor_has_one_place(name: str) -> None:
+    case = recorded(name)
+    options = Options.read(case.source, case.args, [])
+    config = options.config(image_channels=case.args.get("condition_input_channel", 4), step=0, intensity=Intensity())
+    with torch.device("meta"):
+        network = ConsensusNet(config.network)
+        found = links(network, options)
+        assert {link.theirs: link.shape for link in found} == case.shapes
+        assert len(found) == len(case.shapes)
+        written = [(ours, t.shape) for link in found for ours, t in link.into(torch.empty(link.shape)).items()]
+    ours = {key: value.shape for key, value in network.state_dict().items()}
+    tables = {"denoiser.time_table.weight", "denoiser.level_table.weight"}
+    assert len({key for key, _ in written}) == len(written)  # no tensor of ours is written twice
+    assert tables | dict(written).keys() == ours.keys()
+    assert all(shape == ours[key] for key, shape in written)
+
+
+def test_the_published_configuration() -> None:
+    case = recorded("consensus_256")
+    options = Options.read("consensus", case.args, [])
+    config = options.config(image_channels=1, step=35_000, intensity=Intensity())
+    paper = preset("paper").network
+    assert config.network == dataclasses.replace(paper, levels=7, rrdbs=10, variance="learned")
+    assert config.schedule == preset("paper").schedule
+    assert (config.data.framing, config.training.augment) == ("resize", True)
+    # 224 pixels and attention at 16 and 8: 224 // 16 is no power of two, so the published network attends in its bottleneck alone.
+    tumour = recorded("consensus_224")
+    assert Options.read("consensus", tumour.args, []).attention_depths == ()
+
+
+def test_the_implicit_ensemble_s_configuration() -> None:
+    config = Options.read("implicit-ensemble", {}, []).config(image_channels=4, step=0, intensity=Intensity())
+    network = config.network
+    assert (network.image_size, network.conditions, network.T, network.rrdbs, network.variance) == (
+        224,
+        1,
+        1000,
+        0,
+        "learned",
+    )
+    assert (network.attention_depths, network.heads) == ((4,), 1)
+    assert (config.data.framing, config.training.augment) == ("centre", False)
+
+
+def test_what_a_run_says_of_its_origin(imported: dict[str, Imported]) -> None:
+    done = imported["consensus"]
+    run = load_run(done.path)
+    assert run.info["step"] == done.step == 2500
+    origin = run.info["imported"]
+    assert origin["repository"] == "tomeramit/Annotator-Consensus-Prediction"
+    assert origin["variant"] == "consensus"
+    assert len(origin["sha256"]) == 64
+    assert run.config.network.conditions == 3
+    assert [imported[name].options.variant for name in TINY[1:4]] == ["no-annotator", "annotator", "implicit-ensemble"]
+    assert [imported[name].config.network.conditions for name in TINY[1:4]] == [1, 3, 1]
+
+
+def test_schedules(imported: dict[str, Imported]) -> None:
+    # gaussian_diffusion.get_named_beta_schedule: linear from 1e-4 to 0.02 times 1000/T, in the consensus code at most 0.8.
+    schedule = imported["consensus"].config.schedule
+    np.testing.assert_allclose(schedule.betas[[1, 100]], [1e-3, 0.2], rtol=1e-12)
+    np.testing.assert_allclose(imported["consensus_short"].config.schedule.betas[[1, 10]], [1e-2, 0.8], rtol=1e-12)
+    cosine = imported["consensus_options"].config.schedule
+
+    def abar(u: float) -> float:
+        return float(np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2)
+
+    assert cosine.T == 50
+    np.testing.assert_allclose(cosine.abar[20], abar(0.4) / abar(0), rtol=1e-12)
+    assert cosine.betas[50] == 0.999
+
+
+def test_soft_label_networks_leave_their_table_of_annotators(tmp_path: Path) -> None:
+    case = recorded("consensus")
+    args = case.args | {"soft_label_training": True, "consensus_training": False}
+    soft = dataclasses.replace(case, args=args)
+    done = import_checkpoint(soft.save(tmp_path / "soft"), tmp_path / "run")
+    assert done.config.network.conditions == 1
+    assert not load_run(done.path).network.denoiser.level_table.weight.any()
+
+
+def test_prefixes_of_distributed_training_and_half_precision_tensors_are_read(
+    tmp_path: Path, imported: dict[str, Imported]
+) -> None:
+    case = recorded("consensus")
+    path = case.save(tmp_path / "parallel")
+    torch.save({f"module.{name}": value.half() for name, value in case.tensors().items()}, path)
+    run = load_run(import_checkpoint(path, tmp_path / "run").path)
+    wanted = load_run(imported["consensus"].path).network.state_dict()
+    for name, value in run.network.state_dict().items():
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, wanted[name], rtol=2e-3, atol=5e-3)
+
+
+def test_wrong_tensors_are_all_named_in_order(tmp_path: Path) -> None:
+    case = recorded("consensus")
+    path = case.save(tmp_path / "given")
+    tensors = case.tensors()
+    del tensors["middle_block.1.qkv.weight"], tensors["input_blocks.1.0.in_layers.0.bias"]
+    tensors["an.extra"] = torch.zeros(2, 3)
+    tensors["rrdb.HRconv.weight"] = torch.zeros(64, 64, 1, 1)
+    tensors["out.0.bias"] = torch.full((32,), torch.nan)
+    tensors["time_embed.0.bias"] = torch.zeros(128, dtype=torch.int64)
+    torch.save(tensors, path)
+    with pytest.raises(CdiffError) as caught:
+        import_checkpoint(path, tmp_path / "run")
+    first, *rest = str(caught.value).splitlines()
+    assert f"6 of {len(case.shapes)} tensors are wrong" in first
+    assert [line.strip() for line in rest] == [
+        "extra      an.extra [2, 3]",
+        "missing    input_blocks.1.0.in_layers.0.bias [32]",
+        "missing    middle_block.1.qkv.weight [192, 64, 1]",
+        "not finite out.0.bias",
+        "misshapen  rrdb.HRconv.weight [64, 64, 1, 1], not [64, 64, 3, 3]",
+        "wrong type time_embed.0.bias int64, not floating point",
+    ]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"rrdb_blocks": 2}, "the options say rrdb_blocks=2, the tensors 1"),
+        ({"num_channels": 64}, "the options say num_channels=64, the tensors 32"),
+        ({"number_of_annotators": 7}, "the options say number_of_annotators=7, the tensors 3"),
+        ({"learn_sigma": False}, "the options say learn_sigma=False, the tensors True"),
+        ({"condition_input_channel": 4}, "the options say condition_input_channel=4, the tensors 1"),
+        ({"num_res_blocks": 3}, "the options say num_res_blocks=3, the tensors 1"),
+        ({"no_annotator_training": True}, "extra      label_emb.weight [3, 128]"),
+        ({"use_scale_shift_norm": True}, "misshapen  middle_block.0.emb_layers.1.weight [64, 128], not [128, 128]"),
+        ({"attention_resolutions": "16"}, "extra      input_blocks.5.1.qkv.weight"),
+        ({"image_size": 100}, "no network for image_size=100"),
+        ({"noise_schedule": "quadratic"}, "neither linear nor cosine"),
+        ({"num_heads": "four"}, "num_heads=four must be a whole number"),
+        ({"rrdb_blocks": 0}, "rrdb_blocks=0 cannot be imported"),
+    ],
+)
+def test_options_that_do_not_fit_are_said(change: dict[str, Any], says: str, tmp_path: Path) -> None:
+    case = recorded("consensus")
+    path = dataclasses.replace(case, args=case.args | change).save(tmp_path / "given")
+    with pytest.raises(CdiffError) as caught:
+        import_checkpoint(path, tmp_path / "run")
+    assert says in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+class Trap:
+    """Unpickled, it would create a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self.path,))
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("trap", "holds more than tensors"),
+        ("optimiser", "is an optimiser's state"),
+        ("nested", "state_dict, step is no tensor"),
+        ("list", "holds a list"),
+        ("other", "from neither published code"),
+        ("text", "is not a PyTorch checkpoint"),
+        ("truncated", "is damaged"),
+        ("nothing", "is not there"),
+    ],
+)
+def test_files_that_are_no_checkpoint_are_refused_in_one_line(content: str, says: str, tmp_path: Path) -> None:
+    path, witness = tmp_path / "ema_0.9999_000100.pt", tmp_path / "touched"
+    layer = torch.nn.Linear(2, 2)
+    objects: dict[str, Any] = {
+        "trap": {"weight": torch.zeros(2), "trap": Trap(witness)},
+        "optimiser": torch.optim.AdamW(layer.parameters()).state_dict(),
+        "nested": {"state_dict": layer.state_dict(), "step": 3},
+        "list": [torch.zeros(2)],
+        "other": layer.state_dict(),
+    }
+    if content in objects:
+        torch.save(objects[content], path)
+    elif content == "text":
+        path.write_text("<html>not found</html>")
+    elif content == "truncated":
+        torch.save({f"rrdb.{i}": torch.zeros(1000) for i in range(4)}, path)
+        path.write_bytes(path.read_bytes()[:9000])
+    with pytest.raises(CdiffError) as caught:
+        import_checkpoint(path, tmp_path / "run")
+    assert says in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+    assert not witness.exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_options_are_read_from_args_then_from_the_command(tmp_path: Path) -> None:
+    case = recorded("consensus")
+    path = case.save(tmp_path / "given")
+    elsewhere = tmp_path / "args.json"
+    (path.parent / "args.json").rename(elsewhere)
+    with pytest.raises(CdiffError, match=r"no args\.json beside"):
+        import_checkpoint(path, tmp_path / "run")
+    with pytest.raises(CdiffError, match=r"options here are .*rrdb_blocks"):
+        import_checkpoint(path, tmp_path / "run", args=elsewhere, settings=["nonsense=1"])
+    elsewhere.write_text(json.dumps(case.args | {"rrdb_blocks": 4}))
+    done = import_checkpoint(path, tmp_path / "run", args=elsewhere, settings=["rrdb_blocks=1"], image_size=64)
+    assert (done.config.network.rrdbs, done.config.network.image_size) == (1, 64)
+    with pytest.raises(CdiffError, match="already exists"):
+        import_checkpoint(path, tmp_path / "run", args=elsewhere)
+
+
+def test_normalisation_of_the_training_images(tmp_path: Path) -> None:
+    case = recorded("consensus_options")  # four channels
+    path = case.save(tmp_path / "given")
+    rng = np.random.default_rng(0)
+    arrays = [rng.normal(50 + 10 * i, 5 + i, (9, 7, 4)).astype(np.float32) for i in range(3)]
+    for i, array in enumerate(arrays):
+        folder = tmp_path / "train" / f"case{i:02d}"
+        folder.mkdir(parents=True)
+        nib.save(nib.Nifti1Image(array, np.eye(4)), folder / "image.nii.gz")
+    done = import_checkpoint(path, tmp_path / "run", images=tmp_path / "train")
+    intensity = load_run(done.path).intensity
+    mean = np.mean([array.mean(axis=(0, 1)) for array in arrays], axis=0)
+    std = np.mean([array.std(axis=(0, 1)) for array in arrays], axis=0)
+    image = np.moveaxis(arrays[1], 2, 0)[None]
+    np.testing.assert_allclose(
+        intensity.apply(image), (image - mean[:, None, None]) / std[:, None, None], rtol=0, atol=1e-4
+    )
+    assert not any("stand in" in note for note in done.notes)
+    assert any("stand in" in note for note in import_checkpoint(path, tmp_path / "other").notes)
+    with pytest.raises(CdiffError, match="2 means are given, and the network takes 4"):
+        import_checkpoint(path, tmp_path / "third", mean=(1.0, 2.0), std=(1.0, 1.0))
+    with pytest.raises(CdiffError, match="no \\*/image"):
+        import_checkpoint(path, tmp_path / "third", images=tmp_path)

@@ -1,0 +1,175 @@
+"""`cdiff import`: a checkpoint of the published code to a run of ours with the same outputs (docs/import.md)."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.files import atomic_folder, write_json
+from cdiff.train.checkpoint import read_json, save_checkpoint
+from cdiff.train.config import Config
+from cdiff.train.imported.mapping import convert, links
+from cdiff.train.imported.normalisation import intensity_of
+from cdiff.train.imported.options import CONSENSUS, REPOSITORIES, Options
+from cdiff.train.imported.weights import check_fit, read_state_dict, source_of
+from cdiff.train.network import ConsensusNet
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What was written: the run's folder, its configuration, the options it came from, and what its user should know."""
+
+    path: Path
+    config: Config
+    options: Options
+    step: int
+    parameters: int
+    notes: list[str] = field(default_factory=list)
+
+
+def import_checkpoint(
+    checkpoint: Path,
+    out: Path,
+    *,
+    source: str | None = None,
+    args: Path | None = None,
+    settings: list[str] | None = None,
+    image_size: int | None = None,
+    mean: tuple[float, ...] = (),
+    std: tuple[float, ...] = (),
+    images: Path | None = None,
+) -> Imported:
+    """Write the network in `checkpoint`, a state_dict saved by published code, as the run folder `out`, whole or not at all.
+
+    source: "consensus" or "implicit-ensemble"; told by the tensors' names unless given. args: the args.json of the training, unless
+    given the one beside the checkpoint (the implicit-ensemble code writes none; its README's flags stand in). settings:
+    "name=value" options of the published code, over those of `args`. image_size: the side in pixels that exported graphs will
+    take, unless given the published one. mean, std, images: see `normalisation.intensity_of`.
+    Raises CdiffError, and writes nothing, when the file is not such a checkpoint, its options and tensors contradict each other
+    (every wrong tensor is named), or `out` exists.
+    """
+    if source is not None and source not in REPOSITORIES:
+        raise CdiffError(f"--from {source} is not known; use {' or '.join(REPOSITORIES)}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CdiffError(f"{out} already exists; remove it or give another --out")
+    theirs = read_state_dict(checkpoint)
+    source = source or source_of(theirs, checkpoint)
+    options = Options.read(source, _read_args(checkpoint, args, source, settings or []), settings or [])
+    step = _step(checkpoint)
+    channels = _image_channels(theirs, options)
+    intensity = intensity_of(source, mean, std, images)
+    if len(intensity.mean) not in (0, 1, channels):
+        raise CdiffError(f"{len(intensity.mean)} means are given, and the network takes {channels} channels")
+    config = options.config(image_channels=channels, step=step, intensity=intensity, image_size=image_size)
+    _ = config.schedule  # a schedule that cannot be is an error before anything is written
+    with torch.device("meta"):
+        network = ConsensusNet(config.network)
+    check_fit(theirs, links(network, options), options, checkpoint)
+    tensors = convert(network, options, theirs)
+    network.load_state_dict(tensors, assign=True)
+    parameters = sum(value.numel() for value in tensors.values())
+    _write(out, config, tensors, network, step, _origin(checkpoint, options))
+    notes = _notes(checkpoint, options, config, bool(mean) or images is not None)
+    return Imported(out, config, options, step, parameters, notes)
+
+
+def _read_args(checkpoint: Path, args: Path | None, source: str, settings: list[str]) -> dict[str, Any]:
+    beside = checkpoint.parent / "args.json"
+    if args is None and beside.is_file():
+        args = beside
+    if args is not None:
+        if not args.is_file():
+            raise CdiffError(f"{args} is not there; give the args.json that the training wrote")
+        return _json(args)
+    if source == CONSENSUS and not settings:
+        raise CdiffError(
+            f"there is no args.json beside {checkpoint}: give the one that its training wrote with --args, "
+            "or the options themselves with --option NAME=VALUE"
+        )
+    return {}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path)
+    except CdiffError as error:
+        raise CdiffError(
+            str(error).replace("is this the folder of a training run?", "it must be an args.json")
+        ) from None
+
+
+def _image_channels(theirs: dict[str, Tensor], options: Options) -> int:
+    """The image's channels; the implicit-ensemble code has four written into it, and who has others has changed it there."""
+    if options.source == CONSENSUS:
+        channels = int(options["condition_input_channel"])
+        if channels < 1:
+            raise CdiffError(f"the published option condition_input_channel={channels} must be at least 1")
+        return channels
+    weight = theirs.get("input_blocks.0.0.weight")
+    return weight.shape[1] - 1 if weight is not None and weight.dim() == 4 and weight.shape[1] > 1 else 4
+
+
+def _step(checkpoint: Path) -> int:
+    """The iteration in a file's name (ema_val_0.8067150_0.9999_035000.pt, model_35000.pt); 0 when it has none."""
+    found = re.search(r"(?:_|savedmodel)(\d+)$", checkpoint.stem)
+    return int(found[1]) if found else 0
+
+
+def _origin(checkpoint: Path, options: Options) -> dict[str, Any]:
+    with checkpoint.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {
+        "repository": REPOSITORIES[options.source],
+        "from": options.source,
+        "variant": options.variant,
+        "file": checkpoint.name,
+        "sha256": digest,
+        "options": options.values,
+    }
+
+
+def _write(
+    out: Path, config: Config, tensors: dict[str, Tensor], network: ConsensusNet, step: int, origin: dict[str, Any]
+) -> None:
+    settings = config.training
+    # A fresh optimiser's state, with the published code's betas, so that `cdiff train --resume` can go on from here.
+    optimiser = torch.optim.AdamW(
+        network.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, betas=(0.9, 0.999)
+    )
+    info = {
+        "step": step,
+        "seconds": 0.0,
+        "best": None,
+        "best_window": config.network.image_size,
+        "is_best": True,
+        "parameters": sum(p.numel() for p in network.parameters()),
+        "imported": origin,
+    }
+    state = {"optimiser": optimiser.state_dict(), "scaler": {}}
+    with atomic_folder(out) as stage:
+        write_json(stage / "config.json", config.to_json())
+        save_checkpoint(stage, network=tensors, ema=tensors, optimiser=state, info=info)
+
+
+def _notes(checkpoint: Path, options: Options, config: Config, normalised: bool) -> list[str]:
+    notes = []
+    if not checkpoint.name.startswith("ema"):
+        notes.append(f"{checkpoint.name} is not called ema*: the published scores are those of the averaged weights")
+    if options.source == CONSENSUS and not normalised:
+        notes.append(
+            "the published code normalises by its training images' mean and standard deviation, which no checkpoint holds: "
+            "each slice's own stand in; give --images TRAIN_FOLDER, or --mean and --std, for theirs"
+        )
+    if options["timestep_respacing"]:
+        notes.append(
+            f"timestep_respacing={options['timestep_respacing']} is a matter of sampling: all {config.network.T} timesteps "
+            "are imported, and cdiff segment --steps keeps fewer of them"
+        )
+    return notes

@@ -1,0 +1,53 @@
+"""How an imported network's images were normalised, which neither code stores beside its weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.intensity import Intensity
+from cdiff.train.imported.options import IMPLICIT
+
+
+def intensity_of(source: str, mean: tuple[float, ...], std: tuple[float, ...], images: Path | None) -> Intensity:
+    """The normalisation of a checkpoint from `source`.
+
+    The implicit-ensemble code feeds the stored values. The consensus code subtracts the mean and divides by the standard deviation
+    of its training images, a pair a channel: `mean` and `std` as given, or read from the training cases in `images`; without
+    either each slice's own stand in. Raises CdiffError for numbers that do not fit together or a folder without images.
+    """
+    if mean or std:
+        if images is not None:
+            raise CdiffError("--images and --mean/--std say the same thing twice; give one of them")
+        return Intensity("slice", method="standard", mean=mean, std=std)
+    if images is not None:
+        return Intensity("slice", method="standard", **training_statistics(images))  # type: ignore[arg-type]
+    if source == IMPLICIT:
+        return Intensity("slice", method="standard", mean=(0.0,), std=(1.0,))
+    return Intensity("slice", method="standard")
+
+
+def training_statistics(images: Path) -> dict[str, tuple[float, ...]]:
+    """{"mean", "std"}, a number a channel, as the consensus code has them: each image's own, then the mean over images.
+
+    images: the folder of training cases, each with image.nii.gz [H, W], [H, W, 1] or [H, W, channels]. Every case counts, also
+    one that training leaves out for a missing rater. Raises CdiffError when there is none, one cannot be read, or they differ in channels.
+    """
+    paths = sorted(images.glob("*/image.nii.gz"))
+    if not paths:
+        raise CdiffError(f"{images} has no */image.nii.gz; give the folder of the training cases (train or Training)")
+    means, stds = [], []
+    for path in paths:
+        try:
+            values = np.asarray(nib.load(path).get_fdata())  # type: ignore[attr-defined]
+        except Exception as error:  # nibabel's own errors, OSError, EOFError, zlib.error
+            raise CdiffError(f"{path} cannot be read ({error}); copy it again") from None
+        values = values.reshape(*values.shape[:2], -1)
+        means.append(values.mean(axis=(0, 1)))
+        stds.append(values.std(axis=(0, 1)))
+    if len({len(mean) for mean in means}) > 1:
+        raise CdiffError(f"the images in {images} differ in channels; keep one kind there")
+    return {"mean": tuple(np.mean(means, axis=0).tolist()), "std": tuple(np.mean(stds, axis=0).tolist())}

@@ -1,0 +1,278 @@
+"""The published codes' options, from their args.json or command line, and the configuration of ours that they amount to.
+
+Two codes are known: "consensus" (tomeramit/Annotator-Consensus-Prediction, Amit et al. 2023) and "implicit-ensemble"
+(JuliaWolleb/Diffusion-based-Segmentation, Wolleb et al. 2022). What is said of them here was read from their scripts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.intensity import Intensity
+from cdiff.train.config import Config, DataConfig, DiffusionConfig, NetworkConfig, TrainingConfig
+
+CONSENSUS, IMPLICIT = "consensus", "implicit-ensemble"
+REPOSITORIES = {
+    CONSENSUS: "tomeramit/Annotator-Consensus-Prediction",
+    IMPLICIT: "JuliaWolleb/Diffusion-based-Segmentation",
+}
+
+_BOTH: dict[str, Any] = {
+    "image_size": 256,
+    "num_channels": 128,
+    "num_res_blocks": 2,
+    "num_heads": 4,
+    "num_heads_upsample": -1,
+    "attention_resolutions": "16,8",
+    "dropout": 0.0,
+    "learn_sigma": True,
+    "predict_xstart": False,
+    "rescale_timesteps": False,
+    "use_scale_shift_norm": False,
+    "class_cond": False,
+    "diffusion_steps": 1000,
+    "noise_schedule": "linear",
+    "timestep_respacing": "",
+    "lr": 1e-4,
+    "batch_size": 1,
+    "weight_decay": 0.0,
+    "ema_rate": "0.9999",
+}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    # args.json holds every one of these; the defaults are the sampling scripts', for a file of an older version.
+    CONSENSUS: _BOTH
+    | {
+        "image_size": 64,
+        "diffusion_steps": 100,
+        "learn_sigma": False,
+        "sigma_small": False,
+        "deeper_net": False,
+        "rrdb_blocks": 10,
+        "number_of_annotators": 0,
+        "condition_input_channel": 1,
+        "consensus_training": False,
+        "soft_label_training": False,
+        "no_annotator_training": False,
+        "lr": 2e-5,
+    },
+    # No args.json is written; these are the flags that its README trains and samples with.
+    IMPLICIT: _BOTH
+    | {
+        "num_heads": 1,
+        "num_head_channels": -1,
+        "attention_resolutions": "16",
+        "channel_mult": "",
+        "resblock_updown": False,
+        "use_new_attention_order": False,
+        "batch_size": 10,
+    },
+}
+"""What each code can be told that changes the network, its schedule or how it was trained; 0 annotators stand for none."""
+
+CHANNEL_MULT: dict[str, dict[int, tuple[int, ...]]] = {
+    CONSENSUS: {
+        **dict.fromkeys((480, 320), (1, 1, 2, 2, 3, 3)),
+        **dict.fromkeys((256, 224, 128), (1, 1, 2, 2, 4, 4)),
+        64: (1, 2, 3, 4),
+        32: (1, 2, 2, 2),
+    },
+    IMPLICIT: {**dict.fromkeys((512, 256), (1, 1, 2, 2, 4, 4)), 128: (1, 1, 2, 3, 4), 64: (1, 2, 3, 4)},
+}
+DEEPER_256 = (1, 1, 1, 2, 2, 4, 4)
+GROUPS, RRDB_CHANNELS, RRDB_GROWTH = 32, 64, 32
+"""Fixed in both codes, and in the consensus code's RRDB."""
+BRATS_CROP = 224
+"""The implicit-ensemble code is run with image_size 256, but its loader cuts BraTS's 240 pixels to the central 224."""
+LARGEST_BETA = 0.8
+"""Where the consensus code cuts its linear schedule, which 1000/T would take beyond 1 for fewer than 20 steps."""
+LONGEST = 300_000
+"""The iterations at which the consensus code's training ends."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a checkpoint was trained with: `source` is one of REPOSITORIES, `values` has every key of DEFAULTS[source]."""
+
+    source: str
+    values: dict[str, Any]
+
+    @classmethod
+    def read(cls, source: str, args: dict[str, Any], settings: list[str]) -> Options:
+        """Defaults, over them `args` (an args.json), over them `settings` ("name=value" each).
+
+        Keys of `args` that change nothing here are left out. Raises CdiffError for a setting that does not exist, a value of the
+        wrong type, or options that the published code itself could not have trained with.
+        """
+        values = dict(DEFAULTS[source])
+        values |= {key: _typed(key, args[key], values[key]) for key in values if args.get(key) is not None}
+        for setting in settings:
+            key, equals, text = setting.partition("=")
+            if not equals:
+                raise CdiffError(f"--option {setting}: write it as name=value")
+            if key not in values:
+                raise CdiffError(
+                    f"--option {setting}: the {source} code's options here are {', '.join(sorted(values))}"
+                )
+            values[key] = _typed(key, text, values[key])
+        options = cls(source, values)
+        options._check()
+        return options
+
+    def __getitem__(self, name: str) -> Any:
+        return self.values[name]
+
+    def _check(self) -> None:
+        for name in ("image_size", "num_channels", "num_res_blocks", "num_heads", "diffusion_steps"):
+            if self[name] < 1:
+                raise CdiffError(f"the published option {name}={self[name]} must be at least 1")
+        if self["num_channels"] % GROUPS:
+            raise CdiffError(f"the published option num_channels={self['num_channels']} must be a multiple of {GROUPS}")
+        if self["noise_schedule"] not in ("linear", "cosine"):
+            raise CdiffError(
+                f"the published option noise_schedule={self['noise_schedule']!r} is neither linear nor cosine"
+            )
+        if self.source == CONSENSUS and self["rrdb_blocks"] < 1:
+            raise CdiffError("rrdb_blocks=0 cannot be imported: an encoder without RRDBs has no counterpart here")
+        if self.source == IMPLICIT and self["class_cond"]:
+            raise CdiffError("class_cond=True cannot be imported: the published segmentation scripts give no class")
+        if self.source == IMPLICIT and not self["learn_sigma"]:
+            raise CdiffError(
+                "learn_sigma=False cannot be imported: the published network always has two output channels"
+            )
+        _ = self.channel_mult, self.attention_depths
+
+    @property
+    def variant(self) -> str:
+        """Which of the papers' networks it is: consensus, annotator, no-annotator, soft-label or implicit-ensemble."""
+        if self.source == IMPLICIT:
+            return IMPLICIT
+        for variant in ("soft-label", "no-annotator", "consensus"):
+            if self[f"{variant.replace('-', '_')}_training"]:
+                return variant
+        return "annotator"
+
+    @property
+    def annotators(self) -> int:
+        """Rows of the checkpoint's label_emb; 0 when it has none."""
+        return 0 if self.variant in ("no-annotator", IMPLICIT) else int(self["number_of_annotators"])
+
+    @property
+    def levels(self) -> int:
+        """C, the number of annotators, as far as the options say: 1 for the implicit ensemble and where they leave it out."""
+        return 1 if self.source == IMPLICIT else int(self["number_of_annotators"]) or 1
+
+    @property
+    def channel_mult(self) -> tuple[int, ...]:
+        """The U-Net's widths, which the published code chooses by image_size."""
+        if text := self.values.get("channel_mult"):
+            return _whole_numbers("channel_mult", text)
+        size, known = self["image_size"], CHANNEL_MULT[self.source]
+        if size not in known:
+            raise CdiffError(f"the {self.source} code has no network for image_size={size}; it has {sorted(known)}")
+        return DEEPER_256 if self.values.get("deeper_net") and size == 256 else known[size]
+
+    @property
+    def attention_depths(self) -> tuple[int, ...]:
+        """Depths that attend. The code attends where image_size // resolution is the factor 2^depth, so with image_size 224 and
+        resolutions 16 and 8 (factors 14 and 28) nowhere but in the bottleneck."""
+        factors = {
+            self["image_size"] // n for n in _whole_numbers("attention_resolutions", self["attention_resolutions"])
+        }
+        return tuple(depth for depth in range(len(self.channel_mult)) if 2**depth in factors)
+
+    @property
+    def fixed_large(self) -> bool:
+        """The variance is beta_t itself, neither learned nor beta tilde."""
+        return not self["learn_sigma"] and not self.values.get("sigma_small", False)
+
+    @property
+    def crops_brats(self) -> bool:
+        return self.source == IMPLICIT and self["image_size"] == 256
+
+    def config(self, *, image_channels: int, step: int, intensity: Intensity, image_size: int | None = None) -> Config:
+        """The configuration of ours. image_size: the side in pixels that the network is to see, unless given the code's own."""
+        T = self["diffusion_steps"]
+        learned = self["learn_sigma"] or self.fixed_large
+        return Config(
+            network=NetworkConfig(
+                variant=self.variant,
+                image_size=image_size or (BRATS_CROP if self.crops_brats else self["image_size"]),
+                image_channels=image_channels,
+                levels=self.levels,
+                T=T,
+                base_channels=self["num_channels"],
+                channel_mult=self.channel_mult,
+                residual_blocks=self["num_res_blocks"],
+                attention_depths=self.attention_depths,
+                heads=self["num_heads"],
+                heads_up=max(0, self["num_heads_upsample"]),
+                head_channels=max(0, self.values.get("num_head_channels", 0)),
+                groups=GROUPS,
+                rrdbs=self["rrdb_blocks"] if self.source == CONSENSUS else 0,
+                rrdb_channels=RRDB_CHANNELS,
+                rrdb_growth=RRDB_GROWTH,
+                dropout=self["dropout"],
+                embedding="scale-shift" if self["use_scale_shift_norm"] else "add",
+                resample="block" if self.values.get("resblock_updown") else "convolution",
+                target="x0" if self["predict_xstart"] else "eps",
+                variance="learned" if learned else "fixed",
+            ),
+            diffusion=self._diffusion(T),
+            data=DataConfig(
+                framing="centre" if self.crops_brats else "resize",
+                intensity_scope=intensity.scope,
+                intensity_method=intensity.method,
+                intensity_mean=intensity.mean,
+                intensity_std=intensity.std,
+            ),
+            training=TrainingConfig(
+                steps=max(LONGEST, step + 1),
+                batch=self["batch_size"],
+                lr=self["lr"],
+                weight_decay=self["weight_decay"],
+                warmup=0,
+                ema=float(str(self["ema_rate"]).partition(",")[0]),
+                augment=self.source == CONSENSUS,
+            ),
+        )
+
+    def _diffusion(self, T: int) -> DiffusionConfig:
+        if self["noise_schedule"] == "cosine":
+            return DiffusionConfig(schedule="cosine")
+        plain = DiffusionConfig()
+        scale = 1000 / T
+        if self.source == CONSENSUS and scale * plain.beta_end > LARGEST_BETA:
+            return DiffusionConfig(beta_start=scale * plain.beta_start, beta_end=LARGEST_BETA, scaled=False)
+        return plain
+
+
+def _typed(name: str, value: Any, default: Any) -> Any:
+    """`value`, from JSON or a command line, as the type of `default`. Raises CdiffError naming the option."""
+    kind, text = type(default), str(value).strip()
+    try:
+        if kind is bool:
+            return {"true": True, "t": True, "yes": True, "y": True, "1": True}.get(text.lower()) or _false(text)
+        if kind is str:
+            return text
+        return kind(text)
+    except ValueError:
+        words = {bool: "True or False", int: "a whole number", float: "a number"}
+        raise CdiffError(f"the published option {name}={text} must be {words[kind]}") from None
+
+
+def _false(text: str) -> bool:
+    if text.lower() not in ("false", "f", "no", "n", "0"):
+        raise ValueError(text)
+    return False
+
+
+def _whole_numbers(name: str, text: str) -> tuple[int, ...]:
+    try:
+        numbers = tuple(int(part) for part in str(text).split(","))
+    except ValueError:
+        numbers = ()
+    if not numbers or min(numbers) < 1:
+        raise CdiffError(f"the published option {name}={text!r} must be whole numbers with commas between them")
+    return numbers

@@ -1,0 +1,106 @@
+"""A published checkpoint file as tensors, read without unpickling anything else, and what does not fit, by name."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cdiff.runtime.errors import CdiffError
+from cdiff.train.imported.mapping import Link
+from cdiff.train.imported.options import CONSENSUS, IMPLICIT, Options
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """The tensors in a .pt file by name; a "module." before all of them, from DistributedDataParallel, is dropped.
+
+    Raises CdiffError when the file is missing or damaged, would need anything but tensors to be unpickled (nothing is then), or
+    holds something else than a dictionary of floating-point tensors.
+    """
+    if not path.is_file():
+        raise CdiffError(f"{path} is not there; give the .pt file that the published code saved")
+    try:
+        loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "global" in str(error).lower() or "Can only" in str(error):
+            raise CdiffError(
+                f"{path} holds more than tensors, and unpickling that could run any code: it was not loaded; "
+                "save the network's state_dict() alone with torch.save"
+            ) from None
+        raise CdiffError(
+            f"{path} is not a PyTorch checkpoint; give the .pt file that the published code saved"
+        ) from None
+    except Exception as error:  # a damaged file fails in the archive, the pickle or the storages, each in its own way
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CdiffError(f"{path} cannot be read ({reason}); it is damaged: copy it again") from None
+    if not isinstance(loaded, dict) or not loaded:
+        raise CdiffError(f"{path} holds a {type(loaded).__name__}, not named tensors; give the network's state_dict")
+    if {"state", "param_groups"} <= set(loaded):
+        raise CdiffError(f"{path} is an optimiser's state; give the network's file (ema*.pt, or model*.pt)")
+    odd = sorted(str(name) for name, value in loaded.items() if not isinstance(value, Tensor))
+    if odd:
+        raise CdiffError(f"{path} is no state_dict: {', '.join(odd[:5])} is no tensor; save the state_dict alone")
+    tensors = {str(name): value for name, value in loaded.items()}
+    if all(name.startswith("module.") for name in tensors):
+        tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
+    return tensors
+
+
+def source_of(tensors: dict[str, Tensor], path: Path) -> str:
+    """Which published code the checkpoint is from. Raises CdiffError when it is from neither."""
+    if any(name.startswith("rrdb.") for name in tensors):
+        return CONSENSUS
+    if any(name.startswith(("time_embed.", "input_blocks.")) for name in tensors):
+        return IMPLICIT
+    some = ", ".join(sorted(tensors)[:3])
+    raise CdiffError(f"{path} is from neither published code: it has neither rrdb.* nor input_blocks.*, but {some} ...")
+
+
+def check_fit(tensors: dict[str, Tensor], wanted: list[Link], options: Options, path: Path) -> None:
+    """Raise CdiffError that names every tensor that is missing, extra, misshapen, not floating point or not finite, sorted."""
+    shapes = {link.theirs: link.shape for link in wanted}
+    wrong = {name: f"missing    {name} {list(shape)}" for name, shape in shapes.items() if name not in tensors}
+    wrong |= {name: f"extra      {name} {list(t.shape)}" for name, t in tensors.items() if name not in shapes}
+    for name in shapes.keys() & tensors.keys():
+        tensor = tensors[name]
+        if tuple(tensor.shape) != shapes[name]:
+            wrong[name] = f"misshapen  {name} {list(tensor.shape)}, not {list(shapes[name])}"
+        elif not tensor.is_floating_point():
+            wrong[name] = f"wrong type {name} {str(tensor.dtype).removeprefix('torch.')}, not floating point"
+        elif not torch.isfinite(tensor).all():
+            wrong[name] = f"not finite {name}"
+    if not wrong:
+        return
+    lines = [f"{path.name} does not fit its options; {len(wrong)} of {len(shapes)} tensors are wrong"]
+    if hints := _contradictions(tensors, options):
+        lines[0] += f" ({'; '.join(hints)})"
+    raise CdiffError("\n  ".join([lines[0] + ":", *(wrong[name] for name in sorted(wrong))]))
+
+
+def _contradictions(tensors: dict[str, Tensor], options: Options) -> list[str]:
+    """Options that the tensors themselves disprove, in words."""
+
+    def size(name: str, axis: int) -> int | None:
+        tensor = tensors.get(name)
+        return tensor.shape[axis] if tensor is not None and tensor.dim() > axis else None
+
+    def count(prefix: str) -> int:
+        return len({name[len(prefix) :].split(".")[0] for name in tensors if name.startswith(prefix)})
+
+    said: dict[str, tuple[Any, Any]] = {"num_channels": (options["num_channels"], size("input_blocks.0.0.weight", 0))}
+    said["learn_sigma"] = (options["learn_sigma"], {1: False, 2: True}.get(size("out.2.weight", 0) or 0))
+    if options.source == CONSENSUS:
+        said["rrdb_blocks"] = (options["rrdb_blocks"], count("rrdb.RRDB_trunk."))
+        said["condition_input_channel"] = (options["condition_input_channel"], size("rrdb.conv_first.weight", 1))
+        said["number_of_annotators"] = (options.annotators, size("label_emb.weight", 0) or 0)
+    depths = len(options.channel_mult)
+    blocks, rest = divmod(count("input_blocks.") - depths, depths)
+    said["num_res_blocks"] = (options["num_res_blocks"], blocks if rest == 0 else None)
+    return [
+        f"the options say {name}={theirs}, the tensors {found}"
+        for name, (theirs, found) in said.items()
+        if found is not None and theirs != found
+    ]

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cdiff.cli.console import INTERRUPTED, err, fail, out, say
+from cdiff.cli.console import INTERRUPTED, USER_ERROR, err, fail, out, say
 from cdiff.cli.extras import needs
 
 
@@ -32,7 +32,7 @@ def train(
             "--preset",
             metavar="NAME",
             help="small (modest machines), lidc (the shipped model: crops centred on the structure), paper (as published, a large GPU) or tiny (a look, a minute).",
-            show_default="small; with --resume and no --set, what RUN has",
+            show_default="small; with --resume what RUN has",
         ),
     ] = None,
     settings: Annotated[
@@ -74,29 +74,40 @@ def train(
 
     cdiff train --data my_data --out runs/mine --preset small --set batch=8
     cdiff train --data my_data --out runs/mine --resume
+    torchrun --nproc-per-node 4 --no-python cdiff train --data my_data --out runs/mine
     """
     with needs("train", "training"):
         from cdiff.train.checkpoint import read_config
+        from cdiff.train.config import Config
         from cdiff.train.data import fit_to_data
         from cdiff.train.presets import preset as named
+        from cdiff.train.ranks import FailedElsewhere
         from cdiff.train.trainer import train as run
 
-    if resume and preset is None and not settings:
-        config = read_config(output)
-    else:
-        config = fit_to_data(named(preset or "small"), data, settings or [])
-    result = run(
-        config,
-        data,
-        output,
-        resume=resume,
-        max_steps=max_steps,
-        dry_run=dry_run,
-        init=init,
-        device=device,
-        quiet=quiet,
-        console=err,
-    )
+    def configure() -> Config:
+        if resume and preset is None:
+            return read_config(output).with_settings(settings or [])
+        return fit_to_data(named(preset or "small"), data, settings or [])
+
+    try:
+        result = run(
+            configure,
+            data,
+            output,
+            resume=resume,
+            max_steps=max_steps,
+            dry_run=dry_run,
+            init=init,
+            device=device,
+            quiet=quiet,
+            console=err,
+        )
+    except FailedElsewhere:
+        raise typer.Exit(USER_ERROR) from None
+    if not result.first:
+        if result.interrupted:
+            raise typer.Exit(INTERRUPTED)
+        return
     if dry_run:
         say(f"dry run: one step taken, loss {result.loss:.4f}; nothing is written", quiet)
         return

@@ -1,10 +1,9 @@
 """What a training step keeps in memory, without a GPU: the step on tensors without content, counting the bytes that are alive.
 
-    python -m cdiff.benchmarks.training_memory paper checkpointing=true amp=bf16
+    python -m cdiff.benchmarks.training_memory paper checkpointing=true
 
-Counted: weights, gradients, AdamW's state, EMA, activations and what operations return. Not counted: cuDNN's workspaces, the
-allocator's gaps, CUDA's own share, and AdamW's temporary copies on a GPU (up to the size of the weights). Which operations run in half
-precision is autocast's choice for a CPU; a GPU's keeps GroupNorm in float32 and needs more.
+In float32. Counted: weights, gradients, AdamW's state, EMA, activations and what operations return. Not counted: cuDNN's workspaces,
+the allocator's gaps, CUDA's own share, and AdamW's temporary copies on a GPU (up to the size of the weights).
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -70,8 +68,9 @@ def step_memory(config: Config) -> StepMemory:
     """One process's memory for a step of `config` at windows of image_size pixels, in its second step, when AdamW has its state."""
     settings, network = config.training, config.network
     size, r = network.image_size, settings.rows_per_image
-    with FakeTensorMode(allow_non_fake_inputs=True), Alive() as alive:
-        learner = Learner(config, torch.device("cpu"))
+    nowhere = torch.device("meta")
+    with Alive() as alive, nowhere:
+        learner = Learner(config.with_values({"amp": "off"}), nowhere)
         for _ in range(2):
             alive.peak = alive.now
             for part in parts_of(settings.late_batch or settings.batch, settings.accumulate):

@@ -74,7 +74,7 @@ def train(
 
     cdiff train --data my_data --out runs/mine --preset small --set batch=8
     cdiff train --data my_data --out runs/mine --resume
-    torchrun --nproc-per-node 4 --no-python cdiff train --data my_data --out runs/mine
+    torchrun --nproc-per-node 4 --no-python cdiff train ...
     """
     with needs("train", "training"):
         from cdiff.train.checkpoint import read_config

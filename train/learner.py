@@ -112,7 +112,8 @@ class Learner:
         # The average starts short, or it would hold the random initial weights for thousands of steps.
         keep = min(self.config.training.ema, (1 + done) / (10 + done))
         update = get_ema_multi_avg_fn(keep)  # all tensors in few calls, where a GPU would wait for one call each
-        update(list(self.ema.values()), list(self.network.state_dict().values()), done)
+        state = self.network.state_dict()
+        update([self.ema[name] for name in state], list(state.values()), done)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, self.amp) if self.amp else nullcontext()

@@ -62,8 +62,8 @@ def _start(config: Config, data: Path, out: Path, init: Path | None, device: str
         torch.set_num_threads(config.training.threads)
     with ranks.together():
         found, where = read_data(data, config), _device(device, ranks)
-    facts = {"the configuration": config.to_json(), "the data": found.summary, "the device": where.type}
-    ranks.check_same(facts | {"PyTorch": torch.__version__})
+    settings = {key: value for section in config.to_json().values() for key, value in section.items()}
+    ranks.check_same(settings | {"the data": found.summary, "the device": where.type, "PyTorch": torch.__version__})
     with ranks.together():
         run = Run(config, found, where, out, ranks)
         if init is not None:

@@ -6,6 +6,7 @@ rows of a step are the same however many processes and parts there are.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -39,17 +40,16 @@ class Rows:
 
     def to(self, device: torch.device) -> Rows:
         """The same on `device`, channels last. From pinned memory the copies run beside the GPU's work."""
-        image, votes, t, level, noise = (x.to(device, non_blocking=True) for x in self._tensors())
-        image = image.contiguous(memory_format=torch.channels_last)
-        return replace(self, image=image, votes=votes, t=t, level=level, noise=noise)
+        moved = self._each(lambda x: x.to(device, non_blocking=True))
+        return replace(moved, image=moved.image.contiguous(memory_format=torch.channels_last))
 
     def pinned(self) -> Rows:
         """The same in page-locked memory, from which a GPU copies without the processor's help."""
-        image, votes, t, level, noise = (x.pin_memory() for x in self._tensors())
-        return replace(self, image=image, votes=votes, t=t, level=level, noise=noise)
+        return self._each(Tensor.pin_memory)
 
-    def _tensors(self) -> tuple[Tensor, ...]:
-        return self.image, self.votes, self.t, self.level, self.noise
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Rows:
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **{name: change(value) for name, value in tensors.items()})
 
 
 def parts_of(images: int, parts: int) -> list[range]:

@@ -33,11 +33,11 @@ class StepMemory:
     peak: int
 
 
-class Alive(TorchDispatchMode):  # type: ignore[misc]
+class Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of the storages that were made inside it and still exist: `now`, and at most `peak`."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._known: set[int] = set()
 

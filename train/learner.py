@@ -111,7 +111,8 @@ class Learner:
     def _average(self, done: int) -> None:
         # The average starts short, or it would hold the random initial weights for thousands of steps.
         keep = min(self.config.training.ema, (1 + done) / (10 + done))
-        update = get_ema_multi_avg_fn(keep)  # all tensors in few calls, where a GPU would wait for one call each
+        # All tensors in few calls, where a GPU would wait for one call each.
+        update = get_ema_multi_avg_fn(keep)  # type: ignore[no-untyped-call]
         state = self.network.state_dict()
         update([self.ema[name] for name in state], list(state.values()), done)
 

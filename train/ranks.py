@@ -38,7 +38,7 @@ class Ranks:
     rank: int = 0
     world: int = 1
     local: int = 0
-    store: dist.Store | None = None
+    store: Any = None  # a torch.distributed Store
 
     @property
     def first(self) -> bool:
@@ -108,9 +108,8 @@ class Ranks:
 
     def _claim(self) -> bool:
         """True for the first process to ask. torchrun keeps the store; where it has gone with another process, somebody must speak."""
-        assert self.store is not None
         try:
-            return self.store.add("failed", 1) == 1
+            return bool(self.store.add("failed", 1) == 1)
         except RuntimeError:
             return True
 
@@ -149,8 +148,8 @@ def joined(cuda: bool) -> Iterator[Ranks]:
 
 def _join(cuda: bool) -> Ranks:
     try:
-        shared, rank, world = next(dist.rendezvous("env://", timeout=PATIENCE))
-        store = dist.PrefixStore(f"cdiff-{next(_joins)}", shared)
+        shared, rank, world = next(dist.rendezvous("env://", timeout=PATIENCE))  # type: ignore[attr-defined]
+        store = dist.PrefixStore(f"cdiff-{next(_joins)}", shared)  # type: ignore[attr-defined]
         # Small facts travel between CPUs in either case: they need no GPU to wait.
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cdiff.cli import options
-from cdiff.cli.console import INTERRUPTED, err, fail, out, say
+from cdiff.cli.console import INTERRUPTED, USER_ERROR, err, fail, out, say
 from cdiff.cli.extras import needs
 
 
@@ -89,11 +89,14 @@ def train(
 
     cdiff train --data my_data --out runs/mine --preset small --set batch=8
     cdiff train --data my_data --out runs/mine --resume
+    torchrun --nproc-per-node 4 --no-python cdiff train ...
     """
     with needs("train", "training"):
         from cdiff.train.checkpoint import read_config
+        from cdiff.train.config import Config
         from cdiff.train.data import fit_to_data
         from cdiff.train.presets import preset as named
+        from cdiff.train.ranks import FailedElsewhere
         from cdiff.train.trainer import train as run
 
     changes = [
@@ -101,22 +104,31 @@ def train(
         *_data_settings(task, layout, labels),
         *([f"variant={variant}"] if variant else []),
     ]
-    if resume and preset is None and not settings:
-        config = read_config(output).with_settings(changes)
-    else:
-        config = fit_to_data(named(preset or "small"), data, changes)
-    result = run(
-        config,
-        data,
-        output,
-        resume=resume,
-        max_steps=max_steps,
-        dry_run=dry_run,
-        init=init,
-        device=device,
-        quiet=quiet,
-        console=err,
-    )
+
+    def configure() -> Config:
+        if resume and preset is None:
+            return read_config(output).with_settings(changes)
+        return fit_to_data(named(preset or "small"), data, changes)
+
+    try:
+        result = run(
+            configure,
+            data,
+            output,
+            resume=resume,
+            max_steps=max_steps,
+            dry_run=dry_run,
+            init=init,
+            device=device,
+            quiet=quiet,
+            console=err,
+        )
+    except FailedElsewhere:
+        raise typer.Exit(USER_ERROR) from None
+    if not result.first:
+        if result.interrupted:
+            raise typer.Exit(INTERRUPTED)
+        return
     if dry_run:
         say(f"dry run: one step taken, loss {result.loss:.4f}; nothing is written", quiet)
         return

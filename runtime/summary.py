@@ -24,7 +24,18 @@ from cdiff.runtime.scores import EMPTY, PER_LEVEL, PER_SLICE, PER_THRESHOLD, REG
 
 Row = dict[str, Any]
 """One case: name, annotators, hash of its files, seconds, the chain as it was resolved, and what `CaseTally.row` gives."""
-ROW_KEYS = ("case", "annotators", "inputs", "seconds", "chain", "samples", "volumes", "reliability", "by_runs", "slices")
+ROW_KEYS = (
+    "case",
+    "annotators",
+    "inputs",
+    "seconds",
+    "chain",
+    "samples",
+    "volumes",
+    "reliability",
+    "by_runs",
+    "slices",
+)
 
 
 def group_names(cases: Sequence[str], pattern: str | None) -> list[str] | None:

@@ -14,6 +14,9 @@ from cdiff.runtime.intensity import Intensity
 from cdiff.runtime.schedule import NoiseSchedule
 from cdiff.runtime.variants import ANNOTATOR, IMPLICIT_ENSEMBLE, variant_called
 
+HOW = ("accumulate", "checkpointing", "compile", "deterministic", "prefetch", "peak_tflops", "threads")
+"""Settings that say how a run is computed and not what it learns from: a resumed run may have others."""
+
 
 @dataclass(frozen=True)
 class NetworkConfig:
@@ -173,12 +176,18 @@ class DataConfig:
 class TrainingConfig:
     """The optimiser and its surroundings.
 
-    batch: images a step (`late_batch` when windows are image_size; 0: the same); rows_per_image: (t, c, noise) draws an image, which share its encoding.
+    batch: images a step, over all processes (`late_batch` when windows are image_size; 0: the same); rows_per_image: (t, c, noise) draws an image, which share its encoding.
     dice_weight: how much the soft Dice of the predicted x0 adds to the squared error, which alone is mostly the background's where
     structures are small. t_power p draws t with a density that grows as t^(p - 1): 1 is the papers' uniform draw; 2 favours the
     noisy end, where a chain of few steps settles the shape. The learning rate warms up linearly over `warmup` steps and then, with decay="cosine", falls to zero at `steps`; "none" keeps it.
     amp: "auto" is bf16 on a GPU that has it, float32 elsewhere. minutes > 0 ends the run after that many minutes of training,
     the decay following the clock (such a run is not reproducible step for step).
+
+    accumulate: parts in which a process works through its share of a step, each needing its share of the memory. Neither it nor the
+    number of processes changes what a step learns from: learning rate, warm-up and EMA count optimiser steps.
+    checkpointing: compute activations again for the gradient instead of keeping them. compile: torch.compile. deterministic: only
+    algorithms that give the same result each time, or an error. prefetch: steps prepared ahead in threads; -1: 2 for a GPU, 0 for a CPU.
+    peak_tflops: what a device can do at best, for the MFU in the log; 0: from a table of GPUs (docs/training.md).
     """
 
     steps: int = 60_000
@@ -204,6 +213,12 @@ class TrainingConfig:
     val_runs: int = 4
     save_every_s: float = 120.0
     log_every: int = 50
+    accumulate: int = 1
+    checkpointing: bool = False
+    compile: bool = False
+    deterministic: bool = False
+    prefetch: int = -1
+    peak_tflops: float = 0.0
 
     def __post_init__(self) -> None:
         for name in (
@@ -215,6 +230,7 @@ class TrainingConfig:
             "val_steps",
             "val_runs",
             "log_every",
+            "accumulate",
         ):
             if getattr(self, name) < 1:
                 raise CdiffError(f"{name}={getattr(self, name)} must be at least 1")
@@ -226,6 +242,10 @@ class TrainingConfig:
             raise CdiffError(f"dice_weight={self.dice_weight} must not be negative")
         if self.t_power <= 0:
             raise CdiffError(f"t_power={self.t_power} must be positive")
+        if not -1 <= self.prefetch <= 64:
+            raise CdiffError(f"prefetch={self.prefetch} must lie in 0..64, or be -1 for the device's own")
+        if self.peak_tflops < 0:
+            raise CdiffError(f"peak_tflops={self.peak_tflops} must not be negative")
         if not 0 <= self.ema < 1:
             raise CdiffError(f"ema={self.ema} must lie in [0, 1)")
 

@@ -155,16 +155,23 @@ class Batch:
         return Batch(self.image.to(device), self.masks.to(device), self.raters.to(device))
 
 
-def training_batch(slices: Slices, config: Config, step: int, batch: int, size: int) -> Batch:
-    """The batch of `batch` windows of `size` pixels at `step`: a function of (seed, step) alone; an epoch sees each slice once."""
+def training_batch(
+    slices: Slices, config: Config, step: int, batch: int, size: int, part: range | None = None
+) -> Batch:
+    """The batch of `batch` windows of `size` pixels at `step`: a function of (seed, step) alone; an epoch sees each slice once.
+
+    part: which of the batch's images to cut; all unless given. They are drawn as if all were.
+    """
     seed, n = config.training.seed, len(slices)
     rng = np.random.default_rng((seed, 1, step))
     chosen, windows = [], []
-    for position in range(step * batch, (step + 1) * batch):
-        epoch, offset = divmod(position, n)
+    for position in range(batch):
+        epoch, offset = divmod(step * batch + position, n)
         i = int(np.random.default_rng((seed, 0, epoch)).permutation(n)[offset])
-        chosen.append(i)
-        windows.append(random_window(size, _centre(slices, i, size, config, rng), rng, config.training.augment))
+        window = random_window(size, _centre(slices, i, size, config, rng), rng, config.training.augment)
+        if part is None or position in part:
+            chosen.append(i)
+            windows.append(window)
     return _batch(slices, chosen, windows)
 
 

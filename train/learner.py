@@ -6,30 +6,43 @@ steps as one that was not.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from cdiff.runtime.errors import CdiffError
 from cdiff.train.checkpoint import checkpoint_folder, load_weights, read_tensors
 from cdiff.train.config import Config
-from cdiff.train.data import Batch
 from cdiff.train.diffusion import Diffusion
-from cdiff.train.network import ConsensusNet
+from cdiff.train.network import ConsensusNet, recompute_activations
+from cdiff.train.ranks import ALONE, Ranks
+from cdiff.train.rows import Rows
 from cdiff.train.targets import TARGETS
 
 
 class Learner:
     """The network in training. `ema` holds its averaged weights by name: what is validated and exported."""
 
-    def __init__(self, config: Config, device: torch.device) -> None:
-        self.config, self.device = config, device
+    def __init__(self, config: Config, device: torch.device, ranks: Ranks = ALONE) -> None:
+        self.config, self.device, self.ranks = config, device, ranks
         settings = config.training
         torch.manual_seed(settings.seed)
         self.network = ConsensusNet(config.network).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if settings.checkpointing:
+            recompute_activations(self.network)
+        if settings.compile:
+            self.network.compile()
+        # What a step calls: the network itself, or around it the averaging of gradients over the processes.
+        self.model: torch.nn.Module = self.network
+        if ranks.world > 1:
+            self.model = DistributedDataParallel(self.network, broadcast_buffers=False, gradient_as_bucket_view=True)
         self.diffusion = Diffusion(config.schedule, config.network.target, device, settings.dice_weight)
         self.target = TARGETS[config.network.variant]
         self.optimiser = torch.optim.AdamW(
@@ -57,49 +70,55 @@ class Learner:
         load_weights(self.network, read_tensors(path), path)
         self.ema = {name: value.detach().clone() for name, value in self.network.state_dict().items()}
 
-    def step(self, k: int, batch: Batch, lr: float) -> tuple[float, float]:
-        """Optimiser step k (from 0) on a batch, at the learning rate `lr`. Returns the loss and the gradient's norm before
-        clipping. Raises CdiffError when the loss is not finite."""
-        settings = self.config.training
-        generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + k)
-        rows, window = len(batch.image) * settings.rows_per_image, batch.image.shape[-1]
-        T = self.config.network.T
-        share = torch.rand(rows, generator=generator) ** (1 / settings.t_power)
-        t = (1 + (T * share).long().clamp(max=T - 1)).to(self.device)
-        level = torch.randint(1, self.config.network.conditions + 1, (rows,), generator=generator).to(self.device)
-        noise = torch.randn(rows, 1, window, window, generator=generator).to(self.device)
-        u = torch.rand(rows, generator=generator).to(self.device)
-        image = batch.image.to(self.device, memory_format=torch.channels_last)
-        masks, raters = (
-            part.to(self.device).repeat_interleave(settings.rows_per_image, 0) for part in (batch.masks, batch.raters)
-        )
-        m = self.target(masks, raters, level, u)
-        x = self.diffusion.noised(m, noise, t)
-        self.network.train()
-        torch.manual_seed(settings.seed * 1_000_003 + k)  # dropout draws from the global generator
-        with self._autocast():
-            features = self.network.encoder(image).repeat_interleave(settings.rows_per_image, 0)
-            output = self.network.denoiser(x, features, t, level)
-        loss = self.diffusion.loss(output, m, noise, x, t)
-        if not torch.isfinite(loss):
-            raise CdiffError(f"the loss became {loss.item()} at step {k + 1}; lower lr (now {lr:.3g}) and resume")
+    def step(self, k: int, parts: Sequence[Rows], lr: float) -> tuple[float, float]:
+        """Optimiser step k (from 0) on this process's parts of it, at the learning rate `lr`. Returns the loss over all rows of the
+        step and the gradient's norm before clipping. Raises CdiffError when the loss is not finite."""
         for group in self.optimiser.param_groups:
             group["lr"] = lr
+        self.network.train()
         self.optimiser.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        total = torch.zeros((), device=self.device)
+        for number, part in enumerate(parts):
+            with self._exchanging(number == len(parts) - 1):
+                loss = part.share * self.loss(part.to(self.device))
+                # Processes' gradients are averaged; what the step needs is their sum.
+                self.scaler.scale(self.ranks.world * loss).backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
         self.scaler.unscale_(self.optimiser)
-        norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), settings.clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.config.training.clip)
         self.scaler.step(self.optimiser)
         self.scaler.update()
         self._average(k)
-        return loss.item(), norm.item()
+        value, size = torch.stack([self.ranks.sum(total), norm]).tolist()  # the step's one wait for the device
+        if not math.isfinite(value):
+            raise CdiffError(f"the loss became {value} at step {k + 1}; lower lr (now {lr:.3g}) and resume")
+        return value, size
+
+    def loss(self, rows: Rows) -> Tensor:
+        """The mean loss of the rows, float32 []."""
+        masks, raters = (
+            part.repeat_interleave(len(rows.t) // len(rows.image), 0) for part in (rows.masks, rows.raters)
+        )
+        m = self.target(masks, raters, rows.level, rows.u)
+        x = self.diffusion.noised(m, rows.noise, rows.t)
+        torch.manual_seed(rows.seed)  # dropout draws from the global generator
+        with self._autocast():
+            output = self.model(x, rows.image, rows.t, rows.level)
+        return self.diffusion.loss(output, m, rows.noise, x, rows.t)
+
+    def _exchanging(self, now: bool) -> AbstractContextManager[Any]:
+        """Gradients travel between the processes once a step, when its last part is done."""
+        if now or not isinstance(self.model, DistributedDataParallel):
+            return nullcontext()
+        return self.model.no_sync()
 
     def _average(self, done: int) -> None:
         # The average starts short, or it would hold the random initial weights for thousands of steps.
         keep = min(self.config.training.ema, (1 + done) / (10 + done))
-        with torch.no_grad():
-            for name, value in self.network.state_dict().items():
-                self.ema[name].lerp_(value, 1 - keep)
+        # All tensors in few calls, where a GPU would wait for one call each.
+        update = get_ema_multi_avg_fn(keep)  # type: ignore[no-untyped-call]
+        state = self.network.state_dict()
+        update([self.ema[name] for name in state], list(state.values()), done)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, self.amp) if self.amp else nullcontext()

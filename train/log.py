@@ -14,7 +14,25 @@ from torch.utils.tensorboard import SummaryWriter
 
 from cdiff.runtime.files import write_text
 
-FIELDS = ("step", "seconds", "loss", "lr", "grad_norm", "window", "val_soft_dice_5")
+FIELDS = ("step", "seconds", "loss", "lr", "grad_norm", "window", "mfu", "val_soft_dice_5")
+
+
+class NoLog:
+    """What a process that does not speak has for a log."""
+
+    def __enter__(self) -> NoLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+    def step(self, completed: int, total: int) -> None:
+        pass
+
+    def row(self, row: dict[str, Any]) -> None:
+        pass
 
 
 class Log:

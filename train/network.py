@@ -9,11 +9,37 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from cdiff.train.config import NetworkConfig
 
 
-class DenseBlock(nn.Module):
+class Recomputed(nn.Module):
+    """A block whose inner activations may be dropped and computed again for the gradient: `recompute` trades time for memory.
+
+    Chen et al. 2016, "Training deep nets with sublinear memory cost". Results are the same bit for bit.
+    """
+
+    recompute = False
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        if not (self.recompute and torch.is_grad_enabled()):
+            return self.compute(*inputs)
+        out: Tensor = checkpoint(self.compute, *inputs, use_reentrant=False)
+        return out
+
+    def compute(self, *inputs: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+def recompute_activations(network: nn.Module) -> None:
+    """Make every block of the network keep its input alone for the gradient."""
+    for module in network.modules():
+        if isinstance(module, Recomputed):
+            module.recompute = True
+
+
+class DenseBlock(Recomputed):
     """Five 3x3 convolutions, each seeing all that came before; the last is added at 0.2 (Wang et al. 2018, ESRGAN, fig. 4)."""
 
     def __init__(self, channels: int, growth: int) -> None:
@@ -22,7 +48,7 @@ class DenseBlock(nn.Module):
             nn.Conv2d(channels + i * growth, growth if i < 4 else channels, 3, padding=1) for i in range(5)
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor) -> Tensor:  # type: ignore[override]
         seen = x
         for conv in self.convs[:-1]:
             seen = torch.cat([seen, nnf.leaky_relu(conv(seen), 0.2)], dim=1)
@@ -132,7 +158,7 @@ class Attention(nn.Module):
         return out
 
 
-class Stage(nn.Module):
+class Stage(Recomputed):
     """A residual block and, at some depths, the self-attention that follows it; 0 heads stand for none."""
 
     def __init__(self, inp: int, out: int, embedding: int, heads: int, config: NetworkConfig) -> None:
@@ -140,7 +166,7 @@ class Stage(nn.Module):
         self.block = ResidualBlock(inp, out, embedding, config)
         self.attention = Attention(out, heads, config) if heads else nn.Identity()
 
-    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+    def compute(self, x: Tensor, z: Tensor) -> Tensor:  # type: ignore[override]
         out: Tensor = self.attention(self.block(x, z))
         return out
 
@@ -234,7 +260,10 @@ class Denoiser(nn.Module):
 
 
 class ConsensusNet(nn.Module):
-    """Encoder and denoiser together. forward: x [B, 1, H, W], image [B, channels, H, W], t and level int64 [B]."""
+    """Encoder and denoiser together. forward: x [S r, 1, H, W], image [S, channels, H, W], t and level int64 [S r].
+
+    The r rows of an image lie next to each other and share its encoding.
+    """
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
@@ -243,7 +272,8 @@ class ConsensusNet(nn.Module):
         self.denoiser = Denoiser(config)
 
     def forward(self, x: Tensor, image: Tensor, t: Tensor, level: Tensor) -> Tensor:
-        out: Tensor = self.denoiser(x, self.encoder(image), t, level)
+        features = self.encoder(image).repeat_interleave(len(x) // len(image), 0)
+        out: Tensor = self.denoiser(x, features, t, level)
         return out
 
 

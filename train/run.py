@@ -17,17 +17,24 @@ from cdiff.runtime.files import atomic_path
 from cdiff.train import pace
 from cdiff.train.checkpoint import checkpoint_folder, checkpoint_name, read_json, save_checkpoint
 from cdiff.train.config import Config
-from cdiff.train.data import Batch, Data, centre_windows, training_batch
+from cdiff.train.data import Batch, Data, centre_windows
+from cdiff.train.feed import Feed
 from cdiff.train.interrupt import Interrupt
 from cdiff.train.learner import Learner
-from cdiff.train.log import Log
+from cdiff.train.log import Log, NoLog
 from cdiff.train.machine import describe_machine
+from cdiff.train.mfu import Utilisation, peak_flops
+from cdiff.train.ranks import ALONE, Ranks
+from cdiff.train.rows import Rows, check_parts, draw_rows
 from cdiff.train.validate import score
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a run ended: the step it reached, its last loss, the best validation score (None before the first) and seconds of training."""
+    """How a run ended: the step it reached, its last loss, the best validation score (None before the first) and seconds of training.
+
+    first: whether this is the process that should tell, of those that trained together.
+    """
 
     step: int
     loss: float
@@ -37,14 +44,20 @@ class TrainResult:
     parameters: int
     data: dict[str, Any]
     interrupted: bool = False
+    first: bool = True
 
 
 class Run:
     """The state of a training run: what learns, how far it is, its best score."""
 
-    def __init__(self, config: Config, data: Data, device: torch.device, out: Path) -> None:
-        self.config, self.data, self.out = config, data, out
-        self.learner = Learner(config, device)
+    def __init__(self, config: Config, data: Data, device: torch.device, out: Path, ranks: Ranks = ALONE) -> None:
+        check_parts(config, ranks)
+        self.config, self.data, self.out, self.ranks = config, data, out, ranks
+        self.learner = Learner(config, device, ranks)
+        ahead = config.training.prefetch
+        self.feed = Feed(self._prepare, (2 if device.type == "cuda" else 0) if ahead < 0 else ahead)
+        peak = peak_flops(config, device, half=self.learner.amp is not None)
+        self.utilisation = Utilisation(config, peak, ranks.world)
         self.done, self.seconds, self.best = 0, 0.0, -math.inf
         self.best_window = 0
         marked = [i for i, masks in enumerate(data.val.masks) if masks.any()]
@@ -64,10 +77,20 @@ class Run:
         return pace.learning_rate(self.config, self.done, self.progress())
 
     def step(self, k: int) -> tuple[float, float]:
-        """Step k (from 0): the loss and the gradient's norm before clipping. Raises CdiffError when the loss is not finite."""
-        window = self.window()
-        batch = training_batch(self.data.train, self.config, k, pace.batch_size(self.config, window), window)
-        return self.learner.step(k, batch, self.lr())
+        """Step k (from 0): the loss and the gradient's norm before clipping. Raises CdiffError when the loss is not finite, or when
+        the GPU's memory is not enough."""
+        try:
+            return self.learner.step(k, self.feed.take(k, self.window()), self.lr())
+        except torch.OutOfMemoryError as error:
+            settings = self.config.training
+            raise CdiffError(
+                f"the GPU's memory is not enough at step {k + 1} ({str(error).splitlines()[0]}); set accumulate above"
+                f" {settings.accumulate} (the same result){'' if settings.checkpointing else ', or checkpointing=true'}"
+            ) from None
+
+    def _prepare(self, k: int, window: int) -> list[Rows]:
+        parts = draw_rows(self.data.train, self.config, k, window, self.ranks)
+        return [part.pinned() for part in parts] if self.learner.device.type == "cuda" else parts
 
     def validate(self) -> float:
         """Soft Dice of the averaged weights on central windows of the size that training sees now."""
@@ -82,6 +105,7 @@ class Run:
             steps=settings.val_steps,
             runs=settings.val_runs,
             seed=settings.seed,
+            ranks=self.ranks,
         )
 
     def loop(self, max_steps: int | None, console: Console, quiet: bool) -> TrainResult:
@@ -89,22 +113,27 @@ class Run:
         settings = self.config.training
         end = min(settings.steps, max_steps or settings.steps)
         loss, saved = math.nan, time.monotonic()
-        if not (self.out / "samples.npz").exists():
+        stop, first = False, self.ranks.first
+        if first and not (self.out / "samples.npz").exists():
             self._save_samples()
-        with Interrupt() as interrupt, Log(self.out, console, self.done, settings.steps, quiet) as log:
-            while self.done < end and self.progress() < 1 and not interrupt.asked:
-                began = time.monotonic()
+        to = Log(self.out, console, self.done, settings.steps, quiet) if first else NoLog()
+        with Interrupt() as interrupt, self.feed, to as log:
+            while self.done < end and self.progress() < 1 and not stop:
+                began, window = time.monotonic(), self.window()
                 loss, norm = self.step(self.done)
+                self.utilisation.add(window, time.monotonic() - began)
                 self.done += 1
-                self.seconds += time.monotonic() - began
+                stop = self._settle(began, interrupt)
                 log.step(self.done, settings.steps)
                 finished = self.done == settings.steps or self.progress() >= 1
                 row: dict[str, Any] = {"step": self.done, "seconds": round(self.seconds, 1)}
                 row |= {"loss": loss, "lr": self.lr(), "grad_norm": norm, "window": self.window()}
+                if finished or self.done % settings.val_every == 0 or self.done % settings.log_every == 0:
+                    row |= self.utilisation.take()
                 if self.done % settings.val_every == 0 or finished:
                     began = time.monotonic()
                     row["val_soft_dice_5"] = value = self.validate()
-                    self.seconds += time.monotonic() - began
+                    stop = self._settle(began, interrupt)
                     log.row(row)
                     self._save(value)
                     saved = time.monotonic()
@@ -113,14 +142,19 @@ class Run:
                 if time.monotonic() - saved > settings.save_every_s:
                     self._save(None)
                     saved = time.monotonic()
-            if not self._is_saved():
+            if first and not self._is_saved():
                 self._save(None)
-        return self.result(loss, interrupt.asked)
+        return self.result(loss, stop)
+
+    def _settle(self, began: float, interrupt: Interrupt) -> bool:
+        """Count the time since `began`. Returns whether to stop."""
+        self.seconds, stop = self.ranks.settle(self.seconds + time.monotonic() - began, interrupt.asked)
+        return stop
 
     def result(self, loss: float, interrupted: bool = False) -> TrainResult:
         best = self.best if math.isfinite(self.best) else None
-        parameters = self.learner.parameters
-        return TrainResult(self.done, loss, best, self.seconds, self.out, parameters, self.data.summary, interrupted)
+        counted = self.learner.parameters, self.data.summary
+        return TrainResult(self.done, loss, best, self.seconds, self.out, *counted, interrupted, self.ranks.first)
 
     def restore(self) -> None:
         """Take up the last checkpoint; a run that was killed before its first starts from step 0."""
@@ -133,11 +167,13 @@ class Run:
         self.best = -math.inf if info["best"] is None else float(info["best"])
 
     def _save(self, value: float | None) -> None:
-        """Write a checkpoint. Scores of small windows and of whole ones do not compare: the best starts anew with the larger."""
+        """Write a checkpoint, in the first process. Scores of small windows and of whole ones do not compare: the best starts anew with the larger."""
         window = self.window()
         is_best = value is not None and math.isfinite(value) and (window != self.best_window or value > self.best)
         if is_best and value is not None:
             self.best, self.best_window = value, window
+        if not self.ranks.first:
+            return
         info = {
             "step": self.done,
             "seconds": self.seconds,
@@ -155,7 +191,7 @@ class Run:
             "parameters": self.learner.parameters,
             "precision": self.learner.precision,
             "data": self.data.summary,
-            "machine": describe_machine(self.learner.device),
+            "machine": describe_machine(self.learner.device) | {"processes": self.ranks.world},
         }
         network, ema = self.learner.weights()
         save_checkpoint(self.out, network=network, ema=ema, optimiser=self.learner.state(), info=info)

@@ -12,38 +12,61 @@ from cdiff.runtime.variants import CONSENSUS
 from cdiff.train.data import Batch
 from cdiff.train.diffusion import Diffusion
 from cdiff.train.network import ConsensusNet
+from cdiff.train.ranks import ALONE, Ranks
 
 ROWS = 64  # rows a network call; bounds the memory
 
 
 @torch.inference_mode()
 def sample_soft_maps(
-    network: ConsensusNet, diffusion: Diffusion, image: Tensor, *, steps: int, runs: int, seed: int
+    network: ConsensusNet,
+    diffusion: Diffusion,
+    image: Tensor,
+    *,
+    steps: int,
+    runs: int,
+    seed: int,
+    ranks: Ranks = ALONE,
 ) -> Tensor:
-    """image [B, channels, H, W] -> soft maps [B, H, W] in 0..1: the mean over maps and runs, by DDIM over `steps` steps."""
+    """image [B, channels, H, W] -> soft maps [B, H, W] in 0..1: the mean over maps and runs, by DDIM over `steps` steps.
+
+    Several processes take turns at the network's calls; each draws all the noise, so the maps are those of one process.
+    """
     K = network.config.conditions
     table = sampler_table("ddim", diffusion.schedule, min(steps, diffusion.schedule.T))
     generator = torch.Generator().manual_seed(seed)
     total = torch.zeros(len(image), *image.shape[-2:])
     per_slice = K * runs
     chunk = max(1, ROWS // per_slice)
-    for start in range(0, len(image), chunk):
+    for call, start in enumerate(range(0, len(image), chunk)):
         part = image[start : start + chunk]
+        noise = torch.randn(len(part) * per_slice, 1, *image.shape[-2:], generator=generator)
+        if call % ranks.world != ranks.rank:
+            continue
         features = network.encoder(part).repeat_interleave(per_slice, 0)
         level = torch.arange(1, K + 1, device=image.device).repeat(len(part) * runs)
-        x = torch.randn(len(level), 1, *image.shape[-2:], generator=generator).to(image.device)
+        x = noise.to(image.device)
         for t, a, b in zip(table.t, table.a, table.b, strict=True):
             when = torch.full_like(level, int(t))
             x0 = diffusion.to_x0(network.denoiser(x, features, when, level), x, when)
             x = float(a) * x + float(b) * x0
         soft = ((x.clamp(-1, 1) + 1) / 2).reshape(len(part), per_slice, *image.shape[-2:]).mean(dim=1)
         total[start : start + len(part)] = soft.cpu()
-    return total
+    return ranks.sum(total)
 
 
-def score(network: ConsensusNet, diffusion: Diffusion, batch: Batch, *, steps: int, runs: int, seed: int) -> float:
+def score(
+    network: ConsensusNet,
+    diffusion: Diffusion,
+    batch: Batch,
+    *,
+    steps: int,
+    runs: int,
+    seed: int,
+    ranks: Ranks = ALONE,
+) -> float:
     """Mean over the batch's slices of soft Dice at five thresholds; NaN when the network's output is not finite."""
-    soft = sample_soft_maps(network, diffusion, batch.image, steps=steps, runs=runs, seed=seed)
+    soft = sample_soft_maps(network, diffusion, batch.image, steps=steps, runs=runs, seed=seed, ranks=ranks)
     if not torch.isfinite(soft).all():
         return float("nan")
     # A consensus model counts annotators, and one who is missing agrees to nothing; the others learn shares of those there are.

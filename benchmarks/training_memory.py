@@ -1,0 +1,96 @@
+"""What a training step keeps in memory, without a GPU: the step on tensors without content, counting the bytes that are alive.
+
+    python -m cdiff.benchmarks.training_memory paper checkpointing=true
+
+In float32. Counted: weights, gradients, AdamW's state, EMA, activations and what operations return. Not counted: cuDNN's workspaces,
+the allocator's gaps, CUDA's own share, and AdamW's temporary copies on a GPU (up to the size of the weights).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import weakref
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from cdiff.train.config import Config
+from cdiff.train.learner import Learner
+from cdiff.train.presets import preset
+from cdiff.train.rows import Rows, parts_of
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes: `kept` from step to step (weights, AdamW, EMA), and the `peak` within one step, which includes them."""
+
+    kept: int
+    peak: int
+
+
+class Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of the storages that were made inside it and still exist: `now`, and at most `peak`."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._count(leaf.untyped_storage())
+        return out
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self._known:
+            return
+        self._known.add(key)
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._free, key, storage.nbytes())
+
+    def _free(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+def step_memory(config: Config) -> StepMemory:
+    """One process's memory for a step of `config` at windows of image_size pixels, in its second step, when AdamW has its state."""
+    settings, network = config.training, config.network
+    size, r = network.image_size, settings.rows_per_image
+    nowhere = torch.device("meta")
+    with Alive() as alive, nowhere:
+        learner = Learner(config.with_values({"amp": "off"}), nowhere)
+        for _ in range(2):
+            alive.peak = alive.now
+            for part in parts_of(settings.late_batch or settings.batch, settings.accumulate):
+                n, rows = len(part), len(part) * r
+                index = torch.ones(rows, dtype=torch.int64)
+                image = torch.zeros(n, network.image_channels, size, size)
+                masks = torch.zeros(n, network.levels, size, size, dtype=torch.bool)
+                raters, noise = torch.ones(n, dtype=torch.int64), torch.zeros(rows, 1, size, size)
+                drawn = Rows(image, masks, raters, index, index, noise, torch.zeros(rows), 1.0, 0)
+                learner.loss(drawn).backward()  # type: ignore[no-untyped-call]
+            learner.optimiser.step()
+            learner.optimiser.zero_grad(set_to_none=True)
+        return StepMemory(alive.now, alive.peak)
+
+
+def main(arguments: list[str]) -> None:
+    """`PRESET KEY=VALUE ...`: print the memory of its step as JSON, in bytes."""
+    config = preset(arguments[0]).with_settings(arguments[1:])
+    print(json.dumps({"preset": arguments[0], "settings": arguments[1:]} | asdict(step_memory(config))))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

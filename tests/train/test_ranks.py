@@ -1,0 +1,224 @@
+"""Several processes train as one does, and end together when one of them fails.
+
+The processes are forked from a server that has imported PyTorch, and meet as torchrun's do: through its variables and a store that
+outlives them. One test starts the real torchrun.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from cdiff.runtime.errors import CdiffError
+from cdiff.train.checkpoint import checkpoint_folder
+from cdiff.train.config import Config
+from cdiff.train.learner import Learner
+from cdiff.train.log import read_log
+from cdiff.train.presets import preset
+from cdiff.train.ranks import joined
+from cdiff.train.trainer import train
+from tests.conftest import REPOSITORY
+
+WORLD = 2
+
+
+def member(rank: int, port: int, tell: Connection, work: Callable[..., object], arguments: tuple[Any, ...]) -> None:
+    """A process's life: torchrun's variables, the work, and what came of it: ("", result) or the error's type and text."""
+    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update(
+        {name: str(value) for name, value in variables.items()} | {"TORCHELASTIC_USE_AGENT_STORE": "True"}
+    )
+    torch.set_num_threads(1)
+    try:
+        tell.send(("", work(*arguments)))
+    except BaseException as error:
+        tell.send((type(error).__name__, str(error)))
+
+
+def together(work: Callable[..., object], *arguments: object) -> list[tuple[str, Any]]:
+    """What came of `work(*arguments)` in each of the processes; ("killed", None) where nothing did."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["cdiff.train.trainer"])
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    processes, ends = [], []
+    for rank in range(WORLD):
+        end, tell = context.Pipe(duplex=False)
+        process = context.Process(target=member, args=(rank, store.port, tell, work, arguments))
+        process.start()
+        tell.close()
+        processes.append(process)
+        ends.append(end)
+    outcomes: list[tuple[str, Any]] = []
+    for end in ends:
+        try:
+            outcomes.append(end.recv() if end.poll(300) else ("hung", None))
+        except EOFError:
+            outcomes.append(("killed", None))
+    for process in processes:
+        process.join(20)
+        process.kill()
+    return outcomes
+
+
+def rank() -> int:
+    return int(os.environ["RANK"])
+
+
+def at_step(k: int, act: Callable[[], object]) -> None:
+    """Have this process do `act` when it comes to step k."""
+    step = Learner.step
+
+    def patched(self: Learner, now: int, *rest: Any) -> tuple[float, float]:
+        if now == k:
+            act()
+        return step(self, now, *rest)
+
+    Learner.step = patched  # type: ignore[method-assign]
+
+
+def tensors(run: Path) -> dict[str, torch.Tensor]:
+    folder = checkpoint_folder(run, "last")
+    assert folder is not None
+    return {f"{name}/{k}": v for name in ("model", "ema") for k, v in load_file(folder / f"{name}.safetensors").items()}
+
+
+def rows(run: Path) -> list[dict[str, str]]:
+    return [{k: v for k, v in row.items() if k not in ("seconds", "mfu")} for row in read_log(run / "log.csv")]
+
+
+def short(**changes: object) -> Config:
+    return preset("tiny").with_values({"steps": 4, "val_every": 4, "log_every": 1, "decay": "cosine"} | changes)
+
+
+def train_and_resume(config: Config, data: Path, out: Path) -> tuple[int, bool]:
+    train(config, data, out, max_steps=2, quiet=True)
+    result = train(config, data, out, resume=True, quiet=True)
+    return result.step, result.first
+
+
+def test_two_processes_train_bit_for_bit_as_one(tiny_data: Path, tmp_path: Path) -> None:
+    """Five images a step, so two and three each; dropout; stopped and resumed in the middle; validation in three calls, shared."""
+    config = short(batch=5, dropout=0.2, val_runs=11, val_slices=5)
+    assert together(train_and_resume, config, tiny_data, tmp_path / "two") == [("", (4, True)), ("", (4, False))]
+    train(config.with_values({"accumulate": 2}), tiny_data, tmp_path / "one", quiet=True)
+    one, two = tensors(tmp_path / "one"), tensors(tmp_path / "two")
+    assert one.keys() == two.keys()
+    assert [name for name in one if not torch.equal(one[name], two[name])] == []
+    assert rows(tmp_path / "one") == rows(tmp_path / "two")
+    assert [row["step"] for row in rows(tmp_path / "two")] == ["1", "2", "3", "4"]
+    assert not list(tmp_path.rglob(".part-*"))
+
+
+def train_on_own(config: Config, folders: list[Path], out: Path) -> None:
+    train(config, folders[rank()], out, quiet=True)
+
+
+def test_data_that_one_process_cannot_read_ends_all(tiny_data: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_data, broken)
+    (broken / "Training" / "case01" / "image.nii.gz").write_bytes(b"not a scan")
+    outcomes = together(train_on_own, short(), [tiny_data, broken], tmp_path / "run")
+    assert sorted(kind for kind, _ in outcomes) == ["CdiffError", "FailedElsewhere"]
+    (text,) = [text for kind, text in outcomes if kind == "CdiffError"]
+    assert re.search(r"process 1 of 2 on .*image\.nii\.gz", text)
+    assert not (tmp_path / "run").exists()
+
+
+def test_processes_with_other_data_do_not_train(tiny_data: Path, tmp_path: Path) -> None:
+    smaller = tmp_path / "smaller"
+    shutil.copytree(tiny_data, smaller)
+    shutil.rmtree(smaller / "Training" / "case01")
+    outcomes = together(train_on_own, short(), [tiny_data, smaller], tmp_path / "run")
+    assert sorted(kind for kind, _ in outcomes) == ["CdiffError", "FailedElsewhere"]
+    assert "do not agree: the data is" in next(text for kind, text in outcomes if kind == "CdiffError")
+
+
+def crash() -> None:
+    raise ZeroDivisionError("the cosmic ray")
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def ask() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def train_with_trouble(config: Config, data: Path, out: Path, act: Callable[[], object]) -> tuple[int, bool]:
+    if rank() == 1:
+        at_step(2, act)
+    result = train(config, data, out, quiet=True)
+    return result.step, result.interrupted
+
+
+def test_a_crash_in_one_process_ends_all_and_is_told_once(tiny_data: Path, tmp_path: Path) -> None:
+    outcomes = together(train_with_trouble, short(), tiny_data, tmp_path / "run", crash)
+    assert outcomes == [("FailedElsewhere", ""), ("ZeroDivisionError", "the cosmic ray")]
+
+
+def test_a_killed_process_ends_all_with_one_line(tiny_data: Path, tmp_path: Path) -> None:
+    (kind, text), killed = together(train_with_trouble, short(), tiny_data, tmp_path / "run", kill)
+    assert (kind, killed) == ("CdiffError", ("killed", None))
+    assert re.fullmatch(r"process 0 of 2 on \S+ lost its connection to another process.*--resume", text)
+
+
+def test_asking_one_process_to_stop_stops_all_after_the_same_step(tiny_data: Path, tmp_path: Path) -> None:
+    outcomes = together(train_with_trouble, short(), tiny_data, tmp_path / "run", ask)
+    assert outcomes == [("", (3, True)), ("", (3, True))]
+    assert rows(tmp_path / "run")[-1]["step"] == "3"
+    assert tensors(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "WORLD_SIZE=2 is set but LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two"),
+    ],
+)
+def test_half_an_environment_is_an_error(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], says: str) -> None:
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(CdiffError, match=says), joined(cuda=False):
+        pass
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_command(tiny_data: Path, tmp_path: Path) -> None:
+    """What the pages say to type: one run folder, one path printed; and one line when the settings cannot work."""
+    script = tmp_path / "command.py"  # the clone's cdiff, whatever the installed command belongs to
+    script.write_text("from cdiff.cli import main\nmain()\n")
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORLD), str(script)]
+    command = [*start, "train", "--data", str(tiny_data), "--preset", "tiny", "--out", str(tmp_path / "run")]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+
+    def run(*more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*command, *more], capture_output=True, text=True, env=environment, cwd=REPOSITORY, check=False
+        )
+
+    done = run("--max-steps", "2")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(tmp_path / "run")]
+    assert done.stderr.count("training on") == 1
+    assert "2 processes" in done.stderr
+    failed = run("--resume", "--set", "accumulate=3")
+    assert failed.returncode != 0
+    assert failed.stderr.count("error: a step of 4 images cannot be shared by 2 processes") == 1

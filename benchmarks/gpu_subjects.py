@@ -121,7 +121,7 @@ def write_random_bundle(folder: Path, model: Subject, half: bool) -> Bundle:
         shares = {path.stem: check_half(path) for path in graphs} if half else {}
         size = (config.image_size, config.image_size)
         return Manifest(
-            name=f"{model.name}-measured", task="none: for measurements", citation=[], levels=config.levels, T=config.T,
+            name=f"{model.name}-measured", task="none: for measurements", citation=[], variant=config.variant, levels=config.levels, T=config.T,
             schedule=model.schedule.to_json(), target=config.target, variance=config.variance, image_size=size,
             image_channels=config.image_channels, framing="resize", tile_overlap=0.25, intensity=Intensity().to_json(),
             slice_axis=2, mirror=False, precision="float16" if half else "float32", opset=OPSETS[dtype],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -172,7 +172,7 @@ def evaluate(
     protocol = Protocol(**chain.arguments(), all_raters=all_raters, raters=raters.value)
     if steps:
         check_steps(segmenter, protocol, steps)
-    about = {"folder": data.resolve().name, "split": chosen, "task": task}
+    about: dict[str, Any] = {"folder": data.resolve().name, "split": chosen, "task": task}
     about |= {"labels": list(inside)} if inside else {}
     told: set[str] = set()
 

@@ -128,7 +128,7 @@ def test_shares_of_a_step_are_the_step(data: Data) -> None:
     (whole,) = draw_rows(data.train, config, 5, 32)
     parts = [part for rank in range(3) for part in draw_rows(data.train, config, 5, 32, Ranks(rank, 3))]
     assert [len(part.image) for part in parts] == [2, 2, 3]
-    for name in ("image", "votes", "t", "level", "noise"):
+    for name in ("image", "masks", "raters", "u", "t", "level", "noise"):
         assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
     assert sum(part.share for part in parts) == pytest.approx(1)
     assert parts[0].seed == whole.seed

@@ -13,11 +13,12 @@ from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.variants import VARIANTS
 from cdiff.train.checkpoint import checkpoint_folder, read_tensors
 from cdiff.train.config import Config, NetworkConfig
-from cdiff.train.data import Batch, read_data
+from cdiff.train.data import Batch, Slices, read_data
 from cdiff.train.diffusion import Diffusion
 from cdiff.train.learner import Learner
 from cdiff.train.network import ConsensusNet
 from cdiff.train.presets import preset
+from cdiff.train.rows import draw_rows
 from cdiff.train.targets import TARGETS
 from cdiff.train.trainer import train
 from cdiff.train.validate import score
@@ -83,9 +84,9 @@ def test_a_batch_knows_how_many_drew(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_step_draws_every_condition_and_learns_its_target(name: str) -> None:
+def test_a_step_draws_every_condition_and_learns_its_target(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One step's loss is that of the target, the condition, t and noise drawn as the page says, written out once more."""
-    config = preset("tiny").with_values({"variant": name, "rrdbs": 0})
+    config = preset("tiny").with_values({"variant": name, "rrdbs": 0, "batch": 2})
     config = dataclasses.replace(config, network=dataclasses.replace(config.network, image_size=4, channel_mult=(1, 1)))
     rng = np.random.default_rng(0)
     masks = torch.from_numpy(rng.random((2, 3, 4, 4)) < 0.5)
@@ -94,7 +95,8 @@ def test_a_step_draws_every_condition_and_learns_its_target(name: str) -> None:
     torch.nn.init.normal_(learner.network.denoiser.last.weight)
     before = ConsensusNet(config.network)
     before.load_state_dict(learner.network.state_dict())
-    loss, _ = learner.step(5, batch, 1e-3)
+    monkeypatch.setattr("cdiff.train.rows.training_batch", lambda *_: batch)
+    loss, _ = learner.step(5, draw_rows(Slices(), config, 5, 4), 1e-3)
 
     rows, T = 2 * config.training.rows_per_image, config.network.T
     generator = torch.Generator().manual_seed(config.training.seed * 1_000_003 + 5)

@@ -21,7 +21,7 @@ from cdiff.runtime.preview import preview_figure
 from cdiff.runtime.results import Result, Stack, entropy
 from cdiff.runtime.sampler import sampler_table
 from cdiff.runtime.scan import read_scan
-from cdiff.runtime.scores import score_slices
+from cdiff.runtime.scores import CaseTally
 from cdiff.runtime.variants import VARIANTS, variant_called
 from tests.runtime.graphs import write_pair
 from tests.runtime.test_manifest import example
@@ -151,7 +151,9 @@ def test_a_perfect_model_scores_as_it_should(name: str) -> None:
         "implicit-ensemble": (levels[1:2], np.repeat(levels[1:2, None], C, axis=1)),
     }[name]
     stack = stack_of(name, maps, np.rint(255 * runs))
-    (scores,) = score_slices(stack, 0, drawn[None, :, None], np.array([0]))
+    tally = CaseTally(drawn[None, :, None], np.array([0]), C, "mean")
+    tally.add(stack, 0, read_scan(np.zeros((1, drawn.shape[-1], 1)), slice_axis=2).grid)
+    (scores,) = tally.row()["slices"]
     if name == "implicit-ensemble":  # it draws the majority, and says nothing of who else drew
         assert scores["soft_dice_5"] == pytest.approx(soft_dice(levels[1].astype(float), share))
         assert scores["dice_per_level"][1] == 1

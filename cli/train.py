@@ -37,7 +37,7 @@ def train(
             metavar="NAME",
             help="small (modest machines), lidc (the shipped model: crops centred on the structure), paper or implicit-ensemble "
             "(as published, a large GPU), or tiny (a look, a minute).",
-            show_default="small; with --resume and no --set, what RUN has",
+            show_default="small; with --resume what RUN has",
         ),
     ] = None,
     variant: Annotated[

@@ -66,24 +66,29 @@ class Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def step_memory(config: Config) -> StepMemory:
     """One process's memory for a step of `config` at windows of image_size pixels, in its second step, when AdamW has its state."""
-    settings, network = config.training, config.network
-    size, r = network.image_size, settings.rows_per_image
     nowhere = torch.device("meta")
     with Alive() as alive, nowhere:
         learner = Learner(config.with_values({"amp": "off"}), nowhere)
         for _ in range(2):
             alive.peak = alive.now
-            for part in parts_of(settings.late_batch or settings.batch, settings.accumulate):
-                n, rows = len(part), len(part) * r
-                index = torch.ones(rows, dtype=torch.int64)
-                image = torch.zeros(n, network.image_channels, size, size)
-                masks = torch.zeros(n, network.levels, size, size, dtype=torch.bool)
-                raters, noise = torch.ones(n, dtype=torch.int64), torch.zeros(rows, 1, size, size)
-                drawn = Rows(image, masks, raters, index, index, noise, torch.zeros(rows), 1.0, 0)
-                learner.loss(drawn).backward()  # type: ignore[no-untyped-call]
-            learner.optimiser.step()
-            learner.optimiser.zero_grad(set_to_none=True)
+            _step(learner)
         return StepMemory(alive.now, alive.peak)
+
+
+def _step(learner: Learner) -> None:
+    settings, network = learner.config.training, learner.config.network
+    size, r = network.image_size, settings.rows_per_image
+    for part in parts_of(settings.late_batch or settings.batch, settings.accumulate):
+        n, rows = len(part), len(part) * r
+        index = torch.ones(rows, dtype=torch.int64)
+        image = torch.zeros(n, network.image_channels, size, size)
+        masks = torch.zeros(n, network.levels, size, size, dtype=torch.bool)
+        raters = torch.full((n,), network.levels)
+        noise, u = torch.zeros(rows, 1, size, size), torch.zeros(rows)
+        drawn = Rows(image, masks, raters, index, index, noise, u, 1.0, 0)
+        learner.loss(drawn).backward()  # type: ignore[no-untyped-call]
+    learner.optimiser.step()
+    learner.optimiser.zero_grad(set_to_none=True)
 
 
 def main(arguments: list[str]) -> None:

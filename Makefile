@@ -21,8 +21,9 @@ demo: $(VENV)/cpu.installed
 	@cat cdiff/demo/CREDIT.txt
 	@echo "Open the picture: $(CURDIR)/demo-output/demo_preview.png"
 
+# One process a core, each with one thread: most tests are small, and threads would only wait for one another.
 test: lint
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile
 
 lint: $(VENV)/test.installed $(VENV)/types
 	$(BIN)/ruff check .

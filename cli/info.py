@@ -40,7 +40,8 @@ def info(
         "levels": f"{manifest.levels}: {manifest.draws.levels}, c = 1 to {manifest.levels}",
         "image": f"{height} x {width}, {manifest.image_channels} channel(s), {manifest.framing}, sliced along axis "
         f"{manifest.slice_axis}",
-        "chain": f"T = {manifest.T}, predicts {manifest.target}, variance {manifest.variance}",
+        "chain": f"T = {manifest.T}, predicts {manifest.target}, variance {manifest.variance}"
+        + ("; runs see the slice mirrored in turn" if manifest.mirror else ""),
         "--fast": ", ".join(f"{key} {value}" for key, value in manifest.fast.items()),
         "precision": f"{manifest.precision}, opset {manifest.opset}",
     }

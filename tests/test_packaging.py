@@ -116,7 +116,14 @@ def test_constraints_pin_every_direct_dependency() -> None:
     assert not [pin for pin in pins.values() if "+" in pin], "a local version suffix resolves on one machine only"
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    wanted = [*project["dependencies"], *extras["cpu"], *extras["train"], *extras["bench"], *extras["rtx"], *extras["test"]]
+    wanted = [
+        *project["dependencies"],
+        *extras["cpu"],
+        *extras["train"],
+        *extras["bench"],
+        *extras["rtx"],
+        *extras["test"],
+    ]
     names = {re.split(r"[<>=!~ \[]", requirement)[0].lower() for requirement in wanted}
     names.remove("cdiff")  # an extra that names another one of this project
     assert not names - set(pins), "regenerate constraints.txt"

@@ -6,6 +6,8 @@ Denoiser, which runs each step.
 
 from __future__ import annotations
 
+import abc
+
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
@@ -14,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from cdiff.train.config import NetworkConfig
 
 
-class Recomputed(nn.Module):
+class Recomputed(nn.Module, abc.ABC):
     """A block whose inner activations may be dropped and computed again for the gradient: `recompute` trades time for memory.
 
     Chen et al. 2016, "Training deep nets with sublinear memory cost". Results are the same bit for bit.
@@ -28,8 +30,9 @@ class Recomputed(nn.Module):
         out: Tensor = checkpoint(self.compute, *inputs, use_reentrant=False)
         return out
 
+    @abc.abstractmethod
     def compute(self, *inputs: Tensor) -> Tensor:
-        raise NotImplementedError
+        """What the block does; `forward` calls it, now or again for the gradient."""
 
 
 def recompute_activations(network: nn.Module) -> None:

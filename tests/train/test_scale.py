@@ -136,6 +136,18 @@ def test_shares_of_a_step_are_the_step(data: Data) -> None:
     assert [list(part) for part in parts_of(5, 2)] == [[0, 1], [2, 3, 4]]
 
 
+@pytest.mark.parametrize("power", [1.0, 2.0, 4.0])
+def test_timesteps_are_drawn_with_the_density_that_is_asked_for(data: Data, power: float) -> None:
+    """P(t <= s) = (s / T)^p, so that every t can come and, above p = 1, late ones come more often."""
+    config = preset("tiny").with_values({"t_power": power, "batch": 2, "rows_per_image": 4000})
+    (rows,) = draw_rows(data.train, config, 0, 2)
+    T = config.network.T
+    assert 1 <= int(rows.t.min()) < int(rows.t.max()) == T
+    for s in (5, 10, 15, 20):
+        # Four standard deviations of a share of 8,000 draws.
+        assert float((rows.t <= s).float().mean()) == pytest.approx((s / T) ** power, abs=4 * 0.5 / 8000**0.5)
+
+
 def test_a_step_needs_an_image_for_every_part() -> None:
     config = preset("tiny").with_values({"accumulate": 2, "late_batch": 3})
     check_parts(config, ALONE)

@@ -7,7 +7,7 @@ says the same in words.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -133,18 +133,10 @@ NO_ANNOTATOR = Variant(
     to_samples=_each_map,
     summary="A diffusion segmenter whose runs vary as {C} annotators do: for each pixel, which share of them would include it.",
 )
-SOFT_LABEL = Variant(
+SOFT_LABEL = replace(
+    NO_ANNOTATOR,
     name="soft-label",
-    told="",
     drawn="the fraction of annotators, 0 to 1",
-    soft="fraction of annotators",
-    levels="soft map at least (c-1/2)/C",
-    spread="std",
-    of_annotators=True,
-    outlines="levels",
-    outline_title="Outline of each level",
-    outline_key="so many experts or more, about",
-    to_levels=_by_share,
     to_samples=_each_runs_levels,
     summary="A diffusion segmenter that draws a soft label: for each pixel, the fraction of {C} annotators who would include it.",
 )

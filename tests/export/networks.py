@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +12,9 @@ from cdiff.runtime.files import write_json
 from cdiff.train.checkpoint import save_checkpoint
 from cdiff.train.config import Config, NetworkConfig
 from cdiff.train.network import ConsensusNet
+from cdiff.train.presets import preset
 
-BASE = NetworkConfig(
-    image_size=16,
-    image_channels=1,
-    levels=3,
-    T=50,
-    base_channels=8,
-    channel_mult=(1, 2),
-    residual_blocks=1,
-    attention_depths=(1,),
-    heads=2,
-    groups=4,
-    rrdbs=1,
-    rrdb_channels=6,
-    rrdb_growth=3,
-    target="x0",
-    variance="fixed",
-)
+BASE = dataclasses.replace(preset("tiny").network, image_size=16, T=50, rrdb_channels=6, rrdb_growth=3)
 
 
 def random_network(config: NetworkConfig, seed: int = 0) -> ConsensusNet:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterable
 from types import TracebackType
+from typing import ClassVar
 
 from rich.console import Console
 from rich.markup import escape
@@ -64,8 +66,11 @@ class Meter:
     """A progress bar on a terminal, sparse lines elsewhere, nothing with -q.
 
     `meter(done, total)` is the callback that the runtime calls; `label` may change on the way. The remaining time is
-    that of the whole `total`.
+    that of the whole `total`. One bar at a time; other threads may `show` results meanwhile.
     """
+
+    _lock: ClassVar[threading.Lock] = threading.Lock()
+    _on_screen: ClassVar[Progress | None] = None
 
     def __init__(self, label: str, quiet: bool = False) -> None:
         self.label = label
@@ -87,14 +92,28 @@ class Meter:
 
     def __enter__(self) -> Meter:
         if self._bar is not None:
-            self._bar.start()
+            with Meter._lock:
+                self._bar.start()
+                Meter._on_screen = self._bar
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            with Meter._lock:
+                self._bar.stop()
+                Meter._on_screen = None
+
+    @classmethod
+    def show(cls, line: str) -> None:
+        """One result on stdout, as it is and unwrapped. A bar steps aside, for beside one rich would send it to stderr."""
+        with cls._lock:
+            if cls._on_screen is not None:
+                cls._on_screen.stop()
+            out.print(line, soft_wrap=True, markup=False)
+            if cls._on_screen is not None:
+                cls._on_screen.start()
 
     def __call__(self, done: int, total: int) -> None:
         if self._bar is not None:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import time
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cdiff.cli import options
-from cdiff.cli.console import SOME_FAILED, Meter, fail, out, say
+from cdiff.cli.console import SOME_FAILED, Meter, fail, say
 from cdiff.runtime.errors import CdiffError
 
 if TYPE_CHECKING:
     from cdiff.runtime.inputs import NamedScan
+    from cdiff.runtime.prepared import Prepared
+    from cdiff.runtime.results import Result
 
 
 @options.spread
@@ -80,30 +82,36 @@ def segment(
     cdiff segment folder -o maps --model my_bundle --steps 20 --sampler ddim
     """
     from cdiff.runtime.inputs import must_exist, scans_at
+    from cdiff.runtime.overlap import overlapped
 
     path = must_exist(_one_of(scan, input_))
     segmenter = model.load(quiet)
     scans = scans_at(path, segmenter.manifest.image_channels, segmenter.manifest.modalities)
+    labels = {item.name: f"{number}/{len(scans)} {item.name}" for number, item in enumerate(scans, start=1)}
 
-    def work(item: NamedScan, label: str) -> None:
-        started = time.monotonic()
-        with Meter(label, quiet) as meter:
-            result = segmenter.segment(item.path, **chain.arguments(), slices=slices, progress=meter)
-        result.save(output, item.name, preview=preview)
-        say(f"{item.name}: {time.monotonic() - started:.1f} s", quiet)
-        out.print(str(output / (f"{item.name}_preview.png" if preview else f"{item.name}_soft.nii.gz")), soft_wrap=True)
+    def read(item: NamedScan) -> Prepared:
+        return segmenter.prepare(item.path, slices=slices)
 
-    if len(scans) == 1:
-        work(scans[0], scans[0].name)
-        return
+    def work(item: NamedScan, ready: Prepared) -> Result:
+        with Meter(labels[item.name] if len(scans) > 1 else item.name, quiet) as meter:
+            return segmenter.segment(ready, **chain.arguments(), progress=meter)
+
+    def write(item: NamedScan, result: Result) -> None:
+        seconds = result.save(output, item.name, preview=preview)["timings"]
+        say(f"{item.name}: {sum(seconds[part] for part in ('read', 'frame', 'segment', 'write')):.1f} s", quiet)
+        Meter.show(str(output / (f"{item.name}_preview.png" if preview else f"{item.name}_soft.nii.gz")))
+
     failed = 0
-    for number, item in enumerate(scans, start=1):
-        try:
-            work(item, f"{number}/{len(scans)} {item.name}")
-        except CdiffError as error:
+    with closing(overlapped(scans, read, work, write)) as outcomes:
+        for outcome in outcomes:
+            if outcome.error is None:
+                continue
+            if len(scans) == 1:
+                raise outcome.error
             failed += 1
-            fail(f"{item.name}: {error}")
-    say(f"{len(scans) - failed} of {len(scans)} scans are in {output}", quiet)
+            fail(f"{outcome.item.name}: {outcome.error}")
+    if len(scans) > 1:
+        say(f"{len(scans) - failed} of {len(scans)} scans are in {output}", quiet)
     if failed:
         fail(f"{failed} of {len(scans)} scans failed; the lines above say why")
         raise typer.Exit(SOME_FAILED)

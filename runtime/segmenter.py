@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -21,13 +20,15 @@ from cdiff.runtime.engines.registry import open_engine
 from cdiff.runtime.engines.trt import BuildEngines
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import sha256
-from cdiff.runtime.framing import Framing, Windows
+from cdiff.runtime.framing import Windows
 from cdiff.runtime.manifest import NAME as MANIFEST
 from cdiff.runtime.manifest import Manifest
+from cdiff.runtime.overlap import Outcome, overlapped
+from cdiff.runtime.prepared import Clock, Prepared, Slices, notes, prepare
 from cdiff.runtime.report import build_report, describe_input, meaning, volumes
-from cdiff.runtime.results import Float32, Result, Stack
+from cdiff.runtime.results import Result, Stack
 from cdiff.runtime.sampler import SamplerTable, sampler_table
-from cdiff.runtime.scan import Scan, ScanInput, parse_slices, read_scan
+from cdiff.runtime.scan import ScanInput
 from cdiff.runtime.sharing import segment_shared
 from cdiff.runtime.sums import SliceResult
 from cdiff.runtime.variants import Variant
@@ -82,7 +83,7 @@ class Segmenter:
 
     def segment(
         self,
-        scan: ScanInput,
+        scan: ScanInput | Prepared,
         *,
         runs: int | None = None,
         steps: int | None = None,
@@ -91,14 +92,15 @@ class Segmenter:
         combine: str = "mean",
         mirror: bool | None = None,
         seed: int = 0,
-        slices: str | slice | tuple[int, int] | range | None = None,
+        slices: Slices = None,
         slice_axis: int | None = None,
         batch: int | None = None,
         keep_runs: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> Result:
         """Segment a scan: a path (NIfTI, PNG), a NumPy array ([H, W], or three axes) or a nibabel NIfTI image; for a model of
-        several channels also a list of paths, one file a modality, in the order of its training.
+        several channels also a list of paths, one file a modality, in the order of its training. What `prepare` gave is
+        taken too; `slices` and `slice_axis` are then prepare's.
 
         runs, steps, sampler: 25 runs of ddpm over all T steps unless given; with `fast`, what the bundle states for it.
         combine: "mean" over runs, or "vote", which rounds each map's mean over runs as the published code does; only for models
@@ -129,14 +131,11 @@ class Segmenter:
         mirror = manifest.mirror if mirror is None else mirror
         table = sampler_table(sampler, manifest.noise_schedule, steps)
 
-        clock = _Clock()
-        axis = manifest.slice_axis if slice_axis is None else slice_axis
-        read = read_scan(scan, channels=manifest.image_channels, slice_axis=axis)
-        chosen = parse_slices(slices, len(read.slices))
-        clock.lap("read")
-        framing = Framing(manifest.framing, manifest.image_size, manifest.tile_overlap)  # type: ignore[arg-type]
-        windows = framing.frame(self._normalised(read, chosen))
-        clock.lap("frame")
+        if not isinstance(scan, Prepared):
+            scan = self.prepare(scan, slices=slices, slice_axis=slice_axis)
+        elif slices is not None or slice_axis is not None:
+            raise CdiffError("this scan was prepared already; give slices and slice_axis to prepare")
+        clock, read, chosen, windows = Clock(), scan.scan, scan.chosen, scan.windows
 
         per_window = manifest.conditions * runs
         batch = rows_per_batch(len(windows) * per_window, self.engine.device, per_window) if batch is None else batch
@@ -173,12 +172,58 @@ class Segmenter:
                 },
                 "input": describe_input(read.source, read.sha256, read.grid, read.slices),
                 "slices": {"first": chosen.start, "end": chosen.stop, "of": len(read.slices)},
-                "timings": {**clock.laps, **{key: round(value, 3) for key, value in asdict(spent).items()}},
+                "timings": {
+                    **scan.seconds,
+                    **clock.laps,
+                    **{key: round(value, 3) for key, value in asdict(spent).items()},
+                },
                 "volumes": volumes(stack, read.grid),
-                "warnings": [*read.warnings, *_notes(read, chosen, manifest)],
+                "warnings": notes(scan, manifest),
             }
         )
         return Result(read.grid, read.slices, chosen, stack, read.name, report)
+
+    def prepare(self, scan: ScanInput, *, slices: Slices = None, slice_axis: int | None = None) -> Prepared:
+        """Read a scan and do all that does not need the engine, so that it can be done in another thread, for `segment` to take.
+
+        The arguments and errors are `segment`'s.
+        """
+        return prepare(scan, self.manifest, slices, slice_axis)
+
+    def segment_many(
+        self,
+        scans: Iterable[ScanInput],
+        *,
+        save_to: str | os.PathLike[str] | None = None,
+        preview: bool = True,
+        slices: Slices = None,
+        slice_axis: int | None = None,
+        **options: Any,
+    ) -> Iterator[Outcome[ScanInput, Result]]:
+        """Segment scan after scan; the next is read, and the last one's files are written, while the engine works.
+
+        Yields, in the order of `scans`, an outcome with `.item` (the scan as given) and either `.value` (its result) or `.error`:
+        what is wrong with one scan stays with it, and the others go on. The maps and files are those of `segment` and `Result.save`.
+        save_to: folder for each scan's files, nothing is written unless given; with `preview` a picture too. A second scan of the
+        same name is an error of that scan. options: the other arguments of `segment`, for every scan. Three scans and their maps are in
+        memory at most, besides those that the caller keeps.
+        """
+        names: set[str] = set()
+
+        def save(scan: ScanInput, result: Result) -> Result:
+            if save_to is None:
+                return result
+            if result.name in names:
+                raise CdiffError(f"another scan is called {result.name} too and was written to {save_to}; rename one")
+            names.add(result.name)
+            return result.with_report(result.save(Path(save_to), preview=preview))
+
+        return overlapped(
+            scans,
+            lambda scan: self.prepare(scan, slices=slices, slice_axis=slice_axis),
+            lambda scan, ready: self.segment(ready, **options),
+            save,
+        )
 
     def _fitting(
         self, batch: int, windows: Windows, table: SamplerTable, **options: Any
@@ -200,13 +245,6 @@ class Segmenter:
                 LOG.warning("%s; going on with %d rows a batch instead of %d", error, self._most_rows, batch)
                 batch = self._most_rows
 
-    def _normalised(self, read: Scan, chosen: range) -> Float32:
-        """The chosen slices in [-1, 1]; where the scope is the volume, the percentiles are the whole scan's."""
-        intensity, part = self.manifest.normalisation, slice(chosen.start, chosen.stop)
-        if intensity.scope == "volume":
-            return intensity.apply(read.slices)[part]
-        return intensity.apply(read.slices[part])
-
     def _model_report(self) -> dict[str, Any]:
         manifest = self.manifest
         return {
@@ -220,19 +258,6 @@ class Segmenter:
             "device": ",".join(engine.device for engine in self.engines),
             "precision": manifest.precision,
         }
-
-
-class _Clock:
-    """Seconds of each part, one lap after another."""
-
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, part: str) -> None:
-        now = time.perf_counter()
-        self.laps[part] = round(now - self._last, 3)
-        self._last = now
 
 
 def _sampling_report(
@@ -257,26 +282,3 @@ def _combine_note(combine: str, variant: Variant) -> str:
     if variant.told:
         steps.append(f"then mean over {variant.told}s")
     return ", ".join(steps)
-
-
-def _notes(read: Scan, chosen: range, manifest: Manifest) -> list[str]:
-    """What a reader of the maps should know of how this scan met this model."""
-    notes = []
-    size = read.slices.shape[-2:]
-    if manifest.framing == "resize" and size != manifest.image_size:
-        model = " x ".join(map(str, manifest.image_size))
-        notes.append(
-            f"slices of {size[0]} x {size[1]} were resampled to the model's {model}, and the maps back to them"
-        )
-    if manifest.framing == "centre" and any(n > m for n, m in zip(size, manifest.image_size, strict=True)):
-        height, width = manifest.image_size
-        notes.append(
-            f"the model sees the central {height} x {width} of each slice's {size[0]} x {size[1]} pixels, where it expects the "
-            "structure; outside them the maps are 0 and mean nothing"
-        )
-    if len(chosen) < len(read.slices):
-        notes.append(
-            f"only slices {chosen.start} to {chosen.stop - 1} of 0 to {len(read.slices) - 1} were segmented: in the others the "
-            "maps are NaN and the mask is 0, and volumes leave them out"
-        )
-    return notes

@@ -1,0 +1,198 @@
+"""Reading, engine and writing overlap: shown by events, never by the clock; order, bounds, errors, interrupts, the same bytes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.overlap import Outcome, overlapped
+from cdiff.runtime.prepared import Prepared
+from cdiff.runtime.results import Result
+from cdiff.runtime.segmenter import Segmenter
+from tests.runtime.test_segmenter import QUICK, SIZE, make_bundle, saved, volume
+
+SECONDS = 20.0
+"""How long a test waits for something that must happen; only a failure takes as long."""
+
+
+class Steps:
+    """Three steps over numbers, each of which can be made to wait for another step's event or to raise."""
+
+    def __init__(self) -> None:
+        self.events: dict[tuple[str, int], threading.Event] = {}
+        self.waits: dict[tuple[str, int], tuple[str, int]] = {}
+        self.errors: dict[tuple[str, int], BaseException] = {}
+        self.begun: list[tuple[str, int]] = []
+        self.threads: dict[str, set[int]] = {}
+
+    def event(self, step: str, number: int) -> threading.Event:
+        return self.events.setdefault((step, number), threading.Event())
+
+    def do(self, step: str, number: int) -> int:
+        self.begun.append((step, number))
+        self.threads.setdefault(step, set()).add(threading.get_ident())
+        self.event(step, number).set()
+        if (waited := self.waits.get((step, number))) is not None:
+            assert self.event(*waited).wait(SECONDS), f"{step} {number} waited for {waited} in vain: nothing overlaps"
+        if (error := self.errors.get((step, number))) is not None:
+            raise error
+        return number
+
+    def run(self, items: Any) -> Iterator[Outcome[int, int]]:
+        return overlapped(
+            items,
+            lambda number: self.do("read", number),
+            lambda number, ready: self.do("work", number),
+            lambda number, made: self.do("write", number),
+        )
+
+
+def test_the_next_is_read_and_the_last_written_while_one_is_worked_on() -> None:
+    steps = Steps()
+    for number in (1, 2, 3):
+        steps.waits["work", number] = ("read", number + 1)
+        steps.waits["write", number - 1] = ("work", number)
+    assert [one.value for one in steps.run(range(5))] == list(range(5))
+    assert steps.threads["work"] == {threading.get_ident()}
+    assert all(len(threads) == 1 for threads in steps.threads.values())
+    assert len(set.union(*steps.threads.values())) == 3
+
+
+def test_no_more_than_three_are_under_way_however_slow_the_writing() -> None:
+    steps, taken = Steps(), []
+
+    def items() -> Iterator[int]:
+        for number in range(6):
+            taken.append(number)
+            yield number
+
+    steps.waits["write", 0] = ("work", 1)
+    outcomes = steps.run(items())
+    assert next(outcomes).item == 0
+    # 0 was still being written when 1 was worked on; 2 was being read, and nobody had asked for 3.
+    assert taken == [0, 1, 2]
+    assert ("work", 2) not in steps.begun
+    assert [one.item for one in outcomes] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("step", ["read", "work", "write"])
+def test_an_error_stays_with_its_item(step: str) -> None:
+    steps = Steps()
+    steps.errors[step, 1] = error = CdiffError("bad")
+    outcomes = list(steps.run(range(4)))
+    assert [one.item for one in outcomes] == [0, 1, 2, 3]
+    assert [one.error for one in outcomes] == [None, error, None, None]
+    assert ("write", 1) in steps.begun or step != "write"
+    assert [number for name, number in steps.begun if name == "write"] == [0, *[1] * (step == "write"), 2, 3]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ZeroDivisionError()])
+def test_what_is_being_written_is_finished_whatever_ends_the_work(error: BaseException) -> None:
+    steps, finished = Steps(), []
+    steps.waits["work", 1] = ("write", 0)
+    steps.errors["work", 1] = error
+
+    def write(number: int, made: int) -> int:
+        steps.event("write", number).set()
+        steps.event("never", 0).wait(0.2)  # still at it when the error comes
+        finished.append(number)
+        return number
+
+    with pytest.raises(type(error)):
+        list(overlapped(range(9), lambda n: steps.do("read", n), lambda n, ready: steps.do("work", n), write))
+    assert finished == [0]
+    assert ("read", 3) not in steps.begun
+
+
+def test_a_caller_that_stops_asking_ends_the_threads() -> None:
+    before = threading.active_count()
+    outcomes = overlapped(range(9), lambda n: n, lambda n, ready: n, lambda n, made: n)
+    assert next(outcomes).value == 0
+    outcomes.close()
+    assert threading.active_count() == before
+
+
+@pytest.fixture(scope="module")
+def segmenter(tmp_path_factory: pytest.TempPathFactory) -> Segmenter:
+    return Segmenter.open(make_bundle(tmp_path_factory.mktemp("bundle") / "tiny"))
+
+
+def test_many_scans_give_the_files_that_each_alone_gives(segmenter: Segmenter, tmp_path: Path) -> None:
+    paths = [
+        saved(tmp_path / f"{name}.nii.gz", volume(SIZE, SIZE, depth)) for name, depth in (("a", 1), ("b", 3), ("c", 2))
+    ]
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    for path in paths:
+        segmenter.segment(path, **QUICK).save(alone, preview=False)
+    outcomes = list(segmenter.segment_many(paths, save_to=together, preview=False, **QUICK))
+    assert [one.item for one in outcomes] == paths
+    for one in outcomes:
+        assert one.value is not None
+        assert one.value.report["outputs"].keys() == {
+            f"{one.value.name}_{kind}.nii.gz" for kind in ("soft", "levels", "uncertainty", "mask")
+        }
+    maps = sorted(path.name for path in alone.glob("*.nii.gz"))
+    assert len(maps) == 12
+    for name in maps:
+        assert (together / name).read_bytes() == (alone / name).read_bytes(), name
+    assert sorted(path.name for path in together.iterdir()) == sorted(path.name for path in alone.iterdir())
+
+
+def test_a_bad_scan_among_many_and_two_of_one_name(segmenter: Segmenter, tmp_path: Path) -> None:
+    good = saved(tmp_path / "good.nii.gz", volume(SIZE, SIZE, 1))
+    bad = tmp_path / "bad.nii.gz"
+    bad.write_bytes(good.read_bytes()[:60])
+    (tmp_path / "other").mkdir()
+    twin = saved(tmp_path / "other" / "good.nii.gz", volume(SIZE, SIZE, 2))
+    outcomes = list(segmenter.segment_many([bad, good, twin], save_to=tmp_path / "out", **QUICK))
+    assert [one.error is None for one in outcomes] == [False, True, False]
+    assert "bad.nii.gz" in str(outcomes[0].error)
+    assert "another scan is called good" in str(outcomes[2].error)
+    assert nib.load(tmp_path / "out" / "good_soft.nii.gz").shape == (SIZE, SIZE, 1)
+
+
+def test_the_engine_works_on_one_scan_while_the_next_is_read(
+    segmenter: Segmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real segmenter, its engine held up until the next scan's reading and the last one's writing have begun."""
+    paths = [saved(tmp_path / f"{name}.nii", volume(SIZE, SIZE)) for name in "abc"]
+    read = {path.stem: threading.Event() for path in paths}
+    written = {path.stem: threading.Event() for path in paths}
+    prepare, segment, save = segmenter.prepare, segmenter.segment, Result.save
+
+    def noted(scan: Any, **options: Any) -> Prepared:
+        read[Path(scan).stem].set()
+        return prepare(scan, **options)
+
+    def held(ready: Prepared, **options: Any) -> Result:
+        place = "abc".index(ready.scan.name)
+        for events, other in ((read, "abc"[place + 1 : place + 2]), (written, "abc"[place - 1 : place])):
+            assert not other or events[other].wait(SECONDS), f"scan {other} was not dealt with meanwhile"
+        return segment(ready, **options)
+
+    def noted_save(result: Result, *arguments: Any, **options: Any) -> dict[str, Any]:
+        written[result.name].set()
+        return save(result, *arguments, **options)
+
+    monkeypatch.setattr(segmenter, "prepare", noted)
+    monkeypatch.setattr(segmenter, "segment", held)
+    monkeypatch.setattr(Result, "save", noted_save)
+    outcomes = list(segmenter.segment_many(paths, save_to=tmp_path / "maps", preview=False, **QUICK))
+    assert [one.error for one in outcomes] == [None, None, None]
+
+
+def test_a_prepared_scan_has_its_slices_already(segmenter: Segmenter) -> None:
+    array = volume(SIZE, SIZE, 3)
+    ready = segmenter.prepare(array, slices="1:2")
+    np.testing.assert_array_equal(
+        segmenter.segment(ready, **QUICK).soft, segmenter.segment(array, **QUICK, slices="1:2").soft
+    )
+    with pytest.raises(CdiffError, match="prepared already"):
+        segmenter.segment(ready, **QUICK, slices="0:1")

@@ -21,6 +21,7 @@ from cdiff.export.engine_report import (
 )
 from cdiff.export.trt_build import Built, Request, inspect, serialise
 from cdiff.runtime.bundle import Bundle
+from cdiff.runtime.engines.hostcode import note_own
 from cdiff.runtime.engines.trt import (
     FILES,
     LAYERS,
@@ -195,6 +196,8 @@ def _build(
             "warnings": built.warnings[:20],
         }
         write_json(part / RECORD, record)
+    if VERSION_COMPATIBLE in key.options:
+        note_own(str(record["sha256"]), folder / f"{key.graph}.engine")
     if timings is not None and built.timing_cache:
         write_bytes(timings, built.timing_cache)
     return folder / f"{key.graph}.engine"

@@ -5,6 +5,7 @@ Written for the Python bindings of TensorRT 10.16, 11.4 and TensorRT for RTX 1.7
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,8 @@ from cdiff.runtime.device.cuda import OutOfMemory
 from cdiff.runtime.device.gpu import Buffer
 from cdiff.runtime.device.spec import Connector, GraphSpec, Tensor
 from cdiff.runtime.engines.gpu import GpuEngine
+from cdiff.runtime.engines.hostcode import must_be_trusted
+from cdiff.runtime.engines.jit import JitFile
 from cdiff.runtime.engines.trt import BuildEngines, Flavour, Gpu, Profile, load_trt, open_or_build, profile_for
 from cdiff.runtime.errors import CdiffError
 
@@ -46,6 +49,7 @@ class TensorRtEngine(GpuEngine):
         self._runtime.error_recorder = self._recorder
         self._loaded: tuple[Path, Path] | None = None
         self._engines: dict[str, Any] = {}
+        self._kernels: dict[str, JitFile] = {}
 
     def prepare(self, rows: int, slots: int) -> tuple[GraphSpec, Connector]:
         """See `GpuEngine.prepare`: finds or builds the engines for these shapes and loads them."""
@@ -61,15 +65,22 @@ class TensorRtEngine(GpuEngine):
             pair = open_or_build(self._bundle, self._flavour, gpu, wide, self._build)
         if self._loaded != pair[:2]:
             self._engines.clear()
-            self._engines = {"encoder": self._load(pair.encoder), "denoiser": self._load(pair.denoiser)}
+            for graph, path in (("encoder", pair.encoder), ("denoiser", pair.denoiser)):
+                self._engines[graph] = self._load(graph, path, path in pair.host_code)
             self._loaded = pair[:2]
-        return self._spec(), TrtConnector(self, self._engines, self._trt)
+        return self._spec(), TrtConnector(self, self._engines, self._kernels, self._trt)
 
-    def _load(self, path: Path) -> Any:
+    def _load(self, graph: str, path: Path, host_code: bool) -> Any:
+        runtime, plan = self._runtime, path.read_bytes()
+        digest = hashlib.sha256(plan).hexdigest()
+        if host_code:
+            must_be_trusted(path, digest)
+        runtime.engine_host_code_allowed = host_code
         self._messages.clear()
-        engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
+        engine = runtime.deserialize_cuda_engine(plan)
         if engine is None:
             raise self.failure(f"{path} cannot be loaded; remove its folder, and it will be built again")
+        self._kernels[graph] = JitFile(path, digest, self.version, self.gpu.name)
         return engine
 
     def _spec(self) -> GraphSpec:
@@ -100,10 +111,13 @@ class TensorRtEngine(GpuEngine):
 class TrtConnector:
     """Execution contexts for one binding; their working memory is ours. Implements `Connector`."""
 
-    def __init__(self, owner: TensorRtEngine, engines: dict[str, Any], trt: Any) -> None:
+    def __init__(self, owner: TensorRtEngine, engines: dict[str, Any], kernels: dict[str, JitFile], trt: Any) -> None:
+        """kernels: where each graph's kernels are kept that TensorRT for RTX compiles."""
         self._engines, self._trt, self._gpu, self._fail = engines, trt, owner.gpu, owner.failure
+        self._kernels = kernels
         self._messages = owner._messages
         self._contexts: list[Any] = []
+        self._caches: list[Any] = []
         self._memory: list[Buffer] = []
 
     def connect(self, graph: str, tensors: dict[str, Tensor], stream: Any) -> Callable[[], None]:
@@ -113,7 +127,7 @@ class TrtConnector:
         self._messages.clear()
         memory = self._gpu.allocate(int(engine.device_memory_size_v2))
         self._memory.append(memory)
-        context = self._context(engine)
+        context, keep = self._context(graph, engine)
         if context is None:
             raise fail(f"no execution context for the {graph}")
         self._contexts.append(context)
@@ -136,31 +150,55 @@ class TrtConnector:
         handle = stream.handle
 
         def queue() -> None:
+            nonlocal keep
             if not context.execute_async_v3(handle):
                 raise fail(f"the {graph} did not run")
+            if keep is not None:  # after the first run all that these shapes need is compiled
+                keep()
+                keep = None
 
         return queue
 
     def close(self) -> None:
         """Drop the contexts, then give back their memory."""
         self._contexts.clear()
+        self._caches.clear()
         for buffer in self._memory:
             self._gpu.release(buffer)
         self._memory.clear()
 
-    def _context(self, engine: Any) -> Any:
-        """A context whose working memory we provide."""
+    def _context(self, graph: str, engine: Any) -> tuple[Any, Callable[[], None] | None]:
+        """A context whose working memory we provide; and what keeps the kernels that its first run compiles, where it does."""
         trt = self._trt
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         specialisation = getattr(trt, "DynamicShapesKernelSpecializationStrategy", None)
         if specialisation is None:
-            return engine.create_execution_context(strategy)
+            return engine.create_execution_context(strategy), None
         # TensorRT for RTX compiles kernels when it runs. Eagerly, so that the same kernels serve from the first call on: by default
         # better ones replace them in the middle of a scan, which a captured graph would miss and which would change its bits.
-        options = engine.create_runtime_config()
-        options.set_execution_context_allocation_strategy(strategy)
-        options.dynamic_shapes_kernel_specialization_strategy = specialisation.EAGER
-        return engine.create_execution_context(options)
+        runtime_config = engine.create_runtime_config()
+        runtime_config.set_execution_context_allocation_strategy(strategy)
+        runtime_config.dynamic_shapes_kernel_specialization_strategy = specialisation.EAGER
+        runtime_cache, kept = runtime_config.create_runtime_cache(), self._kernels[graph]
+        known = kept.read()
+        if known is not None and not runtime_cache.deserialize(known):
+            LOG.info("kernels compiled before do not fit this driver or GPU (%s); compiled again", self._said())
+        if not runtime_config.set_runtime_cache(runtime_cache):
+            raise self._fail(f"the {graph} takes no cache of compiled kernels")
+        self._caches.append(runtime_cache)
+
+        def keep() -> None:
+            compiled = bytes(runtime_cache.serialize())
+            if compiled != known:
+                kept.write(compiled)
+
+        return engine.create_execution_context(runtime_config), keep
+
+    def _said(self) -> str:
+        """What TensorRT has said, which is then forgotten: a later error is about something else."""
+        said = "; ".join(self._messages) or "it gave no reason"
+        self._messages.clear()
+        return said
 
     def _check(self, graph: str, engine: Any, tensors: dict[str, Tensor]) -> None:
         """The engine's tensors are the ones that we mean, of the same types."""

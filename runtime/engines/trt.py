@@ -180,15 +180,16 @@ class EngineKey:
 
 
 VERSION_COMPATIBLE = "version-compatible"
-"""The option of engines that later TensorRT versions of the same major one load too."""
+"""The option of engines that later TensorRT versions of the same major one load too. They carry code for the host (`hostcode`)."""
 
 
 class EnginePair(NamedTuple):
-    """The two engine files, and the shapes that the denoiser's really takes: what `bind` may ask for."""
+    """The two engine files, and the shapes that the denoiser's really takes: what `bind` may ask for. host_code: those that carry it."""
 
     encoder: Path
     denoiser: Path
     profile: Profile
+    host_code: frozenset[Path] = frozenset()
 
 
 BuildEngines = Callable[[Bundle, Flavour, Gpu, Profile], tuple[Path, Path]]
@@ -291,7 +292,8 @@ def open_or_build(
             f"{bundle.path} has no {flavour} {version} engine for {gpu.name} (compute capability {gpu.capability}) with "
             f"{profile.max_rows} rows; build it: cdiff export {bundle.path} --engine {flavour}"
         )
-    return EnginePair(encoder[0], denoiser[0], denoiser[1].profile)
+    host_code = frozenset(path for path, key in (encoder, denoiser) if VERSION_COMPATIBLE in key.options)
+    return EnginePair(encoder[0], denoiser[0], denoiser[1].profile, host_code)
 
 
 def _find(

@@ -285,3 +285,17 @@ def test_progress_rises_to_the_end(bundle: Bundle, double: Double) -> None:
     assert told == sorted(told)
     assert told[:4] == [0.0625, 0.125, 0.1875, 0.25]
     assert told[-1] == 1
+
+
+def test_a_version_compatible_engine_is_noted_as_the_user_s_own(bundle: Bundle, native: Double) -> None:
+    """The runtime lets an engine run code on the host only where it finds this note; a plain engine carries none and needs none."""
+    from cdiff.runtime.engines.hostcode import must_be_trusted
+
+    plain, lasting = build(bundle, native)[1], build(bundle, native, version_compatible=True)[1]
+    key = json.loads((lasting.parent / RECORD).read_text())
+    must_be_trusted(lasting, key["sha256"])
+    pair = open_or_build(bundle, "tensorrt", H200, PROFILE)
+    assert (pair.denoiser, pair.host_code) == (plain, frozenset())
+    for path in plain.parent.iterdir():
+        path.unlink()
+    assert open_or_build(bundle, "tensorrt", H200, PROFILE).host_code == {lasting}

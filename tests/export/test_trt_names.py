@@ -22,6 +22,11 @@ RTX_ONLY = {
     ("IBuilderConfig", "set_compute_capability"),
     ("IBuilderConfig", "num_compute_capabilities"),
     ("names", "ComputeCapability"),
+    ("IRuntimeConfig", "create_runtime_cache"),
+    ("IRuntimeConfig", "set_runtime_cache"),
+    ("IRuntimeConfig", "dynamic_shapes_kernel_specialization_strategy"),
+    ("IRuntimeCache", "deserialize"),
+    ("IRuntimeCache", "serialize"),
 }
 FLAGS = BuildOptions(refit=True, version_compatible=True).flags
 
@@ -113,3 +118,5 @@ def test_the_check_sees_what_the_code_uses() -> None:
     ):
         assert name in question["names"]
     assert ("IBuilderConfig", "set_timing_cache", 2) in question["calls"]
+    assert ("IRuntimeCache", "deserialize", 1) in question["calls"]
+    assert "Runtime.engine_host_code_allowed" in question["names"]

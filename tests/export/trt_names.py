@@ -18,6 +18,8 @@ CLASSES = {
     "profile": "IOptimizationProfile",
     "cache": "ITimingCache",
     "runtime": "Runtime",
+    "runtime_config": "IRuntimeConfig",
+    "runtime_cache": "IRuntimeCache",
     "engine": "ICudaEngine",
     "context": "IExecutionContext",
     "inspector": "EngineInspector",

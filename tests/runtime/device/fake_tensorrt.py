@@ -61,6 +61,7 @@ def module(world: World, network: Network, *, rtx: bool = False, max_rows: int =
     """The module `tensorrt`, or `tensorrt_rtx`."""
     trt: Any = ModuleType("tensorrt_rtx" if rtx else "tensorrt")
     trt.__version__ = "1.7.1.116" if rtx else "10.16.1.11"
+    trt.driver = "driver-580"
 
     class Severity(enum.IntEnum):
         INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE = range(5)
@@ -82,9 +83,34 @@ def module(world: World, network: Network, *, rtx: bool = False, max_rows: int =
     class Specialization(enum.Enum):
         LAZY, EAGER, NONE = range(3)
 
+    class RuntimeCache:
+        """Kernels by name; bytes made for another driver are refused, as the library does."""
+
+        def __init__(self) -> None:
+            self.kernels: set[str] = set()
+
+        def serialize(self) -> memoryview:
+            return memoryview(" ".join([trt.driver, *sorted(self.kernels)]).encode())
+
+        def deserialize(self, blob: bytes) -> bool:
+            driver, *kernels = bytes(blob).decode().split(" ")
+            world.note("deserialize kernels", *kernels)
+            if driver != trt.driver:
+                return False
+            self.kernels |= set(kernels)
+            return True
+
     class Config:
         dynamic_shapes_kernel_specialization_strategy = Specialization.LAZY
         strategy = Strategy.STATIC
+        cache: RuntimeCache | None = None
+
+        def create_runtime_cache(self) -> RuntimeCache:
+            return RuntimeCache()
+
+        def set_runtime_cache(self, cache: RuntimeCache) -> bool:
+            self.cache = cache
+            return True
 
         def set_execution_context_allocation_strategy(self, strategy: Strategy) -> None:
             self.strategy = strategy
@@ -116,11 +142,11 @@ def module(world: World, network: Network, *, rtx: bool = False, max_rows: int =
             assert (how.strategy if rtx else how) is Strategy.USER_MANAGED
             if rtx:
                 assert how.dynamic_shapes_kernel_specialization_strategy is Specialization.EAGER
-            return Context(self)
+            return Context(self, how.cache if rtx else None)
 
     class Context:
-        def __init__(self, engine: Engine) -> None:
-            self.engine = engine
+        def __init__(self, engine: Engine, kernels: RuntimeCache | None) -> None:
+            self.engine, self.kernels = engine, kernels
             self.shapes: dict[str, tuple[int, ...]] = {}
             self.addresses: dict[str, int] = {}
             self.profile: int | None = None
@@ -170,6 +196,11 @@ def module(world: World, network: Network, *, rtx: bool = False, max_rows: int =
             assert self.memory, "no working memory"
             assert set(self.addresses) == set(self.shapes) == set(self.engine.tensors)
             world.note("execute", self.engine.graph, stream)
+            if self.kernels is not None:
+                kernel = f"{self.engine.graph}-{'-'.join(map(str, next(iter(self.shapes.values()))))}"
+                if kernel not in self.kernels.kernels:
+                    world.note("compile", kernel)
+                    self.kernels.kernels.add(kernel)
             places = {n: (self.addresses[n], self.shapes[n], self.engine.tensors[n][1]) for n in self.addresses}
             graph = self.engine.graph
             world.streams[stream].put(
@@ -179,16 +210,21 @@ def module(world: World, network: Network, *, rtx: bool = False, max_rows: int =
 
     class Runtime:
         error_recorder: Any = None
+        engine_host_code_allowed = False
 
         def __init__(self, logger: Any) -> None:
             assert isinstance(logger, ILogger)
             self.logger = logger
 
         def deserialize_cuda_engine(self, plan: bytes) -> Engine | None:
-            if plan.decode() not in SIZE:
+            name, _, carries = plan.decode().partition("+")
+            if name not in SIZE:
                 self.logger.log(Severity.ERROR, "the plan is damaged\nand more")
                 return None
-            return Engine(plan.decode(), self.error_recorder)
+            if (carries == "host code") != self.engine_host_code_allowed:
+                self.logger.log(Severity.ERROR, "host code is allowed where there is none, or not where there is some")
+                return None
+            return Engine(name, self.error_recorder)
 
     trt.ILogger, trt.IErrorRecorder, trt.TensorIOMode = ILogger, IErrorRecorder, TensorIOMode
     trt.ExecutionContextAllocationStrategy = Strategy

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
 
 from cdiff.runtime.batching import SliceResult, Timings, segment_windows
-from cdiff.runtime.bundle import Bundle
 from cdiff.runtime.chain import Chain
 from cdiff.runtime.device.chain import WARM_UPS
 from cdiff.runtime.device.cuda import OutOfMemory
@@ -22,50 +20,8 @@ from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.framing import Framing
 from cdiff.runtime.noise import Noise
 from cdiff.runtime.sampler import SAMPLERS, sampler_table
-from tests.runtime.device import fake_tensorrt
-from tests.runtime.device.fake_cuda import World, install
 from tests.runtime.device.test_kernels import rows_of
 from tests.runtime.test_batching import SCHEDULE, SIZE, BrokenEngine, C, FakeEngine, R, framed, run, scan
-
-
-class Setup:
-    """A TensorRT engine over doubles, the world that it runs in, and the profiles that it asked for."""
-
-    def __init__(self, world: World, engine: tensorrt.TensorRtEngine, asked: list[Profile]) -> None:
-        self.world, self.engine, self.asked = world, engine, asked
-
-
-@pytest.fixture
-def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    def build(
-        model: Any = None,
-        *,
-        dtype: Any = np.float32,
-        rtx: bool = False,
-        size: int = SIZE,
-        max_rows: int = 10**6,
-        plan: bytes | None = None,
-        **world: Any,
-    ) -> Setup:
-        model = model or FakeEngine()
-        here = install(monkeypatch, **world)
-        network = fake_tensorrt.Network(model, (size, size), 2, dtype, model.learned)
-        trt = fake_tensorrt.module(here, network, rtx=rtx, max_rows=max_rows)
-        monkeypatch.setattr(tensorrt, "load_trt", lambda flavour: trt)
-        asked: list[Profile] = []
-
-        def open_or_build(bundle: Any, flavour: str, gpu: Any, profile: Profile, build: Any = None) -> EnginePair:
-            assert (gpu.name, gpu.capability) == ("Double", "9.0")
-            asked.append(profile)
-            for name in ("encoder", "denoiser"):
-                (tmp_path / name).write_bytes(plan or name.encode())
-            return EnginePair(tmp_path / "encoder", tmp_path / "denoiser", profile)
-
-        monkeypatch.setattr(tensorrt, "open_or_build", open_or_build)
-        bundle = cast(Bundle, SimpleNamespace())
-        return Setup(here, tensorrt.TensorRtEngine(bundle, "tensorrt-rtx" if rtx else "tensorrt"), asked)
-
-    return build
 
 
 def same(got: list[SliceResult], want: list[SliceResult], atol: float = 2e-6) -> None:

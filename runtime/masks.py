@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.grid import Grid
 from cdiff.runtime.nifti import nifti_voxels, parse_nifti
+from cdiff.runtime.picture import check_depth
 from cdiff.runtime.scan import PICTURE_SUFFIXES, read_bytes
 from cdiff.runtime.shapes import by, one_line
 
@@ -48,6 +49,7 @@ def _pixels(data: bytes, path: Path) -> NDArray[Any]:
         with Image.open(io.BytesIO(data)) as picture:
             if getattr(picture, "n_frames", 1) > 1:
                 raise CdiffError(f"{path} holds several pictures; a mask is one")
+            check_depth(picture, data, path)
             pixels, mode = np.asarray(picture), picture.mode
     except (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise CdiffError(f"{path} cannot be read as a picture ({one_line(error)}); save it again as PNG") from None

@@ -4,12 +4,34 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.shapes import one_line
+
+BITS_PER_SAMPLE = 258
+"""TIFF's tag (TIFF 6.0, section 8): one number a channel."""
+PNG_DEPTH = 24
+"""Where the bit depth stands in a PNG file: after the signature, the chunk's length and name, width and height (PNG 1.2, 11.2.2)."""
+DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
+"""Pillow's modes of more than 8 bits; all are grey."""
+
+
+def check_depth(picture: Any, data: bytes, path: Path) -> None:
+    """Raise CdiffError for a picture, opened by Pillow, of which it would keep only the upper 8 bits: colours or transparency of 16."""
+    bits = 8
+    if picture.format == "PNG":
+        bits = data[PNG_DEPTH]
+    elif picture.format == "TIFF":
+        bits = max(picture.tag_v2.get(BITS_PER_SAMPLE, (1,)))
+    if bits > 8 and picture.mode not in DEEP_MODES:
+        raise CdiffError(
+            f"{path} has several channels of {bits} bits, and only grey pictures are read with more than 8: save it in 16-bit grey, "
+            "one file a channel, or as NIfTI"
+        )
 
 
 def read_picture(data: bytes, path: Path, channels: int) -> tuple[NDArray[np.float32], list[str]]:
@@ -25,6 +47,7 @@ def read_picture(data: bytes, path: Path, channels: int) -> tuple[NDArray[np.flo
         with Image.open(io.BytesIO(data)) as picture:
             if getattr(picture, "n_frames", 1) > 1:
                 raise CdiffError(f"{path} holds {picture.n_frames} pictures; save one, or convert them to NIfTI")  # type: ignore[attr-defined]
+            check_depth(picture, data, path)
             picture.load()
             if picture.mode in ("P", "1", "CMYK", "YCbCr"):
                 picture = picture.convert("L" if picture.mode == "1" else "RGB")  # type: ignore[assignment]

@@ -1,0 +1,99 @@
+"""Pictures of 16 bits: grey ones are read to the last bit, colours are refused and never read with 8."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.masks import read_mask
+from cdiff.runtime.scan import read_scan
+
+GREY, COLOURS, GREY_ALPHA, COLOURS_ALPHA = 0, 2, 4, 6
+"""PNG's colour types."""
+CHANNELS = {GREY: 1, COLOURS: 3, GREY_ALPHA: 2, COLOURS_ALPHA: 4}
+
+
+def pixels(channels: int) -> Any:
+    shape = (5, 6) if channels == 1 else (5, 6, channels)
+    return np.random.default_rng(0).integers(0, 2**16, shape).astype(np.uint16)
+
+
+def write_png(path: Path, array: Any, kind: int) -> Path:
+    """A PNG of 16 bits as its specification has it; Pillow writes none in colour."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in array)
+    head = struct.pack(">IIBBBBB", array.shape[1], array.shape[0], 16, kind, 0, 0, 0)
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+    )
+    return path
+
+
+def write_tiff(path: Path, array: Any, order: str = "<") -> Path:
+    """An uncompressed TIFF of 16 bits and one or three channels."""
+    channels = 1 if array.ndim == 2 else array.shape[2]
+    pixel_data = array.astype(f"{order}u2").tobytes()
+    after = 8 + len(pixel_data)  # where the bits of each channel are listed, then the directory
+    bits = struct.pack(f"{order}{channels}H", *[16] * channels) if channels > 1 else b""
+    SHORT, LONG = 3, 4
+    tags = [
+        (256, LONG, 1, array.shape[1]), (257, LONG, 1, array.shape[0]),
+        (258, SHORT, channels, after if channels > 1 else 16), (259, SHORT, 1, 1), (262, SHORT, 1, 2 if channels > 1 else 1),
+        (273, LONG, 1, 8), (277, SHORT, 1, channels), (278, LONG, 1, array.shape[0]), (279, LONG, 1, len(pixel_data)),
+    ]  # fmt: skip
+
+    def entry(tag: int, kind: int, count: int, value: int) -> bytes:
+        head = struct.pack(f"{order}HHI", tag, kind, count)
+        short = kind == SHORT and count == 1
+        return head + (struct.pack(f"{order}HH", value, 0) if short else struct.pack(f"{order}I", value))
+
+    directory = struct.pack(f"{order}H", len(tags)) + b"".join(entry(*tag) for tag in tags) + bytes(4)
+    mark = b"II*\0" if order == "<" else b"MM\0*"
+    path.write_bytes(mark + struct.pack(f"{order}I", after + len(bits)) + pixel_data + bits + directory)
+    return path
+
+
+def test_grey_of_16_bits_keeps_every_bit(tmp_path: Path) -> None:
+    array = pixels(1)
+    Image.fromarray(array).save(tmp_path / "pillow.png")
+    Image.fromarray(array).save(tmp_path / "pillow.tif")
+    files = [
+        tmp_path / "pillow.png", tmp_path / "pillow.tif", write_png(tmp_path / "a.png", array, GREY),
+        write_tiff(tmp_path / "little.tif", array), write_tiff(tmp_path / "big.tif", array, ">"),
+    ]  # fmt: skip
+    for path in files:
+        np.testing.assert_array_equal(read_scan(path).slices[0, 0], array, str(path))
+        np.testing.assert_array_equal(read_scan(path, channels=3).slices[0, 1], array, str(path))
+        np.testing.assert_array_equal(read_mask(path).values, array, str(path))
+
+
+@pytest.mark.parametrize("kind", [COLOURS, GREY_ALPHA, COLOURS_ALPHA, "little", "big"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_colours_of_16_bits_are_refused_in_one_line(tmp_path: Path, kind: Any, channels: int) -> None:
+    if isinstance(kind, str):
+        path = write_tiff(tmp_path / "a.tif", pixels(3), "<" if kind == "little" else ">")
+    else:
+        path = write_png(tmp_path / "a.png", pixels(CHANNELS[kind]), kind)
+    for read in (lambda: read_scan(path, channels=channels), lambda: read_mask(path)):
+        with pytest.raises(CdiffError, match=r"several channels of 16 bits.*save it in 16-bit grey") as caught:
+            read()
+        assert "\n" not in str(caught.value)
+
+
+def test_colours_of_8_bits_are_read_as_before(tmp_path: Path) -> None:
+    array = np.random.default_rng(1).integers(0, 256, (5, 6, 3)).astype(np.uint8)
+    for suffix in ("png", "tif"):
+        Image.fromarray(array).save(tmp_path / f"a.{suffix}")
+        np.testing.assert_array_equal(
+            read_scan(tmp_path / f"a.{suffix}", channels=3).slices[0], np.moveaxis(array, 2, 0)
+        )

@@ -96,7 +96,16 @@ def evaluate(
     ] = None,
     task: options.TaskOption = None,
     layout: options.LayoutOption = options.Layout.auto,
-    labels: options.LabelsOption = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            "--labels",
+            metavar="N,N,...",
+            help="Which values of the masks are inside, such as 1,4 of a label map.",
+            show_default="as the model was trained",
+            rich_help_panel=options.DATA,
+        ),
+    ] = None,
     limit: Annotated[
         int | None,
         typer.Option(
@@ -153,7 +162,7 @@ def evaluate(
     cdiff evaluate --data my_data --group "patient[0-9]+" --paper-table
     """
     from cdiff.runtime.cases import find_cases
-    from cdiff.runtime.evaluate import Protocol, choose_split
+    from cdiff.runtime.evaluate import Protocol, choose_split, labelled_as_trained
     from cdiff.runtime.evaluate import evaluate as score
     from cdiff.runtime.files import write_json
     from cdiff.runtime.publish import SCORES, check_steps, sweep_steps, write_report
@@ -161,14 +170,17 @@ def evaluate(
     steps = None if steps_curve is None else _numbers(steps_curve)
     if steps and report_ is None:
         raise CdiffError("--steps-curve needs a folder to write to; add --report DIR")
-    inside = options.parse_labels(labels)
-    found = find_cases(data, task, layout=layout, labels=inside)
+    asked = options.parse_labels(labels)
+    found = find_cases(data, task, layout=layout, labels=asked)
     for note in found.notes:
         warn(note)
     chosen, cases = choose_split(found, split)
     cases = cases[:limit]
     say(f"split {chosen} of {', '.join(found)}: {len(cases)} cases", quiet)
     segmenter = model.load(quiet)
+    cases, inside = labelled_as_trained(cases, segmenter.manifest, asked, warn)
+    if inside and not asked:
+        say(f"labels {','.join(map(str, inside))} are inside, as the model was trained", quiet)
     protocol = Protocol(**chain.arguments(), all_raters=all_raters, raters=raters.value)
     if steps:
         check_steps(segmenter, protocol, steps)

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from safetensors.torch import save_file
 
 from cdiff.export.card import METHOD, Card, render
 from cdiff.export.graphs import DenoiserGraph, EncoderGraph, write_denoiser, write_encoder
 from cdiff.export.half import check_half, half_network
 from cdiff.export.reference import TorchEngine
 from cdiff.export.verify import verify
+from cdiff.export.weights import write_weights
 from cdiff.runtime.bundle import Bundle, write_bundle
 from cdiff.runtime.engines.base import Float32
 from cdiff.runtime.engines.registry import available_engines
@@ -72,8 +72,7 @@ def export_run(
         report(0, PARTS)
         half = _write_graphs(loaded, folder, fp16, opset, report)
         metadata = {"config": json.dumps(loaded.config.to_json()), "format": "pt"}
-        save_file(loaded.network.state_dict(), folder / WEIGHTS, metadata)
-        (folder / WEIGHTS).chmod(0o644)  # safetensors makes it private, and a bundle is shared
+        write_weights(folder / WEIGHTS, loaded.network.state_dict(), metadata)
         manifest = _manifest(loaded, card, card.name or out.name, folder, fp16)
         report(3, PARTS)
         checked = verify(Bundle(folder, manifest), TorchEngine(loaded.network, loaded.schedule), slices)

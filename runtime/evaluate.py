@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import sha256, write_json
 from cdiff.runtime.journal import Journal, fingerprint, finished_rows
 from cdiff.runtime.manifest import NAME as MANIFEST
+from cdiff.runtime.manifest import Manifest
 from cdiff.runtime.scores import CaseTally, marked_slices
 from cdiff.runtime.summary import ROW_KEYS, Row, group_names, summarise
 
@@ -84,6 +85,24 @@ def choose_split(found: Mapping[str, list[Case]], wanted: str | None = None) -> 
     if wanted:
         raise CdiffError(f"there is no split {wanted!r} in this data, which has {there}; choose one with --split")
     raise CdiffError(f"the data has only the split {there}; name it with --split to score what was trained on")
+
+
+def labelled_as_trained(
+    cases: list[Case], manifest: Manifest, asked: tuple[int, ...], tell: Notice
+) -> tuple[list[Case], tuple[int, ...]]:
+    """The cases with the mask values inside that were `asked` for or, where none were, that the model was trained on; and those values.
+
+    Empty values leave to each case's layout what is inside. tell: called with a line where the two differ.
+    """
+    trained = manifest.labels_inside
+    if asked and trained and set(asked) != set(trained):
+        tell(f"labels {_numbers(asked)} are scored as inside, and the model was trained on {_numbers(trained)}")
+    inside = asked or trained
+    return ([replace(case, labels=inside) for case in cases] if inside else cases), inside
+
+
+def _numbers(labels: tuple[int, ...]) -> str:
+    return ",".join(map(str, labels))
 
 
 def evaluate(

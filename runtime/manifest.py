@@ -89,6 +89,13 @@ class Manifest:
         names = data.get("modalities", []) if isinstance(data, dict) else []
         return tuple(map(str, names))
 
+    @property
+    def labels_inside(self) -> tuple[int, ...]:
+        """The values of a mask that training took as inside; empty where none were named."""
+        data = self.training.get("data", {})
+        labels = data.get("labels", []) if isinstance(data, dict) else []
+        return tuple(map(int, labels))
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, the format version first."""
         values = dataclasses.asdict(self) | {"image_size": list(self.image_size)}

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -72,3 +75,28 @@ def test_mistakes_are_said_before_any_work(tiny_data: Path, tiny_bundle: Path, t
         assert said.count("\n") == 1
         assert printed == ""
     assert not (tmp_path / "report").exists()
+
+
+def test_the_labels_of_the_masks_come_from_the_bundle(tiny_data: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    """A model of label 2 alone, on label maps in which 3 surrounds it: before, everything from half of the largest on was scored."""
+    bundle, data = tmp_path / "bundle", tmp_path / "data"
+    shutil.copytree(tiny_bundle, bundle)
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["training"]["data"]["labels"] = [2]
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    shutil.copytree(tiny_data / "Validation", data)
+    for path in data.rglob("task01_seg*.nii.gz"):
+        image = nib.load(path)
+        drawn = np.asarray(image.dataobj)
+        nib.save(nib.Nifti1Image(np.where(drawn > 0, 2, 3).astype(np.uint8), image.affine), path)
+    chain = ("--data", data, "--model", bundle, "--runs", 1, "--steps", 1)
+    reports = []
+    for name, more in (("stated", ()), ("asked", ("--labels", 2)), ("other", ("--labels", 3))):
+        code, _, said = evaluate(*chain, "--json", tmp_path / f"{name}.json", *more)
+        assert code == 0, said
+        assert ("labels 2 are inside, as the model was trained" in said) == (name == "stated")
+        assert ("the model was trained on 2" in said) == (name == "other")
+        reports.append(json.loads((tmp_path / f"{name}.json").read_text()))
+    stated, asked, other = reports
+    assert stated["data"]["labels"] == asked["data"]["labels"] == [2]
+    assert stated["pairwise_dice_annotators"] == asked["pairwise_dice_annotators"] != other["pairwise_dice_annotators"]

@@ -11,9 +11,10 @@ import pytest
 
 from cdiff.runtime.cases import Case
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.evaluate import Protocol, choose_split
+from cdiff.runtime.evaluate import Protocol, choose_split, labelled_as_trained
 from cdiff.runtime.scores import marked_slices
 from tests.runtime.known_maps import KnownMaps, case_in, run, without_seconds
+from tests.runtime.test_manifest import example
 
 
 def test_long_scans_are_segmented_part_by_part(
@@ -184,3 +185,16 @@ def test_choosing_the_split(cases: list[Case]) -> None:
         choose_split({"train": cases})
     with pytest.raises(CdiffError, match="has all"):
         choose_split({"all": cases}, "val")
+
+
+def test_what_is_inside_a_mask_is_what_it_was_in_training_unless_the_user_says_otherwise(cases: list[Case]) -> None:
+    told: list[str] = []
+    trained, plain = example(training={"data": {"labels": [1, 4]}}), example(training={"data": {"annotators": 3}})
+    found, inside = labelled_as_trained(cases, trained, (), told.append)
+    assert inside == (1, 4) == trained.labels_inside
+    assert [case.labels for case in found] == [(1, 4)] * len(cases)
+    assert labelled_as_trained(cases, plain, (), told.append) == (cases, ())
+    assert labelled_as_trained(cases, trained, (4, 1), told.append)[1] == (4, 1)
+    assert told == []
+    assert labelled_as_trained(cases, trained, (2,), told.append)[1] == (2,)
+    assert told == ["labels 2 are scored as inside, and the model was trained on 1,4"]

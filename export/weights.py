@@ -1,0 +1,36 @@
+"""model.safetensors of a bundle, the same bytes for the same weights (design, section 3)."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cdiff.runtime.errors import CdiffError
+
+LENGTH = struct.Struct("<Q")
+"""The file begins with the length of its head, which is JSON padded with spaces; the tensors' bytes follow (safetensors' README, Format)."""
+
+
+def write_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write tensors and metadata to `path`, readable for others than the owner too.
+
+    safetensors takes the metadata in an order that differs from process to process, so two exports of one run would differ in their
+    hashes: it is sorted here, in place. Raises CdiffError if the sorted head does not fit its place, which cannot happen with
+    the heads that safetensors writes.
+    """
+    save_file(dict(tensors), path, dict(metadata))
+    path.chmod(0o644)  # safetensors makes it private, and a bundle is shared
+    with open(path, "r+b") as file:
+        (length,) = LENGTH.unpack(file.read(LENGTH.size))
+        head = json.loads(file.read(length))
+        head["__metadata__"] = dict(sorted(head["__metadata__"].items()))
+        text = json.dumps(head, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) > length:
+            raise CdiffError(f"{path}: safetensors wrote a head in another form than expected; report its version")
+        file.seek(LENGTH.size)
+        file.write(text.ljust(length))

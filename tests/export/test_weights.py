@@ -1,0 +1,53 @@
+"""The weights of a bundle: the same bytes each time, and what safetensors reads back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from cdiff.export.weights import write_weights
+from cdiff.runtime.bundle import shipped_bundle
+from cdiff.runtime.files import sha256
+from cdiff.runtime.manifest import WEIGHTS
+from cdiff.train.checkpoint import read_tensors
+
+METADATA = {"format": "pt", "config": json.dumps({"name": "Knötchen", "levels": 4}), "a": '\\ " \n', "z": ""}
+
+
+def test_the_same_weights_are_the_same_bytes(tmp_path: Path) -> None:
+    """safetensors orders four keys in 24 ways at random: twelve files of it are hardly ever equal."""
+    tensors = {name: torch.arange(n, dtype=torch.float32) for n, name in enumerate(("b", "a", "c.weight"), start=3)}
+    paths = [tmp_path / f"{number}.safetensors" for number in range(12)]
+    for path in paths:
+        write_weights(path, tensors, METADATA)
+    assert len({path.read_bytes() for path in paths}) == 1
+    with safe_open(paths[0], "pt") as file:
+        assert file.metadata() == METADATA
+    found = read_tensors(paths[0])
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+    assert paths[0].stat().st_mode & 0o044 == 0o044
+
+
+def test_the_shipped_weights_keep_their_size_when_written_again(tmp_path: Path) -> None:
+    """All but the order of the metadata is as safetensors writes it, so that what was shipped has no other size."""
+    shipped = shipped_bundle() / WEIGHTS
+    with safe_open(shipped, "pt") as file:
+        metadata = file.metadata()
+    write_weights(tmp_path / "again", read_tensors(shipped), metadata)
+    assert (tmp_path / "again").stat().st_size == shipped.stat().st_size
+    with safe_open(tmp_path / "again", "pt") as file:
+        assert file.metadata() == metadata
+
+
+@pytest.mark.slow
+def test_two_exports_of_one_run_are_the_same_files(tiny_run: Path, tmp_path: Path) -> None:
+    from cdiff.export.exporter import export_run
+
+    first, second = (export_run(tiny_run, tmp_path / name, card=None).path for name in ("a", "b"))
+    for name in ("encoder.onnx", "denoiser.onnx", WEIGHTS):
+        assert sha256(first / name) == sha256(second / name), name

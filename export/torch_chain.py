@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cdiff.runtime.engines.base import Float32, Int64, Prediction, Rows
+from cdiff.runtime.device.cuda import OutOfMemory
+from cdiff.runtime.engines.base import Float32, Int64, Prediction, Rows, features_not_finite
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.noise import INITIAL
 from cdiff.runtime.sampler import SamplerTable
@@ -39,9 +40,25 @@ def full_precision() -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
-def exact(function: Callable[P, R]) -> Callable[P, R]:
-    """Without gradients and without TF32, which would be a silent loss of precision."""
+def within_memory(function: Callable[P, R]) -> Callable[P, R]:
+    """PyTorch's want of memory is raised as `OutOfMemory`, so that whoever chose the batch can choose a smaller one."""
 
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except torch.OutOfMemoryError as error:
+            said = _line(error)
+        # Outside of the block, or the new error would hold on to the old one's frames, and these to the tensors in them.
+        raise OutOfMemory(f"PyTorch has no room on the GPU ({said}); use a smaller batch")
+
+    return call
+
+
+def exact(function: Callable[P, R]) -> Callable[P, R]:
+    """Without gradients and without TF32, which would be a silent loss of precision; `within_memory` too."""
+
+    @within_memory
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         with torch.inference_mode(), full_precision():
@@ -79,10 +96,7 @@ class TorchBinding:
         """See `Binding.encode`."""
         features = self.engine.features(torch.from_numpy(image)[None].to(self.engine.device))
         if not torch.isfinite(features).all():
-            raise CdiffError(
-                "the encoder returned a value that is not finite; "
-                "check the scan's values, and a half-precision model against its float32 form"
-            )
+            raise features_not_finite()
         self.features[slot] = features[0].permute(1, 2, 0)
 
     @exact

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from cdiff.export.graphs import DenoiserGraph
 from cdiff.export.reference import load_network
-from cdiff.export.torch_chain import TorchBinding, exact
+from cdiff.export.torch_chain import TorchBinding, exact, within_memory
 from cdiff.export.torch_noise import normals
 from cdiff.runtime.bundle import Bundle
 from cdiff.runtime.engines.base import Float32, Int64, Prediction
@@ -87,6 +87,7 @@ class TorchChainEngine:
         x0, mix = self.predict(x_, features_.permute(0, 2, 3, 1).contiguous(), slot, t_, level_)
         return x0.cpu().numpy(), None if mix is None else mix.cpu().numpy()
 
+    @within_memory
     def bind(self, rows: int, slots: int) -> TorchBinding:
         """See `runtime.engines.base.Engine.bind`. The last binding, and what it captured, is given again for the same numbers."""
         if self._binding is None or (self._binding.rows, self._binding.slots) != (rows, slots):

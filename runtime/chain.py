@@ -120,10 +120,12 @@ class Chain:
 def check_finite(rows: Rows, value: Float32, what: str) -> None:
     """Raise CdiffError, naming the row, if a valid row of value [B,1,H,W] holds a NaN or an infinity."""
     # A sum is not finite if one of its terms is not, and is cheaper than asking each of them.
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore", over="ignore"):
         if np.isfinite(value[: rows.valid].sum()):
             return
-    raise not_finite(rows, what, int(np.argmin(np.isfinite(value[: rows.valid]).all(axis=(1, 2, 3)))))
+    finite = np.isfinite(value[: rows.valid]).all(axis=(1, 2, 3))
+    if not finite.all():  # else the sum alone was too large
+        raise not_finite(rows, what, int(np.argmin(finite)))
 
 
 def not_finite(rows: Rows, what: str, row: int) -> CdiffError:

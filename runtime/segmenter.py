@@ -234,16 +234,21 @@ class Segmenter:
         """
         if self._most_rows is not None:
             batch = min(batch, self._most_rows)
+        asked = batch
         while True:
             spent = Timings()
             try:
-                return segment_shared(self.engines, windows, table, batch=batch, timings=spent, **options), batch, spent
+                found = segment_shared(self.engines, windows, table, batch=batch, timings=spent, **options)
             except OutOfMemory as error:
-                if batch == 1:
+                if batch == 1:  # it was not the batch: the next scan may begin with a whole one
                     raise
-                self._most_rows = -(-batch // 2)
-                LOG.warning("%s; going on with %d rows a batch instead of %d", error, self._most_rows, batch)
-                batch = self._most_rows
+                # As text: a log that keeps the error itself would keep the memory that its frames hold.
+                LOG.warning("%s; going on with %d rows a batch instead of %d", str(error), -(-batch // 2), batch)
+                batch = -(-batch // 2)
+            else:
+                if batch < asked:
+                    self._most_rows = batch
+                return found, batch, spent
 
     def _model_report(self) -> dict[str, Any]:
         manifest = self.manifest

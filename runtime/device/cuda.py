@@ -18,7 +18,7 @@ PACKAGES = {
 
 
 class OutOfMemory(CdiffError):
-    """The GPU has no room for a batch of this size; a smaller one may fit."""
+    """There is no room for a batch of this size, on a GPU mostly; a smaller one may fit."""
 
 
 def need(module: str) -> Any:

@@ -10,10 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cdiff.runtime.chain import not_finite
-from cdiff.runtime.device.gpu import Gpu
+from cdiff.runtime.device.gpu import Buffer, Gpu
 from cdiff.runtime.device.layout import GOOD, STATE, place_of_bad
-from cdiff.runtime.engines.base import Rows, SumLayout, WindowSums
-from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.engines.base import Rows, SumLayout, WindowSums, features_not_finite
 from cdiff.runtime.sampler import SamplerTable
 
 POLL = 5e-4
@@ -27,10 +26,7 @@ IN_FLIGHT = 2
 def check_features(state: NDArray[np.void]) -> None:
     """Raise CdiffError if the device's State [1] says that an encoder's output was not finite."""
     if state["bad_features"][0]:
-        raise CdiffError(
-            "the encoder returned a value that is not finite; "
-            "check the scan's values, and a half-precision model against its float32 form"
-        )
+        raise features_not_finite()
 
 
 def check_state(state: NDArray[np.void], rows: Rows, table: SamplerTable) -> None:
@@ -50,20 +46,23 @@ class DeviceSums:
         self.maps, self.kept_maps = layout.levels + layout.runs, layout.levels * layout.runs if layout.keep_runs else 0
         area = size[0] * size[1]
         self.bytes, self.kept_bytes = self.maps * area * 4, self.kept_maps * area
-        self._buffer = gpu.allocate(layout.places * self.bytes)
-        try:
-            self._kept = gpu.allocate(layout.places * self.kept_bytes) if layout.keep_runs else None
-        except CdiffError:
-            gpu.release(self._buffer)
-            raise
+        self._buffer: Buffer | None = None
+        self._kept: Buffer | None = None
         # A batch of `rows` rows completes at most this many windows.
         most = -(-rows // (layout.levels * layout.runs))
-        self._batches = [QueuedBatch(self, most) for _ in range(IN_FLIGHT)]
+        try:
+            self._buffer = gpu.allocate(layout.places * self.bytes)
+            self._kept = gpu.allocate(layout.places * self.kept_bytes) if layout.keep_runs else None
+            self._batches = [QueuedBatch(self, most) for _ in range(IN_FLIGHT)]
+        except BaseException:  # no room on the device, or none that can be pinned on the host
+            self.close()
+            raise
         self._next = 0
 
     @property
     def address(self) -> int:
         """Of the sums [places, C + R, H, W] float32."""
+        assert self._buffer is not None, "closed"
         return self._buffer.address
 
     @property
@@ -91,6 +90,7 @@ class DeviceSums:
         for buffer in (self._buffer, self._kept):
             if buffer is not None:
                 self.gpu.release(buffer)
+        self._buffer = self._kept = None
 
 
 class QueuedBatch:

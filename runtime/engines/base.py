@@ -144,6 +144,14 @@ class Engine(Protocol):
         """Buffers for batches of `rows` rows over `slots` sets of features, reused for a whole scan."""
 
 
+def features_not_finite() -> CdiffError:
+    """The error for an encoder's output that is not finite, the same from every engine."""
+    return CdiffError(
+        "the encoder returned a value that is not finite; "
+        "check the scan's values, and a half-precision model against its float32 form"
+    )
+
+
 class HostBinding:
     """The binding of any engine whose arrays live in host memory: `encode` and `denoise` over one features array."""
 
@@ -155,10 +163,7 @@ class HostBinding:
         """See `Binding.encode`."""
         features = np.asarray(self.engine.encode(image[None]))
         if not np.isfinite(features).all():
-            raise CdiffError(
-                "the encoder returned a value that is not finite; "
-                "check the scan's values, and a half-precision model against its float32 form"
-            )
+            raise features_not_finite()
         if self._features is None:
             # Places not used yet hold zeros, so that a padding row never meets a NaN left in memory.
             self._features = np.zeros((self.slots, *features.shape[1:]), features.dtype)

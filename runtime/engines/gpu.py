@@ -47,6 +47,7 @@ class GpuEngine(ABC):
             self._binding.close()
             self._binding = None
         with self.gpu.current():
+            self.gpu.trim()  # the pool's buffers are of the old sizes, and what a library allocates cannot come from it
             spec, connector = self.prepare(rows, slots)
             self._binding = DeviceBinding(
                 self.gpu, spec, rows, slots, connector, (self.encoder_stream, self.stream), capture=self.capture

@@ -10,6 +10,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from cdiff.runtime.device.cuda import OutOfMemory
 from cdiff.runtime.device.gpu import parse_device
 from cdiff.runtime.engines.base import Binding, Float32, HostBinding, Int64, Prediction
 from cdiff.runtime.engines.cores import physical_cores
@@ -112,7 +113,14 @@ class OnnxRuntimeEngine:
             return list(session.run(names, feed))
         except Exception as error:
             shapes = ", ".join(f"{name} {list(array.shape)} {array.dtype}" for name, array in feed.items())
-            raise CdiffError(f"ONNX Runtime failed on {self.device} with {shapes}: {error_line(error)}") from error
+            raise failure(f"ONNX Runtime failed on {self.device} with {shapes}", error) from error
+
+
+def failure(what: str, error: Exception) -> CdiffError:
+    """The error for a run that ONNX Runtime refused; OutOfMemory where that is about memory."""
+    text = str(error).lower()
+    lacking = any(word in text for word in ("out of memory", "failed to allocate", "alloc_failed", "bad_alloc"))
+    return (OutOfMemory if lacking else CdiffError)(f"{what}: {error_line(error)}")
 
 
 def error_line(error: Exception) -> str:

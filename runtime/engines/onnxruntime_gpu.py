@@ -10,10 +10,9 @@ import numpy as np
 import onnxruntime as ort
 
 from cdiff.runtime.bundle import Bundle
-from cdiff.runtime.device.cuda import OutOfMemory
 from cdiff.runtime.device.spec import Connector, GraphSpec, Tensor
 from cdiff.runtime.engines.gpu import GpuEngine
-from cdiff.runtime.engines.onnxruntime import CUDA, DENOISER, ENCODER, Provider, cuda_options, error_line, open_session
+from cdiff.runtime.engines.onnxruntime import CUDA, DENOISER, ENCODER, Provider, cuda_options, failure, open_session
 from cdiff.runtime.engines.trt import load_trt, writable_cache
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import make_folder
@@ -100,15 +99,9 @@ class SessionConnector:
             try:
                 session.run_with_iobinding(bound, options)
             except Exception as error:  # onnxruntime's own classes have no common base of theirs
-                raise _failure(f"{self._what} failed on cuda:{self._number} in the {graph}", error) from error
+                raise failure(f"{self._what} failed on cuda:{self._number} in the {graph}", error) from error
 
         return queue
 
     def close(self) -> None:
         """Nothing to give back: ONNX Runtime keeps its memory for the session's life."""
-
-
-def _failure(what: str, error: Exception) -> CdiffError:
-    text = str(error).lower()
-    lacking = any(word in text for word in ("out of memory", "failed to allocate", "alloc_failed", "bad_alloc"))
-    return (OutOfMemory if lacking else CdiffError)(f"{what}: {error_line(error)}")

@@ -16,6 +16,7 @@ from cdiff.export.reference import TorchEngine
 from cdiff.export.torch_engine import Options, TorchChainEngine
 from cdiff.export.torch_noise import normals, words
 from cdiff.runtime.batching import segment_windows
+from cdiff.runtime.device.cuda import OutOfMemory
 from cdiff.runtime.engines.base import ChainBinding, Engine
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.framing import Framing, Windows
@@ -197,3 +198,27 @@ def test_replay_gives_what_plain_launches_give() -> None:
     ]
     replayed, launched = (maps(engine, windows, "ddpm") for engine in engines)
     np.testing.assert_allclose(replayed, launched, atol=1e-5)
+
+
+def test_a_gpu_without_room_is_out_of_memory_and_keeps_no_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop then halves the batch. The error must not hold the frames, and the tensors in them, of what did not fit."""
+    engine = TorchChainEngine(random_network(BASE), SCHEDULE, options=EXACT)
+
+    def full(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nMore")
+
+    binding = engine.bind(2, 1)
+    monkeypatch.setattr(engine, "noise", full)
+    calls: list[Callable[[], Any]] = [
+        lambda: binding.run_chain(one_slice(np.arange(2)), sampler_table("ddim", SCHEDULE, 2), 0),
+        lambda: engine.bind(4, 1),
+    ]
+    monkeypatch.setattr("cdiff.export.torch_engine.TorchBinding", full)
+    for call in calls:
+        with pytest.raises(
+            OutOfMemory, match=r"no room on the GPU \(CUDA out of memory. Tried to allocate 20.00 GiB.\)"
+        ) as caught:
+            call()
+        assert caught.value.__context__ is None
+    monkeypatch.undo()
+    assert engine.bind(1, 1).rows == 1

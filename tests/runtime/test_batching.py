@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from cdiff.runtime.batching import SliceResult, Timings, rows_per_batch, segment_windows
+from cdiff.runtime.chain import check_finite
 from cdiff.runtime.engines.base import Binding, ChainBinding, Engine, Float32, HostBinding, Int64, Prediction, Rows
 from cdiff.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from cdiff.runtime.errors import CdiffError
@@ -265,6 +266,16 @@ class BrokenEngine(FakeEngine):
 def test_a_value_that_is_not_finite_is_an_error_that_names_the_row(value: float) -> None:
     with pytest.raises(CdiffError, match=r"not finite: x0 at timestep 7, slice 40, level 2, run 0"):
         run(BrokenEngine(value), framed(scan()), sampler_table("ddpm", SCHEDULE), slice_ids=[40, 41, 42])
+
+
+def test_large_values_are_finite_even_where_their_sum_is_not() -> None:
+    rows = Rows(2, *(np.zeros(2, np.int64) for _ in range(2)), np.zeros((2, 2), np.int64), np.ones(2, np.int64),
+                np.zeros(2, np.int64), (4, 4))  # fmt: skip
+    value = np.full((2, 1, 4, 4), 3e38, np.float32)
+    check_finite(rows, value, "mix")
+    value[1, 0, 2, 2] = -np.inf
+    with pytest.raises(CdiffError, match="slice 0, level 1, run 0"):
+        check_finite(rows, value, "mix")
 
 
 class WholeChain(HostBinding):

@@ -13,9 +13,10 @@ import pytest
 from onnx.reference import ReferenceEvaluator
 
 from cdiff.runtime.bundle import Bundle
+from cdiff.runtime.device.cuda import OutOfMemory
 from cdiff.runtime.device.gpu import parse_device
 from cdiff.runtime.engines.cores import physical_cores
-from cdiff.runtime.engines.onnxruntime import OnnxRuntimeEngine
+from cdiff.runtime.engines.onnxruntime import OnnxRuntimeEngine, failure
 from cdiff.runtime.engines.registry import available_engines, open_engine
 from cdiff.runtime.errors import CdiffError
 from tests.runtime.graphs import L, write_pair
@@ -171,3 +172,32 @@ def test_hyper_threads_and_quotas_are_counted(tmp_path: Path) -> None:
     assert physical_cores(tmp_path / "unknown", none) == min(2, len(mask))
     none.write_text("max 100000\n")
     assert physical_cores(tmp_path / "unknown", none) == len(mask)
+
+
+@pytest.mark.parametrize(
+    ("said", "lacking"),
+    [
+        (
+            "[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : BFCArena: Failed to allocate memory for requested buffer of size 9",
+            True,
+        ),
+        ("[ONNXRuntimeError] : 1 : FAIL : CUDA failure 2: out of memory ; GPU=0", True),
+        ("[ONNXRuntimeError] : 1 : FAIL : CUDNN failure 4: CUDNN_STATUS_ALLOC_FAILED", True),
+        ("[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : std::bad_alloc", True),
+        ("[ONNXRuntimeError] : 2 : INVALID_ARGUMENT : Got invalid dimensions for input: x", False),
+    ],
+)
+def test_want_of_memory_is_told_from_other_errors(
+    tmp_path: Path, said: str, lacking: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With arrays in host memory too: the batch is halved then, which before only the binding on device pointers led to."""
+    assert isinstance(failure("it failed", RuntimeError(said)), OutOfMemory) == lacking
+    engine = OnnxRuntimeEngine(*write_pair(tmp_path))
+
+    def run(*_: Any) -> Any:
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(engine, "_encoder", SimpleNamespace(run=run))
+    with pytest.raises(CdiffError, match="ONNX Runtime failed on cpu with image") as caught:
+        engine.encode(np.zeros((1, 1, 16, 16), np.float32))
+    assert isinstance(caught.value, OutOfMemory) == lacking

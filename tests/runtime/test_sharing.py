@@ -88,6 +88,20 @@ def test_a_batch_that_does_not_fit_is_halved_and_that_is_said_once(
         Segmenter(bundle, Small(0)).segment(slices, batch=2, **options)
 
 
+def test_where_no_batch_fits_the_next_scan_begins_with_a_whole_one_again(tmp_path: Path) -> None:
+    """Else a moment without room, or one scan that never fits, would make a whole folder crawl row by row."""
+    engine = Small(0)
+    segmenter = Segmenter(open_bundle(make_bundle(tmp_path / "tiny")), engine)
+    slices = np.random.default_rng(0).normal(size=(SIZE, SIZE, 1)).astype(np.float32)
+    options: dict[str, Any] = {"runs": 2, "steps": 1, "batch": 6}
+    with pytest.raises(OutOfMemory):
+        segmenter.segment(slices, **options)
+    assert engine.asked == [6, 3, 2, 1]
+    engine.room = 100
+    segmenter.segment(slices, **options)
+    assert engine.asked[4:] == [6]
+
+
 def test_devices_are_opened_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
 

@@ -14,7 +14,7 @@ from cdiff.runtime.chain import Chain
 from cdiff.runtime.device.chain import WARM_UPS
 from cdiff.runtime.device.cuda import OutOfMemory
 from cdiff.runtime.engines import tensorrt
-from cdiff.runtime.engines.base import ChainBinding, SumBinding
+from cdiff.runtime.engines.base import ChainBinding, SumBinding, SumLayout
 from cdiff.runtime.engines.trt import EnginePair, Profile
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.framing import Framing
@@ -269,6 +269,49 @@ def test_a_batch_that_does_not_fit_is_out_of_memory_and_leaks_nothing(make: Any)
         setup.engine.bind(64, 2)
     windows, table = framed(scan((2, SIZE, SIZE))), sampler_table("ddim", SCHEDULE, 2)
     same(run(setup.engine, windows, table, batch=2), run(FakeEngine(), windows, table, batch=2))
+
+
+def test_other_shapes_take_no_more_memory_than_they_need(make: Any) -> None:
+    """What the old buffers held is given back first: a library that allocates by itself cannot use our pool."""
+    windows, table = framed(scan((1, SIZE, SIZE))), sampler_table("ddim", SCHEDULE, 2)
+    small = make()
+    run(small.engine, windows, table, batch=2)
+    setup = make()
+    for batch in (40, 20, 2):
+        run(setup.engine, windows, table, batch=batch)
+    assert setup.world.used() == small.world.used()
+    starved = make(memory=200_000)
+    with pytest.raises(OutOfMemory):
+        starved.engine.bind(64, 2)
+    starved.engine.close()
+    assert starved.world.used() == 0
+
+
+@pytest.mark.parametrize("call", range(1, 8))
+def test_sums_that_find_no_room_give_back_what_they_took(make: Any, monkeypatch: pytest.MonkeyPatch, call: int) -> None:
+    """The n-th allocation of a scan's sums fails, on the device or pinned on the host."""
+    setup = make()
+    binding = setup.engine.bind(12, 2)
+    held, left = setup.world.used(), [call]
+
+    def counted(function: Any) -> Any:
+        def allocate(*arguments: Any, **options: Any) -> Any:
+            left[0] -= 1
+            if left[0] == 0:
+                raise OutOfMemory("no room")
+            return function(*arguments, **options)
+
+        return allocate
+
+    gpu = setup.engine.gpu
+    for name in ("allocate", "pinned"):
+        monkeypatch.setattr(gpu, name, counted(getattr(gpu, name)))
+    with pytest.raises(OutOfMemory):
+        binding.begin(SumLayout(2, C, R, 1, True), sampler_table("ddim", SCHEDULE, 2), 0)
+    monkeypatch.undo()
+    with gpu.current():
+        gpu.trim()
+    assert setup.world.used() == held
 
 
 def test_what_tensorrt_says_is_in_the_error(make: Any) -> None:

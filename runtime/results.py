@@ -120,18 +120,19 @@ class Result:
             raise CdiffError(f"the name {name!r} cannot begin a file's name; give one without folders")
         started = time.perf_counter()
         variant = self.stack.variant
-        maps: dict[str, tuple[NDArray[Any], str]] = {
-            "soft": (self.soft, f"soft map: {variant.soft}"),
-            "levels": (self.levels, f"{variant.levels}, c last"),
-            "uncertainty": (self.uncertainty, variant.uncertainty),
-            "mask": (self.mask, "mask: soft map at least 0.5"),
+        kinds = {
+            "soft": ("soft", f"soft map: {variant.soft}"),
+            "levels": ("levels", f"{variant.levels}, c last"),
+            "uncertainty": ("uncertainty", variant.uncertainty),
+            "mask": ("mask", "mask: soft map at least 0.5"),
         }
         if variant.told == "annotator":
-            maps["annotators"] = (self.maps, "one map an annotator, last axis")
+            kinds["annotators"] = ("maps", "one map an annotator, last axis")
         with staged(Path(folder)) as stage:
-            parts = {f"{name}_{kind}.nii.gz": stage(f"{name}_{kind}.nii.gz") for kind in maps}
-            for part, (values, intent) in zip(parts.values(), maps.values(), strict=True):
-                nib.save(self.grid.image(values, intent), part)
+            parts = {f"{name}_{kind}.nii.gz": stage(f"{name}_{kind}.nii.gz") for kind in kinds}
+            for part, (attribute, intent) in zip(parts.values(), kinds.values(), strict=True):
+                # Each is put on the grid when its turn comes: of a long scan, no two of them are in memory at once.
+                nib.save(self.grid.image(getattr(self, attribute), intent), part)
             if preview:
                 from cdiff.runtime.preview import write_preview
 

@@ -44,7 +44,7 @@ class JitFile:
                 continue
             if not isinstance(found, dict) or {**found, "sha256": ""} != self._head(""):
                 LOG.info("%s is another engine's, version's or GPU's; the kernels are compiled again", path)
-            elif found["sha256"] != hashlib.sha256(blob).hexdigest():
+            elif found.get("sha256") != hashlib.sha256(blob).hexdigest():
                 LOG.warning("%s is damaged and is not used; its kernels are compiled again", path)
             else:
                 return blob

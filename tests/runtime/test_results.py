@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -168,3 +169,18 @@ def test_a_name_cannot_leave_the_folder(tmp_path: Path, name: str) -> None:
     with pytest.raises(CdiffError, match="name"):
         dataclasses.replace(segmented(np.eye(4)), name="").save(tmp_path / "out", name)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_maps_are_put_on_the_grid_one_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a long scan two of them at once would be the most memory that a whole run takes."""
+    held: list[weakref.ref[Any]] = []
+    save = nib.save
+
+    def noted(image: Any, path: Path) -> None:
+        assert [one for one in held if one() is not None] == [], "an earlier file's map is still in memory"
+        held.append(weakref.ref(image.dataobj))
+        save(image, path)
+
+    monkeypatch.setattr("cdiff.runtime.results.nib.save", noted)
+    segmented(np.arange(5 * 6 * 4, dtype=np.float32).reshape(5, 6, 4)).save(tmp_path, preview=False)
+    assert len(held) == 4

@@ -70,7 +70,7 @@ def test_tensorrt_itself_keeps_none(make: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", ["one byte", "cut short", "no header", "another engine", "another GPU", "another version"]
+    "change", ["one byte", "cut short", "no header", "no hash", "another engine", "another GPU", "another version"]
 )
 def test_damaged_and_stale_kernels_are_never_given_to_tensorrt(
     make: Any, tmp_path: Path, change: str, caplog: pytest.LogCaptureFixture
@@ -83,6 +83,9 @@ def test_damaged_and_stale_kernels_are_never_given_to_tensorrt(
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     elif change == "cut short":
         path.write_bytes(content[:-3])
+    elif change == "no hash":
+        rest = {name: value for name, value in json.loads(head).items() if name != "sha256"}
+        path.write_bytes(json.dumps(rest).encode() + b"\n" + blob)
     elif change == "no header":
         path.write_bytes(blob)
     else:

@@ -95,8 +95,8 @@ def train(
         from cdiff.train.checkpoint import read_config
         from cdiff.train.config import Config
         from cdiff.train.data import fit_to_data
+        from cdiff.train.fabric import FailedElsewhere
         from cdiff.train.presets import preset as named
-        from cdiff.train.ranks import FailedElsewhere
         from cdiff.train.trainer import train as run
 
     changes = [

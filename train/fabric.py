@@ -60,10 +60,7 @@ def fabric_on(device: torch.device, amp: str = "off", backend: str = "gloo") -> 
             raise CdiffError(
                 f"{here} of {world} processes run on {socket.gethostname()}; start as many on every machine"
             )
-        # The processes start with the same weights and the network has no buffers to send.
-        strategy = DDPStrategy(
-            process_group_backend=backend, timeout=PATIENCE, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        strategy = DDPStrategy(process_group_backend=backend, timeout=PATIENCE, gradient_as_bucket_view=True)
     # Told of environment and precision, Fabric neither looks for a cluster nor computes in bf16 where fp16 was asked for (on a CPU).
     plugins = [TorchElasticEnvironment() if world > 1 else LightningEnvironment(), _precision(amp, device)]
     kind = "cuda" if device.type == "cuda" else "cpu"

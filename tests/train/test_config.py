@@ -25,7 +25,7 @@ def test_settings_reach_their_sections() -> None:
     assert config.network.channel_mult == (1, 4)
     assert config.schedule.scaled is False
     assert config.data.task == "task02"
-    config = config.with_settings(["schedule=cosine", "intensity_method=standard"])
+    config = config.with_settings(["schedule=cosine", "scaled=true", "intensity_method=standard"])
     config = config.with_values({"intensity_mean": (1.5, 2.0), "intensity_std": (1.0, 3.0)})
     assert config.schedule.kind == "cosine"
     assert config.data.intensity.mean == (1.5, 2.0)

@@ -137,10 +137,10 @@ def test_two_processes_that_accumulate_have_the_loss_of_one(tiny_data: Path, tmp
     assert together(train_once, parts, tiny_data, tmp_path / "two") == [("", 2), ("", 2)]
     train(config, tiny_data, tmp_path / "one", quiet=True)
     one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
-    for name in ("loss", "grad_norm"):
-        assert float(two[0][name]) == pytest.approx(float(one[0][name]), rel=1e-5)
-        # After a step of AdamW, whose step has the length lr where the gradient itself is but rounding.
-        assert float(two[1][name]) == pytest.approx(float(one[1][name]), rel=1e-3)
+    # As for parts within one process; later more, since AdamW's step has the length lr where the gradient is but rounding.
+    for name, first, second in (("loss", 1e-5, 1e-3), ("grad_norm", 1e-4, 1e-3)):
+        assert float(two[0][name]) == pytest.approx(float(one[0][name]), rel=first)
+        assert float(two[1][name]) == pytest.approx(float(one[1][name]), rel=second)
 
 
 def train_on_own(config: Config, folders: list[Path], out: Path) -> None:
@@ -285,7 +285,7 @@ def test_torchrun_starts_the_command(tiny_data: Path, tmp_path: Path) -> None:
     assert done.stdout.split() == [str(tmp_path / "run")]
     assert done.stderr.count("training on") == 1
     assert "2 processes" in done.stderr
-    assert "distributed_backend" not in done.stderr
+    assert not re.search("distributed_backend|deprecated|lightning", done.stderr)
     failed = run("--resume", "--set", "accumulate=3")
     assert failed.returncode != 0
     assert failed.stderr.count("error: a step of 4 images cannot be shared by 2 processes") == 1

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cdiff.train.config import Config
+from cdiff.train.fabric import fabric_on
 from cdiff.train.learner import Learner
 from cdiff.train.presets import preset
 from cdiff.train.rows import Rows, parts_of
@@ -68,7 +69,7 @@ def step_memory(config: Config) -> StepMemory:
     """One process's memory for a step of `config` at windows of image_size pixels, in its second step, when AdamW has its state."""
     nowhere = torch.device("meta")
     with Alive() as alive, nowhere:
-        learner = Learner(config.with_values({"amp": "off"}), nowhere)
+        learner = Learner(config, fabric_on(nowhere))
         for _ in range(2):
             alive.peak = alive.now
             _step(learner)

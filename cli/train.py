@@ -70,7 +70,7 @@ def train(
     init: Annotated[
         Path | None,
         typer.Option(
-            "--init", metavar="RUN", help="Start from the weights of another run or of a bundle.", show_default=False
+            "--init", metavar="RUN", help="Start a new run from the weights of another or of a bundle.", show_default=False
         ),
     ] = None,
     dry_run: Annotated[
@@ -95,8 +95,8 @@ def train(
         from cdiff.train.checkpoint import read_config
         from cdiff.train.config import Config
         from cdiff.train.data import fit_to_data
+        from cdiff.train.fabric import FailedElsewhere
         from cdiff.train.presets import preset as named
-        from cdiff.train.ranks import FailedElsewhere
         from cdiff.train.trainer import train as run
 
     changes = [

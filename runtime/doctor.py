@@ -81,7 +81,7 @@ def _commands() -> list[Check]:
         shipped = Check("shipped model", True, f"{model.manifest.name}, {model.manifest.levels} levels, whole")
     except CdiffError as error:
         shipped = Check("shipped model", False, "", str(error))
-    missing = [name for name in ("torch", "safetensors", "tensorboard") if find_spec(name) is None]
+    missing = [name for name in ("torch", "lightning_fabric", "safetensors", "tensorboard") if find_spec(name) is None]
     train = Check("train", not missing, *_ready(missing))
     missing += [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
     export = Check("export", not missing, *_ready(missing))

@@ -12,7 +12,7 @@ import pytest
 from tests.conftest import REPOSITORY
 
 LAYERS = ("runtime", "train", "export", "benchmarks", "cli")  # bottom first: a layer imports those before it
-HEAVY = {"torch", "onnx", "onnxscript", "safetensors", "tensorboard", "diffusers"}
+HEAVY = {"torch", "lightning_fabric", "onnx", "onnxscript", "safetensors", "tensorboard", "diffusers"}
 
 # Runs a command in a Python where importing PyTorch, the training code or the exporter is an error.
 WITHOUT_TORCH = f"""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -68,13 +69,14 @@ class NetworkConfig:
             raise CdiffError(f"embedding={self.embedding!r} is not known; use add or scale-shift")
         if self.resample not in ("convolution", "block"):
             raise CdiffError(f"resample={self.resample!r} is not known; use convolution or block")
+        if not self.channel_mult or min(self.channel_mult) < 1:
+            raise CdiffError(f"channel_mult={list(self.channel_mult)} must be one number of at least 1 a depth")
         check_size(self.image_size, self, "image_size")
-        for name in ("image_channels", "levels", "T", "base_channels", "residual_blocks", "heads", "groups"):
-            if getattr(self, name) < 1:
-                raise CdiffError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("heads_up", "head_channels"):
-            if getattr(self, name) < 0:
-                raise CdiffError(f"{name}={getattr(self, name)} must be at least 0")
+        _at_least(self, 1, "image_channels", "levels", "T", "base_channels", "residual_blocks", "heads", "groups")
+        _at_least(self, 1, "rrdb_channels", "rrdb_growth")
+        _at_least(self, 0, "rrdbs", "heads_up", "head_channels")
+        if not 0 <= self.dropout < 1:
+            raise CdiffError(f"dropout={self.dropout} must lie in [0, 1)")
         attending = {*self.attention_depths, len(self.channel_mult) - 1}
         for depth, mult in enumerate(self.channel_mult):
             for name in ("groups", *(self._head_settings if depth in attending else ())):
@@ -102,6 +104,13 @@ class NetworkConfig:
         return int(2 ** (len(self.channel_mult) - 1))
 
 
+def _at_least(section: Any, low: int, *names: str) -> None:
+    """Raise CdiffError unless each of these settings of a section is `low` or more."""
+    for name in names:
+        if not getattr(section, name) >= low:  # NaN is not
+            raise CdiffError(f"{name}={getattr(section, name)} must {'be at least 1' if low else 'not be negative'}")
+
+
 def check_size(size: int, network: NetworkConfig, name: str) -> None:
     """Raise CdiffError unless `size` pixels can be halved as often as the U-Net does."""
     if size < network.stride or size % network.stride:
@@ -112,12 +121,21 @@ def check_size(size: int, network: NetworkConfig, name: str) -> None:
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """The noise schedule, "linear" or "cosine", and the linear one's ends; see NoiseSchedule for what `scaled` is about."""
+    """The noise schedule, "linear" or "cosine", and the linear one's ends; see NoiseSchedule for what `scaled` is about.
+
+    The cosine schedule has no ends and no scale: other values than the defaults with it are an error.
+    """
 
     schedule: str = "linear"
     beta_start: float = 1e-4
     beta_end: float = 2e-2
     scaled: bool = True
+
+    def __post_init__(self) -> None:
+        for part in dataclasses.fields(self):
+            value = getattr(self, part.name)
+            if self.schedule == "cosine" and part.name != "schedule" and value != part.default:
+                raise CdiffError(f"{part.name}={value} is the linear schedule's; set schedule=linear, or leave it out")
 
 
 @dataclass(frozen=True)
@@ -127,11 +145,13 @@ class DataConfig:
     layout, task, labels: how the data is read, which structure, and which values of a mask are inside; see `find_cases`.
     framing: "resize" brings every slice to image_size; "tile" keeps the pixel grid and cuts windows; "centre" looks only at
     the central image_size pixels of a slice, for crops that someone centred on the structure. `crop` is the side of
-    the training window under "tile" (0: image_size), drawn within `jitter` pixels of the structure's centre; small windows
-    make early steps cheap, and the last `late` share of training takes windows of image_size.
+    the training window under "tile" (0: image_size); small windows make early steps cheap, and the last `late` share of training
+    takes windows of image_size. A window that is smaller than its slice is drawn within `jitter` pixels of the structure's centre.
+    intensity_...: how raw intensities become the network's input; see `runtime.intensity.Intensity`.
     missing_raters: what happens to a case with fewer masks than C: "skip" it, take its masks "as-is" (levels above its
     number of masks are then empty; the other variants learn from the masks there are, and `annotator` cannot), or "error".
-    empty_slices: keep slices that no annotator marked.
+    empty_slices: keep slices that no annotator marked. val_fraction: the share of the cases held out where the data has no
+    validation split of its own.
     """
 
     task: str = ""
@@ -159,6 +179,12 @@ class DataConfig:
             raise CdiffError(f"missing_raters={self.missing_raters!r} is not known; use skip, as-is or error")
         if self.slice_axis not in (0, 1, 2):
             raise CdiffError(f"slice_axis={self.slice_axis} must be 0, 1 or 2")
+        _at_least(self, 0, "crop", "jitter")
+        if not 0 <= self.late <= 1:
+            raise CdiffError(f"late={self.late} must lie in 0..1, a share of the run")
+        if not 0 < self.val_fraction < 1:
+            raise CdiffError(f"val_fraction={self.val_fraction} must lie between 0 and 1, a share of the cases")
+        _ = self.intensity  # one that cannot be is an error before any data is read
 
     @property
     def intensity(self) -> Intensity:
@@ -176,18 +202,30 @@ class DataConfig:
 class TrainingConfig:
     """The optimiser and its surroundings.
 
-    batch: images a step, over all processes (`late_batch` when windows are image_size; 0: the same); rows_per_image: (t, c, noise) draws an image, which share its encoding.
+    steps: optimiser steps in all. batch: images a step, over all processes; late_batch: in the late phase, when windows grow from
+    `crop` to image_size (0: the same). rows_per_image: (t, c, noise) draws an image, which share its encoding. augment: the paper's
+    random affine maps and flips. seed: of all that is random.
+
+    lr, weight_decay: AdamW's. lr warms up linearly over `warmup` steps and then, with decay="cosine", falls to zero at `steps`; "none"
+    keeps it. minutes > 0 ends the run after that many minutes of training, the decay following the clock (such a run is not
+    reproducible step for step). clip: the norm above which gradients are scaled down to it. ema: the share of the averaged
+    weights that a step keeps, at most (the average starts shorter).
+
     dice_weight: how much the soft Dice of the predicted x0 adds to the squared error, which alone is mostly the background's where
     structures are small. t_power p draws t with a density that grows as t^(p - 1): 1 is the papers' uniform draw; 2 favours the
-    noisy end, where a chain of few steps settles the shape. The learning rate warms up linearly over `warmup` steps and then, with decay="cosine", falls to zero at `steps`; "none" keeps it.
-    amp: "auto" is bf16 on a GPU that has it, float32 elsewhere. minutes > 0 ends the run after that many minutes of training,
-    the decay following the clock (such a run is not reproducible step for step).
+    noisy end, where a chain of few steps settles the shape.
 
+    val_...: every how many steps to validate, on how many slices, by DDIM of how many steps, how many runs a slice. save_every_s:
+    seconds between checkpoints, besides those at validations. log_every: steps between rows of the log.
+
+    amp: "auto" is bf16 on a GPU that has it, float32 elsewhere; "bf16" and "fp16" (with loss scaling) compute in mixed precision on
+    any device, "off" in float32.
     accumulate: parts in which a process works through its share of a step, each needing its share of the memory. Neither it nor the
     number of processes changes what a step learns from: learning rate, warm-up and EMA count optimiser steps.
     checkpointing: compute activations again for the gradient instead of keeping them. compile: torch.compile. deterministic: only
     algorithms that give the same result each time, or an error. prefetch: steps prepared ahead in threads; -1: 2 for a GPU, 0 for a CPU.
-    peak_tflops: what a device can do at best, for the MFU in the log; 0: from a table of GPUs (docs/training.md).
+    threads: that PyTorch computes with on a CPU; 0: its own choice. peak_tflops: what a device can do at best, for the MFU in the log;
+    0: from a table of GPUs (train/mfu.py).
     """
 
     steps: int = 60_000
@@ -221,31 +259,19 @@ class TrainingConfig:
     peak_tflops: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in (
-            "steps",
-            "batch",
-            "rows_per_image",
-            "val_every",
-            "val_slices",
-            "val_steps",
-            "val_runs",
-            "log_every",
-            "accumulate",
-        ):
-            if getattr(self, name) < 1:
-                raise CdiffError(f"{name}={getattr(self, name)} must be at least 1")
+        _at_least(self, 1, "steps", "batch", "rows_per_image", "accumulate", "log_every")
+        _at_least(self, 1, "val_every", "val_slices", "val_steps", "val_runs")
+        _at_least(self, 0, "late_batch", "weight_decay", "warmup", "minutes", "dice_weight")
+        _at_least(self, 0, "seed", "threads", "save_every_s", "peak_tflops")
+        for name in ("lr", "clip", "t_power"):
+            if not getattr(self, name) > 0:
+                raise CdiffError(f"{name}={getattr(self, name)} must be positive")
         if self.decay not in ("none", "cosine"):
             raise CdiffError(f"decay={self.decay!r} is not known; use none or cosine")
         if self.amp not in ("auto", "off", "bf16", "fp16"):
             raise CdiffError(f"amp={self.amp!r} is not known; use auto, off, bf16 or fp16")
-        if self.dice_weight < 0:
-            raise CdiffError(f"dice_weight={self.dice_weight} must not be negative")
-        if self.t_power <= 0:
-            raise CdiffError(f"t_power={self.t_power} must be positive")
         if not -1 <= self.prefetch <= 64:
             raise CdiffError(f"prefetch={self.prefetch} must lie in 0..64, or be -1 for the device's own")
-        if self.peak_tflops < 0:
-            raise CdiffError(f"peak_tflops={self.peak_tflops} must not be negative")
         if not 0 <= self.ema < 1:
             raise CdiffError(f"ema={self.ema} must lie in [0, 1)")
 
@@ -270,6 +296,7 @@ class Config:
         return self.data.crop or self.network.image_size
 
     def __post_init__(self) -> None:
+        _ = self.schedule  # one that cannot be is an error before any data is read
         check_size(self.crop, self.network, "crop")
         if self.network.variant == ANNOTATOR.name and self.data.missing_raters == "as-is":
             raise CdiffError(
@@ -277,7 +304,15 @@ class Config:
                 "use skip or error"
             )
         if self.data.crop and self.data.framing != "tile":
-            raise CdiffError("crop needs framing=tile; with framing=resize the window is the whole slice at image_size")
+            raise CdiffError(
+                f"crop needs framing=tile; with framing={self.data.framing} every window has image_size={self.network.image_size}"
+            )
+        if self.crop > self.network.image_size:
+            raise CdiffError(f"crop={self.crop} must not be above image_size={self.network.image_size}")
+        if self.training.late_batch and self.crop == self.network.image_size:
+            raise CdiffError(
+                f"late_batch={self.training.late_batch} is for windows that grow, and without a smaller crop all have image_size; set batch"
+            )
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -309,7 +344,9 @@ class Config:
             key, equals, text = setting.partition("=")
             if not equals:
                 raise CdiffError(f"--set {setting}: write it as key=value")
-            values[key] = _parse(key, text)
+            value = _parse(key, text)
+            if values.setdefault(key, value) != value:
+                raise CdiffError(f"{key} is set twice, to {values[key]} and to {value}; which one?")
         return self.with_values(values)
 
 
@@ -336,7 +373,9 @@ def _parse(key: str, text: str) -> Any:
         allowed = (int, float) if typing.get_args(kind)[0] is float else (int,)
         if all(type(item) in allowed for item in value):
             return tuple(value)
-    elif (kind is float and isinstance(value, int | float) and not isinstance(value, bool)) or type(value) is kind:
+    elif (kind is float and type(value) in (int, float) and math.isfinite(value)) or (
+        kind is not float and type(value) is kind
+    ):
         return value
     elif kind is str:
         return text

@@ -1,4 +1,4 @@
-"""What learns: the network, its average, AdamW and the loss scaler, and one step of them on the diffusion loss.
+"""What learns: the network, its average and AdamW, and one step of them on the diffusion loss, run by Lightning Fabric.
 
 Everything random at step k is drawn from generators seeded by (seed, k), so a run that was killed and resumed takes the same
 steps as one that was not.
@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning_fabric import Fabric
+from lightning_fabric.plugins import MixedPrecision
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from cdiff.runtime.errors import CdiffError
@@ -22,44 +22,42 @@ from cdiff.train.checkpoint import checkpoint_folder, load_weights, read_tensors
 from cdiff.train.config import Config
 from cdiff.train.diffusion import Diffusion
 from cdiff.train.network import ConsensusNet, recompute_activations
-from cdiff.train.ranks import ALONE, Ranks
 from cdiff.train.rows import Rows
 from cdiff.train.targets import TARGETS
 
 
 class Learner:
-    """The network in training. `ema` holds its averaged weights by name: what is validated and exported."""
+    """The network in training. `ema` holds its averaged weights by name: what is validated and exported.
 
-    def __init__(self, config: Config, device: torch.device, ranks: Ranks = ALONE) -> None:
-        self.config, self.device, self.ranks = config, device, ranks
+    `model` and `optimiser` are the network and AdamW as Fabric runs them; `network` is the network itself.
+    """
+
+    def __init__(self, config: Config, fabric: Fabric) -> None:
+        self.config, self.fabric, self.device = config, fabric, fabric.device
         settings = config.training
         torch.manual_seed(settings.seed)
-        self.network = ConsensusNet(config.network).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.network = ConsensusNet(config.network).to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if settings.checkpointing:
             recompute_activations(self.network)
         if settings.compile:
             self.network.compile()
-        # What a step calls: the network itself, or around it the averaging of gradients over the processes.
-        self.model: torch.nn.Module = self.network
-        if ranks.world > 1:
-            self.model = DistributedDataParallel(self.network, broadcast_buffers=False, gradient_as_bucket_view=True)
-        self.diffusion = Diffusion(config.schedule, config.network.target, device, settings.dice_weight)
+        self.diffusion = Diffusion(config.schedule, config.network.target, self.device, settings.dice_weight)
         self.target = TARGETS[config.network.variant]
-        self.optimiser = torch.optim.AdamW(
+        adamw = torch.optim.AdamW(
             self.network.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, betas=(0.9, 0.99)
         )
+        # What a step calls: the network in its precision, with the averaging of gradients where there are several processes.
+        self.model, self.optimiser = fabric.setup(self.network, adamw, move_to_device=False)
         self.ema = {name: value.detach().clone() for name, value in self.network.state_dict().items()}
-        self.amp = _amp(settings.amp, device)
-        # Half precision's gradients underflow; bf16 has float32's range and needs no scaling.
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp == torch.float16)
+
+    @property
+    def scaled(self) -> bool:
+        """Whether the loss is scaled against the underflow of its gradients in fp16."""
+        return isinstance(precision := self.fabric.strategy.precision, MixedPrecision) and precision.scaler is not None
 
     @property
     def parameters(self) -> int:
         return sum(p.numel() for p in self.network.parameters())
-
-    @property
-    def precision(self) -> str:
-        return {None: "float32", torch.bfloat16: "mixed bf16", torch.float16: "mixed fp16"}[self.amp]
 
     def start_from(self, init: Path) -> None:
         """Take the averaged weights of the last checkpoint of the run `init`, or those of the bundle `init`, as the first ones."""
@@ -71,27 +69,34 @@ class Learner:
         self.ema = {name: value.detach().clone() for name, value in self.network.state_dict().items()}
 
     def step(self, k: int, parts: Sequence[Rows], lr: float) -> tuple[float, float]:
-        """Optimiser step k (from 0) on this process's parts of it, at the learning rate `lr`. Returns the loss over all rows of the
-        step and the gradient's norm before clipping. Raises CdiffError when the loss is not finite."""
+        """Optimiser step k (from 0) on this process's parts of it, at the learning rate `lr`.
+
+        Returns the loss over all rows of the step and the gradient's norm before clipping. Raises CdiffError when one of them is not
+        finite; but with fp16 an infinite norm only means that the loss scale was too large, and that AdamW left the step out.
+        """
         for group in self.optimiser.param_groups:
             group["lr"] = lr
+        fabric = self.fabric
         self.network.train()
         self.optimiser.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
         for number, part in enumerate(parts):
-            with self._exchanging(number == len(parts) - 1):
+            # Gradients travel between the processes once a step, when its last part is done.
+            with fabric.no_backward_sync(self.model, enabled=number < len(parts) - 1):
                 loss = part.share * self.loss(part.to(self.device))
                 # Processes' gradients are averaged; what the step needs is their sum.
-                self.scaler.scale(self.ranks.world * loss).backward()  # type: ignore[no-untyped-call]
+                fabric.backward(fabric.world_size * loss)
             total += loss.detach()
-        self.scaler.unscale_(self.optimiser)
-        norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.config.training.clip)
-        self.scaler.step(self.optimiser)
-        self.scaler.update()
+        norm = fabric.clip_gradients(
+            self.model, self.optimiser, max_norm=self.config.training.clip, error_if_nonfinite=False
+        )
+        self.optimiser.step()
         self._average(k)
-        value, size = torch.stack([self.ranks.sum(total), norm]).tolist()  # the step's one wait for the device
-        if not math.isfinite(value):
-            raise CdiffError(f"the loss became {value} at step {k + 1}; lower lr (now {lr:.3g}) and resume")
+        total = fabric.all_reduce(total, reduce_op="sum")
+        value, size = torch.stack([total, norm]).tolist()  # the step's one wait for the device
+        for what, number in (("loss", value), ("gradient", 0.0 if self.scaled else size)):
+            if not math.isfinite(number):
+                raise CdiffError(f"the {what} became {number} at step {k + 1}; lower lr (now {lr:.3g}) and resume")
         return value, size
 
     def loss(self, rows: Rows) -> Tensor:
@@ -102,26 +107,16 @@ class Learner:
         m = self.target(masks, raters, rows.level, rows.u)
         x = self.diffusion.noised(m, rows.noise, rows.t)
         torch.manual_seed(rows.seed)  # dropout draws from the global generator
-        with self._autocast():
-            output = self.model(x, rows.image, rows.t, rows.level)
+        output = self.model(x, rows.image, rows.t, rows.level)
         return self.diffusion.loss(output, m, rows.noise, x, rows.t)
 
-    def _exchanging(self, now: bool) -> AbstractContextManager[Any]:
-        """Gradients travel between the processes once a step, when its last part is done."""
-        if now or not isinstance(self.model, DistributedDataParallel):
-            return nullcontext()
-        return self.model.no_sync()
-
-    def _average(self, done: int) -> None:
+    def _average(self, k: int) -> None:
         # The average starts short, or it would hold the random initial weights for thousands of steps.
-        keep = min(self.config.training.ema, (1 + done) / (10 + done))
+        keep = min(self.config.training.ema, (1 + k) / (10 + k))
         # All tensors in few calls, where a GPU would wait for one call each.
         update = get_ema_multi_avg_fn(keep)  # type: ignore[no-untyped-call]
         state = self.network.state_dict()
-        update([self.ema[name] for name in state], list(state.values()), done)
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self.device.type, self.amp) if self.amp else nullcontext()
+        update([self.ema[name] for name in state], list(state.values()), k)
 
     def averaged(self) -> ConsensusNet:
         """A network with the averaged weights, in evaluation mode."""
@@ -136,8 +131,8 @@ class Learner:
         return network, {name: value.contiguous() for name, value in self.ema.items()}
 
     def state(self) -> dict[str, Any]:
-        """What else a resumed run needs: the optimiser's and the scaler's."""
-        return {"optimiser": self.optimiser.state_dict(), "scaler": self.scaler.state_dict()}
+        """What else a resumed run needs: the optimiser's, and fp16's loss scale."""
+        return {"optimiser": self.optimiser.state_dict(), "scaler": self.fabric.strategy.precision.state_dict()}
 
     def restore(self, folder: Path) -> None:
         """Take up the checkpoint in `folder`. Raises CdiffError when its tensors do not fit."""
@@ -145,10 +140,4 @@ class Learner:
         self.ema = {k: v.to(self.device) for k, v in read_tensors(folder / "ema.safetensors").items()}
         state = torch.load(folder / "optimiser.pt", map_location=self.device, weights_only=True)
         self.optimiser.load_state_dict(state["optimiser"])
-        self.scaler.load_state_dict(state["scaler"])
-
-
-def _amp(name: str, device: torch.device) -> torch.dtype | None:
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else None
-    return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+        self.fabric.strategy.precision.load_state_dict(state["scaler"])

@@ -12,22 +12,34 @@ from cdiff.train.config import Config, NetworkConfig
 from cdiff.train.network import ConsensusNet
 from cdiff.train.pace import batch_size
 
-# Dense tensor-core TFLOP/s from NVIDIA's data sheets (GeForce: the Ampere GA102 and Ada whitepapers, with float32 accumulation): half
-# precision, and float32 with PyTorch's default of TF32 convolutions (none on V100 and T4). The first row whose words are all in the name counts.
+# Dense tensor-core TFLOP/s (half of what a sheet gives "with sparsity"): half precision accumulated in float32, and float32 with PyTorch's
+# default of TF32 convolutions (plain float32 on V100 and T4, which have no TF32). The first row whose words are all in the name counts.
+# NVIDIA's sheet of each, and where its figures were read:
+#   H200      HPC data sheet SC23-H200, SXM: cited in lightning_fabric/utilities/throughput.py; itkb.uw.cz/2026/06 for the dense 989
+#   H100      H100 data sheet, SXM 1,979 and 989, PCIe 1,513 and 756 with sparsity: archive-lib.hpctech.co.jp/gpuproduct/nvidia-h100.html
+#   A100      A100 data sheet 1758950 r4, SXM as PCIe: glennklockwood.com/garden/processors/A100
+#   L40S      L40S data sheet, 362.05 and 183: www.mullet.se, product 355414
+#   L4        Ada GPU architecture whitepaper 2.1: cited in throughput.py
+#   A10       A10 data sheet: github.com/winston-zhang-orz/gpu-specs; throughput.py
+#   RTX 4090  waredb.com/processor/nvidia-geforce-rtx-4090 (165.15 and 82.58); throughput.py has the rate without tensor cores
+#   V100      V100 data sheet 1165301 r5: cited in throughput.py; developer.nvidia.com/programming-tensor-cores-cuda-9-0 for the 125
+#   T4        T4 data sheet 951643: cited in throughput.py
+# Not here, because no sheet could be read or sheets disagree: the RTX 3090 and the NVL boards.
 PEAKS: tuple[tuple[str, float, float], ...] = (
     ("H200", 989.0, 494.0),
     ("H100 PCIe", 756.0, 378.0),
-    ("H100 NVL", 835.0, 417.0),
     ("H100", 989.0, 494.0),
     ("A100", 312.0, 156.0),
     ("L40S", 362.0, 183.0),
     ("L4", 121.0, 60.0),
     ("A10", 125.0, 62.5),
     ("4090", 165.2, 82.6),
-    ("3090", 71.0, 35.6),
+    ("V100 PCIE", 112.0, 14.0),
     ("V100", 125.0, 15.7),
     ("T4", 65.0, 8.1),
 )
+OTHERS = {"MIG", "Laptop", "NVL", "D"}
+"""Words that make another GPU of the same name: a part of it, or a faster or slower board."""
 
 
 def peak_flops(config: Config, device: torch.device, half: bool) -> float | None:
@@ -40,7 +52,7 @@ def peak_flops(config: Config, device: torch.device, half: bool) -> float | None
 def sheet_flops(name: str, half: bool) -> float | None:
     """PEAKS's FLOP/s for a GPU called `name` by CUDA, such as "NVIDIA A100-SXM4-80GB"; None for one that is not there."""
     words = set(re.split(r"[\s-]+", name))
-    if words & {"MIG", "Laptop"}:  # a part of the GPU, or a slower one of the same name
+    if words & OTHERS:
         return None
     for wanted, at_half, at_single in PEAKS:
         if set(wanted.split()) <= words:

@@ -18,7 +18,6 @@ from cdiff.runtime.errors import CdiffError
 from cdiff.train.config import Config
 from cdiff.train.data import Slices, training_batch
 from cdiff.train.pace import batch_size
-from cdiff.train.ranks import ALONE, Ranks
 
 PART_SEED = 1_000_000_007  # dropout of different parts of a step must not be alike; the first part's is the step's own
 
@@ -63,19 +62,19 @@ def parts_of(images: int, parts: int) -> list[range]:
     return [range(a, b) for a, b in pairwise(edges)]
 
 
-def check_parts(config: Config, ranks: Ranks) -> None:
-    """Raise CdiffError unless every part of a step has an image."""
+def check_parts(config: Config, world: int) -> None:
+    """Raise CdiffError unless every part of a step has an image, among `world` processes."""
     settings = config.training
-    parts, smallest = ranks.world * settings.accumulate, min(settings.batch, settings.late_batch or settings.batch)
+    parts, smallest = world * settings.accumulate, min(settings.batch, settings.late_batch or settings.batch)
     if smallest < parts:
         raise CdiffError(
-            f"a step of {smallest} images cannot be shared by {ranks.world} processes with accumulate={settings.accumulate}; "
+            f"a step of {smallest} images cannot be shared by {world} processes with accumulate={settings.accumulate}; "
             f"raise batch to {parts} or more"
         )
 
 
-def draw_rows(slices: Slices, config: Config, k: int, window: int, ranks: Ranks = ALONE) -> list[Rows]:
-    """This process's parts of step k (from 0), whose windows have `window` pixels."""
+def draw_rows(slices: Slices, config: Config, k: int, window: int, rank: int = 0, world: int = 1) -> list[Rows]:
+    """The parts of step k (from 0), whose windows have `window` pixels, that are process `rank`'s among `world`."""
     settings, T = config.training, config.network.T
     images, r = batch_size(config, window), settings.rows_per_image
     generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + k)
@@ -85,8 +84,8 @@ def draw_rows(slices: Slices, config: Config, k: int, window: int, ranks: Ranks 
     noise = torch.randn(images * r, 1, window, window, generator=generator)
     u = torch.rand(images * r, generator=generator)
 
-    own = list(enumerate(parts_of(images, ranks.world * settings.accumulate)))
-    own = own[ranks.rank * settings.accumulate : (ranks.rank + 1) * settings.accumulate]
+    own = list(enumerate(parts_of(images, world * settings.accumulate)))
+    own = own[rank * settings.accumulate : (rank + 1) * settings.accumulate]
     start, stop = own[0][1].start, own[-1][1].stop
     batch = training_batch(slices, config, k, images, window, range(start, stop))
     parts = []

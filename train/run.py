@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from lightning_fabric import Fabric
 from rich.console import Console
 
 from cdiff.runtime.errors import CdiffError
@@ -18,22 +21,24 @@ from cdiff.train import pace
 from cdiff.train.checkpoint import checkpoint_folder, checkpoint_name, read_json, save_checkpoint
 from cdiff.train.config import Config
 from cdiff.train.data import Batch, Data, centre_windows
+from cdiff.train.fabric import precision_of, settle
 from cdiff.train.feed import Feed
 from cdiff.train.interrupt import Interrupt
 from cdiff.train.learner import Learner
 from cdiff.train.log import Log, NoLog
 from cdiff.train.machine import describe_machine
 from cdiff.train.mfu import Utilisation, peak_flops
-from cdiff.train.ranks import ALONE, Ranks
 from cdiff.train.rows import Rows, check_parts, draw_rows
 from cdiff.train.validate import score
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a run ended: the step it reached, its last loss, the best validation score (None before the first) and seconds of training.
+    """How a run ended: the step it reached, its last loss (NaN without a step), the best validation score (None before the first) and
+    seconds of training, over all calls.
 
-    first: whether this is the process that should tell, of those that trained together.
+    out: the run folder. parameters: the network's. data: what was found (Data.summary). interrupted: whether Ctrl-C or SIGTERM ended
+    it. first: whether this is the process that should tell, of those that trained together.
     """
 
     step: int
@@ -50,14 +55,15 @@ class TrainResult:
 class Run:
     """The state of a training run: what learns, how far it is, its best score."""
 
-    def __init__(self, config: Config, data: Data, device: torch.device, out: Path, ranks: Ranks = ALONE) -> None:
-        check_parts(config, ranks)
-        self.config, self.data, self.out, self.ranks = config, data, out, ranks
-        self.learner = Learner(config, device, ranks)
+    def __init__(self, config: Config, data: Data, fabric: Fabric, out: Path) -> None:
+        check_parts(config, fabric.world_size)
+        self.config, self.data, self.out, self.fabric = config, data, out, fabric
+        self.learner, device = Learner(config, fabric), fabric.device
         ahead = config.training.prefetch
         self.feed = Feed(self._prepare, (2 if device.type == "cuda" else 0) if ahead < 0 else ahead)
-        peak = peak_flops(config, device, half=self.learner.amp is not None)
-        self.utilisation = Utilisation(config, peak, ranks.world)
+        self.precision = precision_of(fabric)
+        peak = peak_flops(config, device, half=self.precision != "float32")
+        self.utilisation = Utilisation(config, peak, fabric.world_size)
         self.done, self.seconds, self.best = 0, 0.0, -math.inf
         self.best_window = 0
         marked = [i for i, masks in enumerate(data.val.masks) if masks.any()]
@@ -77,19 +83,15 @@ class Run:
         return pace.learning_rate(self.config, self.done, self.progress())
 
     def step(self, k: int) -> tuple[float, float]:
-        """Step k (from 0): the loss and the gradient's norm before clipping. Raises CdiffError when the loss is not finite, or when
-        the GPU's memory is not enough."""
-        try:
+        """Step k (from 0): the loss and the gradient's norm before clipping. Raises CdiffError when one is not finite, or when the GPU's
+        memory is not enough."""
+        settings = self.config.training
+        more = "" if settings.checkpointing else ", or checkpointing=true"
+        with _enough_memory(f"at step {k + 1}", f"set accumulate above {settings.accumulate} (the same result){more}"):
             return self.learner.step(k, self.feed.take(k, self.window()), self.lr())
-        except torch.OutOfMemoryError as error:
-            settings = self.config.training
-            raise CdiffError(
-                f"the GPU's memory is not enough at step {k + 1} ({str(error).splitlines()[0]}); set accumulate above"
-                f" {settings.accumulate} (the same result){'' if settings.checkpointing else ', or checkpointing=true'}"
-            ) from None
 
     def _prepare(self, k: int, window: int) -> list[Rows]:
-        parts = draw_rows(self.data.train, self.config, k, window, self.ranks)
+        parts = draw_rows(self.data.train, self.config, k, window, self.fabric.global_rank, self.fabric.world_size)
         return [part.pinned() for part in parts] if self.learner.device.type == "cuda" else parts
 
     def validate(self) -> float:
@@ -98,22 +100,23 @@ class Run:
         if window not in self.val_batches:
             batch = centre_windows(self.data.val, self.val_chosen, window)
             self.val_batches[window] = batch.to(self.learner.device)
-        return score(
-            self.learner.averaged(),
-            self.learner.diffusion,
-            self.val_batches[window],
-            steps=settings.val_steps,
-            runs=settings.val_runs,
-            seed=settings.seed,
-            ranks=self.ranks,
-        )
+        with _enough_memory(f"for the validation after step {self.done}", "set val_runs lower in a new run"):
+            return score(
+                self.learner.averaged(),
+                self.learner.diffusion,
+                self.val_batches[window],
+                steps=settings.val_steps,
+                runs=settings.val_runs,
+                seed=settings.seed,
+                fabric=self.fabric,
+            )
 
     def loop(self, max_steps: int | None, console: Console, quiet: bool) -> TrainResult:
         """Steps until the end, an interrupt, or `max_steps`; saves as it goes. Returns how it ended."""
         settings = self.config.training
         end = min(settings.steps, max_steps or settings.steps)
         loss, saved = math.nan, time.monotonic()
-        stop, first = False, self.ranks.first
+        stop, first = False, self.fabric.is_global_zero
         if first and not (self.out / "samples.npz").exists():
             self._save_samples()
         to = Log(self.out, console, self.done, settings.steps, quiet) if first else NoLog()
@@ -135,29 +138,31 @@ class Run:
                     row["val_soft_dice_5"] = value = self.validate()
                     stop = self._settle(began, interrupt)
                     log.row(row)
-                    self._save(value)
+                    self.save(value)
                     saved = time.monotonic()
                 elif self.done % settings.log_every == 0:
                     log.row(row)
                 if time.monotonic() - saved > settings.save_every_s:
-                    self._save(None)
+                    self.save(None)
                     saved = time.monotonic()
             if first and not self._is_saved():
-                self._save(None)
+                self.save(None)
         return self.result(loss, stop)
 
     def _settle(self, began: float, interrupt: Interrupt) -> bool:
         """Count the time since `began`. Returns whether to stop."""
-        self.seconds, stop = self.ranks.settle(self.seconds + time.monotonic() - began, interrupt.asked)
+        self.seconds, stop = settle(self.fabric, self.seconds + time.monotonic() - began, interrupt.asked)
         return stop
 
     def result(self, loss: float, interrupted: bool = False) -> TrainResult:
         best = self.best if math.isfinite(self.best) else None
         counted = self.learner.parameters, self.data.summary
-        return TrainResult(self.done, loss, best, self.seconds, self.out, *counted, interrupted, self.ranks.first)
+        return TrainResult(
+            self.done, loss, best, self.seconds, self.out, *counted, interrupted, self.fabric.is_global_zero
+        )
 
     def restore(self) -> None:
-        """Take up the last checkpoint; a run that was killed before its first starts from step 0."""
+        """Take up the last checkpoint; a run that was killed before its first begins anew."""
         folder = checkpoint_folder(self.out, "last")
         if folder is None:
             return
@@ -166,13 +171,16 @@ class Run:
         self.done, self.seconds, self.best_window = int(info["step"]), float(info["seconds"]), int(info["best_window"])
         self.best = -math.inf if info["best"] is None else float(info["best"])
 
-    def _save(self, value: float | None) -> None:
-        """Write a checkpoint, in the first process. Scores of small windows and of whole ones do not compare: the best starts anew with the larger."""
+    def save(self, value: float | None) -> None:
+        """Write a checkpoint, in the first process; value: the score of a validation just made.
+
+        Scores of small windows and of whole ones do not compare: the best starts anew with the larger.
+        """
         window = self.window()
         is_best = value is not None and math.isfinite(value) and (window != self.best_window or value > self.best)
         if is_best and value is not None:
             self.best, self.best_window = value, window
-        if not self.ranks.first:
+        if not self.fabric.is_global_zero:
             return
         info = {
             "step": self.done,
@@ -189,9 +197,9 @@ class Run:
                 "window": window,
             },
             "parameters": self.learner.parameters,
-            "precision": self.learner.precision,
+            "precision": self.precision,
             "data": self.data.summary,
-            "machine": describe_machine(self.learner.device) | {"processes": self.ranks.world},
+            "machine": describe_machine(self.learner.device) | {"processes": self.fabric.world_size},
         }
         network, ema = self.learner.weights()
         save_checkpoint(self.out, network=network, ema=ema, optimiser=self.learner.state(), info=info)
@@ -205,3 +213,13 @@ class Run:
         batch = centre_windows(self.data.val, self.val_chosen[:4], self.config.network.image_size)
         with atomic_path(self.out / "samples.npz") as temporary, temporary.open("wb") as file:
             np.savez_compressed(file, images=batch.image.numpy(), votes=batch.votes.numpy())
+
+
+@contextmanager
+def _enough_memory(when: str, remedy: str) -> Iterator[None]:
+    """Raise CdiffError, one line, where the GPU's memory runs out."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        reason = str(error).splitlines()[0]
+        raise CdiffError(f"the GPU's memory is not enough {when} ({reason}); {remedy}") from None

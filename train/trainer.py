@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from lightning_fabric import Fabric
 from rich.console import Console
 
 from cdiff.runtime.errors import CdiffError
@@ -13,8 +14,8 @@ from cdiff.runtime.files import make_folder, write_json
 from cdiff.train.checkpoint import read_config
 from cdiff.train.config import HOW, Config
 from cdiff.train.data import read_data
+from cdiff.train.fabric import check_same, fabric_on, find_device, joined, precision_of, together
 from cdiff.train.machine import arithmetic
-from cdiff.train.ranks import ALONE, Ranks, joined
 from cdiff.train.run import Run, TrainResult
 
 
@@ -33,60 +34,76 @@ def train(
 ) -> TrainResult:
     """Train `config`, or what it returns, on the case folders in `data`, writing to the folder `out`.
 
-    init is a run, or a bundle, whose averaged weights this one starts from (fine-tuning); its network must have the same tensors.
-    resume goes on with the run in `out`; only the settings that say how it is computed (config.HOW) may be others.
-    max_steps ends this call after step `max_steps` without changing the schedule, as if it had been stopped there. dry_run reads
-    the data, takes one step and writes nothing. Raises CdiffError for unusable data, an `out` that holds another run, or a loss
-    that is not finite.
+    init: a run, or a bundle, whose averaged weights this one starts from (fine-tuning); its network must have the same tensors.
+    resume: go on with the run in `out`; only the settings that say how it is computed (config.HOW) may be others.
+    max_steps: end this call after step `max_steps` without changing the schedule, as if it had been stopped there.
+    dry_run: read the data, take one step (of a resumed run the next one) and write nothing.
+    device: auto (a GPU if PyTorch sees one), cpu, cuda or cuda:N.
+    quiet: no notes, no progress; console: where they go, stderr unless given.
+
+    Raises CdiffError for unusable data, an `out` that holds another run, a device that is not there, a GPU's memory that is
+    not enough, or a loss that is not finite.
 
     Started by torchrun, each process calls this alike and they train together; only the first writes and prints. When one fails, it
     raises its error and the others FailedElsewhere.
     """
-    with joined(device != "cpu" and torch.cuda.is_available()) as ranks:
-        with ranks.together():
+    with joined(device != "cpu" and torch.cuda.is_available()) as meeting:
+        with together(meeting):
             chosen = config if isinstance(config, Config) else config()
-            if not dry_run:
+            if resume and init is not None:
+                raise CdiffError(
+                    "--init starts a new run and --resume goes on with its own weights; leave one of them out"
+                )
+            if resume or not dry_run:
                 _check_out(out, chosen, resume)
+            where = find_device(device, meeting)
         with arithmetic(chosen.training.deterministic):
-            run = _start(chosen, data, out, init, device, ranks)
-            if resume and not dry_run:
-                with ranks.together():
+            fabric = fabric_on(where, chosen.training.amp)
+            fabric.launch()
+            run = _start(chosen, data, out, init, fabric)
+            if resume:
+                with together(fabric):
                     run.restore()
-                ranks.check_same({"the step to go on from": run.done})
-            return _train(run, resume, max_steps, dry_run, quiet or not ranks.first, console or Console(stderr=True))
+                check_same(fabric, {"the step to go on from": run.done})
+            quiet = quiet or not fabric.is_global_zero
+            return _train(run, init is not None, max_steps, dry_run, quiet, console or Console(stderr=True))
 
 
-def _start(config: Config, data: Path, out: Path, init: Path | None, device: str, ranks: Ranks) -> Run:
+def _start(config: Config, data: Path, out: Path, init: Path | None, fabric: Fabric) -> Run:
     """The run before its first step, the same in every process."""
     if config.training.threads:
         torch.set_num_threads(config.training.threads)
-    with ranks.together():
-        found, where = read_data(data, config), _device(device, ranks)
+    with together(fabric):
+        found = read_data(data, config)
     settings = {key: value for section in config.to_json().values() for key, value in section.items()}
-    ranks.check_same(settings | {"the data": found.summary, "the device": where.type, "PyTorch": torch.__version__})
-    with ranks.together():
-        run = Run(config, found, where, out, ranks)
+    facts = {"the data": found.summary, "the device": fabric.device.type, "the precision": precision_of(fabric)}
+    check_same(fabric, settings | facts | {"PyTorch": torch.__version__})
+    with together(fabric):
+        run = Run(config, found, fabric, out)
         if init is not None:
             run.learner.start_from(init)
     return run
 
 
-def _train(run: Run, resume: bool, max_steps: int | None, dry_run: bool, quiet: bool, console: Console) -> TrainResult:
+def _train(run: Run, started: bool, max_steps: int | None, dry_run: bool, quiet: bool, console: Console) -> TrainResult:
+    """Say what was found, and train; started: whether the weights come from elsewhere."""
     if not quiet:
         for note in run.data.notes:
             console.print(f"note: {note}", highlight=False)
         found, learner = run.data.summary, run.learner
         console.print(
             f"training on {found['train']['slices']} slices of {found['train']['cases']} cases, validating on {len(run.val_chosen)} of"
-            f" {found['val']['slices']}; {learner.parameters / 1e6:.2f} M parameters; {learner.device}, {learner.precision}"
-            + (f"; {run.ranks.world} processes" if run.ranks.world > 1 else ""),
+            f" {found['val']['slices']}; {learner.parameters / 1e6:.2f} M parameters; {learner.device}, {run.precision}"
+            + (f"; {run.fabric.world_size} processes" if run.fabric.world_size > 1 else ""),
             highlight=False,
         )
     if dry_run:
-        loss, _ = run.step(0)
+        loss, _ = run.step(run.done)
         return run.result(loss)
-    if run.ranks.first:  # only now, when data and settings have proved usable, is there a run
+    if run.fabric.is_global_zero:  # only now, when data and settings have proved usable, is there a run
         make_folder(run.out)
+        if started:
+            run.save(None)  # before the run can be resumed, which knows nothing of where its weights came from
         write_json(run.out / "config.json", run.config.to_json())
     return run.loop(max_steps, console, quiet)
 
@@ -105,23 +122,3 @@ def _check_out(out: Path, config: Config, resume: bool) -> None:
         return
     if resume:
         raise CdiffError(f"{out} holds no run to resume; start it without --resume")
-
-
-def _device(name: str, ranks: Ranks = ALONE) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise CdiffError(
-            f"--device {name}: PyTorch sees no CUDA device here; use --device cpu or install a CUDA build of torch"
-        )
-    if name.startswith("cuda") and ranks.world > 1:
-        if name != "cuda":
-            raise CdiffError(f"--device {name}: each process takes the GPU of its own number; use --device cuda")
-        if ranks.local >= torch.cuda.device_count():
-            raise CdiffError(
-                f"{ranks.name} is number {ranks.local} there and PyTorch sees {torch.cuda.device_count()} GPUs; start one process a "
-                "GPU (torchrun --nproc-per-node)"
-            )
-        torch.cuda.set_device(ranks.local)
-        return torch.device("cuda", ranks.local)
-    return torch.device(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from lightning_fabric import Fabric
 from torch import Tensor
 
 from cdiff.runtime.metrics import FIVE, soft_dice
@@ -12,7 +13,6 @@ from cdiff.runtime.variants import CONSENSUS
 from cdiff.train.data import Batch
 from cdiff.train.diffusion import Diffusion
 from cdiff.train.network import ConsensusNet
-from cdiff.train.ranks import ALONE, Ranks
 
 ROWS = 64  # rows a network call; bounds the memory
 
@@ -26,11 +26,11 @@ def sample_soft_maps(
     steps: int,
     runs: int,
     seed: int,
-    ranks: Ranks = ALONE,
+    fabric: Fabric | None = None,
 ) -> Tensor:
     """image [B, channels, H, W] -> soft maps [B, H, W] in 0..1: the mean over maps and runs, by DDIM over `steps` steps.
 
-    Several processes take turns at the network's calls; each draws all the noise, so the maps are those of one process.
+    The processes of `fabric` take turns at the network's calls; each draws all the noise, so the maps are those of one process.
     """
     K = network.config.conditions
     table = sampler_table("ddim", diffusion.schedule, min(steps, diffusion.schedule.T))
@@ -41,7 +41,7 @@ def sample_soft_maps(
     for call, start in enumerate(range(0, len(image), chunk)):
         part = image[start : start + chunk]
         noise = torch.randn(len(part) * per_slice, 1, *image.shape[-2:], generator=generator)
-        if call % ranks.world != ranks.rank:
+        if fabric is not None and call % fabric.world_size != fabric.global_rank:
             continue
         features = network.encoder(part).repeat_interleave(per_slice, 0)
         level = torch.arange(1, K + 1, device=image.device).repeat(len(part) * runs)
@@ -52,7 +52,7 @@ def sample_soft_maps(
             x = float(a) * x + float(b) * x0
         soft = ((x.clamp(-1, 1) + 1) / 2).reshape(len(part), per_slice, *image.shape[-2:]).mean(dim=1)
         total[start : start + len(part)] = soft.cpu()
-    return ranks.sum(total)
+    return total if fabric is None else fabric.all_reduce(total, reduce_op="sum").cpu()
 
 
 def score(
@@ -63,10 +63,10 @@ def score(
     steps: int,
     runs: int,
     seed: int,
-    ranks: Ranks = ALONE,
+    fabric: Fabric | None = None,
 ) -> float:
     """Mean over the batch's slices of soft Dice at five thresholds; NaN when the network's output is not finite."""
-    soft = sample_soft_maps(network, diffusion, batch.image, steps=steps, runs=runs, seed=seed, ranks=ranks)
+    soft = sample_soft_maps(network, diffusion, batch.image, steps=steps, runs=runs, seed=seed, fabric=fabric)
     if not torch.isfinite(soft).all():
         return float("nan")
     # A consensus model counts annotators, and one who is missing agrees to nothing; the others learn shares of those there are.

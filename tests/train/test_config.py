@@ -25,7 +25,7 @@ def test_settings_reach_their_sections() -> None:
     assert config.network.channel_mult == (1, 4)
     assert config.schedule.scaled is False
     assert config.data.task == "task02"
-    config = config.with_settings(["schedule=cosine", "intensity_method=standard"])
+    config = config.with_settings(["schedule=cosine", "scaled=true", "intensity_method=standard"])
     config = config.with_values({"intensity_mean": (1.5, 2.0), "intensity_std": (1.0, 3.0)})
     assert config.schedule.kind == "cosine"
     assert config.data.intensity.mean == (1.5, 2.0)
@@ -47,11 +47,41 @@ def test_settings_reach_their_sections() -> None:
         ("missing_raters=guess", "skip, as-is or error"),
         ("decay=linear", "none or cosine"),
         ("channel_mult=2", "channel_mult=2"),
+        ("channel_mult=[1,0]", "at least 1 a depth"),
+        ("rrdbs=-1", "rrdbs=-1 must not be negative"),
+        ("dropout=1", r"dropout=1 must lie in \[0, 1\)"),
+        ("schedule=sine", "use 'linear' or 'cosine'"),
+        ("intensity_lower=100", "0 <= lower < upper"),
+        ("late=2", "late=2 must lie in 0..1"),
+        ("val_fraction=0", "between 0 and 1"),
+        ("lr=-1", "lr=-1 must be positive"),
+        ("lr=NaN", "expected float"),
+        ("clip=0", "clip=0 must be positive"),
+        ("seed=-1", "seed=-1 must not be negative"),
+        ("threads=-1", "threads=-1 must not be negative"),
+        ("late_batch=2", "set batch"),
     ],
 )
 def test_bad_settings_are_one_clear_line(setting: str, says: str) -> None:
     with pytest.raises(CdiffError, match=says) as caught:
         preset("tiny").with_settings([setting])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (["batch=4", "batch=8"], "batch is set twice, to 4 and to 8"),
+        (["schedule=cosine", "beta_end=0.05"], "beta_end=0.05 is the linear schedule's"),
+        (["scaled=false", "schedule=cosine"], "scaled=False is the linear schedule's"),
+        (["framing=tile", "crop=64"], "crop=64 must not be above image_size=32"),
+        (["framing=centre", "crop=16"], "with framing=centre every window has image_size=32"),
+        (["framing=tile", "crop=32", "late_batch=2"], "without a smaller crop all have image_size"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_one_clear_line(settings: list[str], says: str) -> None:
+    with pytest.raises(CdiffError, match=says) as caught:
+        preset("tiny").with_settings(settings)
     assert "\n" not in str(caught.value)
 
 

@@ -14,6 +14,7 @@ from cdiff.runtime.errors import CdiffError
 from cdiff.train.checkpoint import checkpoint_folder, read_config
 from cdiff.train.config import Config
 from cdiff.train.data import Data, read_data
+from cdiff.train.fabric import fabric_on
 from cdiff.train.feed import Feed
 from cdiff.train.learner import Learner
 from cdiff.train.log import read_log
@@ -21,7 +22,6 @@ from cdiff.train.machine import arithmetic
 from cdiff.train.mfu import Utilisation, image_flop, sheet_flops
 from cdiff.train.network import ConsensusNet
 from cdiff.train.presets import preset
-from cdiff.train.ranks import ALONE, Ranks
 from cdiff.train.rows import Rows, check_parts, draw_rows, parts_of
 from cdiff.train.run import Run
 from cdiff.train.trainer import train
@@ -36,7 +36,7 @@ def data(tiny_data: Path) -> Data:
 
 def one_step(config: Config, data: Data) -> tuple[float, float, dict[str, torch.Tensor]]:
     """Loss, gradient norm and gradients of the first step, every layer taking part (some start at zero)."""
-    learner = Learner(config, CPU)
+    learner = Learner(config, fabric_on(CPU, config.training.amp))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for value in learner.network.parameters():
@@ -105,7 +105,7 @@ def test_half_precision_with_scaled_losses_learns(data: Data) -> None:
 
 def test_convolutions_see_channels_last(data: Data) -> None:
     """Every convolution's input with more than one channel lies channels last, so none of them converts it first."""
-    learner = Learner(preset("tiny"), CPU)
+    learner = Learner(preset("tiny"), fabric_on(CPU))
     wrong: list[str] = []
     checked: list[str] = []
 
@@ -126,7 +126,7 @@ def test_shares_of_a_step_are_the_step(data: Data) -> None:
     """Three processes' parts, put together, are what one process draws."""
     config = preset("tiny").with_values({"batch": 7})
     (whole,) = draw_rows(data.train, config, 5, 32)
-    parts = [part for rank in range(3) for part in draw_rows(data.train, config, 5, 32, Ranks(rank, 3))]
+    parts = [part for rank in range(3) for part in draw_rows(data.train, config, 5, 32, rank, 3)]
     assert [len(part.image) for part in parts] == [2, 2, 3]
     for name in ("image", "masks", "raters", "u", "t", "level", "noise"):
         assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
@@ -149,12 +149,12 @@ def test_timesteps_are_drawn_with_the_density_that_is_asked_for(data: Data, powe
 
 
 def test_a_step_needs_an_image_for_every_part() -> None:
-    config = preset("tiny").with_values({"accumulate": 2, "late_batch": 3})
-    check_parts(config, ALONE)
+    config = preset("tiny").with_values({"accumulate": 2, "framing": "tile", "crop": 16, "late_batch": 3})
+    check_parts(config, 1)
     with pytest.raises(
         CdiffError, match="a step of 3 images cannot be shared by 2 processes with accumulate=2; raise batch to 4"
     ):
-        check_parts(config, Ranks(0, 2))
+        check_parts(config, 2)
 
 
 def test_batches_prepared_ahead_are_the_same(tiny_data: Path, tmp_path: Path) -> None:
@@ -240,6 +240,10 @@ def test_utilisation_is_flops_over_time_and_peak() -> None:
         ("NVIDIA GeForce RTX 4090 Laptop GPU", True, None),
         ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", True, None),
         ("NVIDIA A10G", True, None),
+        ("NVIDIA H200 NVL", True, None),
+        ("NVIDIA GeForce RTX 4090 D", True, None),
+        ("Tesla V100-SXM2-16GB", False, 15.7),
+        ("Tesla V100-PCIE-16GB", True, 112),
         ("Some GPU of 2031", True, None),
     ],
 )
@@ -264,7 +268,7 @@ def test_a_full_gpu_is_one_line_that_says_what_to_set(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nand more lines")
 
     monkeypatch.setattr(Learner, "step", full)
-    run = Run(preset("tiny"), data, CPU, tmp_path)
+    run = Run(preset("tiny"), data, fabric_on(CPU), tmp_path)
     with pytest.raises(
         CdiffError, match=r"not enough at step 1 .*20 GiB.*accumulate above 1 .*checkpointing=true"
     ) as caught:

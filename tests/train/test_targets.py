@@ -15,6 +15,7 @@ from cdiff.train.checkpoint import checkpoint_folder, read_tensors
 from cdiff.train.config import Config, NetworkConfig
 from cdiff.train.data import Batch, Slices, read_data
 from cdiff.train.diffusion import Diffusion
+from cdiff.train.fabric import fabric_on
 from cdiff.train.learner import Learner
 from cdiff.train.network import ConsensusNet
 from cdiff.train.presets import preset
@@ -91,7 +92,7 @@ def test_a_step_draws_every_condition_and_learns_its_target(name: str, monkeypat
     rng = np.random.default_rng(0)
     masks = torch.from_numpy(rng.random((2, 3, 4, 4)) < 0.5)
     batch = Batch(torch.from_numpy(rng.normal(size=(2, 1, 4, 4)).astype(np.float32)), masks, torch.tensor([3, 3]))
-    learner = Learner(config, torch.device("cpu"))
+    learner = Learner(config, fabric_on(torch.device("cpu")))
     torch.nn.init.normal_(learner.network.denoiser.last.weight)
     before = ConsensusNet(config.network)
     before.load_state_dict(learner.network.state_dict())

@@ -14,6 +14,8 @@ from cdiff.runtime.errors import CdiffError
 from cdiff.train.checkpoint import checkpoint_folder, load_run
 from cdiff.train.config import Config
 from cdiff.train.data import read_data
+from cdiff.train.fabric import fabric_on
+from cdiff.train.learner import Learner
 from cdiff.train.log import read_log
 from cdiff.train.presets import preset
 from cdiff.train.run import Run
@@ -118,18 +120,40 @@ def test_a_dry_run_writes_nothing(tiny_data: Path, tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tiny_data: Path, tmp_path: Path) -> None:
-    run = Run(preset("tiny"), read_data(tiny_data, preset("tiny")), torch.device("cpu"), tmp_path)
+    run = Run(preset("tiny"), read_data(tiny_data, preset("tiny")), fabric_on(torch.device("cpu")), tmp_path)
     with torch.no_grad():
         run.learner.network.denoiser.last.bias.fill_(float("nan"))  # type: ignore[union-attr]
     with pytest.raises(CdiffError, match="the loss became nan at step 1; lower lr"):
         run.step(0)
 
 
+def test_a_gradient_that_is_not_finite_stops_the_run(tiny_data: Path, tmp_path: Path) -> None:
+    """Large last weights make a loss that is still a float32, and gradients before them whose squares are not."""
+    run = Run(preset("tiny"), read_data(tiny_data, preset("tiny")), fabric_on(torch.device("cpu")), tmp_path)
+    with torch.no_grad():
+        run.learner.network.denoiser.last.weight.fill_(1e12)  # type: ignore[union-attr]
+    with pytest.raises(CdiffError, match="the gradient became inf at step 1; lower lr"):
+        run.step(0)
+
+
+def test_a_loss_scale_that_is_too_large_for_fp16_leaves_the_step_out(tiny_data: Path, tmp_path: Path) -> None:
+    config = preset("tiny").with_values({"amp": "fp16"})
+    fabric = fabric_on(torch.device("cpu"), "fp16")
+    run = Run(config, read_data(tiny_data, config), fabric, tmp_path)
+    precision = fabric.strategy.precision
+    precision.load_state_dict(precision.state_dict() | {"scale": 2.0**100})
+    before = [value.clone() for value in run.learner.network.parameters()]
+    loss, norm = run.step(0)
+    assert (np.isfinite(loss), np.isfinite(norm)) == (True, False)
+    assert all(torch.equal(a, b) for a, b in zip(before, run.learner.network.parameters(), strict=True))
+    assert precision.state_dict()["scale"] == 2.0**99
+
+
 def test_warm_up_decay_and_windows_follow_the_progress(tiny_data: Path, tmp_path: Path) -> None:
     config: Config = preset("tiny").with_values(
         {"framing": "tile", "crop": 16, "late": 0.25, "decay": "cosine", "steps": 100, "warmup": 10, "late_batch": 2}
     )
-    run = Run(config, read_data(tiny_data, config), torch.device("cpu"), tmp_path)
+    run = Run(config, read_data(tiny_data, config), fabric_on(torch.device("cpu")), tmp_path)
     lr = config.training.lr
     assert run.lr() == pytest.approx(lr / 10)
     run.done = 50
@@ -157,8 +181,31 @@ def test_a_run_can_start_from_anothers_averaged_weights(tiny_run: Path, tiny_dat
     start = weights(tiny_run, "ema")
     for name, value in weights(tmp_path / "run").items():
         torch.testing.assert_close(value, start[name], rtol=0, atol=1e-12)
+    with pytest.raises(CdiffError, match="leave one of them out"):
+        train(config, tiny_data, tmp_path / "run", init=tiny_run, resume=True, quiet=True)
     with pytest.raises(CdiffError, match="no weights to start from"):
         train(config, tiny_data, tmp_path / "other", init=tmp_path, quiet=True)
     with pytest.raises(CdiffError, match="does not fit"):
         train(config.with_values({"base_channels": 16}), tiny_data, tmp_path / "third", init=tiny_run, quiet=True)
     assert not (tmp_path / "third").exists()
+
+
+def test_a_run_from_other_weights_resumes_with_them_after_a_kill_in_its_first_step(
+    tiny_run: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = preset("tiny").with_values({"steps": 2, "val_every": 2})
+    train(config, tiny_data, tmp_path / "whole", init=tiny_run, quiet=True)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, tiny_data, tmp_path / "cut", init=tiny_run, quiet=True)
+    dry = train(config, tiny_data, tmp_path / "cut", resume=True, dry_run=True, quiet=True)
+    assert dry.step == 0
+    train(config, tiny_data, tmp_path / "cut", resume=True, quiet=True)
+    assert_same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+    assert float(read_log(tmp_path / "cut" / "log.csv")[-1]["step"]) == 2
+    assert np.isfinite(dry.loss)

@@ -1,4 +1,4 @@
-"""Several processes train as one does, and end together when one of them fails.
+"""Several processes train as one does, and end together when one of them fails; Fabric does what it is told, and says nothing.
 
 The processes are forked from a server that has imported PyTorch, and meet as torchrun's do: through its variables and a store that
 outlives them. One test starts the real torchrun.
@@ -6,6 +6,7 @@ outlives them. One test starts the real torchrun.
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import os
 import re
@@ -21,19 +22,21 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from rich.console import Console
 from safetensors.torch import load_file
 
 from cdiff.runtime.errors import CdiffError
 from cdiff.train.checkpoint import checkpoint_folder
 from cdiff.train.config import Config
+from cdiff.train.fabric import fabric_on, find_device, joined, precision_of
 from cdiff.train.learner import Learner
 from cdiff.train.log import read_log
 from cdiff.train.presets import preset
-from cdiff.train.ranks import joined
 from cdiff.train.trainer import train
 from tests.conftest import REPOSITORY
 
 WORLD = 2
+CPU = torch.device("cpu")
 
 
 def member(rank: int, port: int, tell: Connection, work: Callable[..., object], arguments: tuple[Any, ...]) -> None:
@@ -123,6 +126,23 @@ def test_two_processes_train_bit_for_bit_as_one(tiny_data: Path, tmp_path: Path)
     assert not list(tmp_path.rglob(".part-*"))
 
 
+def train_once(config: Config, data: Path, out: Path) -> int:
+    return train(config, data, out, quiet=True).step
+
+
+def test_two_processes_that_accumulate_have_the_loss_of_one(tiny_data: Path, tmp_path: Path) -> None:
+    """Nine images a step in two parts a process, and whole in one: the same sums in another order."""
+    config = short(batch=9, steps=2, val_every=2, warmup=0, lr=1e-3)
+    parts = config.with_values({"accumulate": 2})
+    assert together(train_once, parts, tiny_data, tmp_path / "two") == [("", 2), ("", 2)]
+    train(config, tiny_data, tmp_path / "one", quiet=True)
+    one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
+    # As for parts within one process; later more, since AdamW's step has the length lr where the gradient is but rounding.
+    for name, first, second in (("loss", 1e-5, 1e-3), ("grad_norm", 1e-4, 1e-3)):
+        assert float(two[0][name]) == pytest.approx(float(one[0][name]), rel=first)
+        assert float(two[1][name]) == pytest.approx(float(one[1][name]), rel=second)
+
+
 def train_on_own(config: Config, folders: list[Path], out: Path) -> None:
     train(config, folders[rank()], out, quiet=True)
 
@@ -200,6 +220,52 @@ def test_half_an_environment_is_an_error(monkeypatch: pytest.MonkeyPatch, variab
         pass
 
 
+@pytest.mark.parametrize(("amp", "precision"), [("off", "float32"), ("bf16", "mixed bf16"), ("fp16", "mixed fp16")])
+def test_a_precision_is_the_one_that_was_asked_for(
+    amp: str, precision: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """On a CPU too, where Fabric alone makes bf16 of fp16; inside a cluster's job too, whose variables Fabric alone follows."""
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    fabric = fabric_on(CPU, amp)
+    fabric.launch()
+    assert (fabric.device, fabric.world_size, precision_of(fabric)) == (CPU, 1, precision)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_variables_that_would_override_what_was_asked_for_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LT_PRECISION", "bf16-mixed")
+    with pytest.raises(CdiffError, match="LT_PRECISION would override --device and amp"):
+        fabric_on(CPU)
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "says"),
+    [
+        ("gpu", 1, "device 'gpu' is not known; use cpu, cuda or cuda:N"),
+        ("cuda", 0, "--device cuda: PyTorch sees no CUDA device here"),
+        ("cuda:1", 1, "--device cuda:1: PyTorch sees cuda:0 alone"),
+    ],
+)
+def test_a_device_that_is_not_there_is_one_line(
+    device: str, gpus: int, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    with pytest.raises(CdiffError, match=says) as caught:
+        find_device(device, fabric_on(CPU))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_says_nothing_but_its_own_lines(
+    tiny_data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
+) -> None:
+    said = io.StringIO()
+    console = Console(file=said, width=200)
+    train(short(amp="bf16", steps=1, val_every=1), tiny_data, tmp_path / "run", console=console)
+    assert [line.split()[0] for line in said.getvalue().splitlines()] == ["training", "step"]
+    assert capfd.readouterr() == ("", "")
+    assert [str(w.message) for w in recwarn if "lightning" in w.filename] == []
+
+
 @pytest.mark.slow
 def test_torchrun_starts_the_command(tiny_data: Path, tmp_path: Path) -> None:
     """What the pages say to type: one run folder, one path printed; and one line when the settings cannot work."""
@@ -219,6 +285,7 @@ def test_torchrun_starts_the_command(tiny_data: Path, tmp_path: Path) -> None:
     assert done.stdout.split() == [str(tmp_path / "run")]
     assert done.stderr.count("training on") == 1
     assert "2 processes" in done.stderr
+    assert not re.search("distributed_backend|deprecated|lightning", done.stderr)
     failed = run("--resume", "--set", "accumulate=3")
     assert failed.returncode != 0
     assert failed.stderr.count("error: a step of 4 images cannot be shared by 2 processes") == 1

@@ -181,7 +181,8 @@ class TrainingConfig:
     structures are small. t_power p draws t with a density that grows as t^(p - 1): 1 is the papers' uniform draw; 2 favours the
     noisy end, where a chain of few steps settles the shape. The learning rate warms up linearly over `warmup` steps and then, with decay="cosine", falls to zero at `steps`; "none" keeps it.
     amp: "auto" is bf16 on a GPU that has it, float32 elsewhere. minutes > 0 ends the run after that many minutes of training,
-    the decay following the clock (such a run is not reproducible step for step).
+    the decay following the clock (such a run is not reproducible step for step). clock: which minutes, "wall", or "cpu" for those of the
+    processor that this process used (the first of several): fair where other programs run on the machine.
 
     accumulate: parts in which a process works through its share of a step, each needing its share of the memory. Neither it nor the
     number of processes changes what a step learns from: learning rate, warm-up and EMA count optimiser steps.
@@ -207,6 +208,7 @@ class TrainingConfig:
     augment: bool = True
     threads: int = 0
     minutes: float = 0.0
+    clock: str = "wall"
     val_every: int = 1000
     val_slices: int = 64
     val_steps: int = 10
@@ -236,6 +238,8 @@ class TrainingConfig:
                 raise CdiffError(f"{name}={getattr(self, name)} must be at least 1")
         if self.decay not in ("none", "cosine"):
             raise CdiffError(f"decay={self.decay!r} is not known; use none or cosine")
+        if self.clock not in ("wall", "cpu"):
+            raise CdiffError(f"clock={self.clock!r} is not known; use wall or cpu")
         if self.amp not in ("auto", "off", "bf16", "fp16"):
             raise CdiffError(f"amp={self.amp!r} is not known; use auto, off, bf16 or fp16")
         if self.dice_weight < 0:

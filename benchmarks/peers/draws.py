@@ -32,7 +32,7 @@ def draw_runs(peer: UNetPeer, network: nn.Module, image: Float32, *, runs: int, 
         torch.manual_seed(seed)
         for view in range(views):
             seen = torch.from_numpy(np.ascontiguousarray(view_of(image, view)))[None]
-            maps = peer.draw(network, seen, len(range(view, runs, views)))
+            maps = peer.draw(network, seen, len(range(view, runs, views)) if peer.samples else 1)
             found.append(view_of(maps.numpy(), view))
     if not peer.samples:
         return np.asarray(np.mean(found, axis=0).swapaxes(0, 1), np.float32)

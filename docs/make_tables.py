@@ -174,7 +174,12 @@ def mean(score: Scores) -> str:
 def scale_cells(peer: Scores) -> list[str]:
     """What all tables of the peers show: soft Dice, energy distance with the number of samples, calibration."""
     dice = [interval(peer["soft_dice_5"]), interval(peer["soft_dice_9"])]
-    return [*dice, f"{mean(peer['ged'])} ({peer['ged_samples']['model']})", mean(peer["ece_near"]), mean(peer["brier_near"])]
+    return [
+        *dice,
+        f"{mean(peer['ged'])} ({peer['ged_samples']['model']})",
+        mean(peer["ece_near"]),
+        mean(peer["brier_near"]),
+    ]
 
 
 SCALE = ["soft Dice, 5", "soft Dice, 9", "GED (samples)", "ECE near", "Brier near"]

@@ -92,11 +92,10 @@ def train(options: argparse.Namespace, names: list[str]) -> int:
         run = options.out / name
         head = f"[{number}/{len(names)}] {name}"
         try:
-            used = share(name, run)
-            if used >= 1:
+            if share(name, run) >= 1:
                 say(f"{head}: finished before, skipped")
                 continue
-            say(f"{head}: {'starting' if not used else 'going on'} in {run}")
+            say(f"{head}: {'going on' if any(run.glob('last.*')) else 'starting'} in {run}")
             if name in UNETS:
                 done = train_unet(UNETS[name], options.data, run, budget)
             else:

@@ -28,6 +28,12 @@ def read(name: str, results: Path) -> Scores | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
+def read_peer(name: str, peer: str, results: Path) -> Scores | None:
+    """One peer's entry of a result of `cdiff.benchmarks.peers`, or None when it is not there."""
+    report = read(name, results)
+    return None if report is None else report["peers"].get(peer)
+
+
 def interval(score: Mapping[str, float] | None) -> str:
     """A mean with its 95 % interval."""
     if score is None or score.get("mean") is None:
@@ -41,6 +47,8 @@ def markdown(header: list[str], rows: list[list[str]], words: int = 1) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+SOFT_UNET = "unet-soft"
+"""The peer beside the shipped model."""
 MODEL_ROWS = (  # slices, method, result file, how its keys end
     ("four marked", "cdiff, 25 runs x 100 steps", "lidc_testing_all_raters", ""),
     ("four marked", "cdiff `--fast`, 4 runs x 5 steps", "lidc_testing_all_raters_fast", ""),
@@ -60,7 +68,7 @@ def model_table(results: Path) -> str:
     header = ["Testing slices", "method", "soft Dice, 5", "soft Dice, 9", *[f"level {c}" for c in levels], "GED"]
     rows = []
     for slices, method, name, ending in MODEL_ROWS:
-        scores = read(name, results)
+        scores = read_peer(name, SOFT_UNET, results) if name.startswith("unet_") else read(name, results)
         if scores is None:
             rows.append([slices, method, NOT_MEASURED, *["-"] * (len(header) - 3)])
             continue
@@ -130,7 +138,110 @@ def speed_setting(report: Scores) -> str:
     )
 
 
-TABLES: dict[str, Callable[[Path], str]] = {"model": model_table, "speed": speed_table}
+PEERS = {  # as in `cdiff.benchmarks.peers`
+    "consensus": "consensus diffusion (Amit et al.)",
+    "annotator": "diffusion, one map an annotator",
+    "no-annotator": "diffusion, a random annotator",
+    "soft-label": "diffusion, soft label",
+    "implicit-ensemble": "implicit ensemble (Wolleb et al.)",
+    "unet-majority": "U-Net, majority vote",
+    "unet-soft": "U-Net, soft label",
+    "unet-random": "U-Net, a random annotator",
+    "unet-heads": "U-Net, one head an annotator",
+    "unet-dropout": "U-Net, MC dropout",
+    "unet-probabilistic": "probabilistic U-Net (Kohl et al.)",
+}
+FOUR, ANY = "peers_testing_all_raters", "peers_testing_marked"
+
+
+def best_first(result: str, results: Path) -> list[tuple[str, Scores | None]]:
+    """Every peer's words and scores, the best soft Dice first; those that were not measured last."""
+    found = [(words, read_peer(result, name, results)) for name, words in PEERS.items()]
+    return sorted(found, key=lambda row: -row[1]["soft_dice_5"]["mean"] if row[1] else 0.0)
+
+
+def peer_words(words: str, peer: Scores) -> str:
+    """A peer's words, with how far it came where it was scored before its end."""
+    share = peer["share_of_budget"]
+    return words if share >= 1 else f"{words} ({share:.0%} of its budget)"
+
+
+def mean(score: Scores) -> str:
+    """A mean alone."""
+    return "-" if score["mean"] is None else f"{score['mean']:.3f}"
+
+
+def scale_cells(peer: Scores) -> list[str]:
+    """What all tables of the peers show: soft Dice, energy distance with the number of samples, calibration."""
+    dice = [interval(peer["soft_dice_5"]), interval(peer["soft_dice_9"])]
+    return [
+        *dice,
+        f"{mean(peer['ged'])} ({peer['ged_samples']['model']})",
+        mean(peer["ece_near"]),
+        mean(peer["brier_near"]),
+    ]
+
+
+SCALE = ["soft Dice, 5", "soft Dice, 9", "GED (samples)", "ECE near", "Brier near"]
+
+
+def peers_table(results: Path) -> str:
+    """The peers in short: scores on the slices that all four readers marked, and the reader's own as a reference."""
+    header = ["trained with equal data and time", *SCALE, "CPU s a slice"]
+    rows = []
+    for words, peer in best_first(FOUR, results):
+        cells = [*scale_cells(peer), f"{peer['cpu_seconds_a_slice']:.2f}"] if peer else unmeasured(header)
+        rows.append([peer_words(words, peer) if peer else words, *cells])
+    return markdown(header, [*rows, *reader_row(FOUR, results, len(header))])
+
+
+def peers_full_table(result: str, results: Path) -> str:
+    """The peers with everything: size, training, scores, each level."""
+    training = ["M parameters", "steps", "CPU min"]
+    header = ["peer", *SCALE, *[f"level {c}" for c in range(1, 5)], *training, "CPU s a slice"]
+    rows = []
+    for words, peer in best_first(result, results):
+        if peer is None:
+            rows.append([words, *unmeasured(header)])
+            continue
+        run = peer["training"]
+        cpu = run.get("cpu_seconds")
+        rows.append(
+            [
+                peer_words(words, peer),
+                *scale_cells(peer),
+                *[mean(level) for level in peer["dice_per_level"]],
+                f"{run['parameters'] / 1e6:.2f}",
+                f"{run['steps']}" if "steps" in run else "-",
+                "-" if cpu is None else f"{cpu / 60:.0f}",
+                f"{peer['cpu_seconds_a_slice']:.2f}",
+            ]
+        )
+    return markdown(header, [*rows, *reader_row(result, results, len(header))])
+
+
+def unmeasured(header: list[str]) -> list[str]:
+    """The cells after a name of whatever was not measured."""
+    return [NOT_MEASURED, *["-"] * (len(header) - 2)]
+
+
+def reader_row(result: str, results: Path, columns: int) -> list[list[str]]:
+    """A reader against the other three, from any peer's scores: the same for all."""
+    report = read(result, results)
+    if report is None or not report["peers"]:
+        return []
+    scores = next(iter(report["peers"].values()))
+    cells = [interval(scores[f"soft_dice_{n}_annotators"]) for n in (5, 9)]
+    return [["a radiologist against the other three", *cells, *["-"] * (columns - 3)]]
+
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "model": model_table,
+    "speed": speed_table,
+    "peers": peers_table,
+    "peers-four": lambda results: peers_full_table(FOUR, results),
+    "peers-any": lambda results: peers_full_table(ANY, results),
+}
 
 
 def filled(text: str, results: Path = RESULTS) -> str:

@@ -162,7 +162,7 @@ def _training_rows(training: dict[str, Any]) -> dict[str, str]:
         hardware = f"{machine.get('threads')} threads of {machine.get('cpu')}"
     rows = {
         "steps": training.get("step"),
-        "time": _duration(training["seconds"]) if training.get("seconds") else None,
+        "time": _duration(training["seconds"], training.get("clock", "wall")) if training.get("seconds") else None,
         "hardware": hardware,
         "precision": training.get("precision"),
         "PyTorch": machine.get("torch"),
@@ -170,8 +170,9 @@ def _training_rows(training: dict[str, Any]) -> dict[str, str]:
     return {key: str(value) for key, value in rows.items() if value}
 
 
-def _duration(seconds: float) -> str:
-    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
+def _duration(seconds: float, clock: str) -> str:
+    text = f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
+    return f"{text} of processor time" if clock == "cpu" else text
 
 
 def _verification_rows(verification: dict[str, Any]) -> dict[str, str]:

@@ -109,7 +109,7 @@ def _manifest(loaded: LoadedRun, card: Card, name: str, folder: Path, fp16: bool
         if key in info
     }
     training |= {
-        key: getattr(settings, key) for key in ("batch", "rows_per_image", "lr", "weight_decay", "ema", "seed")
+        key: getattr(settings, key) for key in ("batch", "rows_per_image", "lr", "weight_decay", "ema", "seed", "clock")
     }
     scores: dict[str, Any] = {}
     if info.get("val_soft_dice_5") is not None:

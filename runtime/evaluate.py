@@ -137,7 +137,7 @@ def evaluate(
     tick = progress or (lambda done, total: None)
     rows: list[Row] = []
     for job in jobs:
-        inputs = _fingerprint(job.case)
+        inputs = case_sha256(job.case)
         row = known.get(inputs)
         if row is None:
 
@@ -264,7 +264,7 @@ def _header(segmenter: Segmenter, protocol: Protocol, data: Mapping[str, Any]) -
     }
 
 
-def _fingerprint(case: Case) -> str:
+def case_sha256(case: Case) -> str:
     """SHA-256 over the image's and masks' own: a case that was edited since is scored again."""
     digest = hashlib.sha256()
     for path in case.files:

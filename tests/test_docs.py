@@ -98,6 +98,8 @@ def test_a_result_reaches_the_model_table(tables: ModuleType, tmp_path: Path) ->
     }
     for name in ("lidc_testing_all_raters", "lidc_testing_all_raters_fast"):  # the readers' row comes from the second
         (tmp_path / f"{name}.json").write_text(json.dumps(result))
+    beside = {"peers": {"unet-soft": result | {"soft_dice_5": score(0.5)}}}
+    (tmp_path / "unet_testing_all_raters.json").write_text(json.dumps(beside))
     rows = tables.model_table(tmp_path).splitlines()
     (own,) = [row for row in rows if "25 runs" in row and "351" in row]
     assert "0.812 (0.802 - 0.823)" in own
@@ -105,6 +107,48 @@ def test_a_result_reaches_the_model_table(tables: ModuleType, tmp_path: Path) ->
     (reader,) = [row for row in rows if "radiologist" in row and "351" in row]
     assert "0.762" in reader
     assert "0.800" not in reader
+    (unet,) = [row for row in rows if "U-Net" in row and "351" in row]
+    assert "0.500 (0.490 - 0.510)" in unet
+
+
+def test_the_peers_stand_best_first_and_all_have_a_row(tables: ModuleType, tmp_path: Path) -> None:
+    from cdiff.benchmarks.peers.__main__ import NAMES
+
+    assert set(tables.PEERS) == set(NAMES)
+    for table in ("peers", "peers-four", "peers-any"):
+        rows = tables.TABLES[table](tmp_path).splitlines()[2:]
+        assert len(rows) == len(NAMES)
+        assert all(tables.NOT_MEASURED in row for row in rows)
+        assert {row.count("|") for row in tables.TABLES[table](tmp_path).splitlines()} == {rows[0].count("|")}
+
+    def score(mean: float | None) -> dict[str, float | None]:
+        return {"mean": mean, "low": mean, "high": mean}
+
+    def peer(dice: float, share: float) -> dict[str, object]:
+        keys = ("soft_dice_9", "ged", "ece_near", "brier_near", "soft_dice_9_annotators")
+        return {key: score(0.25) for key in keys} | {
+            "soft_dice_5": score(dice),
+            "soft_dice_5_annotators": score(0.7625),
+            "dice_per_level": [score(0.9), score(0.8), score(0.7), score(0.6)],
+            "ged_samples": {"model": 16},
+            "training": {"parameters": 1_980_000, "steps": 123, "cpu_seconds": 3600.0},
+            "cpu_seconds_a_slice": 0.125,
+            "share_of_budget": share,
+        }
+
+    found = {"peers": {"consensus": peer(0.5, 1.0), "unet-heads": peer(0.75, 0.5), "unet-soft": peer(0.625, 1.0)}}
+    (tmp_path / "peers_testing_all_raters.json").write_text(json.dumps(found))
+    rows = tables.TABLES["peers-four"](tmp_path).splitlines()[2:]
+    names = [row.split("|")[1].strip() for row in rows]
+    assert names[:3] == [tables.PEERS["unet-heads"] + " (50% of its budget)", *(tables.PEERS[n] for n in ("unet-soft", "consensus"))]  # fmt: skip
+    assert tables.NOT_MEASURED in rows[3]
+    assert names[-1] == "a radiologist against the other three"
+    assert "0.762 (0.762 - 0.762)" in rows[-1]
+    cells = [cell.strip() for cell in rows[1].split("|")[2:-1]]
+    assert cells[0] == "0.625 (0.625 - 0.625)"
+    assert cells[2] == "0.250 (16)"
+    assert cells[5:] == ["0.900", "0.800", "0.700", "0.600", "1.98", "123", "60", "0.12"]
+    assert all(tables.NOT_MEASURED in row for row in tables.TABLES["peers-any"](tmp_path).splitlines()[2:])
 
 
 def test_a_benchmark_reaches_the_speed_table(tables: ModuleType, tmp_path: Path) -> None:

@@ -208,7 +208,8 @@ class TrainingConfig:
 
     lr, weight_decay: AdamW's. lr warms up linearly over `warmup` steps and then, with decay="cosine", falls to zero at `steps`; "none"
     keeps it. minutes > 0 ends the run after that many minutes of training, the decay following the clock (such a run is not
-    reproducible step for step). clip: the norm above which gradients are scaled down to it. ema: the share of the averaged
+    reproducible step for step). clock: which minutes, "wall", or "cpu" for those of the processor that this process used (the first
+    of several): fair where other programs run on the machine. clip: the norm above which gradients are scaled down to it. ema: the share of the averaged
     weights that a step keeps, at most (the average starts shorter).
 
     dice_weight: how much the soft Dice of the predicted x0 adds to the squared error, which alone is mostly the background's where
@@ -245,6 +246,7 @@ class TrainingConfig:
     augment: bool = True
     threads: int = 0
     minutes: float = 0.0
+    clock: str = "wall"
     val_every: int = 1000
     val_slices: int = 64
     val_steps: int = 10
@@ -268,6 +270,8 @@ class TrainingConfig:
                 raise CdiffError(f"{name}={getattr(self, name)} must be positive")
         if self.decay not in ("none", "cosine"):
             raise CdiffError(f"decay={self.decay!r} is not known; use none or cosine")
+        if self.clock not in ("wall", "cpu"):
+            raise CdiffError(f"clock={self.clock!r} is not known; use wall or cpu")
         if self.amp not in ("auto", "off", "bf16", "fp16"):
             raise CdiffError(f"amp={self.amp!r} is not known; use auto, off, bf16 or fp16")
         if not -1 <= self.prefetch <= 64:

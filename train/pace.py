@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import math
+import time
 
 from cdiff.train.config import Config
+
+
+def now(config: Config) -> float:
+    """Seconds on the clock that the run's budget counts, from any moment: of the wall, or of this process's processor time."""
+    return time.process_time() if config.training.clock == "cpu" else time.monotonic()
 
 
 def progress(config: Config, done: int, seconds: float) -> float:

@@ -122,9 +122,9 @@ class Run:
         to = Log(self.out, console, self.done, settings.steps, quiet) if first else NoLog()
         with Interrupt() as interrupt, self.feed, to as log:
             while self.done < end and self.progress() < 1 and not stop:
-                began, window = time.monotonic(), self.window()
+                began, window, entered = pace.now(self.config), self.window(), time.monotonic()
                 loss, norm = self.step(self.done)
-                self.utilisation.add(window, time.monotonic() - began)
+                self.utilisation.add(window, time.monotonic() - entered)
                 self.done += 1
                 stop = self._settle(began, interrupt)
                 log.step(self.done, settings.steps)
@@ -134,7 +134,7 @@ class Run:
                 if finished or self.done % settings.val_every == 0 or self.done % settings.log_every == 0:
                     row |= self.utilisation.take()
                 if self.done % settings.val_every == 0 or finished:
-                    began = time.monotonic()
+                    began = pace.now(self.config)
                     row["val_soft_dice_5"] = value = self.validate()
                     stop = self._settle(began, interrupt)
                     log.row(row)
@@ -150,8 +150,8 @@ class Run:
         return self.result(loss, stop)
 
     def _settle(self, began: float, interrupt: Interrupt) -> bool:
-        """Count the time since `began`. Returns whether to stop."""
-        self.seconds, stop = settle(self.fabric, self.seconds + time.monotonic() - began, interrupt.asked)
+        """Count the time since `began`, on the budget's clock. Returns whether to stop."""
+        self.seconds, stop = settle(self.fabric, self.seconds + pace.now(self.config) - began, interrupt.asked)
         return stop
 
     def result(self, loss: float, interrupted: bool = False) -> TrainResult:

@@ -46,6 +46,7 @@ def test_settings_reach_their_sections() -> None:
         ("crop=16", "crop needs framing=tile"),
         ("missing_raters=guess", "skip, as-is or error"),
         ("decay=linear", "none or cosine"),
+        ("clock=sun", "wall or cpu"),
         ("channel_mult=2", "channel_mult=2"),
         ("channel_mult=[1,0]", "at least 1 a depth"),
         ("rrdbs=-1", "rrdbs=-1 must not be negative"),

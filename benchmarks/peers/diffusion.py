@@ -1,0 +1,109 @@
+"""The diffusion peers: the variants of both papers through cdiff's own trainer, exporter and runtime, from scratch, in the same time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from cdiff.benchmarks.peers.training import Budget
+from cdiff.export.exporter import export_run
+from cdiff.runtime.bundle import Bundle, open_bundle
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.manifest import NAME as MANIFEST
+from cdiff.runtime.variants import VARIANTS
+from cdiff.train import pace
+from cdiff.train.checkpoint import checkpoint_folder, read_config, read_json
+from cdiff.train.config import Config
+from cdiff.train.data import fit_to_data
+from cdiff.train.presets import preset as named
+from cdiff.train.trainer import train
+
+DIFFUSION = tuple(VARIANTS)
+"""Names of the peers, those of the variants: consensus is the method itself."""
+ENDLESS = 1_000_000
+"""Steps that no budget of minutes reaches."""
+BUNDLE, UNFINISHED = "bundle", "bundle-unfinished"
+"""Folders in the run: of the checkpoint that was chosen, and of the best so far of a run that is looked at before its end."""
+
+
+def configuration(name: str, data: Path, budget: Budget, preset: str, threads: int) -> Config:
+    """The preset's network and training for the variant `name`, with the peers' budget and the data's number of annotators."""
+    chosen = named(preset).with_values(
+        {
+            "variant": name,
+            "minutes": 0.0 if budget.steps else budget.minutes,
+            "clock": budget.clock,
+            "steps": budget.steps or ENDLESS,
+            "seed": budget.seed,
+            "threads": threads,
+        }
+    )
+    return fit_to_data(chosen, data, [])
+
+
+def train_diffusion(
+    name: str, data: Path, out: Path, budget: Budget, *, preset: str = "lidc", threads: int = 1
+) -> bool:
+    """Train in the folder `out`, or go on there, until the budget is spent, and export the checkpoint that Validation chose.
+
+    Returns False when interrupted; all is saved then. Raises CdiffError as training and export do.
+    """
+    config = configuration(name, data, budget, preset, threads)
+    if spent(out) < 1:
+        # Lines, not a bar: its end would be ENDLESS.
+        console = Console(stderr=True, force_terminal=False)
+        resume = (out / "config.json").exists()
+        if train(config, data, out, resume=resume, device="cpu", console=console).interrupted:
+            return False
+    if not is_finished(out):
+        export_run(out, out / BUNDLE, replace=True)
+    return True
+
+
+def is_finished(out: Path) -> bool:
+    """Whether the run was trained and exported."""
+    return (out / BUNDLE / MANIFEST).is_file()
+
+
+def bundle_of(out: Path) -> Bundle:
+    """The run's bundle; of a run that is not finished, its best checkpoint so far, exported now. Raises CdiffError without one."""
+    if is_finished(out):
+        return open_bundle(out / BUNDLE)
+    return export_run(out, out / UNFINISHED, replace=True)
+
+
+def spent(out: Path) -> float:
+    """The share of the budget that the run in `out` has used, 0..1; 0 without a checkpoint."""
+    folder = checkpoint_folder(out, "last") if (out / "config.json").is_file() else None
+    if folder is None:
+        return 0.0
+    info = read_json(folder / "checkpoint.json")
+    return min(1.0, pace.progress(read_config(out), int(info["step"]), float(info["seconds"])))
+
+
+def summary(out: Path) -> dict[str, Any]:
+    """What a U-Net peer's `run.json` holds, of this run. The budget's clock gives its seconds; the other's were not counted."""
+    config, folder, best = read_config(out), checkpoint_folder(out, "last"), checkpoint_folder(out, "best")
+    if folder is None:
+        raise CdiffError(f"{out} holds no checkpoint; train it first")
+    info = read_json(folder / "checkpoint.json")
+    chosen = read_json((best or folder) / "checkpoint.json")
+    training = config.training
+    return {
+        "peer": config.network.variant,
+        "budget": {
+            "minutes": training.minutes,
+            "clock": training.clock,
+            "steps": 0 if training.minutes else training.steps,
+        },
+        "steps": info["step"],
+        f"{training.clock}_seconds": info["seconds"],
+        "best_val_soft_dice_5": chosen["val_soft_dice_5"],
+        "parameters": info["parameters"],
+        "machine": info["machine"],
+        "train_slices": info["data"]["train"]["slices"],
+        "val_slices": info["val_protocol"]["slices"],
+        "image_size": config.network.image_size,
+    }

@@ -1,0 +1,284 @@
+"""All peers on one scale: every score is that of `cdiff evaluate`, by the same functions (docs/metrics.md)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from cdiff.benchmarks.peers import diffusion
+from cdiff.benchmarks.peers.draws import Float32, draw_runs, mixed
+from cdiff.benchmarks.peers.slices import INTENSITY
+from cdiff.benchmarks.peers.training import SUMMARY
+from cdiff.benchmarks.peers.unets import UNETS, UNetPeer
+from cdiff.runtime.cases import Case, find_cases, read_case
+from cdiff.runtime.engines.registry import open_engine
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.evaluate import FORMAT, Protocol, case_sha256, choose_split, evaluate
+from cdiff.runtime.files import sha256, write_json
+from cdiff.runtime.journal import Journal, fingerprint, finished_rows
+from cdiff.runtime.results import Stack
+from cdiff.runtime.scan import read_scan
+from cdiff.runtime.scores import CaseTally, marked_slices
+from cdiff.runtime.segmenter import Segmenter
+from cdiff.runtime.summary import ROW_KEYS, Row, summarise
+from cdiff.runtime.variants import VARIANTS, Variant
+from cdiff.train.checkpoint import load_weights, read_json, read_tensors
+from cdiff.train.machine import describe_machine
+
+KEPT = (
+    "n_slices", "n_cases", "soft_dice_5", "soft_dice_9", "dice_per_level", "ged", "ged_no_diagonal", "ged_floor",
+    "ged_samples", "ece", "ece_near", "brier", "brier_near", "brier_floor_near", "crps_near", "soft_dice_5_annotators",
+    "soft_dice_9_annotators", "protocol", "left_out",
+)  # fmt: skip
+"""What the table of all peers keeps of a peer's report; the whole one stays in its run."""
+TIMED = 4
+"""Slices that the time a slice is measured on, at most."""
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How peers are scored: split "val" or "test"; all_raters as for `cdiff evaluate`; runs of a U-Net peer that samples (a diffusion
+    peer has those of `--fast`); mirror: all peers see the slice mirrored too, or none; limit: the first so many cases."""
+
+    split: str = "test"
+    all_raters: bool = False
+    runs: int = 16
+    mirror: bool = True
+    seed: int = 0
+    limit: int | None = None
+    threads: int = 1
+
+    @property
+    def file(self) -> str:
+        """Where a run keeps its whole report."""
+        return f"scores_{self.split}{'_all_raters' if self.all_raters else ''}.json"
+
+
+def score_all(
+    names: list[str], runs: Path, data: Path, scoring: Scoring, *, unfinished: bool = False, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """The scores of every peer of `names` that has finished in `runs`, or with `unfinished` of every one that has a checkpoint.
+
+    One that cannot be scored does not stop the others: `not_scored` has the reason. Raises CdiffError when the data cannot be used.
+    """
+    split, cases = choose_split(find_cases(data), scoring.split)
+    cases = cases[: scoring.limit]
+    scored: dict[str, Any] = {}
+    reasons: dict[str, str] = {}
+    for name in names:
+        used = share(name, runs / name)
+        if used < 1 and not (unfinished and used > 0):
+            reasons[name] = "not started" if not used else f"{used:.0%} of its budget used, not finished"
+            continue
+        try:
+            score = score_unet if name in UNETS else score_diffusion
+            scored[name] = score(name, runs / name, data, cases, scoring, say) | {"share_of_budget": round(used, 4)}
+        except CdiffError as error:
+            reasons[name] = str(error)
+            continue
+        mean = scored[name]["soft_dice_5"]["mean"]
+        say(f"{name}: soft Dice {mean:.3f}, {scored[name]['n_slices']} slices")
+    return {
+        "split": split,
+        "all_raters": scoring.all_raters,
+        "data": data.resolve().name,
+        "scoring": asdict(scoring),
+        "machine": describe_machine(torch.device("cpu")),
+        "cdiff": version("cdiff"),
+        "peers": scored,
+        "not_scored": reasons,
+    }
+
+
+def share(name: str, run: Path) -> float:
+    """How much of its budget a peer's run has used, 0..1: 1 when it is finished, 0 when there is nothing to score."""
+    if name not in UNETS:
+        used = diffusion.spent(run)
+        return used if used < 1 or diffusion.is_finished(run) else 0.999
+    if (run / SUMMARY).is_file() and (run / "best.safetensors").is_file():
+        return 1.0
+    if not (run / "last.pt").is_file() or not (run / "best.safetensors").is_file():
+        return 0.0
+    state = torch.load(run / "last.pt", weights_only=True)
+    # A state without its budget is of a run whose budget only its command knew.
+    budget = state.get("budget", {"steps": 0, "minutes": float("inf"), "clock": "cpu"})
+    used = state["step"] / budget["steps"] if budget["steps"] else state[budget["clock"]] / (60 * budget["minutes"])
+    return float(min(max(used, 0.001), 0.999))
+
+
+def score_unet(
+    name: str, run: Path, data: Path, cases: list[Case], scoring: Scoring, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """The scores of the U-Net peer in `run`; its whole report is RUN/scores_*.json, and cases that are there are not drawn again.
+
+    Raises CdiffError for a case that is unlike the others and for weights that are not this peer's.
+    """
+    peer, weights = UNETS[name], run / "best.safetensors"
+    annotators = len(cases[0].masks)
+    network = peer.build(annotators)
+    load_weights(network, read_tensors(weights), weights)
+    chain = {"runs": scoring.runs if peer.samples else 1, "mirror": scoring.mirror}
+    header = {
+        "protocol": {"seed": scoring.seed, "all_raters": scoring.all_raters, **chain},
+        "model": {
+            "name": name,
+            "variant": peer.variant.name,
+            "levels": annotators,
+            "weights_sha256": sha256(weights),
+        },
+        "engine": {"name": "pytorch", "version": torch.__version__, "device": "cpu"},
+        "data": {"folder": data.resolve().name, "split": scoring.split},
+        "cdiff": version("cdiff"),
+        "format": FORMAT,
+    }
+    out = run / scoring.file
+    known = finished_rows(out, header, ROW_KEYS, say)
+    journal = Journal(out.with_suffix(".partial.jsonl"), header, ROW_KEYS, say)
+    known |= journal.rows
+    rows: list[Row] = []
+    empty: list[str] = []
+    tick = Ticker(f"scoring {name}", len(cases), say)
+    for number, case in enumerate(cases):
+        inputs = case_sha256(case)
+        row = known.get(inputs) or score_case(peer, network, case, number, annotators, scoring)
+        if row is None:
+            empty.append(case.name)
+            continue
+        row |= {"inputs": inputs, "chain": chain, "case": case.name}
+        if inputs not in known:
+            journal.add(row)
+        rows.append(row)
+        tick(number + 1)
+    if not rows:
+        raise CdiffError(f"no slice of the split {scoring.split} is marked as asked; there is nothing to score")
+    report = summarise(rows, header | {"made_with": fingerprint(header)}, {"no_marked_slice": empty})
+    write_json(out, report)
+    journal.remove()
+
+    def draw(case: Case, chosen: range) -> None:
+        images = INTENSITY.apply(read_scan(case.scan).slices)
+        for i in chosen:
+            draw_runs(peer, network, images[i], runs=scoring.runs, mirror=scoring.mirror, seed=0)
+
+    summary = read_json(run / SUMMARY) if (run / SUMMARY).is_file() else {}
+    parameters = sum(p.numel() for p in network.parameters())
+    return _entry(report, peer.variant, {"parameters": parameters, **summary}, cpu_seconds_a_slice(cases[0], draw))
+
+
+def score_case(
+    peer: UNetPeer, network: nn.Module, case: Case, number: int, annotators: int, scoring: Scoring
+) -> Row | None:
+    """A row of the report; None when no slice is marked as asked. `number`, the case's in the split, seeds its draws.
+
+    Raises CdiffError for a case with another number of annotators.
+    """
+    started = time.monotonic()
+    scan, masks = read_scan(case.scan), read_case(case)[1]
+    if masks.shape[1] != annotators:
+        raise CdiffError(
+            f"{case.name} has {masks.shape[1]} annotators and the first case {annotators}; the peers need the same"
+        )
+    chosen = marked_slices(masks, scoring.all_raters)
+    if not chosen.size:
+        return None
+    images = INTENSITY.apply(scan.slices)
+    first = int(chosen[0])
+    drawn: dict[int, Float32] = {
+        int(i): draw_runs(
+            peer,
+            network,
+            images[i],
+            runs=scoring.runs,
+            mirror=scoring.mirror,
+            seed=mixed(scoring.seed, number, int(i)),
+        )
+        for i in chosen
+    }
+    runs = np.zeros(
+        (int(chosen[-1]) - first + 1, *drawn[first].shape), np.float32
+    )  # slices between stay empty, unscored
+    for i, maps in drawn.items():
+        runs[i - first] = maps
+    tally = CaseTally(masks, chosen, annotators, "mean")
+    tally.add(stack_of(runs, peer.variant, annotators), first, scan.grid)
+    return {
+        "case": case.name,
+        "annotators": annotators,
+        "seconds": round(time.monotonic() - started, 2),
+        **tally.row(),
+    }
+
+
+def stack_of(runs: NDArray[np.float32], variant: Variant, annotators: int) -> Stack:
+    """Runs [n, K, R, H, W] of probabilities as the maps that the runtime makes of a diffusion model's runs."""
+    kept = np.rint(runs * 255).astype(np.uint8)
+    return Stack(runs.mean(2), runs.mean(1).std(1), kept, variant, annotators)
+
+
+def score_diffusion(
+    name: str, run: Path, data: Path, cases: list[Case], scoring: Scoring, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """The scores of the diffusion peer in `run`, by `cdiff evaluate --fast`; RUN/scores_*.json is its report, gone on from if cut short."""
+    bundle = diffusion.bundle_of(run)
+    segmenter = Segmenter(bundle, open_engine(bundle, "auto", "cpu", threads=scoring.threads))
+    protocol = Protocol(fast=True, mirror=scoring.mirror, seed=scoring.seed, all_raters=scoring.all_raters)
+    tick = Ticker(f"scoring {name}", 1, say)
+    report = evaluate(
+        segmenter,
+        cases,
+        protocol,
+        data={"folder": data.resolve().name, "split": scoring.split},
+        out=run / scoring.file,
+        progress=lambda done, total: tick(done / max(total, 1)),
+        notice=say,
+    )
+
+    def draw(case: Case, chosen: range) -> None:
+        segmenter.segment(case.scan, fast=True, mirror=scoring.mirror, slices=chosen, keep_runs=True)
+
+    summary = diffusion.summary(run)
+    return _entry(report, VARIANTS[name], summary, cpu_seconds_a_slice(cases[0], draw))
+
+
+def cpu_seconds_a_slice(case: Case, draw: Callable[[Case, range], None]) -> float:
+    """This process's processor seconds for all runs of one slice, from its file: the mean over a few slices, after one to warm up."""
+    count = len(read_scan(case.scan).slices)
+    middle = max(0, (count - TIMED) // 2)
+    chosen = range(middle, min(count, middle + TIMED))
+    draw(case, chosen[:1])
+    started = time.process_time()
+    draw(case, chosen)
+    return (time.process_time() - started) / len(chosen)
+
+
+def _entry(report: dict[str, Any], variant: Variant, training: dict[str, Any], seconds: float) -> dict[str, Any]:
+    maps = {"soft": variant.soft, "levels": variant.levels}
+    return {key: report[key] for key in KEPT} | {
+        "maps": maps,
+        "training": training,
+        "cpu_seconds_a_slice": round(seconds, 4),
+    }
+
+
+class Ticker:
+    """Says how far a long work is, at most every 30 seconds: `ticker(done)` of `total`."""
+
+    def __init__(self, label: str, total: float, say: Callable[[str], None]) -> None:
+        self.label, self.total, self.say = label, total, say
+        self.started = self.said = time.monotonic()
+
+    def __call__(self, done: float) -> None:
+        now = time.monotonic()
+        if now - self.said >= 30:
+            self.said = now
+            left = (now - self.started) * (self.total - done) / max(done, 1e-9)
+            self.say(f"{self.label}: {done / self.total:.0%}, about {left:.0f} s left")

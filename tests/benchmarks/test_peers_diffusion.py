@@ -1,0 +1,100 @@
+"""A diffusion peer's whole road by the command: train, interrupt, go on, export, score; and what its configuration holds."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from cdiff.benchmarks.peers import diffusion
+from cdiff.benchmarks.peers.__main__ import main
+from cdiff.benchmarks.peers.diffusion import DIFFUSION, configuration
+from cdiff.benchmarks.peers.training import Budget
+from cdiff.runtime.evaluate import Protocol, evaluate
+from cdiff.runtime.segmenter import Segmenter
+from cdiff.train.learner import Learner
+from cdiff.train.presets import PRESETS, preset
+from cdiff.train.run import Run
+from cdiff.train.trainer import train
+from tests.synthetic import write_synthetic_dataset
+
+
+def test_the_peers_are_the_variants_with_the_presets_network_and_the_budget(tiny_data: Path) -> None:
+    for name in DIFFUSION:
+        config = configuration(name, tiny_data, Budget(minutes=7, clock="cpu", seed=3), "lidc", threads=2)
+        assert config.network.variant == name
+        assert config.network.levels == 3, "as many as the data has annotators"
+        assert config.network.channel_mult == preset("lidc").network.channel_mult
+        training = config.training
+        assert (training.minutes, training.clock, training.seed, training.threads) == (7, "cpu", 3, 2)
+        assert training.steps >= 1_000_000, "the clock ends it"
+    counted = configuration("consensus", tiny_data, Budget(steps=5), "lidc", threads=1).training
+    assert (counted.steps, counted.minutes) == (5, 0)
+
+
+@pytest.mark.parametrize("clock", ["cpu", "wall"])
+def test_minutes_are_counted_on_the_clock_that_was_asked_for(
+    clock: str, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On one clock a step takes 10 s, on the other none: a budget of 25 s is three steps, or all five."""
+    now = {"cpu": 0.0, "wall": 0.0}
+    monkeypatch.setattr("cdiff.train.pace.time.process_time", lambda: now["cpu"])
+
+    def step(self: Run, k: int) -> tuple[float, float]:
+        now["cpu"] += 10
+        return 1.0, 1.0
+
+    monkeypatch.setattr(Run, "step", step)
+    monkeypatch.setattr(Run, "validate", lambda self: 0.5)
+    config = preset("tiny").with_values({"minutes": 25 / 60, "clock": clock, "steps": 5, "val_every": 100})
+    result = train(config, tiny_data, tmp_path / "run", quiet=True)
+    assert result.step == (3 if clock == "cpu" else 5)
+    assert (result.seconds == 30) == (clock == "cpu")
+
+
+@pytest.mark.slow
+def test_from_training_to_scores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    splits = {"Training": 2, "Validation": 1, "Testing": 1}
+    data = write_synthetic_dataset(tmp_path / "data", splits, raters=3, shape=(16, 16, 2))
+    least = {"image_size": 16, "channel_mult": (1,), "attention_depths": (), "rrdbs": 0, "base_channels": 4, "heads": 1}
+    monkeypatch.setitem(PRESETS, "least", preset("tiny").with_values(least | {"groups": 2, "val_slices": 1}))
+    command = ["--data", f"{data}", "--out", f"{tmp_path / 'runs'}", "--only", "no-annotator", "--steps", "4"]
+    command += ["--preset", "least"]
+    run = tmp_path / "runs" / "no-annotator"
+
+    with monkeypatch.context() as patched:
+        plain = Learner.step
+
+        def interrupted(self: Learner, k: int, *rest: object) -> tuple[float, float]:
+            if k == 1:
+                os.kill(os.getpid(), signal.SIGINT)
+            return plain(self, k, *rest)  # type: ignore[arg-type]
+
+        patched.setattr(Learner, "step", interrupted)
+        assert main(command) == 130
+    assert diffusion.spent(run) == 0.5
+    assert not diffusion.is_finished(run)
+    score = ["--data", f"{data}", "--out", f"{tmp_path / 'runs'}", "--only", "no-annotator", "--score", "test"]
+    assert main(score) == 2
+    assert "50% of its budget used" in capsys.readouterr().err
+    assert main(command) == 0
+    assert diffusion.spent(run) == 1
+    assert main(command) == 0
+    assert "finished before, skipped" in capsys.readouterr().err
+
+    assert main([*score, "--json", f"{tmp_path / 'scores.json'}"]) == 0
+    found = json.loads((tmp_path / "scores.json").read_text())["peers"]["no-annotator"]
+    from cdiff.runtime.cases import find_cases
+
+    wanted = evaluate(Segmenter.open(run / "bundle"), find_cases(data)["test"], Protocol(fast=True))
+    for key in ("n_slices", "soft_dice_5", "ged", "ece_near", "dice_per_level"):
+        assert found[key] == wanted[key], f"{key} is that of cdiff evaluate --fast"
+    assert found["training"]["steps"] == 4
+    assert found["training"]["wall_seconds"] > 0
+    assert found["training"]["budget"] == {"minutes": 0.0, "clock": "wall", "steps": 4}
+    assert found["ged_samples"]["model"] == 4

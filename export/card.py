@@ -91,7 +91,7 @@ def render(card: Card, manifest: Manifest, config: Config) -> str:
         f"# {manifest.name}",
         card.summary or manifest.draws.summary.format(C=manifest.levels),
         "**Not a medical device.** For research; not for diagnosis, treatment or any other clinical decision.",
-        "```\npip install 'cdiff[cpu]'\ncdiff segment SCAN -o OUT --model THIS_FOLDER\n```",
+        "```\npip install '.[cpu]'  # in a clone of cdiff\ncdiff segment SCAN -o OUT --model THIS_FOLDER\n```",
         "## Model\n\n"
         + _table(
             {

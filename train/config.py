@@ -209,8 +209,8 @@ class TrainingConfig:
     lr, weight_decay: AdamW's. lr warms up linearly over `warmup` steps and then, with decay="cosine", falls to zero at `steps`; "none"
     keeps it. minutes > 0 ends the run after that many minutes of training, the decay following the clock (such a run is not
     reproducible step for step). clock: which minutes, "wall", or "cpu" for those of the processor that this process used (the first
-    of several): fair where other programs run on the machine. clip: the norm above which gradients are scaled down to it. ema: the share of the averaged
-    weights that a step keeps, at most (the average starts shorter).
+    of several): fair where other programs run on the machine. clip: the norm above which gradients are scaled down to it. ema: the
+    share of the averaged weights that a step keeps, at most (the average starts shorter).
 
     dice_weight: how much the soft Dice of the predicted x0 adds to the squared error, which alone is mostly the background's where
     structures are small. t_power p draws t with a density that grows as t^(p - 1): 1 is the papers' uniform draw; 2 favours the

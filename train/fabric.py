@@ -22,6 +22,7 @@ from lightning_fabric import Fabric
 from lightning_fabric.plugins import MixedPrecision, Precision
 from lightning_fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from lightning_fabric.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from torch import Tensor
 
 from cdiff.runtime.device.gpu import parse_device
 from cdiff.runtime.errors import CdiffError
@@ -62,7 +63,7 @@ def fabric_on(device: torch.device, amp: str = "off", backend: str = "gloo") -> 
             )
         strategy = DDPStrategy(process_group_backend=backend, timeout=PATIENCE, gradient_as_bucket_view=True)
     # Told of environment and precision, Fabric neither looks for a cluster nor computes in bf16 where fp16 was asked for (on a CPU).
-    plugins = [TorchElasticEnvironment() if world > 1 else LightningEnvironment(), _precision(amp, device)]
+    plugins: list[Any] = [TorchElasticEnvironment() if world > 1 else LightningEnvironment(), _precision(amp, device)]
     kind = "cuda" if device.type == "cuda" else "cpu"
     return Fabric(accelerator=kind, strategy=strategy, devices=here, num_nodes=world // here, plugins=plugins)
 
@@ -130,7 +131,7 @@ def joined(cuda: bool) -> Iterator[Fabric]:
         # Small facts travel between CPUs in either case: they need no GPU to wait.
         fabric = fabric_on(torch.device("cpu"), backend="cpu:gloo,cuda:nccl" if cuda else "gloo")
         fabric.launch()
-        store = dist.TCPStore(host, int(port), is_master=False, wait_for_workers=False)
+        store = dist.TCPStore(host, int(port), is_master=False, wait_for_workers=False)  # type: ignore[attr-defined]
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise CdiffError(
@@ -158,10 +159,16 @@ def name_of(fabric: Fabric) -> str:
     return f"process {fabric.global_rank} of {fabric.world_size} on {socket.gethostname()}"
 
 
+def summed(fabric: Fabric, tensor: Tensor) -> Tensor:
+    """The sum of all processes' tensors, the same everywhere; any shape, on Fabric's device."""
+    out = fabric.all_reduce(tensor, reduce_op="sum")
+    assert isinstance(out, Tensor)
+    return out
+
+
 def settle(fabric: Fabric, seconds: float, asked: bool) -> tuple[float, bool]:
     """The first process's clock, and whether any process was asked to stop: what all go by, or they would part ways."""
-    mine = torch.tensor([seconds if fabric.is_global_zero else 0.0, float(asked)], dtype=torch.float64)
-    told = fabric.all_reduce(mine, reduce_op="sum")
+    told = summed(fabric, torch.tensor([seconds if fabric.is_global_zero else 0.0, float(asked)], dtype=torch.float64))
     return float(told[0]), bool(told[1] > 0)
 
 

@@ -21,6 +21,7 @@ from cdiff.runtime.errors import CdiffError
 from cdiff.train.checkpoint import checkpoint_folder, load_weights, read_tensors
 from cdiff.train.config import Config
 from cdiff.train.diffusion import Diffusion
+from cdiff.train.fabric import summed
 from cdiff.train.network import ConsensusNet, recompute_activations
 from cdiff.train.rows import Rows
 from cdiff.train.targets import TARGETS
@@ -92,11 +93,11 @@ class Learner:
         )
         self.optimiser.step()
         self._average(k)
-        total = fabric.all_reduce(total, reduce_op="sum")
-        value, size = torch.stack([total, norm]).tolist()  # the step's one wait for the device
-        for what, number in (("loss", value), ("gradient", 0.0 if self.scaled else size)):
-            if not math.isfinite(number):
-                raise CdiffError(f"the {what} became {number} at step {k + 1}; lower lr (now {lr:.3g}) and resume")
+        assert norm is not None  # with max_norm there is one
+        value, size = torch.stack([summed(fabric, total), norm]).tolist()  # the step's one wait for the device
+        for what, result in (("loss", value), ("gradient", 0.0 if self.scaled else size)):
+            if not math.isfinite(result):
+                raise CdiffError(f"the {what} became {result} at step {k + 1}; lower lr (now {lr:.3g}) and resume")
         return value, size
 
     def loss(self, rows: Rows) -> Tensor:

@@ -12,6 +12,7 @@ from cdiff.runtime.sampler import sampler_table
 from cdiff.runtime.variants import CONSENSUS
 from cdiff.train.data import Batch
 from cdiff.train.diffusion import Diffusion
+from cdiff.train.fabric import summed
 from cdiff.train.network import ConsensusNet
 
 ROWS = 64  # rows a network call; bounds the memory
@@ -52,7 +53,7 @@ def sample_soft_maps(
             x = float(a) * x + float(b) * x0
         soft = ((x.clamp(-1, 1) + 1) / 2).reshape(len(part), per_slice, *image.shape[-2:]).mean(dim=1)
         total[start : start + len(part)] = soft.cpu()
-    return total if fabric is None else fabric.all_reduce(total, reduce_op="sum").cpu()
+    return total if fabric is None else summed(fabric, total).cpu()
 
 
 def score(

@@ -17,7 +17,7 @@ from torch import nn
 from cdiff.benchmarks.peers import diffusion
 from cdiff.benchmarks.peers.draws import Float32, draw_runs, mixed
 from cdiff.benchmarks.peers.slices import INTENSITY
-from cdiff.benchmarks.peers.training import SUMMARY
+from cdiff.benchmarks.peers.training import SUMMARY, read_state
 from cdiff.benchmarks.peers.unets import UNETS, UNetPeer
 from cdiff.runtime.cases import Case, find_cases, read_case
 from cdiff.runtime.engines.registry import open_engine
@@ -75,11 +75,11 @@ def score_all(
     scored: dict[str, Any] = {}
     reasons: dict[str, str] = {}
     for name in names:
-        used = share(name, runs / name)
-        if used < 1 and not (unfinished and used > 0):
-            reasons[name] = "not started" if not used else f"{used:.0%} of its budget used, not finished"
-            continue
         try:
+            used = share(name, runs / name)
+            if used < 1 and not (unfinished and used > 0):
+                reasons[name] = "nothing to score yet" if not used else f"{used:.0%} of its budget used, not finished"
+                continue
             score = score_unet if name in UNETS else score_diffusion
             scored[name] = score(name, runs / name, data, cases, scoring, say) | {"share_of_budget": round(used, 4)}
         except CdiffError as error:
@@ -108,7 +108,7 @@ def share(name: str, run: Path) -> float:
         return 1.0
     if not (run / "last.pt").is_file() or not (run / "best.safetensors").is_file():
         return 0.0
-    state = torch.load(run / "last.pt", weights_only=True)
+    state = read_state(run / "last.pt")
     # A state without its budget is of a run whose budget only its command knew.
     budget = state.get("budget", {"steps": 0, "minutes": float("inf"), "clock": "cpu"})
     used = state["step"] / budget["steps"] if budget["steps"] else state[budget["clock"]] / (60 * budget["minutes"])

@@ -133,12 +133,7 @@ class Training:
         last = self.out / "last.pt"
         if not last.exists():
             return
-        try:
-            state = torch.load(last, weights_only=True)
-        except Exception as error:  # torch raises many kinds for a file that is not one of its own
-            raise CdiffError(
-                f"{last} cannot be read ({type(error).__name__}); remove {self.out} to train anew"
-            ) from error
+        state = read_state(last)
         there, now = state.get("budget") or asdict(self.budget), asdict(self.budget)
         if differ := [f"{key}: {there[key]} there, {now[key]} now" for key in now if there.get(key) != now[key]]:
             raise CdiffError(f"{self.out} holds a run of another budget ({'; '.join(differ)}); go on with its own")
@@ -258,6 +253,16 @@ def train_unet(peer: UNetPeer, data: Path, out: Path, budget: Budget) -> bool:
         return False
     write_json(out / SUMMARY, training.summary())
     return True
+
+
+def read_state(last: Path) -> dict[str, Any]:
+    """What a run's last.pt holds. Raises CdiffError for a file that is damaged or something else."""
+    try:
+        return dict(torch.load(last, weights_only=True))
+    except Exception as error:  # torch raises many kinds for a file that is not one of its own
+        raise CdiffError(
+            f"{last} cannot be read ({type(error).__name__}); remove {last.parent} to train anew"
+        ) from error
 
 
 def append_row(path: Path, row: tuple[Any, ...]) -> None:

@@ -133,7 +133,7 @@ def test_one_peer_that_fails_does_not_lose_the_others(
     assert main(["--score", "val", *command[:4], "--json", f"{tmp_path / 'scores.json'}"]) == 0
     report = json.loads((tmp_path / "scores.json").read_text())
     assert list(report["peers"]) == ["unet-dropout"]
-    assert report["not_scored"]["unet-majority"] == report["not_scored"]["consensus"] == "not started"
+    assert report["not_scored"]["unet-majority"] == report["not_scored"]["consensus"] == "nothing to score yet"
     assert main(command) == 0, "the same command mends it"
 
 

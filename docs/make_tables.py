@@ -235,9 +235,35 @@ def reader_row(result: str, results: Path, columns: int) -> list[list[str]]:
     return [["a radiologist against the other three", *cells, *["-"] * (columns - 3)]]
 
 
+PAIRED = {  # columns: what was compared with the U-Net, the output of `cdiff.benchmarks.paired`
+    "four marked, `mean`": "paired_unet_mean",
+    "four marked, `vote`": "paired_unet_vote",
+    "any marked, `mean`": "paired_unet_marked",
+}
+PAIRED_ROWS = {
+    "soft_dice_5": "soft Dice, 5",
+    "soft_dice_9": "soft Dice, 9",
+    **{f"dice_level_{c}": f"level {c}" for c in range(1, 5)},
+    "ged": "GED (less is better)",
+    "brier_near": "Brier near the structure (less is better)",
+}
+
+
+def paired_table(results: Path) -> str:
+    """cdiff minus the plain U-Net on the same slices, with intervals."""
+    found = {words: read(name, results) for words, name in PAIRED.items()}
+    rows = []
+    for key, words in PAIRED_ROWS.items():
+        scores = [report["all"][key] if report else None for report in found.values()]
+        cells = [f"{s['mean']:+.3f} ({s['low']:+.3f} to {s['high']:+.3f})" if s else NOT_MEASURED for s in scores]
+        rows.append([words, *cells])
+    return markdown(["cdiff - U-Net", *found], rows)
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "model": model_table,
     "speed": speed_table,
+    "paired": paired_table,
     "peers": peers_table,
     "peers-four": lambda results: peers_full_table(FOUR, results),
     "peers-any": lambda results: peers_full_table(ANY, results),

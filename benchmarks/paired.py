@@ -1,0 +1,128 @@
+"""Two models' reports on the same slices, slice by slice: `python -m cdiff.benchmarks.paired A.json B.json`.
+
+The slices are the same, so their difficulty cancels in the difference, whose interval is narrower than either score's own. Also by the
+structure's size, in thirds of the cases. A and B are whole reports, with every case and slice: what `cdiff evaluate --json` writes, and
+`scores_*.json` in a peer's run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.files import write_json
+from cdiff.runtime.metrics import bootstrap_over_cases
+
+Row = dict[str, Any]
+Take = Callable[[Row], float | None]
+SCORES: dict[str, Take] = {
+    "soft_dice_5": lambda row: row["soft_dice_5"],
+    "soft_dice_9": lambda row: row["soft_dice_9"],
+    "ged": lambda row: row["ged"],
+    "brier_near": lambda row: row["brier_near"],
+}
+"""What is compared besides every level's Dice."""
+BY_SIZE = ("smallest third", "middle third", "largest third")
+
+
+def compare(a: Row, b: Row) -> Row:
+    """Differences B - A of two reports: the mean over slices with a 95 % interval by bootstrap over cases, in all and by size.
+
+    The size of a case is what the annotators' levels hold on average, in voxels a scored slice. Raises CdiffError when the reports
+    are not of the same slices of the same files.
+    """
+    for which, report in (("first", a), ("second", b)):
+        if not report.get("cases"):
+            raise CdiffError(f"the {which} report has no cases; give what cdiff evaluate --json wrote")
+    slices = [[[(c["inputs"], row["slice"]) for row in c["slices"]] for c in report["cases"]] for report in (a, b)]
+    if slices[0] != slices[1]:
+        raise CdiffError("the reports are not of the same slices; evaluate both with the same data and --all-raters")
+    pairs = list(zip(a["cases"], b["cases"], strict=True))
+    levels = len(pairs[0][0]["slices"][0]["dice_per_level"])
+    takes = SCORES | {f"dice_level_{c}": _level(c) for c in range(1, levels + 1)}
+    sizes = [float(np.mean(case["volumes"]["true_voxels"])) / len(case["slices"]) for case, _ in pairs]
+    thirds = np.array_split(np.argsort(sizes, kind="stable"), len(BY_SIZE))
+    return {
+        "a": a.get("model", {}),
+        "b": b.get("model", {}),
+        "difference": "b - a",
+        "all": _differences(pairs, takes),
+        "by_size": {
+            name: {
+                "voxels_a_slice": [round(min(sizes[i] for i in third), 1), round(max(sizes[i] for i in third), 1)],
+                **_differences([pairs[i] for i in third], takes),
+            }
+            for name, third in zip(BY_SIZE, thirds, strict=True)
+            if len(third)
+        },
+    }
+
+
+def _level(c: int) -> Take:
+    return lambda row: row["dice_per_level"][c - 1]  # type: ignore[no-any-return]
+
+
+def _differences(pairs: Sequence[tuple[Row, Row]], takes: dict[str, Take]) -> Row:
+    found: Row = {"n_cases": len(pairs), "n_slices": sum(len(first["slices"]) for first, _ in pairs)}
+    for name, take in takes.items():
+        both = [
+            [(_number(take(x)), _number(take(y))) for x, y in zip(first["slices"], second["slices"], strict=True)]
+            for first, second in pairs
+        ]
+        apart = bootstrap_over_cases([[y - x for x, y in case] for case in both])
+        mean_a, mean_b = np.nanmean([pair for case in both for pair in case], axis=0)
+        found[name] = {"a": float(mean_a), "b": float(mean_b)} | apart.to_json()
+    return found
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns 0, or 2 for something to mend."""
+    parser = argparse.ArgumentParser(
+        prog="python -m cdiff.benchmarks.paired", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("a", type=Path, help="a whole report")
+    parser.add_argument("b", type=Path, help="another, of the same slices")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="where to write the differences")
+    options = parser.parse_args(argv)
+    try:
+        report = compare(_read(options.a), _read(options.b))
+        for part, found in {"all": report["all"], **report["by_size"]}.items():
+            print(f"{part}: {found['n_cases']} cases, {found['n_slices']} slices")
+            for name, score in found.items():
+                if isinstance(score, dict):
+                    interval = "" if score["low"] is None else f" ({score['low']:+.3f} to {score['high']:+.3f})"
+                    print(f"  {name:14} {score['a']:.3f} {score['b']:.3f}  {score['mean']:+.3f}{interval}")
+        if options.json:
+            write_json(options.json, report)
+    except CdiffError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _read(path: Path) -> Row:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CdiffError(
+            f"{path} cannot be read as a report ({error}); give what cdiff evaluate --json wrote"
+        ) from None
+    if not isinstance(found, dict):
+        raise CdiffError(f"{path} is no report; give what cdiff evaluate --json wrote")
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,89 @@
+"""Two reports on the same slices: the differences by hand, the split by size, reports that do not fit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cdiff.benchmarks.paired import compare, main
+from cdiff.runtime.errors import CdiffError
+
+
+def report(scores: list[list[float]], sizes: list[int], ged: float | None = 0.5) -> dict[str, Any]:
+    """A report of one case for each list of slices' soft Dice; level c's Dice is that minus c / 100."""
+    cases = []
+    for number, (slices, size) in enumerate(zip(scores, sizes, strict=True)):
+        rows = [
+            {
+                "slice": k,
+                "soft_dice_5": value,
+                "soft_dice_9": value / 2,
+                "ged": ged,
+                "brier_near": 0.1,
+                "dice_per_level": [value - 0.01, value - 0.02],
+            }
+            for k, value in enumerate(slices)
+        ]
+        volumes = {"true_voxels": [size * len(slices), size * len(slices)]}
+        cases.append({"inputs": f"hash{number}", "slices": rows, "volumes": volumes})
+    return {"model": {"name": "one"}, "cases": cases}
+
+
+A = report([[0.5, 0.7], [0.6], [0.9]], [30, 10, 20])
+
+
+def test_the_difference_is_the_mean_over_slices_and_a_constant_one_has_no_width() -> None:
+    b = report([[0.6, 0.8], [0.7], [1.0]], [30, 10, 20], ged=0.2)
+    found = compare(A, b)["all"]
+    assert (found["n_cases"], found["n_slices"]) == (3, 4)
+    assert found["soft_dice_5"]["a"] == pytest.approx(0.675)
+    assert [found["soft_dice_5"][key] for key in ("mean", "low", "high")] == pytest.approx([0.1] * 3)
+    assert found["soft_dice_9"]["mean"] == pytest.approx(0.05)
+    assert found["dice_level_2"]["mean"] == pytest.approx(0.1)
+    assert found["ged"]["mean"] == pytest.approx(-0.3)
+
+
+def test_the_sign_is_b_minus_a_and_the_interval_is_over_cases() -> None:
+    b = report([[0.4, 0.6], [0.8], [0.9]], [30, 10, 20])
+    dice = compare(A, b)["all"]["soft_dice_5"]
+    assert dice["mean"] == pytest.approx(0.0)
+    assert dice["low"] == pytest.approx(-0.1)
+    assert dice["high"] == pytest.approx(0.2)
+
+
+def test_cases_are_split_by_what_the_annotators_drew() -> None:
+    b = report([[0.6, 0.8], [0.4], [0.9]], [30, 10, 20])
+    thirds = compare(A, b)["by_size"]
+    assert [third["voxels_a_slice"] for third in thirds.values()] == [[10, 10], [20, 20], [30, 30]]
+    assert [third["soft_dice_5"]["mean"] for third in thirds.values()] == pytest.approx([-0.2, 0.0, 0.1])
+
+
+def test_a_slice_without_a_score_in_one_report_is_left_out() -> None:
+    b = report([[0.6, 0.8], [0.7], [1.0]], [30, 10, 20], ged=0.2)
+    b["cases"][0]["slices"][0]["ged"] = None
+    assert compare(A, b)["all"]["ged"]["n_slices"] == 3
+
+
+@pytest.mark.parametrize("other", [report([[0.5, 0.7], [0.6]], [30, 10]), report([[0.5], [0.6], [0.9]], [30, 10, 20])])
+def test_reports_of_other_slices_are_refused(other: dict[str, Any]) -> None:
+    with pytest.raises(CdiffError, match="not of the same slices"):
+        compare(A, other)
+
+
+def test_the_command_prints_and_writes_and_says_what_is_no_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, out = tmp_path / "a.json", tmp_path / "out.json"
+    one.write_text(json.dumps(A))
+    assert main([str(one), str(one), "--json", str(out)]) == 0
+    assert "soft_dice_5" in capsys.readouterr().out
+    assert json.loads(out.read_text())["all"]["soft_dice_5"]["mean"] == 0
+    one.write_text("{}")
+    assert main([str(one), str(one)]) == 2
+    assert "the first report has no cases" in capsys.readouterr().err
+    one.write_text("not json")
+    assert main([str(one), str(one)]) == 2
+    assert "cannot be read as a report" in capsys.readouterr().err

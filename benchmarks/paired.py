@@ -67,7 +67,7 @@ def compare(a: Row, b: Row) -> Row:
 
 
 def _level(c: int) -> Take:
-    return lambda row: row["dice_per_level"][c - 1]  # type: ignore[no-any-return]
+    return lambda row: row["dice_per_level"][c - 1]
 
 
 def _differences(pairs: Sequence[tuple[Row, Row]], takes: dict[str, Take]) -> Row:

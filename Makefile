@@ -23,7 +23,7 @@ demo: $(VENV)/cpu.installed
 
 # One process a core, each with one thread: most tests are small, and threads would only wait for one another.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/test.installed $(VENV)/types
 	$(BIN)/ruff check .

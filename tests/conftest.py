@@ -12,6 +12,12 @@ from tests.synthetic import write_synthetic_dataset
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with long tests first: they are shared out whole, and one left for the end would keep the other processes waiting."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def real_data() -> Path:
     """Where the real data lies when it is there."""
     named = os.environ.get("CDIFF_DATA")

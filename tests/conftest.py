@@ -12,12 +12,6 @@ from tests.synthetic import write_synthetic_dataset
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with long tests first: they are shared out whole, and one left for the end would keep the other processes waiting."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
-
-
 def real_data() -> Path:
     """Where the real data lies when it is there."""
     named = os.environ.get("CDIFF_DATA")
@@ -70,7 +64,12 @@ def tiny_bundle(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked ``gpu``, with the reason, where no NVIDIA GPU is to be seen."""
+    """Skip tests marked ``gpu``, with the reason, where no NVIDIA GPU is to be seen; and order the files, those with long tests first.
+
+    Files are shared out whole among processes, and a long one left for the end would keep the others waiting.
+    """
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
     if Path("/proc/driver/nvidia/version").exists() or Path("/dev/nvidiactl").exists():
         return
     no_gpu = pytest.mark.skip(reason="needs an NVIDIA GPU: none on this machine")

@@ -42,6 +42,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     training.add_argument("--crop", type=int, default=64, help="pixels of a U-Net peer's windows at first (64)")
     training.add_argument("--validations", type=int, default=20, help="how often a U-Net peer validates in all (20)")
     training.add_argument("--preset", default="lidc", help="the diffusion peers' network and training (lidc)")
+    training.add_argument(
+        "--set",
+        dest="settings",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change one value of that preset, as cdiff train does (batch=4)",
+    )
     scoring = parser.add_argument_group("scoring")
     scoring.add_argument("--score", choices=("val", "test"), help="score the finished peers on this split")
     scoring.add_argument("--all-raters", action="store_true", help="only slices that all annotators marked")
@@ -101,7 +109,13 @@ def train(options: argparse.Namespace, names: list[str]) -> int:
             else:
                 read_slices.cache_clear()  # cdiff's trainer reads its own
                 done = diffusion.train_diffusion(
-                    name, options.data, run, budget, preset=options.preset, threads=options.threads
+                    name,
+                    options.data,
+                    run,
+                    budget,
+                    preset=options.preset,
+                    threads=options.threads,
+                    settings=options.settings,
                 )
         except CdiffError as error:
             failed[name] = str(error)

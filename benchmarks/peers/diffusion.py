@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,29 +29,43 @@ BUNDLE, UNFINISHED = "bundle", "bundle-unfinished"
 """Folders in the run: of the checkpoint that was chosen, and of the best so far of a run that is looked at before its end."""
 
 
-def configuration(name: str, data: Path, budget: Budget, preset: str, threads: int) -> Config:
-    """The preset's network and training for the variant `name`, with the peers' budget and the data's number of annotators."""
-    chosen = named(preset).with_values(
-        {
-            "variant": name,
-            "minutes": 0.0 if budget.steps else budget.minutes,
-            "clock": budget.clock,
-            "steps": budget.steps or ENDLESS,
-            "seed": budget.seed,
-            "threads": threads,
-        }
+def configuration(
+    name: str, data: Path, budget: Budget, preset: str, threads: int, settings: Sequence[str] = ()
+) -> Config:
+    """The preset's network and training for the variant `name`, changed by `settings` (KEY=VALUE, as `cdiff train --set`), with the
+    peers' budget and the data's number of annotators. Raises CdiffError for a setting that is none."""
+    chosen = (
+        named(preset)
+        .with_settings(list(settings))
+        .with_values(
+            {
+                "variant": name,
+                "minutes": 0.0 if budget.steps else budget.minutes,
+                "clock": budget.clock,
+                "steps": budget.steps or ENDLESS,
+                "seed": budget.seed,
+                "threads": threads,
+            }
+        )
     )
     return fit_to_data(chosen, data, [])
 
 
 def train_diffusion(
-    name: str, data: Path, out: Path, budget: Budget, *, preset: str = "lidc", threads: int = 1
+    name: str,
+    data: Path,
+    out: Path,
+    budget: Budget,
+    *,
+    preset: str = "lidc",
+    threads: int = 1,
+    settings: Sequence[str] = (),
 ) -> bool:
     """Train in the folder `out`, or go on there, until the budget is spent, and export the checkpoint that Validation chose.
 
     Returns False when interrupted; all is saved then. Raises CdiffError as training and export do.
     """
-    config = configuration(name, data, budget, preset, threads)
+    config = configuration(name, data, budget, preset, threads, settings)
     if spent(out) < 1:
         # Lines, not a bar: its end would be ENDLESS.
         console = Console(stderr=True, force_terminal=False)
@@ -97,6 +112,8 @@ def summary(out: Path) -> dict[str, Any]:
             "minutes": training.minutes,
             "clock": training.clock,
             "steps": 0 if training.minutes else training.steps,
+            "batch": training.batch,
+            "rows_per_image": training.rows_per_image,
         },
         "steps": info["step"],
         f"{training.clock}_seconds": info["seconds"],

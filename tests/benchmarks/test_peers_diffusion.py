@@ -13,6 +13,7 @@ from cdiff.benchmarks.peers import diffusion
 from cdiff.benchmarks.peers.__main__ import main
 from cdiff.benchmarks.peers.diffusion import DIFFUSION, configuration
 from cdiff.benchmarks.peers.training import Budget
+from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.evaluate import Protocol, evaluate
 from cdiff.runtime.segmenter import Segmenter
 from cdiff.train.learner import Learner
@@ -31,6 +32,11 @@ def test_the_peers_are_the_variants_with_the_presets_network_and_the_budget(tiny
         training = config.training
         assert (training.minutes, training.clock, training.seed, training.threads) == (7, "cpu", 3, 2)
         assert training.steps >= 1_000_000, "the clock ends it"
+        assert training.batch == preset("lidc").training.batch
+    changed = configuration("consensus", tiny_data, Budget(minutes=7), "lidc", 1, ["batch=2", "minutes=99"]).training
+    assert (changed.batch, changed.minutes) == (2, 7), "a setting changes the preset, and never the budget"
+    with pytest.raises(CdiffError, match="bach"):
+        configuration("consensus", tiny_data, Budget(), "lidc", 1, ["bach=2"])
     counted = configuration("consensus", tiny_data, Budget(steps=5), "lidc", threads=1).training
     assert (counted.steps, counted.minutes) == (5, 0)
 
@@ -64,7 +70,7 @@ def test_from_training_to_scores(
     least = {"image_size": 16, "channel_mult": (1,), "attention_depths": (), "rrdbs": 0, "base_channels": 4, "heads": 1}
     monkeypatch.setitem(PRESETS, "least", preset("tiny").with_values(least | {"groups": 2, "val_slices": 1}))
     command = ["--data", f"{data}", "--out", f"{tmp_path / 'runs'}", "--only", "no-annotator", "--steps", "4"]
-    command += ["--preset", "least"]
+    command += ["--preset", "least", "--set", "batch=3"]
     run = tmp_path / "runs" / "no-annotator"
 
     with monkeypatch.context() as patched:
@@ -96,5 +102,6 @@ def test_from_training_to_scores(
         assert found[key] == wanted[key], f"{key} is that of cdiff evaluate --fast"
     assert found["training"]["steps"] == 4
     assert found["training"]["wall_seconds"] > 0
-    assert found["training"]["budget"] == {"minutes": 0.0, "clock": "wall", "steps": 4}
+    budget = {"minutes": 0.0, "clock": "wall", "steps": 4, "batch": 3, "rows_per_image": 2}
+    assert found["training"]["budget"] == budget, "what the run used, with --set"
     assert found["ged_samples"]["model"] == 4

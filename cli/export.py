@@ -64,6 +64,16 @@ def export(
         bool,
         typer.Option("--fp16", help="Half-precision graphs, or an error; sums and normalisation stay float32."),
     ] = False,
+    fast_steps: Annotated[
+        int | None,
+        typer.Option(
+            "--fast-steps",
+            metavar="N",
+            min=1,
+            help="Steps that --fast means for this bundle; `cdiff evaluate --fast --steps-curve` on Validation shows how many are best.",
+            show_default="those that the run was validated with",
+        ),
+    ] = None,
     engine: Annotated[
         Build,
         typer.Option(
@@ -164,7 +174,7 @@ def export(
     flavour = FLAVOURS[engine]
     check(flavour, options, rows, capability or [])  # before the graphs, which take longer
     if (source / NAME).is_file():
-        if (flavour is None and triton is None) or output is not None or fp16:
+        if (flavour is None and triton is None) or output is not None or fp16 or fast_steps:
             raise CdiffError(
                 f"{source} is a bundle already: --engine tensorrt or tensorrt-rtx adds engines to it, in place and in its own "
                 "precision, and --triton serves it; give a run folder to export anew"
@@ -179,7 +189,7 @@ def export(
             from cdiff.export.exporter import export_run
 
         with Meter(f"export {source.name}", quiet) as meter:
-            bundle = export_run(source, output, fp16=fp16, progress=meter)
+            bundle = export_run(source, output, fp16=fp16, fast_steps=fast_steps, progress=meter)
         out.print(str(bundle.path), soft_wrap=True)
     if flavour is not None:
         build_ahead(bundle, flavour, runs=runs, rows=rows, capabilities=capability or [], options=options, quiet=quiet)

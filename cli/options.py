@@ -92,7 +92,7 @@ StepsOption = Annotated[
         metavar="N",
         min=1,
         help="Steps a chain.",
-        show_default="all T; with --fast the bundle's, 5",
+        show_default="all T; with --fast the bundle's",
         rich_help_panel=CHAIN,
     ),
 ]
@@ -110,7 +110,7 @@ FastOption = Annotated[
     bool,
     typer.Option(
         "--fast",
-        help="Few steps and runs, as the bundle states them: many times faster, a little less exact. "
+        help="Few steps and runs, as the bundle states them: many times faster. "
         "--runs, --steps and --sampler still count when given.",
         rich_help_panel=CHAIN,
     ),

@@ -70,7 +70,10 @@ def train(
     init: Annotated[
         Path | None,
         typer.Option(
-            "--init", metavar="RUN", help="Start a new run from the weights of another or of a bundle.", show_default=False
+            "--init",
+            metavar="RUN",
+            help="Start a new run from the weights of another or of a bundle.",
+            show_default=False,
         ),
     ] = None,
     dry_run: Annotated[

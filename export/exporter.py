@@ -26,6 +26,7 @@ from cdiff.runtime.engines.registry import available_engines
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.manifest import CARD, DENOISER, ENCODER, WEIGHTS, Manifest
 from cdiff.runtime.mirror import VIEWS
+from cdiff.runtime.sampler import kept_timesteps
 from cdiff.train.checkpoint import LoadedRun, load_run
 
 Progress = Callable[[int, int], None]
@@ -43,13 +44,15 @@ def export_run(
     real_slices: Float32 | None = None,
     replace: bool = False,
     opset: int | None = None,
+    fast_steps: int | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
     """Export the averaged weights of a run's "best" or "last" checkpoint to the bundle folder `out`.
 
     fp16: convolutions and products in float16 or an error. card: the author's part of the model card, RUN/card.json unless given.
     real_slices: float32 [S, channels, h, w], normalised as in training, to compare the graphs on; the run's own validation samples
-    unless given. replace: an older bundle in `out` gives way. opset: `graphs.OPSETS` unless given. progress: called as progress(done, total), in parts of the work.
+    unless given. replace: an older bundle in `out` gives way. opset: `graphs.OPSETS` unless given.
+    fast_steps: DDIM steps that `--fast` means for this bundle, 1..T; those that the run was validated with unless given. progress: called as progress(done, total), in parts of the work.
     Raises CdiffError when the run cannot be read, or when a graph differs from PyTorch by more than `verify.BOUNDS`; then nothing
     is written.
     """
@@ -58,6 +61,8 @@ def export_run(
             "export compares its graphs by ONNX Runtime, which is not here: pip install 'cdiff[train,cpu]'"
         )
     loaded = load_run(run, which)
+    fast_steps = min(loaded.config.training.val_steps, loaded.config.network.T) if fast_steps is None else fast_steps
+    kept_timesteps(loaded.config.network.T, fast_steps)  # an error now, not after the graphs
     if card is None:
         card = Card.read(run / "card.json") if (run / "card.json").exists() else Card()
     slices = _real_slices(run, loaded) if real_slices is None else real_slices
@@ -73,7 +78,7 @@ def export_run(
         half = _write_graphs(loaded, folder, fp16, opset, report)
         metadata = {"config": json.dumps(loaded.config.to_json()), "format": "pt"}
         write_weights(folder / WEIGHTS, loaded.network.state_dict(), metadata)
-        manifest = _manifest(loaded, card, card.name or out.name, folder, fp16)
+        manifest = _manifest(loaded, card, card.name or out.name, folder, fp16, fast_steps)
         report(3, PARTS)
         checked = verify(Bundle(folder, manifest), TorchEngine(loaded.network, loaded.schedule), slices)
         checked |= {"exported_by": {name: importlib.metadata.version(name) for name in ("cdiff", "torch", "onnx")}}
@@ -99,7 +104,7 @@ def _write_graphs(loaded: LoadedRun, folder: Path, fp16: bool, opset: int | None
     return {path.stem: check_half(path) for path in (encoder, denoiser)} if fp16 else {}
 
 
-def _manifest(loaded: LoadedRun, card: Card, name: str, folder: Path, fp16: bool) -> Manifest:
+def _manifest(loaded: LoadedRun, card: Card, name: str, folder: Path, fp16: bool, fast_steps: int) -> Manifest:
     config, info = loaded.config, loaded.info
     opset = next(o.version for o in onnx.load(folder / DENOISER).opset_import if not o.domain)
     settings = config.training
@@ -136,7 +141,7 @@ def _manifest(loaded: LoadedRun, card: Card, name: str, folder: Path, fp16: bool
         precision="float16" if fp16 else "float32",
         opset=opset,
         features_channels=config.network.base_channels,
-        fast={"sampler": "ddim", "steps": min(5, config.network.T), "runs": VIEWS},  # each mirrored view once
+        fast={"sampler": "ddim", "steps": fast_steps, "runs": VIEWS},  # each mirrored view once
         training=training,
         scores=scores | card.scores,
         files=entry,  # type: ignore[arg-type]  # filled in by write_bundle

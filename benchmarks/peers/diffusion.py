@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,11 @@ from rich.console import Console
 from cdiff.benchmarks.peers.training import Budget
 from cdiff.export.exporter import export_run
 from cdiff.runtime.bundle import Bundle, open_bundle
+from cdiff.runtime.cases import Case
 from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.evaluate import Protocol, evaluate
 from cdiff.runtime.manifest import NAME as MANIFEST
+from cdiff.runtime.segmenter import Segmenter
 from cdiff.runtime.variants import VARIANTS
 from cdiff.train import pace
 from cdiff.train.checkpoint import checkpoint_folder, read_config, read_json
@@ -25,6 +29,10 @@ DIFFUSION = tuple(VARIANTS)
 """Names of the peers, those of the variants: consensus is the method itself."""
 ENDLESS = 1_000_000
 """Steps that no budget of minutes reaches."""
+STEPS = (1, 5)
+"""Numbers of DDIM steps that a peer may be scored with: Validation says which."""
+CHOOSING = 6
+"""Validation cases that say it."""
 BUNDLE, UNFINISHED = "bundle", "bundle-unfinished"
 """Folders in the run: of the checkpoint that was chosen, and of the best so far of a run that is looked at before its end."""
 
@@ -87,6 +95,21 @@ def bundle_of(out: Path) -> Bundle:
     if is_finished(out):
         return open_bundle(out / BUNDLE)
     return export_run(out, out / UNFINISHED, replace=True)
+
+
+def steps_on_validation(
+    out: Path, segmenter: Segmenter, cases: list[Case], protocol: Protocol, say: Callable[[str], None]
+) -> dict[int, float]:
+    """Soft Dice (five thresholds) of each of STEPS that the model has, on the first CHOOSING of the Validation `cases`.
+
+    OUT/steps_N.json are the reports; what is there is not drawn again. Raises CdiffError when none of the cases can be scored.
+    """
+    scores = {}
+    for steps in sorted({min(n, segmenter.manifest.T) for n in STEPS}):
+        asked = replace(protocol, fast=True, steps=steps, all_raters=False)
+        report = evaluate(segmenter, cases[:CHOOSING], asked, out=out / f"steps_{steps}.json", notice=say)
+        scores[steps] = float(report["soft_dice_5"]["mean"])
+    return scores
 
 
 def spent(out: Path) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ TIMED = 4
 @dataclass(frozen=True)
 class Scoring:
     """How peers are scored: split "val" or "test"; all_raters as for `cdiff evaluate`; runs of a U-Net peer that samples (a diffusion
-    peer has those of `--fast`); mirror: all peers see the slice mirrored too, or none; limit: the first so many cases."""
+    peer has those of `--fast`, and as many steps as Validation says); mirror: all peers see the slice mirrored too, or none; limit: the first so many cases."""
 
     split: str = "test"
     all_raters: bool = False
@@ -227,10 +227,15 @@ def stack_of(runs: NDArray[np.float32], variant: Variant, annotators: int) -> St
 def score_diffusion(
     name: str, run: Path, data: Path, cases: list[Case], scoring: Scoring, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """The scores of the diffusion peer in `run`, by `cdiff evaluate --fast`; RUN/scores_*.json is its report, gone on from if cut short."""
+    """The scores of the diffusion peer in `run`, by `cdiff evaluate --fast` with the number of steps that is best on Validation;
+    RUN/scores_*.json is its report, gone on from if cut short."""
     bundle = diffusion.bundle_of(run)
     segmenter = Segmenter(bundle, open_engine(bundle, "auto", "cpu", threads=scoring.threads))
     protocol = Protocol(fast=True, mirror=scoring.mirror, seed=scoring.seed, all_raters=scoring.all_raters)
+    tried = diffusion.steps_on_validation(run, segmenter, choose_split(find_cases(data), "val")[1], protocol, say)
+    steps = max(tried, key=lambda n: tried[n])
+    say(f"{name}: {steps} step(s), of {', '.join(f'{n}: {score:.3f}' for n, score in tried.items())} on Validation")
+    protocol = replace(protocol, steps=steps)
     tick = Ticker(f"scoring {name}", 1, say)
     report = evaluate(
         segmenter,
@@ -243,9 +248,9 @@ def score_diffusion(
     )
 
     def draw(case: Case, chosen: range) -> None:
-        segmenter.segment(case.scan, fast=True, mirror=scoring.mirror, slices=chosen, keep_runs=True)
+        segmenter.segment(case.scan, fast=True, steps=steps, mirror=scoring.mirror, slices=chosen, keep_runs=True)
 
-    summary = diffusion.summary(run)
+    summary = diffusion.summary(run) | {"steps_on_validation": {str(n): score for n, score in tried.items()}}
     return _entry(report, VARIANTS[name], summary, cpu_seconds_a_slice(cases[0], draw))
 
 

@@ -97,9 +97,17 @@ def test_from_training_to_scores(
     found = json.loads((tmp_path / "scores.json").read_text())["peers"]["no-annotator"]
     from cdiff.runtime.cases import find_cases
 
-    wanted = evaluate(Segmenter.open(run / "bundle"), find_cases(data)["test"], Protocol(fast=True))
+    cases, segmenter = find_cases(data), Segmenter.open(run / "bundle")
+    tried = found["training"]["steps_on_validation"]
+    assert set(tried) == {"1", "5"}
+    for steps, score in tried.items():
+        alone = evaluate(segmenter, cases["val"], Protocol(fast=True, steps=int(steps)))
+        assert score == alone["soft_dice_5"]["mean"]
+    best = int(max(tried, key=lambda n: tried[n]))
+    assert found["protocol"]["steps"] == best
+    wanted = evaluate(segmenter, cases["test"], Protocol(fast=True, steps=best))
     for key in ("n_slices", "soft_dice_5", "ged", "ece_near", "dice_per_level"):
-        assert found[key] == wanted[key], f"{key} is that of cdiff evaluate --fast"
+        assert found[key] == wanted[key], f"{key} is that of cdiff evaluate --fast with those steps"
     assert found["training"]["steps"] == 4
     assert found["training"]["wall_seconds"] > 0
     budget = {"minutes": 0.0, "clock": "wall", "steps": 4, "batch": 3, "rows_per_image": 2}

@@ -47,6 +47,7 @@ def test_the_manifest_describes_the_run(bundle: Bundle) -> None:
     assert manifest.normalisation == CONFIG.data.intensity
     assert manifest.noise_schedule == CONFIG.schedule
     assert manifest.scores["validation"]["soft_dice_5"] == 0.5
+    assert manifest.fast == {"sampler": "ddim", "steps": CONFIG.training.val_steps, "runs": 4}
     assert set(manifest.files) == {"README.md", "denoiser.onnx", "encoder.onnx", "model.safetensors"}
 
 
@@ -84,8 +85,11 @@ def test_the_engine_and_pytorch_give_the_same_bundle_output(bundle: Bundle) -> N
 def test_half_precision_is_read_back_and_real_slices_are_used(run: Path, tmp_path: Path) -> None:
     slices = np.random.default_rng(0).uniform(-1, 1, (3, 1, 24, 20)).astype(np.float32)
     seen: list[tuple[int, int]] = []
-    bundle = export_run(run, tmp_path / "half", fp16=True, real_slices=slices, progress=lambda *at: seen.append(at))
+    bundle = export_run(
+        run, tmp_path / "half", fp16=True, real_slices=slices, fast_steps=1, progress=lambda *at: seen.append(at)
+    )
     manifest = open_bundle(bundle.path).manifest
+    assert manifest.fast["steps"] == 1
     assert manifest.precision == "float16"
     assert manifest.verification["half_share"] == {"encoder": 1.0, "denoiser": 1.0}
     assert {"random", "real"} <= set(manifest.verification)
@@ -128,6 +132,8 @@ def test_what_cannot_be_exported_gets_one_line(run: Path, bundle: Bundle, tmp_pa
         export_run(run, bundle.path)
     with pytest.raises(CdiffError, match=str(tmp_path)):
         export_run(tmp_path, tmp_path / "bundle")
+    with pytest.raises(CdiffError, match="51 steps are asked for, but the model was trained with 50"):
+        export_run(run, tmp_path / "bundle", fast_steps=51)
     with pytest.raises(CdiffError, match=r"shape \[2, 3, 16, 16\]"):
         export_run(run, tmp_path / "bundle", real_slices=np.zeros((2, 3, 16, 16), np.float32))
     assert list(tmp_path.iterdir()) == []

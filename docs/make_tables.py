@@ -51,12 +51,12 @@ SOFT_UNET = "unet-soft"
 """The peer beside the shipped model."""
 MODEL_ROWS = (  # slices, method, result file, how its keys end
     ("four marked", "cdiff, 25 runs x 100 steps", "lidc_testing_all_raters", ""),
-    ("four marked", "cdiff `--fast`, 4 runs x 5 steps", "lidc_testing_all_raters_fast", ""),
+    ("four marked", "cdiff `--fast`, 4 runs x 1 step", "lidc_testing_all_raters_fast", ""),
     ("four marked", "cdiff `--fast --levels vote`", "lidc_testing_all_raters_fast_vote", ""),
     ("four marked", "plain U-Net on the soft label", "unet_testing_all_raters", ""),
     ("four marked", "a radiologist against the other three", "lidc_testing_all_raters_fast", "_annotators"),
     ("any marked", "cdiff, 25 runs x 100 steps", "lidc_testing_marked", ""),
-    ("any marked", "cdiff `--fast`, 4 runs x 5 steps", "lidc_testing_marked_fast", ""),
+    ("any marked", "cdiff `--fast`, 4 runs x 1 step", "lidc_testing_marked_fast", ""),
     ("any marked", "plain U-Net on the soft label", "unet_testing_marked", ""),
     ("any marked", "a radiologist against the other three", "lidc_testing_marked_fast", "_annotators"),
 )
@@ -249,21 +249,29 @@ PAIRED_ROWS = {
 }
 
 
-def paired_table(results: Path) -> str:
-    """cdiff minus the plain U-Net on the same slices, with intervals."""
-    found = {words: read(name, results) for words, name in PAIRED.items()}
+STEPS = {  # columns: what one step was compared with, on Validation
+    "2 steps": "paired_steps_1_2",
+    "5 steps": "paired_steps_1_5",
+    "all 100 (DDPM)": "paired_steps_1_all",
+}
+
+
+def paired_table(corner: str, columns: Mapping[str, str], results: Path) -> str:
+    """Differences slice by slice, with intervals. `columns`: words to the result file of `cdiff.benchmarks.paired`."""
+    found = {words: read(name, results) for words, name in columns.items()}
     rows = []
     for key, words in PAIRED_ROWS.items():
         scores = [report["all"][key] if report else None for report in found.values()]
         cells = [f"{s['mean']:+.3f} ({s['low']:+.3f} to {s['high']:+.3f})" if s else NOT_MEASURED for s in scores]
         rows.append([words, *cells])
-    return markdown(["cdiff - U-Net", *found], rows)
+    return markdown([corner, *found], rows)
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
     "model": model_table,
     "speed": speed_table,
-    "paired": paired_table,
+    "paired": lambda results: paired_table("cdiff - U-Net", PAIRED, results),
+    "steps": lambda results: paired_table("1 step -", STEPS, results),
     "peers": peers_table,
     "peers-four": lambda results: peers_full_table(FOUR, results),
     "peers-any": lambda results: peers_full_table(ANY, results),

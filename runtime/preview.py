@@ -220,7 +220,7 @@ def _how(report: dict[str, Any]) -> str:
     if "bundle" not in report:
         return ""
     return (
-        f"model {_short(report['bundle'], 30)}  ·  {report['sampler']}, {report['steps']} steps × {report['runs']} runs, "
+        f"model {_short(report['bundle'], 30)}  ·  {report['sampler']}, {_counted(report['steps'], 'step')} × {_counted(report['runs'], 'run')}, "
         f"seed {report['seed']}  ·  {report['engine']} on {report['device']}"
     )
 
@@ -265,3 +265,8 @@ def _key(place: tuple[float, float, float, float], height: float) -> tuple[float
     """Where the key of a panel goes: below it."""
     left, bottom, across, _ = place
     return left, bottom - 0.1 - height, across, height
+
+
+def _counted(number: int, word: str) -> str:
+    """1 step, 2 steps."""
+    return f"{number} {word}" if number == 1 else f"{number} {word}s"

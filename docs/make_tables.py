@@ -161,8 +161,10 @@ def best_first(result: str, results: Path) -> list[tuple[str, Scores | None]]:
 
 
 def peer_words(words: str, peer: Scores) -> str:
-    """A peer's words, with how far it came where it was scored before its end."""
-    share = peer["share_of_budget"]
+    """A peer's words, with a diffusion peer's number of steps, and how far it came where it was scored before its end."""
+    share, steps = peer["share_of_budget"], peer["protocol"].get("steps")
+    if steps:
+        words += f", {steps} step{'s' * (steps > 1)}"
     return words if share >= 1 else f"{words} ({share:.0%} of its budget)"
 
 
@@ -197,7 +199,7 @@ def peers_table(results: Path) -> str:
 
 def peers_full_table(result: str, results: Path) -> str:
     """The peers with everything: size, training, scores, each level."""
-    training = ["M parameters", "steps", "CPU min"]
+    training = ["M parameters", "training steps", "CPU min"]
     header = ["peer", *SCALE, *[f"level {c}" for c in range(1, 5)], *training, "CPU s a slice"]
     rows = []
     for words, peer in best_first(result, results):

@@ -124,7 +124,7 @@ def test_the_peers_stand_best_first_and_all_have_a_row(tables: ModuleType, tmp_p
     def score(mean: float | None) -> dict[str, float | None]:
         return {"mean": mean, "low": mean, "high": mean}
 
-    def peer(dice: float, share: float) -> dict[str, object]:
+    def peer(dice: float, share: float, **protocol: int) -> dict[str, object]:
         keys = ("soft_dice_9", "ged", "ece_near", "brier_near", "soft_dice_9_annotators")
         return {key: score(0.25) for key in keys} | {
             "soft_dice_5": score(dice),
@@ -134,13 +134,17 @@ def test_the_peers_stand_best_first_and_all_have_a_row(tables: ModuleType, tmp_p
             "training": {"parameters": 1_980_000, "steps": 123, "cpu_seconds": 3600.0},
             "cpu_seconds_a_slice": 0.125,
             "share_of_budget": share,
+            "protocol": {"seed": 0} | protocol,
         }
 
-    found = {"peers": {"consensus": peer(0.5, 1.0), "unet-heads": peer(0.75, 0.5), "unet-soft": peer(0.625, 1.0)}}
+    found = {
+        "peers": {"consensus": peer(0.5, 1.0, steps=1), "unet-heads": peer(0.75, 0.5), "unet-soft": peer(0.625, 1.0)}
+    }
     (tmp_path / "peers_testing_all_raters.json").write_text(json.dumps(found))
     rows = tables.TABLES["peers-four"](tmp_path).splitlines()[2:]
     names = [row.split("|")[1].strip() for row in rows]
-    assert names[:3] == [tables.PEERS["unet-heads"] + " (50% of its budget)", *(tables.PEERS[n] for n in ("unet-soft", "consensus"))]  # fmt: skip
+    heads, soft, consensus = (tables.PEERS[name] for name in ("unet-heads", "unet-soft", "consensus"))
+    assert names[:3] == [f"{heads} (50% of its budget)", soft, f"{consensus}, 1 step"]
     assert tables.NOT_MEASURED in rows[3]
     assert names[-1] == "a radiologist against the other three"
     assert "0.762 (0.762 - 0.762)" in rows[-1]

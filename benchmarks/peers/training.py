@@ -34,8 +34,8 @@ from cdiff.train.machine import describe_machine
 
 LOG_FIELDS = ("step", "seconds", "cpu_seconds", "size", "lr", "loss", "val_soft_dice_5")
 SUMMARY = "run.json"
-VAL_RUNS = 4
-"""Draws a slice when validating a peer that samples."""
+VAL_RUNS = 1
+"""Draws a slice when validating a peer that samples: more would take its training time, and the other peers validate with one too."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ from cdiff.benchmarks.peers.draws import Float32, draw_runs, mixed
 from cdiff.benchmarks.peers.slices import INTENSITY
 from cdiff.benchmarks.peers.training import SUMMARY, read_state
 from cdiff.benchmarks.peers.unets import UNETS, UNetPeer
-from cdiff.cli.console import Meter
 from cdiff.runtime.cases import Case, find_cases, read_case
 from cdiff.runtime.engines.registry import open_engine
 from cdiff.runtime.errors import CdiffError
@@ -147,18 +146,18 @@ def score_unet(
     known |= journal.rows
     rows: list[Row] = []
     empty: list[str] = []
-    with Meter(f"scoring {name}") as meter:
-        for number, case in enumerate(cases):
-            meter(number, len(cases))
-            inputs = case_sha256(case)
-            row = known.get(inputs) or score_case(peer, network, case, number, annotators, scoring)
-            if row is None:
-                empty.append(case.name)
-                continue
-            row |= {"inputs": inputs, "chain": chain, "case": case.name}
-            if inputs not in known:
-                journal.add(row)
-            rows.append(row)
+    tick = Ticker(f"scoring {name}", len(cases), say)
+    for number, case in enumerate(cases):
+        inputs = case_sha256(case)
+        row = known.get(inputs) or score_case(peer, network, case, number, annotators, scoring)
+        if row is None:
+            empty.append(case.name)
+            continue
+        row |= {"inputs": inputs, "chain": chain, "case": case.name}
+        if inputs not in known:
+            journal.add(row)
+        rows.append(row)
+        tick(number + 1)
     if not rows:
         raise CdiffError(f"no slice of the split {scoring.split} is marked as asked; there is nothing to score")
     report = summarise(rows, header | {"made_with": fingerprint(header)}, {"no_marked_slice": empty})
@@ -237,16 +236,16 @@ def score_diffusion(
     steps = max(tried, key=lambda n: tried[n])
     say(f"{name}: {steps} step(s), of {', '.join(f'{n}: {score:.3f}' for n, score in tried.items())} on Validation")
     protocol = replace(protocol, steps=steps)
-    with Meter(f"scoring {name}") as meter:
-        report = evaluate(
-            segmenter,
-            cases,
-            protocol,
-            data={"folder": data.resolve().name, "split": scoring.split},
-            out=run / scoring.file,
-            progress=meter,
-            notice=say,
-        )
+    tick = Ticker(f"scoring {name}", 1, say)
+    report = evaluate(
+        segmenter,
+        cases,
+        protocol,
+        data={"folder": data.resolve().name, "split": scoring.split},
+        out=run / scoring.file,
+        progress=lambda done, total: tick(done / max(total, 1)),
+        notice=say,
+    )
 
     def draw(case: Case, chosen: range) -> None:
         segmenter.segment(case.scan, fast=True, steps=steps, mirror=scoring.mirror, slices=chosen, keep_runs=True)
@@ -273,3 +272,18 @@ def _entry(report: dict[str, Any], variant: Variant, training: dict[str, Any], s
         "training": training,
         "cpu_seconds_a_slice": round(seconds, 4),
     }
+
+
+class Ticker:
+    """Says how far a long work is, at most every 30 seconds: `ticker(done)` of `total`."""
+
+    def __init__(self, label: str, total: float, say: Callable[[str], None]) -> None:
+        self.label, self.total, self.say = label, total, say
+        self.started = self.said = time.monotonic()
+
+    def __call__(self, done: float) -> None:
+        now = time.monotonic()
+        if now - self.said >= 30:
+            self.said = now
+            left = (now - self.started) * (self.total - done) / max(done, 1e-9)
+            self.say(f"{self.label}: {done / self.total:.0%}, about {left:.0f} s left")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +25,6 @@ from torch import nn
 from cdiff.benchmarks.peers.draws import draw_runs, mixed
 from cdiff.benchmarks.peers.slices import Slices, augmented_batch, read_slices
 from cdiff.benchmarks.peers.unets import UNetPeer
-from cdiff.cli.console import Meter
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import atomic_path, make_folder, write_json, write_text
 from cdiff.runtime.metrics import FIVE, soft_dice
@@ -36,6 +36,8 @@ LOG_FIELDS = ("step", "seconds", "cpu_seconds", "size", "lr", "loss", "val_soft_
 SUMMARY = "run.json"
 VAL_RUNS = 1
 """Draws a slice when validating a peer that samples: more would take its training time, and the other peers validate with one too."""
+SAY_EVERY = 30.0
+"""Seconds between two lines about the progress."""
 
 
 @dataclass(frozen=True)
@@ -198,8 +200,8 @@ class Training:
 
     def loop(self) -> bool:
         """Steps until the budget is spent (True) or an interrupt (False), and saves: at each validation, and every minute."""
-        saved, progress = time.monotonic(), self.progress
-        with Interrupt() as interrupt, Meter(self.peer.name) as meter:
+        saved, said, progress = time.monotonic(), 0.0, self.progress
+        with Interrupt() as interrupt:
             while progress < 1 and not interrupt.asked:
                 size, lr, loss = self.step()
                 progress = self.progress
@@ -211,9 +213,14 @@ class Training:
                     append_row(
                         self.out / "log.csv", (self.done, self.clock.wall, self.clock.cpu, size, lr, loss, score)
                     )
-                found = f", best on Validation {self.best:.4f}" if self.best >= 0 else ""
-                meter.label = f"{self.peer.name}: step {self.done}, loss {loss:.4f}{found}"
-                meter(round(1000 * progress), 1000)
+                if score is not None or time.monotonic() - said > SAY_EVERY:
+                    said = time.monotonic()
+                    found = "" if score is None else f"  validation {score:.4f}"
+                    print(
+                        f"{self.peer.name} {self.progress:.0%}  step {self.done}  {self.clock.cpu / 60:.1f} CPU min  loss {loss:.4f}{found}",
+                        file=sys.stderr,
+                        flush=True,
+                    )
                 if score is not None or time.monotonic() - saved > 60:
                     self.save()
                     saved = time.monotonic()

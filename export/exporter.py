@@ -52,7 +52,8 @@ def export_run(
     fp16: convolutions and products in float16 or an error. card: the author's part of the model card, RUN/card.json unless given.
     real_slices: float32 [S, channels, h, w], normalised as in training, to compare the graphs on; the run's own validation samples
     unless given. replace: an older bundle in `out` gives way. opset: `graphs.OPSETS` unless given.
-    fast_steps: DDIM steps that `--fast` means for this bundle, 1..T; those that the run was validated with unless given. progress: called as progress(done, total), in parts of the work.
+    fast_steps: DDIM steps that `--fast` means for this bundle, 1..T; those that the run was validated with unless given. progress:
+    called as progress(done, total), in parts of the work.
     Raises CdiffError when the run cannot be read, or when a graph differs from PyTorch by more than `verify.BOUNDS`; then nothing
     is written.
     """

@@ -112,6 +112,11 @@ def steps_on_validation(
     return scores
 
 
+def best_steps(scores: dict[int, float]) -> int:
+    """The number of steps with the best score; of several, the smallest."""
+    return min(scores, key=lambda steps: (-scores[steps], steps))
+
+
 def spent(out: Path) -> float:
     """The share of the budget that the run in `out` has used, 0..1; 0 without a checkpoint."""
     folder = checkpoint_folder(out, "last") if (out / "config.json").is_file() else None

@@ -47,7 +47,8 @@ TIMED = 4
 @dataclass(frozen=True)
 class Scoring:
     """How peers are scored: split "val" or "test"; all_raters as for `cdiff evaluate`; runs of a U-Net peer that samples (a diffusion
-    peer has those of `--fast`, and as many steps as Validation says); mirror: all peers see the slice mirrored too, or none; limit: the first so many cases."""
+    peer has those of `--fast`, and as many steps as Validation says); mirror: all peers see the slice mirrored too, or none; limit: the
+    first so many cases."""
 
     split: str = "test"
     all_raters: bool = False
@@ -233,7 +234,7 @@ def score_diffusion(
     segmenter = Segmenter(bundle, open_engine(bundle, "auto", "cpu", threads=scoring.threads))
     protocol = Protocol(fast=True, mirror=scoring.mirror, seed=scoring.seed, all_raters=scoring.all_raters)
     tried = diffusion.steps_on_validation(run, segmenter, choose_split(find_cases(data), "val")[1], protocol, say)
-    steps = max(tried, key=lambda n: tried[n])
+    steps = diffusion.best_steps(tried)
     say(f"{name}: {steps} step(s), of {', '.join(f'{n}: {score:.3f}' for n, score in tried.items())} on Validation")
     protocol = replace(protocol, steps=steps)
     tick = Ticker(f"scoring {name}", 1, say)

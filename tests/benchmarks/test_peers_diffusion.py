@@ -6,6 +6,8 @@ import json
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -13,6 +15,7 @@ from cdiff.benchmarks.peers import diffusion
 from cdiff.benchmarks.peers.__main__ import main
 from cdiff.benchmarks.peers.diffusion import DIFFUSION, configuration
 from cdiff.benchmarks.peers.training import Budget
+from cdiff.runtime.cases import Case
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.evaluate import Protocol, evaluate
 from cdiff.runtime.segmenter import Segmenter
@@ -39,6 +42,33 @@ def test_the_peers_are_the_variants_with_the_presets_network_and_the_budget(tiny
         configuration("consensus", tiny_data, Budget(), "lidc", 1, ["bach=2"])
     counted = configuration("consensus", tiny_data, Budget(steps=5), "lidc", threads=1).training
     assert (counted.steps, counted.minutes) == (5, 0)
+
+
+def test_validation_says_how_many_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each number of steps is scored with itself, on the first Validation cases; the best is taken, and of equals the smallest."""
+    seen: list[tuple[int | None, int, Path]] = []
+
+    def scored(
+        segmenter: Segmenter, cases: list[Case], protocol: Protocol, *, out: Path, **_: object
+    ) -> dict[str, Any]:
+        assert protocol.fast
+        assert not protocol.all_raters
+        seen.append((protocol.steps, len(cases), out))
+        return {"soft_dice_5": {"mean": {1: 0.5, 3: 0.6, 5: 0.7}[protocol.steps or 0]}}
+
+    monkeypatch.setattr(diffusion, "evaluate", scored)
+    cases, asked = cast(list[Case], [None] * 9), Protocol(all_raters=True)
+
+    def tried(T: int) -> dict[int, float]:
+        model = cast(Segmenter, SimpleNamespace(manifest=SimpleNamespace(T=T)))
+        return diffusion.steps_on_validation(tmp_path, model, cases, asked, print)
+
+    assert tried(100) == {1: 0.5, 5: 0.7}
+    assert seen == [(1, 6, tmp_path / "steps_1.json"), (5, 6, tmp_path / "steps_5.json")]
+    assert tried(3) == {1: 0.5, 3: 0.6}, "no more steps than the model has"
+    assert diffusion.best_steps({1: 0.5, 5: 0.7}) == 5
+    assert diffusion.best_steps({1: 0.7, 5: 0.5}) == 1
+    assert diffusion.best_steps({5: 0.7, 1: 0.7}) == 1
 
 
 @pytest.mark.parametrize("clock", ["cpu", "wall"])
@@ -103,7 +133,7 @@ def test_from_training_to_scores(
     for steps, score in tried.items():
         alone = evaluate(segmenter, cases["val"], Protocol(fast=True, steps=int(steps)))
         assert score == alone["soft_dice_5"]["mean"]
-    best = int(max(tried, key=lambda n: tried[n]))
+    best = diffusion.best_steps({int(steps): score for steps, score in tried.items()})
     assert found["protocol"]["steps"] == best
     wanted = evaluate(segmenter, cases["test"], Protocol(fast=True, steps=best))
     for key in ("n_slices", "soft_dice_5", "ged", "ece_near", "dice_per_level"):

@@ -219,8 +219,9 @@ def captured(step: Callable[[], None], device: str) -> Any:
                     step()
             torch.cuda.current_stream().wait_stream(aside)
             graph = torch.cuda.CUDAGraph()
-            # Only this thread's calls count: another may look at the memory meanwhile.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            # On a stream of this GPU: PyTorch's own for captures stays on the GPU of the process's first one, and a graph captured there
+            # would hold nothing. Only this thread's calls count: another may look at the memory meanwhile.
+            with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
                 step()
     except torch.OutOfMemoryError:
         raise

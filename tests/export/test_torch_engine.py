@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -125,6 +125,52 @@ def test_what_a_capture_leaves_behind_does_not_reach_the_chain(sampler: str, mon
     np.testing.assert_array_equal(maps(engine, windows, sampler), expected)
     np.testing.assert_array_equal(maps(engine, windows, sampler), expected)
     assert captures == ["cpu"], "the second scan replays what the first one captured"
+
+
+def test_each_gpu_is_captured_on_a_stream_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A double of `torch.cuda` whose streams know their GPU: a step is captured only where its own GPU's stream is the current one."""
+    from contextlib import contextmanager
+
+    from cdiff.export.torch_chain import captured
+
+    now = {"device": "cuda:0", "stream": "cuda:0"}
+    capturing: list[str] = []
+
+    @contextmanager
+    def put(key: str, value: str) -> Iterator[None]:
+        before, now[key] = now[key], value
+        try:
+            yield
+        finally:
+            now[key] = before
+
+    def stream() -> Any:
+        return SimpleNamespace(device=now["device"], wait_stream=lambda other: None)
+
+    class Graph:
+        first: Any = None  # PyTorch makes its stream for captures once in a process
+
+        def __init__(self, graph: Any, stream: Any = None, capture_error_mode: str = "global") -> None:
+            assert capture_error_mode == "thread_local"
+            if stream is None:
+                Graph.first = stream = Graph.first or cuda.Stream()
+            self.device = stream.device
+
+        def __enter__(self) -> None:
+            capturing.append(self.device)
+
+        def __exit__(self, *_: object) -> None:
+            capturing.pop()
+
+    cuda = SimpleNamespace(
+        Stream=stream, current_stream=stream, graph=Graph, CUDAGraph=SimpleNamespace,
+        device=lambda device: put("device", device), stream=lambda one: put("stream", one.device),
+    )  # fmt: skip
+    monkeypatch.setattr("cdiff.export.torch_chain.torch.cuda", cuda)
+    for device in ("cuda:0", "cuda:1"):
+        held: list[str] = []
+        captured(lambda held=held, device=device: held.extend(one for one in capturing if one == device), device)  # type: ignore[misc]
+        assert held == [device]
 
 
 def test_half_precision_is_half_and_stays_close() -> None:

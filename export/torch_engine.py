@@ -20,6 +20,7 @@ from cdiff.export.reference import load_network
 from cdiff.export.torch_chain import TorchBinding, exact, within_memory
 from cdiff.export.torch_noise import normals
 from cdiff.runtime.bundle import Bundle
+from cdiff.runtime.device.gpu import parse_device
 from cdiff.runtime.engines.base import Float32, Int64, Prediction
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.schedule import NoiseSchedule
@@ -44,7 +45,7 @@ class Options:
 class TorchChainEngine:
     """The network by PyTorch on `device`, with bindings that run whole chains there. Implements `runtime.engines.base.Engine`.
 
-    Raises CdiffError when the device is a GPU that PyTorch does not see, or a weight does not fit into float16.
+    Raises CdiffError when the device is not one, or a GPU that PyTorch does not see, or a weight does not fit into float16.
     """
 
     name = "torch"
@@ -53,12 +54,13 @@ class TorchChainEngine:
     def __init__(
         self, network: ConsensusNet, schedule: NoiseSchedule, device: str = "cpu", options: Options | None = None
     ) -> None:
-        where = torch.device(device)
-        if where.type == "cuda" and not torch.cuda.is_available():
-            raise CdiffError(f"device {device}: PyTorch {torch.__version__} sees no GPU; use --device cpu")
-        self.options = options or Options(half=where.type == "cuda")
-        self.capture = self.options.capture and where.type == "cuda"
-        self.device = f"cuda:{where.index or 0}" if where.type == "cuda" else "cpu"
+        number = parse_device(device)
+        if number is not None and number >= (count := torch.cuda.device_count()):
+            seen = f"only cuda:0 to cuda:{count - 1}" if count > 1 else "only cuda:0" if count else "no GPU"
+            raise CdiffError(f"device {device}: PyTorch {torch.__version__} sees {seen}; use --device cpu")
+        self.options = options or Options(half=number is not None)
+        self.capture = self.options.capture and number is not None
+        self.device = "cpu" if number is None else f"cuda:{number}"
         self.dtype = torch.float16 if self.options.half else torch.float32
         self.config, self.schedule = network.config, schedule
         order = torch.channels_last if self.options.channels_last else torch.contiguous_format

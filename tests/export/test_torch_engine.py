@@ -226,6 +226,18 @@ def test_a_gpu_that_is_not_there_is_an_error() -> None:
         TorchChainEngine(random_network(BASE), SCHEDULE, "cuda:0")
 
 
+def test_a_device_that_is_not_one_or_beyond_the_last_gpu_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    network = random_network(BASE)
+    for count, seen in ((1, "only cuda:0"), (4, "only cuda:0 to cuda:3")):
+        monkeypatch.setattr("torch.cuda.device_count", lambda count=count: count)
+        with pytest.raises(CdiffError, match=rf"device cuda:5: PyTorch .* sees {seen}; use --device cpu"):
+            TorchChainEngine(network, SCHEDULE, "cuda:5")
+    for device in ("gpu", "cuda:0,cuda:1"):
+        with pytest.raises(CdiffError, match=f"device '{device}' is not known; use cpu, cuda or cuda:N"):
+            TorchChainEngine(network, SCHEDULE, device)
+
+
 def test_load_takes_torch_by_name(tiny_bundle) -> None:  # type: ignore[no-untyped-def]
     scan = np.random.default_rng(1).uniform(0, 99, (32, 32)).astype(np.float32)
     options = {"runs": 2, "steps": 4, "sampler": "ddim"}

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from cdiff.runtime.device.cuda import driver_call, need
+from cdiff.runtime.device.cuda import driver_call, first_line, need
+from cdiff.runtime.errors import CdiffError
 
 
 class Graph:
     """What `queue` puts on `stream`, captured once; `launch` replays it there. The GPU's context must be current.
 
     The capture is the thread's own (CU_STREAM_CAPTURE_MODE_THREAD_LOCAL), so that other threads may use the GPU meanwhile.
-    Raises CdiffError when something that was queued cannot be captured; the stream is then out of capture again.
+    `queue` must have run outside of a capture before. Raises CdiffError when something that was queued cannot be captured; the stream is
+    then out of capture again. OutOfMemory is for the graph itself: what an engine says of memory within a capture is that nothing can be
+    allocated there, however much is free.
     """
 
     def __init__(self, stream: Any, queue: Callable[[], None]) -> None:
@@ -23,6 +26,9 @@ class Graph:
         )
         try:
             queue()
+        except Exception as error:  # an engine's, or PyCUDA's where a library's call has spoiled the capture
+            self._abandon(driver)
+            raise CdiffError(first_line(error)) from error
         except BaseException:
             self._abandon(driver)
             raise

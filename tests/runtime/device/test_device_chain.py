@@ -20,6 +20,7 @@ from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.framing import Framing
 from cdiff.runtime.noise import Noise
 from cdiff.runtime.sampler import SAMPLERS, sampler_table
+from tests.runtime.device.fake_cuda import Function
 from tests.runtime.device.test_kernels import rows_of
 from tests.runtime.test_batching import SCHEDULE, SIZE, BrokenEngine, C, FakeEngine, R, framed, run, scan
 
@@ -261,6 +262,22 @@ def test_steps_that_cannot_be_captured_are_launched_one_by_one_and_that_is_said(
         "a step cannot be captured as a CUDA graph, so its parts are launched one by one: cuStreamEndCapture failed: "
         "status 901 (CUDA_ERROR_STREAM_CAPTURE_INVALIDATED)"
     ]
+
+
+def test_what_the_driver_refuses_within_a_capture_costs_the_capture_alone(
+    make: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A library's call has spoiled the capture, and PyCUDA's next launch in it is what fails."""
+    setup, table, windows = make(), sampler_table("ddpm", SCHEDULE, 4), framed(scan())
+    launch = Function.prepared_async_call
+
+    def refusing(function: Any, *arguments: Any) -> None:
+        setup.world.outside_capture(function.name)
+        launch(function, *arguments)
+
+    monkeypatch.setattr(Function, "prepared_async_call", refusing)
+    same(run(setup.engine, windows, table, batch=12), run(FakeEngine(), windows, table, batch=12))
+    assert any("launched one by one: cdiff_update: operation not permitted" in one.message for one in caplog.records)
 
 
 def test_a_batch_that_does_not_fit_is_out_of_memory_and_leaks_nothing(make: Any) -> None:

@@ -45,6 +45,7 @@ class Session:
         self.stream = world.streams[int(provider[1]["user_compute_stream"])]
         self.get_inputs, self.get_outputs = self.cpu.get_inputs, self.cpu.get_outputs
         self.failure: Exception | None = None
+        self.failure_in_capture: Exception | None = None
 
     def io_binding(self) -> Bound:
         return Bound()
@@ -54,6 +55,9 @@ class Session:
         assert options.get_run_config_entry("disable_synchronize_execution_providers") == "1"
         if self.failure is not None:
             raise self.failure
+        if self.failure_in_capture is not None and self.world.capturing is not None:
+            self.world.capturing.spoiled = True
+            raise self.failure_in_capture
 
         def compute() -> None:
             feed = {name: view(*place).copy() for name, (way, place) in bound.tensors.items() if way == "in"}
@@ -140,6 +144,23 @@ def test_its_failures_are_one_line(make: Any, text: str, kind: type[CdiffError])
     assert type(error.value) is kind
     assert "\n" not in str(error.value)
     assert setup.world.contexts == []
+
+
+def test_an_allocation_within_a_capture_is_no_want_of_memory(make: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """The arena cannot grow there, and says the same as on a full GPU; fewer rows would not help."""
+    setup = make()
+    setup.engine._sessions["denoiser"].failure_in_capture = RuntimeError(
+        "[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Failed to allocate memory for requested buffer of size 9"
+    )
+    windows, table = framed(scan((2, SIZE, SIZE))), sampler_table("ddpm", SCHEDULE, 5)
+    want = run(OnnxRuntimeEngine(*setup.pair, threads=1), windows, table, batch=7)
+    for a, b in zip(run(setup.engine, windows, table, batch=7), want, strict=True):
+        np.testing.assert_allclose(a.level_means, b.level_means, rtol=0, atol=2e-6)
+    assert setup.engine.bind(7, 2).captured is False
+    (said,) = [record.message for record in caplog.records if "captured" in record.message]
+    assert said.endswith(
+        "in the denoiser: RUNTIME_EXCEPTION : Failed to allocate memory for requested buffer of size 9"
+    )
 
 
 def test_a_provider_that_did_not_start_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -24,6 +24,9 @@ class GpuEngine(ABC):
     name: str
     version: str
     capture = True
+    """Whether a step may be captured as a CUDA graph."""
+    capturable = True
+    """Whether the library stands it; where not, `capture` changes nothing."""
 
     def __init__(self, number: int) -> None:
         self.gpu = Gpu(number)
@@ -49,9 +52,8 @@ class GpuEngine(ABC):
         with self.gpu.current():
             self.gpu.trim()  # the pool's buffers are of the old sizes, and what a library allocates cannot come from it
             spec, connector = self.prepare(rows, slots)
-            self._binding = DeviceBinding(
-                self.gpu, spec, rows, slots, connector, (self.encoder_stream, self.stream), capture=self.capture
-            )
+            streams, capture = (self.encoder_stream, self.stream), self.capture and self.capturable
+            self._binding = DeviceBinding(self.gpu, spec, rows, slots, connector, streams, capture=capture)
         return self._binding
 
     def encode(self, images: Float32) -> NDArray[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +21,10 @@ from cdiff.runtime.files import make_folder
 TENSORRT = "TensorrtExecutionProvider"
 TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 NO_TF32 = "NVIDIA_TF32_OVERRIDE"
+LOG = logging.getLogger("cdiff")
+CAPTURED_SINCE = (1, 31)
+"""The first version whose runs a capture of ours may hold. Before, a concatenation of unequal parts copies its table from host memory
+and has the stream free that afterwards: captured, it would be freed again at each replay, which ends the process."""
 
 
 class OnnxRuntimeGpuEngine(GpuEngine):
@@ -42,6 +47,14 @@ class OnnxRuntimeGpuEngine(GpuEngine):
         if tensorrt:
             load_trt("tensorrt")  # so that the provider finds TensorRT's libraries, which the module has loaded
         super().__init__(number)
+        self.capturable = tuple(map(int, self.version.split(".")[:2])) >= CAPTURED_SINCE
+        if not self.capturable:
+            since = ".".join(map(str, CAPTURED_SINCE))
+            LOG.warning(
+                "onnxruntime %s cannot be captured as a CUDA graph, %s can: a step's parts are launched one by one",
+                self.version,
+                since,
+            )
         with self.gpu.current():
             provider = self._tensorrt(bundle, number) if tensorrt else (CUDA, cuda_options(number))
             self._sessions = {

@@ -146,6 +146,18 @@ def test_its_failures_are_one_line(make: Any, text: str, kind: type[CdiffError])
     assert setup.world.contexts == []
 
 
+@pytest.mark.parametrize(("version", "captured"), [("1.24.4", False), ("1.31.0", True), ("2.0.0", True)])
+def test_an_older_onnx_runtime_is_not_captured(
+    make: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, version: str, captured: bool
+) -> None:
+    monkeypatch.setattr(OnnxRuntimeGpuEngine, "version", version)
+    setup = make()
+    setup.engine.capture = True
+    run(setup.engine, framed(scan((1, SIZE, SIZE))), sampler_table("ddim", SCHEDULE, 2), batch=7)
+    assert bool(setup.world.named("begin capture")) is captured
+    assert any(f"onnxruntime {version} cannot be captured" in one.message for one in caplog.records) is not captured
+
+
 def test_an_allocation_within_a_capture_is_no_want_of_memory(make: Any, caplog: pytest.LogCaptureFixture) -> None:
     """The arena cannot grow there, and says the same as on a full GPU; fewer rows would not help."""
     setup = make()

@@ -21,12 +21,16 @@ CONVENTION = "the columns image (or image_t1, image_t2 ...) and mask1, mask2 ...
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns hold what: the images by modality ("" when there is one column), the masks by annotator, those by name."""
+    """Which columns hold what: the images by modality ("" when there is one column), the masks by annotator, those by name.
+
+    doubled: columns that say what one before them says, such as a second `mask` or `mask_1` beside `mask1`.
+    """
 
     images: dict[str, str]
     masks: dict[str, str]
     plain: dict[str, str]
     ignored: tuple[str, ...]
+    doubled: tuple[str, ...] = ()
 
     @property
     def usable(self) -> bool:
@@ -35,18 +39,25 @@ class Columns:
 
 def columns(header: list[str]) -> Columns:
     """Sort a header's columns, whatever their case."""
-    images, masks, plain, ignored = {}, {}, {}, []
+    images: dict[str, str] = {}
+    masks: dict[str, str] = {}
+    plain: dict[str, str] = {}
+    ignored, doubled = [], []
     for column in header:
         name = column.strip().lower()
         if name in PLAIN:
-            plain[name] = column
+            kind, key = plain, name
         elif match := IMAGE.match(name):
-            images[match["name"] or ""] = column
+            kind, key = images, match["name"] or ""
         elif match := MASK.match(name):
-            masks[match["name"] or ""] = column
-        elif name:
-            ignored.append(column)
-    return Columns(images, masks, plain, tuple(ignored))
+            kind, key = masks, match["name"] or ""
+        else:
+            ignored += [column] if name else []
+            continue
+        if key in kind:
+            doubled.append(column)
+        kind.setdefault(key, column)
+    return Columns(images, masks, plain, tuple(ignored), tuple(doubled))
 
 
 def is_table(path: Path) -> bool:
@@ -70,6 +81,10 @@ def read_table(path: Path, notes: list[str], *, masks: bool = True) -> list[Entr
     if len(known.images) > 1 and "" in known.images:
         raise CdiffError(
             f"{path} has a column image beside {known.images[max(known.images)]}; name every modality, as in image_t1"
+        )
+    if known.doubled:
+        raise CdiffError(
+            f"{path} has a second column {known.doubled[0]}; give each a name of its own, as in mask1, mask2 or mask_anna"
         )
     if known.ignored:
         notes.append(f"{path.name}: columns not used: {', '.join(known.ignored)}")

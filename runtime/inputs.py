@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cdiff.runtime.case import SPLITS, Entry, arranged, stem
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.layouts import OWN_MASK, TASK_MASK, brats_in, cases_in
+from cdiff.runtime.layouts import DEPTH, OWN_MASK, TASK_MASK, brats_in, cases_in
 from cdiff.runtime.scan import NIFTI_SUFFIXES
 from cdiff.runtime.table import SUFFIXES, read_table
 
@@ -34,8 +34,8 @@ def scans_at(path: Path, channels: int = 1, modalities: Sequence[str] = ()) -> l
     """The scans that `path` names, in the order of their names.
 
     A file is taken whatever its suffix (reading it says what is wrong with it) and is called by its own name. In a folder:
-    every NIfTI or picture file, called by its name, and every case folder with an image, called by the folder's name. A
-    table (CSV): its images, called as their cases are. Annotators' masks and what an earlier `cdiff segment` wrote there are
+    every NIfTI or picture file, called by its name, and every case folder with an image, called by the folder's name, with
+    those above it where it lies deeper (patient7_scan1). A table (CSV): its images, called as their cases are. Annotators' masks and what an earlier `cdiff segment` wrote there are
     left out. channels: what the model takes; with more than one, a case's `image_t1`, `image_t2` ... or BraTS's files are one
     scan, its modalities in the order of `modalities` (what the model was trained on) where that is known.
     Raises CdiffError when nothing is there, a modality is missing, or two scans would write the same files.
@@ -64,9 +64,24 @@ def _scans_in(folder: Path, channels: int, modalities: Sequence[str]) -> Iterato
         if entry.name.startswith("."):
             continue
         if entry.is_dir():
-            yield from _case_scans(entry, channels, modalities)
+            yield from _below(entry, channels, modalities)
         elif (name := stem(entry)) and not TASK_MASK.match(name) and not _is_output(entry, name):
             yield NamedScan(name, entry)
+
+
+def _below(folder: Path, channels: int, modalities: Sequence[str], above: tuple[str, ...] = ()) -> Iterator[NamedScan]:
+    """The scan of a case folder; where it is none, those of the folders in it (a patient's scans), called by all their names.
+
+    A split's folder is not gone into: which one is meant has to be said.
+    """
+    here = list(_case_scans(folder, channels, modalities))
+    for scan in here:
+        yield replace(scan, name="_".join((*above, scan.name)))
+    if here or len(above) == DEPTH - 1 or folder.name.lower() in SPLITS:
+        return
+    for one in sorted(folder.iterdir()):
+        if one.is_dir() and not one.name.startswith("."):
+            yield from _below(one, channels, modalities, (*above, folder.name))
 
 
 def _case_scans(folder: Path, channels: int, modalities: Sequence[str]) -> Iterator[NamedScan]:

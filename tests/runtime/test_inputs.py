@@ -33,6 +33,13 @@ def test_a_folder_of_scans_and_cases(tmp_path: Path) -> None:
     assert _names(tmp_path) == {"a": "a.png", "b": "b.nii.gz", "case01": "case01/image.nii.gz"}
 
 
+def test_cases_in_a_folder_for_each_patient(tmp_path: Path) -> None:
+    """As training takes them below a split folder; a split is not gone into unasked."""
+    _touch(tmp_path / "p1/a/image.nii.gz", tmp_path / "p1/b/image.nii.gz", tmp_path / "p2/a/image.nii.gz")
+    _touch(tmp_path / "p3/image.nii.gz", tmp_path / ".cache/a/image.nii.gz", tmp_path / "Training/c/image.nii.gz")
+    assert list(_names(tmp_path)) == ["p1_a", "p1_b", "p2_a", "p3"]
+
+
 def test_a_case_folder_is_one_scan(tmp_path: Path) -> None:
     _touch(tmp_path / "case07/image.nii", tmp_path / "case07/task01_seg01.nii.gz", tmp_path / "case07/task02_seg03.nii")
     assert _names(tmp_path / "case07") == {"case07": "image.nii"}

@@ -126,7 +126,10 @@ class Published:
 
         self.spec, self.bundle = spec, open_bundle(spec["bundle"])
         self.network = load_network(self.bundle, spec["device"])
-        self.diffusion = Diffusion(self.bundle.manifest.noise_schedule, self.network.config.target, spec["device"])
+        config = self.network.config
+        self.diffusion = Diffusion(
+            self.bundle.manifest.noise_schedule, config.target, spec["device"], outside=config.outside
+        )
 
     def about(self) -> dict[str, Any]:
         import torch

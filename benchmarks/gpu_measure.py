@@ -151,7 +151,7 @@ def usual_batch(model: Subject, device: str) -> int:
 def published(model: Subject, image: Float32, device: str, seconds: float) -> dict[str, Any]:
     """The published way, float32 by PyTorch's own settings: one chain after another, the encoder for each; a share of it, and the rest in proportion."""
     network = model.network().to(device)
-    diffusion = Diffusion(model.schedule, model.config.network.target, device)
+    diffusion = Diffusion(model.schedule, model.config.network.target, device, outside=model.config.network.outside)
     T, chains = model.config.network.T, model.config.network.levels
 
     def took(steps: int) -> float:

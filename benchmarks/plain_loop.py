@@ -49,7 +49,7 @@ def plain_loop(
     timings: Timings,
     draw: Draw = randn,
 ) -> Float32:
-    """Soft maps [S, h, w]: the mean over runs and levels of clip((x + 1)/2, 0, 1), each chain sampled on its own.
+    """Soft maps [S, h, w]: the mean over runs and levels of clip((x + 1)/2, 0, 1), each chain sampled on its own; of x where masks are 0 outside.
 
     The network and `diffusion` must be on one device; results come back to the host once a chain. `timings` is filled; on a GPU its
     parts other than the sum are only when the work was queued.
@@ -63,7 +63,8 @@ def plain_loop(
                 row, picture = Row(w, level, run), torch.from_numpy(image)[None].to(device)
                 total += _chain(network, diffusion, picture, row, table, timings, draw)
         maps.append(total / np.float32(runs * levels))
-    return windows.unframe(np.stack(maps))
+    soft = windows.unframe(np.stack(maps))
+    return soft if diffusion.outside == -1 else np.maximum(2 * soft - 1, 0)
 
 
 def _chain(

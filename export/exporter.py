@@ -145,6 +145,7 @@ def _manifest(loaded: LoadedRun, card: Card, name: str, folder: Path, fp16: bool
         fast={"sampler": "ddim", "steps": fast_steps, "runs": VIEWS},  # each mirrored view once
         training=training,
         scores=scores | card.scores,
+        outside=config.network.outside,
         files=entry,  # type: ignore[arg-type]  # filled in by write_bundle
     )
 

@@ -15,6 +15,8 @@ from cdiff.runtime.variants import VARIANTS, Variant
 
 FORMAT_VERSION = 1
 NAME = "manifest.json"
+OUTSIDE = -1
+"""Where a manifest does not say: those written before the key existed need not be written again."""
 ENCODER, DENOISER, WEIGHTS, CARD = "encoder.onnx", "denoiser.onnx", "model.safetensors", "README.md"
 
 
@@ -36,6 +38,7 @@ class Manifest:
     mirror says that the network was trained on mirrored images, so that its runs may see them. fast holds sampler, steps and runs of `--fast`. training, scores and verification are for the reader: how the model was
     trained, how it scored, and how far the graphs were from PyTorch when they were exported.
     files lists every file of the bundle except the manifest itself and the engines' cache.
+    outside is the value of x0 where a mask is not, -1 or 0; inside it is 1. A bundle that does not name it has -1.
     """
 
     name: str
@@ -62,6 +65,7 @@ class Manifest:
     scores: dict[str, Any] = field(default_factory=dict)
     verification: dict[str, Any] = field(default_factory=dict)
     files: dict[str, FileEntry] = field(default_factory=dict)
+    outside: int = OUTSIDE
     format_version: int = FORMAT_VERSION
 
     @property
@@ -99,6 +103,8 @@ class Manifest:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, the format version first."""
         values = dataclasses.asdict(self) | {"image_size": list(self.image_size)}
+        if self.outside == OUTSIDE:
+            del values["outside"]
         return {"format_version": values.pop("format_version"), **values}
 
     @classmethod
@@ -117,6 +123,7 @@ class Manifest:
                 "export the model again, or install the cdiff that wrote it"
             )
         keys = [f.name for f in dataclasses.fields(cls)]
+        data = {"outside": OUTSIDE} | data
         if missing := [key for key in keys if key not in data]:
             _refuse(source, f"key {missing[0]!r} is missing")
         if unknown := [key for key in data if key not in keys]:
@@ -133,6 +140,7 @@ class Manifest:
             "variant": tuple(VARIANTS),
             "target": ("eps", "x0", "v"),
             "variance": ("fixed", "learned"),
+            "outside": (-1, 0),
             "framing": ("resize", "tile", "centre"),
             "precision": ("float32", "float16"),
             "slice_axis": (0, 1, 2),
@@ -192,7 +200,7 @@ def _typed(key: str, value: Any, source: str) -> Any:
 _KINDS: dict[str, type] = {
     **dict.fromkeys(("name", "task", "variant", "target", "variance", "framing", "precision"), str),
     **dict.fromkeys(
-        ("levels", "T", "image_channels", "slice_axis", "opset", "features_channels", "format_version"), int
+        ("levels", "T", "image_channels", "slice_axis", "opset", "features_channels", "outside", "format_version"), int
     ),
     **dict.fromkeys(("schedule", "intensity", "fast", "training", "scores", "verification"), dict),
     "tile_overlap": float,

@@ -151,6 +151,8 @@ class Segmenter:
             keep_runs=keep_runs,
             progress=progress,
         )
+        if manifest.outside == 0:
+            finished = [one.for_masks_from_zero() for one in finished]
         maps = np.stack([one.level_means for one in finished])
         stack = Stack(
             (maps >= 0.5).astype(np.float32) if combine == "vote" else maps,

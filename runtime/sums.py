@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,15 @@ class SliceResult:
     level_means: Float32
     run_std: Float32
     runs: NDArray[np.uint8] | None
+
+    def for_masks_from_zero(self) -> SliceResult:
+        """The same for a network whose masks are 0 outside and 1 inside: the fractions are of x, not of (x + 1)/2.
+
+        Samplers end with an x in [-1, 1], of which the sums hold (x + 1)/2 unclipped, so the mean and spread of x follow from them.
+        What is below 0 in the mean over runs counts as 0.
+        """
+        runs = None if self.runs is None else np.maximum(2 * self.runs.astype(np.int16) - 255, 0).astype(np.uint8)
+        return replace(self, level_means=np.maximum(2 * self.level_means - 1, 0), run_std=2 * self.run_std, runs=runs)
 
 
 class SliceSums:

@@ -31,7 +31,8 @@ class NetworkConfig:
     What the published code can be told besides, and an imported checkpoint may need: `heads_up`, other heads on the way up (0:
     `heads`); `head_channels`, channels a head, which then decides their number (0: `heads` does); embedding "scale-shift"
     multiplies and shifts the normalised features by z instead of adding it to them (Nichol & Dhariwal 2021, section 2.1);
-    resample "block" halves and doubles the size inside a residual block instead of by a convolution (Dhariwal & Nichol 2021).
+    resample "block" halves and doubles the size inside a residual block instead of by a convolution (Dhariwal & Nichol 2021);
+    `outside`, what x0 is where a mask is not: -1, or 0 as in the implicit ensemble's code. Inside it is 1.
     """
 
     image_size: int = 256
@@ -55,12 +56,15 @@ class NetworkConfig:
     resample: str = "convolution"
     target: str = "eps"
     variance: str = "fixed"
+    outside: int = -1
 
     def __post_init__(self) -> None:
         if self.target not in ("eps", "x0", "v"):
             raise CdiffError(f"target={self.target!r} is not known; use eps, x0 or v")
         if self.variance not in ("fixed", "learned"):
             raise CdiffError(f"variance={self.variance!r} is not known; use fixed or learned")
+        if self.outside not in (-1, 0):
+            raise CdiffError(f"outside={self.outside} must be -1 or 0, what x0 is where a mask is not")
         if variant_called(self.variant) == IMPLICIT_ENSEMBLE and self.rrdbs:
             raise CdiffError(
                 f"variant={self.variant} concatenates the image and x_t, which is G as one convolution; set rrdbs=0, not {self.rrdbs}"

@@ -12,15 +12,29 @@ from cdiff.runtime.schedule import NoiseSchedule
 class Diffusion:
     """Schedule constants on a device, indexed by t in 0..T, and what is computed from them.
 
+    outside: what M^c is where nobody drew, -1 or 0; inside it is 1.
     Everything here is float32 or float64 whatever the network's precision is. Shapes: x, noise [B, 1, H, W], t int64 [B].
     """
 
     def __init__(
-        self, schedule: NoiseSchedule, target: str, device: torch.device | str = "cpu", dice_weight: float = 0.0
+        self,
+        schedule: NoiseSchedule,
+        target: str,
+        device: torch.device | str = "cpu",
+        dice_weight: float = 0.0,
+        outside: int = -1,
     ) -> None:
-        self.schedule, self.target, self.dice_weight = schedule, target, dice_weight
+        self.schedule, self.target, self.dice_weight, self.outside = schedule, target, dice_weight, outside
         self.abar = torch.from_numpy(schedule.abar).to(device)
         self.beta = torch.from_numpy(schedule.betas).to(device)
+
+    def coded(self, m: Tensor) -> Tensor:
+        """A mask in [-1, 1] as it is diffused, from `outside` to 1."""
+        return m if self.outside == -1 else (m + 1) / 2
+
+    def fraction(self, x0: Tensor) -> Tensor:
+        """x0 as a fraction: 0 at `outside` and below, 1 inside."""
+        return (x0.clamp(self.outside, 1) - self.outside) / (1 - self.outside)
 
     def noised(self, m: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t = sqrt(abar_t) M^c + sqrt(1 - abar_t) eps."""
@@ -37,7 +51,7 @@ class Diffusion:
         return alpha * noise - sigma * m
 
     def to_x0(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """x0 from the network's first channel, clipped to [-1, 1] as masks are."""
+        """x0 from the network's first channel, clipped to [-1, 1] as in both published codes, whatever `outside` is."""
         alpha, sigma = self._scales(t)
         prediction = output[:, :1].float()
         if self.target == "eps":
@@ -56,7 +70,8 @@ class Diffusion:
         output = output.float()
         mse = torch.mean((output[:, :1] - self.aim(m, noise, t)) ** 2)
         if self.dice_weight:
-            mse = mse + self.dice_weight * (1 - _soft_overlap(self.to_x0(output, x, t), m)).mean()
+            overlap = _soft_overlap(self.fraction(self.to_x0(output, x, t)), self.fraction(m))
+            mse = mse + self.dice_weight * (1 - overlap).mean()
         if output.shape[1] == 1:
             return mse
         x0 = self.to_x0(output[:, :1].detach(), x, t)
@@ -86,9 +101,9 @@ class Diffusion:
         return torch.sqrt(abar).float(), torch.sqrt(1 - abar).float()
 
 
-def _soft_overlap(x0: Tensor, m: Tensor) -> Tensor:
-    """Soft Dice a row, [B], of x0 and M^c, both in [-1, 1] (Milletari et al. 2016, eq. 3); 1 where both are empty."""
-    p, y = ((value + 1).flatten(1) / 2 for value in (x0, m))
+def _soft_overlap(p: Tensor, y: Tensor) -> Tensor:
+    """Soft Dice a row, [B], of two maps in [0, 1] (Milletari et al. 2016, eq. 3); 1 where both are empty."""
+    p, y = p.flatten(1), y.flatten(1)
     # One pixel's worth of smoothing: a level that nobody reached has no overlap to gain, but a stray mask there must still cost.
     return (2 * (p * y).sum(1) + 1) / ((p * p).sum(1) + (y * y).sum(1) + 1)
 

@@ -42,7 +42,8 @@ class Learner:
             recompute_activations(self.network)
         if settings.compile:
             self.network.compile()
-        self.diffusion = Diffusion(config.schedule, config.network.target, self.device, settings.dice_weight)
+        network = config.network
+        self.diffusion = Diffusion(config.schedule, network.target, self.device, settings.dice_weight, network.outside)
         self.target = TARGETS[config.network.variant]
         adamw = torch.optim.AdamW(
             self.network.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, betas=(0.9, 0.99)
@@ -105,7 +106,7 @@ class Learner:
         masks, raters = (
             part.repeat_interleave(len(rows.t) // len(rows.image), 0) for part in (rows.masks, rows.raters)
         )
-        m = self.target(masks, raters, rows.level, rows.u)
+        m = self.diffusion.coded(self.target(masks, raters, rows.level, rows.u))
         x = self.diffusion.noised(m, rows.noise, rows.t)
         torch.manual_seed(rows.seed)  # dropout draws from the global generator
         output = self.model(x, rows.image, rows.t, rows.level)

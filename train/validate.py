@@ -51,7 +51,7 @@ def sample_soft_maps(
             when = torch.full_like(level, int(t))
             x0 = diffusion.to_x0(network.denoiser(x, features, when, level), x, when)
             x = float(a) * x + float(b) * x0
-        soft = ((x.clamp(-1, 1) + 1) / 2).reshape(len(part), per_slice, *image.shape[-2:]).mean(dim=1)
+        soft = diffusion.fraction(x).reshape(len(part), per_slice, *image.shape[-2:]).mean(dim=1)
         total[start : start + len(part)] = soft.cpu()
     return total if fabric is None else summed(fabric, total).cpu()
 

@@ -53,6 +53,16 @@ def test_round_trip_through_a_file(tmp_path: Path) -> None:
     assert read.normalisation == Intensity("volume", 1.0, 99.0)
 
 
+def test_masks_that_are_zero_outside_are_said_and_others_are_not() -> None:
+    data = example().to_json()
+    assert "outside" not in data  # as in bundles that were written before there was a choice
+    assert Manifest.from_json(data).outside == -1
+    data = example(outside=0).to_json()
+    assert Manifest.from_json(data).outside == data["outside"] == 0
+    with pytest.raises(CdiffError, match="'outside' must be one of -1, 0, not 1"):
+        Manifest.from_json(data | {"outside": 1})
+
+
 @pytest.mark.parametrize("key", sorted(example().to_json()))
 def test_every_missing_key_is_named(key: str) -> None:
     data = example().to_json()

@@ -248,3 +248,21 @@ def test_a_changed_bundle_is_not_opened(tmp_path: Path) -> None:
 
 def test_an_open_bundle_can_be_given(bundle: Path) -> None:
     assert Segmenter.open(open_bundle(bundle)).manifest.name == "tiny"
+
+
+def test_masks_of_zero_and_one(tmp_path: Path, segmenter: Segmenter) -> None:
+    """The same chains, of which x itself and not (x + 1)/2 is the fraction."""
+    other = cdiff.load(make_bundle(tmp_path / "zero", outside=0, variant="implicit-ensemble"))
+    usual = cdiff.load(make_bundle(tmp_path / "usual", variant="implicit-ensemble"))
+    scan = volume(SIZE, SIZE)
+    found, wanted = (each.segment(scan, **QUICK, keep_runs=True) for each in (other, usual))
+    x = 2 * wanted.soft - 1
+    assert (x < 0).any()
+    assert (x > 0).any()
+    np.testing.assert_allclose(found.soft, np.maximum(x, 0), atol=1e-6)
+    np.testing.assert_array_equal(found.mask, x >= 0.5)
+    np.testing.assert_allclose(found.stack.run_std, 2 * wanted.stack.run_std, atol=1e-6)
+    assert found.stack.runs is not None
+    assert wanted.stack.runs is not None
+    of_x = 2.0 * wanted.stack.runs - 255
+    np.testing.assert_array_equal(found.stack.runs, np.maximum(of_x, 0))

@@ -110,3 +110,16 @@ def test_the_bound_does_not_move_the_mean() -> None:
     assert plain.grad is not None
     torch.testing.assert_close(output.grad[:, :1], plain.grad)
     assert output.grad[:, 1:].abs().max() > 0
+
+
+def test_masks_of_zero_and_one() -> None:
+    """What is diffused, what becomes a map, and a Dice term that a perfect prediction leaves at the squared error."""
+    m = torch.tensor([-1.0, 1.0, -1.0, 1.0]).reshape(1, 1, 2, 2)
+    for outside, coded in ((-1, m), (0, torch.tensor([0.0, 1.0, 0.0, 1.0]).reshape(1, 1, 2, 2))):
+        diffusion = Diffusion(SCHEDULE, "x0", dice_weight=0.5, outside=outside)
+        assert torch.equal(diffusion.coded(m), coded)
+        assert diffusion.fraction(coded).flatten().tolist() == [0, 1, 0, 1]
+        assert diffusion.fraction(coded - 0.25).min() == 0
+        x, t = torch.zeros_like(m), torch.tensor([3])
+        assert diffusion.loss(coded, coded, x, x, t) == 0
+        assert diffusion.loss(torch.full_like(m, outside), coded, x, x, t) > 0.5 * 0.5

@@ -120,6 +120,11 @@ def test_the_implicit_ensemble_s_configuration() -> None:
     assert (config.data.framing, config.training.augment) == ("centre", False)
 
 
+def test_masks_are_coded_as_in_the_published_code(imported: dict[str, Imported]) -> None:
+    """-1 and 1 in the consensus code (its datasets), 0 and 1 in what the implicit ensemble diffuses (its training_losses_segmentation)."""
+    assert [imported[name].config.network.outside for name in TINY] == [-1, -1, -1, 0, 0]
+
+
 def test_what_a_run_says_of_its_origin(imported: dict[str, Imported]) -> None:
     done = imported["consensus"]
     run = load_run(done.path)

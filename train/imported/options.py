@@ -218,6 +218,7 @@ class Options:
                 resample="block" if self.values.get("resblock_updown") else "convolution",
                 target="x0" if self["predict_xstart"] else "eps",
                 variance="learned" if learned else "fixed",
+                outside=0 if self.source == IMPLICIT else -1,
             ),
             diffusion=self._diffusion(T),
             data=DataConfig(

@@ -17,6 +17,7 @@ from cdiff.export.torch_chain import wait
 from cdiff.runtime.batching import rows_per_batch, segment_windows
 from cdiff.runtime.chain import Chain, Timings
 from cdiff.runtime.engines.base import ChainBinding, Engine, Float32, Rows
+from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.framing import Framing, Windows
 from cdiff.runtime.noise import INITIAL, Noise, normal
 from cdiff.runtime.sampler import SamplerTable, sampler_table
@@ -24,6 +25,9 @@ from cdiff.train.diffusion import Diffusion
 
 FEW, MORE = 2, 6
 """Steps of the two chains whose difference is the time of a step."""
+
+ENOUGH, MOST = 1.0, 25
+"""A step's time is the median of such differences: at least one, and while they took less than so many seconds at most so many."""
 
 
 class DeviceMemory:
@@ -88,17 +92,31 @@ def chain(engine: Engine, model: Subject, image: Float32, rows: Rows, table: Sam
 
 
 def step_seconds(engine: Engine, model: Subject, image: Float32, batch: int) -> float:
-    """Seconds of one step of a batch, noise and update included: what four more steps of a chain cost, over four."""
+    """Seconds of one step of a batch, noise and update included: what four more steps of a chain cost, over four; a median.
+
+    Raises CdiffError when a longer chain took no longer than a short one: then nothing was measured.
+    """
     rows = some_rows(model, batch)
     few = min(FEW, model.config.network.T - 1)
     more = min(MORE, model.config.network.T)
-    chain(engine, model, image, rows, table_of(model, few))  # warm-up: builds, captures, fills caches
-    spent = []
-    for steps in (few, more):
+
+    def took(steps: int) -> float:
         start = time.perf_counter()
         chain(engine, model, image, rows, table_of(model, steps))
-        spent.append(time.perf_counter() - start)
-    return max(spent[1] - spent[0], 1e-9) / (more - few)
+        return time.perf_counter() - start
+
+    took(few)  # warm-up: builds, captures, fills caches
+    gaps: list[float] = []
+    spent = 0.0
+    # A step of a small model takes less than a millisecond, and one difference would tell of the machine's jitter.
+    while not gaps or (spent < ENOUGH and len(gaps) < MOST):
+        short, longer = took(few), took(more)
+        gaps.append(longer - short)
+        spent += short + longer
+    step = float(np.median(gaps)) / (more - few)
+    if step <= 0:
+        raise CdiffError(f"a chain of {more} steps took no longer than one of {few}, so the time of a step is not known")
+    return step
 
 
 def whole_protocol(

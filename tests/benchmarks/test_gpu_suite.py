@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from cdiff.benchmarks import gpu_checks, gpu_suite
+from cdiff.benchmarks import gpu_checks, gpu_measure, gpu_suite
 from cdiff.benchmarks.gpu_checks import KINDS, Settings
-from cdiff.benchmarks.gpu_measure import flops, noise_of, published, whole_protocol
+from cdiff.benchmarks.gpu_measure import flops, noise_of, published, step_seconds, whole_protocol
 from cdiff.benchmarks.gpu_parity import call_errors, map_errors
 from cdiff.benchmarks.gpu_report import markdown
 from cdiff.benchmarks.gpu_subjects import PAPER, SHIPPED, demo_slices, shipped_config, subject
@@ -133,6 +133,32 @@ def test_parity_is_near_nought_for_the_same_weights_and_not_for_others(engine: T
     other = TorchEngine(network, TINY.schedule)
     assert call_errors(engine, other, images["real"], TINY)["x0"] > 0.1
     assert map_errors(engine, other, images["real"], TINY)["mean"] > 0.01
+
+
+class Clock:
+    """A clock that stands still unless a chain moves it: 2 ms a chain and `step` a step, and every fifth chain is held up for 50 ms."""
+
+    def __init__(self, step: float) -> None:
+        self.now, self.step, self.calls = 0.0, step, 0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def chain(self, engine: Any, model: Any, image: Any, rows: Any, table: Any, seed: int = 0) -> None:
+        self.calls += 1
+        self.now += 2e-3 + self.step * len(table) + (50e-3 if self.calls % 5 == 3 else 0)
+
+
+def test_a_step_is_a_median_and_no_jitter(engine: TorchChainEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (5e-4, 0.0):
+        clock = Clock(step)
+        monkeypatch.setattr(gpu_measure, "time", clock)
+        monkeypatch.setattr(gpu_measure, "chain", clock.chain)
+        if step:
+            assert step_seconds(engine, TINY, TINY.images()["real"], 4) == pytest.approx(step)
+        else:
+            with pytest.raises(CdiffError, match="the time of a step is not known"):
+                step_seconds(engine, TINY, TINY.images()["real"], 4)
 
 
 def test_a_protocol_in_part_is_extrapolated_and_says_so(engine: TorchChainEngine) -> None:

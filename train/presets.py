@@ -64,8 +64,8 @@ PRESETS: dict[str, Config] = {
     ),
     # Wolleb et al. 2022, and the flags of their published code: four MRI sequences, the central 224x224 of 240x240 pixels, depths
     # [L, L, 2L, 2L, 4L, 4L] with two residual blocks and attention with one head at 1/16, T = 1000, learned variance, AdamW at
-    # 1e-4, batch 10, EMA 0.9999, no augmentation. The number of steps, clipped gradients, the
-    # intensities and masks of -1 and 1 (theirs are 0 and 1) are ours. An ensemble of five runs is theirs.
+    # 1e-4, batch 10, EMA 0.9999, no augmentation, masks of 0 and 1. The number of steps, clipped gradients and the
+    # intensities are ours. An ensemble of five runs is theirs.
     "implicit-ensemble": Config(
         network=NetworkConfig(
             image_size=224,
@@ -79,6 +79,7 @@ PRESETS: dict[str, Config] = {
             heads=1,
             rrdbs=0,
             variance="learned",
+            outside=0,
         ),
         data=DataConfig(framing="centre", jitter=0),
         training=TrainingConfig(batch=10, lr=1e-4, ema=0.9999, warmup=0, augment=False, val_runs=5),

@@ -17,6 +17,7 @@ from cdiff.export.torch_chain import wait
 from cdiff.runtime.batching import rows_per_batch, segment_windows
 from cdiff.runtime.chain import Chain, Timings
 from cdiff.runtime.engines.base import ChainBinding, Engine, Float32, Rows
+from cdiff.runtime.engines.trt import most_rows
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.framing import Framing, Windows
 from cdiff.runtime.noise import INITIAL, Noise, normal
@@ -163,7 +164,10 @@ def evened(model: Subject, most: int) -> int:
 
 def usual_batch(model: Subject, device: str) -> int:
     """What the runtime would choose by itself."""
-    return rows_per_batch(model.rows, device)
+    network = model.config.network
+    return rows_per_batch(
+        model.rows, device, model.rows, most_rows(network.base_channels, (network.image_size, network.image_size))
+    )
 
 
 def published(model: Subject, image: Float32, device: str, seconds: float) -> dict[str, Any]:

@@ -83,14 +83,17 @@ class _Plan:
         )
 
 
-def rows_per_batch(total: int, device: str = "cpu", per_window: int | None = None) -> int:
+def rows_per_batch(total: int, device: str = "cpu", per_window: int | None = None, most: int | None = None) -> int:
     """The padded batch used when none is asked for: at most `ROWS_PER_BATCH`, evened out so that the last one is nearly full.
 
-    On a GPU the `per_window` rows of one window are what is evened out, so that a slice is one batch where it can be.
+    On a GPU the `per_window` rows of one window are what is evened out, so that a slice is one batch where it can be, and `most` rows
+    are the limit where that is less.
     """
     kind = device.split(":")[0]
-    rows = total if per_window is None or kind == "cpu" else min(total, per_window)
-    return -(-rows // -(-rows // ROWS_PER_BATCH[kind]))
+    rows, limit = total, ROWS_PER_BATCH[kind]
+    if kind != "cpu":
+        rows, limit = min(total, per_window or total), min(limit, most or limit)
+    return -(-rows // -(-rows // limit))
 
 
 def segment_windows(

@@ -144,6 +144,15 @@ class Engine(Protocol):
         """Buffers for batches of `rows` rows over `slots` sets of features, reused for a whole scan."""
 
 
+@runtime_checkable
+class LimitedRows(Protocol):
+    """An engine whose graphs are made for a number of rows; the loop asks it for no more unless somebody asks for just so many."""
+
+    @property
+    def most_rows(self) -> int:
+        """Most rows of a batch."""
+
+
 def features_not_finite() -> CdiffError:
     """The error for an encoder's output that is not finite, the same from every engine."""
     return CdiffError(

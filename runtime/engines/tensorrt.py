@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,17 @@ from cdiff.runtime.device.spec import Connector, GraphSpec, Tensor
 from cdiff.runtime.engines.gpu import GpuEngine
 from cdiff.runtime.engines.hostcode import must_be_trusted
 from cdiff.runtime.engines.jit import JitFile
-from cdiff.runtime.engines.trt import BuildEngines, Flavour, Gpu, Profile, load_trt, open_or_build, profile_for
+from cdiff.runtime.engines.trt import (
+    BuildEngines,
+    Flavour,
+    Gpu,
+    Profile,
+    cached_rows,
+    load_trt,
+    most_rows,
+    open_or_build,
+    profile_for,
+)
 from cdiff.runtime.errors import CdiffError
 
 LOG = logging.getLogger("cdiff")
@@ -53,7 +64,7 @@ class TensorRtEngine(GpuEngine):
 
     def prepare(self, rows: int, slots: int) -> tuple[GraphSpec, Connector]:
         """See `GpuEngine.prepare`: finds or builds the engines for these shapes and loads them."""
-        gpu = Gpu(self.gpu.name, self.gpu.capability, self.gpu.memory()[0])
+        gpu = self._here()
         needed = Profile(rows, rows, rows, slots)
         try:
             pair = open_or_build(self._bundle, self._flavour, gpu, needed)
@@ -69,6 +80,18 @@ class TensorRtEngine(GpuEngine):
                 self._engines[graph] = self._load(graph, path, path in pair.host_code)
             self._loaded = pair[:2]
         return self._spec(), TrtConnector(self, self._engines, self._kernels, self._trt)
+
+    @cached_property
+    def most_rows(self) -> int:
+        """See `base.LimitedRows`: of the engine that is there for this GPU, else those that one is built for; as it was when first asked."""
+        manifest = self._bundle.manifest
+        with self.gpu.current():
+            gpu = self._here()
+        built = cached_rows(self._bundle, self._flavour, gpu)
+        return built or most_rows(manifest.features_channels, manifest.image_size, gpu.free_bytes)
+
+    def _here(self) -> Gpu:
+        return Gpu(self.gpu.name, self.gpu.capability, self.gpu.memory()[0])
 
     def _load(self, graph: str, path: Path, host_code: bool) -> Any:
         runtime, plan = self._runtime, path.read_bytes()

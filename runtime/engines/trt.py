@@ -18,6 +18,7 @@ from cdiff.runtime.bundle import Bundle
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import sha256
 from cdiff.runtime.manifest import DENOISER, ENCODER, Manifest
+from cdiff.runtime.mirror import VIEWS
 
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
 Graph = Literal["encoder", "denoiser"]
@@ -87,29 +88,37 @@ class Profile:
         return self.min_rows <= other.min_rows and self.max_rows >= other.max_rows and self.slots >= other.slots
 
 
+def most_rows(channels: int, size: tuple[int, int], free_bytes: int | None = None, asked: int | None = None) -> int:
+    """Most rows of one batch on a GPU for a network of L = `channels` and images of `size`; at least 1, for a want of memory is no error here.
+
+    70 % of the free memory at ROW_MAPS maps of float16 a row, one map being L channels at the full image size; a widest tensor of 4
+    maps within MAX_VALUES; MAX_ROWS, or `asked` where it is given. Without `free_bytes` memory sets no limit.
+    """
+    map_values = channels * size[0] * size[1]
+    fit = min(asked or MAX_ROWS, MAX_VALUES // (4 * map_values))
+    if free_bytes is not None:
+        fit = min(fit, int(0.7 * free_bytes) // (ROW_MAPS * 2 * map_values))
+    return max(fit, 1)
+
+
 def profile_for(
     manifest: Manifest, runs: int, free_bytes: int | None = None, *, max_rows: int | None = None
 ) -> Profile:
     """The rows that suit C levels x `runs` runs of a slice on a GPU with `free_bytes` of free memory.
 
-    A slice's C x R rows at once if they fit, else the fewest equal batches, so that as few padding rows as possible are computed.
-    What fits: 70 % of the free memory at ROW_MAPS maps of float16 a row, one map being L channels at the full image size; a widest
-    tensor of 4 maps within MAX_VALUES; MAX_ROWS, or `max_rows` where it is given. Without `free_bytes` (no GPU here) memory sets no
-    limit, and the runtime binds fewer rows where it must. One row is always allowed, for the end of a scan and after running
-    out of memory. slots: places for the windows, and their mirror images, that such a batch can touch with FAST_RUNS runs or more.
+    A slice's C x R rows at once if they fit (`most_rows`), else the fewest equal batches, so that as few padding rows as possible are
+    computed. Without `free_bytes` (no GPU here) the runtime binds fewer rows where it must. One row is always allowed, for the end
+    of a scan and after running out of memory. slots: places for the windows that such a batch can touch with FAST_RUNS runs or more, and
+    for every view of each.
     """
     if runs < 1 or (max_rows is not None and max_rows < 1):
         raise CdiffError(f"{runs} runs in batches of {max_rows} rows make no engine; give at least one of each")
-    height, width = manifest.image_size
-    map_values = manifest.features_channels * height * width
-    fit = min(max_rows or MAX_ROWS, MAX_VALUES // (4 * map_values))
-    if free_bytes is not None:
-        fit = min(fit, int(0.7 * free_bytes) // (ROW_MAPS * 2 * map_values))
+    fit = most_rows(manifest.features_channels, manifest.image_size, free_bytes, max_rows)
     wanted = manifest.levels * runs
-    batches = -(-wanted // max(fit, 1))
+    batches = -(-wanted // fit)
     rows = -(-wanted // batches)
     held = max(rows - 2, 0) // (manifest.levels * min(runs, FAST_RUNS)) + 2
-    return Profile(1, rows, rows, 2 * held)
+    return Profile(1, rows, rows, VIEWS * held)
 
 
 @dataclass(frozen=True)
@@ -266,6 +275,13 @@ def cached_engine(
     """
     found = _find(bundle, graph, key, say, exact)
     return found[0] if found else None
+
+
+def cached_rows(bundle: Bundle, flavour: Flavour, gpu: Gpu) -> int | None:
+    """Most rows that an engine of the cache takes on this GPU; None when there is none for it. The files themselves are not looked at."""
+    one = engine_key(bundle, "denoiser", flavour, trt_version(flavour), gpu, Profile(1, 1, 1, 1))
+    found = [key.profile.max_rows for _, key, _ in _records(bundle, "denoiser", lambda _: None) if key.serves(one)]
+    return max(found, default=None)
 
 
 def open_or_build(

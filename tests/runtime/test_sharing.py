@@ -88,6 +88,28 @@ def test_a_batch_that_does_not_fit_is_halved_and_that_is_said_once(
         Segmenter(bundle, Small(0)).segment(slices, batch=2, **options)
 
 
+def test_a_gpu_is_asked_for_no_more_rows_than_it_can_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that 32-bit indices reach, or that the engine is made for; whoever gives the batch gets it."""
+    bundle = open_bundle(make_bundle(tmp_path / "tiny"))
+    slices = np.random.default_rng(0).normal(size=(SIZE, SIZE, 2)).astype(np.float32)
+
+    class OnAGpu(FakeEngine):
+        device = "cuda:0"
+
+    class Made(OnAGpu):
+        most_rows = 4
+
+    def batch(*engines: FakeEngine, **options: int) -> int:
+        return int(Segmenter(bundle, *engines).segment(slices, runs=4, steps=1, **options).report["batch"])
+
+    assert batch(OnAGpu()) == 4 * C
+    monkeypatch.setattr(loop, "most_rows", lambda channels, size: 7)
+    assert batch(FakeEngine()) == 8, "a processor's batch is small anyway"
+    assert batch(OnAGpu()) == 6, "two equal batches of a slice"
+    assert batch(Made()) == batch(OnAGpu(), Made()) == 4
+    assert batch(Made(), batch=5) == 5
+
+
 def test_where_no_batch_fits_the_next_scan_begins_with_a_whole_one_again(tmp_path: Path) -> None:
     """Else a moment without room, or one scan that never fits, would make a whole folder crawl row by row."""
     engine = Small(0)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from cdiff.runtime.batching import rows_per_batch
 from cdiff.runtime.bundle import Bundle, write_bundle
 from cdiff.runtime.engines.trt import (
     RECORD,
@@ -19,8 +20,10 @@ from cdiff.runtime.engines.trt import (
     Graph,
     Profile,
     cached_engine,
+    cached_rows,
     engine_key,
     load_trt,
+    most_rows,
     open_or_build,
     profile_for,
     user_cache,
@@ -29,6 +32,7 @@ from cdiff.runtime.engines.trt import (
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import sha256, write_json
 from cdiff.runtime.manifest import Manifest
+from cdiff.runtime.mirror import VIEWS
 from tests.runtime.test_manifest import example
 
 GPU = Gpu("NVIDIA RTX A6000", "8.6", 48 << 30)
@@ -100,12 +104,35 @@ def test_more_memory_never_means_fewer_rows() -> None:
 
 
 def test_places_are_enough_for_every_batch_of_five_runs_or_more() -> None:
-    """As many windows, and their mirror images, as a batch can touch; the runtime's own plan is the oracle."""
+    """As many windows, in every view, as a batch can touch; the runtime's own plan is the oracle."""
     for levels, runs in ((1, 5), (3, 5), (4, 25), (7, 25), (7, 7)):
         profile = profile_for(example(levels=levels, image_size=(64, 64)), runs)
         for used in range(5, runs + 1):
             touched = (profile.max_rows - 2) // (levels * used) + 2
-            assert profile.slots >= 2 * touched
+            assert profile.slots >= min(VIEWS, used) * touched
+
+
+@pytest.mark.parametrize("views", [1, VIEWS])
+@pytest.mark.parametrize("gib", [8, 24, 139])
+def test_an_engine_built_ahead_serves_what_a_run_asks_for(gib: int, views: int) -> None:
+    """Half of the paper's network and all of it, with some of the memory taken since the build."""
+    for channels in (64, 128):
+        manifest = example(levels=7, image_size=(256, 256), features_channels=channels)
+        built = profile_for(manifest, 25, gib << 30)
+        most = most_rows(channels, (256, 256), int(0.9 * (gib << 30)))
+        for runs in (4, 5, 25):
+            rows = rows_per_batch(10 * 7 * runs, "cuda:0", 7 * runs, most)
+            assert built.covers(Profile(rows, rows, rows, views * ((rows - 2) // (7 * runs) + 2)))
+
+
+def test_a_run_asks_for_the_rows_of_the_engines_that_are_there(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cdiff.runtime.engines.trt.trt_version", lambda flavour: "10.16.1.11")
+    assert cached_rows(bundle, "tensorrt", GPU) is None
+    put(bundle, key(bundle, version="10.15.0.1", profile=Profile(1, 300, 300, 8)))
+    assert cached_rows(bundle, "tensorrt", GPU) is None, "another version's"
+    for rows in (20, 100, 40):
+        put(bundle, key(bundle, profile=Profile(1, rows, rows, 8)))
+    assert cached_rows(bundle, "tensorrt", GPU) == 100
 
 
 @pytest.mark.parametrize("rows", [(0, 1, 1, 1), (2, 1, 3, 1), (1, 4, 3, 1), (1, 1, 1, 0)])

@@ -48,6 +48,7 @@ class DeviceSums:
         self.bytes, self.kept_bytes = self.maps * area * 4, self.kept_maps * area
         self._buffer: Buffer | None = None
         self._kept: Buffer | None = None
+        self._batches: list[QueuedBatch] = []
         # A batch of `rows` rows completes at most this many windows.
         most = -(-rows // (layout.levels * layout.runs))
         try:
@@ -86,7 +87,8 @@ class DeviceSums:
         return batch
 
     def close(self) -> None:
-        """Give the buffers back."""
+        """Give the buffers back, and let go of the batches, which refer to these sums: with them their pinned memory goes at once."""
+        self._batches.clear()
         for buffer in (self._buffer, self._kept):
             if buffer is not None:
                 self.gpu.release(buffer)

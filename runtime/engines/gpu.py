@@ -44,12 +44,10 @@ class GpuEngine(ABC):
 
         So one scan at a time: a second one begins the sums anew.
         """
-        if self._binding is not None:
-            if (self._binding.rows, self._binding.slots) == (rows, slots):
-                return self._binding
-            self._binding.close()
-            self._binding = None
+        if self._binding is not None and (self._binding.rows, self._binding.slots) == (rows, slots):
+            return self._binding
         with self.gpu.current():
+            self._drop()
             self.gpu.trim()  # the pool's buffers are of the old sizes, and what a library allocates cannot come from it
             spec, connector = self.prepare(rows, slots)
             streams, capture = (self.encoder_stream, self.stream), self.capture and self.capturable
@@ -73,8 +71,13 @@ class GpuEngine(ABC):
 
     def close(self) -> None:
         """Give back the binding's memory. The engine can be used again."""
+        with self.gpu.current():
+            self._drop()
+            self.gpu.trim()
+
+    def _drop(self) -> None:
+        """Let go of the binding while the context is current: PyCUDA cannot free pinned memory and events outside of it in another thread
+        than the one that opened the GPU."""
         if self._binding is not None:
             self._binding.close()
             self._binding = None
-        with self.gpu.current():
-            self.gpu.trim()

@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import enum
 import sys
+import weakref
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -241,6 +242,7 @@ def _pycuda(world: World) -> ModuleType:
         world.current()
         array = np.full(shape, 0xFF, dtype)
         world.pinned.append((array.ctypes.data, array.ctypes.data + array.nbytes))
+        weakref.finalize(array, lambda: world.note("unpinned", bool(world.contexts))).atexit = False
         return array
 
     def is_pinned(array: Any) -> bool:

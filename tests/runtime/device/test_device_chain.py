@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -302,6 +303,22 @@ def test_other_shapes_take_no_more_memory_than_they_need(make: Any) -> None:
         starved.engine.bind(64, 2)
     starved.engine.close()
     assert starved.world.used() == 0
+
+
+def test_pinned_memory_goes_back_with_its_binding_while_the_context_is_current(make: Any) -> None:
+    """PyCUDA frees it in any thread then; left to the garbage collector it stays taken where that runs in another thread."""
+    setup, table = make(), sampler_table("ddim", SCHEDULE, 2)
+    gc.collect()
+    gc.disable()
+    try:
+        for batch, keep in ((12, False), (12, True), (5, True)):
+            run(setup.engine, framed(scan((2, SIZE, SIZE))), table, batch=batch, keep_runs=keep)
+        setup.engine.close()
+        freed = setup.world.named("unpinned")
+    finally:
+        gc.enable()
+    assert len(freed) == len(setup.world.pinned)
+    assert all(current for _, current in freed)
 
 
 @pytest.mark.parametrize("call", range(1, 8))

@@ -14,7 +14,7 @@ import torch
 
 from cdiff.benchmarks import gpu_checks, gpu_measure, gpu_suite
 from cdiff.benchmarks.gpu_checks import KINDS, Settings
-from cdiff.benchmarks.gpu_measure import flops, noise_of, published, step_seconds, whole_protocol
+from cdiff.benchmarks.gpu_measure import DeviceMemory, flops, noise_of, published, step_seconds, whole_protocol
 from cdiff.benchmarks.gpu_parity import call_errors, map_errors
 from cdiff.benchmarks.gpu_report import markdown
 from cdiff.benchmarks.gpu_subjects import PAPER, SHIPPED, demo_slices, shipped_config, subject
@@ -159,6 +159,47 @@ def test_a_step_is_a_median_and_no_jitter(engine: TorchChainEngine, monkeypatch:
         else:
             with pytest.raises(CdiffError, match="the time of a step is not known"):
                 step_seconds(engine, TINY, TINY.images()["real"], 4)
+
+
+def test_memory_is_looked_at_apart_from_the_clock_and_without_leftovers(
+    engine: TorchChainEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for a GPU of 100 bytes: 10 are used, 30 more were kept from an earlier batch size."""
+    kept, watched, steps = [30], [0], []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: kept.__setitem__(0, 0))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (90 - kept[0], 100))
+    with DeviceMemory("cuda:0") as memory:
+        pass
+    assert memory.peak == 10
+
+    class Watch(DeviceMemory):
+        def __enter__(self) -> DeviceMemory:
+            watched[0] += 1
+            return super().__enter__()
+
+        def __exit__(self, *rest: object) -> None:
+            super().__exit__(*rest)
+            watched[0] -= 1
+
+    def seen(name: str, table: int) -> None:
+        real = getattr(gpu_measure, name)
+
+        def call(*args: Any, **named: Any) -> Any:
+            steps.append((len(args[table]), watched[0]))
+            return real(*args, **named)
+
+        monkeypatch.setattr(gpu_measure, name, call)
+
+    monkeypatch.setattr(gpu_measure, "DeviceMemory", Watch)
+    seen("segment_windows", 2)
+    seen("plain_loop", 3)
+    image = TINY.images()["real"]
+    whole_protocol(engine, TINY, image, 6, seconds=1e9)
+    published(TINY, image, "cpu", seconds=0)
+    T = TINY.config.network.T
+    assert steps == [(2, 0), (2, 1), (T, 0), (2, 0), (2, 1), (2, 0), (6, 0)], (
+        "steps, and whether the memory was watched"
+    )
 
 
 def test_a_protocol_in_part_is_extrapolated_and_says_so(engine: TorchChainEngine) -> None:

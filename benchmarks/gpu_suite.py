@@ -3,7 +3,7 @@
     python -m cdiff.benchmarks.gpu_suite --out gpu_suite
 
 Each check runs in a process of its own with a time limit; gpu_suite.json and gpu_suite.md are written anew after each, and the same
-command goes on where it stopped. It needs PyTorch, NumPy and onnxruntime; what else is missing is said in the table.
+command goes on where it stopped. It needs PyTorch and NumPy, and safetensors for the shipped model; what else is missing is said in the table.
 """
 
 from __future__ import annotations

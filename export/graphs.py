@@ -8,10 +8,9 @@ import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnx
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -21,6 +20,9 @@ from cdiff.runtime.manifest import DENOISER, ENCODER
 from cdiff.runtime.schedule import NoiseSchedule
 from cdiff.train.config import NetworkConfig
 from cdiff.train.network import Denoiser, Encoder
+
+if TYPE_CHECKING:
+    import onnx
 
 OPSETS = {torch.float32: 20, torch.float16: 21}
 """docs/export.md has the measurement. Opset 21 keeps GroupNormalization whole, which engines for GPUs fuse, and half precision is
@@ -135,6 +137,8 @@ def export_graph(
     inputs: examples by name, whose first axis is free under the name in `axes`, or fixed where that is empty. Free axes of
     one name must be equal; an example's must not be 1, which the exporter takes for a constant.
     """
+    import onnx  # only here: PyTorch as an engine uses this module's arithmetic and writes no file
+
     size = sum(t.numel() * t.element_size() for t in (*graph.parameters(), *graph.buffers()))
     if size >= MAX_BYTES:
         raise CdiffError(

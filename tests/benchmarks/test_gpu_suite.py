@@ -62,7 +62,7 @@ def test_imports_need_numpy_and_pytorch_alone() -> None:
         "import sys, importlib.abc, importlib.metadata as m\n"
         "class No(importlib.abc.MetaPathFinder):\n"
         "    def find_spec(self, name, path=None, target=None):\n"
-        f"        if name.split('.')[0] in {['typer', 'rich', 'nibabel', 'pycuda', 'tensorrt', 'tensorrt_rtx', 'matplotlib', 'PIL', 'monai', 'safetensors', 'diffusers', 'scipy']!r}:\n"
+        f"        if name.split('.')[0] in {['typer', 'rich', 'nibabel', 'pycuda', 'tensorrt', 'tensorrt_rtx', 'matplotlib', 'PIL', 'monai', 'safetensors', 'diffusers', 'scipy', 'onnx', 'onnxscript']!r}:\n"
         "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
         "sys.meta_path.insert(0, No())\n"
         "m.version = lambda name, real=m.version: (_ for _ in ()).throw(m.PackageNotFoundError(name)) if name == 'cdiff' else real(name)\n"
@@ -70,6 +70,8 @@ def test_imports_need_numpy_and_pytorch_alone() -> None:
         "import cdiff; assert cdiff.__version__ == '0+clone'\n"
         "found = c.run_check('parity:graph:shipped', c.Settings('cpu'))\n"
         "assert (found['status'], 'safetensors' in found['message']) == ('refused', True), found\n"
+        "found = c.run_check('noise:graph:paper', c.Settings('cpu', small=True))\n"
+        "assert found['status'] == 'done', found\n"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from cdiff.benchmarks.gpu_measure import DeviceMemory, flops, noise_of, publishe
 from cdiff.benchmarks.gpu_parity import call_errors, map_errors
 from cdiff.benchmarks.gpu_report import markdown
 from cdiff.benchmarks.gpu_subjects import PAPER, SHIPPED, demo_slices, shipped_config, subject
-from cdiff.benchmarks.gpu_suite import Suite, chosen, in_a_process, main, plan
+from cdiff.benchmarks.gpu_suite import Check, Suite, chosen, in_a_process, main, plan
 from cdiff.benchmarks.gpu_targets import BASELINES, targets
 from cdiff.export.reference import TorchEngine
 from cdiff.export.torch_engine import TorchChainEngine
@@ -273,6 +274,25 @@ def test_it_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "gpu_suite.json").write_text("{")
     with pytest.raises(CdiffError, match="give --fresh"):
         Suite(tmp_path, CPU, checks, fresh=False)
+
+
+def test_a_check_that_the_suite_cuts_short_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--minutes` ends a check that did not come to its own limit: nothing broke, and the same command measures it."""
+    now = [0.0]
+    monkeypatch.setattr(gpu_suite, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def slow(name: str, settings: Settings, seconds: float) -> dict[str, Any]:
+        now[0] += seconds
+        return {"status": "failed", "message": f"took longer than {seconds:.0f} s and was ended", "seconds": seconds}
+
+    monkeypatch.setattr(gpu_suite, "in_a_process", slow)
+    checks = [Check(name, "", 40, 1) for name in ("noise:graph:shipped", "noise:graph:paper")]
+    suite = Suite(tmp_path, CPU, checks, fresh=False)
+    suite.run(checks, minutes=1)
+    found = suite.report["checks"]
+    assert found["noise:graph:shipped"]["message"] == "took longer than 40 s and was ended"
+    assert found["noise:graph:paper"]["status"] == "not measured"
+    assert "the time was up" in found["noise:graph:paper"]["message"]
 
 
 def test_targets_are_met_missed_or_not_measured() -> None:

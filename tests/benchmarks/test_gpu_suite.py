@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -293,6 +297,32 @@ def test_a_check_that_the_suite_cuts_short_is_not_measured(tmp_path: Path, monke
     assert found["noise:graph:shipped"]["message"] == "took longer than 40 s and was ended"
     assert found["noise:graph:paper"]["status"] == "not measured"
     assert "the time was up" in found["noise:graph:paper"]["message"]
+
+
+def test_ending_the_suite_ends_its_check(tmp_path: Path) -> None:
+    """As by `timeout`: a check left behind would keep the GPU that the next ones are measured on."""
+    check, begun = tmp_path / "check", tmp_path / "pid"
+    check.write_text(f"#!/bin/sh\necho $$ > {begun}.part; mv {begun}.part {begun}; exec sleep 600\n")
+    check.chmod(0o755)
+    program = (
+        f"import sys, runpy; sys.argv[1:] = ['--device', 'cpu', '--small', '--out', {str(tmp_path / 'out')!r}, '--checks', 'machine']\n"
+        f"sys.executable = {str(check)!r}\n"
+        "runpy.run_module('cdiff.benchmarks.gpu_suite', run_name='__main__')\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], cwd=REPOSITORY, stderr=subprocess.PIPE, text=True) as suite:
+        while not begun.exists():
+            assert suite.poll() is None
+            time.sleep(0.1)
+        suite.terminate()
+        _, said = suite.communicate()
+    pid = int(begun.read_text())
+    try:
+        assert suite.returncode == 130, said
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def test_targets_are_met_missed_or_not_measured() -> None:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -275,6 +276,8 @@ def test_it_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "| noise:graph:shipped | refused | no |" in page
     with pytest.raises(CdiffError, match="other settings; give --fresh"):
         Suite(tmp_path, Settings("cpu"), checks, fresh=False)
+    elsewhere = Suite(tmp_path, replace(CPU, work="elsewhere"), checks, fresh=False)
+    assert elsewhere.report["checks"].keys() == {"noise:graph:shipped"}, "graphs in another folder measure the same"
     (tmp_path / "gpu_suite.json").write_text("{")
     with pytest.raises(CdiffError, match="give --fresh"):
         Suite(tmp_path, CPU, checks, fresh=False)

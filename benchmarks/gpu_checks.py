@@ -168,9 +168,13 @@ def check_protocol(path: str, model: Subject, settings: Settings) -> dict[str, A
     best = min(able, key=lambda size: -(-model.rows // size) * sweep[str(size)]["ms_a_step"])
     found = whole_protocol(engine, model, image, best, settings.seconds)
     counted = flops(model)
+    try:
+        parts = step_parts(engine, model, best)
+    except (CdiffError, RuntimeError) as error:  # a step launched plainly needs its memory beside the captured one's
+        parts = {"parts_error": one_line(error)}
     return {
         "engine": engine.name, "version": engine.version, "device": engine.device, "sweep": sweep, "runtime_batch": usual_batch(model, engine.device),
-        "flop": counted["protocol"], "flop_per_s": counted["protocol"] / found["seconds"], **found, **step_parts(engine, model, best),
+        "flop": counted["protocol"], "flop_per_s": counted["protocol"] / found["seconds"], **found, **parts,
     }  # fmt: skip
 
 

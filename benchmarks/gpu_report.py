@@ -205,6 +205,11 @@ def _unmeasured(report: dict[str, Any]) -> str:
         for check in report["plan"]
         if "result" not in checks.get(check["name"], {})
     ]
+    rows += [
+        (name, "done but for a step's parts", found["result"]["parts_error"])
+        for name, found in checks.items()
+        if "parts_error" in found.get("result", {})
+    ]
     return _table("Not measured", ("check", "state", "why"), rows)
 
 

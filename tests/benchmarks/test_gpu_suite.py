@@ -29,6 +29,7 @@ from cdiff.benchmarks.gpu_targets import BASELINES, targets
 from cdiff.export.reference import TorchEngine
 from cdiff.export.torch_engine import TorchChainEngine
 from cdiff.runtime.bundle import open_bundle, shipped_bundle
+from cdiff.runtime.device.cuda import OutOfMemory
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.scan import read_scan
 from tests.conftest import REPOSITORY
@@ -326,6 +327,19 @@ def test_ending_the_suite_ends_its_check(tmp_path: Path) -> None:
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+
+
+def test_no_room_for_the_parts_of_a_step_costs_no_measured_protocol(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(*_: Any) -> Any:
+        raise OutOfMemory("PyTorch has no room on the GPU")
+
+    monkeypatch.setattr(gpu_checks, "step_parts", no_room)
+    name = "protocol:graph:paper"
+    found = gpu_checks.run_check(name, CPU)
+    assert found["status"] == "done"
+    page = markdown({"settings": vars(CPU), "targets": [], "plan": [], "checks": {name: found}})
+    assert f"| {name} | done but for a step's parts | PyTorch has no room on the GPU |" in page
+    assert "| cdiff, PyTorch float16, captured |" in page
 
 
 def test_targets_are_met_missed_or_not_measured() -> None:

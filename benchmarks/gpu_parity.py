@@ -10,6 +10,7 @@ from cdiff.benchmarks.gpu_measure import evened, table_of, windows_of
 from cdiff.benchmarks.gpu_subjects import SEED, Subject
 from cdiff.runtime.batching import segment_windows
 from cdiff.runtime.engines.base import Engine, Float32
+from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.metrics import at_least, dice
 from cdiff.runtime.noise import normal
 
@@ -20,7 +21,7 @@ def call_errors(engine: Engine, reference: Engine, image: Float32, model: Subjec
     """Largest differences of one encoding (over the largest feature) and of one denoiser call whose rows cover timesteps and levels.
 
     `x0` is the clipped estimate; `eps` the same difference times sqrt(abar / (1 - abar)), which is what the network's own output for
-    eps differs by where the estimate is not clipped.
+    eps differs by where the estimate is not clipped. Raises CdiffError when the engine's values are not finite.
     """
     ours, theirs = np.asarray(engine.encode(image)), np.asarray(reference.encode(image))
     encoder = np.abs(ours.astype(np.float32) - theirs).max() / max(np.abs(theirs).max(), 1e-12)
@@ -33,7 +34,11 @@ def call_errors(engine: Engine, reference: Engine, image: Float32, model: Subjec
     alpha = abar[t].reshape(-1, 1, 1, 1)
     # States as a chain meets them: the network's own first guess, noised to t.
     x = (np.sqrt(alpha) * guess + np.sqrt(1 - alpha) * z).astype(np.float32)
-    gap = np.abs(engine.denoise(x, ours, slot, t, level)[0] - reference.denoise(x, theirs, slot, t, level)[0])
+    x0 = engine.denoise(x, ours, slot, t, level)[0]
+    for what, value in (("encoder", ours), ("denoiser", x0)):
+        if not np.isfinite(value).all():
+            raise CdiffError(f"a single call of the {what} on {engine.name} returned a value that is not finite")
+    gap = np.abs(x0 - reference.denoise(x, theirs, slot, t, level)[0])
     eps = gap * np.sqrt(alpha / (1 - alpha))
     return {
         "encoder": float(encoder),

@@ -342,6 +342,16 @@ def test_no_room_for_the_parts_of_a_step_costs_no_measured_protocol(monkeypatch:
     assert "| cdiff, PyTorch float16, captured |" in page
 
 
+def test_values_that_are_not_finite_are_said_and_not_compared(
+    engine: TorchChainEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference = TorchEngine(TINY.network(), TINY.schedule)
+    denoise = engine.denoise
+    monkeypatch.setattr(engine, "denoise", lambda *arrays: (denoise(*arrays)[0] * np.float32(np.nan), None))
+    with pytest.raises(CdiffError, match="the denoiser on torch returned a value that is not finite"):
+        call_errors(engine, reference, TINY.images()["real"], TINY)
+
+
 def test_targets_are_met_missed_or_not_measured() -> None:
     def checks(maps: float, dice: float, seconds: float, host: float, four: float) -> dict[str, Any]:
         return {

@@ -205,7 +205,8 @@ def published(model: Subject, image: Float32, device: str, seconds: float) -> di
     return {
         "seconds": whole, "seconds_a_slice": whole, "share": more / T / model.runs, "measured_seconds": short + longer,
         "ms_a_row": 1e3 * a_step, "ms_a_chain_encoder_and_copy": 1e3 * a_chain, "peak_bytes": memory.peak,
-        "tf32_convolutions": bool(torch.backends.cudnn.allow_tf32), "tf32_products": bool(torch.backends.cuda.matmul.allow_tf32),
+        "tf32_convolutions": device != "cpu" and bool(torch.backends.cudnn.allow_tf32),
+        "tf32_products": device != "cpu" and bool(torch.backends.cuda.matmul.allow_tf32),
     }  # fmt: skip
 
 

@@ -79,7 +79,7 @@ def _protocol(checks: dict[str, Any], model: str) -> str:
         own, steps = name.split(":")[1], result.get("step_seconds", {})
         batch = result.get("batch", 1)
         rows.append((
-            _name(own), f"{result['seconds_a_slice']:.2f}", _share(result["share"]),
+            _name(own) + _tf32(result), f"{result['seconds_a_slice']:.2f}", _share(result["share"]),
             f"{published['seconds_a_slice'] / result['seconds_a_slice']:.1f}" if published else NONE,
             f"{result['flop'] / result['seconds_a_slice'] / rate:.0%}" if rate else NONE,
             str(batch), _ms(result.get("encoder_seconds")), _ms(steps.get("denoise")), _ms(steps.get("noise")), _ms(steps.get("update")),
@@ -88,9 +88,17 @@ def _protocol(checks: dict[str, Any], model: str) -> str:
         ))  # fmt: skip
     columns = (
         "", "s a slice", "measured", "times the published way", "of the half-precision matmul rate", "rows a batch", "encoder, ms",
-        "denoiser, ms a step", "noise", "update", "whole step", "x to the device and back, ms", "host", "memory in use, GiB",
+        "denoiser, ms a step", "noise, ms a step", "update, ms a step", "whole step, ms", "x to the device and back, ms", "host", "memory in use, GiB",
     )  # fmt: skip
     return _table(f"Whole protocol: {MODELS[model]}, all levels, runs and steps of one slice", columns, rows)
+
+
+def _tf32(result: dict[str, Any]) -> str:
+    """What float32 meant in a baseline that leaves it to PyTorch; empty for the others."""
+    if "tf32_convolutions" not in result:
+        return ""
+    used = [what for what in ("convolutions", "products") if result[f"tf32_{what}"]]
+    return f" (TF32 in {' and '.join(used)})" if used else " (no TF32)"
 
 
 def _share(share: float) -> str:

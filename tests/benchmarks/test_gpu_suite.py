@@ -352,6 +352,14 @@ def test_values_that_are_not_finite_are_said_and_not_compared(
         call_errors(engine, reference, TINY.images()["real"], TINY)
 
 
+def test_the_page_says_what_float32_meant() -> None:
+    plain = {"seconds_a_slice": 2.0, "share": 1.0, "flop": 1.0, "peak_bytes": 0, "tf32_products": False}
+    for used, said in ((True, "(TF32 in convolutions)"), (False, "(no TF32)")):
+        checks = {"published:published:paper": {"status": "done", "result": plain | {"tf32_convolutions": used}}}
+        page = markdown({"settings": vars(CPU), "targets": [], "plan": [], "checks": checks})
+        assert f"encoder for each {said} | 2.00 | all of it |" in page
+
+
 def test_targets_are_met_missed_or_not_measured() -> None:
     def checks(maps: float, dice: float, seconds: float, host: float, four: float) -> dict[str, Any]:
         return {

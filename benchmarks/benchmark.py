@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from cdiff import __version__
 from cdiff.benchmarks.contenders import COMPILED, EXPORTED, PUBLISHED, PYTORCH
 from cdiff.benchmarks.tables import summary
 from cdiff.runtime.batching import rows_per_batch
@@ -162,7 +163,10 @@ def benchmark(
     return {
         "machine": {
             **floor["machine"], "threads": threads, "load_before": round(load, 2),
-            "versions": {name: importlib.metadata.version(name) for name in ("cdiff", "numpy", "onnxruntime") if _has(name)},
+            "versions": {
+                "cdiff": __version__,
+                **{name: importlib.metadata.version(name) for name in ("numpy", "onnxruntime") if _has(name)},
+            },
         },
         "model": {
             "name": manifest.name, "manifest_sha256": sha256(opened.path / MANIFEST), "parameters": floor["parameters"],

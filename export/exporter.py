@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 import torch
 
+from cdiff import __version__
 from cdiff.export.card import METHOD, Card, render
 from cdiff.export.graphs import DenoiserGraph, EncoderGraph, write_denoiser, write_encoder
 from cdiff.export.half import check_half, half_network
@@ -82,7 +83,8 @@ def export_run(
         manifest = _manifest(loaded, card, card.name or out.name, folder, fp16, fast_steps)
         report(3, PARTS)
         checked = verify(Bundle(folder, manifest), TorchEngine(loaded.network, loaded.schedule), slices)
-        checked |= {"exported_by": {name: importlib.metadata.version(name) for name in ("cdiff", "torch", "onnx")}}
+        packages = {name: importlib.metadata.version(name) for name in ("torch", "onnx")}
+        checked |= {"exported_by": {"cdiff": __version__, **packages}}
         manifest = dataclasses.replace(manifest, verification=checked | ({"half_share": half} if fp16 else {}))
         report(4, PARTS)
         (folder / CARD).write_text(render(card, manifest, loaded.config), encoding="utf-8")

@@ -9,10 +9,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import Any
 
+from cdiff import __version__
 from cdiff.export.engine_report import (
     MIN_HALF_SHARE,
     half_share,
@@ -191,7 +191,7 @@ def _build(
             "sha256": sha256(file),
             "bytes": file.stat().st_size,
             "seconds": round(time.monotonic() - started, 1),
-            "cdiff": package_version("cdiff"),
+            "cdiff": __version__,
             "half_share": report["half_share"],
             "warnings": built.warnings[:20],
         }

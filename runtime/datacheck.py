@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cdiff import __version__
 from cdiff.runtime.case import Case, listed
 from cdiff.runtime.cases import DataSet, find_cases
 from cdiff.runtime.errors import CdiffError
@@ -109,7 +109,7 @@ def check_data(
     findings += [Finding("error", "training", "", reason) for reason in training["reasons"]]
     findings += [finding for look in looks for finding in look.findings] + _over_cases(looks, C, found)
     report = {
-        "cdiff": version("cdiff"),
+        "cdiff": __version__,
         "data": str(root.resolve()),
         "layout": found.layout,
         "task": found.task,

@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
+from cdiff import __version__
 from cdiff.runtime.bundle import open_bundle, shipped_bundle
 from cdiff.runtime.engines.registry import available_engines
 from cdiff.runtime.engines.trt import MODULES, trt_version
@@ -112,7 +113,7 @@ def _ready(missing: list[str]) -> tuple[str, str]:
 def _machine() -> list[Check]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return [
-        Check("cdiff", None, version("cdiff")),
+        Check("cdiff", None, __version__),
         Check("Python", None, f"{platform.python_version()} ({platform.python_implementation()})"),
         Check("system", None, f"{platform.system()} {platform.release()}, {platform.machine()}"),
         Check("processor", None, f"{_processor()}, {cores} cores to use"),

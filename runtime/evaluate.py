@@ -6,13 +6,13 @@ import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cdiff import __version__
 from cdiff.runtime.cases import Case, read_case
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import sha256, write_json
@@ -259,7 +259,7 @@ def _header(segmenter: Segmenter, protocol: Protocol, data: Mapping[str, Any]) -
         },
         "engine": {"name": segmenter.engine.name, "device": segmenter.engine.device},
         "data": dict(data),
-        "cdiff": version("cdiff"),
+        "cdiff": __version__,
         "format": FORMAT,
     }
 

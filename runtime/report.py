@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cdiff import __version__
+
 if TYPE_CHECKING:
     from cdiff.runtime.grid import Grid
     from cdiff.runtime.results import Float32, Stack
@@ -96,7 +98,7 @@ def versions() -> dict[str, str]:
 def build_report(parts: Mapping[str, Any]) -> dict[str, Any]:
     """The report: the package's version and the time first, then `parts` in their order, then versions and notice."""
     return {
-        "cdiff": version("cdiff"),
+        "cdiff": __version__,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         **parts,
         "versions": versions(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -108,6 +109,37 @@ def test_python_started_in_the_clone_finds_every_package() -> None:
     done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert Path(done.stdout.strip()) == REPOSITORY / "runtime" / "schedule.py"
+
+
+# The `cdiff` command in a clone of which nothing was installed: no import hook of an editable install, no metadata.
+NOT_INSTALLED = """
+import importlib.metadata, runpy, sys
+
+def from_name(name, real=importlib.metadata.Distribution.from_name):
+    if name == "cdiff":
+        raise importlib.metadata.PackageNotFoundError(name)
+    return real(name)
+
+importlib.metadata.Distribution.from_name = from_name
+sys.meta_path[:] = [finder for finder in sys.meta_path if "Editable" not in getattr(finder, "__name__", "")]
+runpy.run_module("cdiff.cli", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize("command", ["doctor", "segment"])
+def test_the_clone_runs_where_nothing_was_installed(command: str, tmp_path: Path) -> None:
+    """On a GPU machine without a network; the version that reports state must not come from an installation alone."""
+    scan = ["cdiff/demo", "--fast", "--runs", "1", "--slices", "3:4", "-o", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-c", NOT_INSTALLED, command, *(scan if command == "segment" else [])],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    if command == "segment":
+        assert json.loads((tmp_path / "demo.json").read_text())["cdiff"] == "0+clone"
 
 
 def test_constraints_pin_every_direct_dependency() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from cdiff import __version__
 from cdiff.benchmarks.peers import diffusion
 from cdiff.benchmarks.peers.draws import Float32, draw_runs, mixed
 from cdiff.benchmarks.peers.slices import INTENSITY
@@ -94,7 +94,7 @@ def score_all(
         "data": data.resolve().name,
         "scoring": asdict(scoring),
         "machine": describe_machine(torch.device("cpu")),
-        "cdiff": version("cdiff"),
+        "cdiff": __version__,
         "peers": scored,
         "not_scored": reasons,
     }
@@ -138,7 +138,7 @@ def score_unet(
         },
         "engine": {"name": "pytorch", "version": torch.__version__, "device": "cpu"},
         "data": {"folder": data.resolve().name, "split": scoring.split},
-        "cdiff": version("cdiff"),
+        "cdiff": __version__,
         "format": FORMAT,
     }
     out = run / scoring.file

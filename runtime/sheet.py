@@ -28,6 +28,8 @@ CASES = 12
 DPI = 110
 SIDE, GAP, EDGE, BETWEEN = 1.75, 0.08, 0.35, 0.4
 HEAD, ROW, FOOT = 0.85, 0.34, 0.95
+SOFT_KEY, NAME = 2.1, 0.75
+"""Widths of the soft label's key, and of an annotator's stroke and name in the other."""
 Place = tuple[float, float, float, float]
 
 
@@ -76,11 +78,13 @@ def sheet_figure(looks: Sequence[Look], channels: int, slice_axis: int, title: s
             _heads(figure, places, 1 - 0.6 / height)
         drawn = _block(figure, places, look, colours, channels, slice_axis)
     if drawn is not None:
-        key = drawing.panel(figure, (EDGE, 0.35, min(block, 0.75 * len(colours) + 0.6), 0.44))
-        short = all(len(name) <= 6 for name in colours) and len(colours) <= 7
+        beside = width - 2 * EDGE - SOFT_KEY - 0.25
+        across = min(block, beside, NAME * len(colours) + 0.6)
+        key = drawing.panel(figure, (EDGE, 0.35, across, 0.44))
+        short = all(len(name) <= 6 for name in colours) and NAME * len(colours) <= across
         names = [(name if short else str(i), colour) for i, (name, colour) in enumerate(colours.items(), start=1)]
         drawing.line_key(key, names[:14], "annotator")
-        place = (width - EDGE - 2.4, 0.68, 2.4, 0.11)
+        place = (width - EDGE - SOFT_KEY, 0.68, SOFT_KEY, 0.11)
         drawing.colour_key(figure, place, drawn, "soft label: fraction of annotators")
     return figure
 

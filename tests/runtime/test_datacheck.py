@@ -15,7 +15,7 @@ from cdiff.runtime.cases import find_cases
 from cdiff.runtime.datacheck import Check, check_data
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.metrics import pairwise_dice
-from cdiff.runtime.sheet import CASES, chosen, write_sheet
+from cdiff.runtime.sheet import CASES, chosen, sheet_figure, write_sheet
 from tests.layouts import disc, save, write_brats, write_qubiq, write_table
 
 
@@ -193,6 +193,18 @@ def test_the_sheet_shows_cases_from_all_over_the_data(tmp_path: Path) -> None:
     # The soft label's colours are there: plasma's yellow where all agree, which no grey image holds.
     assert ((pixels[..., 0] - pixels[..., 2]) > 100).mean() > 0.005
     assert sorted(path.name for path in tmp_path.iterdir()) == ["many", "sheet.png"]
+
+
+@pytest.mark.parametrize("raters", [1, 4, 5, 14])
+def test_the_keys_of_a_sheet_with_one_case_stand_side_by_side(raters: int, tmp_path: Path) -> None:
+    check = check_data(write_qubiq(tmp_path / "one", {"Training": 1}, raters=raters))
+    figure = sheet_figure(check.looks, check.channels, 2, "a title", "a note")
+    figure.canvas.draw()
+    (lines,) = [axes for axes in figure.axes if "annotator" in {text.get_text() for text in axes.texts}]
+    (bar,) = [axes for axes in figure.axes if axes.get_xlabel().startswith("soft label")]
+    drawn = [text.get_window_extent().x1 for text in lines.texts]
+    assert len(drawn) == raters + 1, "every annotator is named"
+    assert max(drawn) < bar.get_window_extent().x0
 
 
 def test_every_case_of_the_sheet_is_readable(tmp_path: Path) -> None:

@@ -162,11 +162,12 @@ def _driver() -> Check:
 
 
 def _in_wheels(name: str) -> str | None:
-    """A CUDA library that came as a Python wheel (nvidia/<part>/lib/lib<name>.so.N): its file's name."""
-    spec = find_spec("nvidia")
-    for root in (spec.submodule_search_locations or []) if spec else []:
-        for file in sorted(Path(root).glob(f"*/lib/lib{name}.so*")):
-            return f"{file.name} (wheel)"
+    """A library that came as a Python wheel: CUDA's in nvidia/<part>/lib, TensorRT's in tensorrt_libs. Its file's name."""
+    for package, where in (("nvidia", "*/lib/"), ("tensorrt_libs", "")):
+        spec = find_spec(package)
+        for root in (spec.submodule_search_locations or []) if spec else []:
+            for file in sorted(Path(root).glob(f"{where}lib{name}.so*")):
+                return f"{file.name} (wheel)"
     return None
 
 

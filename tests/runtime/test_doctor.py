@@ -67,6 +67,17 @@ def test_what_can_build_engines(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "not installed" in found["tensorrt-rtx"].remedy
 
 
+def test_libraries_that_came_as_wheels_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT's wheels keep theirs in a package of their own; no library of that name is installed otherwise."""
+    (tmp_path / "tensorrt_libs").mkdir()
+    (tmp_path / "tensorrt_libs" / "__init__.py").touch()
+    (tmp_path / "tensorrt_libs" / "libnvinfer.so.10").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("cdiff.runtime.doctor.ctypes.util.find_library", lambda name: None)
+    found = {check.name: check.found for check in diagnose().sections["GPU"]}
+    assert found["libnvinfer"] == "libnvinfer.so.10 (wheel)"
+
+
 def test_it_runs_where_torch_cannot_be_imported(tmp_path: Path) -> None:
     """A torch that raises on import stands in front of the real one."""
     (tmp_path / "torch.py").write_text("raise RuntimeError('doctor imported torch')")

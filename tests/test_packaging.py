@@ -159,3 +159,10 @@ def test_constraints_pin_every_direct_dependency() -> None:
     names = {re.split(r"[<>=!~ \[]", requirement)[0].lower() for requirement in wanted}
     names.remove("cdiff")  # an extra that names another one of this project
     assert not names - set(pins), "regenerate constraints.txt"
+
+
+def test_the_gpu_extra_brings_cudas_libraries() -> None:
+    """onnxruntime-gpu alone asks for none of them: its CUDA provider would not start on a machine that has a driver alone."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    (runtime,) = [one for one in project["optional-dependencies"]["gpu"] if one.startswith("onnxruntime-gpu")]
+    assert set(re.findall(r"\w+", runtime.partition("[")[2].partition("]")[0])) == {"cuda", "cudnn"}

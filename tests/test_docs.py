@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import re
@@ -74,6 +75,49 @@ def test_every_option_that_the_pages_name_exists() -> None:
         ).stdout
         for option in used.get(name, set()):
             assert re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", help_text), f"cdiff {name} has no {option}"
+
+
+LIBRARIES_SAY = {  # the GPU page's messages that are the driver's, the loader's
+    "libcudart.so.12: cannot open shared object file",
+    "libnvinfer.so.10: cannot open shared object file",
+    "libcuda.so.1: cannot open shared object file",
+    "CUDA driver version is insufficient for CUDA runtime version",
+    "no CUDA-capable device is detected",
+}
+
+PUT_TOGETHER = {  # those in which the code puts a name or a number
+    "needs ONNX Runtime's CUDA build, but onnxruntime ... has no CUDAExecutionProvider": [
+        "needs ONNX Runtime's CUDA build, but onnxruntime {} has no {}"
+    ],
+    "could not start its CUDAExecutionProvider ... and fell back to the CPU": [
+        "could not start its {} on {} and fell back to the CPU"
+    ],
+    "the driver shows no GPU at all": ["the driver shows {}", "no GPU at all"],
+    "sees no GPU": ["sees {}", "no GPU"],
+    "tensorrt is installed but does not load": ["{} is installed but does not load"],
+    "does not build for compute capability 9.0": ["does not build for compute capability {}"],
+}
+
+
+def test_every_message_of_the_gpu_page_is_one_that_the_code_has() -> None:
+    """`...` stands for what changes."""
+    texts = set()
+    for layer in ("runtime", "export", "cli", "train"):
+        for path in (REPOSITORY / layer).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    texts.add(node.value)
+                elif isinstance(node, ast.JoinedStr):
+                    parts = [str(one.value) if isinstance(one, ast.Constant) else "{}" for one in node.values]
+                    texts.add("".join(parts))
+    _, table = (REPOSITORY / "docs" / "gpu.md").read_text(encoding="utf-8").split("## Troubleshooting by message")
+    rows = [line for line in table.splitlines() if line.startswith("| `")]
+    assert len(rows) > 10
+    for row in rows:
+        for message in set(re.findall("`([^`]+)`", row.split(" | ")[0])) - LIBRARIES_SAY:
+            for part in PUT_TOGETHER.get(message, [message]):
+                wanted = ".*".join(re.escape(piece) for piece in part.split("..."))
+                assert any(re.search(wanted, text) for text in texts), message
 
 
 def test_pages_say_what_was_measured(tables: ModuleType) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import typer
 
 from tests.conftest import REPOSITORY
 
@@ -75,6 +76,24 @@ def test_every_option_that_the_pages_name_exists() -> None:
         ).stdout
         for option in used.get(name, set()):
             assert re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", help_text), f"cdiff {name} has no {option}"
+
+
+def test_the_commands_page_has_every_option() -> None:
+    from cdiff.cli.app import app
+
+    text = (REPOSITORY / "docs" / "commands.md").read_text(encoding="utf-8")
+    sections = {
+        title.split()[1].strip("`"): body for title, body in re.findall(r"(?ms)^## (`.*?)$(.*?)(?=^## |\Z)", text)
+    }
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    assert set(sections) == set(commands)
+    for name, command in commands.items():
+        of = command.commands["check"] if name == "data" else command
+        for option in (one for one in of.params if one.param_type_name == "option"):
+            if option.name in ("help", "quiet"):  # every command's, told above
+                continue
+            spelled = [rf"(?<![\w-]){one}(?![\w-])" for one in option.opts + option.secondary_opts]
+            assert any(re.search(one, sections[name]) for one in spelled), f"cdiff {name}: {option.opts} is not told"
 
 
 LIBRARIES_SAY = {  # the GPU page's messages that are the driver's, the loader's

@@ -114,7 +114,9 @@ def gpu_missing(device: str) -> str | None:
     try:
         import torch
     except ModuleNotFoundError:
-        return "PyTorch is not installed; the suite compares everything with it: pip install 'cdiff[train]'"
+        return (
+            "PyTorch is not installed; the suite compares everything with it: pip install '.[train]' in cdiff's clone"
+        )
     if device == "cpu":
         return None
     if not torch.cuda.is_available():

@@ -17,4 +17,6 @@ def needs(extra: str, what: str) -> Iterator[None]:
         package = (error.name or "").partition(".")[0]
         if package in ("", "cdiff"):
             raise
-        raise CdiffError(f'{what} needs {package}, which is not installed; try: pip install "cdiff[{extra}]"') from None
+        raise CdiffError(
+            f"{what} needs {package}, which is not installed; try: pip install '.[{extra}]' in cdiff's clone"
+        ) from None

@@ -60,7 +60,7 @@ def export_run(
     """
     if not any("cpu" in state.devices for state in available_engines()):
         raise CdiffError(
-            "export compares its graphs by ONNX Runtime, which is not here: pip install 'cdiff[train,cpu]'"
+            "export compares its graphs by ONNX Runtime, which is not here: pip install '.[train,cpu]' in cdiff's clone"
         )
     loaded = load_run(run, which)
     fast_steps = min(loaded.config.training.val_steps, loaded.config.network.T) if fast_steps is None else fast_steps

@@ -19,7 +19,7 @@ from cdiff.runtime.engines.trt import MODULES, trt_version
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.gpus import visible_gpus
 
-TRAIN_EXTRA = 'pip install "cdiff[train]"'
+TRAIN_EXTRA = "pip install '.[train]' in cdiff's clone"
 
 # What a package is for; of several names any may be installed.
 PACKAGES: tuple[tuple[str, tuple[str, ...]], ...] = (

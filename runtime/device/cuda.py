@@ -8,7 +8,7 @@ from typing import Any
 
 from cdiff.runtime.errors import CdiffError
 
-INSTALL = "pip install 'cdiff[gpu]' (see docs/gpu.md for what goes together)"
+INSTALL = "pip install '.[gpu]' in cdiff's clone (see docs/gpu.md for what goes together)"
 PACKAGES = {
     "pycuda.driver": "pycuda",
     "cuda.bindings.driver": "cuda-bindings",

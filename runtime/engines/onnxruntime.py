@@ -55,7 +55,7 @@ def open_session(
         if provider[0] not in ort.get_available_providers():
             raise CdiffError(
                 f"device {where} needs ONNX Runtime's CUDA build, but onnxruntime {ort.__version__} has no {provider[0]}: "
-                "pip uninstall onnxruntime, then pip install 'cdiff[gpu]'; or use --device cpu"
+                "pip uninstall onnxruntime, then pip install '.[gpu]' in cdiff's clone; or use --device cpu"
             )
         ort.preload_dlls()  # CUDA's and cuDNN's libraries where they came as wheels
         providers.insert(0, provider)

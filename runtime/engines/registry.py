@@ -76,7 +76,7 @@ def _device_layer_missing() -> str:
 def _onnxruntime_status(name: str) -> EngineStatus:
     """ONNX Runtime itself, or its TensorRT provider."""
     if importlib.util.find_spec("onnxruntime") is None:
-        return EngineStatus(name, None, (), "onnxruntime is not installed: pip install 'cdiff[cpu]'")
+        return EngineStatus(name, None, (), "onnxruntime is not installed: pip install '.[cpu]' in cdiff's clone")
     try:
         ort: Any = importlib.import_module("onnxruntime")
         providers, version = ort.get_available_providers(), str(ort.__version__)
@@ -87,7 +87,7 @@ def _onnxruntime_status(name: str) -> EngineStatus:
         return _through_tensorrt(version, TENSORRT in providers)
     devices = tuple(device for device, provider in (("cpu", CPU), ("cuda", CUDA)) if provider in providers)
     if "cuda" not in devices:
-        missing = "for cuda: onnxruntime-gpu in place of onnxruntime, pip install 'cdiff[gpu]'"
+        missing = "for cuda: onnxruntime-gpu in place of onnxruntime, pip install '.[gpu]' in cdiff's clone"
     else:
         lacking = _device_layer_missing()
         missing = f"on cuda every step goes through the host: {lacking}" if lacking else ""
@@ -98,7 +98,7 @@ def _through_tensorrt(version: str, built_in: bool) -> EngineStatus:
     """ONNX Runtime lists its TensorRT provider even where TensorRT's libraries are not, so these are looked for as well."""
     name = "onnxruntime-tensorrt"
     if not built_in:
-        reason = "onnxruntime-gpu in place of onnxruntime, pip install 'cdiff[gpu]'"
+        reason = "onnxruntime-gpu in place of onnxruntime, pip install '.[gpu]' in cdiff's clone"
         return EngineStatus(name, version, (), reason)
     try:
         tensorrt = trt_version("tensorrt")

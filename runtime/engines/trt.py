@@ -34,8 +34,8 @@ MODULES: dict[Flavour, tuple[str, ...]] = {
     "tensorrt-rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings"),
 }
 INSTALL: dict[Flavour, str] = {
-    "tensorrt": "pip install 'cdiff[gpu]' (where its wheels cannot be had, install TensorRT 10.16 or 11 as NVIDIA's guide says)",
-    "tensorrt-rtx": "pip install 'cdiff[rtx]'",
+    "tensorrt": "pip install '.[gpu]' in cdiff's clone (where its wheels cannot be had, install TensorRT 10.16 or 11 as NVIDIA's guide says)",
+    "tensorrt-rtx": "pip install '.[rtx]' in cdiff's clone",
 }
 RTX_CAPABILITIES = {
     "float32": ("8.0", "8.6", "8.9", "12.0", "12.1"),

@@ -35,7 +35,9 @@ def test_tensorrt_without_a_gpu_says_when_it_will_build(bundle: Bundle) -> None:
 
 
 def test_tensorrt_for_rtx_builds_without_a_gpu(bundle: Bundle) -> None:
-    pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT for RTX is not installed: pip install 'cdiff[rtx]'")
+    pytest.importorskip(
+        "tensorrt_rtx_bindings", reason="TensorRT for RTX is not installed: pip install '.[rtx]' in cdiff's clone"
+    )
     arguments = (bundle.path, "--engine", "tensorrt-rtx", "--capability", "8.9", "--capability", "12.0", "--rows", 4)
     printed, said = run(0, *arguments)
     assert "8.9, 12.0, up to 4 rows" in said
@@ -81,4 +83,4 @@ def test_a_library_that_is_missing_is_said_before_the_graphs_are_made(
     for name in ("tensorrt_rtx", "tensorrt_rtx_bindings"):
         monkeypatch.setitem(sys.modules, name, None)
     _, said = run(2, tmp_path, "--out", tmp_path / "bundle", "--engine", "tensorrt-rtx")
-    assert "cdiff[rtx]" in said
+    assert "'.[rtx]'" in said

@@ -102,7 +102,7 @@ def test_names_of_tensorrt(version: str, tmp_path: Path) -> None:
 
 def test_names_of_tensorrt_for_rtx() -> None:
     if importlib.util.find_spec("tensorrt_rtx_bindings") is None:
-        pytest.skip("TensorRT for RTX is not installed: pip install 'cdiff[rtx]'")
+        pytest.skip("TensorRT for RTX is not installed: pip install '.[rtx]' in cdiff's clone")
     answer = check("tensorrt_rtx_bindings", asked(rtx=True), {})
     assert answer["missing"] == []
     if answer["version"] in ENUMS:

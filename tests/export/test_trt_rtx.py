@@ -36,7 +36,9 @@ from tests.export.engine_bundles import pair_bundle
 from tests.export.networks import random_network
 from tests.runtime.test_manifest import example
 
-pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT for RTX is not installed: pip install 'cdiff[rtx]'")
+pytest.importorskip(
+    "tensorrt_rtx_bindings", reason="TensorRT for RTX is not installed: pip install '.[rtx]' in cdiff's clone"
+)
 
 SMALL = Profile(1, 6, 6, 4)
 

@@ -102,11 +102,11 @@ def test_unknown_engines_and_devices_are_refused(tmp_path: Path, name: str, devi
     [
         (
             "auto",
-            r"no engine can run on cuda:0 here: tensorrt: .*pip install 'cdiff\[gpu\]'.*; onnxruntime: .*onnxruntime-gpu",
+            r"no engine can run on cuda:0 here: tensorrt: .*pip install '.\[gpu\]' in cdiff's clone.*; onnxruntime: .*onnxruntime-gpu",
         ),
         ("onnxruntime", "onnxruntime does not run on cuda:0 here: for cuda: onnxruntime-gpu"),
-        ("tensorrt", r"tensorrt cannot run here: tensorrt is not installed: .*cdiff\[gpu\]"),
-        ("tensorrt-rtx", r"tensorrt-rtx cannot run here: .*cdiff\[(rtx|gpu)\]"),
+        ("tensorrt", r"tensorrt cannot run here: tensorrt is not installed: .*'\.\[gpu\]"),
+        ("tensorrt-rtx", r"tensorrt-rtx cannot run here: .*'\.\[(rtx|gpu)\]"),
         ("onnxruntime-tensorrt", "onnxruntime-tensorrt cannot run here: onnxruntime-gpu"),
     ],
 )

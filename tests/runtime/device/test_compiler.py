@@ -12,7 +12,9 @@ from cdiff.runtime.device import compiler, cuda
 from cdiff.runtime.device.kernels import SIGNATURES
 from cdiff.runtime.errors import CdiffError
 
-pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings is not installed: pip install 'cdiff[test]'")
+pytest.importorskip(
+    "cuda.bindings.nvrtc", reason="cuda-bindings is not installed: pip install '.[test]' in cdiff's clone"
+)
 
 
 @pytest.fixture

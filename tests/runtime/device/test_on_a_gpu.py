@@ -26,8 +26,10 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture(scope="module")
 def gpu() -> Gpu:
-    pytest.importorskip("pycuda.driver", reason="PyCUDA is not installed: pip install 'cdiff[gpu]'")
-    pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings is not installed: pip install 'cdiff[gpu]'")
+    pytest.importorskip("pycuda.driver", reason="PyCUDA is not installed: pip install '.[gpu]' in cdiff's clone")
+    pytest.importorskip(
+        "cuda.bindings.driver", reason="cuda-bindings is not installed: pip install '.[gpu]' in cdiff's clone"
+    )
     return Gpu(0)
 
 

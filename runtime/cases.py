@@ -67,7 +67,7 @@ def find_cases(
     """
     notes: list[str] = []
     layout, entries = _entries(root, layout, notes)
-    asked = task
+    asked = task = (task or "").strip("/") or None  # a shell's completion ends a folder's name with a slash
     entries, task = _one_data_set(root, entries, task)
     chosen = _one_task(root, entries, task, asked if task is None else None)
     found = DataSet(layout, chosen)

@@ -70,7 +70,10 @@ class Run:
         count = min(config.training.val_slices, len(marked))
         self.val_chosen = [marked[i] for i in np.linspace(0, len(marked) - 1, count).round().astype(int)]
         if not self.val_chosen:
-            raise CdiffError("no validation slice has anything drawn on it; validation would score nothing")
+            raise CdiffError(
+                "no validation slice has anything drawn on it, so validation would score nothing; put a case with a mask into the "
+                "validation folder or, where there is none, hold out other cases: --set seed=1, or a larger val_fraction"
+            )
         self.val_batches: dict[int, Batch] = {}
 
     def progress(self) -> float:

@@ -71,6 +71,7 @@ def test_training_and_validation_in_two_trees_are_one_data_set(tmp_path: Path) -
 def test_sizes_may_differ_and_a_rater_may_lack(qubiq: Path) -> None:
     (qubiq / "prostate/Training/case02/task01_seg03.nii.gz").unlink()
     found = find_cases(qubiq, "prostate/task01")
+    assert dict(find_cases(qubiq, "prostate/task01/")) == dict(found)  # as a shell's completion writes it
     assert found["train"][1].raters == ("seg01", "seg02", "seg04", "seg05", "seg06")
     assert count_annotators(found["train"]) == 6
     shapes = [read_case(case)[1].shape for case in found["train"]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -20,6 +21,7 @@ from cdiff.train.log import read_log
 from cdiff.train.presets import preset
 from cdiff.train.run import Run
 from cdiff.train.trainer import train
+from tests.synthetic import write_synthetic_dataset
 
 
 def weights(run: Path, name: str = "model") -> dict[str, torch.Tensor]:
@@ -110,6 +112,15 @@ def test_an_out_folder_is_never_overwritten_or_resumed_with_other_settings(
         train(preset("tiny").with_values({"lr": 0.5}), tiny_data, tiny_run, resume=True, quiet=True)
     with pytest.raises(CdiffError, match="no run to resume"):
         train(preset("tiny"), tiny_data, tmp_path / "new", resume=True, quiet=True)
+
+
+def test_validation_cases_without_a_mask_are_an_error_that_says_what_to_do(tmp_path: Path) -> None:
+    data = write_synthetic_dataset(tmp_path / "data", {"Training": 2, "Validation": 1}, raters=3, shape=(32, 32))
+    for mask in (data / "Validation").rglob("*_seg*.nii.gz"):
+        nib.save(nib.Nifti1Image(np.zeros((32, 32), np.uint8), np.eye(4)), mask)
+    with pytest.raises(CdiffError, match=r"no validation slice .* put a case with a mask .* --set seed=1"):
+        train(preset("tiny"), data, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_dry_run_writes_nothing(tiny_data: Path, tmp_path: Path) -> None:

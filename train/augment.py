@@ -1,4 +1,5 @@
-"""The paper's augmentations: scale 0.9-1.1, rotation 0-15 degrees, translation 0-0.1, both flips at p = 0.5 (section 4).
+"""The paper's augmentations: scale 0.9-1.1, rotation 0-15 degrees, translation 0-0.1, both flips at p = 0.5 (section 4); other
+ranges, and changes of the intensities, for data that bear more.
 
 Image and masks go through one affine map, which also cuts the training window, so that every pixel is interpolated once.
 """
@@ -13,9 +14,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-SCALE = 0.1
-ROTATION_DEGREES = 15.0
-TRANSLATION = 0.1
+from cdiff.train.ranges import Ranges
 
 
 @dataclass(frozen=True)
@@ -27,13 +26,13 @@ class Window:
     matrix: tuple[tuple[float, float], tuple[float, float]] = ((1.0, 0.0), (0.0, 1.0))
 
 
-def random_window(size: int, centre: tuple[float, float], rng: np.random.Generator, augment: bool) -> Window:
-    """A window around `centre` with the paper's random affine map, or the plain one."""
-    if not augment:
+def random_window(size: int, centre: tuple[float, float], rng: np.random.Generator, ranges: Ranges | None) -> Window:
+    """A window around `centre` with a random affine map and both flips at p = 0.5, or without ranges the plain one."""
+    if ranges is None:
         return Window(size, centre)
-    scale = 1 + rng.uniform(-SCALE, SCALE)
-    angle = math.radians(rng.uniform(-ROTATION_DEGREES, ROTATION_DEGREES))
-    shift = rng.uniform(-TRANSLATION, TRANSLATION, 2) * size
+    scale = 1 + rng.uniform(-ranges.zoom, ranges.zoom)
+    angle = math.radians(rng.uniform(-ranges.rotation, ranges.rotation))
+    shift = rng.uniform(-ranges.shift, ranges.shift, 2) * size
     flip_rows, flip_columns = np.where(rng.random(2) < 0.5, -1.0, 1.0)
     cos, sin = math.cos(angle) / scale, math.sin(angle) / scale
     matrix = ((cos * flip_rows, -sin * flip_columns), (sin * flip_rows, cos * flip_columns))
@@ -61,3 +60,14 @@ def cut(image: Tensor, masks: Tensor, window: Window) -> tuple[Tensor, Tensor]:
     picture = nnf.grid_sample(image[None], grid, mode="bilinear", padding_mode="border", align_corners=False)[0]
     drawn = nnf.grid_sample(masks[None].float(), grid, mode="bilinear", padding_mode="zeros", align_corners=False)[0]
     return picture, drawn >= 0.5
+
+
+def recoloured(picture: Tensor, rng: np.random.Generator, ranges: Ranges) -> Tensor:
+    """The picture [channels, n, n] with its intensities changed: contrast and brightness a channel, noise a pixel."""
+    if ranges.contrast or ranges.brightness:
+        scale, shift = (rng.uniform(-r, r, (len(picture), 1, 1)) for r in (ranges.contrast, ranges.brightness))
+        picture = picture * torch.tensor(1 + scale, dtype=torch.float32) + torch.tensor(shift, dtype=torch.float32)
+    if ranges.pixel_noise:
+        noise = rng.standard_normal(tuple(picture.shape), np.float32) * np.float32(rng.uniform(0, ranges.pixel_noise))
+        picture = picture + torch.from_numpy(noise)
+    return picture

@@ -14,6 +14,7 @@ from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.intensity import Intensity
 from cdiff.runtime.schedule import NoiseSchedule
 from cdiff.runtime.variants import ANNOTATOR, IMPLICIT_ENSEMBLE, variant_called
+from cdiff.train.ranges import PUBLISHED, Ranges
 
 HOW = ("accumulate", "checkpointing", "compile", "deterministic", "prefetch", "peak_tflops", "threads")
 """Settings that say how a run is computed and not what it learns from: a resumed run may have others."""
@@ -207,8 +208,11 @@ class TrainingConfig:
     """The optimiser and its surroundings.
 
     steps: optimiser steps in all. batch: images a step, over all processes; late_batch: in the late phase, when windows grow from
-    `crop` to image_size (0: the same). rows_per_image: (t, c, noise) draws an image, which share its encoding. augment: the paper's
-    random affine maps and flips. seed: of all that is random.
+    `crop` to image_size (0: the same). rows_per_image: (t, c, noise) draws an image, which share its encoding. seed: of all that is
+    random.
+
+    augment: random affine maps and flips. rotation (degrees), zoom and shift (shares) are their ranges, as published; contrast,
+    brightness and pixel_noise, which change the intensities, are off unless given. See `train.ranges.Ranges`.
 
     lr, weight_decay: AdamW's. lr warms up linearly over `warmup` steps and then, with decay="cosine", falls to zero at `steps`; "none"
     keeps it. minutes > 0 ends the run after that many minutes of training, the decay following the clock (such a run is not
@@ -248,6 +252,12 @@ class TrainingConfig:
     amp: str = "auto"
     seed: int = 0
     augment: bool = True
+    rotation: float = PUBLISHED.rotation
+    zoom: float = PUBLISHED.zoom
+    shift: float = PUBLISHED.shift
+    contrast: float = PUBLISHED.contrast
+    brightness: float = PUBLISHED.brightness
+    pixel_noise: float = PUBLISHED.pixel_noise
     threads: int = 0
     minutes: float = 0.0
     clock: str = "wall"
@@ -282,6 +292,17 @@ class TrainingConfig:
             raise CdiffError(f"prefetch={self.prefetch} must lie in 0..64, or be -1 for the device's own")
         if not 0 <= self.ema < 1:
             raise CdiffError(f"ema={self.ema} must lie in [0, 1)")
+        _ = self.ranges  # ranges that cannot be are an error before any data is read
+
+    @property
+    def ranges(self) -> Ranges | None:
+        """How far training windows are changed; None without augmentation."""
+        given = Ranges(**{part.name: getattr(self, part.name) for part in dataclasses.fields(Ranges)})
+        if not self.augment and given != PUBLISHED:
+            raise CdiffError(
+                "augment=false leaves every window as it is; leave out its ranges (rotation, zoom, ...), or set augment=true"
+            )
+        return given if self.augment else None
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from cdiff.runtime import partition
 from cdiff.runtime.cases import Case, DataSet, find_cases, read_case
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.framing import resize
-from cdiff.train.augment import Window, cut, random_window
+from cdiff.train.augment import Window, cut, random_window, recoloured
 from cdiff.train.config import Config
 
 BACKGROUND = 0.1  # the share of windows drawn anywhere, so that a network trained on windows has seen plain background
@@ -162,17 +162,22 @@ def training_batch(
 
     part: which of the batch's images to cut; all unless given. They are drawn as if all were.
     """
-    seed, n = config.training.seed, len(slices)
+    seed, n, ranges = config.training.seed, len(slices), config.training.ranges
     rng = np.random.default_rng((seed, 1, step))
-    chosen, windows = [], []
+    chosen, windows, draws = [], [], []
     for position in range(batch):
         epoch, offset = divmod(step * batch + position, n)
         i = int(np.random.default_rng((seed, 0, epoch)).permutation(n)[offset])
-        window = random_window(size, _centre(slices, i, size, config, rng), rng, config.training.augment)
+        window = random_window(size, _centre(slices, i, size, config, rng), rng, ranges)
         if part is None or position in part:
             chosen.append(i)
             windows.append(window)
-    return _batch(slices, chosen, windows)
+            draws.append(np.random.default_rng((seed, 2, step, position)))
+    cuts = _batch(slices, chosen, windows)
+    if ranges is None:
+        return cuts
+    images = [recoloured(image, draw, ranges) for image, draw in zip(cuts.image, draws, strict=True)]
+    return replace(cuts, image=torch.stack(images))
 
 
 def _centre(slices: Slices, i: int, size: int, config: Config, rng: np.random.Generator) -> tuple[float, float]:
@@ -191,11 +196,8 @@ def _centre(slices: Slices, i: int, size: int, config: Config, rng: np.random.Ge
 
 def centre_windows(slices: Slices, chosen: list[int], size: int) -> Batch:
     """The central windows of some slices, plain: what validation samples. No mask is looked at to place them."""
-    windows = []
-    for i in chosen:
-        h, w = slices.images[i].shape[-2:]
-        windows.append(random_window(size, (h / 2, w / 2), np.random.default_rng(0), augment=False))
-    return _batch(slices, chosen, windows)
+    sides = [slices.images[i].shape[-2:] for i in chosen]
+    return _batch(slices, chosen, [Window(size, (h / 2, w / 2)) for h, w in sides])
 
 
 def _batch(slices: Slices, chosen: list[int], windows: list[Window]) -> Batch:

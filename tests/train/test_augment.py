@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
-from cdiff.train.augment import Window, cut, random_window
+from cdiff.train.augment import Window, cut, random_window, recoloured
+from cdiff.train.ranges import PUBLISHED, Ranges
 
 
 def disc(size: int = 64, centre: tuple[float, float] = (30, 34), radius: float = 9) -> torch.Tensor:
@@ -16,7 +18,7 @@ def disc(size: int = 64, centre: tuple[float, float] = (30, 34), radius: float =
 def test_image_and_masks_stay_registered() -> None:
     mask = disc()
     for seed in range(20):
-        window = random_window(48, (32, 32), np.random.default_rng(seed), augment=True)
+        window = random_window(48, (32, 32), np.random.default_rng(seed), PUBLISHED)
         picture, drawn = cut(mask[None], mask[None].to(torch.uint8), window)
         # The image is the mask itself: linear interpolation of both must agree where it is decisive.
         assert torch.equal(drawn[0], picture[0] >= 0.5)
@@ -24,7 +26,7 @@ def test_image_and_masks_stay_registered() -> None:
 
 
 def test_ranges_are_the_papers() -> None:
-    windows = [random_window(100, (50, 50), np.random.default_rng(s), augment=True) for s in range(400)]
+    windows = [random_window(100, (50, 50), np.random.default_rng(s), PUBLISHED) for s in range(400)]
     matrices = np.array([w.matrix for w in windows])
     scales = 1 / np.sqrt(np.abs(np.linalg.det(matrices)))
     assert 0.9 <= scales.min() < 0.92
@@ -59,3 +61,39 @@ def test_outside_the_slice_the_image_repeats_its_edge_and_masks_are_empty() -> N
     torch.testing.assert_close(picture, torch.full((1, 16, 16), 0.7))
     assert drawn[0, 4:12, 4:12].all()
     assert drawn.sum() == 64
+
+
+def test_other_ranges_are_kept_to() -> None:
+    wide = Ranges(rotation=180, zoom=0.3, shift=0.0)
+    windows = [random_window(100, (50, 50), np.random.default_rng(s), wide) for s in range(400)]
+    matrices = np.array([w.matrix for w in windows])
+    scales = 1 / np.sqrt(np.abs(np.linalg.det(matrices)))
+    assert 0.7 <= scales.min() < 0.72
+    assert 1.28 < scales.max() <= 1.3
+    assert {w.centre for w in windows} == {(50.0, 50.0)}
+    # All directions: the turned first axis lies in each quarter of the circle about as often.
+    quarters = np.floor(np.arctan2(matrices[:, 1, 0], matrices[:, 0, 0]) / (np.pi / 2)).astype(int)
+    assert (np.bincount(quarters + 2, minlength=4) > 60).all()
+
+
+def test_intensities_change_a_channel_at_a_time_and_by_no_more_than_asked() -> None:
+    picture = torch.linspace(-1, 1, 64).reshape(1, 8, 8).repeat(2, 1, 1)
+    ranges = Ranges(contrast=0.2, brightness=0.1)
+    lines = [np.polyfit(picture[0].flatten(), channel.flatten(), 1) for channel in recoloured_many(picture, ranges)]
+    slopes, offsets = np.array(lines).T
+    assert 0.8 <= slopes.min() < 0.82
+    assert 1.18 < slopes.max() <= 1.2
+    assert np.abs(offsets).max() == pytest.approx(0.1, abs=0.01)
+    assert len(set(np.round(slopes, 6))) == len(slopes)  # the two channels' as well
+
+
+def test_noise_lies_on_every_pixel_and_is_never_stronger_than_asked() -> None:
+    picture = torch.zeros(1, 32, 32)
+    stds = [float(drawn.std()) for drawn in recoloured_many(picture, Ranges(pixel_noise=0.1))]
+    assert 0.09 < max(stds) < 0.107
+    assert min(stds) < 0.01
+    assert torch.equal(recoloured(picture, np.random.default_rng(0), PUBLISHED), picture)
+
+
+def recoloured_many(picture: torch.Tensor, ranges: Ranges) -> torch.Tensor:
+    return torch.cat([recoloured(picture, np.random.default_rng(s), ranges) for s in range(200)])

@@ -61,6 +61,8 @@ def test_settings_reach_their_sections() -> None:
         ("seed=-1", "seed=-1 must not be negative"),
         ("threads=-1", "threads=-1 must not be negative"),
         ("late_batch=2", "set batch"),
+        ("rotation=200", "rotation=200 must lie in 0..180"),
+        ("pixel_noise=-0.1", "pixel_noise=-0.1 must lie in 0..2"),
     ],
 )
 def test_bad_settings_are_one_clear_line(setting: str, says: str) -> None:
@@ -75,6 +77,7 @@ def test_bad_settings_are_one_clear_line(setting: str, says: str) -> None:
         (["batch=4", "batch=8"], "batch is set twice, to 4 and to 8"),
         (["schedule=cosine", "beta_end=0.05"], "beta_end=0.05 is the linear schedule's"),
         (["scaled=false", "schedule=cosine"], "scaled=False is the linear schedule's"),
+        (["augment=false", "rotation=90"], "augment=false leaves every window as it is"),
         (["framing=tile", "crop=64"], "crop=64 must not be above image_size=32"),
         (["framing=centre", "crop=16"], "with framing=centre every window has image_size=32"),
         (["framing=tile", "crop=32", "late_batch=2"], "without a smaller crop all have image_size"),

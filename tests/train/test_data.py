@@ -92,6 +92,19 @@ def test_batches_depend_on_seed_and_step_alone_and_an_epoch_sees_every_slice(tin
     assert torch.equal(matches.sum(0), torch.ones(16, dtype=torch.long))
 
 
+def test_changed_intensities_are_the_same_whichever_part_of_the_batch_is_cut(tiny_data: Path) -> None:
+    config = preset("tiny").with_values({"contrast": 0.3, "brightness": 0.2, "pixel_noise": 0.1})
+    plain = preset("tiny")
+    data = read_data(tiny_data, config)
+    whole = training_batch(data.train, config, 5, 6, 32)
+    part = training_batch(data.train, config, 5, 6, 32, range(2, 5))
+    assert torch.equal(whole.image[2:5], part.image)
+    assert torch.equal(whole.masks, training_batch(data.train, plain, 5, 6, 32).masks)
+    assert not torch.equal(whole.image, training_batch(data.train, plain, 5, 6, 32).image)
+    # Validation sees images as they are.
+    assert torch.equal(centre_windows(data.train, [0], 32).image[0], data.train.images[0])
+
+
 def test_votes_count_the_annotators(tiny_data: Path) -> None:
     config = preset("tiny").with_values({"augment": False})
     data = read_data(tiny_data, config)

@@ -23,6 +23,9 @@ MODEL_SCORES = (
     ("AUROC for disagreement near it: run std", "auroc_run_std_near"),
     ("annotators: soft Dice, one against the others", "soft_dice_5_annotators"),
     ("annotators: pairwise Dice", "pairwise_dice_annotators"),
+    ("Dice with one annotator: of the soft map at 1/2", "dice_each"),
+    ("  of the other annotators' majority", "dice_each_annotators"),
+    ("  difference", "dice_each_difference"),
 )
 
 

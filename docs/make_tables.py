@@ -269,8 +269,29 @@ def paired_table(corner: str, columns: Mapping[str, str], results: Path) -> str:
     return markdown([corner, *found], rows)
 
 
+EACH = {"four marked": "lidc_testing_all_raters_fast", "any marked": "lidc_testing_marked_fast"}
+EACH_COLUMNS = {
+    "dice_each": "cdiff `--fast`",
+    "dice_each_annotators": "two of the other three",
+    "dice_each_difference": "difference",
+}
+
+
+def each_table(results: Path) -> str:
+    """Dice with one reader: the shipped model's and the other readers' majority."""
+    rows = []
+    for words, name in EACH.items():
+        scores = read(name, results)
+        if scores is None or "dice_each" not in scores:
+            rows.append([words, NOT_MEASURED, *["-"] * (len(EACH_COLUMNS) - 1)])
+            continue
+        rows.append([f"{words} ({scores['n_slices']})", *[interval(scores[key]) for key in EACH_COLUMNS]])
+    return markdown(["Dice with one reader, Testing", *EACH_COLUMNS.values()], rows)
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "model": model_table,
+    "each": each_table,
     "speed": speed_table,
     "paired": lambda results: paired_table("cdiff - U-Net", PAIRED, results),
     "steps": lambda results: paired_table("1 step -", STEPS, results),

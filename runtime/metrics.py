@@ -81,6 +81,23 @@ def soft_dice_of_annotators(masks: NDArray[np.bool_], thresholds: Sequence[float
     return float(np.mean(scores))
 
 
+def dice_with_each(mask: NDArray[np.bool_], masks: NDArray[np.bool_]) -> float:
+    """Mean over annotators of Dice(mask, an annotator's mask). mask: bool [...]; masks: bool [n, ...]."""
+    return float(np.mean([dice(mask, one) for one in masks]))
+
+
+def dice_of_panels(masks: NDArray[np.bool_]) -> float:
+    """The human counterpart of `dice_with_each`: each annotator's mask against what at least half of the others marked.
+
+    masks: bool [n, ...]. Mean over the n annotators; NaN when there are fewer than two.
+    """
+    count = len(masks)
+    if count < 2:
+        return float("nan")
+    votes = masks.sum(axis=0, dtype=np.int64)
+    return float(np.mean([dice(2 * (votes - mask) >= count - 1, mask) for mask in masks]))
+
+
 @dataclass(frozen=True)
 class EnergyDistance:
     """The squared generalised energy distance in both conventions in use.

@@ -17,6 +17,8 @@ from cdiff.runtime.metrics import (
     at_least,
     dice,
     dice_by_threshold,
+    dice_of_panels,
+    dice_with_each,
     energy_distance,
     ged,
     iou,
@@ -49,6 +51,9 @@ PER_SLICE = (
     "soft_dice_5_annotators",
     "soft_dice_9_annotators",
     "pairwise_dice_annotators",
+    "dice_each",
+    "dice_each_annotators",
+    "dice_each_difference",
 )
 """The scores with one number a slice."""
 PER_LEVEL = ("dice_per_level", "iou_per_level", "hd95_px_per_level", "hd95_mm_per_level")
@@ -118,6 +123,7 @@ def score_slice(maps: SliceMaps, plane_mm: tuple[float, float] | None = None) ->
     truth, region = maps.truth, maps.region
     by_threshold, distance = dice_by_threshold(maps.soft, truth), energy_distance(maps.samples, maps.masks)
     noise = truth * (1 - truth)
+    each, panels = dice_with_each(at_least(maps.soft, 0.5), maps.masks), dice_of_panels(maps.masks)
     scores = {
         "soft_dice_5": by_threshold[FIVE_OF_NINE].mean(),
         "soft_dice_9": by_threshold.mean(),
@@ -133,6 +139,9 @@ def score_slice(maps: SliceMaps, plane_mm: tuple[float, float] | None = None) ->
         "soft_dice_5_annotators": soft_dice_of_annotators(maps.masks, FIVE),
         "soft_dice_9_annotators": soft_dice_of_annotators(maps.masks, NINE),
         "pairwise_dice_annotators": pairwise_dice(maps.masks),
+        "dice_each": each,
+        "dice_each_annotators": panels,
+        "dice_each_difference": each - panels,
     }
     pairs = list(zip(maps.level_masks, maps.consensus, strict=True))
     distances = [hd95_px_and_mm(p, m, plane_mm) for p, m in pairs]

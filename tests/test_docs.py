@@ -174,6 +174,22 @@ def test_a_result_reaches_the_model_table(tables: ModuleType, tmp_path: Path) ->
     assert "0.500 (0.490 - 0.510)" in unet
 
 
+def test_the_reader_and_the_panel_stand_beside_the_model(tables: ModuleType, tmp_path: Path) -> None:
+    old = {
+        "n_slices": 485,
+        "soft_dice_5": {"mean": 0.5, "low": 0.4, "high": 0.6},
+    }  # measured before there was such a score
+    (tmp_path / "lidc_testing_marked_fast.json").write_text(json.dumps(old))
+    scores = {key: {"mean": m, "low": m - 0.125, "high": m + 0.125} for key, m in zip(tables.EACH_COLUMNS, (0.75, 0.5, 0.25), strict=True)}  # fmt: skip
+    (tmp_path / "lidc_testing_all_raters_fast.json").write_text(json.dumps({"n_slices": 351} | scores))
+    four, anybody = tables.each_table(tmp_path).splitlines()[2:]
+    assert [cell.strip() for cell in four.split("|")[1:-1]] == [
+        "four marked (351)",
+        *("0.750 (0.625 - 0.875)", "0.500 (0.375 - 0.625)", "0.250 (0.125 - 0.375)"),
+    ]
+    assert tables.NOT_MEASURED in anybody
+
+
 def test_the_peers_stand_best_first_and_all_have_a_row(tables: ModuleType, tmp_path: Path) -> None:
     from cdiff.benchmarks.peers.__main__ import NAMES
 

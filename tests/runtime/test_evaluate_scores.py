@@ -45,6 +45,9 @@ def test_maps_beside_the_truth_score_less(cases: list[Case], tmp_path: Path) -> 
     assert report["soft_dice_5"]["low"] <= report["soft_dice_5"]["mean"] <= report["soft_dice_5"]["high"]
     assert report["ged"]["mean"] > report["ged_floor"]["mean"]
     assert set(PER_SLICE) <= set(report)
+    difference = report["dice_each"]["mean"] - report["dice_each_annotators"]["mean"]
+    assert report["dice_each_difference"]["mean"] == pytest.approx(difference)
+    assert difference < 0
 
 
 def test_every_score_of_perfect_maps(cases: list[Case], tmp_path: Path) -> None:
@@ -138,6 +141,7 @@ def test_one_annotator_and_one_run(tmp_path: Path) -> None:
     assert missing == {
         *("ged_no_diagonal", "auroc_entropy", "auroc_entropy_near", "auroc_run_std", "auroc_run_std_near"),
         *("soft_dice_5_annotators", "soft_dice_9_annotators", "pairwise_dice_annotators"),
+        *("dice_each_annotators", "dice_each_difference"),
     }
     assert report["brier_floor"]["mean"] == report["crps"]["mean"] == 0
     assert [point["runs"] for point in report["by_runs"]] == [1]

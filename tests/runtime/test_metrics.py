@@ -17,6 +17,8 @@ from cdiff.runtime.metrics import (
     bootstrap_over_cases,
     dice,
     dice_by_threshold,
+    dice_of_panels,
+    dice_with_each,
     energy_distance,
     ged,
     iou,
@@ -112,6 +114,18 @@ def test_annotators_score_by_hand() -> None:
     first, other = 2 / 3, (3 * 2 / 3 + 2) / 5
     assert soft_dice_of_annotators(masks) == pytest.approx((first + 2 * other) / 3, abs=1e-5)
     assert np.isnan(soft_dice_of_annotators(masks[:1]))
+
+
+def test_one_annotator_against_a_map_and_against_the_others_majority_by_hand() -> None:
+    masks = np.stack([_mask(0, 1), _mask(0), _mask(0, 2), _mask(0, 1, 2, 3)])
+    found = dice_with_each(_mask(0, 1), masks)
+    assert found == pytest.approx((1 + 2 / 3 + 2 / 4 + 4 / 6) / 4, abs=1e-6)
+    # Two of the other three: {0, 2}, {0, 1, 2}, {0, 1} and {0}.
+    assert dice_of_panels(masks) == pytest.approx((2 / 4 + 2 / 4 + 2 / 4 + 2 / 5) / 4, abs=1e-6)
+    # Of the other two, one is half: {0, 2}, {0, 1, 2} and {0, 1}.
+    assert dice_of_panels(masks[:3]) == pytest.approx((2 / 4 + 2 / 4 + 2 / 4) / 3, abs=1e-6)
+    assert dice_of_panels(masks[:2]) == pairwise_dice(masks[:2])
+    assert np.isnan(dice_of_panels(masks[:1]))
 
 
 def _ged_plain(samples: np.ndarray, reference: np.ndarray, diagonal: bool = True) -> float:

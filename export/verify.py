@@ -76,7 +76,7 @@ def verify(
     chain = _affordable(row_seconds, manifest.conditions, manifest.T)
     for name, images in sets.items():
         say(f"comparing soft maps on {name} inputs, {chain.steps} steps")
-        result[name] |= _maps(engine, reference, images, chain, manifest.noise_schedule)
+        result[name] |= _maps(engine, reference, images, chain, manifest.noise_schedule, manifest.outside)
         largest = {key: _worst(largest[key], result[name][key]) for key in largest}
     bounds = BOUNDS[manifest.precision]
     result |= {"chain": vars(chain) | {"sampler": "ddim"}, "largest": largest, "bounds": bounds}
@@ -118,20 +118,16 @@ def _calls(
 
 
 def _maps(
-    engine: Engine, reference: TorchEngine, images: Float32, chain: Chain, schedule: NoiseSchedule
+    engine: Engine, reference: TorchEngine, images: Float32, chain: Chain, schedule: NoiseSchedule, outside: int
 ) -> dict[str, float]:
-    """Soft maps of both over the same DDIM chains."""
+    """Soft maps of both over the same DDIM chains, as the runtime makes them of x: 0 at `outside` and 1 inside."""
     windows = Framing("resize", (images.shape[2], images.shape[3])).frame(images[: chain.slices])
     table = sampler_table("ddim", schedule, chain.steps)
-    soft = [
-        np.stack(
-            [
-                result.level_means.mean(axis=0)
-                for result in segment_windows(each, windows, table, levels=chain.levels, runs=chain.runs, seed=SEED)
-            ]
-        )
-        for each in (engine, reference)
-    ]
+    soft = []
+    for each in (engine, reference):
+        found = segment_windows(each, windows, table, levels=chain.levels, runs=chain.runs, seed=SEED)
+        maps = [result.for_masks_from_zero() if outside == 0 else result for result in found]
+        soft.append(np.stack([result.level_means.mean(axis=0) for result in maps]))
     difference = np.abs(soft[0] - soft[1])
     return {"maps": float(difference.mean()), "maps_largest": float(difference.max())}
 

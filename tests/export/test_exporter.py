@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -112,6 +113,21 @@ def test_a_graph_of_other_weights_is_refused(bundle: Bundle) -> None:
         verify(bundle, TorchEngine(network, CONFIG.schedule), None)
     with pytest.raises(CdiffError, match="denoiser error"):
         verify(bundle, TorchEngine(random_network(CONFIG.network), NoiseSchedule(50, beta_end=0.019)), None)
+
+
+def test_the_error_of_maps_is_in_the_maps_unit(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An x0 that is off everywhere by 4e-5 is off by as much of the way from 0 to 1, and by half as much of that from -1 to 1."""
+    network = random_network(replace(CONFIG.network, target="x0", variance="fixed"))
+    network.denoiser.last.weight *= 1e-3
+    network.denoiser.last.bias.fill_(0.5)
+    shifted = copy.deepcopy(network)
+    shifted.denoiser.last.bias += 4e-5
+    monkeypatch.setattr("cdiff.export.verify.open_engine", lambda *_: TorchEngine(shifted, CONFIG.schedule))
+    for outside, expected in ((0, 4e-5), (-1, 2e-5)):
+        manifest = replace(bundle.manifest, target="x0", variance="fixed", outside=outside)
+        found = verify(replace(bundle, manifest=manifest), TorchEngine(network, CONFIG.schedule), None)
+        assert found["largest"]["maps"] == pytest.approx(expected, rel=0.02)
+        assert found["random"]["maps_largest"] == pytest.approx(expected, rel=0.1)
 
 
 def test_a_broken_network_leaves_no_bundle(tmp_path: Path) -> None:

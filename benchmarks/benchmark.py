@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -37,6 +37,7 @@ __all__ = ["benchmark", "summary"]
 
 RUNS = 25  # what a whole segmentation takes, for the estimate
 BUSY = 0.5  # processors that others may keep busy before a reader is told
+PACKAGES = "numpy", "onnxruntime", "onnxruntime-gpu"  # the last two install one module, and one of them is enough
 
 
 class Worker:
@@ -163,10 +164,7 @@ def benchmark(
     return {
         "machine": {
             **floor["machine"], "threads": threads, "load_before": round(load, 2),
-            "versions": {
-                "cdiff": __version__,
-                **{name: importlib.metadata.version(name) for name in ("numpy", "onnxruntime") if _has(name)},
-            },
+            "versions": versions(),
         },
         "model": {
             "name": manifest.name, "manifest_sha256": sha256(opened.path / MANIFEST), "parameters": floor["parameters"],
@@ -246,9 +244,10 @@ def _demo_scan() -> Path:
     return path
 
 
-def _has(package: str) -> bool:
-    try:
-        importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+def versions() -> dict[str, str]:
+    """Versions by package: cdiff's, and those of PACKAGES that are installed."""
+    found = {"cdiff": __version__}
+    for package in PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found

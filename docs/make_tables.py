@@ -130,9 +130,11 @@ def speed_table(results: Path) -> str:
 def speed_setting(report: Scores) -> str:
     """On what and for what the speed table was measured, one sentence."""
     machine, model, protocol = report["machine"], report["model"], report["protocol"]
+    versions = machine["versions"]
+    onnxruntime = next((versions[name] for name in ("onnxruntime", "onnxruntime-gpu") if name in versions), "-")
     return (
         f"{machine['cpu']}, {machine['threads']} threads, PyTorch {machine['torch']}, "
-        f"ONNX Runtime {machine['versions'].get('onnxruntime', '-')}; {model['parameters'] / 1e6:.2f} M parameters, "
+        f"ONNX Runtime {onnxruntime}; {model['parameters'] / 1e6:.2f} M parameters, "
         f"{'x'.join(map(str, model['image_size']))}, {model['levels']} levels x {protocol['runs']} runs x "
         f"{protocol['steps']} steps a slice, {model['precision']}; medians of {protocol['repeats']} rounds."
     )

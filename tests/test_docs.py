@@ -253,6 +253,9 @@ def test_a_benchmark_reaches_the_speed_table(tables: ModuleType, tmp_path: Path)
     assert cells["cdiff, exported engine"] == ["1.25", "2.50", "12.3", "56.8", "300"]
     assert cells["PyTorch, one chain after another, as published"] == ["0.50", "1", "-", "-", "500"]
     assert cells["floor: FLOPs over the measured matrix-product rate"] == ["2.00", "-", "3.0", "24.0", "-"]
+    for name in ("onnxruntime", "onnxruntime-gpu"):
+        machine = {**report["machine"], "versions": {name: "1.31.1"}}
+        assert "ONNX Runtime 1.31.1;" in tables.speed_setting({**report, "machine": machine})
 
 
 def rows_of(tables: ModuleType, results: Path) -> list[str]:

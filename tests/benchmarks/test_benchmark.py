@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from cdiff.benchmarks.benchmark import Worker, benchmark
+from cdiff import __version__
+from cdiff.benchmarks.benchmark import Worker, benchmark, versions
 from cdiff.benchmarks.floor import count_flop
 from cdiff.benchmarks.plain_loop import Row, plain_loop
 from cdiff.export.reference import load_network
@@ -73,6 +75,18 @@ def test_flop_of_a_network_that_can_be_counted_by_hand() -> None:
     assert denoiser > smaller
 
 
+@pytest.mark.parametrize("installed", [["onnxruntime"], ["onnxruntime-gpu"], []])
+def test_versions_name_the_onnx_runtime_that_is_there(installed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(package: str) -> str:
+        if package in ("numpy", *installed):
+            return f"{len(package)}.0"
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setattr("importlib.metadata.version", version)
+    wanted = {name: f"{len(name)}.0" for name in ("numpy", *installed)}
+    assert versions() == {"cdiff": __version__, **wanted}
+
+
 @pytest.mark.slow
 def test_report_holds_together(report: dict[str, Any]) -> None:
     end = report["end_to_end"]
@@ -87,6 +101,7 @@ def test_report_holds_together(report: dict[str, Any]) -> None:
         assert found["peak_bytes"] >= found["loaded_bytes"] > 10 * 2**20
         assert found["slices_a_minute"] == pytest.approx(60 / found["seconds"])
     assert set(report["denoiser_call"]["exported"]) == {"1", "3"}
+    assert report["machine"]["versions"] == versions()
     assert report["agreement"]["exported"]["max"] < 1e-3
 
 

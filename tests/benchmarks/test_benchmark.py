@@ -18,7 +18,7 @@ from cdiff import __version__
 from cdiff.benchmarks.benchmark import Worker, benchmark, versions
 from cdiff.benchmarks.floor import count_flop
 from cdiff.benchmarks.plain_loop import Row, plain_loop
-from cdiff.export.reference import load_network
+from cdiff.export.reference import TorchEngine, load_network
 from cdiff.runtime.batching import segment_windows
 from cdiff.runtime.bundle import open_bundle
 from cdiff.runtime.chain import Timings
@@ -27,9 +27,11 @@ from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.framing import Framing
 from cdiff.runtime.noise import normal
 from cdiff.runtime.sampler import sampler_table
+from cdiff.runtime.schedule import NoiseSchedule
 from cdiff.train.diffusion import Diffusion
 from cdiff.train.network import ConsensusNet
 from cdiff.train.presets import preset
+from tests.export.networks import BASE, random_network
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +63,23 @@ def test_plain_loop_is_the_same_method(tiny_bundle: Path, sampler: str) -> None:
     assert np.ptp(batched) > 0.01, "a flat map would agree with anything"
     np.testing.assert_allclose(plain, batched, atol=1e-4)
     assert timings.calls == 2 * 2 * bundle.manifest.levels * 5
+
+
+def test_plain_loop_s_maps_of_masks_of_zero_and_one_are_the_runtime_s() -> None:
+    config = replace(BASE, levels=1, outside=0)
+    network, schedule = random_network(config), NoiseSchedule(config.T)
+    images = np.random.default_rng(0).uniform(-1, 1, (2, 1, 16, 16)).astype(np.float32)
+    windows, table = Framing("resize", (16, 16)).frame(images), sampler_table("ddim", schedule, 3)
+
+    def draw(row: Row, step: int, x: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(normal(7, row.window, row.level, row.run, step, (16, 16)))[None, None]
+
+    diffusion = Diffusion(schedule, config.target, outside=0)
+    plain = plain_loop(network, diffusion, windows, table, 2, Timings(), draw)
+    found = segment_windows(TorchEngine(network, schedule), windows, table, levels=1, runs=2, seed=7)
+    batched = np.stack([one.for_masks_from_zero().level_means[0] for one in found])
+    assert 0.1 < np.mean(batched == 0) < 0.9, "x below 0 and above"
+    np.testing.assert_allclose(plain, batched, rtol=0, atol=1e-4)
 
 
 def test_flop_of_a_network_that_can_be_counted_by_hand() -> None:

@@ -84,10 +84,13 @@ def test_a_batch_knows_how_many_drew(tmp_path: Path) -> None:
         preset("tiny").with_values({"missing_raters": "as-is", "variant": "annotator"})
 
 
+@pytest.mark.parametrize("outside", [-1, 0])
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_step_draws_every_condition_and_learns_its_target(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_draws_every_condition_and_learns_its_target(
+    name: str, outside: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One step's loss is that of the target, the condition, t and noise drawn as the page says, written out once more."""
-    config = preset("tiny").with_values({"variant": name, "rrdbs": 0, "batch": 2})
+    config = preset("tiny").with_values({"variant": name, "rrdbs": 0, "batch": 2, "outside": outside})
     config = dataclasses.replace(config, network=dataclasses.replace(config.network, image_size=4, channel_mult=(1, 1)))
     rng = np.random.default_rng(0)
     masks = torch.from_numpy(rng.random((2, 3, 4, 4)) < 0.5)
@@ -119,6 +122,7 @@ def test_a_step_draws_every_condition_and_learns_its_target(name: str, monkeypat
                     "soft-label": 2 * sum(votes) / 3 - 1,
                     "implicit-ensemble": 1.0 if sum(votes) >= 1.5 else -1.0,
                 }[name]
+        m = m if outside == -1 else (m + 1) / 2
         abar = config.schedule.abar[int(t[row])]
         x_t = np.sqrt(abar) * m + np.sqrt(1 - abar) * noise[row : row + 1]
         image = batch.image[row // config.training.rows_per_image][None]
@@ -128,14 +132,15 @@ def test_a_step_draws_every_condition_and_learns_its_target(name: str, monkeypat
     assert loss == pytest.approx(np.mean(losses), rel=1e-4)
 
 
+@pytest.mark.parametrize("outside", [-1, 0])
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_perfect_network_scores_one(name: str) -> None:
+def test_a_perfect_network_scores_one(name: str, outside: int) -> None:
     """Validation asks for as many maps as the variant draws, and compares their mean with the fraction of annotators."""
     nested = torch.zeros(1, 2, 8, 8, dtype=torch.bool)
     nested[0, 0, 2:5] = nested[0, 1, 2:5] = True  # both drew the same, so that a majority is the fraction too
     config = NetworkConfig(
         variant=name, levels=2, T=40, image_size=8, base_channels=8, channel_mult=(1,), attention_depths=(), groups=4, heads=1,
-        rrdbs=0, residual_blocks=1, target="x0",
+        rrdbs=0, residual_blocks=1, target="x0", outside=outside,
     )  # fmt: skip
     asked: list[int] = []
 
@@ -146,12 +151,11 @@ def test_a_perfect_network_scores_one(name: str) -> None:
 
         def answer(self, x: torch.Tensor, features: torch.Tensor, t: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
             asked.extend(level.tolist())
-            return TARGETS[name](
-                nested.expand(len(x), -1, -1, -1), torch.full((len(x),), 2), level, torch.zeros(len(x))
-            )
+            m = TARGETS[name](nested.expand(len(x), -1, -1, -1), torch.full((len(x),), 2), level, torch.zeros(len(x)))
+            return m if outside == -1 else (m + 1) / 2
 
     network, batch = Perfect(), Batch(torch.zeros(1, 1, 8, 8), nested, torch.tensor([2]))
-    diffusion = Diffusion(Config(network=config, data=preset("tiny").data).schedule, "x0")
+    diffusion = Diffusion(Config(network=config, data=preset("tiny").data).schedule, "x0", outside=outside)
     assert score(network, diffusion, batch, steps=2, runs=2, seed=0) == 1
     assert set(asked) == ({1, 2} if VARIANTS[name].told else {1})
     assert len(asked) == 2 * 2 * (2 if VARIANTS[name].told else 1)
@@ -187,3 +191,4 @@ def test_settings_of_a_variant() -> None:
     assert Config.from_json(old) == preset("tiny")
     published = preset("implicit-ensemble").network
     assert (published.T, published.variance, published.rrdbs, published.conditions) == (1000, "learned", 0, 1)
+    assert published.outside == 0, "its masks are 0 and 1"

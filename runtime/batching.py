@@ -173,6 +173,7 @@ class _Loop:
             if isinstance(binding, ChainBinding):
                 with timings.part("denoise"):
                     x = binding.run_chain(rows, chain.table, seed)
+                timings.calls += self.steps
                 if report is not None:
                     report(self.steps)
             else:

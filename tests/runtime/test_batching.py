@@ -306,10 +306,12 @@ def test_an_engine_may_run_the_whole_chain() -> None:
     assert not isinstance(FakeEngine().bind(1, 1), ChainBinding)
     windows, table, seen = framed(scan()), sampler_table("ddpm", SCHEDULE, 4), list[tuple[int, int]]()
     want = run(FakeEngine(), windows, table, batch=5)
-    got = run(ChainEngine(), windows, table, batch=5, progress=lambda *done: seen.append(done))
+    spent = Timings()
+    got = run(ChainEngine(), windows, table, batch=5, progress=lambda *done: seen.append(done), timings=spent)
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a.level_means, b.level_means, rtol=0, atol=2e-5)
     assert seen[-1][0] == seen[-1][1] == 3 * C * R * 4
+    assert spent.calls == -(-3 * C * R // 5) * 4, "the steps of every batch"
 
 
 @pytest.mark.parametrize(

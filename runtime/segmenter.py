@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -201,6 +202,7 @@ class Segmenter:
         preview: bool = True,
         slices: Slices = None,
         slice_axis: int | None = None,
+        progress: Callable[[ScanInput, int, int], None] | None = None,
         **options: Any,
     ) -> Iterator[Outcome[ScanInput, Result]]:
         """Segment scan after scan; the next is read, and the last one's files are written, while the engine works.
@@ -208,8 +210,9 @@ class Segmenter:
         Yields, in the order of `scans`, an outcome with `.item` (the scan as given) and either `.value` (its result) or `.error`:
         what is wrong with one scan stays with it, and the others go on. The maps and files are those of `segment` and `Result.save`.
         save_to: folder for each scan's files, nothing is written unless given; with `preview` a picture too. A second scan of the
-        same name is an error of that scan. options: the other arguments of `segment`, for every scan. Three scans and their maps are in
-        memory at most, besides those that the caller keeps.
+        same name is an error of that scan. progress: called as progress(scan, done, total), the scan as given: when a scan's outcome
+        comes, the engine may be through the next one. options: the other arguments of `segment`, for every scan. Three scans and
+        their maps are in memory at most, besides those that the caller keeps.
         """
         names: set[str] = set()
 
@@ -221,10 +224,13 @@ class Segmenter:
             names.add(result.name)
             return result.with_report(result.save(Path(save_to), preview=preview))
 
+        def work(scan: ScanInput, ready: Prepared) -> Result:
+            return self.segment(ready, progress=None if progress is None else partial(progress, scan), **options)
+
         return overlapped(
             scans,
             lambda scan: self.prepare(scan, slices=slices, slice_axis=slice_axis),
-            lambda scan, ready: self.segment(ready, **options),
+            work,
             save,
         )
 

@@ -16,7 +16,7 @@ from cdiff.runtime.overlap import Outcome, overlapped
 from cdiff.runtime.prepared import Prepared
 from cdiff.runtime.results import Result
 from cdiff.runtime.segmenter import Segmenter
-from tests.runtime.test_segmenter import QUICK, SIZE, make_bundle, saved, volume
+from tests.runtime.test_segmenter import QUICK, SIZE, C, make_bundle, saved, volume
 
 SECONDS = 20.0
 """How long a test waits for something that must happen; only a failure takes as long."""
@@ -143,6 +143,23 @@ def test_many_scans_give_the_files_that_each_alone_gives(segmenter: Segmenter, t
     for name in maps:
         assert (together / name).read_bytes() == (alone / name).read_bytes(), name
     assert sorted(path.name for path in together.iterdir()) == sorted(path.name for path in alone.iterdir())
+
+
+def test_progress_of_many_scans_says_whose_it_is(segmenter: Segmenter) -> None:
+    """The engine may be a scan ahead of the outcomes: by the order alone, one scan had the steps of two and the last had none."""
+    scans = {depth: volume(SIZE, SIZE, depth) for depth in (1, 3, 2)}
+    alone: dict[int, list[tuple[int, int]]] = {depth: [] for depth in scans}
+    together: dict[int, list[tuple[int, int]]] = {depth: [] for depth in scans}
+    for depth, scan in scans.items():
+        segmenter.segment(scan, **QUICK, progress=lambda *now, depth=depth: alone[depth].append(now))
+
+    def progress(scan: Any, done: int, total: int) -> None:
+        together[scan.shape[2]].append((done, total))
+
+    assert all(one.error is None for one in segmenter.segment_many(scans.values(), **QUICK, progress=progress))
+    assert together == alone
+    for depth, seen in together.items():
+        assert seen[-1] == (depth * C * 2 * 3, depth * C * 2 * 3), "levels, runs and steps"
 
 
 def test_a_bad_scan_among_many_and_two_of_one_name(segmenter: Segmenter, tmp_path: Path) -> None:

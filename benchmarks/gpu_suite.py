@@ -3,7 +3,8 @@
     python -m cdiff.benchmarks.gpu_suite --out gpu_suite
 
 Each check runs in a process of its own with a time limit; gpu_suite.json and gpu_suite.md are written anew after each, and the same
-command goes on where it stopped. It needs PyTorch and NumPy, and safetensors for the shipped model; what else is missing is said in the table.
+command goes on where it stopped, and tries again what was refused. It needs PyTorch and NumPy, and safetensors for the shipped model; what else
+is missing is said in the table.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import cdiff
-from cdiff.benchmarks.gpu_checks import FAILED, Settings, settings_json
+from cdiff.benchmarks.gpu_checks import DONE, FAILED, REFUSED, Settings, settings_json
 from cdiff.benchmarks.gpu_report import markdown
 from cdiff.benchmarks.gpu_subjects import PAPER, SHIPPED
 from cdiff.benchmarks.gpu_targets import targets
@@ -164,22 +165,28 @@ class Suite:
         write_bytes(self.out / "gpu_suite.md", markdown(self.report).encode())
 
     def run(self, checks: list[Check], minutes: float) -> None:
-        """Every check that was not done before, while there is time; a line each."""
+        """Every check that was not done before, while there is time; a line each.
+
+        What was refused before is tried again, since what it lacked may be there by now; but last, so that it takes no time from what
+        was never measured, and where no time is left the refusal stays.
+        """
         deadline = time.monotonic() + 60 * minutes
         done = self.report["checks"]
-        for check in checks:
-            if check.name in done and done[check.name]["status"] != SKIPPED:
+        states = {name: found["status"] for name, found in done.items()}
+        for check in sorted(checks, key=lambda check: states.get(check.name) == REFUSED):
+            left, state = deadline - time.monotonic(), states.get(check.name)
+            late = left < min(10, check.seconds)
+            if state == DONE or (state == REFUSED and late):
                 print(f"{check.name}: kept from before", flush=True)
                 continue
-            left = deadline - time.monotonic()
             found: dict[str, Any] = {
                 "status": SKIPPED, "message": "the time was up; run the same command again", "seconds": 0,
             }  # fmt: skip
-            if left >= min(10, check.seconds):
+            if not late:
                 outcome = in_a_process(check.name, self.settings, min(check.seconds, left))
                 # Cut short by --minutes, and not by its own limit: nothing broke.
-                late = outcome["status"] == FAILED and time.monotonic() >= deadline
-                found = found | {"seconds": outcome["seconds"]} if late else outcome
+                cut = outcome["status"] == FAILED and time.monotonic() >= deadline
+                found = found | {"seconds": outcome["seconds"]} if cut else outcome
             done[check.name] = found
             print(f"{check.name}: {found['status']} in {found['seconds']:.0f} s{_tail(found)}", flush=True)
             self.save()

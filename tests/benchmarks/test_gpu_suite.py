@@ -270,9 +270,9 @@ def test_it_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyP
     ran.clear()
     again = Suite(tmp_path, CPU, checks, fresh=False)
     again.run(checks, minutes=5)
-    assert ran == [name for name in (check.name for check in checks) if "graph" not in name], (
-        "what broke is tried again"
-    )
+    assert ran == [name for name in (check.name for check in checks) if "graph" not in name] + [
+        "noise:graph:shipped"
+    ], "what broke is tried again, and after it what was refused"
     page = (tmp_path / "gpu_suite.md").read_text()
     assert "| noise:graph:shipped | refused | no |" in page
     with pytest.raises(CdiffError, match="other settings; give --fresh"):
@@ -282,6 +282,39 @@ def test_it_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "gpu_suite.json").write_text("{")
     with pytest.raises(CdiffError, match="give --fresh"):
         Suite(tmp_path, CPU, checks, fresh=False)
+
+
+def test_what_was_refused_is_tried_again_after_what_was_never_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A package may be there by now; what is done stays, and a refusal that there is no time to try again stays too."""
+    now, installed, ran = [0.0], [False], []
+    monkeypatch.setattr(gpu_suite, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def outcome(name: str, settings: Settings, seconds: float) -> dict[str, Any]:
+        ran.append(name)
+        now[0] += 30
+        if "tensorrt" in name and not installed[0]:
+            return {"status": "refused", "message": "needs tensorrt", "seconds": 30}
+        return {"status": "done", "result": {"note": "nothing to replay"}, "seconds": 30}
+
+    monkeypatch.setattr(gpu_suite, "in_a_process", outcome)
+    names = ["replay:tensorrt:shipped", "replay:graph:shipped", "replay:tensorrt:paper", "replay:graph:paper"]
+
+    def states(minutes: float) -> list[str]:
+        ran.clear()
+        checks = [Check(name, "", 40, 1) for name in names]
+        suite = Suite(tmp_path, CPU, checks, fresh=False)
+        suite.run(checks, minutes)
+        return [suite.report["checks"][name]["status"] for name in names]
+
+    assert states(1.5) == ["refused", "done", "refused", "not measured"]
+    installed[0] = True
+    assert states(1) == ["done", "done", "refused", "done"]
+    assert ran == ["replay:graph:paper", "replay:tensorrt:shipped"]
+    assert "needs tensorrt" in (tmp_path / "gpu_suite.md").read_text()
+    assert states(1) == ["done"] * 4
+    assert ran == ["replay:tensorrt:paper"]
 
 
 def test_a_check_that_the_suite_cuts_short_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -231,6 +231,8 @@ def test_a_table_of_one_row_a_mask(tmp_path: Path) -> None:
         ("image,age\na.png,3\n", "columns image, age; the columns image"),
         ("image,mask,mask\nx.png,m.png,n.png\n", "has a second column mask; give each a name"),
         ("image,mask1,mask_1\nx.png,m.png,n.png\n", "has a second column mask_1"),
+        ("image,Image,mask\nx.png,y.png,m.png\n", "has a second column Image"),
+        ("case,image,mask,case\na,x.png,m.png,b\n", "has a second column case"),
         ("image,mask1\n", "names no case"),
         ("case,image,mask1\na,x.png,m.png\na,x.png,n.png\n", "row 3 names the case a again"),
         ("image,mask1,split\nx.png,m.png,later\n", "row 2 has the split 'later'"),

@@ -1,4 +1,4 @@
-"""The GPU suite on a machine without one: plan, processes, resumption, report and targets; its numbers are tried on tiny networks."""
+"""The GPU suite on a machine without one: plan, processes and resumption."""
 
 from __future__ import annotations
 
@@ -18,29 +18,17 @@ import numpy as np
 import pytest
 import torch
 
-from cdiff.benchmarks import gpu_checks, gpu_measure, gpu_suite
+from cdiff.benchmarks import gpu_checks, gpu_suite
 from cdiff.benchmarks.gpu_checks import KINDS, Settings
-from cdiff.benchmarks.gpu_measure import DeviceMemory, flops, noise_of, published, step_seconds, whole_protocol
-from cdiff.benchmarks.gpu_parity import call_errors, map_errors
+from cdiff.benchmarks.gpu_measure import flops
 from cdiff.benchmarks.gpu_report import markdown
-from cdiff.benchmarks.gpu_subjects import PAPER, SHIPPED, demo_slices, shipped_config, subject
+from cdiff.benchmarks.gpu_subjects import PAPER, demo_slices, shipped_config, subject
 from cdiff.benchmarks.gpu_suite import Check, Suite, chosen, in_a_process, main, plan
-from cdiff.benchmarks.gpu_targets import BASELINES, targets
-from cdiff.export.reference import TorchEngine
-from cdiff.export.torch_engine import TorchChainEngine
 from cdiff.runtime.bundle import open_bundle, shipped_bundle
-from cdiff.runtime.device.cuda import OutOfMemory
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.scan import read_scan
+from tests.benchmarks.tiny import CPU
 from tests.conftest import REPOSITORY
-
-TINY = subject(SHIPPED, small=True)
-CPU = Settings("cpu", small=True, seconds=0.1)
-
-
-@pytest.fixture(scope="module")
-def engine() -> TorchChainEngine:
-    return TorchChainEngine(TINY.network(), TINY.schedule, "cpu")
 
 
 def test_paper_is_the_protocol_of_the_paper() -> None:
@@ -117,114 +105,6 @@ def test_without_a_gpu_it_says_so_and_leaves(tmp_path: Path, capsys: pytest.Capt
     assert "protocol:graph:paper" in said
     assert not (tmp_path / "out").exists()
     assert main(["--checks", "nonsense"]) == 2
-
-
-def test_noise_check_finds_a_wrong_stream(engine: TorchChainEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    image = TINY.images()["random"]
-    right = noise_of(engine, TINY, image, 3, 2**63 + 5)
-    assert right["max"] < 1e-6
-    assert right["values"] == 2 * 3 * 16 * 16
-    noise = engine.noise
-    monkeypatch.setattr(engine, "noise", lambda seed, *rest: noise(seed + 1, *rest))
-    assert noise_of(engine, TINY, image, 3, 2**63 + 5)["max"] > 1
-
-
-def test_parity_is_near_nought_for_the_same_weights_and_not_for_others(engine: TorchChainEngine) -> None:
-    network, images = TINY.network(), TINY.images()
-    reference = TorchEngine(network, TINY.schedule)
-    for image in images.values():
-        assert max(call_errors(engine, reference, image, TINY).values()) < 1e-4
-    same = map_errors(engine, reference, images["real"], TINY)
-    assert same["mean"] < 1e-5
-    assert same["dice"] == pytest.approx(1, abs=0.01)
-    with torch.no_grad():
-        network.denoiser.last.bias.add_(0.5)
-    other = TorchEngine(network, TINY.schedule)
-    assert call_errors(engine, other, images["real"], TINY)["x0"] > 0.1
-    assert map_errors(engine, other, images["real"], TINY)["mean"] > 0.01
-
-
-class Clock:
-    """A clock that stands still unless a chain moves it: 2 ms a chain and `step` a step, and every fifth chain is held up for 50 ms."""
-
-    def __init__(self, step: float) -> None:
-        self.now, self.step, self.calls = 0.0, step, 0
-
-    def perf_counter(self) -> float:
-        return self.now
-
-    def chain(self, engine: Any, model: Any, image: Any, rows: Any, table: Any, seed: int = 0) -> None:
-        self.calls += 1
-        self.now += 2e-3 + self.step * len(table) + (50e-3 if self.calls % 5 == 3 else 0)
-
-
-def test_a_step_is_a_median_and_no_jitter(engine: TorchChainEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    for step in (5e-4, 0.0):
-        clock = Clock(step)
-        monkeypatch.setattr(gpu_measure, "time", clock)
-        monkeypatch.setattr(gpu_measure, "chain", clock.chain)
-        if step:
-            assert step_seconds(engine, TINY, TINY.images()["real"], 4) == pytest.approx(step)
-        else:
-            with pytest.raises(CdiffError, match="the time of a step is not known"):
-                step_seconds(engine, TINY, TINY.images()["real"], 4)
-
-
-def test_memory_is_looked_at_apart_from_the_clock_and_without_leftovers(
-    engine: TorchChainEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A stand-in for a GPU of 100 bytes: 10 are used, 30 more were kept from an earlier batch size."""
-    kept, watched, steps = [30], [0], []
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: kept.__setitem__(0, 0))
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (90 - kept[0], 100))
-    with DeviceMemory("cuda:0") as memory:
-        pass
-    assert memory.peak == 10
-
-    class Watch(DeviceMemory):
-        def __enter__(self) -> DeviceMemory:
-            watched[0] += 1
-            return super().__enter__()
-
-        def __exit__(self, *rest: object) -> None:
-            super().__exit__(*rest)
-            watched[0] -= 1
-
-    def seen(name: str, table: int) -> None:
-        real = getattr(gpu_measure, name)
-
-        def call(*args: Any, **named: Any) -> Any:
-            steps.append((len(args[table]), watched[0]))
-            return real(*args, **named)
-
-        monkeypatch.setattr(gpu_measure, name, call)
-
-    monkeypatch.setattr(gpu_measure, "DeviceMemory", Watch)
-    seen("segment_windows", 2)
-    seen("plain_loop", 3)
-    image = TINY.images()["real"]
-    whole_protocol(engine, TINY, image, 6, seconds=1e9)
-    published(TINY, image, "cpu", seconds=0)
-    T = TINY.config.network.T
-    assert steps == [(2, 0), (2, 1), (T, 0), (2, 0), (2, 1), (2, 0), (6, 0)], (
-        "steps, and whether the memory was watched"
-    )
-
-
-def test_a_protocol_in_part_is_extrapolated_and_says_so(engine: TorchChainEngine) -> None:
-    image = TINY.images()["real"]
-    whole = whole_protocol(engine, TINY, image, 4, seconds=1e9)
-    assert (whole["share"], whole["steps"], whole["batches"]) == (1.0, TINY.config.network.T, 2)
-    assert whole["seconds"] == pytest.approx(whole["measured_seconds"], rel=0.05)
-    part = whole_protocol(engine, TINY, image, 4, seconds=0)
-    assert part["steps"] == 2
-    assert part["share"] == pytest.approx(2 / TINY.config.network.T)
-    assert part["seconds"] > part["measured_seconds"]
-    assert part["seconds"] == pytest.approx(sum(part["parts"].values()))
-    assert 0 <= part["host_share"] < 1
-    plain = published(TINY, image, "cpu", seconds=0)
-    assert 0 < plain["share"] < 1
-    assert plain["seconds"] > plain["measured_seconds"]
 
 
 def test_a_broken_process_costs_one_check(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -360,61 +240,6 @@ def test_ending_the_suite_ends_its_check(tmp_path: Path) -> None:
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-
-
-def test_no_room_for_the_parts_of_a_step_costs_no_measured_protocol(monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_room(*_: Any) -> Any:
-        raise OutOfMemory("PyTorch has no room on the GPU")
-
-    monkeypatch.setattr(gpu_checks, "step_parts", no_room)
-    name = "protocol:graph:paper"
-    found = gpu_checks.run_check(name, CPU)
-    assert found["status"] == "done"
-    page = markdown({"settings": vars(CPU), "targets": [], "plan": [], "checks": {name: found}})
-    assert f"| {name} | done but for a step's parts | PyTorch has no room on the GPU |" in page
-    assert "| cdiff, PyTorch float16, captured |" in page
-
-
-def test_values_that_are_not_finite_are_said_and_not_compared(
-    engine: TorchChainEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    reference = TorchEngine(TINY.network(), TINY.schedule)
-    denoise = engine.denoise
-    monkeypatch.setattr(engine, "denoise", lambda *arrays: (denoise(*arrays)[0] * np.float32(np.nan), None))
-    with pytest.raises(CdiffError, match="the denoiser on torch returned a value that is not finite"):
-        call_errors(engine, reference, TINY.images()["real"], TINY)
-
-
-def test_the_page_says_what_float32_meant() -> None:
-    plain = {"seconds_a_slice": 2.0, "share": 1.0, "flop": 1.0, "peak_bytes": 0, "tf32_products": False}
-    for used, said in ((True, "(TF32 in convolutions)"), (False, "(no TF32)")):
-        checks = {"published:published:paper": {"status": "done", "result": plain | {"tf32_convolutions": used}}}
-        page = markdown({"settings": vars(CPU), "targets": [], "plan": [], "checks": checks})
-        assert f"encoder for each {said} | 2.00 | all of it |" in page
-
-
-def test_targets_are_met_missed_or_not_measured() -> None:
-    def checks(maps: float, dice: float, seconds: float, host: float, four: float) -> dict[str, Any]:
-        return {
-            "machine": {"result": {"matmul_flop_per_s": {"float16": 800e12}}},
-            "published:published:paper": {"result": {"seconds_a_slice": 200.0}},
-            "parity:tensorrt:shipped": {"result": {"maps": {"mean": maps, "dice": dice}}},
-            "protocol:tensorrt:paper": {"result": {"seconds_a_slice": seconds, "flop_per_s": 9.7e15 / seconds, "host_share": host}},
-            "scaling:tensorrt:shipped": {"result": {"seconds_a_slice": {"1": 1.0, "2": 1.0, "4": four}}},
-            "protocol:eager16:paper": {"result": {"seconds_a_slice": 50.0}},
-        }  # fmt: skip
-
-    good = targets(checks(0.005, 0.999, 20.0, 0.01, 1.02), small=False)
-    assert {one["path"] for one in good} == {"tensorrt"}, "baselines have no targets"
-    assert [one["state"] for one in good] == ["met"] * 6
-    assert good[2]["found"] == "10.0 times"
-    assert good[3]["found"] == "61%"
-    bad = targets(checks(0.02, 0.9, 50.0, 0.1, 1.3), small=False)
-    assert [one["state"] for one in bad] == ["missed"] * 6
-    assert {one["state"] for one in targets(checks(0, 1, 1, 0, 1), small=True)} == {"not measured"}
-    only = targets({"parity:tensorrt:shipped": {"status": "refused", "message": "no"}}, small=False)
-    assert {one["state"] for one in only} == {"not measured"}
-    assert "tensorrt" not in BASELINES
 
 
 @pytest.mark.slow

@@ -1,0 +1,41 @@
+"""The GPU suite's page, and its targets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cdiff.benchmarks.gpu_report import markdown
+from cdiff.benchmarks.gpu_targets import BASELINES, targets
+from tests.benchmarks.tiny import CPU
+
+
+def test_the_page_says_what_float32_meant() -> None:
+    plain = {"seconds_a_slice": 2.0, "share": 1.0, "flop": 1.0, "peak_bytes": 0, "tf32_products": False}
+    for used, said in ((True, "(TF32 in convolutions)"), (False, "(no TF32)")):
+        checks = {"published:published:paper": {"status": "done", "result": plain | {"tf32_convolutions": used}}}
+        page = markdown({"settings": vars(CPU), "targets": [], "plan": [], "checks": checks})
+        assert f"encoder for each {said} | 2.00 | all of it |" in page
+
+
+def test_targets_are_met_missed_or_not_measured() -> None:
+    def checks(maps: float, dice: float, seconds: float, host: float, four: float) -> dict[str, Any]:
+        return {
+            "machine": {"result": {"matmul_flop_per_s": {"float16": 800e12}}},
+            "published:published:paper": {"result": {"seconds_a_slice": 200.0}},
+            "parity:tensorrt:shipped": {"result": {"maps": {"mean": maps, "dice": dice}}},
+            "protocol:tensorrt:paper": {"result": {"seconds_a_slice": seconds, "flop_per_s": 9.7e15 / seconds, "host_share": host}},
+            "scaling:tensorrt:shipped": {"result": {"seconds_a_slice": {"1": 1.0, "2": 1.0, "4": four}}},
+            "protocol:eager16:paper": {"result": {"seconds_a_slice": 50.0}},
+        }  # fmt: skip
+
+    good = targets(checks(0.005, 0.999, 20.0, 0.01, 1.02), small=False)
+    assert {one["path"] for one in good} == {"tensorrt"}, "baselines have no targets"
+    assert [one["state"] for one in good] == ["met"] * 6
+    assert good[2]["found"] == "10.0 times"
+    assert good[3]["found"] == "61%"
+    bad = targets(checks(0.02, 0.9, 50.0, 0.1, 1.3), small=False)
+    assert [one["state"] for one in bad] == ["missed"] * 6
+    assert {one["state"] for one in targets(checks(0, 1, 1, 0, 1), small=True)} == {"not measured"}
+    only = targets({"parity:tensorrt:shipped": {"status": "refused", "message": "no"}}, small=False)
+    assert {one["state"] for one in only} == {"not measured"}
+    assert "tensorrt" not in BASELINES

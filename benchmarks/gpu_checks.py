@@ -149,6 +149,7 @@ def check_protocol(path: str, model: Subject, settings: Settings) -> dict[str, A
     from cdiff.benchmarks.gpu_measure import evened, flops, step_seconds, usual_batch, whole_protocol
 
     engine = open_path(path, model, settings)
+    usual = usual_batch(engine, model)
     image, compiles = model.images()["real"], TORCH_PATHS.get(path, {}).get("compiled") is not None
     largest = min(evened(model, LARGEST[model.name]), model.rows)
     # Every size is a new compilation where PyTorch compiles, and a minute of the budget.
@@ -173,7 +174,7 @@ def check_protocol(path: str, model: Subject, settings: Settings) -> dict[str, A
     except (CdiffError, RuntimeError) as error:  # a step launched plainly needs its memory beside the captured one's
         parts = {"parts_error": one_line(error)}
     return {
-        "engine": engine.name, "version": engine.version, "device": engine.device, "sweep": sweep, "runtime_batch": usual_batch(model, engine.device),
+        "engine": engine.name, "version": engine.version, "device": engine.device, "sweep": sweep, "runtime_batch": usual,
         "flop": counted["protocol"], "flop_per_s": counted["protocol"] / found["seconds"], **found, **parts,
     }  # fmt: skip
 

@@ -14,10 +14,9 @@ from cdiff.benchmarks.gpu_subjects import SEED, Subject
 from cdiff.benchmarks.memory import peak_memory
 from cdiff.benchmarks.plain_loop import plain_loop
 from cdiff.export.torch_chain import wait
-from cdiff.runtime.batching import rows_per_batch, segment_windows
+from cdiff.runtime.batching import most_rows_of, rows_per_batch, segment_windows
 from cdiff.runtime.chain import Chain, Timings
 from cdiff.runtime.engines.base import ChainBinding, Engine, Float32, Rows
-from cdiff.runtime.engines.trt import most_rows
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.framing import Framing, Windows
 from cdiff.runtime.noise import INITIAL, Noise, normal
@@ -169,12 +168,11 @@ def evened(model: Subject, most: int) -> int:
     return -(-model.rows // -(-model.rows // most))
 
 
-def usual_batch(model: Subject, device: str) -> int:
-    """What the runtime would choose by itself."""
+def usual_batch(engine: Engine, model: Subject) -> int:
+    """Rows a batch that the runtime would choose by itself for a slice; asked before anything is bound, as the runtime asks."""
     network = model.config.network
-    return rows_per_batch(
-        model.rows, device, model.rows, most_rows(network.base_channels, (network.image_size, network.image_size))
-    )
+    most = most_rows_of([engine], network.base_channels, (network.image_size, network.image_size))
+    return rows_per_batch(model.rows, engine.device, model.rows, most)
 
 
 def published(model: Subject, image: Float32, device: str, seconds: float) -> dict[str, Any]:

@@ -9,7 +9,17 @@ from typing import Any
 import numpy as np
 
 from cdiff.runtime.chain import Chain, Timings, check_finite
-from cdiff.runtime.engines.base import Binding, ChainBinding, Engine, Int64, Pending, Rows, SumBinding, SumLayout
+from cdiff.runtime.engines.base import (
+    Binding,
+    ChainBinding,
+    Engine,
+    Int64,
+    LimitedRows,
+    Pending,
+    Rows,
+    SumBinding,
+    SumLayout,
+)
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.framing import Windows
 from cdiff.runtime.mirror import VIEWS, origin_in, view_of
@@ -17,7 +27,7 @@ from cdiff.runtime.noise import Noise
 from cdiff.runtime.sampler import SamplerTable
 from cdiff.runtime.sums import SliceResult, SliceSums
 
-__all__ = ["Progress", "SliceResult", "Timings", "rows_per_batch", "segment_windows"]
+__all__ = ["Progress", "SliceResult", "Timings", "most_rows", "most_rows_of", "rows_per_batch", "segment_windows"]
 
 Progress = Callable[[int, int], None]
 """Called as progress(done, total) after every denoiser call, or a few times a batch where a device runs whole chains; both count
@@ -25,7 +35,13 @@ rows times steps of the whole scan."""
 
 ROWS_PER_BATCH = {"cpu": 8, "cuda": 256}
 """On a CPU larger batches gain nothing and leave the caches: 8 rows of a 1.6 M-parameter network at 128x128 took 24.5 ms a
-row on two cores, 64 rows 27 ms and eight times the memory. On a GPU a whole slice, 7 levels and 25 runs being 175 rows."""
+row on two cores, 64 rows 27 ms and eight times the memory. On a GPU a whole slice, 7 levels and 25 runs being 175 rows: enough to
+keep any GPU busy at any image size that the network makes sense for."""
+MAX_VALUES = 2**31 - 1
+"""Values in one tensor that every kernel on a GPU can index."""
+ROW_MAPS = 40
+"""Memory of a row, in maps of float16. TensorRT for RTX 1.7 plans 31 for the shipped network in half precision and 19 for a reduced
+paper network; what the kernels that it chooses on a GPU need besides is not measured."""
 
 
 @dataclass(frozen=True)
@@ -83,11 +99,31 @@ class _Plan:
         )
 
 
+def most_rows(channels: int, size: tuple[int, int], free_bytes: int | None = None, asked: int | None = None) -> int:
+    """Most rows of one batch on a GPU for a network of L = `channels` and images of `size`; at least 1, for a want of memory is no error here.
+
+    70 % of the free memory at ROW_MAPS maps of float16 a row, one map being L channels at the full image size; a widest tensor of 4
+    maps within MAX_VALUES; `ROWS_PER_BATCH`, or `asked` where it is given. Without `free_bytes` memory sets no limit.
+    """
+    map_values = channels * size[0] * size[1]
+    fit = min(asked or ROWS_PER_BATCH["cuda"], MAX_VALUES // (4 * map_values))
+    if free_bytes is not None:
+        fit = min(fit, int(0.7 * free_bytes) // (ROW_MAPS * 2 * map_values))
+    return max(fit, 1)
+
+
+def most_rows_of(engines: Sequence[Engine], channels: int, size: tuple[int, int]) -> int:
+    """Most rows that a batch has on a GPU unless more are asked for, so that each of `engines` takes it: those that one is made for
+    (`LimitedRows`), else `most_rows` of a network of L = `channels` and images of `size`."""
+    usual = most_rows(channels, size)
+    return min(one.most_rows if isinstance(one, LimitedRows) else usual for one in engines)
+
+
 def rows_per_batch(total: int, device: str = "cpu", per_window: int | None = None, most: int | None = None) -> int:
     """The padded batch used when none is asked for: at most `ROWS_PER_BATCH`, evened out so that the last one is nearly full.
 
     On a GPU the `per_window` rows of one window are what is evened out, so that a slice is one batch where it can be, and `most` rows
-    are the limit where that is less.
+    (`most_rows_of`) are the limit where that is less.
     """
     kind = device.split(":")[0]
     rows, limit = total, ROWS_PER_BATCH[kind]

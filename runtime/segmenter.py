@@ -12,13 +12,13 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from cdiff.runtime.batching import Timings, rows_per_batch
+from cdiff.runtime.batching import Timings, most_rows_of, rows_per_batch
 from cdiff.runtime.bundle import Bundle, open_bundle
 from cdiff.runtime.device.cuda import OutOfMemory
 from cdiff.runtime.device.gpu import parse_device
-from cdiff.runtime.engines.base import Engine, LimitedRows
+from cdiff.runtime.engines.base import Engine
 from cdiff.runtime.engines.registry import open_engine
-from cdiff.runtime.engines.trt import BuildEngines, most_rows
+from cdiff.runtime.engines.trt import BuildEngines
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import sha256
 from cdiff.runtime.framing import Windows
@@ -140,7 +140,8 @@ class Segmenter:
 
         per_window = manifest.conditions * runs
         if batch is None:
-            batch = rows_per_batch(len(windows) * per_window, self.engine.device, per_window, self._most())
+            most = most_rows_of(self.engines, manifest.features_channels, manifest.image_size)
+            batch = rows_per_batch(len(windows) * per_window, self.engine.device, per_window, most)
         finished, batch, spent = self._fitting(
             batch,
             windows,
@@ -233,11 +234,6 @@ class Segmenter:
             work,
             save,
         )
-
-    def _most(self) -> int:
-        """Most rows that a batch has on a GPU unless more are asked for: what every engine is made for, and 32-bit indices reach."""
-        usual = most_rows(self.manifest.features_channels, self.manifest.image_size)
-        return min(one.most_rows if isinstance(one, LimitedRows) else usual for one in self.engines)
 
     def _fitting(
         self, batch: int, windows: Windows, table: SamplerTable, **options: Any

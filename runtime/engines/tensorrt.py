@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from cdiff.runtime.batching import most_rows
 from cdiff.runtime.bundle import Bundle
 from cdiff.runtime.device.cuda import OutOfMemory
 from cdiff.runtime.device.gpu import Buffer
@@ -28,7 +29,6 @@ from cdiff.runtime.engines.trt import (
     Profile,
     cached_rows,
     load_trt,
-    most_rows,
     open_or_build,
     profile_for,
 )

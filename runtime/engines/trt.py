@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from cdiff.runtime.batching import most_rows
 from cdiff.runtime.bundle import Bundle
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import sha256
@@ -44,13 +45,6 @@ RTX_CAPABILITIES = {
 """What TensorRT for RTX 1.7 builds a bundle of each precision for: it has no float32 matrix product for 7.5 (Turing). 9.0 (H100,
 H200) is not among its targets."""
 
-MAX_ROWS = 256
-"""Enough to keep any GPU busy at any image size that the network makes sense for."""
-MAX_VALUES = 2**31 - 1
-"""Values in one tensor that every kernel of TensorRT can index."""
-ROW_MAPS = 40
-"""Memory of a row, in maps of float16. TensorRT for RTX 1.7 plans 31 for the shipped network in half precision and 19 for a reduced
-paper network; what the kernels that it chooses on a GPU need besides is not measured."""
 FAST_RUNS = 5
 """Fewest runs that the places for features are made for; with fewer, a batch holds fewer rows."""
 
@@ -86,19 +80,6 @@ class Profile:
     def covers(self, other: Profile) -> bool:
         """Whether an engine for this profile takes every shape that `other` allows."""
         return self.min_rows <= other.min_rows and self.max_rows >= other.max_rows and self.slots >= other.slots
-
-
-def most_rows(channels: int, size: tuple[int, int], free_bytes: int | None = None, asked: int | None = None) -> int:
-    """Most rows of one batch on a GPU for a network of L = `channels` and images of `size`; at least 1, for a want of memory is no error here.
-
-    70 % of the free memory at ROW_MAPS maps of float16 a row, one map being L channels at the full image size; a widest tensor of 4
-    maps within MAX_VALUES; MAX_ROWS, or `asked` where it is given. Without `free_bytes` memory sets no limit.
-    """
-    map_values = channels * size[0] * size[1]
-    fit = min(asked or MAX_ROWS, MAX_VALUES // (4 * map_values))
-    if free_bytes is not None:
-        fit = min(fit, int(0.7 * free_bytes) // (ROW_MAPS * 2 * map_values))
-    return max(fit, 1)
 
 
 def profile_for(

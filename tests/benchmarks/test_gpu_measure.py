@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,9 +10,10 @@ import pytest
 import torch
 
 from cdiff.benchmarks import gpu_checks, gpu_measure
-from cdiff.benchmarks.gpu_measure import DeviceMemory, noise_of, published, step_seconds, whole_protocol
+from cdiff.benchmarks.gpu_measure import DeviceMemory, noise_of, published, step_seconds, usual_batch, whole_protocol
 from cdiff.benchmarks.gpu_parity import call_errors, map_errors
 from cdiff.benchmarks.gpu_report import markdown
+from cdiff.benchmarks.gpu_subjects import PAPER, subject
 from cdiff.export.reference import TorchEngine
 from cdiff.export.torch_engine import TorchChainEngine
 from cdiff.runtime.device.cuda import OutOfMemory
@@ -130,6 +132,19 @@ def test_a_protocol_in_part_is_extrapolated_and_says_so(engine: TorchChainEngine
     plain = published(TINY, image, "cpu", seconds=0)
     assert 0 < plain["share"] < 1
     assert plain["seconds"] > plain["measured_seconds"]
+
+
+def test_the_usual_batch_is_what_the_runtime_takes_of_that_engine() -> None:
+    """Of the paper's 175 rows 63 are within the reach of 32-bit indices, and an engine may be made for fewer."""
+    model = subject(PAPER, small=False)
+
+    def batch(**engine: Any) -> int:
+        made: Any = SimpleNamespace(**engine)
+        return usual_batch(made, model)
+
+    assert batch(device="cuda:0") == 59
+    assert batch(device="cuda:0", most_rows=40) == 35
+    assert batch(device="cpu") == 8
 
 
 def test_no_room_for_the_parts_of_a_step_costs_no_measured_protocol(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
+from cdiff.runtime import batching
 from cdiff.runtime import segmenter as loop
 from cdiff.runtime.batching import Timings
 from cdiff.runtime.bundle import Bundle, open_bundle
@@ -103,7 +104,7 @@ def test_a_gpu_is_asked_for_no_more_rows_than_it_can_take(tmp_path: Path, monkey
         return int(Segmenter(bundle, *engines).segment(slices, runs=4, steps=1, **options).report["batch"])
 
     assert batch(OnAGpu()) == 4 * C
-    monkeypatch.setattr(loop, "most_rows", lambda channels, size: 7)
+    monkeypatch.setattr(batching, "most_rows", lambda channels, size: 7)
     assert batch(FakeEngine()) == 8, "a processor's batch is small anyway"
     assert batch(OnAGpu()) == 6, "two equal batches of a slice"
     assert batch(Made()) == batch(OnAGpu(), Made()) == 4

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from cdiff.runtime.batching import rows_per_batch
+from cdiff.runtime.batching import most_rows, rows_per_batch
 from cdiff.runtime.bundle import Bundle, write_bundle
 from cdiff.runtime.engines.trt import (
     RECORD,
@@ -23,7 +23,6 @@ from cdiff.runtime.engines.trt import (
     cached_rows,
     engine_key,
     load_trt,
-    most_rows,
     open_or_build,
     profile_for,
     user_cache,

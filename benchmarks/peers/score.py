@@ -17,7 +17,7 @@ from cdiff import __version__
 from cdiff.benchmarks.peers import diffusion
 from cdiff.benchmarks.peers.draws import Float32, draw_runs, mixed
 from cdiff.benchmarks.peers.slices import INTENSITY
-from cdiff.benchmarks.peers.training import SUMMARY, read_state
+from cdiff.benchmarks.peers.training import SAY_EVERY, SUMMARY, read_state
 from cdiff.benchmarks.peers.unets import UNETS, UNetPeer
 from cdiff.runtime.cases import Case, find_cases, read_case
 from cdiff.runtime.engines.registry import open_engine
@@ -276,7 +276,7 @@ def _entry(report: dict[str, Any], variant: Variant, training: dict[str, Any], s
 
 
 class Ticker:
-    """Says how far a long work is, at most every 30 seconds: `ticker(done)` of `total`."""
+    """Says how far a long work is, at most every SAY_EVERY seconds: `ticker(done)` of `total`."""
 
     def __init__(self, label: str, total: float, say: Callable[[str], None]) -> None:
         self.label, self.total, self.say = label, total, say
@@ -284,7 +284,7 @@ class Ticker:
 
     def __call__(self, done: float) -> None:
         now = time.monotonic()
-        if now - self.said >= 30:
+        if now - self.said >= SAY_EVERY:
             self.said = now
             left = (now - self.started) * (self.total - done) / max(done, 1e-9)
             self.say(f"{self.label}: {done / self.total:.0%}, about {left:.0f} s left")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from cdiff.runtime.case import SPLITS, Entry, arranged, stem
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.layouts import DEPTH, OWN_MASK, TASK_MASK, brats_in, cases_in
+from cdiff.runtime.layouts import OWN_MASK, TASK_MASK, Files, brats_in, cases_in, descend, files_in
 from cdiff.runtime.scan import NIFTI_SUFFIXES
 from cdiff.runtime.table import SUFFIXES, read_table
 
@@ -46,7 +46,7 @@ def scans_at(path: Path, channels: int = 1, modalities: Sequence[str] = ()) -> l
         return [NamedScan(stem(path) or path.stem, path)]
     else:
         must_exist(path)
-        scans = list(_case_scans(path, channels, modalities)) or list(_scans_in(path, channels, modalities))
+        scans = list(_scans_in(path, channels, modalities))
     if not scans:
         raise CdiffError(_nothing_in(path))
     seen: dict[str, NamedScan] = {}
@@ -59,41 +59,34 @@ def scans_at(path: Path, channels: int = 1, modalities: Sequence[str] = ()) -> l
     return scans
 
 
-def _scans_in(folder: Path, channels: int, modalities: Sequence[str]) -> Iterator[NamedScan]:
-    for entry in sorted(folder.iterdir()):
+def _scans_in(root: Path, channels: int, modalities: Sequence[str]) -> Iterator[NamedScan]:
+    """The scan of a case folder; where `root` is none, its files and the cases in the folders below.
+
+    A split's folder is not gone into: which one is meant has to be said.
+    """
+
+    def cases(folder: Path, parts: tuple[str, ...], files: Files) -> list[NamedScan]:
+        """The scan of a case folder, or several where BraTS slices lie together; none when it is no such folder."""
+        entries = cases_in(folder, files) or (brats_in(folder, files) if modalities or channels > 1 else [])
+        return [
+            _scan(entry, "_".join((*parts[:-1], entry.name)), modalities)
+            for entry in entries
+            if _is_one_scan(entry, files, channels, modalities)
+        ]
+
+    if here := cases(root, (), files_in(root)):
+        yield from here
+        return
+    for entry in sorted(root.iterdir()):
         if entry.name.startswith("."):
             continue
         if entry.is_dir():
-            yield from _below(entry, channels, modalities)
+            yield from descend(entry, cases, (entry.name,), SPLITS)
         elif (name := stem(entry)) and not TASK_MASK.match(name) and not _is_output(entry, name):
             yield NamedScan(name, entry)
 
 
-def _below(folder: Path, channels: int, modalities: Sequence[str], above: tuple[str, ...] = ()) -> Iterator[NamedScan]:
-    """The scan of a case folder; where it is none, those of the folders in it (a patient's scans), called by all their names.
-
-    A split's folder is not gone into: which one is meant has to be said.
-    """
-    here = list(_case_scans(folder, channels, modalities))
-    for scan in here:
-        yield replace(scan, name="_".join((*above, scan.name)))
-    if here or len(above) == DEPTH - 1 or folder.name.lower() in SPLITS:
-        return
-    for one in sorted(folder.iterdir()):
-        if one.is_dir() and not one.name.startswith("."):
-            yield from _below(one, channels, modalities, (*above, folder.name))
-
-
-def _case_scans(folder: Path, channels: int, modalities: Sequence[str]) -> Iterator[NamedScan]:
-    """The scan of a case folder, or several where BraTS slices lie together; none when it is no such folder."""
-    files = [path for path in sorted(folder.iterdir()) if stem(path) is not None and path.is_file()]
-    entries = cases_in(folder, files) or (brats_in(folder, files) if modalities or channels > 1 else [])
-    for entry in entries:
-        if _is_one_scan(entry, files, channels, modalities):
-            yield _scan(entry, entry.name, modalities)
-
-
-def _is_one_scan(entry: Entry, files: Sequence[Path], channels: int, modalities: Sequence[str]) -> bool:
+def _is_one_scan(entry: Entry, files: Files, channels: int, modalities: Sequence[str]) -> bool:
     """Whether a folder's images are one scan, rather than scans that lie in one folder.
 
     Several files are, where the model was trained on such files, or they are as many NIfTI files as it has channels.

@@ -7,8 +7,9 @@ Validation, or train and val) and data sets (QUBIQ's prostate, kidney ...) above
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from cdiff.runtime.case import SPLITS, Entry, stem
 from cdiff.runtime.errors import CdiffError
@@ -28,6 +29,7 @@ BRATS_TUMOUR = (1, 2, 3, 4)
 OWN_TASK = "mask"
 """The structure's name where files are called mask_ANNOTATOR."""
 
+Found = TypeVar("Found")
 Files = Sequence[Path]
 Reader = Callable[[Path, Files], list[Entry]]
 
@@ -87,31 +89,55 @@ def walk(root: Path, readers: Sequence[str], notes: list[str]) -> Iterator[tuple
 
     A folder of masks without an image is told in `notes`. Raises CdiffError for a folder that cannot be listed.
     """
-    yield from _walk(root, (), readers, notes)
+
+    def look(folder: Path, parts: tuple[str, ...], files: Files) -> list[tuple[str, Entry]]:
+        here = [(name, entry) for name in readers for entry in READERS[name](folder, files)]
+        # A case has a folder of its own, unless several lie in one folder or the split folder itself holds them.
+        own = len(here) == 1 and not (parts and parts[-1].lower() in SPLITS)
+        for _, entry in here:
+            _place(entry, parts[:-1] if own else parts)
+        if not here and any(TASK_MASK.match(stem(file) or "") for file in files):
+            notes.append(f"{folder} has masks but no image.nii.gz: left out")
+        return here
+
+    return descend(root, look)
 
 
-def _walk(
-    folder: Path, parts: tuple[str, ...], readers: Sequence[str], notes: list[str]
-) -> Iterator[tuple[str, Entry]]:
+def descend(
+    folder: Path,
+    look: Callable[[Path, tuple[str, ...], Files], Sequence[Found]],
+    parts: tuple[str, ...] = (),
+    closed: Container[str] = (),
+) -> Iterator[Found]:
+    """What `look` finds in `folder`, or, where that is nothing, in the folders in it and those below, in the order of their names.
+
+    look: called as look(folder, parts, files), files as `files_in` gives them. parts: the names from below the folder that was given
+    down to this one. closed: names in lower case; a folder so called is looked at, but those in it are not.
+    Hidden folders are left out. Raises CdiffError for a folder that cannot be listed.
+    """
+    folders, files = _contents(folder)
+    found = look(folder, parts, files)
+    yield from found
+    if found or len(parts) == DEPTH or (parts and parts[-1].lower() in closed):
+        return
+    for one in folders:
+        yield from descend(one, look, (*parts, one.name), closed)
+
+
+def files_in(folder: Path) -> list[Path]:
+    """The NIfTI files and pictures in a folder that are not hidden, by name. Raises CdiffError when it cannot be listed."""
+    return _contents(folder)[1]
+
+
+def _contents(folder: Path) -> tuple[list[Path], list[Path]]:
     try:
         inside = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-        folders = [path for path in inside if path.is_dir()]
-        files = [path for path in inside if stem(path) is not None and path.is_file()]
+        return (
+            [path for path in inside if path.is_dir()],
+            [path for path in inside if stem(path) is not None and path.is_file()],
+        )
     except OSError as error:
         raise CdiffError(f"{folder} cannot be listed ({error.strerror}); check its permissions") from None
-    here = [(name, entry) for name in readers for entry in READERS[name](folder, files)]
-    # A case has a folder of its own, unless several lie in one folder or the split folder itself holds them.
-    own = len(here) == 1 and not (parts and parts[-1].lower() in SPLITS)
-    for name, entry in here:
-        _place(entry, parts[:-1] if own else parts)
-        yield name, entry
-    if here:
-        return
-    if any(TASK_MASK.match(stem(file) or "") for file in files):
-        notes.append(f"{folder} has masks but no image.nii.gz: left out")
-    if len(parts) < DEPTH:
-        for one in folders:
-            yield from _walk(one, (*parts, one.name), readers, notes)
 
 
 def _place(entry: Entry, above: tuple[str, ...]) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from cdiff.runtime.cases import find_cases
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.inputs import scans_at
 
@@ -44,6 +46,22 @@ def test_cases_in_a_folder_for_each_patient(tmp_path: Path) -> None:
     assert list(_names(tmp_path)) == ["p1_a", "p1_b", "p2_a", "p3", "q_r_s_t_u"], (
         "nothing hidden, and no deeper than five folders"
     )
+
+
+def test_a_folder_that_cannot_be_listed_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By segmenting as by training, which look for cases in the same way."""
+    _touch(tmp_path / "p1/a/image.nii.gz", tmp_path / "p2/a/image.nii.gz")
+    listed = Path.iterdir
+
+    def refused(self: Path) -> Iterator[Path]:
+        if self.name == "p2":
+            raise PermissionError(13, "Permission denied")
+        return iter(listed(self))
+
+    monkeypatch.setattr(Path, "iterdir", refused)
+    for read in (scans_at, find_cases):
+        with pytest.raises(CdiffError, match=r"p2 cannot be listed \(Permission denied\)"):
+            read(tmp_path)
 
 
 def test_a_case_folder_is_one_scan(tmp_path: Path) -> None:
@@ -109,10 +127,10 @@ def test_a_tables_images(tmp_path: Path) -> None:
 
 
 def test_pictures_of_one_folder_stay_scans_of_their_own(tmp_path: Path) -> None:
-    """Colour pictures that somebody numbered, or called image, are not the channels of one."""
+    """Colour pictures that somebody numbered, or called image, are not the channels of one. What a Mac hides beside each is no picture."""
     _touch(*(tmp_path / f"numbered/image_{k:03d}.png" for k in (1, 2, 3)))
     _touch(tmp_path / "named/image.png", tmp_path / "named/image2.png")
-    _touch(tmp_path / "case/image.png", tmp_path / "case/mask_anna.png")
+    _touch(tmp_path / "case/image.png", tmp_path / "case/._image.png", tmp_path / "case/mask_anna.png")
     for channels in (1, 3):
         assert [scan.name for scan in scans_at(tmp_path / "numbered", channels)] == [
             "image_001",

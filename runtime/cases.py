@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 
 from cdiff.runtime.case import Case, Entry, listed, natural
 from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.grid import Grid
 from cdiff.runtime.layouts import LAYOUTS, READERS, TABLE, walk
 from cdiff.runtime.masks import mask_slices, read_mask
 from cdiff.runtime.scan import read_scan
 from cdiff.runtime.table import SUFFIXES, is_table, read_table
 
-__all__ = ["Case", "DataSet", "Problem", "find_cases", "read_case"]
+__all__ = ["Case", "DataSet", "Problem", "find_cases", "read_case", "read_masks"]
 
 EXPECTED = (
     "folders with image.nii.gz and task01_seg01.nii.gz, task01_seg02.nii.gz ..., or a table of them (docs/own-data.md)"
@@ -209,7 +210,15 @@ def read_case(case: Case, slice_axis: int = 2, channels: int = 1) -> tuple[NDArr
     image, or a mask of another shape.
     """
     scan = read_scan(case.scan, channels=channels, slice_axis=slice_axis)
-    masks = [mask_slices(read_mask(path), scan.grid, case.labels, f"{path}", f"{case.image}") for path in case.masks]
+    return scan.slices, read_masks(case, scan.grid)
+
+
+def read_masks(case: Case, grid: Grid) -> NDArray[np.bool_]:
+    """The masks of a case whose image is read, as slices of its grid: bool [S, C_case, H, W].
+
+    Raises CdiffError for an unreadable file, a mask of another shape than the image, and a case without a mask.
+    """
+    masks = [mask_slices(read_mask(path), grid, case.labels, f"{path}", f"{case.image}") for path in case.masks]
     if not masks:
         raise CdiffError(f"{case.name} has no mask; add one for each annotator")
-    return scan.slices, np.stack(masks, axis=1)
+    return np.stack(masks, axis=1)

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from cdiff.runtime import drawing
 from cdiff.runtime.case import natural
+from cdiff.runtime.cases import read_masks
 from cdiff.runtime.files import atomic_path
-from cdiff.runtime.masks import mask_slices, read_mask
 from cdiff.runtime.scan import read_scan
 
 if TYPE_CHECKING:
@@ -137,10 +137,9 @@ def _read(
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_], View]:
     """One slice turned as the preview turns it: image [h, w] or [channels, h, w], masks bool [n, h, w]."""
     scan = read_scan(case.scan, channels=channels, slice_axis=slice_axis)
-    drawn = [mask_slices(read_mask(path), scan.grid, case.labels, str(path), str(case.image)) for path in case.masks]
     view = scan.grid.view
-    image = view(scan.slices[index])
-    return (image if len(image) > 1 else image[0]), view(np.stack([mask[index] for mask in drawn])), view
+    image, masks = view(scan.slices[index]), view(read_masks(case, scan.grid)[index])
+    return (image if len(image) > 1 else image[0]), masks, view
 
 
 def _mosaic(image: NDArray[np.float32]) -> NDArray[np.float32]:

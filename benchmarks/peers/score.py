@@ -19,7 +19,7 @@ from cdiff.benchmarks.peers.draws import Float32, draw_runs, mixed
 from cdiff.benchmarks.peers.slices import INTENSITY
 from cdiff.benchmarks.peers.training import SAY_EVERY, SUMMARY, read_state
 from cdiff.benchmarks.peers.unets import UNETS, UNetPeer
-from cdiff.runtime.cases import Case, find_cases, read_case
+from cdiff.runtime.cases import Case, find_cases, read_masks
 from cdiff.runtime.engines.registry import open_engine
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.evaluate import FORMAT, Protocol, case_sha256, choose_split, evaluate
@@ -183,7 +183,8 @@ def score_case(
     Raises CdiffError for a case with another number of annotators.
     """
     started = time.monotonic()
-    scan, masks = read_scan(case.scan), read_case(case)[1]
+    scan = read_scan(case.scan)
+    masks = read_masks(case, scan.grid)
     if masks.shape[1] != annotators:
         raise CdiffError(
             f"{case.name} has {masks.shape[1]} annotators and the first case {annotators}; the peers need the same"

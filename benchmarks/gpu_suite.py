@@ -190,7 +190,18 @@ class Suite:
             done[check.name] = found
             print(f"{check.name}: {found['status']} in {found['seconds']:.0f} s{_tail(found)}", flush=True)
             self.save()
+        if any(done[name]["status"] == DONE for name in states if states[name] == REFUSED):
+            self._list_packages_again(checks, deadline)
         self.save()
+
+    def _list_packages_again(self, checks: list[Check], deadline: float) -> None:
+        """Take `machine` anew, if there is time: a check that was refused was done now, so something has been installed."""
+        done = self.report["checks"]
+        for check in checks:
+            left = deadline - time.monotonic()
+            if check.name == "machine" and done["machine"]["status"] == DONE and left >= check.expected:
+                outcome = in_a_process(check.name, self.settings, min(check.seconds, left))
+                done[check.name] = outcome if outcome["status"] == DONE else done[check.name]
 
 
 def _tail(found: dict[str, Any]) -> str:

@@ -197,6 +197,36 @@ def test_what_was_refused_is_tried_again_after_what_was_never_measured(
     assert ran == ["replay:tensorrt:paper"]
 
 
+def test_the_packages_are_listed_again_when_one_was_installed_between(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed, ran = [False], []
+
+    def outcome(name: str, settings: Settings, seconds: float) -> dict[str, Any]:
+        ran.append(name)
+        if name == "machine":
+            return {"status": "done", "result": {"missing": [] if installed[0] else ["onnxscript"]}, "seconds": 1}
+        if not installed[0]:
+            return {"status": "refused", "message": "needs onnxscript", "seconds": 1}
+        return {"status": "done", "result": {}, "seconds": 1}
+
+    monkeypatch.setattr(gpu_suite, "in_a_process", outcome)
+    monkeypatch.setattr(gpu_suite, "markdown", lambda report: "")
+    checks = [Check("machine", "", 60, 1), Check("noise:graph:shipped", "", 40, 1)]
+    for state, missing, called in (
+        (False, ["onnxscript"], ["machine", "noise:graph:shipped"]),
+        (False, ["onnxscript"], ["noise:graph:shipped"]),
+        (True, [], ["noise:graph:shipped", "machine"]),
+        (True, [], []),
+    ):
+        installed[0] = state
+        ran.clear()
+        suite = Suite(tmp_path, CPU, checks, fresh=False)
+        suite.run(checks, minutes=5)
+        assert suite.report["checks"]["machine"]["result"]["missing"] == missing
+        assert ran == called
+
+
 def test_a_check_that_the_suite_cuts_short_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`--minutes` ends a check that did not come to its own limit: nothing broke, and the same command measures it."""
     now = [0.0]

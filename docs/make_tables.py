@@ -41,6 +41,13 @@ def interval(score: Mapping[str, float] | None) -> str:
     return f"{score['mean']:.3f} ({score['low']:.3f} - {score['high']:.3f})"
 
 
+def difference(score: Mapping[str, float] | None) -> str:
+    """A difference with its 95 % interval, signed."""
+    if score is None:
+        return NOT_MEASURED
+    return f"{score['mean']:+.3f} ({score['low']:+.3f} to {score['high']:+.3f})"
+
+
 def markdown(header: list[str], rows: list[list[str]], words: int = 1) -> str:
     """A Markdown table; the first `words` columns hold words, the others numbers."""
     lines = [header, [*["---"] * words, *["--:"] * (len(header) - words)], *rows]
@@ -266,8 +273,7 @@ def paired_table(corner: str, columns: Mapping[str, str], results: Path) -> str:
     rows = []
     for key, words in PAIRED_ROWS.items():
         scores = [report["all"][key] if report else None for report in found.values()]
-        cells = [f"{s['mean']:+.3f} ({s['low']:+.3f} to {s['high']:+.3f})" if s else NOT_MEASURED for s in scores]
-        rows.append([words, *cells])
+        rows.append([words, *map(difference, scores)])
     return markdown([corner, *found], rows)
 
 
@@ -287,7 +293,8 @@ def each_table(results: Path) -> str:
         if scores is None or "dice_each" not in scores:
             rows.append([words, NOT_MEASURED, *["-"] * (len(EACH_COLUMNS) - 1)])
             continue
-        rows.append([f"{words} ({scores['n_slices']})", *[interval(scores[key]) for key in EACH_COLUMNS]])
+        *each, between = (scores[key] for key in EACH_COLUMNS)
+        rows.append([f"{words} ({scores['n_slices']})", *map(interval, each), difference(between)])
     return markdown(["Dice with one reader, Testing", *EACH_COLUMNS.values()], rows)
 
 

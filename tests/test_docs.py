@@ -185,7 +185,7 @@ def test_the_reader_and_the_panel_stand_beside_the_model(tables: ModuleType, tmp
     four, anybody = tables.each_table(tmp_path).splitlines()[2:]
     assert [cell.strip() for cell in four.split("|")[1:-1]] == [
         "four marked (351)",
-        *("0.750 (0.625 - 0.875)", "0.500 (0.375 - 0.625)", "0.250 (0.125 - 0.375)"),
+        *("0.750 (0.625 - 0.875)", "0.500 (0.375 - 0.625)", "+0.250 (+0.125 to +0.375)"),
     ]
     assert tables.NOT_MEASURED in anybody
 

@@ -277,7 +277,11 @@ def paired_table(corner: str, columns: Mapping[str, str], results: Path) -> str:
     return markdown([corner, *found], rows)
 
 
-EACH = {"four marked": "lidc_testing_all_raters_fast", "any marked": "lidc_testing_marked_fast"}
+EACH = {
+    "four marked": "lidc_testing_all_raters_fast",
+    "four marked, `vote`": "lidc_testing_all_raters_fast_vote",
+    "any marked": "lidc_testing_marked_fast",
+}
 EACH_COLUMNS = {
     "dice_each": "cdiff `--fast`",
     "dice_each_annotators": "two of the other three",

@@ -182,11 +182,12 @@ def test_the_reader_and_the_panel_stand_beside_the_model(tables: ModuleType, tmp
     (tmp_path / "lidc_testing_marked_fast.json").write_text(json.dumps(old))
     scores = {key: {"mean": m, "low": m - 0.125, "high": m + 0.125} for key, m in zip(tables.EACH_COLUMNS, (0.75, 0.5, 0.25), strict=True)}  # fmt: skip
     (tmp_path / "lidc_testing_all_raters_fast.json").write_text(json.dumps({"n_slices": 351} | scores))
-    four, anybody = tables.each_table(tmp_path).splitlines()[2:]
+    four, vote, anybody = tables.each_table(tmp_path).splitlines()[2:]
     assert [cell.strip() for cell in four.split("|")[1:-1]] == [
         "four marked (351)",
         *("0.750 (0.625 - 0.875)", "0.500 (0.375 - 0.625)", "+0.250 (+0.125 to +0.375)"),
     ]
+    assert tables.NOT_MEASURED in vote
     assert tables.NOT_MEASURED in anybody
 
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.manifest import DENOISER, ENCODER
 from cdiff.runtime.schedule import NoiseSchedule
-from cdiff.train.config import NetworkConfig
 from cdiff.train.network import Denoiser, Encoder
+from cdiff.train.sections import NetworkConfig
 
 if TYPE_CHECKING:
     import onnx

@@ -8,9 +8,10 @@ import re
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from cdiff.train.config import Config, NetworkConfig
+from cdiff.train.config import Config
 from cdiff.train.network import ConsensusNet
 from cdiff.train.pace import batch_size
+from cdiff.train.sections import NetworkConfig
 
 # Dense tensor-core TFLOP/s (half of what a sheet gives "with sparsity"): half precision accumulated in float32, and float32 with PyTorch's
 # default of TF32 convolutions (plain float32 on V100 and T4, which have no TF32). The first row whose words are all in the name counts.

@@ -13,7 +13,7 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cdiff.train.config import NetworkConfig
+from cdiff.train.sections import NetworkConfig
 
 
 class Recomputed(nn.Module, abc.ABC):

@@ -6,7 +6,8 @@ from __future__ import annotations
 import dataclasses
 
 from cdiff.runtime.errors import CdiffError
-from cdiff.train.config import Config, DataConfig, NetworkConfig, TrainingConfig
+from cdiff.train.config import Config
+from cdiff.train.sections import DataConfig, NetworkConfig, TrainingConfig
 
 
 def preset(name: str) -> Config:

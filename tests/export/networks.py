@@ -10,9 +10,10 @@ import torch
 
 from cdiff.runtime.files import write_json
 from cdiff.train.checkpoint import save_checkpoint
-from cdiff.train.config import Config, NetworkConfig
+from cdiff.train.config import Config
 from cdiff.train.network import ConsensusNet
 from cdiff.train.presets import preset
+from cdiff.train.sections import NetworkConfig
 
 BASE = dataclasses.replace(preset("tiny").network, image_size=16, T=50, rrdb_channels=6, rrdb_growth=3)
 

@@ -19,7 +19,8 @@ from cdiff.runtime.bundle import Bundle, open_bundle
 from cdiff.runtime.engines.registry import open_engine
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.schedule import NoiseSchedule
-from cdiff.train.config import Config, DataConfig
+from cdiff.train.config import Config
+from cdiff.train.sections import DataConfig
 from tests.export.networks import BASE, random_network, random_run
 
 CONFIG = Config(

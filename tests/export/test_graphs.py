@@ -15,9 +15,9 @@ import torch
 
 from cdiff.export.graphs import DenoiserGraph, EncoderGraph, write_denoiser, write_encoder, x0_coefficients
 from cdiff.runtime.schedule import NoiseSchedule
-from cdiff.train.config import NetworkConfig
 from cdiff.train.diffusion import Diffusion
 from cdiff.train.network import ConsensusNet
+from cdiff.train.sections import NetworkConfig
 from tests.export.networks import BASE, random_network
 
 KINDS: dict[str, dict[str, Any]] = {

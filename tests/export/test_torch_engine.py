@@ -23,7 +23,7 @@ from cdiff.runtime.framing import Framing, Windows
 from cdiff.runtime.noise import normal
 from cdiff.runtime.sampler import sampler_table
 from cdiff.runtime.schedule import NoiseSchedule
-from cdiff.train.config import NetworkConfig
+from cdiff.train.sections import NetworkConfig
 from tests.export.networks import BASE, random_network
 
 SCHEDULE = NoiseSchedule(BASE.T)

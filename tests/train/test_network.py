@@ -9,9 +9,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from cdiff.runtime.errors import CdiffError
-from cdiff.train.config import NetworkConfig
 from cdiff.train.network import Attention, ConsensusNet
 from cdiff.train.presets import preset
+from cdiff.train.sections import NetworkConfig
 
 SMALL = NetworkConfig(
     image_size=16, levels=3, T=8, base_channels=8, channel_mult=(1, 2), residual_blocks=1, attention_depths=(1,),

@@ -12,7 +12,7 @@ import torch
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.variants import VARIANTS
 from cdiff.train.checkpoint import checkpoint_folder, read_tensors
-from cdiff.train.config import Config, NetworkConfig
+from cdiff.train.config import Config
 from cdiff.train.data import Batch, Slices, read_data
 from cdiff.train.diffusion import Diffusion
 from cdiff.train.fabric import fabric_on
@@ -20,6 +20,7 @@ from cdiff.train.learner import Learner
 from cdiff.train.network import ConsensusNet
 from cdiff.train.presets import preset
 from cdiff.train.rows import draw_rows
+from cdiff.train.sections import NetworkConfig
 from cdiff.train.targets import TARGETS
 from cdiff.train.trainer import train
 from cdiff.train.validate import score

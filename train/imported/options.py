@@ -11,7 +11,8 @@ from typing import Any
 
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.intensity import Intensity
-from cdiff.train.config import Config, DataConfig, DiffusionConfig, NetworkConfig, TrainingConfig
+from cdiff.train.config import Config
+from cdiff.train.sections import DataConfig, DiffusionConfig, NetworkConfig, TrainingConfig
 
 CONSENSUS, IMPLICIT = "consensus", "implicit-ensemble"
 REPOSITORIES = {

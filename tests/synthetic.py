@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
@@ -66,6 +65,8 @@ def _write_case(folder: Path, raters: int, shape: tuple[int, ...], channels: int
 
 
 def _save(path: Path, voxels: NDArray[np.uint8]) -> None:
+    import nibabel as nib  # only here: the tests that need a GPU run on machines that have no nibabel
+
     image = nib.Nifti1Image(voxels, AFFINE)
     image.set_qform(AFFINE, code=1)
     image.set_sform(AFFINE, code=1)

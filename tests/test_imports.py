@@ -76,3 +76,14 @@ def test_segmenting_imports_no_torch(tiny_bundle: Path, tiny_data: Path, tmp_pat
 def test_small_commands_import_no_torch(command: list[str]) -> None:
     done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, *command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_tests_that_need_a_gpu_need_no_reader_of_scans() -> None:
+    """A lent GPU machine has PyTorch and what comes with it, but neither nibabel nor a network to fetch it from."""
+    marked = [path for path in (REPOSITORY / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text("utf-8")]
+    files = [str(path) for path in marked if path != Path(__file__)]
+    assert files
+    collect = "import sys, pytest; sys.modules['nibabel'] = None; sys.exit(pytest.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", collect, "--collect-only", "-q", "-p", "no:cacheprovider", "-m", "gpu", *files]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=REPOSITORY)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -5,6 +5,7 @@ A check is `kind:path:model`, such as `protocol:graph-compiled:paper`. OUT gets 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes.util
 import dataclasses
 import importlib
@@ -12,6 +13,7 @@ import inspect
 import json
 import os
 import platform
+import signal
 import sys
 import time
 import traceback
@@ -314,8 +316,19 @@ def one_line(error: BaseException) -> str:
     return text if len(text) <= 400 else text[:400] + " ..."
 
 
+def end_with_parent() -> None:
+    """Have the kernel end this process when the one that started it ends, were it by a signal that none can catch (prctl(2), Linux alone).
+
+    The suite puts a check into a session of its own, which outlives it otherwise, and would keep the GPU that the next run measures on.
+    """
+    PR_SET_PDEATHSIG = 1
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def main() -> None:
     """See the module's text."""
+    end_with_parent()
     name, settings, out = sys.argv[1:]
     write_json(Path(out), run_check(name, Settings(**json.loads(settings))))
 

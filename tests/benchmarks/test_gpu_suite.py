@@ -272,6 +272,45 @@ def test_ending_the_suite_ends_its_check(tmp_path: Path) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's promise to end a process with its parent is Linux's")
+def test_a_suite_that_is_killed_takes_its_check_along(tmp_path: Path) -> None:
+    """As by a caller's limit, which leaves no time to end anything: the check has a session of its own, and nobody else ends it."""
+    check, begun = tmp_path / "check", tmp_path / "pid"
+    check.write_text(
+        f"#!{sys.executable}\nimport os, sys, time\nfrom pathlib import Path\nfrom cdiff.benchmarks import gpu_checks\n"
+        f"def begin(*_):\n    Path({str(begun)!r}).write_text(f'{{os.getpid()}}\\n')\n    time.sleep(600)\n"
+        "gpu_checks.run_check, sys.argv = begin, sys.argv[2:]\ngpu_checks.main()\n"
+    )
+    check.chmod(0o755)
+    program = (
+        "import sys; from cdiff.benchmarks import gpu_suite; from cdiff.benchmarks.gpu_checks import Settings\n"
+        f"sys.executable = {str(check)!r}\n"
+        "gpu_suite.in_a_process('machine', Settings('cpu', True), 600)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], cwd=REPOSITORY) as suite:
+        while not (begun.exists() and begun.read_text().endswith("\n")):
+            assert suite.poll() is None
+            time.sleep(0.1)
+        suite.kill()
+    pid = int(begun.read_text())
+    try:
+        end = time.monotonic() + 10
+        while lives(pid) and time.monotonic() < end:
+            time.sleep(0.05)
+        assert not lives(pid)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def lives(pid: int) -> bool:
+    """Whether the process runs: one that ended and that nobody waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
 @pytest.mark.slow
 def test_the_suite_on_tiny_networks(tmp_path: Path) -> None:
     """A check of most kinds, each in its own process, through the command."""

@@ -208,27 +208,29 @@ class TorchBinding:
 def captured(step: Callable[[], None], device: str) -> Any:
     """The CUDA graph of one call of `step`, which may only queue work on tensors that stay where they are.
 
-    Raises CdiffError, with CUDA's own words, when something in it cannot be captured.
+    Raises CdiffError, with CUDA's own words, when something in it cannot be captured; what fails in a plain launch before that comes
+    through as it is, since it would fail without a capture too.
     """
-    try:
-        with torch.cuda.device(device):
-            aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):
-                for _ in range(WARM_UPS):
-                    step()
-            torch.cuda.current_stream().wait_stream(aside)
-            graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(device):
+        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(WARM_UPS):
+                step()
+        torch.cuda.current_stream().wait_stream(aside)
+        torch.cuda.synchronize()  # what a launch did wrong shows here at the latest
+        graph = torch.cuda.CUDAGraph()
+        try:
             # On a stream of this GPU: PyTorch's own for captures stays on the GPU of the process's first one, and a graph captured there
             # would hold nothing. Only this thread's calls count: another may look at the memory meanwhile.
             with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
                 step()
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        raise CdiffError(
-            f"a step could not be captured as a CUDA graph ({_line(error)}); run without capture"
-        ) from error
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise CdiffError(
+                f"a step could not be captured as a CUDA graph ({_line(error)}); run without capture"
+            ) from error
     return graph
 
 

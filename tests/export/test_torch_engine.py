@@ -164,13 +164,26 @@ def test_each_gpu_is_captured_on_a_stream_of_its_own(monkeypatch: pytest.MonkeyP
 
     cuda = SimpleNamespace(
         Stream=stream, current_stream=stream, graph=Graph, CUDAGraph=SimpleNamespace,
-        device=lambda device: put("device", device), stream=lambda one: put("stream", one.device),
+        synchronize=lambda: None, device=lambda device: put("device", device), stream=lambda one: put("stream", one.device),
     )  # fmt: skip
     monkeypatch.setattr("cdiff.export.torch_chain.torch.cuda", cuda)
     for device in ("cuda:0", "cuda:1"):
         held: list[str] = []
         captured(lambda held=held, device=device: held.extend(one for one in capturing if one == device), device)  # type: ignore[misc]
         assert held == [device]
+
+    def fails(when: bool) -> Callable[[], None]:
+        def step() -> None:
+            if bool(capturing) is when:
+                raise RuntimeError("no kernel image is available\nmore")
+
+        return step
+
+    with pytest.raises(CdiffError, match=r"could not be captured as a CUDA graph \(no kernel image is available\)"):
+        captured(fails(True), "cuda:0")
+    # A launch that fails without a capture too is not the capture's fault, and to run without it would not help.
+    with pytest.raises(RuntimeError, match=r"^no kernel image"):
+        captured(fails(False), "cuda:0")
 
 
 def test_half_precision_is_half_and_stays_close() -> None:

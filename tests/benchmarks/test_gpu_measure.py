@@ -168,3 +168,25 @@ def test_values_that_are_not_finite_are_said_and_not_compared(
     monkeypatch.setattr(engine, "denoise", lambda *arrays: (denoise(*arrays)[0] * np.float32(np.nan), None))
     with pytest.raises(CdiffError, match="the denoiser on torch returned a value that is not finite"):
         call_errors(engine, reference, TINY.images()["real"], TINY)
+
+
+@pytest.mark.parametrize(("seconds", "rounds", "four"), [(1.0, 3, 4.0), (9.0, 2, 5.5), (30.0, 1, 4.0)])
+def test_scaling_is_a_median_of_the_rounds_that_there_is_time_for(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, rounds: int, four: float
+) -> None:
+    """The second of three rounds is held up by 3 s a slice."""
+    now, calls = [0.0], []
+
+    def whole_protocol(engine: Any, model: Any, image: Any, batch: int, limit: float, slices: int) -> dict[str, Any]:
+        calls.append(slices)
+        now[0] += seconds / 3
+        return {"seconds_a_slice": slices + 3.0 * (len(calls) in (4, 5, 6)), "share": 1.0 - 0.1 * (len(calls) == 3)}
+
+    monkeypatch.setattr(gpu_measure, "whole_protocol", whole_protocol)
+    monkeypatch.setattr(gpu_checks, "open_path", lambda *_: None)
+    monkeypatch.setattr(gpu_checks, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    found = gpu_checks.check_scaling("graph", TINY, CPU)
+    assert calls == [1, 2, 4] * rounds
+    assert found["rounds"] == rounds
+    assert found["seconds_a_slice"]["4"] == four
+    assert found["share"] == pytest.approx(0.9)

@@ -267,6 +267,10 @@ def run_check(name: str, settings: Settings) -> dict[str, Any]:
     try:
         if name == "machine":
             result = describe_machine(settings)
+        elif name == "tests":
+            from cdiff.benchmarks.gpu_tests import run_marked_tests
+
+            result = run_marked_tests()
         else:
             kind, path, model = name.split(":")
             result = KINDS[kind](path, subject(model, settings.small), settings)

@@ -32,7 +32,7 @@ def markdown(report: dict[str, Any]) -> str:
     parts += [_engines(checks), _targets(report["targets"])]
     parts += [_protocol(checks, model) for model in (PAPER, SHIPPED)]
     parts += [_sweep(checks, model) for model in (PAPER, SHIPPED)]
-    parts += [_parity(checks), _noise(checks), _replay(checks), _scaling(checks), _unmeasured(report)]
+    parts += [_parity(checks), _noise(checks), _replay(checks), _scaling(checks), _tests(checks), _unmeasured(report)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -200,6 +200,12 @@ def _scaling(checks: dict[str, Any]) -> str:
         ("", "1 slice", "2 slices", "4 slices", "measured"),
         rows,
     )
+
+
+def _tests(checks: dict[str, Any]) -> str:
+    found = _done(checks, "tests")
+    rows = [(str(found["passed"]), str(found["skipped"]), "; ".join(found["reasons"]))] if found else []
+    return _table("Tests marked gpu", ("passed", "skipped", "why"), rows)
 
 
 def _unmeasured(report: dict[str, Any]) -> str:

@@ -92,6 +92,7 @@ def plan(device: str, small: bool) -> list[Check]:
             90,
             40,
         )
+    checks.append(Check("tests", "the tests marked gpu", 180, 60))
     return [dataclasses.replace(c, expected=2, seconds=600) if small else c for c in checks]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from cdiff.benchmarks.gpu_tests import marked_files
 from tests.conftest import REPOSITORY
 
 LAYERS = ("runtime", "train", "export", "benchmarks", "cli")  # bottom first: a layer imports those before it
@@ -79,10 +80,9 @@ def test_small_commands_import_no_torch(command: list[str]) -> None:
 
 
 def test_tests_that_need_a_gpu_need_no_reader_of_scans() -> None:
-    """A lent GPU machine has PyTorch and what comes with it, but neither nibabel nor a network to fetch it from."""
-    marked = [path for path in (REPOSITORY / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text("utf-8")]
-    files = [str(path) for path in marked if path != Path(__file__)]
-    assert files
+    """A machine with a GPU may have PyTorch and what comes with it, and no network to fetch nibabel from."""
+    files = [str(path) for path in marked_files(REPOSITORY)]
+    assert len(files) >= 3
     collect = "import sys, pytest; sys.modules['nibabel'] = None; sys.exit(pytest.main(sys.argv[1:]))"
     command = [sys.executable, "-c", collect, "--collect-only", "-q", "-p", "no:cacheprovider", "-m", "gpu", *files]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=REPOSITORY)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from cdiff.benchmarks import gpu_checks, gpu_suite
+from cdiff.benchmarks import gpu_checks, gpu_suite, gpu_tests
 from cdiff.benchmarks.gpu_checks import KINDS, Settings
 from cdiff.benchmarks.gpu_measure import flops
 from cdiff.benchmarks.gpu_report import markdown
@@ -77,7 +77,7 @@ def test_every_check_of_every_plan_exists() -> None:
         names = [check.name for check in plan(device, small)]
         assert len(names) == len(set(names))
         for name in names:
-            assert name == "machine" or name.split(":")[0] in KINDS
+            assert name in ("machine", "tests") or name.split(":")[0] in KINDS
     whole = plan("cuda:0", False)
     for wanted in (
         "published:published:paper",
@@ -311,10 +311,28 @@ def lives(pid: int) -> bool:
         return False
 
 
+def test_a_test_that_fails_on_the_gpu_breaks_its_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "test_marked.py"
+    monkeypatch.setattr(gpu_tests, "marked_files", lambda root: [path])
+    passes, fails = "@pytest.mark.gpu\ndef test_one(): pass\n", "@pytest.mark.gpu\ndef test_two(): assert 0\n"
+    skipped = "@pytest.mark.gpu\ndef test_three(): pytest.skip('no card')\ndef test_four(): assert 0\n"
+    path.write_text(f"import pytest\n{passes}{skipped}")
+    assert gpu_checks.run_check("tests", CPU)["result"] == {"passed": 1, "skipped": 1, "reasons": ["no card"]}
+    path.write_text(f"import pytest\n{passes}{fails}")
+    found = gpu_checks.run_check("tests", CPU)
+    assert (found["status"], found["message"]) == ("failed", "1 of 2 tests failed: test_two")
+    path.write_text("import nothing_of_this_name\n")
+    assert gpu_checks.run_check("tests", CPU)["status"] == "failed"
+    monkeypatch.setattr(gpu_tests, "marked_files", lambda root: [])
+    assert gpu_checks.run_check("tests", CPU)["status"] == "refused"
+
+
 @pytest.mark.slow
 def test_the_suite_on_tiny_networks(tmp_path: Path) -> None:
     """A check of most kinds, each in its own process, through the command."""
-    checks = "machine,noise:graph,published:published:paper,parity:onnxruntime,protocol:graph:shipped,scaling:graph"
+    checks = (
+        "machine,noise:graph,published:published:paper,parity:onnxruntime,protocol:graph:shipped,scaling:graph,tests"
+    )
     command = [sys.executable, "-m", "cdiff.benchmarks.gpu_suite", "--device", "cpu", "--small", "--out", str(tmp_path)]
     command += ["--protocol-seconds", "1", "--minutes", "60", "--checks", checks]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
@@ -335,5 +353,6 @@ def test_the_suite_on_tiny_networks(tmp_path: Path) -> None:
         "Against PyTorch float32",
         "Noise",
         "Seconds a slice",
+        "Tests marked gpu",
     ):
         assert f"## {title}" in page

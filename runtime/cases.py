@@ -139,11 +139,14 @@ def _one_data_set(root: Path, entries: list[Entry], task: str | None) -> tuple[l
     if task in groups:
         return groups[task], None
     head, _, tail = (task or "").rpartition("/")
-    if head in groups:
+    if head and head in groups:
         return groups[head], tail
     kinds = ", ".join(f"{name or 'the folder itself'} ({len(group)} cases)" for name, group in groups.items())
     name = next(filter(None, groups))
-    raise CdiffError(f"{root} holds several data sets: {kinds}; name one, such as --task {name}, or give its folder")
+    together = "; to take all as one, put them in one folder" if "" in groups else ""
+    raise CdiffError(
+        f"{root} holds several data sets: {kinds}; name one, such as --task {name}, or give its folder{together}"
+    )
 
 
 def _joined(groups: dict[str, list[Entry]]) -> dict[str, list[Entry]]:

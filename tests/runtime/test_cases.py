@@ -68,6 +68,18 @@ def test_training_and_validation_in_two_trees_are_one_data_set(tmp_path: Path) -
         find_cases(tmp_path)
 
 
+def test_cases_in_the_folder_and_in_one_below_it_are_not_mixed_up(qubiq: Path, tmp_path: Path) -> None:
+    """Nor are those below left out in silence where a structure is named."""
+    mine = tmp_path / "mine"
+    for place in ("case01", "more/case02", "more/case03"):
+        shutil.copytree(qubiq / "kidney/train/case01", mine / place)
+    for task in (None, "task01"):
+        with pytest.raises(CdiffError, match=r"several data sets: the folder itself \(1 cases\), more \(2 cases\)"):
+            find_cases(mine, task)
+    for task in ("more", "more/task01"):
+        assert [case.name for case in find_cases(mine, task)["all"]] == ["case02", "case03"]
+
+
 def test_sizes_may_differ_and_a_rater_may_lack(qubiq: Path) -> None:
     (qubiq / "prostate/Training/case02/task01_seg03.nii.gz").unlink()
     found = find_cases(qubiq, "prostate/task01")

@@ -97,8 +97,9 @@ def _is_one_scan(entry: Entry, files: Files, channels: int, modalities: Sequence
         return bool(modalities) or as_many
     if images[0].name.lower().endswith(NIFTI_SUFFIXES):
         return True
-    masks = [path for path in files if TASK_MASK.match(name := stem(path) or "") or OWN_MASK.match(name)]
-    return len(files) == len(masks) + 1  # image.png beside other pictures is one of them
+    scans = [path for path in files if not _is_output(path, stem(path) or "")]
+    masks = [path for path in scans if TASK_MASK.match(name := stem(path) or "") or OWN_MASK.match(name)]
+    return bool(masks) or len(scans) == 1  # without masks image.png beside other pictures is one of them
 
 
 def _scan(entry: Entry, name: str, modalities: Sequence[str]) -> NamedScan:

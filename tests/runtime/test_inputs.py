@@ -141,6 +141,19 @@ def test_pictures_of_one_folder_stay_scans_of_their_own(tmp_path: Path) -> None:
         assert [scan.name for scan in scans_at(tmp_path / "case", channels)] == ["case"]
 
 
+def test_a_pictures_case_folder_is_a_case_whatever_else_lies_in_it(tmp_path: Path) -> None:
+    """As for training: with masks beside it image.png is the scan, and so it is once its outputs lie there."""
+    _touch(*(tmp_path / "marked" / name for name in ("image.png", "mask_anna.png", "thumbnail.png")))
+    for name in ("plain", "both"):
+        _touch(tmp_path / name / "image.png", tmp_path / f"{name}/{name}.json")
+        _touch(tmp_path / f"{name}/{name}_soft.nii.gz", tmp_path / f"{name}/{name}_preview.png")
+    _touch(tmp_path / "both/task01_seg01.png")
+    wanted = {name: f"{name}/image.png" for name in ("both", "marked", "plain")}
+    assert _names(tmp_path) == wanted
+    for name in wanted:
+        assert _names(tmp_path / name) == {name: "image.png"}
+
+
 def test_a_lone_named_modality(tmp_path: Path) -> None:
     _touch(tmp_path / "case01/image_t1.nii.gz")
     (scan,) = scans_at(tmp_path, 1, ("t1",))

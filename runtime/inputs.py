@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cdiff.runtime.case import SPLITS, Entry, arranged, stem
+from cdiff.runtime.case import SPLITS, Entry, arranged, listed, stem
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.layouts import OWN_MASK, TASK_MASK, Files, brats_in, cases_in, descend, files_in
 from cdiff.runtime.scan import NIFTI_SUFFIXES
@@ -121,7 +121,9 @@ def _is_output(path: Path, name: str) -> bool:
 
 
 def _nothing_in(folder: Path) -> str:
-    splits = sorted(d.name for d in folder.iterdir() if d.is_dir() and d.name.lower() in SPLITS)
+    splits = list(
+        descend(folder, lambda _, parts, files: ["/".join(parts)] if parts and parts[-1].lower() in SPLITS else [])
+    )
     if splits:
-        return f"{folder} holds the splits {', '.join(splits)}; name one of them, such as {folder / splits[0]}"
+        return f"{folder} holds the splits {listed(splits)}; name one of them, such as {folder / splits[0]}"
     return f"no scan in {folder}: expected .nii.gz, .nii, .png ... files, or case folders with image.nii.gz"

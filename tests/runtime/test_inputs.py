@@ -95,6 +95,13 @@ def test_nothing_there_says_what_was_expected(tmp_path: Path) -> None:
         scans_at(tmp_path)
 
 
+def test_splits_deeper_down_are_named_too(tmp_path: Path) -> None:
+    """A benchmark's folder, which training and data check take with --task, holds its splits below each data set's."""
+    _touch(tmp_path / "b/kidney/Validation/case01/image.nii.gz", tmp_path / "a/kidney/Training/case01/image.nii.gz")
+    with pytest.raises(CdiffError, match=r"the splits a/kidney/Training, b/kidney/Validation; name one .*/Training$"):
+        scans_at(tmp_path)
+
+
 def test_a_model_of_several_channels_takes_a_case_folders_files_as_one_scan(tmp_path: Path) -> None:
     _touch(*(tmp_path / f"case01/image_{name}.nii.gz" for name in ("t2", "t1")), tmp_path / "case01/mask_anna.nii.gz")
     for place in (tmp_path, tmp_path / "case01"):

@@ -18,7 +18,7 @@ from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.grid import Grid
 from cdiff.runtime.masks import Mask, mask_slices, read_mask
 from cdiff.runtime.metrics import bootstrap_over_cases, dice
-from cdiff.runtime.partition import count_annotators, count_channels, partition, training_cases
+from cdiff.runtime.partition import count_annotators, count_channels, none_has, partition, training_cases
 from cdiff.runtime.scan import Scan, read_scan
 from cdiff.runtime.shapes import by
 
@@ -286,8 +286,8 @@ def _training(found: DataSet, root: Path, looks: list[Look], C: int, channels: i
             slices = sum(look.row.get("slices", 0) for look in used)
             plan[name] = {"cases": len(used), "cases_found": len(cases), "slices": slices}
             if not blocked and not slices:
-                reasons.append(f"no usable {name} slice: no case has {C} masks")
-        if not blocked and not any(look.row.get("marked_slices") for look in used):
+                reasons.append(f"no usable {name} slice: {none_has(name, cases, C)}")
+        if used and not blocked and not any(look.row.get("marked_slices") for look in used):
             reasons.append("no validation slice has anything drawn on it; validation would score nothing")
     except CdiffError as error:
         reasons.append(str(error))

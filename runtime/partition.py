@@ -83,6 +83,14 @@ def count_annotators(cases: Sequence[Case]) -> int:
     return max(n for n in counts if sum(k for m, k in counts.items() if m >= n) * 2 >= len(cases))
 
 
+def none_has(name: str, cases: Sequence[Case], levels: int) -> str:
+    """That no case of a split has as many masks as levels, and which setting takes them all the same."""
+    counts = sorted({len(case.masks) for case in cases})
+    fewer = counts[-1] < levels
+    remedy = "missing_raters=as-is takes the masks there are" if fewer else f"levels={counts[-1]} is their number"
+    return f"no {name} case has {levels} masks (they have {' or '.join(map(str, counts))}); --set {remedy}"
+
+
 def count_channels(cases: Sequence[Case]) -> int:
     """How many channels the images have, by the first few cases that show it: the files of a case; or the last axis of a
     NIfTI, where the masks do without it (QUBIQ's tumour files); or 3 for a picture whose colours differ.

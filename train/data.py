@@ -73,7 +73,9 @@ def read_data(root: Path, config: Config) -> Data:
     val_slices = _read(val, config, C, notes)
     for name, cases, slices in (("train", train, train_slices), ("val", val, val_slices)):
         if not len(slices):
-            raise CdiffError(f"no usable {name} slice in {root}: {'; '.join(notes) or 'all were empty'}")
+            skipped = cases and config.data.missing_raters == "skip" and all(len(case.masks) != C for case in cases)
+            why = partition.none_has(name, cases, C) if skipped else "; ".join(notes) or "all were empty"
+            raise CdiffError(f"no usable {name} slice in {root}: {why}")
         summary[name] = {"cases": len(set(slices.names)), "cases_found": len(cases), "slices": len(slices)}
     summary["notes"] = notes
     return Data(train_slices, val_slices, summary, notes)

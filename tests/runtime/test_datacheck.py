@@ -155,6 +155,14 @@ def test_what_makes_training_impossible_is_said(tmp_path: Path) -> None:
         check_data(tmp_path / "one/Training/case01", layout="brats")
 
 
+def test_a_validation_split_with_fewer_annotators_says_how_to_use_it(clean: Path) -> None:
+    (clean / "Validation/case04/task01_seg03.nii.gz").unlink()
+    training = check_data(clean).report["training"]
+    assert training["reasons"] == [
+        "no usable val slice: no val case has 3 masks (they have 2); --set missing_raters=as-is takes the masks there are"
+    ]
+
+
 def test_pictures_of_a_table(tmp_path: Path) -> None:
     table = write_table(tmp_path, 3, modalities=("a", "b"))
     flat = np.zeros((32, 36), np.uint16)

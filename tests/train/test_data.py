@@ -138,6 +138,20 @@ def test_unusable_data_is_refused_with_its_place(tmp_path: Path, tiny_data: Path
         read_data(tiny_data, dataclasses.replace(preset("tiny").with_values({"levels": 5})))
 
 
+def test_cases_with_another_number_of_masks_than_c_say_which_setting_takes_them(tiny_data: Path) -> None:
+    """What it names is a setting that does."""
+    for C, said, taken in (
+        (5, "missing_raters=as-is takes", {"missing_raters": "as-is"}),
+        (2, "levels=3 is", {"levels": 3}),
+    ):
+        config = preset("tiny").with_values({"levels": C})
+        with pytest.raises(CdiffError, match=rf"no train case has {C} masks \(they have 3\); --set {said}"):
+            read_data(tiny_data, config)
+        assert len(read_data(tiny_data, config.with_values(taken)).train)
+    with pytest.raises(CdiffError, match="held out 4 of 4 cases"):
+        read_data(tiny_data / "Training", preset("tiny").with_values({"val_fraction": 0.95}))
+
+
 def test_c_comes_from_the_masks_unless_it_is_set(tmp_path: Path) -> None:
     root = write_synthetic_dataset(tmp_path / "five", 3, raters=5, shape=(32, 32))
     assert fit_to_data(preset("tiny"), root, ["batch=2"]).network.levels == 5

@@ -13,6 +13,7 @@ from types import ModuleType
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
 from tests.conftest import REPOSITORY
 
@@ -55,6 +56,16 @@ def test_every_setting_that_the_pages_name_exists() -> None:
     for setting in settings:
         if not setting.startswith("nonsense="):
             Config().with_settings([setting])
+
+
+def test_the_command_that_lists_every_setting_does() -> None:
+    from cdiff.cli.app import app
+
+    page = (REPOSITORY / "docs" / "own-data.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"`cdiff (train [^`]*nonsense=1)` lists every setting", page)
+    done = CliRunner().invoke(app, command.split())
+    assert done.exit_code == 2
+    assert "the settings are T, accumulate," in done.stderr
 
 
 def test_every_option_that_the_pages_name_exists() -> None:

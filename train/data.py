@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cdiff.runtime import partition
+from cdiff.runtime.case import natural
 from cdiff.runtime.cases import Case, DataSet, find_cases, read_case
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.framing import resize
+from cdiff.runtime.variants import ANNOTATOR
 from cdiff.train.augment import Window, cut, random_window, recoloured
 from cdiff.train.config import Config
 
@@ -69,8 +72,9 @@ def read_data(root: Path, config: Config) -> Data:
         summary["labels"] = list(config.data.labels)
     if found.modalities:
         summary["modalities"] = list(found.modalities)
-    train_slices = _read(train, config, C, notes)
-    val_slices = _read(val, config, C, notes)
+    whose = _usual_annotators(train, C) if config.network.variant == ANNOTATOR.name else ()
+    train_slices = _read(train, config, C, notes, whose)
+    val_slices = _read(val, config, C, notes, whose)
     for name, cases, slices in (("train", train, train_slices), ("val", val, val_slices)):
         if not len(slices):
             skipped = cases and config.data.missing_raters == "skip" and all(len(case.masks) != C for case in cases)
@@ -103,14 +107,26 @@ def _found(root: Path, config: Config) -> DataSet:
     return find_cases(root, data.task or None, layout=data.layout, labels=data.labels)
 
 
-def _read(cases: list[Case], config: Config, C: int, notes: list[str]) -> Slices:
+def _usual_annotators(cases: list[Case], C: int) -> tuple[str, ...]:
+    """What the annotators of most cases with C masks are called; nothing where no case has as many."""
+    names = Counter(case.raters for case in cases if len(case.masks) == C)
+    return names.most_common(1)[0][0] if names else ()
+
+
+def _read(cases: list[Case], config: Config, C: int, notes: list[str], whose: tuple[str, ...]) -> Slices:
+    """The slices of the cases. whose: who drew the masks, where it matters; a case of others counts as one that lacks a mask."""
     out = Slices()
     for case in cases:
-        if len(case.masks) != C:
-            what = f"{case.name} has {len(case.masks)} masks, not {C}"
+        others = bool(whose) and [natural(name) for name in case.raters] != [natural(name) for name in whose]
+        if len(case.masks) != C or others:
             policy = config.data.missing_raters
+            what, remedy = f"{len(case.masks)} masks, not {C}", f"levels={len(case.masks)} or missing_raters=skip"
+            if len(case.masks) == C:
+                what = f"masks of {', '.join(case.raters)}, others of {', '.join(whose)}"
+                remedy = "missing_raters=skip, or a variant that does not tell annotators apart"
+            what = f"{case.name} has {what}"
             if policy == "error" or (policy == "as-is" and len(case.masks) > C):
-                raise CdiffError(f"{what}; set levels={len(case.masks)} or missing_raters=skip")
+                raise CdiffError(f"{what}; set {remedy}")
             notes.append(f"{what}: {'skipped' if policy == 'skip' else 'used as it is'}")
             if policy == "skip":
                 continue

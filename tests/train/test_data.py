@@ -138,6 +138,25 @@ def test_unusable_data_is_refused_with_its_place(tmp_path: Path, tiny_data: Path
         read_data(tiny_data, dataclasses.replace(preset("tiny").with_values({"levels": 5})))
 
 
+def test_the_variant_that_tells_annotators_apart_takes_the_cases_of_the_same_ones(
+    tiny_data: Path, tmp_path: Path
+) -> None:
+    """A table in which not everybody read every case; seg1 and seg01 are one name."""
+    root = tmp_path / "data"
+    shutil.copytree(tiny_data, root)
+    odd = root / "Training/case02"
+    (odd / "task01_seg03.nii.gz").rename(odd / "task01_seg04.nii.gz")
+    (root / "Training/case01/task01_seg01.nii.gz").rename(root / "Training/case01/task01_seg1.nii.gz")
+    config = preset("tiny").with_values({"variant": "annotator"})
+    data = read_data(root, config)
+    assert data.notes == ["case02 has masks of seg01, seg02, seg04, others of seg01, seg02, seg03: skipped"]
+    assert "case02" not in data.train.names
+    assert {"case01", "case03"} <= set(data.train.names)
+    with pytest.raises(CdiffError, match="case02 has masks of"):
+        read_data(root, config.with_values({"missing_raters": "error"}))
+    assert "case02" in read_data(root, preset("tiny")).train.names
+
+
 def test_cases_with_another_number_of_masks_than_c_say_which_setting_takes_them(tiny_data: Path) -> None:
     """What it names is a setting that does."""
     for C, said, taken in (

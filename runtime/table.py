@@ -15,6 +15,7 @@ from cdiff.runtime.layouts import OWN_TASK
 SUFFIXES = (".csv", ".tsv")
 IMAGE = re.compile(r"image(?:[_ -](?P<name>.+))?$")
 MASK = re.compile(r"mask[_ -]?(?P<name>.*)$")
+SEPARATOR = re.compile(r'"?sep=(.)"?', re.IGNORECASE)
 PLAIN = ("case", "split", "patient", "task", "rater")
 CONVENTION = "the columns image (or image_t1, image_t2 ...) and mask1, mask2 ... (or rater and mask) are needed"
 
@@ -63,7 +64,7 @@ def columns(header: list[str]) -> Columns:
 def is_table(path: Path) -> bool:
     """Whether a file is a table of cases, by its first line."""
     try:
-        return path.suffix.lower() in SUFFIXES and columns(_rows(path)[0]).usable
+        return path.suffix.lower() in SUFFIXES and columns(_rows(path)[0][1]).usable
     except CdiffError:
         return False
 
@@ -74,7 +75,7 @@ def read_table(path: Path, notes: list[str], *, masks: bool = True) -> list[Entr
 
     Raises CdiffError naming the row for a table that contradicts itself; files are not looked at here.
     """
-    header, *rows = _rows(path)
+    (_, header), *rows = _rows(path)
     known = columns(header)
     if not known.images or (masks and not known.masks):
         raise CdiffError(f"{path} has the columns {', '.join(header)}; {CONVENTION}")
@@ -89,7 +90,7 @@ def read_table(path: Path, notes: list[str], *, masks: bool = True) -> list[Entr
     if known.ignored:
         notes.append(f"{path.name}: columns not used: {', '.join(known.ignored)}")
     entries: dict[str, Entry] = {}
-    for number, cells in enumerate(rows, start=2):
+    for number, cells in rows:
         row = dict(zip(header, (cell.strip() for cell in cells), strict=False))
         if any(row.values()):
             _add(entries, row, known, path, f"{path}, row {number}")
@@ -142,8 +143,11 @@ def _shorten(entries: dict[str, Entry]) -> None:
             entries[key].name = name or key
 
 
-def _rows(path: Path) -> list[list[str]]:
-    """The table's rows, the header first; comma, semicolon or tab, UTF-8 with or without a mark."""
+def _rows(path: Path) -> list[tuple[int, list[str]]]:
+    """The table's rows with their numbers, the header first; comma, semicolon or tab, UTF-8 with or without a mark.
+
+    A first line such as `sep=;` tells spreadsheets the separator, and is no row of the table.
+    """
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -151,8 +155,10 @@ def _rows(path: Path) -> list[list[str]]:
     except UnicodeDecodeError:
         raise CdiffError(f"{path} is not UTF-8 text; save it as CSV UTF-8") from None
     first = text.partition("\n")[0]
-    delimiter = max(",;\t", key=first.count)
-    rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))
-    if not rows or not any(rows[0]):
+    told = SEPARATOR.fullmatch(first.strip("\r"))
+    delimiter = told[1] if told else max(",;\t", key=first.count)
+    rows = list(enumerate(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), start=1))
+    rows = rows[1:] if told else rows
+    if not rows or not any(rows[0][1]):
         raise CdiffError(f"{path} is empty; {CONVENTION}")
     return rows

@@ -207,6 +207,8 @@ def test_a_table_of_one_row_a_case(tmp_path: Path) -> None:
     table.write_text("\ufeff" + text.replace(",", ";"), encoding="utf-8")
     found = find_cases(table)
     assert found == find_cases(tmp_path)
+    table.write_text("\ufeffsep=;\r\n" + text.replace(",", ";"), encoding="utf-8")  # as Excel asks for it
+    assert find_cases(tmp_path) == found
     assert (found.layout, found.modalities) == ("table", ("t1", "t2"))
     assert {split: [case.name for case in cases] for split, cases in found.items()} == {
         "train": ["p0", "p1", "p2"],
@@ -246,6 +248,7 @@ def test_a_table_of_one_row_a_mask(tmp_path: Path) -> None:
         ("image,Image,mask\nx.png,y.png,m.png\n", "has a second column Image"),
         ("case,image,mask,case\na,x.png,m.png,b\n", "has a second column case"),
         ("image,mask1\n", "names no case"),
+        ("sep=|\ncase|image|mask1\na|x.png|m.png\na|x.png|n.png\n", "row 4 names the case a again"),
         ("case,image,mask1\na,x.png,m.png\na,x.png,n.png\n", "row 3 names the case a again"),
         ("image,mask1,split\nx.png,m.png,later\n", "row 2 has the split 'later'"),
         ("image,mask1,split\nx.png,m.png,train\ny.png,m.png,\n", r"split for some cases only \(none for y\)"),

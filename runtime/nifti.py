@@ -82,6 +82,9 @@ def check_header(header: nib.Nifti1Header, where: str, channels: int) -> None:
 
 def _spans(header: nib.Nifti1Header, form: str, axes: int) -> bool:
     """Whether the first `axes` columns of the affine are finite and independent."""
+    if header["pixdim"][0] == 0:  # which nibabel's get_qform refuses; to NIfTI it is 1, and so it is read afterwards
+        header = header.copy()
+        header["pixdim"][0] = 1
     try:
         matrix = header.get_sform() if form == "sform" else header.get_qform()
     except (HeaderDataError, ValueError):  # a quaternion longer than 1

@@ -147,6 +147,17 @@ def test_spacing_in_millimetres_whatever_the_unit(tmp_path: Path) -> None:
         assert grid.voxel_ml == pytest.approx(0.7 * 0.8 * 2.5 / 1000 * scale**3)
 
 
+def test_a_qform_without_its_factor_is_read(tmp_path: Path) -> None:
+    """NIfTI's pixdim[0] should be 1 or -1; the standard takes a 0 there for 1, and so does every viewer."""
+    image = nib.Nifti1Image(voxels(4, 5, 6), AFFINE)
+    image.set_sform(None, code=0)
+    image.set_qform(AFFINE, code=1)
+    nib.save(image, tmp_path / "x.nii")
+    grid = read_scan(patched(tmp_path / "x.nii", PIXDIM, "<f", 0)).grid
+    written = grid.image(np.zeros(grid.shape, np.uint8), "mask")
+    np.testing.assert_allclose(written.header.get_qform(), nib.load(tmp_path / "x.nii").affine)
+
+
 def test_doubtful_spacing_is_said(tmp_path: Path) -> None:
     def note(scan: Any) -> str:
         return " ".join(read_scan(scan).warnings)

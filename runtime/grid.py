@@ -109,21 +109,22 @@ class Grid:
         return None
 
     @property
-    def spacing_note(self) -> str | None:
-        """One line on why the spacing should not be trusted, or None."""
+    def spacing_notes(self) -> list[str]:
+        """Why the spacing should not be trusted, one line each; none where nothing speaks against it."""
         spacing = self.spacing
         if self.header is None or spacing is None:
-            return "the input has no spacing: volumes are counted in voxels only"
+            return ["the input has no spacing: volumes are counted in voxels only"]
         if self.is_placeholder:
-            return "the header's spacing is 1 for every axis, which is often a placeholder: check it before using ml"
+            return ["the header's spacing is 1 for every axis, which is often a placeholder: check it before using ml"]
+        notes = []
         if not self.unit:
-            return "the header names no unit of length: millimetres are assumed"
+            notes.append("the header names no unit of length: millimetres are assumed")
         if int(self.header["sform_code"]) > 0:
-            lengths = np.linalg.norm(self.header.get_sform()[:3, : len(spacing)], axis=0) * MM[self.unit]
+            lengths = np.linalg.norm(self.header.get_sform()[:3, : len(spacing)], axis=0) * MM.get(self.unit, 1.0)
             if not np.allclose(lengths, spacing, rtol=0.01):
                 listed = " x ".join(f"{length:.3g}" for length in lengths)
-                return f"the header's spacing and its sform ({listed} mm) disagree: volumes use the spacing"
-        return None
+                notes.append(f"the header's spacing and its sform ({listed} mm) disagree: volumes use the spacing")
+        return notes
 
     @property
     def voxel_ml(self) -> float | None:

@@ -97,8 +97,7 @@ def _one(scan: OneScan, channels: int, slice_axis: int) -> Scan:
     notes = list(loaded.notes)
     if values.min() == values.max():
         notes.append("every voxel has the same value: the maps say nothing about this scan")
-    if grid.spacing_note:
-        notes.append(grid.spacing_note)
+    notes += grid.spacing_notes
     slices = grid.cut(values.reshape(*spatial, channels))
     return Scan(slices, grid, loaded.source, loaded.sha256, loaded.name, tuple(notes))
 

@@ -168,6 +168,9 @@ def test_doubtful_spacing_is_said(tmp_path: Path) -> None:
     assert "no unit" in note(patched(nifti(tmp_path / "a.nii", voxels(3, 4, 5)), XYZT_UNITS, "<B", 7))
     assert "no spacing" in note(voxels(3, 4, 5))
     assert "disagree" in note(patched(nifti(tmp_path / "a.nii", voxels(3, 4, 5)), PIXDIM + 4, "<f", 1.4))
+    both = note(patched(nifti(tmp_path / "a.nii", voxels(3, 4, 5), units=None), PIXDIM + 4, "<f", 1.4))
+    assert "no unit" in both
+    assert "disagree" in both, "one doubt does not hide another"
 
 
 @pytest.mark.parametrize("codes", ["LAS", "RAS", "LPS", "SRA", "PIR", "ASL"])

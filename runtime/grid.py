@@ -18,6 +18,8 @@ GEOMETRY_FIELDS = (
 )  # fmt: skip
 MM = {1: 1000.0, 2: 1.0, 3: 0.001}
 """Millimetres a unit of length, by the code of NIfTI's xyzt_units (metre, millimetre, micron)."""
+UPRIGHT = 0.9999
+"""Above this share of its edges multiplied, a voxel counts as a box: what is missing is the rounding of a header."""
 
 
 @dataclass(frozen=True)
@@ -119,18 +121,55 @@ class Grid:
         notes = []
         if not self.unit:
             notes.append("the header names no unit of length: millimetres are assumed")
-        if int(self.header["sform_code"]) > 0:
-            lengths = np.linalg.norm(self.header.get_sform()[:3, : len(spacing)], axis=0) * MM.get(self.unit, 1.0)
-            if not np.allclose(lengths, spacing, rtol=0.01):
-                listed = " x ".join(f"{length:.3g}" for length in lengths)
-                notes.append(f"the header's spacing and its sform ({listed} mm) disagree: volumes use the spacing")
+        edges = self._sform_edges
+        if edges is not None and not self._sform_agrees:
+            listed = " x ".join(f"{length:.3g}" for length in np.linalg.norm(edges, axis=0))
+            notes.append(f"the header's spacing and its sform ({listed} mm) disagree: volumes use the spacing")
+        if self.leaning < 1:
+            notes.append(
+                "the sform's axes are not at right angles, as of a CT with a tilted gantry: volumes count a voxel as the sform "
+                f"has it, {1 - self.leaning:.1%} smaller than its edges multiplied; lengths are taken along the array's axes"
+            )
         return notes
+
+    @property
+    def _sform_edges(self) -> NDArray[np.float64] | None:
+        """The sform's columns of the spatial axes, in mm: a voxel's edges in space. None without an sform."""
+        if self.header is None or int(self.header["sform_code"]) <= 0:
+            return None
+        columns = self.header.get_sform()[:3, : len(self.spatial)]
+        return np.asarray(columns * MM.get(self.unit, 1.0), dtype=np.float64)
+
+    @property
+    def _sform_agrees(self) -> bool:
+        """Whether there is an sform, and a voxel's edges have the header's spacing as their lengths."""
+        edges, spacing = self._sform_edges, self.spacing
+        if edges is None or spacing is None:
+            return False
+        return bool(np.allclose(np.linalg.norm(edges, axis=0), spacing, rtol=0.01))
+
+    @property
+    def leaning(self) -> float:
+        """A voxel's size as a share of its edges multiplied: 1, but for an sform whose axes are not at right angles.
+
+        An sform that the spacing contradicts is not asked.
+        """
+        edges = self._sform_edges
+        if edges is None or not self._sform_agrees:
+            return 1.0
+        unit = edges / np.linalg.norm(edges, axis=0)
+        share = math.sqrt(max(0.0, np.linalg.det(unit.T @ unit)))
+        return 1.0 if share > UPRIGHT else share
+
+    @property
+    def voxel_mm(self) -> float | None:
+        """Size of a voxel in mm3, of a 2-D image's pixel in mm2; None without spacing."""
+        return None if self.spacing is None else math.prod(self.spacing) * self.leaning
 
     @property
     def voxel_ml(self) -> float | None:
         """Volume of a voxel in millilitres; None for a 2-D image or without spacing."""
-        spacing = self.spacing
-        return math.prod(spacing) / 1000 if spacing is not None and len(spacing) == 3 else None
+        return None if self.voxel_mm is None or len(self.spatial) < 3 else self.voxel_mm / 1000
 
     @property
     def measured_spacing(self) -> tuple[float, ...] | None:

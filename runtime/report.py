@@ -58,10 +58,7 @@ def meaning(variant: Variant) -> dict[str, str]:
 
 
 def _voxel(grid: Grid) -> tuple[str, float | None]:
-    spacing = grid.spacing
-    if spacing is not None and len(spacing) == 2:
-        return "mm2", spacing[0] * spacing[1]
-    return "ml", grid.voxel_ml
+    return ("mm2", grid.voxel_mm) if grid.voxel_mm is not None and len(grid.spatial) == 2 else ("ml", grid.voxel_ml)
 
 
 def describe_input(source: str, sha256: str, grid: Grid, image: Float32) -> dict[str, Any]:

@@ -158,6 +158,29 @@ def test_a_qform_without_its_factor_is_read(tmp_path: Path) -> None:
     np.testing.assert_allclose(written.header.get_qform(), nib.load(tmp_path / "x.nii").affine)
 
 
+def test_a_leaning_voxel_is_smaller_than_its_edges_multiplied(tmp_path: Path) -> None:
+    """A tilted gantry moves each slice along the one before it: base area times distance of the slices, as of any prism."""
+    affine = np.array([[0.7, 0, 0, 0], [0, 0.7, -1.2, 0], [0, 0, 2.2, 0], [0, 0, 0, 1.0]])
+    turn = np.array([[0.8, -0.6, 0], [0.6, 0.8, 0], [0, 0, 1]])
+    for place in (
+        affine,
+        affine @ np.diag([1, -1, 1, 1]),
+        np.block([[turn @ affine[:3, :3], np.zeros((3, 1))], [affine[3]]]),
+    ):
+        tilted = read_scan(nifti(tmp_path / "a.nii", voxels(3, 4, 5), place))
+        assert tilted.grid.voxel_ml == pytest.approx(0.7 * 0.7 * 2.2 / 1000)
+        assert "12.2% smaller" in " ".join(tilted.warnings)
+    oblique = read_scan(
+        nifti(tmp_path / "a.nii", voxels(3, 4, 5), np.block([[turn @ AFFINE[:3, :3], np.zeros((3, 1))], [affine[3]]]))
+    )
+    assert oblique.grid.voxel_ml == pytest.approx(0.7 * 0.8 * 2.5 / 1000)
+    assert not oblique.warnings
+    flat = read_scan(
+        nifti(tmp_path / "a.nii", voxels(3, 4), np.array([[1, 0.6, 0, 0], [0, 0.8, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]))
+    )
+    assert flat.grid.voxel_mm == pytest.approx(0.8)
+
+
 def test_doubtful_spacing_is_said(tmp_path: Path) -> None:
     def note(scan: Any) -> str:
         return " ".join(read_scan(scan).warnings)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cdiff.cli.app import app
+from cdiff.cli.app import main
 
 if __name__ == "__main__":
-    app(prog_name="cdiff")
+    main("cdiff")

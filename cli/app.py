@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -71,6 +73,8 @@ app.command("doctor", rich_help_panel="This machine")(doctor.doctor)
 app.command("benchmark", rich_help_panel="This machine")(benchmark.benchmark)
 
 
-def main() -> None:
-    """The entry point of the `cdiff` command."""
-    app()
+def main(name: str | None = None) -> None:
+    """The entry point of the `cdiff` command. name: what the help calls it, unless it is the file that was started."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # a path that is not UTF-8 is printed as the bytes that it is
+    app(prog_name=name)

@@ -159,8 +159,12 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def dump_json(value: Any) -> str:
-    """`value` as the indented JSON text that every report of this package uses."""
-    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    """`value` as the indented JSON text that every report of this package uses.
+
+    What Python has for the bytes of a file's name that is not UTF-8 is escaped: such text cannot be written otherwise.
+    """
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _is_empty_folder(path: Path) -> bool:

@@ -174,7 +174,13 @@ def parse_slices(slices: str | slice | tuple[int, int] | range | None, count: in
 
 
 def read_bytes(path: Path) -> bytes:
-    """A file's bytes. Raises CdiffError when its suffix is not one that is read here, or it cannot be read or is empty."""
+    """A file's bytes. Raises CdiffError when its suffix is not one that is read here, or it cannot be read or is empty.
+
+    Also where its path is no text, as names are that were written in another encoding than UTF-8: no report could name it.
+    """
+    named = os.fsencode(path).decode("utf-8", "backslashreplace")
+    if named != str(path):
+        raise CdiffError(f"{named} has a name that is not UTF-8; rename the file, or the folder that has such a name")
     if not path.name.lower().endswith(NIFTI_SUFFIXES + PICTURE_SUFFIXES):
         advice = (
             "convert DICOM with dcm2niix first"

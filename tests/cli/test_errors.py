@@ -96,6 +96,23 @@ def test_one_bad_scan_does_not_stop_a_folder(tiny_bundle: Path, tiny_data: Path,
     assert len(lines) == 3
 
 
+def test_a_name_in_another_encoding_is_told_and_no_crash(tmp_path: Path) -> None:
+    data = write_synthetic_dataset(tmp_path / "data", 2, raters=2, shape=(8, 8, 2))
+    try:
+        os.rename(data / "case01", os.fsencode(data) + b"/M\xfcller")
+    except OSError:
+        pytest.skip("this file system takes no such name")
+    done = subprocess.run(
+        [sys.executable, "-m", "cdiff.cli", "data", "check", data, "--no-sheet", "--json", tmp_path / "check.json"],
+        capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": "utf-8:strict", "COLUMNS": "200"},
+    )
+    assert done.returncode == 2
+    assert b"M\\xfcller/image.nii.gz has a name that is not UTF-8; rename" in done.stdout
+    assert b"Traceback" not in done.stderr
+    assert "unreadable" in (tmp_path / "check.json").read_text(encoding="utf-8")
+
+
 @pytest.mark.slow
 def test_ctrl_c_leaves_nothing_half_written(tiny_bundle: Path, tmp_path: Path) -> None:
     data = write_synthetic_dataset(tmp_path / "data", 1, raters=1, shape=(64, 64, 40))

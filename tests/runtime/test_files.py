@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -128,3 +129,11 @@ def test_ctrl_c_in_a_real_process_leaves_nothing(tmp_path: Path) -> None:
     os.kill(process.pid, signal.SIGINT)
     assert process.wait(timeout=30) != 0
     assert names(tmp_path) == []
+
+
+def test_a_name_that_is_not_utf8_can_stand_in_a_report(tmp_path: Path) -> None:
+    name = os.fsdecode(b"M\xfcller")
+    write_json(tmp_path / "a.json", {"case": name, "other": "Müller"})
+    text = (tmp_path / "a.json").read_text(encoding="utf-8")
+    assert json.loads(text) == {"case": name, "other": "Müller"}
+    assert "Müller" in text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -349,6 +350,18 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "text for a picture": (bad_picture_text, r"is not a picture that can be read; save"),
     "several pictures": (bad_pages, "3 pictures"),
 }  # fmt: skip
+
+
+def test_a_name_in_another_encoding_gets_one_clear_line(tmp_path: Path) -> None:
+    """Neither a JSON report nor a picture can hold what Python makes of such a name."""
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + "/Müller.nii".encode("latin-1")))
+    try:
+        os.replace(nifti(tmp_path / "x.nii", voxels(4, 5, 6)), path)
+    except OSError:
+        pytest.skip("this file system takes no such name")
+    with pytest.raises(CdiffError, match=r"M\\xfcller.nii has a name that is not UTF-8; rename") as caught:
+        read_scan(path)
+    str(caught.value).encode()
 
 
 @pytest.mark.parametrize("kind", BAD)

@@ -83,6 +83,7 @@ def segment(
     """
     from cdiff.runtime.inputs import must_exist, scans_at
     from cdiff.runtime.overlap import overlapped
+    from cdiff.runtime.results import must_be_free
 
     path = must_exist(_one_of(scan, input_))
     segmenter = model.load(quiet)
@@ -90,6 +91,7 @@ def segment(
     labels = {item.name: f"{number}/{len(scans)} {item.name}" for number, item in enumerate(scans, start=1)}
 
     def read(item: NamedScan) -> Prepared:
+        must_be_free(output, item.name, segmenter.manifest.draws, preview=preview)  # before hours of work, not after
         return segmenter.prepare(item.path, slices=slices)
 
     def work(item: NamedScan, ready: Prepared) -> Result:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,13 +114,14 @@ class Result:
 
         Each file appears whole or not at all; the report, which holds the others' SHA-256, appears last, so where it is, all
         are. A preview or annotators' maps that an older report there lists are removed where this result has none. Raises CdiffError when
-        the folder cannot be written.
+        the folder cannot be written, or a file in it that no report of ours lists would be replaced.
         """
         name = name or self.name
         if not name or Path(name).name != name:
             raise CdiffError(f"the name {name!r} cannot begin a file's name; give one without folders")
         started = time.perf_counter()
         variant = self.stack.variant
+        must_be_free(Path(folder), name, variant, preview=preview)
         kinds = {
             "soft": ("soft", f"soft map: {variant.soft}"),
             "levels": ("levels", f"{variant.levels}, c last"),
@@ -138,7 +140,8 @@ class Result:
 
                 parts[f"{name}_preview.png"] = stage(f"{name}_preview.png")
                 write_preview(self, parts[f"{name}_preview.png"], name)
-            for file in _written_before(Path(folder) / f"{name}.json", name) - set(parts):
+            not_always = {f"{name}_preview.png", f"{name}_annotators.nii.gz"}
+            for file in (_listed(Path(folder) / f"{name}.json") or set()) & not_always - set(parts):
                 stage.replaces(file)
             outputs = {file: {"sha256": sha256(part), "bytes": part.stat().st_size} for file, part in parts.items()}
             timings = {**self.report.get("timings", {}), "write": round(time.perf_counter() - started, 3)}
@@ -151,10 +154,25 @@ class Result:
         return dataclasses.replace(self, report=report)
 
 
-def _written_before(report: Path, name: str) -> set[str]:
-    """Which of the files that not every result has an older report says were written: no other file of such a name is ours."""
+def must_be_free(folder: Path, name: str, variant: Variant, *, preview: bool = True) -> None:
+    """Raise CdiffError when files in `folder` that no report of ours there lists would be replaced by `Result.save`.
+
+    A reader's own NAME_mask.nii.gz is such a file, and so is the NAME.json that dcm2niix writes beside a scan.
+    """
+    listed = _listed(folder / f"{name}.json")
+    kinds = ["soft", "levels", "uncertainty", "mask", *(["annotators"] if variant.told == "annotator" else [])]
+    files = {*(f"{name}_{kind}.nii.gz" for kind in kinds), *([f"{name}_preview.png"] if preview else [])}
+    for file in sorted(files | {f"{name}.json"} if listed is None else files - listed):
+        if os.path.exists(folder / file):  # False, not an error, in a folder that cannot be searched
+            raise CdiffError(
+                f"{folder / file} is there, would be replaced, and no report there says that it is an older result; move it, or "
+                "write to another folder"
+            )
+
+
+def _listed(report: Path) -> set[str] | None:
+    """The files that an older report says were written; None where there is no report of ours."""
     try:
-        outputs = set(json.loads(report.read_text(encoding="utf-8"))["outputs"])
+        return set(json.loads(report.read_text(encoding="utf-8"))["outputs"])
     except (OSError, ValueError, KeyError, TypeError):
-        return set()
-    return outputs & {f"{name}_preview.png", f"{name}_annotators.nii.gz"}
+        return None

@@ -96,6 +96,24 @@ def test_one_bad_scan_does_not_stop_a_folder(tiny_bundle: Path, tiny_data: Path,
     assert len(lines) == 3
 
 
+def test_files_that_are_not_ours_are_not_replaced(
+    tiny_bundle: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Said before the engine works on the scan, and the other scans of the folder are done."""
+    source = (tiny_data / "Validation/case01/image.nii.gz").read_bytes()
+    for name in ("a.nii.gz", "b.nii.gz", "b_mask.nii.gz"):
+        (tmp_path / name).write_bytes(source)
+    (tmp_path / "a.json").write_text('{"Modality": "CT"}')
+    chain = ("--model", tiny_bundle, "-o", tmp_path, "--runs", 1, "--steps", 1, "--no-preview", "-q")
+    error = fails(3, "segment", tmp_path, *chain)
+    assert "a.json is there" in error
+    assert "b_mask.nii.gz is there" in error
+    assert (tmp_path / "b_mask.nii.gz").read_bytes() == source
+    assert (tmp_path / "b_mask.json").is_file()
+    monkeypatch.setattr("cdiff.runtime.segmenter.Segmenter.segment", None)
+    assert "a.json is there" in one_line("segment", tmp_path / "a.nii.gz", *chain)
+
+
 def test_a_name_in_another_encoding_is_told_and_no_crash(tmp_path: Path) -> None:
     data = write_synthetic_dataset(tmp_path / "data", 2, raters=2, shape=(8, 8, 2))
     try:

@@ -158,6 +158,20 @@ def test_saving_twice_writes_the_same_bytes_and_drops_an_old_preview(tmp_path: P
     assert not (tmp_path / "out" / "a_preview.png").exists()
 
 
+@pytest.mark.parametrize("name", ["scan_mask.nii.gz", "scan_preview.png", "scan.json"])
+def test_what_is_not_ours_is_not_replaced(tmp_path: Path, name: str) -> None:
+    """A reader's mask beside the scan, a picture of it, the JSON that dcm2niix writes with a scan."""
+    result = segmented(scan_file(tmp_path, (5, 6, 4)))
+    (tmp_path / name).write_text('{"Modality": "CT"}')
+    with pytest.raises(CdiffError, match=name):
+        result.save(tmp_path)
+    assert (tmp_path / name).read_text() == '{"Modality": "CT"}'
+    assert {path.name for path in tmp_path.iterdir()} == {"scan.nii.gz", name}
+    if name.endswith("png"):
+        result.save(tmp_path, preview=False)
+        assert (tmp_path / name).read_text() == '{"Modality": "CT"}'
+
+
 def test_a_result_of_an_array_has_the_identity(tmp_path: Path) -> None:
     result = segmented(np.random.default_rng(0).random((5, 6)))
     result.save(tmp_path, preview=False)

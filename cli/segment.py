@@ -81,11 +81,13 @@ def segment(
     cdiff segment scan.nii.gz -o maps --fast
     cdiff segment folder -o maps --model my_bundle --steps 20 --sampler ddim
     """
+    from cdiff.runtime.files import must_take_files
     from cdiff.runtime.inputs import must_exist, scans_at
     from cdiff.runtime.overlap import overlapped
     from cdiff.runtime.results import must_be_free
 
     path = must_exist(_one_of(scan, input_))
+    must_take_files(output)
     segmenter = model.load(quiet)
     scans = scans_at(path, segmenter.manifest.image_channels, segmenter.manifest.modalities)
     labels = {item.name: f"{number}/{len(scans)} {item.name}" for number, item in enumerate(scans, start=1)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -33,6 +34,23 @@ def make_folder(folder: Path) -> Path:
     except OSError as error:
         raise _cannot_write(folder, error) from None
     return folder
+
+
+def must_take_files(folder: Path) -> None:
+    """Raise `CdiffError` when `folder` cannot be written to or made: worth knowing before long work. Makes nothing.
+
+    What only writing shows, such as a full disk, it does not see.
+    """
+    there = folder
+    try:
+        while not there.exists() and there != there.parent:
+            there = there.parent
+    except OSError as error:
+        raise _cannot_write(folder, error) from None
+    if not there.is_dir():
+        raise CdiffError(f"{folder} is not a folder, or lies below a file; give another place to write to")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise _cannot_write(folder, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
 
 
 @contextmanager

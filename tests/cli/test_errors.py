@@ -96,6 +96,19 @@ def test_one_bad_scan_does_not_stop_a_folder(tiny_bundle: Path, tiny_data: Path,
     assert len(lines) == 3
 
 
+def test_a_place_that_cannot_be_written_is_told_before_the_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "scan.nii.gz").write_bytes(b"read later")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("cdiff.load", None)
+    for out in ("file", "file/below"):
+        assert "is not a folder" in one_line("segment", tmp_path / "scan.nii.gz", "-o", tmp_path / out)
+    monkeypatch.setattr("os.access", lambda path, mode: mode == os.R_OK)  # root may write anywhere
+    assert "permission denied" in one_line("segment", tmp_path / "scan.nii.gz", "-o", tmp_path / "new/maps")
+    assert not (tmp_path / "new").exists()
+
+
 def test_files_that_are_not_ours_are_not_replaced(
     tiny_bundle: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.grid import Grid
 from cdiff.runtime.nifti import nifti_voxels, parse_nifti
-from cdiff.runtime.picture import check_depth
+from cdiff.runtime.picture import check_depth, upright
 from cdiff.runtime.scan import PICTURE_SUFFIXES, read_bytes
 from cdiff.runtime.shapes import by, one_line
 
@@ -50,6 +50,7 @@ def _pixels(data: bytes, path: Path) -> NDArray[Any]:
             if getattr(picture, "n_frames", 1) > 1:
                 raise CdiffError(f"{path} holds several pictures; a mask is one")
             check_depth(picture, data, path)
+            picture, _ = upright(picture)
             pixels, mode = np.asarray(picture), picture.mode
     except (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise CdiffError(f"{path} cannot be read as a picture ({one_line(error)}); save it again as PNG") from None

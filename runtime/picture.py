@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from cdiff.runtime.shapes import one_line
 
 BITS_PER_SAMPLE = 258
 """TIFF's tag (TIFF 6.0, section 8): one number a channel."""
+ORIENTATION = 274
+"""EXIF's tag, and TIFF's: 1 as stored, 2 to 8 mirrored or turned."""
 PNG_DEPTH = 24
 """Where the bit depth stands in a PNG file: after the signature, the chunk's length and name, width and height (PNG 1.2, 11.2.2)."""
 DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
@@ -34,6 +37,21 @@ def check_depth(picture: Any, data: bytes, path: Path) -> None:
         )
 
 
+def upright(picture: Any) -> tuple[Any, bool]:
+    """The picture, opened by Pillow, turned as its EXIF orientation says, and whether that changed anything.
+
+    Viewers and annotation tools show it so. Pillow itself does it for TIFF alone, when the pixels are loaded.
+    """
+    from PIL import ImageOps
+
+    try:
+        turned = picture.getexif().get(ORIENTATION, 1) in range(2, 9)
+    except (SyntaxError, ValueError, KeyError, TypeError, OSError, struct.error):  # damaged EXIF says nothing
+        turned = False
+    picture.load()
+    return (ImageOps.exif_transpose(picture) if turned and picture.format != "TIFF" else picture), turned
+
+
 def read_picture(data: bytes, path: Path, channels: int) -> tuple[NDArray[np.float32], list[str]]:
     """Pixels [H, W] for a model of one channel, [H, W, 3] for one of three."""
     from PIL import Image, UnidentifiedImageError
@@ -48,9 +66,13 @@ def read_picture(data: bytes, path: Path, channels: int) -> tuple[NDArray[np.flo
             if getattr(picture, "n_frames", 1) > 1:
                 raise CdiffError(f"{path} holds {picture.n_frames} pictures; save one, or convert them to NIfTI")  # type: ignore[attr-defined]
             check_depth(picture, data, path)
-            picture.load()
+            picture, turned = upright(picture)
+            if turned:
+                notes.append(
+                    "the picture was turned as its EXIF orientation says: the maps lie on it as viewers show it"
+                )
             if picture.mode in ("P", "1", "CMYK", "YCbCr"):
-                picture = picture.convert("L" if picture.mode == "1" else "RGB")  # type: ignore[assignment]
+                picture = picture.convert("L" if picture.mode == "1" else "RGB")
             pixels = np.asarray(picture, dtype=np.float32)
             mode = picture.mode
     except UnidentifiedImageError:

@@ -97,3 +97,24 @@ def test_colours_of_8_bits_are_read_as_before(tmp_path: Path) -> None:
         np.testing.assert_array_equal(
             read_scan(tmp_path / f"a.{suffix}", channels=3).slices[0], np.moveaxis(array, 2, 0)
         )
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif"])
+def test_a_picture_is_turned_as_viewers_show_it(tmp_path: Path, suffix: str) -> None:
+    """A camera held upright stores the picture lying and says so; an annotator draws on it as it is shown."""
+    stored = np.zeros((16, 24), np.uint8)
+    stored[:8] = 255  # its upper half is to the right once it is turned by 6
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(stored).save(tmp_path / f"x.{suffix}", exif=exif)
+    scan = read_scan(tmp_path / f"x.{suffix}")
+    np.testing.assert_allclose(scan.slices[0, 0], np.rot90(stored, -1), atol=2)
+    np.testing.assert_allclose(read_mask(tmp_path / f"x.{suffix}").values, np.rot90(stored, -1), atol=2)
+    assert any("EXIF" in warning for warning in scan.warnings)
+    Image.fromarray(stored).save(tmp_path / f"y.{suffix}")
+    assert not any("EXIF" in warning for warning in read_scan(tmp_path / f"y.{suffix}").warnings)
+
+
+def test_damaged_exif_turns_nothing(tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((4, 6), np.uint8)).save(tmp_path / "x.jpg", exif=b"Exif\0\0not a directory")
+    assert read_scan(tmp_path / "x.jpg").slices.shape == (1, 1, 4, 6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -147,7 +148,8 @@ def scale_bar(axes: Axes, box: Box, view: View) -> None:
     if view.spacing is None:
         return
     across = (box[1].stop - box[1].start) * view.spacing[1]
-    length = max(k * 10.0**n for n in range(-7, 6) for k in (1, 2, 5) if k * 10.0**n <= across / 4)
+    decade = 10.0 ** math.floor(math.log10(across / 4))
+    length = max(k * decade for k in (1, 2, 5) if k == 1 or k * decade <= across / 4)
     x, y = 0.045, 0.05
     axes.plot([x, x + length / across], [y, y], color=INK, lw=2.2, solid_capstyle="butt", transform=axes.transAxes)
     _over(axes, x, y + 0.025, f"{length:g} mm" if length >= 0.1 else f"{1000 * length:g} µm", ha="left", va="bottom")

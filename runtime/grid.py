@@ -27,7 +27,7 @@ class View:
     """How a slice [H, W] as stored becomes a picture: transposed first, then flipped.
 
     edges: letters for left, right, top and bottom of the picture, empty where the header does not say.
-    spacing: (down, across) in mm for the picture's axes, None when unknown. note: the convention, in words.
+    spacing: (down, across) in mm for the picture's axes, None when unknown or a placeholder. note: the convention, in words.
     """
 
     transpose: bool = False
@@ -225,7 +225,7 @@ class Grid:
         Radiological: the patient's right (or front) on the left, front (or head) at the top.
         """
         axes = [axis for axis in range(len(self.spatial)) if axis != self.slice_axis]
-        spacing = self.spacing
+        spacing = self.measured_spacing
         if not self.has_orientation or self.header is None:
             known = None if spacing is None else (spacing[axes[0]], spacing[axes[1]])
             return View(spacing=known)

@@ -86,6 +86,17 @@ def test_nothing_overlaps_or_leaves_the_page(kind: str, tmp_path: Path) -> None:
         assert not a.overlaps(b), f"{one.get_text()!r} overlaps {two.get_text()!r}"
 
 
+def test_a_scale_bar_needs_a_spacing_that_can_be_trusted() -> None:
+    def bars(spacing: Any) -> list[str]:
+        texts = [text.get_text() for text in drawn_texts(preview_figure(result((64, 64, 3), spacing=spacing), "x"))]
+        return [text for text in texts if text.endswith((" mm", " µm"))]
+
+    assert bars((0.7, 0.7, 2.5))[0] == "10 mm"
+    assert bars((0.00025, 0.00025, 1))[0] == "2 µm"
+    assert len(bars((1e-10, 1e-10, 1))) == 2, "however small, it is drawn"
+    assert bars((1, 1, 1)) == [], "a placeholder: the same picture counts voxels, not ml"
+
+
 def test_the_slice_with_the_largest_area_is_shown() -> None:
     titles = [axes.get_title(loc="left") for axes in preview_figure(KINDS["volume"], "x").axes]
     assert "Slice 4 (of 0 to 11)" in titles

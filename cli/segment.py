@@ -100,8 +100,15 @@ def segment(
         with Meter(labels[item.name] if len(scans) > 1 else item.name, quiet) as meter:
             return segmenter.segment(ready, **chain.arguments(), progress=meter)
 
+    told: set[str] = set()
+
     def write(item: NamedScan, result: Result) -> None:
-        seconds = result.save(output, item.name, preview=preview)["timings"]
+        report = result.save(output, item.name, preview=preview)
+        for note in report["warnings"]:
+            if note not in told:  # once is enough for a folder; each report has its own
+                say(f"{item.name}: {note}", quiet)
+        told.update(report["warnings"])
+        seconds = report["timings"]
         say(f"{item.name}: {sum(seconds[part] for part in ('read', 'frame', 'segment', 'write')):.1f} s", quiet)
         Meter.show(str(output / (f"{item.name}_preview.png" if preview else f"{item.name}_soft.nii.gz")))
 

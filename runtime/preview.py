@@ -41,7 +41,7 @@ def preview_figure(result: Result, name: str) -> Figure:
     number = result.slices[best]
     variant = result.stack.variant
     outlines = view(getattr(result.stack, variant.outlines)[best])
-    image = _displayable(result.image[number], view)
+    image = _displayable(result, number)
     shown = _strip(soft, best)
     box = drawing.close_up(soft[shown], view)
     whole = (slice(0, image.shape[0]), slice(0, image.shape[1]))
@@ -150,10 +150,13 @@ def reader_figure(
         figure.savefig(part, dpi=DPI, facecolor=figure.get_facecolor(), metadata={"Software": "cdiff"}, format="png")
 
 
-def _displayable(image: Float32, view: View) -> Float32:
-    """[channels,h,w] -> the picture's [rows, columns], or [rows, columns, 3] for three channels that are colours."""
-    turned = view(image)
-    return np.moveaxis(turned, 0, -1) if len(turned) == 3 else turned[0]
+def _displayable(result: Result, number: int) -> Float32:
+    """A slice as the picture's [rows, columns]; as [rows, columns, 3] where its three channels are colours.
+
+    Those of a medical image are not: of several modalities, as of two or four, the first is shown.
+    """
+    turned = result.grid.view(result.image[number])
+    return np.moveaxis(turned, 0, -1) if len(turned) == 3 and result.grid.header is None else turned[0]
 
 
 def _fullest(soft: Float32) -> int:
@@ -189,7 +192,7 @@ def _draw_strip(
     left = (width - len(shown) * side - (len(shown) - 1) * gap) / 2
     for column, index in enumerate(shown):
         axes = drawing.panel(figure, (left + column * (side + gap), 0.36, side, side))
-        picture = _displayable(result.image[result.slices[index]], view)
+        picture = _displayable(result, result.slices[index])
         drawing.show_image(axes, picture, box, view, drawing.window_of(picture[box]))
         drawing.show_soft(axes, soft[index], box, view)
         colour = drawing.INK if index == best else drawing.FAINT

@@ -72,6 +72,19 @@ def test_a_folder_of_cases(tiny_data: Path, tiny_bundle: Path, tmp_path: Path) -
     assert "2 of 2 scans" in result.stderr
 
 
+def test_what_a_reader_of_the_maps_should_know_is_said_once(tiny_bundle: Path, tmp_path: Path) -> None:
+    """It stood in the reports alone, which who looks at a picture does not open."""
+    for name in ("a", "b"):
+        scan = nib.Nifti1Image(np.random.default_rng(0).normal(size=(32, 32, 2)).astype(np.float32), np.eye(4))
+        (tmp_path / "scans").mkdir(exist_ok=True)
+        nib.save(scan, tmp_path / "scans" / f"{name}.nii.gz")
+    result = run("segment", tmp_path / "scans", "-o", tmp_path / "maps", "--model", tiny_bundle, *SHORT, "--no-preview")
+    reports = [json.loads((tmp_path / "maps" / f"{name}.json").read_text()) for name in ("a", "b")]
+    (note,) = {note for report in reports for note in report["warnings"] if "placeholder" in note}
+    assert all(note in report["warnings"] for report in reports)
+    assert [line for line in result.stderr.splitlines() if note in line] == [f"a: {note}"]
+
+
 def test_evaluate_prints_and_writes_the_scores(tiny_data: Path, tiny_bundle: Path, tmp_path: Path) -> None:
     out = tmp_path / "scores.json"
     result = run("evaluate", "--data", tiny_data, "--model", tiny_bundle, *SHORT, "--limit", 1, "--json", out)

@@ -149,6 +149,14 @@ def test_the_preview_is_a_picture_in_colour(tmp_path: Path) -> None:
     assert np.ptp(pixels, axis=2).max() > 150
 
 
+def test_three_modalities_are_not_taken_for_colours() -> None:
+    """Of a medical image the first channel is drawn, however many there are; a picture's three are its colours."""
+    for shown, deep in ((result((64, 64, 1, 3), channels=3), False), (KINDS["colours"], True)):
+        (image,) = preview_figure(shown, "x").axes[0].get_images()
+        drawn = np.asarray(image.get_array())
+        assert (drawn.ndim == 3) == deep
+
+
 def test_importing_the_runtime_draws_in_nothing_heavy() -> None:
     code = (
         "import sys, cdiff, cdiff.runtime.segmenter, cdiff.runtime.results, cdiff.runtime.preview\n"

@@ -19,6 +19,8 @@ ORIENTATION = 274
 """EXIF's tag, and TIFF's: 1 as stored, 2 to 8 mirrored or turned."""
 PNG_DEPTH = 24
 """Where the bit depth stands in a PNG file: after the signature, the chunk's length and name, width and height (PNG 1.2, 11.2.2)."""
+CONVERTED = {"1": "L", "P": "RGB", "PA": "RGBA", "CMYK": "RGB", "YCbCr": "RGB"}
+"""Pillow's modes that are none of grey or colours, and what they become."""
 DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 """Pillow's modes of more than 8 bits; all are grey."""
 
@@ -71,8 +73,11 @@ def read_picture(data: bytes, path: Path, channels: int) -> tuple[NDArray[np.flo
                 notes.append(
                     "the picture was turned as its EXIF orientation says: the maps lie on it as viewers show it"
                 )
-            if picture.mode in ("P", "1", "CMYK", "YCbCr"):
-                picture = picture.convert("L" if picture.mode == "1" else "RGB")
+            if picture.mode in ("LAB", "HSV"):
+                raise CdiffError(f"{path} has {picture.mode} colours; save it again as RGB")
+            if picture.mode in CONVERTED:
+                see_through = picture.mode == "P" and "transparency" in picture.info
+                picture = picture.convert("RGBA" if see_through else CONVERTED[picture.mode])
             pixels = np.asarray(picture, dtype=np.float32)
             mode = picture.mode
     except UnidentifiedImageError:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.masks import read_mask
+from cdiff.runtime.picture import read_picture
 from cdiff.runtime.scan import read_scan
 
 GREY, COLOURS, GREY_ALPHA, COLOURS_ALPHA = 0, 2, 4, 6
@@ -118,3 +119,24 @@ def test_a_picture_is_turned_as_viewers_show_it(tmp_path: Path, suffix: str) -> 
 def test_damaged_exif_turns_nothing(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((4, 6), np.uint8)).save(tmp_path / "x.jpg", exif=b"Exif\0\0not a directory")
     assert read_scan(tmp_path / "x.jpg").slices.shape == (1, 1, 4, 6)
+
+
+@pytest.mark.parametrize("palette", [False, True])
+def test_transparency_that_was_ignored_is_said_of_a_palette_too(tmp_path: Path, palette: bool) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (8, 8, 4)).astype(np.uint8)
+    pixels[..., 3] = 255
+    pixels[:4, :, 3] = 0
+    picture = Image.fromarray(pixels, "RGBA")
+    path = tmp_path / "x.png"
+    (picture.quantize(32) if palette else picture).save(path)
+    read, notes = read_picture(path.read_bytes(), path, 3)
+    assert read.shape == (8, 8, 3)
+    assert notes == ["the picture's transparency was ignored"]
+
+
+def test_colours_that_are_no_screens_are_refused(tmp_path: Path) -> None:
+    """Read as red, green and blue they would be another picture."""
+    path = tmp_path / "x.tif"
+    Image.new("LAB", (8, 8)).save(path)
+    with pytest.raises(CdiffError, match="has LAB colours; save it again as RGB"):
+        read_picture(path.read_bytes(), path, 3)

@@ -101,6 +101,9 @@ def test_changed_intensities_are_the_same_whichever_part_of_the_batch_is_cut(tin
     assert torch.equal(whole.image[2:5], part.image)
     assert torch.equal(whole.masks, training_batch(data.train, plain, 5, 6, 32).masks)
     assert not torch.equal(whole.image, training_batch(data.train, plain, 5, 6, 32).image)
+    noisy = training_batch(data.train, plain.with_values({"pixel_noise": 0.1}), 5, 2, 32).image
+    added = noisy - training_batch(data.train, plain, 5, 2, 32).image
+    assert abs(np.corrcoef(added.flatten(1))[0, 1]) < 0.2, "each image has noise of its own"
     # Validation sees images as they are.
     assert torch.equal(centre_windows(data.train, [0], 32).image[0], data.train.images[0])
 

@@ -52,6 +52,17 @@ def segment(
             show_default="all",
         ),
     ] = None,
+    slice_axis: Annotated[
+        int | None,
+        typer.Option(
+            "--slice-axis",
+            metavar="AXIS",
+            min=0,
+            max=2,
+            help="Which axis of the array as stored to cut slices along.",
+            show_default="as the model was trained",
+        ),
+    ] = None,
     *,
     model: options.Model,
     chain: options.Chain,
@@ -94,7 +105,7 @@ def segment(
 
     def read(item: NamedScan) -> Prepared:
         must_be_free(output, item.name, segmenter.manifest.draws, preview=preview)  # before hours of work, not after
-        return segmenter.prepare(item.path, slices=slices)
+        return segmenter.prepare(item.path, slices=slices, slice_axis=slice_axis)
 
     def work(item: NamedScan, ready: Prepared) -> Result:
         with Meter(labels[item.name] if len(scans) > 1 else item.name, quiet) as meter:

@@ -59,6 +59,23 @@ def test_options_reach_the_runtime(scan: Path, tiny_bundle: Path, tmp_path: Path
     np.testing.assert_array_equal(soft(tmp_path / "image_soft.nii.gz"), result.soft)
 
 
+def test_a_scan_that_is_stored_another_way_is_cut_along_its_own_axis(
+    tiny_data: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    """The same volume with its axes turned gives the same maps, turned."""
+    stored = nib.load(tiny_data / "Validation/case01/image.nii.gz")
+    turned = tmp_path / "turned.nii.gz"
+    nib.save(nib.Nifti1Image(np.moveaxis(np.asanyarray(stored.dataobj), 2, 0), stored.affine[:, [2, 0, 1, 3]]), turned)
+    common = ("--model", tiny_bundle, *SHORT, "--no-mirror", "--no-preview", "-q", "-o", tmp_path)
+    run("segment", tiny_data / "Validation/case01/image.nii.gz", *common)
+    run("segment", turned, "--slice-axis", 0, *common)
+    np.testing.assert_array_equal(
+        soft(tmp_path / "turned_soft.nii.gz"), np.moveaxis(soft(tmp_path / "image_soft.nii.gz"), 2, 0)
+    )
+    refused = CliRunner().invoke(app, ["segment", str(turned), "--slice-axis", "3", "-o", str(tmp_path)])
+    assert refused.exit_code == 2
+
+
 def test_fast_takes_the_bundles_values_unless_told(scan: Path, tiny_bundle: Path, tmp_path: Path) -> None:
     run("segment", scan, "-o", tmp_path, "--model", tiny_bundle, "--fast", "--runs", 2, "--no-preview", "-q")
     report = json.loads((tmp_path / "image.json").read_text())

@@ -5,7 +5,6 @@ A check is `kind:path:model`, such as `protocol:graph-compiled:paper`. OUT gets 
 
 from __future__ import annotations
 
-import contextlib
 import ctypes.util
 import dataclasses
 import importlib
@@ -13,7 +12,6 @@ import inspect
 import json
 import os
 import platform
-import signal
 import statistics
 import sys
 import time
@@ -27,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from cdiff.benchmarks.gpu_subjects import PAPER, SEED, SHIPPED, Subject, bundle_of, subject
+from cdiff.benchmarks.processes import end_with_parent
 from cdiff.runtime.engines.base import ChainBinding, Engine
 from cdiff.runtime.engines.registry import available_engines, open_engine
 from cdiff.runtime.errors import CdiffError
@@ -332,16 +331,6 @@ def least(call: Callable[[], Any], times: int = 3) -> float:
 def one_line(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 400 else text[:400] + " ..."
-
-
-def end_with_parent() -> None:
-    """Have the kernel end this process when the one that started it ends, were it by a signal that none can catch (prctl(2), Linux alone).
-
-    The suite puts a check into a session of its own, which outlives it otherwise, and would keep the GPU that the next run measures on.
-    """
-    PR_SET_PDEATHSIG = 1
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def main() -> None:

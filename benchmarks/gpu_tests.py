@@ -11,6 +11,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import cdiff
+from cdiff.benchmarks.processes import end_with_parent
 from cdiff.runtime.errors import CdiffError
 
 MARK = re.compile(r"^\s*(@|pytestmark = )pytest\.mark\.gpu\b", re.MULTILINE)
@@ -30,7 +31,8 @@ def run_marked_tests() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "tests.xml"
         options = ["-q", "-m", "gpu", "-p", "no:cacheprovider", "--junitxml", str(out)]
-        subprocess.run([sys.executable, "-m", "pytest", *options, *map(str, files)], cwd=root, check=False)
+        command = [sys.executable, "-m", "pytest", *options, *map(str, files)]
+        subprocess.run(command, cwd=root, check=False, preexec_fn=end_with_parent)
         if not out.exists():
             raise CdiffError("pytest could not be run: pip install '.[test]' in cdiff's clone")
         cases = list(ElementTree.parse(out).iter("testcase"))

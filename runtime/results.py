@@ -122,14 +122,7 @@ class Result:
         started = time.perf_counter()
         variant = self.stack.variant
         must_be_free(Path(folder), name, variant, preview=preview)
-        kinds = {
-            "soft": ("soft", f"soft map: {variant.soft}"),
-            "levels": ("levels", f"{variant.levels}, c last"),
-            "uncertainty": ("uncertainty", variant.uncertainty),
-            "mask": ("mask", "mask: soft map at least 0.5"),
-        }
-        if variant.told == "annotator":
-            kinds["annotators"] = ("maps", "one map an annotator, last axis")
+        kinds = _kinds(variant)
         with staged(Path(folder)) as stage:
             parts = {f"{name}_{kind}.nii.gz": stage(f"{name}_{kind}.nii.gz") for kind in kinds}
             for part, (attribute, intent) in zip(parts.values(), kinds.values(), strict=True):
@@ -154,14 +147,24 @@ class Result:
         return dataclasses.replace(self, report=report)
 
 
+def _kinds(variant: Variant) -> dict[str, tuple[str, str]]:
+    """The maps that a result of `variant` has as NAME_KIND.nii.gz: the attribute of `Result` and what the header says of it."""
+    kinds = {
+        "soft": ("soft", f"soft map: {variant.soft}"),
+        "levels": ("levels", f"{variant.levels}, c last"),
+        "uncertainty": ("uncertainty", variant.uncertainty),
+        "mask": ("mask", "mask: soft map at least 0.5"),
+    }
+    return kinds | ({"annotators": ("maps", "one map an annotator, last axis")} if variant.told == "annotator" else {})
+
+
 def must_be_free(folder: Path, name: str, variant: Variant, *, preview: bool = True) -> None:
     """Raise CdiffError when files in `folder` that no report of ours there lists would be replaced by `Result.save`.
 
     A reader's own NAME_mask.nii.gz is such a file, and so is the NAME.json that dcm2niix writes beside a scan.
     """
     listed = _listed(folder / f"{name}.json")
-    kinds = ["soft", "levels", "uncertainty", "mask", *(["annotators"] if variant.told == "annotator" else [])]
-    files = {*(f"{name}_{kind}.nii.gz" for kind in kinds), *([f"{name}_preview.png"] if preview else [])}
+    files = {*(f"{name}_{kind}.nii.gz" for kind in _kinds(variant)), *([f"{name}_preview.png"] if preview else [])}
     for file in sorted(files | {f"{name}.json"} if listed is None else files - listed):
         if os.path.exists(folder / file):  # False, not an error, in a folder that cannot be searched
             raise CdiffError(

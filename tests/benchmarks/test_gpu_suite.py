@@ -287,11 +287,31 @@ def test_a_suite_that_is_killed_takes_its_check_along(tmp_path: Path) -> None:
         f"sys.executable = {str(check)!r}\n"
         "gpu_suite.in_a_process('machine', Settings('cpu', True), 600)\n"
     )
-    with subprocess.Popen([sys.executable, "-c", program], cwd=REPOSITORY) as suite:
+    assert_ends_with(program, begun)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's promise to end a process with its parent is Linux's")
+def test_a_check_that_is_killed_takes_its_tests_along(tmp_path: Path) -> None:
+    begun, path = tmp_path / "pid", tmp_path / "test_marked.py"
+    path.write_text(
+        "import os, time, pytest\nfrom pathlib import Path\n@pytest.mark.gpu\ndef test_one():\n"
+        f"    Path({str(begun)!r}).write_text(f'{{os.getpid()}}\\n')\n    time.sleep(600)\n"
+    )
+    program = (
+        "from pathlib import Path; from cdiff.benchmarks import gpu_tests\n"
+        f"gpu_tests.marked_files = lambda root: [Path({str(path)!r})]\n"
+        "gpu_tests.run_marked_tests()\n"
+    )
+    assert_ends_with(program, begun)
+
+
+def assert_ends_with(program: str, begun: Path) -> None:
+    """That the process whose number `begun` is given by `program` ends when the program's own is killed."""
+    with subprocess.Popen([sys.executable, "-c", program], cwd=REPOSITORY) as parent:
         while not (begun.exists() and begun.read_text().endswith("\n")):
-            assert suite.poll() is None
+            assert parent.poll() is None
             time.sleep(0.1)
-        suite.kill()
+        parent.kill()
     pid = int(begun.read_text())
     try:
         end = time.monotonic() + 10

@@ -125,6 +125,17 @@ def evaluate(
             rich_help_panel=options.DATA,
         ),
     ] = False,
+    slices_per_case: Annotated[
+        int | None,
+        typer.Option(
+            "--slices-per-case",
+            metavar="N",
+            min=1,
+            help="Only N of a case's slices, spread evenly (1: the middle one), for a protocol that takes too long on all.",
+            show_default="all",
+            rich_help_panel=options.DATA,
+        ),
+    ] = None,
     raters: Annotated[
         Raters,
         typer.Option(
@@ -181,7 +192,7 @@ def evaluate(
     cases, inside = labelled_as_trained(cases, segmenter.manifest, asked, warn)
     if inside and not asked:
         say(f"labels {','.join(map(str, inside))} are inside, as the model was trained", quiet)
-    protocol = Protocol(**chain.arguments(), all_raters=all_raters, raters=raters.value)
+    protocol = Protocol(**chain.arguments(), all_raters=all_raters, slices_per_case=slices_per_case, raters=raters.value)
     if steps:
         check_steps(segmenter, protocol, steps)
     about: dict[str, Any] = {"folder": data.resolve().name, "split": chosen, "task": task}

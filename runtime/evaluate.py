@@ -19,7 +19,7 @@ from cdiff.runtime.files import sha256, write_json
 from cdiff.runtime.journal import Journal, fingerprint, finished_rows
 from cdiff.runtime.manifest import NAME as MANIFEST
 from cdiff.runtime.manifest import Manifest
-from cdiff.runtime.scores import CaseTally, marked_slices
+from cdiff.runtime.scores import CaseTally, evenly, marked_slices
 from cdiff.runtime.summary import ROW_KEYS, Row, group_names, summarise
 
 if TYPE_CHECKING:
@@ -38,8 +38,9 @@ RUNS_AT_ONCE = 2**28
 class Protocol:
     """What decides the scores besides model and data. None and `fast` mean what they mean to `Segmenter.segment`.
 
-    all_raters: score only the slices that every annotator of the case marked. raters: what happens to a case that has
-    another number of annotators than the model has levels: "skip" it, or "use" it with level c read as the share c / C.
+    all_raters: score only the slices that every annotator of the case marked. slices_per_case: only so many of those, spread evenly
+    over the case, the middle one of 1: for what takes too long on all. raters: what happens to a case that has another number of
+    annotators than the model has levels: "skip" it, or "use" it with level c read as the share c / C.
     """
 
     runs: int | None = None
@@ -50,6 +51,7 @@ class Protocol:
     mirror: bool | None = None
     seed: int = 0
     all_raters: bool = False
+    slices_per_case: int | None = None
     raters: str = "skip"
 
 
@@ -62,13 +64,14 @@ class _Job:
     @property
     def work(self) -> int:
         """Slices to compute, in thousandths."""
-        return 1000 * int(self.slices[-1] - self.slices[0] + 1)
+        return 1000 * len(self.slices)
 
     def parts(self, most: int) -> Iterator[slice]:
-        """From the first slice to score to the last, at most so many at a time."""
-        end = int(self.slices[-1]) + 1
-        for first in range(int(self.slices[0]), end, most):
-            yield slice(first, min(first + most, end))
+        """The slices to score, as stretches without a gap of at most so many."""
+        for stretch in np.split(self.slices, np.flatnonzero(np.diff(self.slices) > 1) + 1):
+            end = int(stretch[-1]) + 1
+            for first in range(int(stretch[0]), end, most):
+                yield slice(first, min(first + most, end))
 
 
 def choose_split(found: Mapping[str, list[Case]], wanted: str | None = None) -> tuple[str, list[Case]]:
@@ -124,7 +127,7 @@ def evaluate(
     it is written, so that an interrupted evaluation resumes; the cases of a report that is there are kept too. Rows of another
     protocol, bundle, engine, data set or format are not used. write: called as write(out, report), to write more than that
     file. notice: called with one line for each thing that a reader of the scores must know. Raises CdiffError for a case that
-    cannot be read, a group that cannot be found, and when nothing is left to score.
+    cannot be read, a group that cannot be found, fewer than one slice a case, and when nothing is left to score.
     """
     tell = notice or (lambda line: None)
     jobs, left_out = _plan(segmenter, cases, protocol, tell)
@@ -172,7 +175,7 @@ def _plan(
         if case.others:  # several files: those that the model was trained on, in its order
             case = case.with_modalities(manifest.modalities)
         masks = read_case(case, manifest.slice_axis, manifest.image_channels)[1]
-        slices = marked_slices(masks, protocol.all_raters)
+        slices = evenly(marked_slices(masks, protocol.all_raters), protocol.slices_per_case)
         if slices.size:
             jobs.append(_Job(case, len(case.masks), slices))
         else:
@@ -215,11 +218,11 @@ def _score(segmenter: Segmenter, job: _Job, protocol: Protocol, progress: Progre
     tally = CaseTally(masks, job.slices, manifest.levels, protocol.combine)
     pixels, runs = masks.shape[2] * masks.shape[3], segmenter.runs(protocol.runs, protocol.fast)
     chain: dict[str, Any] = {}
+    finished = 0
     for part in job.parts(max(1, RUNS_AT_ONCE // max(1, pixels * manifest.levels * runs))):
 
-        def within(done: int, total: int, part: slice = part) -> None:
+        def within(done: int, total: int, before: int = finished, now: int = part.stop - part.start) -> None:
             # In thousandths of the parts together, for a bar that does not start anew with each.
-            before, now = part.start - int(job.slices[0]), part.stop - part.start
             progress(int(1000 * (before + now * done / max(total, 1))), job.work)
 
         result = segmenter.segment(
@@ -236,6 +239,7 @@ def _score(segmenter: Segmenter, job: _Job, protocol: Protocol, progress: Progre
             progress=within,
         )
         tally.add(result.stack, part.start, result.grid)
+        finished += part.stop - part.start
         chain = {key: result.report[key] for key in ("sampler", "steps", "runs", "mirror")}
         del result  # or two parts' runs were in memory while the next is made
     return {

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from cdiff.runtime.calibration import BINS, auroc, brier, crps, reliability
 from cdiff.runtime.curves import FIVE_OF_NINE, run_counts, soft_dice_by_runs
+from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.metrics import (
     FIVE,
     NINE,
@@ -70,6 +71,18 @@ def marked_slices(masks: NDArray[np.bool_], all_raters: bool) -> NDArray[np.int6
     """The slices to score, of masks [S,n,H,W]: those that at least one annotator marked, or only those all marked."""
     readers = np.count_nonzero(masks.any(axis=(2, 3)), axis=1)
     return np.flatnonzero(readers >= (masks.shape[1] if all_raters else 1))
+
+
+def evenly(slices: NDArray[np.int64], most: int | None) -> NDArray[np.int64]:
+    """At most so many of `slices`, in the middles of as many equal parts: 1 takes the middle slice. None takes all.
+
+    Raises CdiffError when `most` is less than 1.
+    """
+    if most is None or most >= len(slices):
+        return slices
+    if most < 1:
+        raise CdiffError(f"slices_per_case {most} is out of range; at least one is needed")
+    return slices[(2 * np.arange(most) + 1) * len(slices) // (2 * most)]
 
 
 def true_levels(masks: NDArray[np.bool_], levels: int) -> NDArray[np.bool_]:

@@ -18,7 +18,7 @@ OPTIONS = {
         *("--device", "--slices", "--preview", "--no-preview", "-q", "cdiff_output"),
     ],
     "evaluate": [
-        *("--data", "--model", "--runs", "--steps", "--limit", "--json", "--all-raters", "--raters", "--split"),
+        *("--data", "--model", "--runs", "--steps", "--limit", "--json", "--all-raters", "--slices-per-case", "--raters", "--split"),
         *("--task", "--sampler", "--fast", "--levels", "--seed", "--engine", "--device", "-q"),
         *("--report", "--steps-curve", "--paper-table", "--group", "--mirror"),
     ],

@@ -12,7 +12,7 @@ import pytest
 from cdiff.runtime.cases import Case
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.evaluate import FORMAT, Protocol, choose_split, labelled_as_trained
-from cdiff.runtime.scores import marked_slices
+from cdiff.runtime.scores import evenly, marked_slices
 from tests.runtime.known_maps import KnownMaps, case_in, run, without_seconds
 from tests.runtime.test_manifest import example
 
@@ -94,6 +94,49 @@ def test_marked_slices() -> None:
     masks[1, 0, 0, 0] = masks[2, :, 1, 1] = True
     assert marked_slices(masks, all_raters=False).tolist() == [1, 2]
     assert marked_slices(masks, all_raters=True).tolist() == [2]
+
+
+def test_a_sample_of_each_case(cases: list[Case], tmp_path: Path) -> None:
+    """One slice of four is the third, two are the second and the last; nothing else is computed, and the scores are those slices' own."""
+    whole = run(KnownMaps(tmp_path / "b", 3, shift=1), cases)
+    segmenter, seen = KnownMaps(tmp_path / "b", 3, shift=1), list[int]()
+    one = run(segmenter, cases, Protocol(slices_per_case=1), progress=lambda done, total: seen.append(done))
+    assert segmenter.asked == [(case.name, slice(2, 3)) for case in cases]
+    assert [case["slices"] for case in one["cases"]] == [case["slices"][2:3] for case in whole["cases"]]
+    assert one["n_slices"] == 4
+    assert seen == sorted(seen)
+    assert seen[-1] == 4000
+
+    segmenter = KnownMaps(tmp_path / "b", 3, shift=1)
+    two = run(segmenter, cases, Protocol(slices_per_case=2))
+    assert segmenter.asked[:2] == [("case01", slice(1, 2)), ("case01", slice(3, 4))]
+    assert [case["slices"] for case in two["cases"]] == [case["slices"][1::2] for case in whole["cases"]]
+    with pytest.raises(CdiffError, match="slices_per_case 0"):
+        run(segmenter, cases, Protocol(slices_per_case=0))
+
+
+def test_a_gap_between_marked_slices_is_not_computed(cases: list[Case], tmp_path: Path) -> None:
+    for path in cases[0].masks:
+        image = nib.load(path)
+        voxels = np.asanyarray(image.dataobj).copy()
+        voxels[..., 1] = 0
+        nib.save(nib.Nifti1Image(voxels, image.affine), path)
+    segmenter = KnownMaps(tmp_path / "b", 3)
+    report = run(segmenter, cases[:1])
+    assert segmenter.asked == [("case01", slice(0, 1)), ("case01", slice(2, 4))]
+    assert [row["slice"] for row in report["cases"][0]["slices"]] == [0, 2, 3]
+
+
+@pytest.mark.parametrize(("count", "most"), [(1, 1), (7, 3), (8, 8), (5, 9), (200, 7)])
+def test_slices_are_taken_evenly(count: int, most: int) -> None:
+    slices = 3 + 2 * np.arange(count)
+    taken = evenly(slices, most)
+    assert len(taken) == min(count, most)
+    assert set(taken) <= set(slices)
+    places = (taken - 3) // 2
+    gaps = np.diff([-1 - places[0], *places, 2 * count - places[-1]])  # the ends are mirrored: half a gap each
+    assert gaps.max() - gaps.min() <= 2
+    assert evenly(slices, None) is slices
 
 
 def test_a_case_with_fewer_annotators_is_told_and_handled_as_chosen(cases: list[Case], tmp_path: Path) -> None:

@@ -192,7 +192,9 @@ def evaluate(
     cases, inside = labelled_as_trained(cases, segmenter.manifest, asked, warn)
     if inside and not asked:
         say(f"labels {','.join(map(str, inside))} are inside, as the model was trained", quiet)
-    protocol = Protocol(**chain.arguments(), all_raters=all_raters, slices_per_case=slices_per_case, raters=raters.value)
+    protocol = Protocol(
+        **chain.arguments(), all_raters=all_raters, slices_per_case=slices_per_case, raters=raters.value
+    )
     if steps:
         check_steps(segmenter, protocol, steps)
     about: dict[str, Any] = {"folder": data.resolve().name, "split": chosen, "task": task}

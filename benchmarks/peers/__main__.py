@@ -53,6 +53,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     scoring = parser.add_argument_group("scoring")
     scoring.add_argument("--score", choices=("val", "test"), help="score the finished peers on this split")
     scoring.add_argument("--all-raters", action="store_true", help="only slices that all annotators marked")
+    scoring.add_argument(
+        "--slices-per-case", type=int, metavar="N", help="only N of a case's slices, spread evenly (1: the middle one)"
+    )
     scoring.add_argument("--runs", type=int, default=16, help="samples of a U-Net peer that samples (16)")
     scoring.add_argument("--no-mirror", action="store_true", help="show no peer the mirrored slice")
     scoring.add_argument("--limit", type=int, metavar="N", help="only the first N cases")
@@ -66,9 +69,9 @@ def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     try:
         names = chosen(options.only)
-        for name, least in (("threads", 1), ("runs", 1), ("limit", 1), ("seed", 0)):
+        for name, least in (("threads", 1), ("runs", 1), ("limit", 1), ("slices_per_case", 1), ("seed", 0)):
             if (value := getattr(options, name)) is not None and value < least:
-                raise CdiffError(f"--{name} {value} must be at least {least}")
+                raise CdiffError(f"--{name.replace('_', '-')} {value} must be at least {least}")
         torch.set_num_threads(options.threads)
         return (score if options.score else train)(options, names)
     except CdiffError as error:
@@ -136,7 +139,8 @@ def train(options: argparse.Namespace, names: list[str]) -> int:
 def score(options: argparse.Namespace, names: list[str]) -> int:
     """The finished peers' scores to a table on stdout and to --json."""
     scoring = Scoring(
-        options.score, options.all_raters, options.runs, not options.no_mirror, options.seed, options.limit, options.threads
+        options.score, options.all_raters, options.runs, not options.no_mirror, options.seed, options.limit, options.threads,
+        options.slices_per_case,
     )  # fmt: skip
     report = score_all(names, options.out, options.data, scoring, unfinished=options.unfinished, say=say)
     for name, reason in report["not_scored"].items():

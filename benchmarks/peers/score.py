@@ -27,7 +27,7 @@ from cdiff.runtime.files import sha256, write_json
 from cdiff.runtime.journal import Journal, fingerprint, finished_rows
 from cdiff.runtime.results import Stack
 from cdiff.runtime.scan import read_scan
-from cdiff.runtime.scores import CaseTally, marked_slices
+from cdiff.runtime.scores import CaseTally, evenly, marked_slices
 from cdiff.runtime.segmenter import Segmenter
 from cdiff.runtime.summary import ROW_KEYS, Row, summarise
 from cdiff.runtime.variants import VARIANTS, Variant
@@ -46,9 +46,9 @@ TIMED = 4
 
 @dataclass(frozen=True)
 class Scoring:
-    """How peers are scored: split "val" or "test"; all_raters as for `cdiff evaluate`; runs of a U-Net peer that samples (a diffusion
-    peer has those of `--fast`, and as many steps as Validation says); mirror: all peers see the slice mirrored too, or none; limit: the
-    first so many cases."""
+    """How peers are scored: split "val" or "test"; all_raters and slices_per_case as for `cdiff evaluate`; runs of a U-Net peer that
+    samples (a diffusion peer has those of `--fast`, and as many steps as Validation says); mirror: all peers see the slice mirrored too,
+    or none; limit: the first so many cases."""
 
     split: str = "test"
     all_raters: bool = False
@@ -57,11 +57,13 @@ class Scoring:
     seed: int = 0
     limit: int | None = None
     threads: int = 1
+    slices_per_case: int | None = None
 
     @property
     def file(self) -> str:
         """Where a run keeps its whole report."""
-        return f"scores_{self.split}{'_all_raters' if self.all_raters else ''}.json"
+        sample = "" if self.slices_per_case is None else f"_{self.slices_per_case}_a_case"
+        return f"scores_{self.split}{'_all_raters' if self.all_raters else ''}{sample}.json"
 
 
 def score_all(
@@ -129,7 +131,12 @@ def score_unet(
     load_weights(network, read_tensors(weights), weights)
     chain = {"runs": scoring.runs if peer.samples else 1, "mirror": scoring.mirror}
     header = {
-        "protocol": {"seed": scoring.seed, "all_raters": scoring.all_raters, **chain},
+        "protocol": {
+            "seed": scoring.seed,
+            "all_raters": scoring.all_raters,
+            "slices_per_case": scoring.slices_per_case,
+            **chain,
+        },
         "model": {
             "name": name,
             "variant": peer.variant.name,
@@ -189,7 +196,7 @@ def score_case(
         raise CdiffError(
             f"{case.name} has {masks.shape[1]} annotators and the first case {annotators}; the peers need the same"
         )
-    chosen = marked_slices(masks, scoring.all_raters)
+    chosen = evenly(marked_slices(masks, scoring.all_raters), scoring.slices_per_case)
     if not chosen.size:
         return None
     images = INTENSITY.apply(scan.slices)
@@ -233,7 +240,13 @@ def score_diffusion(
     RUN/scores_*.json is its report, gone on from if cut short."""
     bundle = diffusion.bundle_of(run)
     segmenter = Segmenter(bundle, open_engine(bundle, "auto", "cpu", threads=scoring.threads))
-    protocol = Protocol(fast=True, mirror=scoring.mirror, seed=scoring.seed, all_raters=scoring.all_raters)
+    protocol = Protocol(
+        fast=True,
+        mirror=scoring.mirror,
+        seed=scoring.seed,
+        all_raters=scoring.all_raters,
+        slices_per_case=scoring.slices_per_case,
+    )
     tried = diffusion.steps_on_validation(run, segmenter, choose_split(find_cases(data), "val")[1], protocol, say)
     steps = diffusion.best_steps(tried)
     say(f"{name}: {steps} step(s), of {', '.join(f'{n}: {score:.3f}' for n, score in tried.items())} on Validation")

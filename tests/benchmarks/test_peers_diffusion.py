@@ -53,11 +53,12 @@ def test_validation_says_how_many_steps(tmp_path: Path, monkeypatch: pytest.Monk
     ) -> dict[str, Any]:
         assert protocol.fast
         assert not protocol.all_raters
+        assert protocol.slices_per_case is None
         seen.append((protocol.steps, len(cases), out))
         return {"soft_dice_5": {"mean": {1: 0.5, 3: 0.6, 5: 0.7}[protocol.steps or 0]}}
 
     monkeypatch.setattr(diffusion, "evaluate", scored)
-    cases, asked = cast(list[Case], [None] * 9), Protocol(all_raters=True)
+    cases, asked = cast(list[Case], [None] * 9), Protocol(all_raters=True, slices_per_case=1)
 
     def tried(T: int) -> dict[int, float]:
         model = cast(Segmenter, SimpleNamespace(manifest=SimpleNamespace(T=T)))

@@ -234,12 +234,12 @@ def test_a_perfect_map_scores_perfectly(name: str, tmp_path: Path, monkeypatch: 
     save_file(nn.Linear(1, 1).state_dict(), run / "best.safetensors")
     (run / "run.json").write_text("{}")
     scores = {}
-    for extra in ([], ["--all-raters"]):
+    for extra in ([], ["--all-raters"], ["--all-raters", "--slices-per-case", "1"]):
         out = tmp_path / f"scores{len(extra)}.json"
         command = ["--data", f"{tmp_path / 'data'}", "--out", f"{run.parent}", "--score", "test", "--json", f"{out}"]
         assert main([*command, *extra]) == 0
         scores[len(extra)] = json.loads(out.read_text())["peers"][name]
-    assert (scores[0]["n_slices"], scores[1]["n_slices"]) == (9, 6)
+    assert [scores[number]["n_slices"] for number in (0, 1, 3)] == [9, 6, 3]
     for found in scores.values():
         assert found["soft_dice_5"]["mean"] == found["soft_dice_9"]["mean"] == 1
         assert [level["mean"] for level in found["dice_per_level"]] == [1, 1, 1]

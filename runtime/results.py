@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.files import dump_json, sha256, staged
+from cdiff.runtime.files import PART, dump_json, sha256, staged
 from cdiff.runtime.grid import Grid
 from cdiff.runtime.variants import CONSENSUS, Variant
 
@@ -161,12 +161,16 @@ def _kinds(variant: Variant) -> dict[str, tuple[str, str]]:
 def must_be_free(folder: Path, name: str, variant: Variant, *, preview: bool = True) -> None:
     """Raise CdiffError when files in `folder` that no report of ours there lists would be replaced by `Result.save`.
 
-    A reader's own NAME_mask.nii.gz is such a file, and so is the NAME.json that dcm2niix writes beside a scan.
+    A reader's own NAME_mask.nii.gz is such a file, and so is the NAME.json that dcm2niix writes beside a scan. A `save` that was killed
+    while it put its files in place left its report under a temporary name, which counts too.
     """
     listed = _listed(folder / f"{name}.json")
     files = {*(f"{name}_{kind}.nii.gz" for kind in _kinds(variant)), *([f"{name}_preview.png"] if preview else [])}
     for file in sorted(files | {f"{name}.json"} if listed is None else files - listed):
-        if os.path.exists(folder / file):  # False, not an error, in a folder that cannot be searched
+        # `exists` is False, not an error, in a folder that cannot be searched.
+        if os.path.exists(folder / file) and not any(
+            file in (_listed(part) or ()) for part in folder.glob(f"{PART}*.json")
+        ):
             raise CdiffError(
                 f"{folder / file} is there, would be replaced, and no report there says that it is an older result; move it, or "
                 "write to another folder"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from cdiff.runtime.report import build_report, volumes
 from cdiff.runtime.results import Result, Stack, entropy
 from cdiff.runtime.scan import read_scan
 
+ROOT = Path(__file__).resolve().parents[2]
 C = 3
 OBLIQUE = np.array([[-0.68, 0.1, 0.2, 11], [0.12, 0.79, -0.3, -20], [0.05, 0.2, 2.4, 5], [0, 0, 0, 1.0]])
 
@@ -170,6 +173,42 @@ def test_what_is_not_ours_is_not_replaced(tmp_path: Path, name: str) -> None:
     if name.endswith("png"):
         result.save(tmp_path, preview=False)
         assert (tmp_path / name).read_text() == '{"Modality": "CT"}'
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from tests.runtime.test_results import segmented
+
+renamed, replace = [], os.replace
+
+def kill_at_the_second(source, target):
+    if len(renamed) == 1:
+        os._exit(9)
+    renamed.append(target)
+    replace(source, target)
+
+os.replace = kill_at_the_second
+segmented(Path(sys.argv[1])).save(sys.argv[2])
+"""
+
+
+def test_a_save_killed_between_its_files_can_be_done_again(tmp_path: Path) -> None:
+    """The old report is gone and the new one not in place yet: the maps are still known as ours, another's file is not."""
+    scan = scan_file(tmp_path, (8, 9, 2))
+    out = tmp_path / "out"
+    segmented(scan).save(out)
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(scan), str(out)], cwd=ROOT, check=False)
+    assert killed.returncode == 9
+    assert not (out / "scan.json").exists()
+    again = segmented(scan)
+    again.save(out)
+    assert np.array_equal(np.asanyarray(nib.load(out / "scan_soft.nii.gz").dataobj), again.soft)
+    (out / "scan.json").unlink()
+    for part in out.glob(".part-*.json"):
+        part.unlink()
+    with pytest.raises(CdiffError, match=r"scan_.*is there"):
+        again.save(out)
 
 
 def test_a_result_of_an_array_has_the_identity(tmp_path: Path) -> None:

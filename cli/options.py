@@ -224,6 +224,14 @@ class Chain:
             "seed": self.seed,
         }
 
+    def hint(self, segmenter: Segmenter) -> str:
+        """A line for whoever waits for all runs and steps without having asked for them, where the bundle has a `--fast`; else empty."""
+        fast = segmenter.manifest.fast
+        if self.fast or not fast.keys() >= {"runs", "steps"} or (self.runs, self.steps, self.sampler) != (None,) * 3:
+            return ""
+        asked = f"{segmenter.runs()} runs of {segmenter.manifest.T} steps for each slice and level"
+        return f"{asked}; --fast takes {fast['runs']} of {fast['steps']}"
+
 
 def spread(command: Callable[..., None]) -> Callable[..., None]:
     """The command as Typer should see it: a parameter that is a block of options (Model, Chain) is replaced by them.

@@ -100,6 +100,8 @@ def segment(
     path = must_exist(_one_of(scan, input_))
     must_take_files(output)
     segmenter = model.load(quiet)
+    if hint := chain.hint(segmenter):
+        say(hint, quiet)
     scans = scans_at(path, segmenter.manifest.image_channels, segmenter.manifest.modalities)
     labels = {item.name: f"{number}/{len(scans)} {item.name}" for number, item in enumerate(scans, start=1)}
 

@@ -126,4 +126,7 @@ def _nothing_in(folder: Path) -> str:
     )
     if splits:
         return f"{folder} holds the splits {listed(splits)}; name one of them, such as {folder / splits[0]}"
-    return f"no scan in {folder}: expected .nii.gz, .nii, .png ... files, or case folders with image.nii.gz"
+    return (
+        f"no scan in {folder}: expected .nii.gz, .nii, .png ... files, or case folders with image.nii.gz; convert DICOM with "
+        "dcm2niix first"
+    )

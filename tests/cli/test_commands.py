@@ -48,6 +48,17 @@ def test_quiet_says_where_and_nothing_else(scan: Path, tiny_bundle: Path, tmp_pa
     assert {path.name for path in tmp_path.iterdir()} == {f"image{end}" for end in ENDINGS if "preview" not in end}
 
 
+def test_who_did_not_choose_is_told_of_the_fast_way(scan: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    """The tiny model's chains are short: all of them are drawn."""
+    manifest = json.loads((tiny_bundle / "manifest.json").read_text())
+    fast = manifest["fast"]
+    line = f"25 runs of {manifest['T']} steps for each slice and level; --fast takes {fast['runs']} of {fast['steps']}"
+    common = ("segment", scan, "-o", tmp_path, "--model", tiny_bundle, "--slices", "0:1", "--no-preview")
+    assert line in run(*common).stderr.splitlines()
+    for chosen in (["--fast"], ["--runs", 1], ["--steps", 2], ["--sampler", "ddim", "--steps", 2]):
+        assert "--fast takes" not in run(*common, *chosen).stderr
+
+
 def test_options_reach_the_runtime(scan: Path, tiny_bundle: Path, tmp_path: Path) -> None:
     """The report names what was asked for, and the maps are those of the same call from Python."""
     run("segment", scan, "-o", tmp_path, "--model", tiny_bundle, "--runs", 3, "--steps", 4, "--sampler", "dpm++2m",

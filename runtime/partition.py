@@ -21,6 +21,7 @@ from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.masks import counted, read_mask
 from cdiff.runtime.picture import read_picture
 from cdiff.runtime.scan import PICTURE_SUFFIXES, read_bytes
+from cdiff.runtime.variants import ANNOTATOR, CONSENSUS, Variant
 
 VAL_FRACTION = 0.1
 LOOKED_AT = 4
@@ -83,12 +84,16 @@ def count_annotators(cases: Sequence[Case]) -> int:
     return max(n for n in counts if sum(k for m, k in counts.items() if m >= n) * 2 >= len(cases))
 
 
-def none_has(name: str, cases: Sequence[Case], levels: int) -> str:
+def none_has(name: str, cases: Sequence[Case], levels: int, variant: Variant = CONSENSUS) -> str:
     """That no case of a split has as many masks as levels, and which setting takes them all the same."""
     counts = sorted({len(case.masks) for case in cases})
-    fewer = counts[-1] < levels
-    remedy = "missing_raters=as-is takes the masks there are" if fewer else f"levels={counts[-1]} is their number"
-    return f"no {name} case has {levels} masks (they have {' or '.join(map(str, counts))}); --set {remedy}"
+    if counts[-1] >= levels:
+        remedy = f"--set levels={counts[-1]} is their number"
+    elif variant is ANNOTATOR:
+        remedy = "variant annotator learns each one's and needs them all; another variant with --set missing_raters=as-is does not"
+    else:
+        remedy = "--set missing_raters=as-is takes the masks there are"
+    return f"no {name} case has {levels} masks (they have {' or '.join(map(str, counts))}); {remedy}"
 
 
 def count_channels(cases: Sequence[Case]) -> int:

@@ -17,7 +17,7 @@ from cdiff.runtime.case import natural
 from cdiff.runtime.cases import Case, DataSet, find_cases, read_case
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.framing import resize
-from cdiff.runtime.variants import ANNOTATOR
+from cdiff.runtime.variants import ANNOTATOR, variant_called
 from cdiff.train.augment import Window, cut, random_window, recoloured
 from cdiff.train.config import Config
 
@@ -72,13 +72,14 @@ def read_data(root: Path, config: Config) -> Data:
         summary["labels"] = list(config.data.labels)
     if found.modalities:
         summary["modalities"] = list(found.modalities)
-    whose = _usual_annotators(train, C) if config.network.variant == ANNOTATOR.name else ()
+    variant = variant_called(config.network.variant)
+    whose = _usual_annotators(train, C) if variant is ANNOTATOR else ()
     train_slices = _read(train, config, C, notes, whose)
     val_slices = _read(val, config, C, notes, whose)
     for name, cases, slices in (("train", train, train_slices), ("val", val, val_slices)):
         if not len(slices):
             skipped = cases and config.data.missing_raters == "skip" and all(len(case.masks) != C for case in cases)
-            why = partition.none_has(name, cases, C) if skipped else "; ".join(notes) or "all were empty"
+            why = partition.none_has(name, cases, C, variant) if skipped else "; ".join(notes) or "all were empty"
             raise CdiffError(f"no usable {name} slice in {root}: {why}")
         summary[name] = {"cases": len(set(slices.names)), "cases_found": len(cases), "slices": len(slices)}
     summary["notes"] = notes

@@ -170,6 +170,12 @@ def test_cases_with_another_number_of_masks_than_c_say_which_setting_takes_them(
         with pytest.raises(CdiffError, match=rf"no train case has {C} masks \(they have 3\); --set {said}"):
             read_data(tiny_data, config)
         assert len(read_data(tiny_data, config.with_values(taken)).train)
+    annotator = preset("tiny").with_values({"levels": 5, "variant": "annotator"})
+    with pytest.raises(CdiffError, match=r"needs them all; another variant with --set missing_raters=as-is"):
+        read_data(tiny_data, annotator)
+    assert len(
+        read_data(tiny_data, annotator.with_values({"variant": "no-annotator", "missing_raters": "as-is"})).train
+    )
     with pytest.raises(CdiffError, match="held out 4 of 4 cases"):
         read_data(tiny_data / "Training", preset("tiny").with_values({"val_fraction": 0.95}))
 

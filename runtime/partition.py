@@ -71,8 +71,14 @@ def _hold_out(cases: list[Case], fraction: float, seed: int, why: str) -> Partit
             "and its scores are too good"
         )
     order = np.random.default_rng(seed).permutation(len(groups))
-    members = list(groups.values())
-    held = {i for place in order[: max(1, round(fraction * len(groups)))] for i in members[place]}
+    members = [list(groups.values())[place] for place in order]
+    count, usual = max(1, round(fraction * len(groups))), count_annotators(cases)
+    whole = [any(len(cases[i].masks) == usual for i in group) for group in members]
+    if not any(
+        whole[:count]
+    ):  # nothing of these could be validated on; the next group that has all masks takes a place
+        members.insert(0, members.pop(whole.index(True)))
+    held = {i for group in members[:count] for i in group}
     notes.insert(0, f"{why}: held out {len(held)} of {len(cases)} cases for validation")
     train, val = ([case for i, case in enumerate(cases) if (i in held) == kept] for kept in (False, True))
     return Partition(train, val, tuple(notes))

@@ -295,6 +295,21 @@ def test_patients_stay_together(tmp_path: Path) -> None:
     assert not {case.patient for case in split.val} & {case.patient for case in split.train}
 
 
+def test_what_is_held_out_can_be_validated_on(tmp_path: Path) -> None:
+    """Whichever case the seed picks, one that lacks a reader (and is skipped in training) is not the only one held out."""
+    write_qubiq(tmp_path, {"Training": 4})
+    for case in ("case02", "case04"):
+        sorted((tmp_path / "Training" / case).glob("task*"))[-1].unlink()
+    found, chosen = find_cases(tmp_path), set()
+    most = max(len(case.masks) for case in found["train"])
+    for seed in range(20):
+        split = partition(found, tmp_path, seed=seed)
+        assert [len(case.masks) for case in split.val] == [most]
+        assert sorted(case.name for case in split.train + split.val) == ["case01", "case02", "case03", "case04"]
+        chosen.add(split.val[0].name)
+    assert chosen == {"case01", "case03"}
+
+
 def test_cases_without_masks(tmp_path: Path) -> None:
     """One that nobody drew is told when it is a test case or shows another structure only, and else an error."""
     write_qubiq(tmp_path, {"Training": 3, "Testing": 1}, tasks=2)

@@ -152,7 +152,8 @@ def _one_data_set(root: Path, entries: list[Entry], task: str | None) -> tuple[l
 def _joined(groups: dict[str, list[Entry]]) -> dict[str, list[Entry]]:
     """Data sets by the last folder's name: QUBIQ ships training and validation in two trees, with the same names in both.
 
-    Trees that both hold the same split stay apart.
+    A tree that names no split, as 2021's training cases of the pancreas lie, is the training beside one that holds another
+    split. Trees that both hold the same split stay apart.
     """
     by_name: dict[str, list[str]] = {}
     for path in groups:
@@ -162,6 +163,10 @@ def _joined(groups: dict[str, list[Entry]]) -> dict[str, list[Entry]]:
         splits = Counter(split for path in paths for split in {entry.split for entry in groups[path]})
         if max(splits.values()) == 1:
             joined[name] = [entry for path in paths for entry in groups[path]]
+            bare = [path for path in paths if {entry.split for entry in groups[path]} == {""}]
+            if bare and len(paths) > 1 and "train" not in splits:
+                for entry in groups[bare[0]]:
+                    entry.split = "train"
         else:
             joined |= {path: groups[path] for path in paths}
     return joined

@@ -68,6 +68,20 @@ def test_training_and_validation_in_two_trees_are_one_data_set(tmp_path: Path) -
         find_cases(tmp_path)
 
 
+def test_a_training_tree_without_split_folders_goes_with_the_validation_tree(tmp_path: Path) -> None:
+    """As QUBIQ 2021 ships pancreas and pancreatic-lesion."""
+    write_qubiq(tmp_path / "training_data_v3_QC/pancreas", {"": 3}, raters=2)
+    write_qubiq(tmp_path / "validation_data_qubiq2021_QC/pancreas", {"Validation": 2}, raters=2)
+    test = write_qubiq(tmp_path / "QUBIQ21_test/pancreas", {"Testing": 1}, raters=2)
+    write_qubiq(tmp_path / "training_data_v3_QC/kidney", {"Training": 1})
+    found = find_cases(tmp_path, "pancreas")
+    assert {split: len(cases) for split, cases in found.items()} == {"train": 3, "val": 2, "test": 1}
+    shutil.rmtree(test / "Testing")
+    write_qubiq(test, {"": 1}, raters=2)
+    with pytest.raises(CdiffError, match=r"QUBIQ21_test/pancreas \(1 cases\), training_data_v3_QC/pancreas"):
+        find_cases(tmp_path, "pancreas")
+
+
 def test_cases_in_the_folder_and_in_one_below_it_are_not_mixed_up(qubiq: Path, tmp_path: Path) -> None:
     """Nor are those below left out in silence where a structure is named."""
     mine = tmp_path / "mine"

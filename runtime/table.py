@@ -107,7 +107,7 @@ def read_table(path: Path, notes: list[str], *, masks: bool = True) -> list[Entr
 
 def _add(entries: dict[str, Entry], row: dict[str, str], known: Columns, path: Path, where: str) -> None:
     def cell(name: str) -> str:
-        return row.get(known.plain.get(name, ""), "")
+        return row.get(known.plain[name], "") if name in known.plain else ""
 
     images = {name: path.parent / row[column] for name, column in known.images.items() if row.get(column)}
     case = cell("case") or (row.get(next(iter(known.images.values())), ""))

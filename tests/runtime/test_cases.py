@@ -278,6 +278,13 @@ def test_a_table_that_contradicts_itself_names_the_row(tmp_path: Path, text: str
         find_cases(table)
 
 
+def test_a_column_without_a_name_is_not_used(tmp_path: Path) -> None:
+    """As a data frame's index is saved."""
+    (tmp_path / "cases.csv").write_text(",image,mask1,mask2\n0,a.png,a1.png,a2.png\n1,b.png,b1.png,\n")
+    found = find_cases(tmp_path)
+    assert {case.name: case.raters for case in found["all"]} == {"a": ("1", "2"), "b": ("1",)}
+
+
 def test_two_layouts_in_one_folder_have_to_be_chosen(tmp_path: Path) -> None:
     write_table(tmp_path, 2)
     write_qubiq(tmp_path, {"Training": 1})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,7 +110,12 @@ def _entries(root: Path, layout: str, notes: list[str]) -> tuple[str, list[Entry
     by_layout: dict[str, list[Entry]] = {}
     for name, entry in walk(root, [layout] if layout in READERS else list(READERS) if layout == "auto" else [], notes):
         by_layout.setdefault(name, []).append(entry)
-    tables = [path for path in sorted(root.iterdir()) if is_table(path)] if layout in (TABLE, "auto") else []
+    named = (
+        [path for path in sorted(root.iterdir()) if path.suffix.lower() in SUFFIXES]
+        if layout in (TABLE, "auto")
+        else []
+    )
+    tables = [path for path in named if is_table(path)]
     if len(by_layout) + bool(tables) > 1 or len(tables) > 1:
         what = [f"{name} ({len(entries)} cases)" for name, entries in by_layout.items()]
         what += [f"the table {path.name}" for path in tables]
@@ -120,8 +125,18 @@ def _entries(root: Path, layout: str, notes: list[str]) -> tuple[str, list[Entry
     if tables:
         return TABLE, read_table(tables[0], notes)
     if not by_layout:
-        raise CdiffError(f"no case in {root}: expected {EXPECTED}")
+        raise CdiffError(f"no case in {root}: expected {EXPECTED}{_why_no_table(named)}")
     return next(iter(by_layout.items()))
+
+
+def _why_no_table(files: Sequence[Path]) -> str:
+    """What keeps a folder's only CSV from being a table of cases, to end a message with; nothing where there are several."""
+    if len(files) == 1:
+        try:
+            read_table(files[0], [])
+        except CdiffError as error:
+            return f"; {error}"
+    return ""
 
 
 def _one_data_set(root: Path, entries: list[Entry], task: str | None) -> tuple[list[Entry], str | None]:

@@ -154,11 +154,12 @@ def _rows(path: Path) -> list[tuple[int, list[str]]]:
         raise CdiffError(f"{path} cannot be read: {error.strerror or error}; check the path") from None
     except UnicodeDecodeError:
         raise CdiffError(f"{path} is not UTF-8 text; save it as CSV UTF-8") from None
-    first = text.partition("\n")[0]
+    first = text.lstrip("\r\n").partition("\n")[0]
     told = SEPARATOR.fullmatch(first.strip("\r"))
     delimiter = told[1] if told else max(",;\t", key=first.count)
-    rows = list(enumerate(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), start=1))
+    lines = enumerate(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), start=1)
+    rows = [(number, cells) for number, cells in lines if any(cells)]
     rows = rows[1:] if told else rows
-    if not rows or not any(rows[0][1]):
+    if not rows:
         raise CdiffError(f"{path} is empty; {CONVENTION}")
     return rows

@@ -285,6 +285,19 @@ def test_a_column_without_a_name_is_not_used(tmp_path: Path) -> None:
     assert {case.name: case.raters for case in found["all"]} == {"a": ("1", "2"), "b": ("1",)}
 
 
+def test_a_folders_only_table_says_why_it_is_none(tmp_path: Path) -> None:
+    table = write_table(tmp_path, 2)
+    text = table.read_text()
+    table.write_text("\n\n" + text.replace(",", ";"))
+    assert len(find_cases(tmp_path)["train"]) == 1
+    table.write_bytes(text.replace("p0", "caf\u00e9").encode("utf-16"))
+    with pytest.raises(CdiffError, match=r"cases\.csv is not UTF-8 text; save it as CSV UTF-8"):
+        find_cases(tmp_path)
+    table.write_text("scan,outline\na.png,b.png\n")
+    with pytest.raises(CdiffError, match=r"cases\.csv has the columns scan, outline; the columns image"):
+        find_cases(tmp_path)
+
+
 def test_two_layouts_in_one_folder_have_to_be_chosen(tmp_path: Path) -> None:
     write_table(tmp_path, 2)
     write_qubiq(tmp_path, {"Training": 1})

@@ -95,7 +95,7 @@ def walk(root: Path, readers: Sequence[str], notes: list[str]) -> Iterator[tuple
         # A case has a folder of its own, unless several lie in one folder or the split folder itself holds them.
         own = len(here) == 1 and not (parts and parts[-1].lower() in SPLITS)
         for _, entry in here:
-            _place(entry, parts[:-1] if own else parts)
+            _place(entry, parts[:-1] if own else parts, parts[:-1])
         if not here and any(TASK_MASK.match(stem(file) or "") for file in files):
             notes.append(f"{folder} has masks but no image.nii.gz: left out")
         return here
@@ -140,13 +140,20 @@ def _contents(folder: Path) -> tuple[list[Path], list[Path]]:
         raise CdiffError(f"{folder} cannot be listed ({error.strerror}); check its permissions") from None
 
 
-def _place(entry: Entry, above: tuple[str, ...]) -> None:
-    """Read the folders between the root and the case: data set, split, patient."""
-    split = next((i for i, part in enumerate(above) if part.lower() in SPLITS), None)
-    if split is None:
+def _place(entry: Entry, above: tuple[str, ...], folders: tuple[str, ...]) -> None:
+    """Read the folders between the root and the case: data set, split, patient.
+
+    Where several of `folders` name one split, as when QUBIQ's archives lie in train and valid (`train/prostate/Training`), the
+    last of them holds the cases. Another split below the first is a name like any other (a test and a retest).
+    """
+    first = next((part.lower() for part in above if part.lower() in SPLITS), None)
+    if first is None:
         entry.data_set = "/".join(above)
         return
-    entry.split, entry.data_set = SPLITS[above[split].lower()], "/".join(above[:split])
+    entry.split = SPLITS[first]
+    same = [i for i, part in enumerate(folders) if SPLITS.get(part.lower()) == entry.split]
+    split = same[-1] if same else len(above) - 1
+    entry.data_set = "/".join(part for part in above[:split] if part.lower() not in SPLITS)
     if below := above[split + 1 :]:
         entry.name = "/".join((*below, entry.name))
         entry.patient = entry.patient or below[0]

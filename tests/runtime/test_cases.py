@@ -82,6 +82,25 @@ def test_a_training_tree_without_split_folders_goes_with_the_validation_tree(tmp
         find_cases(tmp_path, "pancreas")
 
 
+def test_a_split_that_is_named_twice(tmp_path: Path) -> None:
+    """Archives unpacked into a folder for each split, and a folder that unpacking doubled; but not a test and its retest."""
+    for name, raters in (("kidney", 3), ("brain-growth", 7)):
+        write_qubiq(tmp_path / "raw/train/training_data_v3_QC" / name, {"Training": 2}, raters=raters)
+        write_qubiq(tmp_path / "raw/valid/validation_data" / name, {"Validation": 1}, raters=raters)
+    with pytest.raises(CdiffError, match=r"several data sets: brain-growth \(3 cases\), kidney \(3 cases\)"):
+        find_cases(tmp_path / "raw")
+    kidney = find_cases(tmp_path / "raw", "kidney")
+    assert {split: [case.name for case in cases] for split, cases in kidney.items()} == {
+        "train": ["case01", "case02"],
+        "val": ["case01"],
+    }
+    write_qubiq(tmp_path / "doubled", {"Training/Training": 2, "Validation/Validation": 1})
+    assert {case.patient for case in find_cases(tmp_path / "doubled")["train"]} == {""}
+    shutil.copytree(tmp_path / "doubled/Training/Training/case01", tmp_path / "again/Testing/anna/test")
+    shutil.copytree(tmp_path / "doubled/Training/Training/case01", tmp_path / "again/Testing/anna/retest")
+    assert {case.patient for case in find_cases(tmp_path / "again")["test"]} == {"anna"}
+
+
 def test_cases_in_the_folder_and_in_one_below_it_are_not_mixed_up(qubiq: Path, tmp_path: Path) -> None:
     """Nor are those below left out in silence where a structure is named."""
     mine = tmp_path / "mine"

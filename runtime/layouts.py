@@ -15,11 +15,13 @@ from cdiff.runtime.case import SPLITS, Entry, stem
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.scan import NIFTI_SUFFIXES
 
-DEPTH = 5
+DEPTH = 8
 """How many folders below the given one are looked into; a circle of links ends there."""
 
 IMAGE = re.compile(r"image(?:[_-](?P<modality>.+))?$", re.IGNORECASE)
-TASK_MASK = re.compile(r"(?P<task>task\d+)_(?P<rater>seg\d+)$", re.IGNORECASE)
+TASK_MASK = re.compile(r"(?:(?P<task>task\d+)|case[\d-]+)_(?P<rater>seg\d+)$", re.IGNORECASE)
+CASE_TASK = "task01"
+"""The structure of a mask that names its case in its place, as some of QUBIQ 2021 do (`case05_seg01.nii.gz`)."""
 OWN_MASK = re.compile(r"mask(?:[_-]?(?P<rater>.+))?$", re.IGNORECASE)
 BRATS = re.compile(r"(?P<head>(?:.+_)?)(?P<kind>t1ce|t1|t2|flair|seg)(?P<tail>(?:_\d+)?(?:_w)?)$", re.IGNORECASE)
 BRATS_MODALITIES = ("t1", "t1ce", "t2", "flair")
@@ -47,7 +49,7 @@ def cases_in(folder: Path, files: Files) -> list[Entry]:
         if (match := IMAGE.match(name)) and not (match["modality"] or "").isdigit():
             images.setdefault(match["modality"] or "", file)
         elif match := TASK_MASK.match(name):
-            tasks.setdefault(match["task"].lower(), {}).setdefault(match["rater"].lower(), file)
+            tasks.setdefault((match["task"] or CASE_TASK).lower(), {}).setdefault(match["rater"].lower(), file)
         elif match := OWN_MASK.match(name):
             tasks.setdefault(OWN_TASK, {}).setdefault(match["rater"] or "1", file)
     if not images:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from cdiff.runtime.cases import Case, find_cases, read_case
 from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.inputs import scans_at
 from cdiff.runtime.masks import inside, read_mask
 from cdiff.runtime.partition import count_annotators, count_channels, partition
 from cdiff.runtime.preview import _sizes
@@ -99,6 +100,23 @@ def test_a_split_that_is_named_twice(tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "doubled/Training/Training/case01", tmp_path / "again/Testing/anna/test")
     shutil.copytree(tmp_path / "doubled/Training/Training/case01", tmp_path / "again/Testing/anna/retest")
     assert {case.patient for case in find_cases(tmp_path / "again")["test"]} == {"anna"}
+
+
+def test_masks_that_name_their_case_are_of_the_first_structure(tmp_path: Path) -> None:
+    """As in some folders of QUBIQ 2021; and such a folder is one scan when it is segmented."""
+    write_qubiq(tmp_path, {"Training": 2}, raters=3)
+    for path in (tmp_path / "Training/case02").glob("task01_*"):
+        path.rename(path.with_name(path.name.replace("task01", "case02")))
+    found = find_cases(tmp_path, "task01")
+    assert [case.raters for case in found["train"]] == [("seg01", "seg02", "seg03")] * 2
+    assert [path.name for path in found["train"][1].masks] == [f"case02_seg{k:02d}.nii.gz" for k in (1, 2, 3)]
+    assert [scan.name for scan in scans_at(tmp_path / "Training/case02")] == ["case02"]
+
+
+def test_a_tree_is_found_from_far_above_it(tmp_path: Path) -> None:
+    deep = tmp_path / "raw/qubiq/extracted/training_data_v3/training_data_v3"
+    write_qubiq(deep / "prostate", {"Training": 2})
+    assert len(find_cases(tmp_path)["train"]) == 2
 
 
 def test_cases_in_the_folder_and_in_one_below_it_are_not_mixed_up(qubiq: Path, tmp_path: Path) -> None:

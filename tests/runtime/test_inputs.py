@@ -41,10 +41,12 @@ def test_cases_in_a_folder_for_each_patient(tmp_path: Path) -> None:
     _touch(tmp_path / "p3/image.nii.gz", tmp_path / ".cache/a/image.nii.gz", tmp_path / "Training/c/image.nii.gz")
     assert list(_names(tmp_path)) == ["p1_a", "p1_b", "p2_a", "p3"]
     _touch(
-        tmp_path / "p2/.trash/image.nii.gz", tmp_path / "q/r/s/t/u/image.nii.gz", tmp_path / "q/r/s/t/v/w/image.nii.gz"
+        tmp_path / "p2/.trash/image.nii.gz",
+        tmp_path / "q/r/s/t/u/image.nii.gz",
+        tmp_path / "q/r/s/t/u1/v/w/x/y/image.nii.gz",
     )
     assert list(_names(tmp_path)) == ["p1_a", "p1_b", "p2_a", "p3", "q_r_s_t_u"], (
-        "nothing hidden, and no deeper than five folders"
+        "nothing hidden, and no deeper than eight folders"
     )
 
 

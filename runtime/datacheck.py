@@ -279,7 +279,7 @@ def _training(found: DataSet, root: Path, looks: list[Look], C: int, channels: i
         reasons.append(f"{blocked} files of training or validation cases cannot be used (named below)")
     try:
         training_cases(found, root)
-        split = partition(found, root)
+        split = partition(found, root, levels=C)
         plan["notes"] = list(split.notes)
         for name, cases in (("train", split.train), ("val", split.val)):
             used = [seen[id(case)] for case in cases if len(case.masks) == C]

@@ -37,16 +37,19 @@ class Partition:
     notes: tuple[str, ...] = ()
 
 
-def partition(found: DataSet, root: Path, val_fraction: float = VAL_FRACTION, seed: int = 0) -> Partition:
+def partition(
+    found: DataSet, root: Path, val_fraction: float = VAL_FRACTION, seed: int = 0, levels: int | None = None
+) -> Partition:
     """The data's own split; without a validation split, `val_fraction` of the training cases (by patient, seeded).
 
+    levels: how many masks a case must have to be used; of those that have as many one is held out at least.
     Raises CdiffError without training cases, or with too few to keep one.
     """
     train, val = training_cases(found, root), found.get("val", [])
     if val:
         return Partition(train, val)
     why = "the validation cases have no masks" if found.unlabelled.get("val") else "no validation folder"
-    return _hold_out(train, val_fraction, seed, why)
+    return _hold_out(train, val_fraction, seed, why, levels)
 
 
 def training_cases(found: DataSet, root: Path) -> list[Case]:
@@ -57,7 +60,7 @@ def training_cases(found: DataSet, root: Path) -> list[Case]:
     return cases
 
 
-def _hold_out(cases: list[Case], fraction: float, seed: int, why: str) -> Partition:
+def _hold_out(cases: list[Case], fraction: float, seed: int, why: str, levels: int | None) -> Partition:
     if len(cases) < 2:
         raise CdiffError("one case is not enough: at least two are needed, one of them for validation")
     groups: dict[str, list[int]] = {}
@@ -70,15 +73,13 @@ def _hold_out(cases: list[Case], fraction: float, seed: int, why: str) -> Partit
             f"all {len(cases)} training cases are of one patient ({cases[0].patient}): validation sees the same patient, "
             "and its scores are too good"
         )
-    order = np.random.default_rng(seed).permutation(len(groups))
-    members = [list(groups.values())[place] for place in order]
-    count, usual = max(1, round(fraction * len(groups))), count_annotators(cases)
-    whole = [any(len(cases[i].masks) == usual for i in group) for group in members]
-    if not any(
-        whole[:count]
-    ):  # nothing of these could be validated on; the next group that has all masks takes a place
-        members.insert(0, members.pop(whole.index(True)))
-    held = {i for group in members[:count] for i in group}
+    order = np.random.default_rng(seed).permutation(len(groups)).tolist()
+    members = list(groups.values())
+    number = max(1, round(fraction * len(groups)))
+    usable = [place for place in order if any(levels in (None, len(cases[i].masks)) for i in members[place])]
+    if usable and not set(usable) & set(order[:number]):
+        order.insert(0, usable[0])
+    held = {i for place in order[:number] for i in members[place]}
     notes.insert(0, f"{why}: held out {len(held)} of {len(cases)} cases for validation")
     train, val = ([case for i, case in enumerate(cases) if (i in held) == kept] for kept in (False, True))
     return Partition(train, val, tuple(notes))

@@ -65,7 +65,8 @@ def read_data(root: Path, config: Config) -> Data:
     """
     C = config.network.levels
     found = _found(root, config)
-    split = partition.partition(found, root, config.data.val_fraction, config.training.seed)
+    needed = C if config.data.missing_raters == "skip" else None
+    split = partition.partition(found, root, config.data.val_fraction, config.training.seed, needed)
     train, val, notes = split.train, split.val, [*found.notes, *split.notes]
     summary: dict[str, Any] = {"annotators": C, "layout": found.layout}
     if config.data.labels:

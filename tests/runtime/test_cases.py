@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from cdiff.runtime.cases import Case, find_cases, read_case
+from cdiff.runtime.datacheck import check_data
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.inputs import scans_at
 from cdiff.runtime.masks import inside, read_mask
@@ -366,21 +367,6 @@ def test_patients_stay_together(tmp_path: Path) -> None:
     assert not {case.patient for case in split.val} & {case.patient for case in split.train}
 
 
-def test_what_is_held_out_can_be_validated_on(tmp_path: Path) -> None:
-    """Whichever case the seed picks, one that lacks a reader (and is skipped in training) is not the only one held out."""
-    write_qubiq(tmp_path, {"Training": 4})
-    for case in ("case02", "case04"):
-        sorted((tmp_path / "Training" / case).glob("task*"))[-1].unlink()
-    found, chosen = find_cases(tmp_path), set()
-    most = max(len(case.masks) for case in found["train"])
-    for seed in range(20):
-        split = partition(found, tmp_path, seed=seed)
-        assert [len(case.masks) for case in split.val] == [most]
-        assert sorted(case.name for case in split.train + split.val) == ["case01", "case02", "case03", "case04"]
-        chosen.add(split.val[0].name)
-    assert chosen == {"case01", "case03"}
-
-
 def test_cases_without_masks(tmp_path: Path) -> None:
     """One that nobody drew is told when it is a test case or shows another structure only, and else an error."""
     write_qubiq(tmp_path, {"Training": 3, "Testing": 1}, tasks=2)
@@ -406,6 +392,21 @@ def test_validation_masks_that_a_benchmark_kept_back(tmp_path: Path) -> None:
     split = partition(found, tmp_path)
     assert [len(split.train), len(split.val)] == [3, 1]
     assert split.notes == ("the validation cases have no masks: held out 1 of 4 cases for validation",)
+
+
+def test_a_case_that_would_be_left_out_is_not_all_that_validation_gets(tmp_path: Path) -> None:
+    write_qubiq(tmp_path, {"Training": 6}, raters=3)
+    found = find_cases(tmp_path)
+    (held,) = partition(found, tmp_path).val
+    assert partition(found, tmp_path, levels=3).val == [held]
+    held.masks[-1].unlink()
+    found = find_cases(tmp_path)
+    split = partition(found, tmp_path, levels=3)
+    assert [len(case.masks) for case in split.val] == [3]
+    assert [len(split.train), held.name in {case.name for case in split.train}] == [5, True]
+    assert partition(found, tmp_path).val[0].name == held.name, "used as it is"
+    training = check_data(tmp_path).report["training"]
+    assert (training["possible"], training["train"]["cases"], training["val"]["cases"]) == (True, 4, 1)
 
 
 def test_files_of_different_grids_are_no_channels(tmp_path: Path) -> None:

@@ -43,12 +43,13 @@ class Finding:
 
 @dataclass
 class Look:
-    """What was seen of one case; `row` is its entry in the report, `scores` one number a marked slice."""
+    """What was seen of one case; `row` is its entry in the report, `shape` its image's, `scores` one number a marked slice."""
 
     case: Case
     split: str
     row: dict[str, Any] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
+    shape: tuple[int, ...] = ()
     at_least: NDArray[np.float64] | None = None
     scores: list[float] = field(default_factory=list)
     scores_all: list[float] = field(default_factory=list)
@@ -108,6 +109,7 @@ def check_data(
     training = _training(found, root, looks, C, channels)
     findings += [Finding("error", "training", "", reason) for reason in training["reasons"]]
     findings += [finding for look in looks for finding in look.findings] + _over_cases(looks, C, found)
+    findings += _across(looks, slice_axis)
     report = {
         "cdiff": __version__,
         "data": str(root.resolve()),
@@ -191,6 +193,7 @@ def _place(look: Look, path: Path, mask: Mask, scan: Scan) -> None:
 
 def _describe(look: Look, scan: Scan) -> None:
     spacing = scan.grid.spacing
+    look.shape = scan.grid.spatial
     words = "unknown" if spacing is None else " x ".join(f"{zoom:.3g}" for zoom in spacing)
     look.row |= {"size": by(scan.grid.spatial), "spacing_mm": words, "slices": len(scan.slices)}
     look.row["spacing_is_placeholder"] = scan.grid.is_placeholder
@@ -265,6 +268,32 @@ def _over_cases(looks: list[Look], C: int, found: DataSet) -> list[Finding]:
             Finding("note", "names", "", f"the same name in several splits: {listed(twice)}; are they other patients?")
         )
     return out
+
+
+def _across(looks: list[Look], slice_axis: int) -> list[Finding]:
+    """Volumes that are cut into strips, as QUBIQ's of the pancreas are, whose slices lie along the first axis."""
+    strips: dict[int, list[Look]] = {}
+    for look in looks:
+        thin = int(np.argmin(look.shape)) if len(look.shape) == 3 and look.readable else slice_axis
+        if thin != slice_axis and _is_strip(look.shape, slice_axis) and not _is_strip(look.shape, thin):
+            strips.setdefault(thin, []).append(look)
+    out = []
+    for axis, members in strips.items():
+        shape = members[0].shape
+        now, then = (by(shape[:cut] + shape[cut + 1 :]) for cut in (slice_axis, axis))
+        which = f"{len(members)} volumes are" if len(members) > 1 else f"{members[0].case.name} is"
+        text = (
+            f"{which} cut into strips ({now} of {by(shape)}); along axis {axis} the slices would be {then}: "
+            f"give --slice-axis {axis} here, and --set slice_axis={axis} to cdiff train"
+        )
+        out.append(Finding("warning", "slices", "", text))
+    return out
+
+
+def _is_strip(shape: tuple[int, ...], axis: int) -> bool:
+    """Whether the slices along an axis are more than twice as long as wide."""
+    sides = shape[:axis] + shape[axis + 1 :]
+    return max(sides) > 2 * min(sides)
 
 
 def _training(found: DataSet, root: Path, looks: list[Look], C: int, channels: int) -> dict[str, Any]:

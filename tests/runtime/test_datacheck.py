@@ -163,6 +163,23 @@ def test_a_validation_split_with_fewer_annotators_says_how_to_use_it(clean: Path
     ]
 
 
+def test_volumes_that_are_cut_into_strips_are_told(tmp_path: Path) -> None:
+    """As QUBIQ's of the pancreas, whose slices lie along the first axis."""
+    for number, shape in enumerate(((9, 40, 36), (7, 40, 36), (40, 36, 9), (16, 30, 30), (1, 40, 36)), start=1):
+        for name in ("image", "task01_seg01", "task01_seg02"):
+            save(tmp_path / f"case{number}/{name}.nii.gz", np.moveaxis(disc((*shape[1:], shape[0])), 2, 0))
+    save(tmp_path / "case6/image.nii.gz", np.zeros((4, 40, 36)))
+    save(tmp_path / "case6/task01_seg01.nii.gz", disc((40, 36)))  # channels come first: no volume
+    ((severity, _, text),) = said(check_data(tmp_path), "slices")
+    assert severity == "warning"
+    assert text.startswith(
+        "3 volumes are cut into strips (9 x 40 of 9 x 40 x 36); along axis 0 the slices would be 40 x 36: "
+    )
+    assert "--slice-axis 0 here, and --set slice_axis=0 to cdiff train" in text
+    ((_, _, text),) = said(check_data(tmp_path, slice_axis=0), "slices")
+    assert text.startswith("case3 is cut into strips (36 x 9 of 40 x 36 x 9); along axis 2")
+
+
 def test_pictures_of_a_table(tmp_path: Path) -> None:
     table = write_table(tmp_path, 3, modalities=("a", "b"))
     flat = np.zeros((32, 36), np.uint16)

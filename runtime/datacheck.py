@@ -177,6 +177,8 @@ def _values(look: Look, masks: dict[Path, Mask]) -> None:
         elif len(values) > 2 or (len(values) == 2 and values[0] != 0):
             rule = "from half of the largest on is inside; choose with --labels if these are labels"
             odd.setdefault(("warning", f"hold {some}, not 0 and 1: {rule}"), []).append(path.name)
+        elif len(values) == 1 and values[0] > 0:
+            odd.setdefault(("warning", f"hold {some} everywhere: every pixel is inside"), []).append(path.name)
         elif len(values) and values[-1] not in (0, 1):
             odd.setdefault(("note", f"hold {some}, not 0 and 1: read as 0 and 1"), []).append(path.name)
     for (severity, text), names in odd.items():

@@ -128,6 +128,13 @@ def test_values_that_are_not_zero_and_one(tmp_path: Path) -> None:
     assert findings[1][2] == "its masks hold 0, 255, not 0 and 1: read as 0 and 1"
     chosen_ = said(check_data(root, labels=(4,)), "values")
     assert all("of these 4 are inside" in text for _, _, text in chosen_)
+    for value, path in ((1, "case01/task01_seg01.nii.gz"), (255, "case02/task01_seg02.nii.gz")):
+        save(root / "Training" / path, np.full((32, 32, 1), value, np.uint8))
+    full = [(severity, text) for severity, _, text in said(check_data(root), "values") if "everywhere" in text]
+    assert full == [
+        ("warning", "task01_seg01.nii.gz hold 1 everywhere: every pixel is inside"),
+        ("warning", "task01_seg02.nii.gz hold 255 everywhere: every pixel is inside"),
+    ]
 
 
 def test_a_mask_that_lies_elsewhere_is_told(clean: Path) -> None:

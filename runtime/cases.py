@@ -219,8 +219,8 @@ def _sort_in(found: DataSet, entry: Entry, task: str | None, labels: tuple[int, 
     elif split in ("val", "test") or entry.tasks:  # benchmarks keep such masks back; a case may show one structure only
         found.unlabelled.setdefault(split, []).append(case)
     else:
-        wanted = f"{task or 'task01'}_seg01.nii.gz" if found.layout == "cases" else "mask"
-        text = f"{case.name} ({case.image.parent}) has an image but no mask {wanted}; add its masks or remove the case"
+        wanted = f" {task or 'task01'}_seg01.nii.gz" if found.layout == "cases" else ""
+        text = f"{case.name} ({case.image.parent}) has an image but no mask{wanted}; add its masks or remove the case"
         found.problems.append(Problem(split, case.name, text))
 
 

@@ -79,6 +79,8 @@ def mask_slices(mask: Mask, grid: Grid, labels: tuple[int, ...], path: str, imag
         hint = ""
         if len(wanted) == 3 and counted(shape) == counted(wanted[:2]):
             hint = f"; if the image's last axis holds channels, say so (image_channels={wanted[2]})"
+        elif len(wanted) == 3 and counted(shape) == wanted[1:]:
+            hint = "; channels, or a single slice's axis, are read from the end: move the image's first axis there"
         raise CdiffError(
             f"{path} has shape {by(shape)} but its image {image} {by(wanted)}; they must be on one grid{hint}"
         )

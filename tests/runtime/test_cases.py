@@ -161,6 +161,10 @@ def test_a_volume_of_four_slices_is_no_image_of_four_channels(tmp_path: Path) ->
     root = write_qubiq(tmp_path / "channels", {"Training": 1}, shapes=((32, 24),), channels=4)
     with pytest.raises(CdiffError, match=r"image_channels=4"):
         read_case(find_cases(root)["train"][0])
+    case = find_cases(root)["train"][0]
+    save(case.image, np.moveaxis(np.asanyarray(nib.load(case.image).dataobj), -1, 0))
+    with pytest.raises(CdiffError, match=r"has shape 32 x 24 but .* 4 x 32 x 24; .* move the image's first axis there"):
+        read_case(case)
 
 
 def test_masks_and_image_may_write_the_third_axis_or_not(tmp_path: Path) -> None:
@@ -199,6 +203,13 @@ def test_brats_volumes_and_slices_in_one_folder(tmp_path: Path) -> None:
     found = find_cases(tmp_path)
     assert [case.name for case in found["train"]] == ["BraTS20_Training_001", "BraTS20_Training_002"]
     assert read_case(found["train"][1], channels=4)[0].shape == (3, 4, 16, 16)
+
+
+def test_brats_slices_without_a_label_map(tmp_path: Path) -> None:
+    write_brats(tmp_path, 2)
+    next((tmp_path / "000002").glob("*_seg_*")).unlink()
+    with pytest.raises(CdiffError, match=r"000002 .* has an image but no mask; add its masks"):
+        find_cases(tmp_path)
 
 
 def test_a_missing_modality_is_named(tmp_path: Path) -> None:

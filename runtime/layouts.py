@@ -6,6 +6,7 @@ Validation, or train and val) and data sets (QUBIQ's prostate, kidney ...) above
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
@@ -56,7 +57,7 @@ def cases_in(folder: Path, files: Files) -> list[Entry]:
         return []
     if "" in images:  # one file that holds everything
         images = {"": images[""]}
-    return [Entry(folder.resolve().name, dict(sorted(images.items())), tasks)]
+    return [Entry(_called(folder), dict(sorted(images.items())), tasks)]
 
 
 def brats_in(folder: Path, files: Files) -> list[Entry]:
@@ -76,9 +77,14 @@ def brats_in(folder: Path, files: Files) -> list[Entry]:
             continue
         tasks = {"seg": {"seg": kinds["seg"]}} if "seg" in kinds else {}
         patient = head.strip("_")
-        name = folder.resolve().name if len(found) == 1 else f"{patient}{tail}"
+        name = _called(folder) if len(found) == 1 else f"{patient}{tail}"
         entries.append(Entry(name, images, tasks, patient=patient, labels=BRATS_TUMOUR))
     return entries
+
+
+def _called(folder: Path) -> str:
+    """A folder's name as it is given, also for `.`; a link has its own, not that of what it leads to."""
+    return Path(os.path.abspath(folder)).name
 
 
 READERS: dict[str, Reader] = {"cases": cases_in, "brats": brats_in}

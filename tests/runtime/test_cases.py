@@ -114,6 +114,17 @@ def test_masks_that_name_their_case_are_of_the_first_structure(tmp_path: Path) -
     assert [scan.name for scan in scans_at(tmp_path / "Training/case02")] == ["case02"]
 
 
+def test_a_linked_case_has_the_links_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "farm/Training").mkdir(parents=True)
+    for name in ("anna", "ben"):
+        write_qubiq(tmp_path / "store" / name, {"": 1})
+        (tmp_path / "farm/Training" / name).symlink_to(tmp_path / "store" / name / "case01")
+    assert [case.name for case in find_cases(tmp_path / "farm")["train"]] == ["anna", "ben"]
+    assert [scan.name for scan in scans_at(tmp_path / "farm/Training")] == ["anna", "ben"]
+    monkeypatch.chdir(tmp_path / "store/anna/case01")
+    assert [case.name for case in find_cases(Path())["all"]] == ["case01"]
+
+
 def test_a_tree_is_found_from_far_above_it(tmp_path: Path) -> None:
     deep = tmp_path / "raw/qubiq/extracted/training_data_v3/training_data_v3"
     write_qubiq(deep / "prostate", {"Training": 2})

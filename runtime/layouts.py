@@ -64,11 +64,13 @@ def brats_in(folder: Path, files: Files) -> list[Entry]:
     """BraTS slices as the implicit-ensemble code lays them out, `brats_train_001_t1_080_w.nii.gz` beside `_t1ce_`, `_t2_`,
     `_flair_` and, where known, `_seg_`; also whole BraTS volumes, `BraTS20_Training_001_t1.nii.gz` and so on.
 
-    The label map becomes one annotator's mask: the whole tumour unless labels are chosen.
+    The label map becomes one annotator's mask: the whole tumour unless labels are chosen. `image_t1.nii.gz` beside
+    `image_flair.nii.gz` is a case folder's (`cases_in`).
     """
     found: dict[tuple[str, str], dict[str, Path]] = {}
     for file in files:
-        if file.name.lower().endswith(NIFTI_SUFFIXES) and (match := BRATS.match(stem(file) or "")):
+        name = stem(file) or ""
+        if file.name.lower().endswith(NIFTI_SUFFIXES) and (match := BRATS.match(name)) and not IMAGE.match(name):
             found.setdefault((match["head"], match["tail"]), {}).setdefault(match["kind"].lower(), file)
     entries = []
     for (head, tail), kinds in sorted(found.items()):

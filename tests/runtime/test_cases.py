@@ -223,6 +223,16 @@ def test_brats_slices_without_a_label_map(tmp_path: Path) -> None:
         find_cases(tmp_path)
 
 
+def test_case_folders_of_mri_sequences_are_not_brats(tmp_path: Path) -> None:
+    """The names of docs/own-data.md, which are half of BraTS's."""
+    for number in range(3):
+        folder = tmp_path / f"Training/case{number}"
+        for name in ("image_t1", "image_flair", "mask_anna", "mask_ben"):
+            save(folder / f"{name}.nii.gz", disc((16, 16), seed=number))
+    found = find_cases(tmp_path)
+    assert (found.layout, found.modalities, len(found["train"])) == ("cases", ("flair", "t1"), 3)
+
+
 def test_a_missing_modality_is_named(tmp_path: Path) -> None:
     write_brats(tmp_path, 3)
     next((tmp_path / "000002").glob("*_t2_*")).unlink()

@@ -116,6 +116,8 @@ def _entries(root: Path, layout: str, notes: list[str]) -> tuple[str, list[Entry
         else []
     )
     tables = [path for path in named if is_table(path)]
+    if by_layout and len(tables) == 1 and _names_all(tables[0], by_layout.values()):
+        by_layout = {}
     if len(by_layout) + bool(tables) > 1 or len(tables) > 1:
         what = [f"{name} ({len(entries)} cases)" for name, entries in by_layout.items()]
         what += [f"the table {path.name}" for path in tables]
@@ -127,6 +129,15 @@ def _entries(root: Path, layout: str, notes: list[str]) -> tuple[str, list[Entry
     if not by_layout:
         raise CdiffError(f"no case in {root}: expected {EXPECTED}{_why_no_table(named)}")
     return next(iter(by_layout.items()))
+
+
+def _names_all(table: Path, layouts: Iterable[Sequence[Entry]]) -> bool:
+    """Whether a table names every image that lies there as in other layouts: it is then what says how they belong together."""
+    try:
+        told = {image.resolve() for entry in read_table(table, []) for image in entry.images.values()}
+    except CdiffError:
+        return False
+    return all(i.resolve() in told for entries in layouts for entry in entries for i in entry.images.values())
 
 
 def _why_no_table(files: Sequence[Path]) -> str:

@@ -381,6 +381,24 @@ def test_two_layouts_in_one_folder_have_to_be_chosen(tmp_path: Path) -> None:
         find_cases(tmp_path, layout="zip")
 
 
+def test_a_table_of_the_very_files_that_look_like_another_layout(tmp_path: Path) -> None:
+    """The example of docs/own-data.md: its scans are called as BraTS's are."""
+    rows = []
+    for patient in ("p1", "p2"):
+        files = [f"scans/{patient}_{name}.nii.gz" for name in ("t1", "flair")]
+        files += [f"masks/{patient}_{name}.nii.gz" for name in ("anna", "ben")]
+        for file in files:
+            save(tmp_path / file, disc((16, 16)))
+        rows.append(",".join((patient, *files)))
+    table = tmp_path / "cases.csv"
+    table.write_text("\n".join(("case,image_t1,image_flair,mask_anna,mask_ben", *rows)))
+    assert find_cases(tmp_path) == find_cases(table)
+    assert find_cases(tmp_path).layout == "table"
+    table.write_text("\n".join(("case,image_t1,image_flair,mask_anna,mask_ben", rows[0])))
+    with pytest.raises(CdiffError, match=r"several ways: brats \(2 cases\), the table cases\.csv"):
+        find_cases(tmp_path)
+
+
 def test_another_table_in_the_folder_is_no_layout(tmp_path: Path) -> None:
     write_qubiq(tmp_path, {"Training": 1})
     (tmp_path / "patients.csv").write_text("patient,age\n1,70\n")

@@ -291,6 +291,24 @@ def test_options_are_read_from_args_then_from_the_command(tmp_path: Path) -> Non
         import_checkpoint(path, tmp_path / "run", args=elsewhere)
 
 
+README_FLAGS = (
+    "image_size=256 num_channels=128 class_cond=False num_res_blocks=2 num_heads=1 learn_sigma=True use_scale_shift_norm=False "
+    "attention_resolutions=16 diffusion_steps=1000 noise_schedule=linear rescale_learned_sigmas=False rescale_timesteps=False "
+    "lr=1e-4 batch_size=10"
+)
+
+
+def test_every_flag_of_a_training_may_be_named() -> None:
+    plain = Options.read("implicit-ensemble", {}, [])
+    assert Options.read("implicit-ensemble", {}, README_FLAGS.split()) == plain
+    assert Options.read("implicit-ensemble", {}, ["use_fp16=True", "save_interval=5000"]) == plain
+    case = recorded("consensus")
+    named = [f"{name}={value}" for name, value in case.args.items() if value is not None]
+    assert Options.read("consensus", {}, [*named, "n_gen=25"]) == Options.read("consensus", case.args, [])
+    with pytest.raises(CdiffError, match="nonsense"):
+        Options.read("implicit-ensemble", {}, ["nonsense=1"])
+
+
 def test_normalisation_of_the_training_images(tmp_path: Path) -> None:
     case = recorded("consensus_options")  # four channels
     path = case.save(tmp_path / "given")

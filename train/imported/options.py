@@ -72,6 +72,20 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 """What each code can be told that changes the network, its schedule or how it was trained; 0 annotators stand for none."""
 
+_NOT_READ_BY_BOTH = {
+    *("data_dir", "schedule_sampler", "lr_anneal_steps", "microbatch", "log_interval", "save_interval"),
+    *("resume_checkpoint", "use_fp16", "fp16_scale_growth", "use_checkpoint", "use_kl", "rescale_learned_sigmas"),
+}
+NOT_READ = {
+    CONSENSUS: {
+        *_NOT_READ_BY_BOTH,
+        *("class_name", "expansion", "seed", "clip_denoised", "run_without_test", "start_print_iter", "n_gen"),
+        *("erosion", "annotators_training"),
+    },
+    IMPLICIT: _NOT_READ_BY_BOTH,
+}
+"""The other options of each code's training script. They change nothing of what is imported, so any value is taken."""
+
 CHANNEL_MULT: dict[str, dict[int, tuple[int, ...]]] = {
     CONSENSUS: {
         **dict.fromkeys((480, 320), (1, 1, 2, 2, 3, 3)),
@@ -103,7 +117,7 @@ class Options:
     def read(cls, source: str, args: dict[str, Any], settings: list[str]) -> Options:
         """Defaults, over them `args` (an args.json), over them `settings` ("name=value" each).
 
-        Keys of `args` that change nothing here are left out. Raises CdiffError for a setting that does not exist, a value of the
+        Keys of `args` and settings that change nothing here are left out. Raises CdiffError for a setting that does not exist, a value of the
         wrong type, or options that the published code itself could not have trained with.
         """
         values = dict(DEFAULTS[source])
@@ -112,6 +126,8 @@ class Options:
             key, equals, text = setting.partition("=")
             if not equals:
                 raise CdiffError(f"--option {setting}: write it as name=value")
+            if key in NOT_READ[source]:
+                continue
             if key not in values:
                 raise CdiffError(
                     f"--option {setting}: the {source} code's options here are {', '.join(sorted(values))}"

@@ -215,6 +215,7 @@ def test_wrong_tensors_are_all_named_in_order(tmp_path: Path) -> None:
         ({"image_size": 100}, "no network for image_size=100"),
         ({"noise_schedule": "quadratic"}, "neither linear nor cosine"),
         ({"num_heads": "four"}, "num_heads=four must be a whole number"),
+        ({"ema_rate": "slow"}, "ema_rate=slow must be a number"),
         ({"rrdb_blocks": 0}, "rrdb_blocks=0 cannot be imported"),
     ],
 )

@@ -158,7 +158,7 @@ class Options:
             raise CdiffError(
                 "learn_sigma=False cannot be imported: the published network always has two output channels"
             )
-        _ = self.channel_mult, self.attention_depths
+        _ = self.channel_mult, self.attention_depths, self.ema_rate
 
     @property
     def variant(self) -> str:
@@ -198,6 +198,11 @@ class Options:
             self["image_size"] // n for n in _whole_numbers("attention_resolutions", self["attention_resolutions"])
         }
         return tuple(depth for depth in range(len(self.channel_mult)) if 2**depth in factors)
+
+    @property
+    def ema_rate(self) -> float:
+        """The first of the rates, commas between them, at which the code averages its weights."""
+        return float(_typed("ema_rate", self["ema_rate"].partition(",")[0], 0.0))
 
     @property
     def fixed_large(self) -> bool:
@@ -251,7 +256,7 @@ class Options:
                 lr=self["lr"],
                 weight_decay=self["weight_decay"],
                 warmup=0,
-                ema=float(str(self["ema_rate"]).partition(",")[0]),
+                ema=self.ema_rate,
                 augment=self.source == CONSENSUS,
             ),
         )

@@ -246,11 +246,13 @@ class Trap:
         ("nested", "state_dict, step is no tensor"),
         ("list", "holds a list"),
         ("other", "from neither published code"),
+        ("protocol", "with a pickle_protocol above 3"),
         ("text", "is not a PyTorch checkpoint"),
         ("truncated", "is damaged"),
         ("nothing", "is not there"),
     ],
 )
+@pytest.mark.filterwarnings("error")
 def test_files_that_are_no_checkpoint_are_refused_in_one_line(content: str, says: str, tmp_path: Path) -> None:
     path, witness = tmp_path / "ema_0.9999_000100.pt", tmp_path / "touched"
     layer = torch.nn.Linear(2, 2)
@@ -263,6 +265,8 @@ def test_files_that_are_no_checkpoint_are_refused_in_one_line(content: str, says
     }
     if content in objects:
         torch.save(objects[content], path)
+    elif content == "protocol":
+        torch.save({f"rrdb.{i}": torch.zeros(3) for i in range(4)}, path, pickle_protocol=5)
     elif content == "text":
         path.write_text("<html>not found</html>")
     elif content == "truncated":

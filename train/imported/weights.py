@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,15 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise CdiffError(f"{path} is not there; give the .pt file that the published code saved")
     try:
-        loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # an error follows where one matters
+            loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        if f"operand {pickle.FRAME[0]}" in str(error):  # the first of a pickle of protocol 4 and later
+            raise CdiffError(
+                f"{path} was saved with a pickle_protocol above 3, which PyTorch reads only by running what it holds: it was not "
+                "loaded; save the network's state_dict() again with torch.save as it is"
+            ) from None
         if "global" in str(error).lower() or "Can only" in str(error):
             raise CdiffError(
                 f"{path} holds more than tensors, and unpickling that could run any code: it was not loaded; "

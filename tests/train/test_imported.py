@@ -118,6 +118,10 @@ def test_the_implicit_ensemble_s_configuration() -> None:
     )
     assert (network.attention_depths, network.heads) == ((4,), 1)
     assert (config.data.framing, config.training.augment) == ("centre", False)
+    # Its loader does not read image_size: who set that to the 224 pixels it cuts has them cut all the same.
+    stated = Options.read("implicit-ensemble", {"image_size": 224, "channel_mult": "1,1,2,2,4,4"}, [])
+    config = stated.config(image_channels=4, step=0, intensity=Intensity())
+    assert (config.network.image_size, config.data.framing) == (224, "centre")
 
 
 def test_masks_are_coded_as_in_the_published_code(imported: dict[str, Imported]) -> None:

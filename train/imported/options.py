@@ -99,7 +99,7 @@ DEEPER_256 = (1, 1, 1, 2, 2, 4, 4)
 GROUPS, RRDB_CHANNELS, RRDB_GROWTH = 32, 64, 32
 """Fixed in both codes, and in the consensus code's RRDB."""
 BRATS_CROP = 224
-"""The implicit-ensemble code is run with image_size 256, but its loader cuts BraTS's 240 pixels to the central 224."""
+"""The implicit-ensemble code's loader cuts BraTS's 240 pixels to the central 224: with image_size 256, as in its README, or 224."""
 LARGEST_BETA = 0.8
 """Where the consensus code cuts its linear schedule, which 1000/T would take beyond 1 for fewer than 20 steps."""
 LONGEST = 300_000
@@ -211,7 +211,7 @@ class Options:
 
     @property
     def crops_brats(self) -> bool:
-        return self.source == IMPLICIT and self["image_size"] == 256
+        return self.source == IMPLICIT and self["image_size"] in (256, BRATS_CROP)
 
     def config(self, *, image_channels: int, step: int, intensity: Intensity, image_size: int | None = None) -> Config:
         """The configuration of ours. image_size: the side in pixels that the network is to see, unless given the code's own."""

@@ -164,6 +164,8 @@ def test_soft_label_networks_leave_their_table_of_annotators(tmp_path: Path) -> 
     done = import_checkpoint(soft.save(tmp_path / "soft"), tmp_path / "run")
     assert done.config.network.conditions == 1
     assert not load_run(done.path).network.denoiser.level_table.weight.any()
+    # With no_annotator_training besides, the published constructor makes no such table.
+    assert Options.read("consensus", args | {"no_annotator_training": True}, []).annotators == 0
 
 
 def test_prefixes_of_distributed_training_and_half_precision_tensors_are_read(

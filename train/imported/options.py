@@ -173,7 +173,9 @@ class Options:
     @property
     def annotators(self) -> int:
         """Rows of the checkpoint's label_emb; 0 when it has none."""
-        return 0 if self.variant in ("no-annotator", IMPLICIT) else int(self["number_of_annotators"])
+        if self.source == IMPLICIT or self["no_annotator_training"]:
+            return 0
+        return int(self["number_of_annotators"])
 
     @property
     def levels(self) -> int:

@@ -139,13 +139,15 @@ def check_parity(path: str, model: Subject, settings: Settings) -> dict[str, Any
 
 
 def check_published(path: str, model: Subject, settings: Settings) -> dict[str, Any]:
-    """The baseline of the published code."""
+    """The baseline of the published code: float32 as PyTorch is set, which is TF32 in convolutions, and a shorter look without TF32."""
     from cdiff.benchmarks.gpu_measure import flops, published
+    from cdiff.export.torch_chain import full_precision
 
-    return {
-        **published(model, model.images()["real"], settings.device, settings.seconds / 2),
-        "flop": flops(model)["protocol"],
-    }
+    image, flop = model.images()["real"], flops(model)["protocol"]
+    found = published(model, image, settings.device, settings.seconds / 2)
+    with full_precision():
+        exact = published(model, image, settings.device, 0.0)
+    return {**found, "flop": flop, "without_tf32": {**exact, "flop": flop}}
 
 
 def check_protocol(path: str, model: Subject, settings: Settings) -> dict[str, Any]:

@@ -75,7 +75,10 @@ def _protocol(checks: dict[str, Any], model: str) -> str:
     published = _done(checks, f"published:published:{model}")
     rate = checks.get("machine", {}).get("result", {}).get("matmul_flop_per_s", {}).get("float16")
     rows = []
-    for name, result in _of(checks, ("published", "protocol"), model):
+    measured = list(_of(checks, ("published", "protocol"), model))
+    if published and "without_tf32" in published:
+        measured.insert(1, (f"published:published:{model}", published["without_tf32"]))
+    for name, result in measured:
         own, steps = name.split(":")[1], result.get("step_seconds", {})
         batch = result.get("batch", 1)
         rows.append((

@@ -17,6 +17,28 @@ def test_the_page_says_what_float32_meant() -> None:
         assert f"encoder for each {said} | 2.00 | all of it |" in page
 
 
+def test_the_published_way_without_tf32_stands_beside_it() -> None:
+    """Twice as fast as the published way, five times as fast as the same without TF32; the target is of the first."""
+    shared = {"share": 1.0, "flop": 1.0, "peak_bytes": 0, "tf32_products": False}
+    exact = shared | {"seconds_a_slice": 10.0, "tf32_convolutions": False}
+    plain = shared | {"seconds_a_slice": 4.0, "tf32_convolutions": True, "without_tf32": exact}
+    own = {"seconds_a_slice": 2.0, "share": 1.0, "flop": 1.0, "peak_bytes": 0, "batch": 8, "sweep": {}}
+    checks = {
+        "published:published:paper": {"status": "done", "result": plain},
+        "protocol:graph:paper": {"status": "done", "result": own},
+    }
+    found = targets(checks, small=False)
+    assert [(one["found"], one["state"]) for one in found if "8 times" in one["target"]] == [
+        ("2.0 times (5.0 times it without TF32)", "missed")
+    ]
+    page = markdown({"settings": vars(CPU), "targets": found, "plan": [], "checks": checks})
+    lines = [line for line in page.splitlines() if "encoder for each" in line]
+    assert [
+        "(TF32 in convolutions) | 4.00 | all of it | 1.0 |" in lines[0],
+        "(no TF32) | 10.00 | all of it | 0.4 |" in lines[1],
+    ] == [True, True]
+
+
 def test_targets_are_met_missed_or_not_measured() -> None:
     def checks(maps: float, dice: float, seconds: float, host: float, four: float) -> dict[str, Any]:
         return {

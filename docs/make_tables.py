@@ -57,15 +57,18 @@ def markdown(header: list[str], rows: list[list[str]], words: int = 1) -> str:
 SOFT_UNET = "unet-soft"
 """The peer beside the shipped model."""
 MODEL_ROWS = (  # slices, method, result file, how its keys end
-    ("four marked", "cdiff, 25 runs x 100 steps", "lidc_testing_all_raters", ""),
     ("four marked", "cdiff `--fast`, 4 runs x 1 step", "lidc_testing_all_raters_fast", ""),
     ("four marked", "cdiff `--fast --levels vote`", "lidc_testing_all_raters_fast_vote", ""),
     ("four marked", "plain U-Net on the soft label", "unet_testing_all_raters", ""),
     ("four marked", "a radiologist against the other three", "lidc_testing_all_raters_fast", "_annotators"),
-    ("any marked", "cdiff, 25 runs x 100 steps", "lidc_testing_marked", ""),
     ("any marked", "cdiff `--fast`, 4 runs x 1 step", "lidc_testing_marked_fast", ""),
     ("any marked", "plain U-Net on the soft label", "unet_testing_marked", ""),
     ("any marked", "a radiologist against the other three", "lidc_testing_marked_fast", "_annotators"),
+    ("middle slices", "cdiff, 25 runs x 100 steps", "lidc_testing_middle", ""),
+    ("middle slices", "cdiff `--fast`, 4 runs x 1 step", "lidc_testing_middle_fast", ""),
+    ("middle slices", "cdiff `--fast --levels vote`", "lidc_testing_middle_fast_vote", ""),
+    ("middle slices", "plain U-Net on the soft label", "unet_testing_middle", ""),
+    ("middle slices", "a radiologist against the other three", "lidc_testing_middle_fast", "_annotators"),
 )
 
 
@@ -265,6 +268,8 @@ STEPS = {  # columns: what one step was compared with, on Validation
     "5 steps": "paired_steps_1_5",
     "all 100 (DDPM)": "paired_steps_1_all",
 }
+WHOLE = {"25 runs x 100 steps": "paired_middle_all"}
+"""What `--fast` was compared with on the middle slices of Testing."""
 
 
 def paired_table(corner: str, columns: Mapping[str, str], results: Path) -> str:
@@ -278,9 +283,11 @@ def paired_table(corner: str, columns: Mapping[str, str], results: Path) -> str:
 
 
 EACH = {
-    "four marked": "lidc_testing_all_raters_fast",
-    "four marked, `vote`": "lidc_testing_all_raters_fast_vote",
-    "any marked": "lidc_testing_marked_fast",
+    "Testing, four marked": "lidc_testing_all_raters_fast",
+    "Testing, four marked, `vote`": "lidc_testing_all_raters_fast_vote",
+    "Testing, any marked": "lidc_testing_marked_fast",
+    "Validation, four marked": "lidc_validation_all_raters_fast",
+    "Validation, four marked, `vote`": "lidc_validation_all_raters_fast_vote",
 }
 EACH_COLUMNS = {
     "dice_each": "cdiff `--fast`",
@@ -299,7 +306,7 @@ def each_table(results: Path) -> str:
             continue
         *each, between = (scores[key] for key in EACH_COLUMNS)
         rows.append([f"{words} ({scores['n_slices']})", *map(interval, each), difference(between)])
-    return markdown(["Dice with one reader, Testing", *EACH_COLUMNS.values()], rows)
+    return markdown(["Dice with one reader", *EACH_COLUMNS.values()], rows)
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
@@ -308,6 +315,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "speed": speed_table,
     "paired": lambda results: paired_table("cdiff - U-Net", PAIRED, results),
     "steps": lambda results: paired_table("1 step -", STEPS, results),
+    "whole": lambda results: paired_table("4 runs x 1 step -", WHOLE, results),
     "peers": peers_table,
     "peers-four": lambda results: peers_full_table(FOUR, results),
     "peers-any": lambda results: peers_full_table(ANY, results),

@@ -170,7 +170,7 @@ def test_a_result_reaches_the_model_table(tables: ModuleType, tmp_path: Path) ->
         "ged": score(0.25),
         "dice_per_level": [{"level": c, **score(0.9 - c / 10)} for c in (1, 2, 3, 4)],
     }
-    for name in ("lidc_testing_all_raters", "lidc_testing_all_raters_fast"):  # the readers' row comes from the second
+    for name in ("lidc_testing_middle", "lidc_testing_all_raters_fast"):  # the readers' row comes from the second
         (tmp_path / f"{name}.json").write_text(json.dumps(result))
     beside = {"peers": {"unet-soft": result | {"soft_dice_5": score(0.5)}}}
     (tmp_path / "unet_testing_all_raters.json").write_text(json.dumps(beside))
@@ -193,13 +193,14 @@ def test_the_reader_and_the_panel_stand_beside_the_model(tables: ModuleType, tmp
     (tmp_path / "lidc_testing_marked_fast.json").write_text(json.dumps(old))
     scores = {key: {"mean": m, "low": m - 0.125, "high": m + 0.125} for key, m in zip(tables.EACH_COLUMNS, (0.75, 0.5, 0.25), strict=True)}  # fmt: skip
     (tmp_path / "lidc_testing_all_raters_fast.json").write_text(json.dumps({"n_slices": 351} | scores))
-    four, vote, anybody = tables.each_table(tmp_path).splitlines()[2:]
+    four, vote, anybody, *validation = tables.each_table(tmp_path).splitlines()[2:]
     assert [cell.strip() for cell in four.split("|")[1:-1]] == [
-        "four marked (351)",
+        "Testing, four marked (351)",
         *("0.750 (0.625 - 0.875)", "0.500 (0.375 - 0.625)", "+0.250 (+0.125 to +0.375)"),
     ]
     assert tables.NOT_MEASURED in vote
     assert tables.NOT_MEASURED in anybody
+    assert [tables.NOT_MEASURED in row for row in validation] == [True, True]
 
 
 def test_the_peers_stand_best_first_and_all_have_a_row(tables: ModuleType, tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def _protocol(checks: dict[str, Any], model: str) -> str:
     rate = checks.get("machine", {}).get("result", {}).get("matmul_flop_per_s", {}).get("float16")
     rows = []
     measured = list(_of(checks, ("published", "protocol"), model))
-    if published and "without_tf32" in published:
+    if published and published.get("tf32_convolutions") and "without_tf32" in published:
         measured.insert(1, (f"published:published:{model}", published["without_tf32"]))
     for name, result in measured:
         own, steps = name.split(":")[1], result.get("step_seconds", {})

@@ -42,9 +42,8 @@ def _of(path: str, checks: dict[str, Any]) -> list[Target]:
     slices = _result(checks, "scaling", path, SHIPPED).get("seconds_a_slice", {})
     seconds, share = protocol.get("seconds_a_slice"), protocol.get("flop_per_s")
     faster = published["seconds_a_slice"] / seconds if published and seconds else None
-    exact = published.get("tf32_convolutions") and published.get(
-        "without_tf32"
-    )  # not what the target asks for: nobody runs the published code so unasked
+    # Told beside, not judged: nobody runs the published code without TF32 unasked.
+    exact = published.get("tf32_convolutions") and published.get("without_tf32")
     beside = f" ({exact['seconds_a_slice'] / seconds:.1f} times it without TF32)" if exact and seconds else ""
     of_peak = share / rate if share and rate else None
     linear = abs(slices["4"] / slices["1"] - 1) if slices else None

@@ -13,12 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cdiff import __version__
-from cdiff.runtime.cases import Case, read_case
+from cdiff.runtime.cases import Case, read_case, read_masks
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import sha256, write_json
 from cdiff.runtime.journal import Journal, fingerprint, finished_rows
 from cdiff.runtime.manifest import NAME as MANIFEST
 from cdiff.runtime.manifest import Manifest
+from cdiff.runtime.scan import read_scan
 from cdiff.runtime.scores import CaseTally, evenly, marked_slices
 from cdiff.runtime.summary import ROW_KEYS, Row, group_names, summarise
 
@@ -214,7 +215,8 @@ def _named(cases: list[str], most: int = 5) -> str:
 def _score(segmenter: Segmenter, job: _Job, protocol: Protocol, progress: Progress) -> Row:
     started = time.monotonic()
     manifest = segmenter.manifest
-    masks = read_case(job.case, manifest.slice_axis, manifest.image_channels)[1]
+    scan = read_scan(job.case.scan, channels=manifest.image_channels, slice_axis=manifest.slice_axis)
+    masks = read_masks(job.case, scan.grid)
     tally = CaseTally(masks, job.slices, manifest.levels, protocol.combine)
     pixels, runs = masks.shape[2] * masks.shape[3], segmenter.runs(protocol.runs, protocol.fast)
     chain: dict[str, Any] = {}
@@ -226,7 +228,7 @@ def _score(segmenter: Segmenter, job: _Job, protocol: Protocol, progress: Progre
             progress(int(1000 * (before + now * done / max(total, 1))), job.work)
 
         result = segmenter.segment(
-            job.case.scan,
+            scan,  # read once for all parts
             runs=protocol.runs,
             steps=protocol.steps,
             sampler=protocol.sampler,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.framing import Framing, Windows
 from cdiff.runtime.manifest import Manifest
 from cdiff.runtime.results import Float32
@@ -41,11 +42,16 @@ class Prepared:
     seconds: dict[str, float]
 
 
-def prepare(scan: ScanInput, manifest: Manifest, slices: Slices, slice_axis: int | None) -> Prepared:
-    """Read a scan for one model. The arguments, and the CdiffError for what cannot be read, are `Segmenter.segment`'s."""
+def prepare(scan: ScanInput | Scan, manifest: Manifest, slices: Slices, slice_axis: int | None) -> Prepared:
+    """Read a scan for one model. The arguments, and the CdiffError for what cannot be read, are `Segmenter.segment`'s.
+
+    What `read_scan` gave for this model is taken as it is; slice_axis is then read_scan's.
+    """
+    if isinstance(scan, Scan) and slice_axis is not None:
+        raise CdiffError("this scan was read already; give slice_axis to read_scan")
     clock = Clock()
     axis = manifest.slice_axis if slice_axis is None else slice_axis
-    read = read_scan(scan, channels=manifest.image_channels, slice_axis=axis)
+    read = scan if isinstance(scan, Scan) else read_scan(scan, channels=manifest.image_channels, slice_axis=axis)
     chosen = parse_slices(slices, len(read.slices))
     clock.lap("read")
     framing = Framing(manifest.framing, manifest.image_size, manifest.tile_overlap)  # type: ignore[arg-type]

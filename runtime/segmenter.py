@@ -29,7 +29,7 @@ from cdiff.runtime.prepared import Clock, Prepared, Slices, notes, prepare
 from cdiff.runtime.report import build_report, describe_input, meaning, volumes
 from cdiff.runtime.results import Result, Stack
 from cdiff.runtime.sampler import SamplerTable, sampler_table
-from cdiff.runtime.scan import ScanInput
+from cdiff.runtime.scan import Scan, ScanInput
 from cdiff.runtime.sharing import segment_shared
 from cdiff.runtime.sums import SliceResult
 from cdiff.runtime.variants import Variant
@@ -84,7 +84,7 @@ class Segmenter:
 
     def segment(
         self,
-        scan: ScanInput | Prepared,
+        scan: ScanInput | Scan | Prepared,
         *,
         runs: int | None = None,
         steps: int | None = None,
@@ -100,8 +100,8 @@ class Segmenter:
         progress: Callable[[int, int], None] | None = None,
     ) -> Result:
         """Segment a scan: a path (NIfTI, PNG), a NumPy array ([H, W], or three axes) or a nibabel NIfTI image; for a model of
-        several channels also a list of paths, one file a modality, in the order of its training. What `prepare` gave is
-        taken too; `slices` and `slice_axis` are then prepare's.
+        several channels also a list of paths, one file a modality, in the order of its training. What `read_scan` gave for this
+        model, cut along its axis, is taken too, and what `prepare` gave; `slices` and `slice_axis` are then prepare's.
 
         runs, steps, sampler: 25 runs of ddpm over all T steps unless given; with `fast`, what the bundle states for it.
         combine: "mean" over runs, or "vote", which rounds each map's mean over runs as the published code does; only for models
@@ -188,7 +188,7 @@ class Segmenter:
         )
         return Result(read.grid, read.slices, chosen, stack, read.name, report)
 
-    def prepare(self, scan: ScanInput, *, slices: Slices = None, slice_axis: int | None = None) -> Prepared:
+    def prepare(self, scan: ScanInput | Scan, *, slices: Slices = None, slice_axis: int | None = None) -> Prepared:
         """Read a scan and do all that does not need the engine, so that it can be done in another thread, for `segment` to take.
 
         The arguments and errors are `segment`'s.

@@ -12,7 +12,7 @@ import numpy as np
 from cdiff.runtime.cases import Case, read_case
 from cdiff.runtime.evaluate import Protocol, evaluate
 from cdiff.runtime.results import Stack
-from cdiff.runtime.scan import read_scan
+from cdiff.runtime.scan import Scan
 from cdiff.runtime.scores import true_levels
 from cdiff.runtime.segmenter import Segmenter
 
@@ -38,12 +38,13 @@ class KnownMaps:
             name="known", variant="consensus", levels=self.levels, slice_axis=2, image_channels=1
         )
 
-    def segment(self, scan: Path, *, slices: slice, keep_runs: bool, progress: Any, **chain: Any) -> Any:
+    def segment(self, scan: Scan, *, slices: slice, keep_runs: bool, progress: Any, **chain: Any) -> Any:
         if self.stop_after is not None and len(self.asked) >= self.stop_after:
             raise KeyboardInterrupt
         assert keep_runs
-        self.asked.append((scan.parent.name, slices))
-        masks = read_case(case_in(scan.parent))[1][slices]
+        folder = Path(scan.source).parent
+        self.asked.append((folder.name, slices))
+        masks = read_case(case_in(folder))[1][slices]
         levels = np.stack([true_levels(drawn, self.levels) for drawn in masks]).astype(np.float32)
         levels = np.roll(levels, self.shift, axis=-1)
         spread = np.random.default_rng(0).normal(0, self.noise, (1, 1, self.R, *levels.shape[2:]))
@@ -51,9 +52,8 @@ class KnownMaps:
         levels = (runs.mean(axis=2) / 255).astype(np.float32)
         progress(1, 2)
         report = {"runs": self.R, "steps": chain["steps"] or 5, "sampler": "ddim", "mirror": False}
-        grid = read_scan(scan).grid
         stack = Stack(levels, runs.mean(axis=1).std(axis=1).astype(np.float32) / 255, runs)
-        return SimpleNamespace(stack=stack, report=report, grid=grid)
+        return SimpleNamespace(stack=stack, report=report, grid=scan.grid)
 
     def runs(self, asked: int | None, fast: bool) -> int:
         return self.R

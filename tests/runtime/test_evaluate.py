@@ -12,6 +12,7 @@ import pytest
 from cdiff.runtime.cases import Case
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.evaluate import FORMAT, Protocol, choose_split, labelled_as_trained
+from cdiff.runtime.scan import Scan, read_scan
 from cdiff.runtime.scores import evenly, marked_slices
 from tests.runtime.known_maps import KnownMaps, case_in, run, without_seconds
 from tests.runtime.test_manifest import example
@@ -113,6 +114,22 @@ def test_a_sample_of_each_case(cases: list[Case], tmp_path: Path) -> None:
     assert [case["slices"] for case in two["cases"]] == [case["slices"][1::2] for case in whole["cases"]]
     with pytest.raises(CdiffError, match="slices_per_case 0"):
         run(segmenter, cases, Protocol(slices_per_case=0))
+
+
+def test_a_scan_is_read_once_for_all_its_parts(
+    cases: list[Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Path] = []
+
+    def counted(scan: Path, **options: int) -> Scan:
+        read.append(scan)
+        return read_scan(scan, **options)
+
+    monkeypatch.setattr("cdiff.runtime.evaluate.read_scan", counted)
+    segmenter = KnownMaps(tmp_path / "b", 3)
+    run(segmenter, cases, Protocol(slices_per_case=2))
+    assert len(segmenter.asked) == 2 * len(cases)
+    assert read == [case.image for case in cases]
 
 
 def test_a_gap_between_marked_slices_is_not_computed(cases: list[Case], tmp_path: Path) -> None:

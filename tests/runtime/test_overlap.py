@@ -15,6 +15,7 @@ from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.overlap import Outcome, overlapped
 from cdiff.runtime.prepared import Prepared
 from cdiff.runtime.results import Result
+from cdiff.runtime.scan import read_scan
 from cdiff.runtime.segmenter import Segmenter
 from tests.runtime.test_segmenter import QUICK, SIZE, C, make_bundle, saved, volume
 
@@ -203,6 +204,17 @@ def test_the_engine_works_on_one_scan_while_the_next_is_read(
     monkeypatch.setattr(Result, "save", noted_save)
     outcomes = list(segmenter.segment_many(paths, save_to=tmp_path / "maps", preview=False, **QUICK))
     assert [one.error for one in outcomes] == [None, None, None]
+
+
+def test_a_scan_that_was_read_is_taken_as_it_is(segmenter: Segmenter, tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.nii", volume(SIZE, SIZE, 3))
+    read, options = read_scan(path), {**QUICK, "slices": "1:3"}
+    given, named = segmenter.segment(read, **options), segmenter.segment(path, **options)
+    np.testing.assert_array_equal(given.levels, named.levels)
+    assert given.name == named.name
+    assert given.report["input"] == named.report["input"]
+    with pytest.raises(CdiffError, match="read already; give slice_axis to read_scan"):
+        segmenter.segment(read, slice_axis=1, **QUICK)
 
 
 def test_a_prepared_scan_has_its_slices_already(segmenter: Segmenter) -> None:

@@ -118,6 +118,21 @@ def test_memory_is_looked_at_apart_from_the_clock_and_without_leftovers(
     )
 
 
+def test_the_published_way_is_measured_as_pytorch_is_set_and_without_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+
+    def noted(*_: Any) -> dict[str, Any]:
+        seen.append(torch.backends.cudnn.allow_tf32)
+        return {"seconds_a_slice": float(len(seen))}
+
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr(gpu_measure, "published", noted)
+    found = gpu_checks.check_published("published", TINY, CPU)
+    assert seen == [True, False]
+    assert (found["seconds_a_slice"], found["without_tf32"]["seconds_a_slice"]) == (1.0, 2.0)
+    assert found["flop"] == found["without_tf32"]["flop"] > 0
+
+
 def test_a_protocol_in_part_is_extrapolated_and_says_so(engine: TorchChainEngine) -> None:
     image = TINY.images()["real"]
     whole = whole_protocol(engine, TINY, image, 4, seconds=1e9)

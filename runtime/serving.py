@@ -29,6 +29,7 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Load the bundle that lies beside model.py on the instance's device. Raises CdiffError, which Triton shows, when that cannot be."""
         self._triton: Any = importlib.import_module("triton_python_backend_utils")
+        _check_numpy(self._triton)
         config = json.loads(args["model_config"])
         given = {name: value.get("string_value", "") for name, value in config.get("parameters", {}).items()}
         gpu = args["model_instance_kind"] == "GPU"
@@ -52,7 +53,8 @@ class TritonPythonModel:
         try:
             maps = self._maps(request)
         except CdiffError as error:
-            return triton.InferenceResponse(output_tensors=[], error=triton.TritonError(str(error)))
+            told = triton.TritonError(str(error), triton.TritonError.INVALID_ARG)
+            return triton.InferenceResponse(output_tensors=[], error=told)
         return triton.InferenceResponse(output_tensors=[triton.Tensor(name, maps[name]) for name in OUTPUTS])
 
     def _maps(self, request: Any) -> dict[str, NDArray[np.float32]]:
@@ -92,3 +94,18 @@ class TritonPythonModel:
         if len(values) != 1:
             raise CdiffError(f"input {name!r} holds {len(values)} values, but must hold one whole number")
         return int(values[0])
+
+
+def _check_numpy(triton: Any) -> None:
+    """Raise CdiffError where the server's Python backend reads NumPy 2's arrays wrongly: images as zeros, maps as empty.
+
+    pybind11 before 2.12 takes an array's item size from where NumPy 1 had it. Such backends raise nothing, so a tensor that the
+    backend makes itself, as it makes those of a request, is read and compared.
+    """
+    sent = np.arange(1, 4, dtype=np.float32)
+    made = triton.Tensor.from_dlpack("probe", triton.Tensor("probe", sent))
+    if not np.array_equal(made.as_numpy(), sent):
+        raise CdiffError(
+            f"this server's Python backend was built for NumPy 1 and misreads the arrays of NumPy {np.__version__}: images would be "
+            "zeros and maps empty; use Triton Inference Server 24.11 or newer"
+        )

@@ -143,12 +143,37 @@ class Tensor:
     def as_numpy(self) -> np.ndarray:
         return self._values
 
+    @classmethod
+    def from_dlpack(cls, name: str, tensor: Tensor) -> Tensor:
+        return cls(name, tensor.as_numpy())
+
+
+class MisreadTensor(Tensor):
+    """What a backend built with pybind11 before 2.12 makes of NumPy 2's arrays: every item at the first one's place."""
+
+    @classmethod
+    def from_dlpack(cls, name: str, tensor: Tensor) -> Tensor:
+        return cls(name, np.zeros_like(tensor.as_numpy()))
+
+
+class TritonError:
+    INVALID_ARG = 3
+
+    def __init__(self, message: str, code: int) -> None:
+        self._message, self._code = message, code
+
+    def message(self) -> str:
+        return self._message
+
+    def code(self) -> int:
+        return self._code
+
 
 def stand_in() -> ModuleType:
     """A triton_python_backend_utils with the functions and classes that its documentation has and a model here uses."""
     module: Any = ModuleType("triton_python_backend_utils")
     module.Tensor = Tensor
-    module.TritonError = lambda message: SimpleNamespace(message=lambda: message)
+    module.TritonError = TritonError
 
     def response(output_tensors: list[Tensor], error: Any = None) -> Any:
         return SimpleNamespace(output_tensors=lambda: output_tensors, error=error)
@@ -215,9 +240,16 @@ def test_one_bad_request_costs_no_other(served: Any) -> None:
         said, ("no input 'image'", r"takes \[1, H, W\]", "NaN", "runs 0", "2 values"), strict=True
     ):
         assert re.search(words, message), message
+    assert {response.error.code() for response in responses[:-1]} == {TritonError.INVALID_ARG}, "the client's fault"
     assert responses[-1].error is None
     served.finalize()
     assert not hasattr(served, "segmenter")
+
+
+def test_a_server_that_misreads_arrays_loads_no_model(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["triton_python_backend_utils"], "Tensor", MisreadTensor)
+    with pytest.raises(CdiffError, match=r"built for NumPy 1 .* use Triton Inference Server 24.11 or newer"):
+        served.initialize({})
 
 
 def test_a_gpu_instance_asks_for_its_own_gpu(served: Any, repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ NAMES = {
     "eager16": "PyTorch float16 eager, encoder once",
     "compiled": "PyTorch float16, torch.compile with CUDA graphs",
     "graph": "cdiff, PyTorch float16, captured",
-    "graph-compiled": "cdiff, PyTorch float16, compiled and captured",
+    "graph-compiled": "cdiff, PyTorch float16, compiled, algorithms timed, captured",
     "onnxruntime": "cdiff, ONNX Runtime CUDA",
     "tensorrt": "cdiff, TensorRT",
     "tensorrt-rtx": "cdiff, TensorRT for RTX",

@@ -6,7 +6,8 @@ For GPUs without TensorRT, and as the baseline that an engine has to beat. Behin
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,13 +34,15 @@ class Options:
 
     half: convolutions and products in float16, GroupNorm's sums, the last convolution and the chain in float32; else all float32.
     channels_last: the memory order that half-precision convolutions want. capture: replay a step as a CUDA graph (on a GPU only).
-    compiled: the mode of `torch.compile` for denoiser and noise, or None for eager.
+    compiled: the mode of `torch.compile` for denoiser and noise, or None for eager. tuned: cuDNN times its algorithms for each convolution
+    at the first call and takes the fastest, where it else goes by its heuristics; another process may choose another, so the last bits differ.
     """
 
     half: bool = True
     channels_last: bool = True
     capture: bool = True
     compiled: str | None = None
+    tuned: bool = False
 
 
 class TorchChainEngine:
@@ -99,7 +102,8 @@ class TorchChainEngine:
 
     def features(self, image: Tensor) -> Tensor:
         """G(I) [S,L,H,W] in the engine's type."""
-        return self.encoder(image.to(self.dtype))
+        with algorithms_timed(self.options.tuned):
+            return self.encoder(image.to(self.dtype))
 
     def predict(
         self, x: Tensor, features: Tensor, slot: Tensor, t: Tensor, level: Tensor
@@ -108,8 +112,21 @@ class TorchChainEngine:
         own = features.index_select(0, slot).permute(0, 3, 1, 2)
         if not self.options.channels_last:
             own = own.contiguous()
-        found = self.graph.to_x0(self.network(x.to(self.dtype), own, t, level).float(), x, t)
+        with algorithms_timed(self.options.tuned):
+            out = self.network(x.to(self.dtype), own, t, level)
+        found = self.graph.to_x0(out.float(), x, t)
         return found if isinstance(found, tuple) else (found, None)
+
+
+@contextmanager
+def algorithms_timed(tuned: bool) -> Iterator[None]:
+    """Within the block cuDNN looks up, and where it must measures, its fastest algorithms; or goes by its heuristics."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = tuned
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def open_torch(bundle: Bundle, device: str = "cpu", options: Options | None = None) -> TorchChainEngine:

@@ -127,6 +127,28 @@ def test_what_a_capture_leaves_behind_does_not_reach_the_chain(sampler: str, mon
     assert captures == ["cpu"], "the second scan replays what the first one captured"
 
 
+@pytest.mark.parametrize("tuned", [True, False])
+def test_algorithms_are_timed_within_the_network_alone_and_only_if_asked(
+    tuned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", not tuned)  # whatever the program around has set
+    network = random_network(BASE)
+    engine = TorchChainEngine(network, SCHEDULE, "cpu", dataclasses.replace(EXACT, tuned=tuned))
+    seen: list[bool] = []
+    forward = torch.nn.Conv2d.forward
+
+    def watched(self: torch.nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+        seen.append(torch.backends.cudnn.benchmark)
+        return forward(self, x)
+
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", watched)
+    maps(engine, Framing("resize", (16, 16)).frame(slices(1)), "ddim")
+    convolutions = [sum(isinstance(m, torch.nn.Conv2d) for m in part.modules()) for part in (network.encoder, network)]
+    assert len(seen) > convolutions[1] > convolutions[0] > 0, "encoder and denoiser were watched"
+    assert set(seen) == {tuned}
+    assert torch.backends.cudnn.benchmark is not tuned, "the program's own setting is given back"
+
+
 def test_each_gpu_is_captured_on_a_stream_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """A double of `torch.cuda` whose streams know their GPU: a step is captured only where its own GPU's stream is the current one."""
     from contextlib import contextmanager

@@ -54,6 +54,12 @@ def markdown(header: list[str], rows: list[list[str]], words: int = 1) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def distance(scores: Scores) -> str:
+    """The energy distance with the number of the model's masks, which it depends on."""
+    return f"{mean(scores['ged'])} ({scores['ged_samples']['model']})"
+
+
+GED = "GED (samples)"
 SOFT_UNET = "unet-soft"
 """The peer beside the shipped model."""
 MODEL_ROWS = (  # slices, method, result file, how its keys end
@@ -75,7 +81,7 @@ MODEL_ROWS = (  # slices, method, result file, how its keys end
 def model_table(results: Path) -> str:
     """Scores on LIDC Testing: soft Dice at five and nine thresholds, Dice at each level, energy distance."""
     levels = range(1, 5)
-    header = ["Testing slices", "method", "soft Dice, 5", "soft Dice, 9", *[f"level {c}" for c in levels], "GED"]
+    header = ["Testing slices", "method", "soft Dice, 5", "soft Dice, 9", *[f"level {c}" for c in levels], GED]
     rows = []
     for slices, method, name, ending in MODEL_ROWS:
         scores = read_peer(name, SOFT_UNET, results) if name.startswith("unet_") else read(name, results)
@@ -90,7 +96,7 @@ def model_table(results: Path) -> str:
                 interval(scores.get(f"soft_dice_5{ending}")),
                 interval(scores.get(f"soft_dice_9{ending}")),
                 *[f"{by_level[c]['mean']:.3f}" if c in by_level else "-" for c in levels],
-                f"{scores['ged']['mean']:.3f}" if not ending and scores.get("ged") else "-",
+                distance(scores) if not ending and scores.get("ged") else "-",
             ]
         )
     return markdown(header, rows, words=2)
@@ -190,13 +196,13 @@ def scale_cells(peer: Scores) -> list[str]:
     dice = [interval(peer["soft_dice_5"]), interval(peer["soft_dice_9"])]
     return [
         *dice,
-        f"{mean(peer['ged'])} ({peer['ged_samples']['model']})",
+        distance(peer),
         mean(peer["ece_near"]),
         mean(peer["brier_near"]),
     ]
 
 
-SCALE = ["soft Dice, 5", "soft Dice, 9", "GED (samples)", "ECE near", "Brier near"]
+SCALE = ["soft Dice, 5", "soft Dice, 9", GED, "ECE near", "Brier near"]
 
 
 def peers_table(results: Path) -> str:

@@ -168,6 +168,7 @@ def test_a_result_reaches_the_model_table(tables: ModuleType, tmp_path: Path) ->
         "soft_dice_9": score(0.7),
         "soft_dice_5_annotators": score(0.7625),
         "ged": score(0.25),
+        "ged_samples": {"model": 16},
         "dice_per_level": [{"level": c, **score(0.9 - c / 10)} for c in (1, 2, 3, 4)],
     }
     for name in ("lidc_testing_middle", "lidc_testing_all_raters_fast"):  # the readers' row comes from the second
@@ -177,7 +178,7 @@ def test_a_result_reaches_the_model_table(tables: ModuleType, tmp_path: Path) ->
     rows = tables.model_table(tmp_path).splitlines()
     (own,) = [row for row in rows if "25 runs" in row and "351" in row]
     assert "0.812 (0.802 - 0.823)" in own
-    assert [cell.strip() for cell in own.split("|")][5:10] == ["0.800", "0.700", "0.600", "0.500", "0.250"]
+    assert [cell.strip() for cell in own.split("|")][5:10] == ["0.800", "0.700", "0.600", "0.500", "0.250 (16)"]
     (reader,) = [row for row in rows if "radiologist" in row and "351" in row]
     assert "0.762" in reader
     assert "0.800" not in reader

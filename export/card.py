@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,8 +66,9 @@ class Card:
         return cls(**values)
 
 
-def training_command(config: Config) -> str:
-    """The `cdiff train` line that gives this configuration: the nearest preset and what differs from it."""
+def training_command(config: Config, init: str = "") -> str:
+    """The `cdiff train` line that gives this configuration: the nearest preset and what differs from it; init: the run or bundle whose
+    weights it began with."""
     there = _flat(config.to_json())
     changes = {
         name: {key: value for key, value in there.items() if _flat(preset.to_json()).get(key) != value}
@@ -74,7 +76,8 @@ def training_command(config: Config) -> str:
     }
     nearest = min(changes, key=lambda name: len(changes[name]))
     settings = [f" --set {_shell(key, value)}" for key, value in changes[nearest].items()]
-    return f"cdiff train --data DIR --preset {nearest} --out RUN" + "".join(settings)
+    start = f" --init {shlex.quote(init)}" if init else ""
+    return f"cdiff train --data DIR --preset {nearest}{start} --out RUN" + "".join(settings)
 
 
 def render(card: Card, manifest: Manifest, config: Config) -> str:
@@ -110,7 +113,7 @@ def render(card: Card, manifest: Manifest, config: Config) -> str:
             }
         ),
         "## Data\n\n" + _paragraphs(card.data or _data_line(training), *card.credit),
-        f"## Training\n\n{_origin_line(training)}```\n{training_command(config)}\n```\n\n"
+        f"## Training\n\n{_origin_line(training)}```\n{training_command(config, training.get('init', {}).get('name', ''))}\n```\n\n"
         + _table(_training_rows(training)),
         "## Scores\n\n" + (_table(_flat_scores(manifest.scores)) if manifest.scores else "Not scored yet."),
         "## Exported graphs against PyTorch\n\n" + _table(_verification_rows(manifest.verification)),
@@ -145,13 +148,16 @@ def _data_line(training: dict[str, Any]) -> str:
 
 
 def _origin_line(training: dict[str, Any]) -> str:
-    """Where imported weights are from; the command below it then trains such a network here. Empty for a run of ours."""
+    """Where the first weights are from, and what the command below it then is. Empty for a run that drew its own."""
+    if start := training.get("init"):
+        return f"Began with the averaged weights of {start['name']}, sha256 {start['sha256']}, whose own training is not counted here:\n\n"
     origin = training.get("imported")
     if not origin:
         return ""
+    after = "then trained on here as by" if training.get("seconds") else "the same network is trained here by"
     return (
         f"Trained by https://github.com/{origin['repository']} ({origin['variant']}) and imported from {origin['file']}, sha256 "
-        f"{origin['sha256']}. The same network is trained here by\n\n"
+        f"{origin['sha256']}; {after}\n\n"
     )
 
 

@@ -24,6 +24,9 @@ from cdiff.runtime.schedule import NoiseSchedule
 from cdiff.train.config import Config
 from cdiff.train.network import ConsensusNet
 
+ORIGINS = ("imported", "init")
+"""Keys of checkpoint.json that say where a run's first weights came from, when they were not drawn."""
+
 
 @dataclass(frozen=True)
 class LoadedRun:

@@ -61,14 +61,16 @@ class Learner:
     def parameters(self) -> int:
         return sum(p.numel() for p in self.network.parameters())
 
-    def start_from(self, init: Path) -> None:
-        """Take the averaged weights of the last checkpoint of the run `init`, or those of the bundle `init`, as the first ones."""
+    def start_from(self, init: Path) -> Path:
+        """Take the averaged weights of the last checkpoint of the run `init`, or those of the bundle `init`, as the first ones; returns
+        their file."""
         folder = checkpoint_folder(init, "last")
         path = init / "model.safetensors" if folder is None else folder / "ema.safetensors"
         if not path.exists():
             raise CdiffError(f"{init} holds no weights to start from; give the folder of a training run or of a bundle")
         load_weights(self.network, read_tensors(path), path)
         self.ema = {name: value.detach().clone() for name, value in self.network.state_dict().items()}
+        return path
 
     def step(self, k: int, parts: Sequence[Rows], lr: float) -> tuple[float, float]:
         """Optimiser step k (from 0) on this process's parts of it, at the learning rate `lr`.

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.files import sha256
 from cdiff.train.checkpoint import checkpoint_folder, load_run
 from cdiff.train.config import Config
 from cdiff.train.data import read_data
@@ -199,6 +200,29 @@ def test_a_run_can_start_from_anothers_averaged_weights(tiny_run: Path, tiny_dat
     with pytest.raises(CdiffError, match="does not fit"):
         train(config.with_values({"base_channels": 16}), tiny_data, tmp_path / "third", init=tiny_run, quiet=True)
     assert not (tmp_path / "third").exists()
+
+
+@pytest.mark.parametrize("origin", ["init", "imported"])
+def test_where_the_first_weights_came_from_is_known_after_a_resume(
+    tiny_run: Path, tiny_data: Path, tmp_path: Path, origin: str
+) -> None:
+    config, run = preset("tiny").with_values({"steps": 2, "val_every": 1}), tmp_path / "run"
+    train(config, tiny_data, run, init=tiny_run if origin == "init" else None, max_steps=1, quiet=True)
+    folder = checkpoint_folder(run, "last")
+    assert folder is not None
+    info = json.loads((folder / "checkpoint.json").read_text())
+    if origin == "init":
+        weights_of_it = checkpoint_folder(tiny_run, "last")
+        assert weights_of_it is not None
+        digest = sha256(weights_of_it / "ema.safetensors")
+        assert info["init"] == {"name": tiny_run.name, "sha256": digest}
+    else:
+        assert not {"init", "imported"} & set(info)
+        info["imported"] = {"file": "ema.pt"}
+        (folder / "checkpoint.json").write_text(json.dumps(info))
+    train(config, tiny_data, run, resume=True, quiet=True)
+    after = load_run(run, "last").info
+    assert (after["step"], after[origin]) == (2, info[origin])
 
 
 def test_a_run_from_other_weights_resumes_with_them_after_a_kill_in_its_first_step(

@@ -259,6 +259,7 @@ PAIRED = {  # columns: what was compared with the U-Net, the output of `cdiff.be
     "four marked, `mean`": "paired_unet_mean",
     "four marked, `vote`": "paired_unet_vote",
     "any marked, `mean`": "paired_unet_marked",
+    "middle slices, 25 runs x 100 steps": "paired_unet_middle_all",
 }
 PAIRED_ROWS = {
     "soft_dice_5": "soft Dice, 5",

@@ -156,6 +156,23 @@ def test_pages_say_what_was_measured(tables: ModuleType) -> None:
         assert tables.filled(text) == text, f"{page.name} is out of date: run python docs/make_tables.py"
 
 
+def test_the_comparison_with_the_unet_claims_what_its_intervals_allow(tables: ModuleType) -> None:
+    found = {words: tables.read(name, tables.RESULTS)["all"] for words, name in tables.PAIRED.items()}
+    four, vote, anybody, whole = (found[words] for words in tables.PAIRED)
+
+    def differ(score: dict[str, float]) -> bool:
+        return score["low"] > 0 or score["high"] < 0
+
+    assert not any(differ(one["soft_dice_5"]) for one in (four, anybody))
+    assert [differ(one["dice_level_4"]) for one in (four, anybody, whole)] == [True, False, False]
+    assert not any(differ(one[f"dice_level_{c}"]) for one in (four, anybody) for c in (1, 2, 3))
+    assert differ(vote["soft_dice_5"])
+    assert differ(whole["soft_dice_5"])
+    page = (REPOSITORY / "docs" / "model.md").read_text(encoding="utf-8")
+    assert f"cdiff is {-whole['soft_dice_5']['mean']:.3f} behind on the middle slices" in page
+    assert "better on the level of all four where all four marked" in (REPOSITORY / "README.md").read_text("utf-8")
+
+
 def test_a_result_reaches_the_model_table(tables: ModuleType, tmp_path: Path) -> None:
     assert tables.NOT_MEASURED in tables.model_table(tmp_path)
 

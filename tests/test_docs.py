@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import nibabel as nib
+import numpy as np
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -291,3 +293,23 @@ def test_a_benchmark_reaches_the_speed_table(tables: ModuleType, tmp_path: Path)
 
 def rows_of(tables: ModuleType, results: Path) -> list[str]:
     return [line for line in tables.speed_table(results).splitlines() if line.startswith("|")]
+
+
+def test_the_model_page_describes_the_data_as_they_are(lidc: Path) -> None:
+    slices, areas, outside = [], [], 0
+    for case in (
+        case for folder in ("Training", "Validation", "Testing") for case in sorted((lidc / folder).iterdir())
+    ):
+        masks = [np.asarray(nib.load(path).dataobj) > 0 for path in case.glob("task01_seg*.nii.gz")]
+        union = np.any(masks, axis=0)
+        slices.append(union.shape[2])
+        areas += [area for area in np.count_nonzero(union, axis=(0, 1)) if area]
+        if case.parent.name == "Training":
+            union[32:96, 32:96] = False
+            outside += np.count_nonzero(union.any(axis=(0, 1)))
+    page = " ".join((REPOSITORY / "docs" / "model.md").read_text(encoding="utf-8").split())
+    share = np.mean(np.array(slices) <= 15)
+    assert f"{min(slices)} to {max(slices)} slices ({100 * share:.0f} % of them at most 15)" in page
+    small, usual, large = np.percentile(areas, [5, 50, 95])
+    assert f"the four masks' union covers {small:.0f}, {usual:.0f} and {large:.0f} pixels" in page
+    assert f"hold all four outlines on {100 * (1 - outside / 4497):.1f} % of the training slices" in page

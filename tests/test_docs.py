@@ -175,6 +175,17 @@ def test_the_comparison_with_the_unet_claims_what_its_intervals_allow(tables: Mo
     assert "better on the level of all four where all four marked" in (REPOSITORY / "README.md").read_text("utf-8")
 
 
+def test_the_hours_of_the_whole_protocol_are_those_of_its_sample(tables: ModuleType) -> None:
+    page = (REPOSITORY / "docs" / "model.md").read_text(encoding="utf-8")
+    sample, every = (
+        tables.read(name, tables.RESULTS) for name in ("lidc_testing_middle", "lidc_testing_all_raters_fast")
+    )
+    hours = sum(case["seconds"] for case in sample["cases"]) / 3600
+    words = {2: "two", 10: "ten"}
+    assert f"nearly {words[round(hours)]} hours on two cores" in page
+    assert f"two cores {words[round(hours * every['n_slices'] / sample['n_slices'])]} hours" in page
+
+
 def test_a_result_reaches_the_model_table(tables: ModuleType, tmp_path: Path) -> None:
     assert tables.NOT_MEASURED in tables.model_table(tmp_path)
 

@@ -186,6 +186,16 @@ def test_the_hours_of_the_whole_protocol_are_those_of_its_sample(tables: ModuleT
     assert f"two cores {words[round(hours * every['n_slices'] / sample['n_slices'])]} hours" in page
 
 
+def test_the_joins_are_those_of_the_shipped_graph() -> None:
+    import onnx
+
+    graph = onnx.load(REPOSITORY / "cdiff/models/lidc/denoiser.onnx").graph
+    joins = [
+        node for node in graph.node if node.op_type == "Concat" and node.attribute[0].i == 1
+    ]  # the others join sizes
+    assert f"The {len(joins)} joins" in (REPOSITORY / "docs" / "export.md").read_text(encoding="utf-8")
+
+
 def test_a_result_reaches_the_model_table(tables: ModuleType, tmp_path: Path) -> None:
     assert tables.NOT_MEASURED in tables.model_table(tmp_path)
 

@@ -196,6 +196,16 @@ def test_the_joins_are_those_of_the_shipped_graph() -> None:
     assert f"The {len(joins)} joins" in (REPOSITORY / "docs" / "export.md").read_text(encoding="utf-8")
 
 
+def test_what_mirroring_does_is_what_was_measured(tables: ModuleType) -> None:
+    found = tables.read("paired_mirror", tables.RESULTS)["all"]  # a: without, b: with it
+    dice, distance = found["soft_dice_5"], found["ged"]
+    page = (REPOSITORY / "docs" / "commands.md").read_text(encoding="utf-8")
+    assert f"{found['n_slices']} Validation slices: {dice['b']:.3f} with it, {dice['a']:.3f} without" in page
+    assert f"a little less ({distance['b']:.3f}, {distance['a']:.3f};" in page
+    assert dice["low"] < 0 < dice["high"]
+    assert distance["high"] < 0
+
+
 def test_a_result_reaches_the_model_table(tables: ModuleType, tmp_path: Path) -> None:
     assert tables.NOT_MEASURED in tables.model_table(tmp_path)
 

@@ -17,6 +17,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from cdiff.runtime.metrics import bootstrap_over_cases
+from cdiff.runtime.summary import group_names
 from tests.conftest import REPOSITORY
 
 PAGES = sorted([REPOSITORY / "README.md", REPOSITORY / "cdiff/demo/README.md", *(REPOSITORY / "docs").glob("*.md")])
@@ -204,6 +206,28 @@ def test_what_mirroring_does_is_what_was_measured(tables: ModuleType) -> None:
     assert f"a little less ({distance['b']:.3f}, {distance['a']:.3f};" in page
     assert dice["low"] < 0 < dice["high"]
     assert distance["high"] < 0
+
+
+def test_the_page_says_what_intervals_over_patients_would_be(tables: ModuleType) -> None:
+    page = " ".join((REPOSITORY / "docs" / "model.md").read_text(encoding="utf-8").split())
+    pattern = re.findall(r"Drawn by patient \(`--group \"(.+?)\"`\)", page)[0]
+    wider: dict[str, list[float]] = {"": [], "_annotators": []}
+    for name, count in (("all_raters_fast", 44), ("all_raters_fast_vote", 44), ("validation", 53)):
+        validation = name == "validation"
+        cases = tables.read(
+            "lidc_validation_all_raters_fast" if validation else f"lidc_testing_{name}", tables.RESULTS
+        )["cases"]
+        groups = group_names([case["case"] for case in cases], pattern)
+        assert groups is not None
+        assert len(set(groups)) == count
+        for ending, score in ((e, f"soft_dice_{n}{e}") for e in wider for n in (5, 9) if not validation):
+            values = [[row[score] for row in case["slices"]] for case in cases]
+            over_cases, over_patients = bootstrap_over_cases(values), bootstrap_over_cases(values, groups=groups)
+            assert None not in (over_cases.low, over_patients.low)
+            wider[ending].append((over_patients.high - over_patients.low) / (over_cases.high - over_cases.low) - 1)  # type: ignore[operator]
+    model, readers = ([f"{100 * edge:.0f}" for edge in (min(found), max(found))] for found in wider.values())
+    assert "Testing's 67 are of 44 patients, Validation's 77 of 53" in page
+    assert f"are {model[0]} to {model[1]} % wider, the readers' {readers[0]} to {readers[1]} %" in page
 
 
 def test_a_result_reaches_the_model_table(tables: ModuleType, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from cdiff.runtime.errors import CdiffError
 from cdiff.train.config import Config
 from cdiff.train.fabric import fabric_on
 from cdiff.train.learner import Learner
@@ -92,11 +93,19 @@ def _step(learner: Learner) -> None:
     learner.optimiser.zero_grad(set_to_none=True)
 
 
-def main(arguments: list[str]) -> None:
-    """`PRESET KEY=VALUE ...`: print the memory of its step as JSON, in bytes."""
-    config = preset(arguments[0]).with_settings(arguments[1:])
-    print(json.dumps({"preset": arguments[0], "settings": arguments[1:]} | asdict(step_memory(config))))
+def main(arguments: list[str]) -> int:
+    """`PRESET KEY=VALUE ...`: print the memory of its step as JSON, in bytes; returns 0, or 2 for something to mend."""
+    name, *settings = arguments or [""]
+    try:
+        config = preset(name).with_settings(settings)
+    except CdiffError as error:
+        print(
+            f"error: {error}\nusage: python -m cdiff.benchmarks.training_memory PRESET [KEY=VALUE ...]", file=sys.stderr
+        )
+        return 2
+    print(json.dumps({"preset": name, "settings": settings} | asdict(step_memory(config))))
+    return 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

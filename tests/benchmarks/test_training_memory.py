@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from cdiff.benchmarks.training_memory import Alive, step_memory
+from cdiff.benchmarks.training_memory import Alive, main, step_memory
 from cdiff.train.network import ConsensusNet
 from cdiff.train.presets import preset
 
@@ -37,3 +38,17 @@ def test_a_steps_memory_follows_what_is_kept() -> None:
     activations = plain.peak - plain.kept
     assert halves.peak - halves.kept < 0.7 * activations
     assert again.peak - again.kept < 0.7 * activations
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"), [([], "use one of"), (["--help"], "use one of"), (["tiny", "nonsense=1"], "nonsense")]
+)
+def test_what_is_wrong_with_the_command_is_said(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("error: ")
+    assert words in said.err
+    assert "usage: python -m cdiff.benchmarks.training_memory PRESET" in said.err

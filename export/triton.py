@@ -59,7 +59,7 @@ def write_repository(
 
 def config(bundle: Bundle, name: str, engine: str, device: str, instances: int) -> str:
     """config.pbtxt: a ModelConfig in protobuf's text form. No batching by the server: the rows of one slice fill the device."""
-    manifest = bundle.manifest
+    manifest, draws = bundle.manifest, bundle.manifest.draws
     inputs = [
         _tensor("image", "TYPE_FP32", (manifest.image_channels, -1, -1)),
         _tensor("seed", "TYPE_UINT64", (1,), optional=True),
@@ -81,7 +81,7 @@ input [
 {_joined(inputs)}
 ]
 
-# soft: fraction of annotators; levels: at least 1 .. {manifest.levels} annotators; uncertainty: entropy in bits, deviation over runs.
+# soft: {draws.soft}; levels: {draws.levels}, c = 1 .. {manifest.levels}; uncertainty: {draws.uncertainty}.
 output [
 {_joined(outputs)}
 ]

@@ -82,6 +82,25 @@ class Segmenter:
         """The number of runs that `segment` takes for these arguments."""
         return asked if asked is not None else int(self.manifest.fast.get("runs", RUNS)) if fast else RUNS
 
+    def sampling(
+        self,
+        runs: int | None = None,
+        steps: int | None = None,
+        sampler: str | None = None,
+        fast: bool = False,
+        seed: int = 0,
+    ) -> tuple[int, SamplerTable]:
+        """The runs and the table that `segment` takes for these arguments. Raises CdiffError for one that is out of range."""
+        if not 0 <= seed < 2**64:
+            raise CdiffError(f"seed {seed} is out of range; use a whole number from 0 to 2^64 - 1")
+        runs = self.runs(runs, fast)
+        if runs < 1:
+            raise CdiffError(f"runs {runs} is out of range; at least one is needed")
+        preset = self.manifest.fast if fast else {}
+        sampler = str(preset.get("sampler", SAMPLER)) if sampler is None else sampler
+        steps = int(preset.get("steps", self.manifest.T)) if steps is None else steps
+        return runs, sampler_table(sampler, self.manifest.noise_schedule, steps)
+
     def segment(
         self,
         scan: ScanInput | Scan | Prepared,
@@ -113,25 +132,16 @@ class Segmenter:
         Raises CdiffError for a scan that cannot be read faithfully, arguments out of range, and a network that does not
         return finite values.
         """
+        manifest, variant = self.manifest, self.manifest.draws
         if combine not in get_args(Combine):
             raise CdiffError(f"combine {combine!r} is not known; use 'mean' or 'vote'")
-        if not 0 <= seed < 2**64:
-            raise CdiffError(f"seed {seed} is out of range; use a whole number from 0 to 2^64 - 1")
-        manifest, variant = self.manifest, self.manifest.draws
         if combine == "vote" and not variant.votes:
             raise CdiffError(
                 f"'vote' rounds each map at one half, and a {variant.name} model draws a single one: the soft map would be the mask; "
                 "use 'mean'"
             )
-        preset = manifest.fast if fast else {}
-        runs = self.runs(runs, fast)
-        sampler = str(preset.get("sampler", SAMPLER)) if sampler is None else sampler
-        steps = int(preset.get("steps", manifest.T)) if steps is None else steps
-        if runs < 1:
-            raise CdiffError(f"runs {runs} is out of range; at least one is needed")
+        runs, table = self.sampling(runs, steps, sampler, fast, seed)
         mirror = manifest.mirror if mirror is None else mirror
-        table = sampler_table(sampler, manifest.noise_schedule, steps)
-
         if not isinstance(scan, Prepared):
             scan = self.prepare(scan, slices=slices, slice_axis=slice_axis)
         elif slices is not None or slice_axis is not None:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.prepared import Prepared
 from cdiff.runtime.results import entropy
 from cdiff.runtime.segmenter import Segmenter
 
@@ -23,22 +24,28 @@ INPUTS, OPTIONAL = ("image",), ("seed", "runs", "steps")
 OUTPUTS = ("soft", "levels", "uncertainty")
 
 
+class Cancelled(Exception):
+    """The client no longer waits for the answer."""
+
+
 class TritonPythonModel:
-    """The interface of Triton's Python backend. Parameters of config.pbtxt: `engine`, `sampler`, `fast` ("true" or "false"), `batch`."""
+    """The interface of Triton's Python backend. Parameters of config.pbtxt: `engine`, `sampler`, `fast`, `batch`; "" is as left out."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Load the bundle that lies beside model.py on the instance's device. Raises CdiffError, which Triton shows, when that cannot be."""
+        """Load the bundle that lies beside model.py on the instance's device. Raises CdiffError, which Triton shows, when that cannot be,
+        and for a parameter that no request could be answered with."""
         self._triton: Any = importlib.import_module("triton_python_backend_utils")
         _check_numpy(self._triton)
+        if (kind := args["model_instance_kind"]) not in ("GPU", "CPU"):
+            raise CdiffError(f"instance_group is of kind {kind!r}, which names no device; use KIND_GPU or KIND_CPU")
+        device = f"cuda:{int(args['model_instance_device_id'])}" if kind == "GPU" else "cpu"
         config = json.loads(args["model_config"])
         given = {name: value.get("string_value", "") for name, value in config.get("parameters", {}).items()}
-        gpu = args["model_instance_kind"] == "GPU"
-        device = f"cuda:{int(args['model_instance_device_id'])}" if gpu else "cpu"
-        bundle = Path(args["model_repository"]) / args["model_version"] / BUNDLE
-        self.segmenter = Segmenter.open(bundle, given.get("engine", "auto"), device)
+        self._fast, self._batch = _switch("fast", given.get("fast", "")), _count("batch", given.get("batch", ""))
         self._sampler = given.get("sampler") or None
-        self._fast = given.get("fast", "false") == "true"
-        self._batch = int(given["batch"]) if given.get("batch") else None
+        bundle = Path(args["model_repository"]) / args["model_version"] / BUNDLE
+        self.segmenter = Segmenter.open(bundle, given.get("engine") or "auto", device)
+        self.segmenter.sampling(sampler=self._sampler, fast=self._fast)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """A response for each request, in order; what is wrong with one of them is that one's error alone."""
@@ -51,34 +58,53 @@ class TritonPythonModel:
     def _answer(self, request: Any) -> Any:
         triton = self._triton
         try:
-            maps = self._maps(request)
+            prepared, asked = self._read(request)
         except CdiffError as error:
-            told = triton.TritonError(str(error), triton.TritonError.INVALID_ARG)
-            return triton.InferenceResponse(output_tensors=[], error=told)
+            return self._refusal(error, triton.TritonError.INVALID_ARG)
+        try:
+            maps = self._maps(request, prepared, asked)
+        except CdiffError as error:  # the engine's: the same request may do elsewhere, or later
+            return self._refusal(error, triton.TritonError.INTERNAL)
+        except Cancelled as error:
+            return self._refusal(error, triton.TritonError.CANCELLED)
         return triton.InferenceResponse(output_tensors=[triton.Tensor(name, maps[name]) for name in OUTPUTS])
 
-    def _maps(self, request: Any) -> dict[str, NDArray[np.float32]]:
-        """soft [H,W], levels [C,H,W] and uncertainty [2,H,W] (entropy in bits, deviation over runs) of image [channels,H,W]."""
+    def _refusal(self, error: Exception, code: int) -> Any:
+        return self._triton.InferenceResponse(output_tensors=[], error=self._triton.TritonError(str(error), code))
+
+    def _read(self, request: Any) -> tuple[Prepared, dict[str, int | None]]:
+        """The slice, ready for the engine, and the numbers that the request gives. Raises CdiffError for what is wrong with either."""
         image = self._tensor(request, "image")
         channels = self.segmenter.manifest.image_channels
         if image.ndim != 3 or image.shape[0] != channels:
             raise CdiffError(
                 f"image has the shape {list(image.shape)}; this model takes [{channels}, H, W], one slice as it was acquired"
             )
-        numbers = {name: self._number(request, name) for name in OPTIONAL}
+        asked = {name: self._number(request, name) for name in OPTIONAL}
+        self.segmenter.sampling(asked["runs"], asked["steps"], self._sampler, self._fast, asked["seed"] or 0)
         scan = image[0] if channels == 1 else np.moveaxis(image, 0, -1)
+        return self.segmenter.prepare(np.ascontiguousarray(scan)), asked
+
+    def _maps(self, request: Any, scan: Prepared, asked: dict[str, int | None]) -> dict[str, NDArray[np.float32]]:
+        """soft [H,W], levels [C,H,W] and uncertainty [2,H,W] of one slice. Raises Cancelled when nobody waits for them any more."""
+
+        def progress(done: int, total: int) -> None:
+            if request.is_cancelled():
+                raise Cancelled("the request was cancelled by its client")
+
         result = self.segmenter.segment(
-            np.ascontiguousarray(scan),
-            runs=numbers["runs"],
-            steps=numbers["steps"],
+            scan,
+            runs=asked["runs"],
+            steps=asked["steps"],
             sampler=self._sampler,
             fast=self._fast,
-            seed=numbers["seed"] or 0,
+            seed=asked["seed"] or 0,
             batch=self._batch,
+            progress=progress,
         )
         stack = result.stack
         soft = stack.soft[0]
-        return {"soft": soft, "levels": stack.levels[0], "uncertainty": np.stack([entropy(soft), stack.run_std[0]])}
+        return {"soft": soft, "levels": stack.levels[0], "uncertainty": np.stack([entropy(soft), stack.spread[0]])}
 
     def _tensor(self, request: Any, name: str) -> NDArray[Any]:
         tensor = self._triton.get_input_tensor_by_name(request, name)
@@ -94,6 +120,22 @@ class TritonPythonModel:
         if len(values) != 1:
             raise CdiffError(f"input {name!r} holds {len(values)} values, but must hold one whole number")
         return int(values[0])
+
+
+def _switch(name: str, given: str) -> bool:
+    """A parameter that is on or off. Raises CdiffError for any word but true and false."""
+    if (word := given.strip().lower()) not in ("true", "false", ""):
+        raise CdiffError(f'the parameter {name} of config.pbtxt is {given!r}; use "true" or "false"')
+    return word == "true"
+
+
+def _count(name: str, given: str) -> int | None:
+    """A parameter that is a whole number of at least one, or left out. Raises CdiffError for anything else."""
+    if not given.strip():
+        return None
+    if not given.strip().isdecimal() or int(given) < 1:
+        raise CdiffError(f"the parameter {name} of config.pbtxt is {given!r}; use a whole number of at least 1")
+    return int(given)
 
 
 def _check_numpy(triton: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 import sys
 from pathlib import Path
@@ -19,8 +18,10 @@ import cdiff
 from cdiff.cli.app import app
 from cdiff.export.triton import write_repository
 from cdiff.runtime.bundle import open_bundle
+from cdiff.runtime.device.cuda import OutOfMemory
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.results import entropy
+from tests.runtime.test_segmenter import make_bundle
 
 STRING, INT32, INT64, BOOL, MESSAGE, ENUM = 9, 5, 3, 8, 11, 14
 
@@ -156,16 +157,26 @@ class MisreadTensor(Tensor):
         return cls(name, np.zeros_like(tensor.as_numpy()))
 
 
-class TritonError:
-    INVALID_ARG = 3
+class Request(dict[str, np.ndarray]):
+    """A request's inputs, and whether its client has gone: from the `patience`-th question on."""
 
-    def __init__(self, message: str, code: int) -> None:
+    patience = float("inf")
+
+    def is_cancelled(self) -> bool:
+        self.patience -= 1
+        return self.patience < 0
+
+
+class TritonError:
+    INVALID_ARG, INTERNAL, CANCELLED = "invalid", "internal", "cancelled"
+
+    def __init__(self, message: str, code: str) -> None:
         self._message, self._code = message, code
 
     def message(self) -> str:
         return self._message
 
-    def code(self) -> int:
+    def code(self) -> str:
         return self._code
 
 
@@ -178,16 +189,32 @@ def stand_in() -> ModuleType:
     def response(output_tensors: list[Tensor], error: Any = None) -> Any:
         return SimpleNamespace(output_tensors=lambda: output_tensors, error=error)
 
-    def find(request: dict[str, np.ndarray], name: str) -> Tensor | None:
+    def find(request: Request, name: str) -> Tensor | None:
         return Tensor(name, request[name]) if name in request else None
 
     module.InferenceResponse, module.get_input_tensor_by_name = response, find
     return module
 
 
+def arguments(repository: Path, kind: str = "CPU", **parameters: str) -> dict[str, str]:
+    """What the server gives `initialize`, with some of the parameters in config.pbtxt changed."""
+    config = read_config(repository)
+    for name, value in parameters.items():
+        config.parameters[name].string_value = value
+    return {
+        "model_config": json_format.MessageToJson(config, preserving_proto_field_name=True), "model_instance_kind": kind,
+        "model_instance_device_id": "0", "model_repository": str(repository), "model_version": "1",
+        "model_name": repository.name, "model_instance_name": f"{repository.name}_0",
+    }  # fmt: skip
+
+
 @pytest.fixture
 def served(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The repository's own model.py, loaded and initialised as the server does."""
+    return load(repository, monkeypatch)
+
+
+def load(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", stand_in())
     spec = importlib.util.spec_from_file_location("model", repository / "1" / "model.py")
     assert spec is not None
@@ -195,22 +222,18 @@ def served(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     model = module.TritonPythonModel()
-    model.initialize({
-        "model_config": json_format.MessageToJson(read_config(repository), preserving_proto_field_name=True),
-        "model_instance_kind": "CPU", "model_instance_device_id": "0", "model_repository": str(repository),
-        "model_version": "1", "model_name": "tiny", "model_instance_name": "tiny_0",
-    })  # fmt: skip
+    model.initialize(arguments(repository))
     return model
 
 
 def test_a_request_is_a_slice(served: Any, tiny_bundle: Path) -> None:
     image = np.random.default_rng(3).uniform(0, 200, (1, 40, 30)).astype(np.float32)
-    request = {
-        "image": image,
-        "seed": np.array([2**64 - 1], np.uint64),
-        "runs": np.array([2], np.int32),
-        "steps": np.array([5], np.int32),
-    }
+    request = Request(
+        image=image,
+        seed=np.array([2**64 - 1], np.uint64),
+        runs=np.array([2], np.int32),
+        steps=np.array([5], np.int32),
+    )
     (response,) = served.execute([request])
     assert response.error is None
     found = {tensor.name(): tensor.as_numpy() for tensor in response.output_tensors()}
@@ -222,28 +245,90 @@ def test_a_request_is_a_slice(served: Any, tiny_bundle: Path) -> None:
 
 
 def test_one_bad_request_costs_no_other(served: Any) -> None:
-    good = {
-        "image": np.zeros((1, 32, 32), np.float32),
-        "runs": np.array([1], np.int32),
-        "steps": np.array([1], np.int32),
-    }
+    one = np.array([1], np.int32)
+    good = Request(image=np.zeros((1, 32, 32), np.float32), runs=one, steps=one)
     bad = [
-        {},
-        {"image": np.zeros((3, 32, 32), np.float32)},
-        {**good, "image": np.full((1, 32, 32), np.nan, np.float32)},
-        {**good, "runs": np.array([0], np.int32)},
-        {**good, "seed": np.array([1, 2], np.uint64)},
+        Request(),
+        Request(image=np.zeros((3, 32, 32), np.float32)),
+        Request({**good, "image": np.full((1, 32, 32), np.nan, np.float32)}),
+        Request({**good, "runs": np.array([0], np.int32)}),
+        Request({**good, "steps": np.array([1001], np.int32)}),
+        Request({**good, "seed": np.array([1, 2], np.uint64)}),
     ]
     responses = served.execute([*bad, good])
     said = [response.error.message() for response in responses[:-1]]
-    for message, words in zip(
-        said, ("no input 'image'", r"takes \[1, H, W\]", "NaN", "runs 0", "2 values"), strict=True
-    ):
+    expected = ("no input 'image'", r"takes \[1, H, W\]", "NaN", "runs 0", "1001 steps", "2 values")
+    for message, words in zip(said, expected, strict=True):
         assert re.search(words, message), message
     assert {response.error.code() for response in responses[:-1]} == {TritonError.INVALID_ARG}, "the client's fault"
     assert responses[-1].error is None
     served.finalize()
     assert not hasattr(served, "segmenter")
+
+
+def test_what_is_wrong_with_the_engine_is_not_the_clients_fault(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OutOfMemory("the GPU is out of memory")
+
+    monkeypatch.setattr(served.segmenter, "segment", refuse)
+    (response,) = served.execute([Request(image=np.zeros((1, 32, 32), np.float32))])
+    assert (response.error.message(), response.error.code()) == ("the GPU is out of memory", TritonError.INTERNAL)
+
+
+def test_a_request_whose_client_has_gone_is_not_finished(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    denoise = type(served.segmenter.engine.bind(1, 1)).run
+    monkeypatch.setattr(
+        type(served.segmenter.engine.bind(1, 1)), "run", lambda *args: calls.append(1) or denoise(*args)
+    )
+    image = np.random.default_rng(5).uniform(0, 200, (1, 16, 16)).astype(np.float32)
+    left = Request(image=image, runs=np.array([1], np.int32), steps=np.array([5], np.int32))
+    left.patience = 2
+    stays = Request(left)
+    gone, answered = served.execute([left, stays])
+    assert gone.error.code() == TritonError.CANCELLED
+    assert len(calls) == 3 + 5, "three steps, of which the third found the client gone, and all five of the other"
+    expected = cdiff.load(served.segmenter.bundle.path).segment(image[0], runs=1, steps=5)
+    np.testing.assert_array_equal(answered.output_tensors()[0].as_numpy(), expected.soft)
+
+
+@pytest.mark.parametrize("variant", ["implicit-ensemble", "annotator"])
+def test_the_uncertainty_is_the_variants(variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = make_bundle(tmp_path / "bundle", variant=variant)
+    repository = write_repository(open_bundle(bundle), tmp_path / "models", name="a", device="cpu")
+    image = np.random.default_rng(6).uniform(0, 200, (1, 16, 16)).astype(np.float32)
+    request = Request(image=image, runs=np.array([3], np.int32), steps=np.array([2], np.int32))
+    (response,) = load(repository, monkeypatch).execute([request])
+    expected = cdiff.load(bundle).segment(image[0], runs=3, steps=2)
+    for tensor, maps in zip(response.output_tensors()[1:], (expected.levels, expected.uncertainty), strict=True):
+        np.testing.assert_array_equal(tensor.as_numpy(), np.moveaxis(maps, -1, 0))
+    assert open_bundle(bundle).manifest.draws.uncertainty in (repository / "config.pbtxt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("parameters", "said"),
+    [
+        ({"fast": "yes"}, 'fast of config.pbtxt is \'yes\'; use "true" or "false"'),
+        ({"batch": "x"}, "batch of config.pbtxt is 'x'; use a whole number"),
+        ({"batch": "0"}, "batch of config.pbtxt is '0'; use a whole number"),
+        ({"sampler": "foo"}, "sampler 'foo' is not known"),
+        ({"engine": "nonsense"}, "engine 'nonsense' is not known"),
+        ({"kind": "MODEL"}, "use KIND_GPU or KIND_CPU"),
+    ],
+    ids=lambda value: next(iter(value.values())) if isinstance(value, dict) else "",
+)
+def test_a_wrong_parameter_is_told_when_the_model_loads(
+    served: Any, repository: Path, parameters: dict[str, str], said: str
+) -> None:
+    with pytest.raises(CdiffError, match=re.escape(said)):
+        served.initialize(arguments(repository, **parameters))
+
+
+def test_empty_parameters_are_as_left_out_and_true_may_be_capital(served: Any, repository: Path) -> None:
+    served.initialize(arguments(repository, engine="", sampler="", fast="True", batch=" "))
+    (response,) = served.execute([Request(image=np.eye(16, dtype=np.float32)[None])])
+    expected = cdiff.load(repository / "1" / "bundle").segment(np.eye(16, dtype=np.float32), fast=True)
+    np.testing.assert_array_equal(response.output_tensors()[0].as_numpy(), expected.soft)
 
 
 def test_a_server_that_misreads_arrays_loads_no_model(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,11 +339,13 @@ def test_a_server_that_misreads_arrays_loads_no_model(served: Any, monkeypatch: 
 
 def test_a_gpu_instance_asks_for_its_own_gpu(served: Any, repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr("cdiff.runtime.serving.Segmenter.open", lambda *arguments: asked.append(arguments))
-    served.initialize({
-        "model_config": json.dumps({"parameters": {"engine": {"string_value": "tensorrt"}}}), "model_instance_kind": "GPU",
-        "model_instance_device_id": "3", "model_repository": str(repository), "model_version": "1",
-    })  # fmt: skip
+
+    def opened(*arguments: Any) -> Any:
+        asked.append(arguments)
+        return SimpleNamespace(sampling=lambda **_: None)
+
+    monkeypatch.setattr("cdiff.runtime.serving.Segmenter.open", opened)
+    served.initialize({**arguments(repository, "GPU", engine="tensorrt"), "model_instance_device_id": "3"})
     assert asked == [(repository / "1" / "bundle", "tensorrt", "cuda:3")]
 
 

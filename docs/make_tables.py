@@ -169,7 +169,7 @@ PEERS = {  # as in `cdiff.benchmarks.peers`
     "unet-dropout": "U-Net, MC dropout",
     "unet-probabilistic": "probabilistic U-Net (Kohl et al.)",
 }
-FOUR, ANY = "peers_testing_all_raters", "peers_testing_marked"
+FOUR, ANY, SECOND = "peers_testing_all_raters", "peers_testing_marked", "peers_testing_all_raters_seed_1"
 
 
 def best_first(result: str, results: Path) -> list[tuple[str, Scores | None]]:
@@ -238,6 +238,22 @@ def peers_full_table(result: str, results: Path) -> str:
             ]
         )
     return markdown(header, [*rows, *reader_row(result, results, len(header))])
+
+
+SEEDED = {"soft_dice_5": "soft Dice, 5", "ged": "GED", "ece_near": "ECE near"}
+
+
+def seeds_table(results: Path) -> str:
+    """The peers that were trained a second time, with another seed: each score of both trainings, and how far apart these are."""
+    header = ["peer", *[f"{words}, {which}" for words in SEEDED.values() for which in ("first", "second", "apart")]]
+    rows = []
+    for words, first in best_first(FOUR, results):
+        second = read_peer(SECOND, next(name for name, one in PEERS.items() if one == words), results)
+        if first is None or second is None:
+            continue
+        pairs = [(first[key]["mean"], second[key]["mean"]) for key in SEEDED]
+        rows.append([words, *[cell for a, b in pairs for cell in (f"{a:.3f}", f"{b:.3f}", f"{abs(a - b):.3f}")]])
+    return markdown(header, rows or [unmeasured([*header, ""])])
 
 
 def unmeasured(header: list[str]) -> list[str]:
@@ -326,6 +342,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "peers": peers_table,
     "peers-four": lambda results: peers_full_table(FOUR, results),
     "peers-any": lambda results: peers_full_table(ANY, results),
+    "seeds": seeds_table,
 }
 
 

@@ -321,6 +321,14 @@ def test_the_peers_stand_best_first_and_all_have_a_row(tables: ModuleType, tmp_p
     assert cells[5:] == ["0.900", "0.800", "0.700", "0.600", "1.98", "123", "60", "0.12"]
     assert all(tables.NOT_MEASURED in row for row in tables.TABLES["peers-any"](tmp_path).splitlines()[2:])
 
+    assert tables.NOT_MEASURED in tables.TABLES["seeds"](tmp_path)
+    again = {"peers": {"consensus": peer(0.625, 1.0, steps=5), "unet-heads": peer(0.5, 1.0)}}
+    (tmp_path / "peers_testing_all_raters_seed_1.json").write_text(json.dumps(again))
+    twice = tables.TABLES["seeds"](tmp_path).splitlines()[2:]
+    assert [row.split("|")[1].strip() for row in twice] == [heads, consensus], "those that were trained twice alone"
+    assert [cell.strip() for cell in twice[0].split("|")[2:6]] == ["0.750", "0.500", "0.250", "0.250"]
+    assert {row.count("|") for row in tables.TABLES["seeds"](tmp_path).splitlines()} == {11}
+
 
 def test_a_benchmark_reaches_the_speed_table(tables: ModuleType, tmp_path: Path) -> None:
     assert tables.NOT_MEASURED in tables.speed_table(tmp_path)

@@ -343,3 +343,13 @@ def test_normalisation_of_the_training_images(tmp_path: Path) -> None:
         import_checkpoint(path, tmp_path / "third", mean=(1.0, 2.0), std=(1.0, 1.0))
     with pytest.raises(CdiffError, match="no \\*/image"):
         import_checkpoint(path, tmp_path / "third", images=tmp_path)
+    for name, depth in (("a", 7), ("b", 5)):  # volumes, whose last axis is no channel
+        (tmp_path / "volumes" / name).mkdir(parents=True)
+        nib.save(nib.Nifti1Image(arrays[0][:, :, [0] * depth], np.eye(4)), tmp_path / "volumes" / name / "image.nii.gz")
+        message = (
+            "have 7 channels, as their last axis is read"
+            if name == "a"
+            else "last axis, .* has 5 or 7; .*--mean and --std"
+        )
+        with pytest.raises(CdiffError, match=message):
+            import_checkpoint(path, tmp_path / "third", images=tmp_path / "volumes")

@@ -66,7 +66,10 @@ def import_checkpoint(
     channels = _image_channels(theirs, options)
     intensity = intensity_of(source, mean, std, images)
     if len(intensity.mean) not in (0, 1, channels):
-        raise CdiffError(f"{len(intensity.mean)} means are given, and the network takes {channels} channels")
+        given = f"{len(intensity.mean)} means are given"
+        if images is not None:
+            given = f"the images in {images} have {len(intensity.mean)} channels, as their last axis is read"
+        raise CdiffError(f"{given}, and the network takes {channels}")
     config = options.config(image_channels=channels, step=step, intensity=intensity, image_size=image_size)
     _ = config.schedule  # a schedule that cannot be is an error before anything is written
     with torch.device("meta"):

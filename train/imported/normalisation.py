@@ -48,6 +48,9 @@ def training_statistics(images: Path) -> dict[str, tuple[float, ...]]:
         values = values.reshape(*values.shape[:2], -1)
         means.append(values.mean(axis=(0, 1)))
         stds.append(values.std(axis=(0, 1)))
-    if len({len(mean) for mean in means}) > 1:
-        raise CdiffError(f"the images in {images} differ in channels; keep one kind there")
+    if len(channels := sorted({len(mean) for mean in means})) > 1:
+        raise CdiffError(
+            f"the images in {images} differ in channels: their last axis, read as the channels of a slice as in the published code, has "
+            f"{' or '.join(map(str, channels))}; keep one kind there, or for volumes give --mean and --std"
+        )
     return {"mean": tuple(np.mean(means, axis=0).tolist()), "std": tuple(np.mean(stds, axis=0).tolist())}

@@ -10,6 +10,7 @@ import collections
 import copy
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from cdiff.export.verify import SEED
 from cdiff.runtime.batching import segment_windows
 from cdiff.runtime.engines.base import Float32
 from cdiff.runtime.engines.onnxruntime import OnnxRuntimeEngine
+from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import write_json
 from cdiff.runtime.framing import Framing
 from cdiff.runtime.sampler import sampler_table
@@ -283,17 +285,30 @@ def _new(folder: Path) -> Path:
     return Path(tempfile.mkdtemp(dir=folder))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns 0, or 2 for something to mend."""
+    parser = argparse.ArgumentParser(
+        prog="python -m cdiff.benchmarks.export_choices", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--run", type=Path, help="a training run; without it the preset lidc with random weights")
     parser.add_argument("--json", type=Path, help="where to write the results")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
+    try:
+        measure(arguments.run, arguments.json)
+    except CdiffError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def measure(run: Path | None, json_file: Path | None) -> None:
+    """Print what was measured, and write it to `json_file`. Raises CdiffError for a `run` that cannot be read."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    if arguments.run:
-        loaded = load_run(arguments.run)
+    if run:
+        loaded = load_run(run)
         network, schedule, weights = loaded.network, loaded.schedule, f"trained, step {loaded.info['step']}"
-        with np.load(arguments.run / "samples.npz") as samples:
+        with np.load(run / "samples.npz") as samples:
             image = np.asarray(samples["images"][:2], np.float32)
     else:
         config = preset("lidc")
@@ -315,10 +330,10 @@ def main() -> None:
             "speed": speed(network, schedule, image, Path(folder)),
             "precision": precision(network, schedule, image, Path(folder)),
         }
-    if arguments.json:
-        write_json(arguments.json, result)
+    if json_file:
+        write_json(json_file, result)
     print(json.dumps(result, indent=2))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

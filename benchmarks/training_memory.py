@@ -8,6 +8,7 @@ the allocator's gaps, CUDA's own share, and AdamW's temporary copies on a GPU (u
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import weakref
@@ -23,7 +24,7 @@ from cdiff.runtime.errors import CdiffError
 from cdiff.train.config import Config
 from cdiff.train.fabric import fabric_on
 from cdiff.train.learner import Learner
-from cdiff.train.presets import preset
+from cdiff.train.presets import PRESETS, preset
 from cdiff.train.rows import Rows, parts_of
 
 
@@ -93,19 +94,22 @@ def _step(learner: Learner) -> None:
     learner.optimiser.zero_grad(set_to_none=True)
 
 
-def main(arguments: list[str]) -> int:
-    """`PRESET KEY=VALUE ...`: print the memory of its step as JSON, in bytes; returns 0, or 2 for something to mend."""
-    name, *settings = arguments or [""]
+def main(argv: list[str] | None = None) -> int:
+    """The command line: print the memory of a step as JSON, in bytes. Returns 0, or 2 for something to mend."""
+    parser = argparse.ArgumentParser(
+        prog="python -m cdiff.benchmarks.training_memory", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("preset", metavar="PRESET", help=", ".join(PRESETS))
+    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="change one value of it, as cdiff train --set")
+    options = parser.parse_args(argv)
     try:
-        config = preset(name).with_settings(settings)
+        config = preset(options.preset).with_settings(options.settings)
     except CdiffError as error:
-        print(
-            f"error: {error}\nusage: python -m cdiff.benchmarks.training_memory PRESET [KEY=VALUE ...]", file=sys.stderr
-        )
+        print(f"error: {error}", file=sys.stderr)
         return 2
-    print(json.dumps({"preset": name, "settings": settings} | asdict(step_memory(config))))
+    print(json.dumps({"preset": options.preset, "settings": options.settings} | asdict(step_memory(config))))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

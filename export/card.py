@@ -66,9 +66,8 @@ class Card:
         return cls(**values)
 
 
-def training_command(config: Config, init: str = "") -> str:
-    """The `cdiff train` line that gives this configuration: the nearest preset and what differs from it; init: the run or bundle whose
-    weights it began with."""
+def training_command(config: Config) -> str:
+    """The `cdiff train` line that gives this configuration: the nearest preset and what differs from it."""
     there = _flat(config.to_json())
     changes = {
         name: {key: value for key, value in there.items() if _flat(preset.to_json()).get(key) != value}
@@ -76,8 +75,7 @@ def training_command(config: Config, init: str = "") -> str:
     }
     nearest = min(changes, key=lambda name: len(changes[name]))
     settings = [f" --set {_shell(key, value)}" for key, value in changes[nearest].items()]
-    start = f" --init {shlex.quote(init)}" if init else ""
-    return f"cdiff train --data DIR --preset {nearest}{start} --out RUN" + "".join(settings)
+    return f"cdiff train --data DIR --preset {nearest} --out RUN" + "".join(settings)
 
 
 def render(card: Card, manifest: Manifest, config: Config) -> str:
@@ -113,7 +111,7 @@ def render(card: Card, manifest: Manifest, config: Config) -> str:
             }
         ),
         "## Data\n\n" + _paragraphs(card.data or _data_line(training), *card.credit),
-        f"## Training\n\n{_origin_line(training)}```\n{training_command(config, training.get('init', {}).get('name', ''))}\n```\n\n"
+        f"## Training\n\n{_origin_line(training)}```\n{training_command(config)}{_init_option(training)}\n```\n\n"
         + _table(_training_rows(training)),
         "## Scores\n\n" + (_table(_flat_scores(manifest.scores)) if manifest.scores else "Not scored yet."),
         "## Exported graphs against PyTorch\n\n" + _table(_verification_rows(manifest.verification)),
@@ -148,17 +146,32 @@ def _data_line(training: dict[str, Any]) -> str:
 
 
 def _origin_line(training: dict[str, Any]) -> str:
-    """Where the first weights are from, and what the command below it then is. Empty for a run that drew its own."""
-    if start := training.get("init"):
-        return f"Began with the averaged weights of {start['name']}, sha256 {start['sha256']}, whose own training is not counted here:\n\n"
-    origin = training.get("imported")
-    if not origin:
+    """Where the weights came from, before the command. Empty for a run that began with random ones."""
+    if not (came := _came_from(training)):
         return ""
-    after = "then trained on here as by" if training.get("seconds") else "the same network is trained here by"
-    return (
-        f"Trained by https://github.com/{origin['repository']} ({origin['variant']}) and imported from {origin['file']}, sha256 "
-        f"{origin['sha256']}; {after}\n\n"
-    )
+    if "init" in training:
+        return f"The weights {came}. They were trained on by\n\n"
+    on = ", then trained on here" if training.get("seconds") else ""
+    return f"The weights {came}{on}. The same network is trained here by\n\n"
+
+
+def _came_from(training: dict[str, Any]) -> str:
+    """What the weights did before this training, and those that they started from, and so on; empty for random ones."""
+    if init := training.get("init"):
+        before = _came_from(init)
+        return f"started from the averaged ones of {init['name']}, sha256 {init['sha256']}" + (
+            f", which {before}" if before else ""
+        )
+    if origin := training.get("imported"):
+        return (
+            f"were trained by https://github.com/{origin['repository']} ({origin['variant']}) and imported from "
+            f"{origin['file']}, sha256 {origin['sha256']}"
+        )
+    return ""
+
+
+def _init_option(training: dict[str, Any]) -> str:
+    return f" --init {shlex.quote(training['init']['name'])}" if "init" in training else ""
 
 
 def _training_rows(training: dict[str, Any]) -> dict[str, str]:

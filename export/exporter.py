@@ -28,7 +28,7 @@ from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.manifest import CARD, DENOISER, ENCODER, WEIGHTS, Manifest
 from cdiff.runtime.mirror import VIEWS
 from cdiff.runtime.sampler import kept_timesteps
-from cdiff.train.checkpoint import ORIGINS, LoadedRun, load_run
+from cdiff.train.checkpoint import LoadedRun, load_run
 
 Progress = Callable[[int, int], None]
 TILE_OVERLAP = 0.25
@@ -113,7 +113,7 @@ def _manifest(loaded: LoadedRun, card: Card, name: str, folder: Path, fp16: bool
     settings = config.training
     training: dict[str, Any] = {
         key: info[key]
-        for key in ("step", "seconds", "parameters", "precision", "data", "machine", *ORIGINS)
+        for key in ("step", "seconds", "parameters", "precision", "data", "machine", "init", "imported")
         if key in info
     }
     training |= {

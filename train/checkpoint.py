@@ -24,8 +24,10 @@ from cdiff.runtime.schedule import NoiseSchedule
 from cdiff.train.config import Config
 from cdiff.train.network import ConsensusNet
 
-ORIGINS = ("imported", "init")
-"""Keys of checkpoint.json that say where a run's first weights came from, when they were not drawn."""
+ORIGIN = (
+    "init",
+    "imported",
+)  # what `info` holds where the weights did not begin at random: another run's, a published code's
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,11 @@ def load_weights(network: torch.nn.Module, tensors: dict[str, Tensor], path: Pat
     if wrong:
         raise CdiffError(f"{path} does not fit its configuration: {', '.join(wrong[:5])} ({len(wrong)} in all)")
     network.load_state_dict(tensors)
+
+
+def origin(info: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint's `info`, or a bundle's account of its training, says of where the weights came from; empty where they began here."""
+    return {key: info[key] for key in ORIGIN if key in info}
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

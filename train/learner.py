@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from cdiff.runtime.errors import CdiffError
-from cdiff.train.checkpoint import checkpoint_folder, load_weights, read_tensors
+from cdiff.runtime.files import sha256
+from cdiff.train.checkpoint import checkpoint_folder, load_weights, origin, read_json, read_tensors
 from cdiff.train.config import Config
 from cdiff.train.diffusion import Diffusion
 from cdiff.train.fabric import summed
@@ -61,16 +62,23 @@ class Learner:
     def parameters(self) -> int:
         return sum(p.numel() for p in self.network.parameters())
 
-    def start_from(self, init: Path) -> Path:
-        """Take the averaged weights of the last checkpoint of the run `init`, or those of the bundle `init`, as the first ones; returns
-        their file."""
+    def start_from(self, init: Path) -> dict[str, Any]:
+        """Take the averaged weights of the last checkpoint of the run `init`, or those of the bundle `init`, as the first ones.
+
+        Returns what to say of them: the folder's name, the SHA-256 of the file, and where they came from in turn.
+        """
         folder = checkpoint_folder(init, "last")
         path = init / "model.safetensors" if folder is None else folder / "ema.safetensors"
         if not path.exists():
             raise CdiffError(f"{init} holds no weights to start from; give the folder of a training run or of a bundle")
         load_weights(self.network, read_tensors(path), path)
         self.ema = {name: value.detach().clone() for name, value in self.network.state_dict().items()}
-        return path
+        before = (
+            read_json(init / "manifest.json").get("training", {})
+            if folder is None
+            else read_json(folder / "checkpoint.json")
+        )
+        return {"name": init.resolve().name, "sha256": sha256(path)} | origin(before)
 
     def step(self, k: int, parts: Sequence[Rows], lr: float) -> tuple[float, float]:
         """Optimiser step k (from 0) on this process's parts of it, at the learning rate `lr`.

@@ -16,9 +16,9 @@ from lightning_fabric import Fabric
 from rich.console import Console
 
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.files import atomic_path, sha256
+from cdiff.runtime.files import atomic_path
 from cdiff.train import pace
-from cdiff.train.checkpoint import ORIGINS, checkpoint_folder, checkpoint_name, read_json, save_checkpoint
+from cdiff.train.checkpoint import checkpoint_folder, checkpoint_name, origin, read_json, save_checkpoint
 from cdiff.train.config import Config
 from cdiff.train.data import Batch, Data, centre_windows
 from cdiff.train.fabric import precision_of, settle
@@ -66,7 +66,9 @@ class Run:
         self.utilisation = Utilisation(config, peak, fabric.world_size)
         self.done, self.seconds, self.best = 0, 0.0, -math.inf
         self.best_window = 0
-        self.origin: dict[str, Any] = {}
+        self.origin: dict[
+            str, Any
+        ] = {}  # where the first weights came from, if they were not random (checkpoint.origin)
         marked = [i for i, masks in enumerate(data.val.masks) if masks.any()]
         count = min(config.training.val_slices, len(marked))
         self.val_chosen = [marked[i] for i in np.linspace(0, len(marked) - 1, count).round().astype(int)]
@@ -165,11 +167,6 @@ class Run:
             self.done, loss, best, self.seconds, self.out, *counted, interrupted, self.fabric.is_global_zero
         )
 
-    def start_from(self, init: Path) -> None:
-        """Begin with the averaged weights of the run or bundle `init`, and remember which they were."""
-        path = self.learner.start_from(init)
-        self.origin = {"init": {"name": init.resolve().name, "sha256": sha256(path)}}
-
     def restore(self) -> None:
         """Take up the last checkpoint; a run that was killed before its first begins anew."""
         folder = checkpoint_folder(self.out, "last")
@@ -177,9 +174,9 @@ class Run:
             return
         info = read_json(folder / "checkpoint.json")
         self.learner.restore(folder)
+        self.origin = origin(info)
         self.done, self.seconds, self.best_window = int(info["step"]), float(info["seconds"]), int(info["best_window"])
         self.best = -math.inf if info["best"] is None else float(info["best"])
-        self.origin = {key: info[key] for key in ORIGINS if key in info}
 
     def save(self, value: float | None) -> None:
         """Write a checkpoint, in the first process; value: the score of a validation just made.
@@ -210,8 +207,7 @@ class Run:
             "precision": self.precision,
             "data": self.data.summary,
             "machine": describe_machine(self.learner.device) | {"processes": self.fabric.world_size},
-            **self.origin,
-        }
+        } | self.origin
         network, ema = self.learner.weights()
         save_checkpoint(self.out, network=network, ema=ema, optimiser=self.learner.state(), info=info)
 

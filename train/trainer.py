@@ -81,7 +81,7 @@ def _start(config: Config, data: Path, out: Path, init: Path | None, fabric: Fab
     with together(fabric):
         run = Run(config, found, fabric, out)
         if init is not None:
-            run.start_from(init)
+            run.origin = {"init": run.learner.start_from(init)}
     return run
 
 

@@ -64,21 +64,16 @@ def test_the_card_holds_what_the_author_and_the_run_say() -> None:
         assert words in text
 
 
-def test_the_card_says_which_weights_the_training_began_with() -> None:
-    start = {"name": "first run", "sha256": "ab" * 32}
-    text = render(Card(), example(training={"step": 9, "seconds": 60.0, "init": start}), CHANGED)
-    assert f"Began with the averaged weights of first run, sha256 {'ab' * 32}" in text
-    words = shlex.split(next(line for line in text.splitlines() if line.startswith("cdiff train")))
-    assert words[words.index("--init") + 1] == "first run"
-    assert preset("lidc").with_settings([words[i + 1] for i, w in enumerate(words) if w == "--set"]) == CHANGED
-    assert "--init" not in render(Card(), example(training={"step": 9}), CHANGED)
-
-
-def test_the_card_of_an_imported_network_says_whether_it_was_trained_on() -> None:
-    origin = {"repository": "a/b", "variant": "consensus", "file": "ema.pt", "sha256": "cd" * 32}
-    for seconds, words in ((0.0, "the same network is trained here by"), (60.0, "then trained on here as by")):
-        text = render(Card(), example(training={"step": 9, "seconds": seconds, "imported": origin}), CHANGED)
-        assert f"imported from ema.pt, sha256 {'cd' * 32}; {words}" in text
+def test_the_card_of_a_run_from_other_weights_says_which() -> None:
+    published = {"repository": "somebody/code", "variant": "consensus", "file": "ema.pt", "sha256": "cd" * 32}
+    training = {"step": 12, "seconds": 60.0, "init": {"name": "the first", "sha256": "ab" * 32, "imported": published}}
+    text = render(Card(), example(training=training), CHANGED)
+    assert f"{training_command(CHANGED)} --init 'the first'\n" in text
+    assert f"started from the averaged ones of the first, sha256 {'ab' * 32}, which were trained by" in text
+    assert f"https://github.com/somebody/code (consensus) and imported from ema.pt, sha256 {'cd' * 32}." in text
+    trained_on = {"step": 12, "seconds": 60.0, "imported": published}
+    assert ", then trained on here." in render(Card(), example(training=trained_on), CHANGED)
+    assert "--init" not in render(Card(), example(training=trained_on), CHANGED)
 
 
 def test_an_unscored_run_says_so() -> None:

@@ -202,27 +202,22 @@ def test_a_run_can_start_from_anothers_averaged_weights(tiny_run: Path, tiny_dat
     assert not (tmp_path / "third").exists()
 
 
-@pytest.mark.parametrize("origin", ["init", "imported"])
-def test_where_the_first_weights_came_from_is_known_after_a_resume(
-    tiny_run: Path, tiny_data: Path, tmp_path: Path, origin: str
+def test_a_run_from_other_weights_says_whose_they_were_also_when_it_is_resumed(
+    tiny_run: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
-    config, run = preset("tiny").with_values({"steps": 2, "val_every": 1}), tmp_path / "run"
-    train(config, tiny_data, run, init=tiny_run if origin == "init" else None, max_steps=1, quiet=True)
-    folder = checkpoint_folder(run, "last")
+    config = preset("tiny").with_values({"steps": 2, "val_every": 2})
+    train(config, tiny_data, tmp_path / "second", init=tiny_run, max_steps=1, quiet=True)
+    train(config, tiny_data, tmp_path / "second", resume=True, quiet=True)
+    second = load_run(tmp_path / "second", "last").info
+    folder = checkpoint_folder(tiny_run, "last")
     assert folder is not None
-    info = json.loads((folder / "checkpoint.json").read_text())
-    if origin == "init":
-        weights_of_it = checkpoint_folder(tiny_run, "last")
-        assert weights_of_it is not None
-        digest = sha256(weights_of_it / "ema.safetensors")
-        assert info["init"] == {"name": tiny_run.name, "sha256": digest}
-    else:
-        assert not {"init", "imported"} & set(info)
-        info["imported"] = {"file": "ema.pt"}
-        (folder / "checkpoint.json").write_text(json.dumps(info))
-    train(config, tiny_data, run, resume=True, quiet=True)
-    after = load_run(run, "last").info
-    assert (after["step"], after[origin]) == (2, info[origin])
+    first = {"name": tiny_run.name, "sha256": sha256(folder / "ema.safetensors")}
+    assert second["step"] == 2
+    assert second["init"] == first
+    train(config, tiny_data, tmp_path / "third", init=tmp_path / "second", max_steps=1, quiet=True)
+    third = load_run(tmp_path / "third", "last").info["init"]
+    assert (third["name"], third["init"]) == ("second", first)
+    assert "init" not in load_run(tiny_run).info
 
 
 def test_a_run_from_other_weights_resumes_with_them_after_a_kill_in_its_first_step(

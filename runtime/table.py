@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,7 +65,7 @@ def columns(header: list[str]) -> Columns:
 def is_table(path: Path) -> bool:
     """Whether a file is a table of cases, by its first line."""
     try:
-        return path.suffix.lower() in SUFFIXES and columns(_rows(path)[0][1]).usable
+        return path.suffix.lower() in SUFFIXES and columns(next(_rows(path))[1]).usable
     except CdiffError:
         return False
 
@@ -143,10 +144,11 @@ def _shorten(entries: dict[str, Entry]) -> None:
             entries[key].name = name or key
 
 
-def _rows(path: Path) -> list[tuple[int, list[str]]]:
+def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
     """The table's rows with their numbers, the header first; comma, semicolon or tab, UTF-8 with or without a mark.
 
-    A first line such as `sep=;` tells spreadsheets the separator, and is no row of the table.
+    A first line such as `sep=;` tells spreadsheets the separator, and is no row of the table. Rows are read one by one: a file
+    that is no table of cases is known by its header, whatever lies below.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -157,9 +159,29 @@ def _rows(path: Path) -> list[tuple[int, list[str]]]:
     first = text.lstrip("\r\n").partition("\n")[0]
     told = SEPARATOR.fullmatch(first.strip("\r"))
     delimiter = told[1] if told else max(",;\t", key=first.count)
-    lines = enumerate(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), start=1)
-    rows = [(number, cells) for number, cells in lines if any(cells)]
-    rows = rows[1:] if told else rows
-    if not rows:
+    rows = ((number, cells) for number, cells in _parsed(text, delimiter, path) if any(cells))
+    if told:
+        next(rows)
+    header = next(rows, None)
+    if header is None:
         raise CdiffError(f"{path} is empty; {CONVENTION}")
-    return rows
+    yield header
+    yield from rows
+
+
+def _parsed(text: str, delimiter: str, path: Path) -> Iterator[tuple[int, list[str]]]:
+    """The rows of a CSV, numbered. Raises CdiffError where a quotation mark that nothing closes would swallow those below it."""
+    lines = list(io.StringIO(text, newline=""))
+    rows, start = csv.reader(lines, delimiter=delimiter), 0
+    number = 0
+    try:
+        for number, cells in enumerate(rows, start=1):
+            if rows.line_num > start + 1:  # a cell of several lines is one only if its quotation marks are in order
+                next(csv.reader(lines[start : rows.line_num], delimiter=delimiter, strict=True))
+            start = rows.line_num
+            yield number, cells
+    except csv.Error as error:
+        raise CdiffError(
+            f"{path} cannot be read as a table from line {start + 1} on ({error}); look for a quotation mark that is not closed, "
+            "and take columns of very long text out"
+        ) from None

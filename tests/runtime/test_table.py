@@ -66,6 +66,11 @@ def test_a_table_of_one_row_a_mask(tmp_path: Path) -> None:
         ("case,image_a,image_b,mask\nk,x.png,,m.png\n", "row 2, case k: image_b is empty"),
         ("case,image,rater,mask\nk,x.png,r,m.png\nk,,r,n.png\n", "row 3 gives a second mask of rater r"),
         ("", "is empty"),
+        (
+            'image,mask1,note\nx.png,m.png,"large\ny.png,n.png,\n',
+            r"t\.csv cannot be read .* from line 2 on .*quotation mark",
+        ),
+        ('image,mask1,note\nx.png,m.png,"large\ny.png,n.png,"small"\n', r"t\.csv cannot be read .* from line 2 on"),
     ],
 )
 def test_a_table_that_contradicts_itself_names_the_row(tmp_path: Path, text: str, message: str) -> None:
@@ -129,4 +134,15 @@ def test_a_table_of_the_very_files_that_look_like_another_layout(tmp_path: Path)
 def test_another_table_in_the_folder_is_no_layout(tmp_path: Path) -> None:
     write_qubiq(tmp_path, {"Training": 1})
     (tmp_path / "patients.csv").write_text("patient,age\n1,70\n")
+    (tmp_path / "outlines.csv").write_text(f'patient,polygon\n1,"{"1," * 70_000}"\n')  # beyond what Python's csv reads
     assert find_cases(tmp_path).layout == "cases"
+
+
+def test_quotation_marks_that_say_no_harm(tmp_path: Path) -> None:
+    """A cell of two lines, an inch, words in quotation marks within a cell that has none or badly written ones."""
+    rows = ['"a\nb",', '5" wide,', '"the "left" one",', '"x" ,', ",last"]
+    table = tmp_path / "t.csv"
+    table.write_text(
+        "case,image,mask1,note,\n" + "".join(f"{i},x{i}.png,m{i}.png,{row}\n" for i, row in enumerate(rows))
+    )
+    assert [case.image.name for case in find_cases(table)["all"]] == [f"x{i}.png" for i in range(5)]

@@ -92,6 +92,7 @@ def read_table(path: Path, notes: list[str], *, masks: bool = True) -> list[Entr
         notes.append(f"{path.name}: columns not used: {', '.join(known.ignored)}")
     entries: dict[str, Entry] = {}
     for number, cells in rows:
+        _check_width(header, cells, f"{path}, row {number}")
         row = dict(zip(header, (cell.strip() for cell in cells), strict=False))
         if any(row.values()):
             _add(entries, row, known, path, f"{path}, row {number}")
@@ -104,6 +105,16 @@ def read_table(path: Path, notes: list[str], *, masks: bool = True) -> list[Entr
             f"{path} gives a split for some cases only (none for {listed(without)}); fill the column or drop it"
         )
     return list(entries.values())
+
+
+def _check_width(header: list[str], cells: list[str], where: str) -> None:
+    """Raise CdiffError for a file below no column's name, such as a mask of one annotator more; a note may hold commas, and an
+    index of a data frame stands first."""
+    for i, cell in enumerate(cells):
+        if i and (i >= len(header) or not header[i].strip()) and stem(Path(cell.strip())) is not None:
+            raise CdiffError(
+                f"{where} has {cell.strip()} in column {i + 1}, which the first line gives no name; name it, such as mask_ben"
+            )
 
 
 def _add(entries: dict[str, Entry], row: dict[str, str], known: Columns, path: Path, where: str) -> None:

@@ -65,6 +65,11 @@ def test_a_table_of_one_row_a_mask(tmp_path: Path) -> None:
         ("image,mask1,split\nx.png,m.png,train\ny.png,m.png,\n", r"split for some cases only \(none for y\)"),
         ("case,image_a,image_b,mask\nk,x.png,,m.png\n", "row 2, case k: image_b is empty"),
         ("case,image,rater,mask\nk,x.png,r,m.png\nk,,r,n.png\n", "row 3 gives a second mask of rater r"),
+        (
+            "image,mask1\nx.png,m.png,\ny.png,m.png,n.png\n",
+            "row 3 has n.png in column 3, which the first line gives no name",
+        ),
+        ("image,mask,,\nx.png,m.png,n.png,o.png\n", "row 2 has n.png in column 3, which the first line gives no name"),
         ("", "is empty"),
         (
             'image,mask1,note\nx.png,m.png,"large\ny.png,n.png,\n',
@@ -136,6 +141,11 @@ def test_another_table_in_the_folder_is_no_layout(tmp_path: Path) -> None:
     (tmp_path / "patients.csv").write_text("patient,age\n1,70\n")
     (tmp_path / "outlines.csv").write_text(f'patient,polygon\n1,"{"1," * 70_000}"\n')  # beyond what Python's csv reads
     assert find_cases(tmp_path).layout == "cases"
+
+
+def test_a_note_with_commas_is_no_mask(tmp_path: Path) -> None:
+    (tmp_path / "cases.csv").write_text(",image,mask1,note\na.png,a.png,a1.png,large, round\nb.png,b.png,b1.png,,\n")
+    assert [case.raters for case in find_cases(tmp_path)["all"]] == [("1",), ("1",)]
 
 
 def test_quotation_marks_that_say_no_harm(tmp_path: Path) -> None:

@@ -24,6 +24,9 @@ EXPECTED = (
     "folders with image.nii.gz and task01_seg01.nii.gz, task01_seg02.nii.gz ..., or a table of them (docs/own-data.md)"
 )
 
+MOST = 12
+"""Data sets that a message names."""
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -167,11 +170,12 @@ def _one_data_set(root: Path, entries: list[Entry], task: str | None) -> tuple[l
     head, _, tail = (task or "").rpartition("/")
     if head and head in groups:
         return groups[head], tail
-    kinds = ", ".join(f"{name or 'the folder itself'} ({len(group)} cases)" for name, group in groups.items())
+    kinds = listed([f"{name or 'the folder itself'} ({len(group)} cases)" for name, group in groups.items()], MOST)
     name = next(filter(None, groups))
-    together = "; to take all as one, put them in one folder" if "" in groups else ""
+    patients = "if they are patients of one, put them in a split folder, such as Training"
+    together = "to take all as one, put them in one folder" if "" in groups else patients
     raise CdiffError(
-        f"{root} holds several data sets: {kinds}; name one, such as --task {name}, or give its folder{together}"
+        f"{root} holds several data sets: {kinds}; name one, such as --task {name}, or give its folder; {together}"
     )
 
 

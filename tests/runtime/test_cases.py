@@ -143,6 +143,16 @@ def test_cases_in_the_folder_and_in_one_below_it_are_not_mixed_up(qubiq: Path, t
         assert [case.name for case in find_cases(mine, task)["all"]] == ["case02", "case03"]
 
 
+def test_a_folder_for_each_patient_without_a_split_folder_says_where_to_put_them(tmp_path: Path) -> None:
+    for number in range(14):
+        write_qubiq(tmp_path / f"patient{number:02d}", {"": 1})
+    message = (
+        r"patient11 \(1 cases\) and 2 more; name one.* patients of one, put them in a split folder, such as Training"
+    )
+    with pytest.raises(CdiffError, match=message):
+        find_cases(tmp_path)
+
+
 def test_sizes_may_differ_and_a_rater_may_lack(qubiq: Path) -> None:
     (qubiq / "prostate/Training/case02/task01_seg03.nii.gz").unlink()
     found = find_cases(qubiq, "prostate/task01")

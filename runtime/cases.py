@@ -23,7 +23,6 @@ __all__ = ["Case", "DataSet", "Problem", "find_cases", "read_case", "read_masks"
 EXPECTED = (
     "folders with image.nii.gz and task01_seg01.nii.gz, task01_seg02.nii.gz ..., or a table of them (docs/own-data.md)"
 )
-
 MOST = 12
 """Data sets that a message names."""
 

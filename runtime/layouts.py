@@ -135,7 +135,10 @@ def descend(
 
 
 def files_in(folder: Path) -> list[Path]:
-    """The NIfTI files and pictures in a folder that are not hidden, by name. Raises CdiffError when it cannot be listed."""
+    """The NIfTI files and pictures in a folder that are not hidden, by name. Raises CdiffError when it cannot be listed.
+
+    A link to a file that is not there is one of them, so that reading it says so: data that is fetched piece by piece has such.
+    """
     return _contents(folder)[1]
 
 
@@ -144,7 +147,7 @@ def _contents(folder: Path) -> tuple[list[Path], list[Path]]:
         inside = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
         return (
             [path for path in inside if path.is_dir()],
-            [path for path in inside if stem(path) is not None and path.is_file()],
+            [path for path in inside if stem(path) is not None and (path.is_file() or not path.exists())],
         )
     except OSError as error:
         raise CdiffError(f"{folder} cannot be listed ({error.strerror}); check its permissions") from None

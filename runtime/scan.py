@@ -193,6 +193,8 @@ def read_bytes(path: Path) -> bytes:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
+        if path.is_symlink():
+            raise CdiffError(f"{path} is a link to {path.readlink()}, which does not exist; fetch that file") from None
         raise CdiffError(f"{path} does not exist; check the path") from None
     except OSError as error:
         raise CdiffError(

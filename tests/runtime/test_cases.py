@@ -125,6 +125,23 @@ def test_a_linked_case_has_the_links_name(tmp_path: Path, monkeypatch: pytest.Mo
     assert [case.name for case in find_cases(Path())["all"]] == ["case01"]
 
 
+def test_links_to_files_that_were_not_fetched_are_named(tmp_path: Path) -> None:
+    """As DataLad and git-annex leave them: the case and the annotator are there, and reading says what is missing."""
+    write_qubiq(tmp_path, {"Training": 3})
+    for path in sorted((tmp_path / "Training/case02").iterdir()):
+        path.unlink()
+        path.symlink_to(f"../../.git/annex/{path.name}")
+    mask = tmp_path / "Training/case03/task01_seg02.nii.gz"
+    mask.unlink()
+    mask.symlink_to("../../.git/annex/x.nii.gz")
+    cases = find_cases(tmp_path)["train"]
+    assert [(case.name, len(case.masks)) for case in cases] == [("case01", 3), ("case02", 3), ("case03", 3)]
+    for case, name in ((cases[1], "image"), (cases[2], "x")):
+        with pytest.raises(CdiffError, match=rf"is a link to .*annex/{name}\.nii\.gz, which does not exist; fetch"):
+            read_case(case)
+    assert [scan.name for scan in scans_at(tmp_path / "Training")] == ["case01", "case02", "case03"]
+
+
 def test_a_tree_is_found_from_far_above_it(tmp_path: Path) -> None:
     deep = tmp_path / "raw/qubiq/extracted/training_data_v3/training_data_v3"
     write_qubiq(deep / "prostate", {"Training": 2})

@@ -74,7 +74,7 @@ class Entry:
 
     data_set: the folders above the split folder ("" when there are none); split: "train", "val", "test" or "" where nothing
     says. tasks: for each structure its masks, as (annotator, file). images: for each modality its file; the name is "" for a
-    lone unnamed image. labels: what is inside unless the user says otherwise.
+    lone unnamed image. labels: what is inside unless the user says otherwise. problem: why its masks cannot be told apart.
     """
 
     name: str
@@ -84,6 +84,7 @@ class Entry:
     split: str = ""
     patient: str = ""
     labels: tuple[int, ...] = ()
+    problem: str = ""
 
     def case(self, task: str | None, labels: tuple[int, ...]) -> Case:
         """The case with the masks of one structure (none when it lacks them)."""

@@ -75,7 +75,7 @@ def find_cases(
     chosen = _one_task(root, entries, task, asked if task is None else None)
     found = DataSet(layout, chosen)
     found.notes = notes
-    found.modalities = _modalities(entries)
+    found.modalities = _modalities([entry for entry in entries if not entry.problem] or entries)
     for entry in entries:
         _sort_in(found, entry, chosen, labels)
     if strict and found.problems:
@@ -84,9 +84,9 @@ def find_cases(
         stray = found.pop("all")
         found.notes.append(f"{len(stray)} cases beside the split folders ({listed([c.name for c in stray])}): left out")
     if not found:
-        what = f"of the {len(entries)} cases in {root}" if len(entries) > 1 else f"the case in {root}"
+        many = f"none of the {len(entries)} cases in {root} has a mask and can be used"
         reason = found.problems[0].text if found.problems else "there is nothing to learn from or to compare with"
-        raise CdiffError(f"none {what} has a mask and can be used: {reason}")
+        raise CdiffError(f"{many if len(entries) > 1 else f'the case in {root} cannot be used'}: {reason}")
     for split, cases in found.unlabelled.items():
         names = listed([case.name for case in cases])
         found.notes.append(
@@ -223,7 +223,9 @@ def _modalities(entries: Iterable[Entry]) -> tuple[str, ...]:
 
 def _sort_in(found: DataSet, entry: Entry, task: str | None, labels: tuple[int, ...]) -> None:
     case, split = entry.case(task, labels), entry.split or "all"
-    if case.modalities != found.modalities:
+    if entry.problem:
+        found.problems.append(Problem(split, case.name, entry.problem))
+    elif case.modalities != found.modalities:
         lacking = [name for name in found.modalities if name not in case.modalities]
         what = f"lacks {', '.join(lacking)}" if lacking else f"has {', '.join(case.modalities)} as well"
         others = f"other cases have {', '.join(found.modalities) or 'one image'}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -45,6 +45,7 @@ def cases_in(folder: Path, files: Files) -> list[Entry]:
     """
     images: dict[str, Path] = {}
     tasks: dict[str, dict[str, Path]] = {}
+    problem = ""
     for file in sorted(files, key=lambda f: (not f.name.lower().endswith(NIFTI_SUFFIXES), f.name)):
         name = stem(file) or ""
         if (match := IMAGE.match(name)) and not (match["modality"] or "").isdigit():
@@ -52,12 +53,25 @@ def cases_in(folder: Path, files: Files) -> list[Entry]:
         elif match := TASK_MASK.match(name):
             tasks.setdefault((match["task"] or CASE_TASK).lower(), {}).setdefault(match["rater"].lower(), file)
         elif match := OWN_MASK.match(name):
-            tasks.setdefault(OWN_TASK, {}).setdefault(match["rater"] or "1", file)
+            first = tasks.setdefault(OWN_TASK, {}).setdefault(match["rater"] or "1", file)
+            if (stem(first) or "").lower() != name.lower():
+                problem = f"{first.name} and {file.name} in {folder} are masks of one annotator; rename one of them"
     if not images:
         return []
     if "" in images:  # one file that holds everything
         images = {"": images[""]}
-    return [Entry(_called(folder), dict(sorted(images.items())), tasks)]
+    elif len(images) > 1 and all(_has_masks(name, tasks.get(OWN_TASK, {})) for name in images):
+        name = min(images)
+        problem = (
+            f"{folder} holds several images with masks of their own (image_{name}, mask_{name} ...); give each a folder, "
+            "or name them in a table"
+        )
+    return [Entry(_called(folder), dict(sorted(images.items())), tasks, problem=problem)]
+
+
+def _has_masks(image: str, raters: Iterable[str]) -> bool:
+    """Whether masks are called after one image of several, `mask_p1` or `mask_p1_anna` after `image_p1`: no case's modality has its own."""
+    return any(re.match(rf"{re.escape(image)}([\W_]|$)", rater) for rater in raters)
 
 
 def brats_in(folder: Path, files: Files) -> list[Entry]:

@@ -280,6 +280,34 @@ def test_real_brats_slices(brats_slices: Path) -> None:
     assert int(read_case(enhancing, channels=4)[1].sum()) == 199
 
 
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("image", "mask", "mask1"), r"mask\.png and mask1\.png in .*case01 are masks of one annotator; rename"),
+        (("image", "mask_anna", "mask-anna"), r"mask-anna\.png and mask_anna\.png in .* are masks of one annotator"),
+        (("image_p1", "image_p2", "mask_p1", "mask_p2"), r"several images with masks of their own \(image_p1, mask_p1"),
+        (("image_p1", "image_p2", "mask_p1_A", "mask_p2_A", "mask_p2_B"), r"several images .*give each a folder"),
+    ],
+)
+def test_names_that_say_two_things_are_refused(tmp_path: Path, names: tuple[str, ...], message: str) -> None:
+    for case in ("case01", "case02"):
+        (tmp_path / case).mkdir()
+        for name in names if case == "case01" else ("image", "mask_anna"):
+            Image.fromarray(disc((16, 16))).save(tmp_path / f"{case}/{name}.png")
+    with pytest.raises(CdiffError, match=message):
+        find_cases(tmp_path)
+    with pytest.raises(CdiffError, match=rf"the case in .*case01 cannot be used: .*{message}"):
+        find_cases(tmp_path / "case01", strict=False)
+    assert [problem.case for problem in find_cases(tmp_path, strict=False).problems] == ["case01"]
+
+
+def test_masks_called_after_one_modality_alone_or_kept_in_two_kinds(tmp_path: Path) -> None:
+    for name in ("image_a", "image_b", "mask_a", "mask_ben"):
+        save(tmp_path / f"case01/{name}.nii.gz", disc((16, 16)))
+    Image.fromarray(disc((16, 16))).save(tmp_path / "case01/mask_ben.png")
+    assert find_cases(tmp_path)["all"][0].raters == ("a", "ben")
+
+
 def test_own_case_folders_of_png_and_several_files(tmp_path: Path) -> None:
     """Sixteen bits reach the array unchanged; annotators are known by name; a palette's numbers are labels."""
     folder, inside_ = tmp_path / "patient1", disc((20, 24))

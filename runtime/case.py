@@ -17,6 +17,8 @@ SPLITS = {
     "testing": "test", "test": "test",
 }  # fmt: skip
 """What a folder above the cases, or a table's split column, may say."""
+OUTPUT_ENDINGS = ("_soft", "_levels", "_annotators", "_uncertainty", "_mask", "_preview")
+"""How the names of what `cdiff segment` writes end."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,11 @@ class Entry:
     labels: tuple[int, ...] = ()
     problem: str = ""
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Every file of the case, images first, the masks of all structures."""
+        return (*self.images.values(), *(path for masks in self.tasks.values() for path in masks.values()))
+
     def case(self, task: str | None, labels: tuple[int, ...]) -> Case:
         """The case with the masks of one structure (none when it lacks them)."""
         masks = self.tasks.get(task, {}) if task is not None else {}
@@ -109,6 +116,15 @@ def stem(path: Path) -> str | None:
         if path.name.lower().endswith(suffix):
             return path.name[: -len(suffix)]
     return None
+
+
+def is_output(path: Path) -> bool:
+    """A map or picture of ours: it ends like one, and the report of its scan lies beside it."""
+    name = stem(path) or ""
+    return any(
+        name.endswith(ending) and (path.parent / f"{name.removesuffix(ending)}.json").is_file()
+        for ending in OUTPUT_ENDINGS
+    )
 
 
 def natural(text: str) -> list[tuple[int, str]]:

@@ -14,6 +14,7 @@ from cdiff.runtime.case import Case, Entry, listed, natural
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.grid import Grid
 from cdiff.runtime.layouts import LAYOUTS, READERS, TABLE, walk
+from cdiff.runtime.leftover import Leftover
 from cdiff.runtime.masks import mask_slices, read_mask
 from cdiff.runtime.scan import read_scan
 from cdiff.runtime.table import SUFFIXES, is_table, read_table
@@ -110,7 +111,8 @@ def _entries(root: Path, layout: str, notes: list[str]) -> tuple[str, list[Entry
             f"{root} is not a folder; give a folder of case folders, or a table (.csv) of files (docs/own-data.md)"
         )
     by_layout: dict[str, list[Entry]] = {}
-    for name, entry in walk(root, [layout] if layout in READERS else list(READERS) if layout == "auto" else [], notes):
+    left = Leftover()
+    for name, entry in walk(root, [layout] if layout in READERS else list(READERS) if layout == "auto" else [], left):
         by_layout.setdefault(name, []).append(entry)
     named = (
         [path for path in sorted(root.iterdir()) if path.suffix.lower() in SUFFIXES]
@@ -130,6 +132,7 @@ def _entries(root: Path, layout: str, notes: list[str]) -> tuple[str, list[Entry
         return TABLE, read_table(tables[0], notes)
     if not by_layout:
         raise CdiffError(f"no case in {root}: expected {EXPECTED}{_why_no_table(named)}")
+    notes += left.told(root)
     return next(iter(by_layout.items()))
 
 

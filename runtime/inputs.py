@@ -6,13 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cdiff.runtime.case import SPLITS, Entry, arranged, listed, stem
+from cdiff.runtime.case import SPLITS, Entry, arranged, is_output, listed, stem
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.layouts import OWN_MASK, TASK_MASK, Files, brats_in, cases_in, descend, files_in
 from cdiff.runtime.scan import NIFTI_SUFFIXES
 from cdiff.runtime.table import SUFFIXES, read_table
-
-OUTPUT_ENDINGS = ("_soft", "_levels", "_annotators", "_uncertainty", "_mask", "_preview")
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ def _scans_in(root: Path, channels: int, modalities: Sequence[str]) -> Iterator[
             continue
         if entry.is_dir():
             yield from descend(entry, cases, (entry.name,), SPLITS)
-        elif (name := stem(entry)) and not TASK_MASK.match(name) and not _is_output(entry, name):
+        elif (name := stem(entry)) and not TASK_MASK.match(name) and not is_output(entry):
             yield NamedScan(name, entry)
 
 
@@ -97,7 +95,7 @@ def _is_one_scan(entry: Entry, files: Files, channels: int, modalities: Sequence
         return bool(modalities) or as_many
     if images[0].name.lower().endswith(NIFTI_SUFFIXES):
         return True
-    scans = [path for path in files if not _is_output(path, stem(path) or "")]
+    scans = [path for path in files if not is_output(path)]
     masks = [path for path in scans if TASK_MASK.match(name := stem(path) or "") or OWN_MASK.match(name)]
     return bool(masks) or len(scans) == 1  # without masks image.png beside other pictures is one of them
 
@@ -110,14 +108,6 @@ def _scan(entry: Entry, name: str, modalities: Sequence[str]) -> NamedScan:
 
 def _first(scan: NamedScan) -> Path:
     return scan.path if isinstance(scan.path, Path) else scan.path[0]
-
-
-def _is_output(path: Path, name: str) -> bool:
-    """A map or picture of ours: it ends like one, and the report of its scan lies beside it."""
-    return any(
-        name.endswith(ending) and (path.parent / f"{name.removesuffix(ending)}.json").is_file()
-        for ending in OUTPUT_ENDINGS
-    )
 
 
 def _nothing_in(folder: Path) -> str:

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from cdiff.runtime.case import SPLITS, Entry, stem
 from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.leftover import Leftover
 from cdiff.runtime.scan import NIFTI_SUFFIXES
 
 DEPTH = 8
@@ -108,20 +109,31 @@ TABLE = "table"
 LAYOUTS = (*READERS, TABLE)
 
 
-def walk(root: Path, readers: Sequence[str], notes: list[str]) -> Iterator[tuple[str, Entry]]:
+def walk(root: Path, readers: Sequence[str], left: Leftover) -> Iterator[tuple[str, Entry]]:
     """Every case below `root` that one of `readers` knows, with the reader's name; folders in the order of their names.
 
-    A folder of masks without an image is told in `notes`. Raises CdiffError for a folder that cannot be listed.
+    What is passed over is noted in `left`. Raises CdiffError for a folder that cannot be listed.
     """
 
+    def read(folder: Path, _: tuple[str, ...], files: Files) -> list[tuple[str, Entry]]:
+        return [(name, entry) for name in readers for entry in READERS[name](folder, files)]
+
+    def found_below(folder: Path, parts: tuple[str, ...]) -> bool:
+        try:
+            return any(descend(folder, read, (*parts, folder.name)))
+        except CdiffError:  # it is not the case's, nor needed
+            return False
+
     def look(folder: Path, parts: tuple[str, ...], files: Files) -> list[tuple[str, Entry]]:
-        here = [(name, entry) for name in readers for entry in READERS[name](folder, files)]
+        here = read(folder, parts, files)
+        if here and len(parts) < DEPTH:
+            left.below += [one for one in _contents(folder)[0] if found_below(one, parts)]
         # A case has a folder of its own, unless several lie in one folder or the split folder itself holds them.
         own = len(here) == 1 and not (parts and parts[-1].lower() in SPLITS)
         for _, entry in here:
             _place(entry, parts[:-1] if own else parts, parts[:-1])
-        if not here and any(TASK_MASK.match(stem(file) or "") for file in files):
-            notes.append(f"{folder} has masks but no image.nii.gz: left out")
+        masks = any(TASK_MASK.match(name) or OWN_MASK.match(name) for name in (stem(file) or "" for file in files))
+        left.see(folder, files, [entry for _, entry in here], masks=masks)
         return here
 
     return descend(root, look)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import nibabel as nib
@@ -306,6 +307,55 @@ def test_masks_called_after_one_modality_alone_or_kept_in_two_kinds(tmp_path: Pa
         save(tmp_path / f"case01/{name}.nii.gz", disc((16, 16)))
     Image.fromarray(disc((16, 16))).save(tmp_path / "case01/mask_ben.png")
     assert find_cases(tmp_path)["all"][0].raters == ("a", "ben")
+
+
+def test_what_is_passed_over_is_told(tmp_path: Path) -> None:
+    root = write_qubiq(tmp_path, {"Training": 5}) / "Training"
+    for case in ("case01", "case02"):
+        save(root / case / "label_dora.nii.gz", disc((16, 16)))
+    (root / "case02/image.png").write_bytes(b"a preview")
+    (root / "case03/image.nii.gz").rename(root / "case03/scan.nii.gz")
+    save(root / "anna/mask_anna.nii.gz", disc((16, 16)))
+    save(root / "case06/scan.nii.gz", disc((16, 16)))
+    write_qubiq(root / "case04/followup", {"": 1})
+    (root / "case07").symlink_to(tmp_path / "a disk that is away")
+    found = find_cases(tmp_path)
+    assert [case.name for case in found["train"]] == ["case01", "case02", "case04", "case05"]
+    assert found.notes == [
+        f"{root / 'anna'} has masks but no image.nii.gz: left out",
+        f"{root / 'case03'} has masks but no image.nii.gz: left out",
+        "files beside those of a case, not used: label_dora.nii.gz (in 2 folders), image.png",
+        "folders with scans that are no case, left out: Training/case06",
+        "folders of cases inside a case's folder, left out: Training/case04/followup",
+        "links to what is not there, left out: Training/case07",
+    ]
+
+
+def test_a_folder_inside_a_case_that_cannot_be_listed_is_no_matter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (write_qubiq(tmp_path, {"Training": 2}) / "Training/case01/private").mkdir()
+    listed = Path.iterdir
+
+    def refused(self: Path) -> Iterator[Path]:
+        if self.name == "private":
+            raise PermissionError(13, "Permission denied")
+        return iter(listed(self))
+
+    monkeypatch.setattr(Path, "iterdir", refused)
+    assert len(find_cases(tmp_path)["train"]) == 2
+
+
+def test_outputs_and_pictures_of_the_data_set_are_not_told(tmp_path: Path) -> None:
+    """What a check and a run of segment leave there, and what lies hidden."""
+    root = write_qubiq(tmp_path, {"Training": 2}) / "Training"
+    for folder, scan in ((root / "case01", "image"), (tmp_path / "maps", "case01")):
+        for name in ("soft.nii.gz", "mask.nii.gz", "preview.png"):
+            save(folder / f"{scan}_{name}.nii.gz", disc((16, 16))).rename(folder / f"{scan}_{name}")
+        (folder / f"{scan}.json").write_text("{}")
+    for path in (tmp_path / "my-data_sheet.png", root / "figure.png", root / "case02/._image.nii.gz"):
+        path.write_bytes(b"a picture")
+    assert find_cases(tmp_path).notes == []
 
 
 def test_own_case_folders_of_png_and_several_files(tmp_path: Path) -> None:

@@ -118,16 +118,22 @@ def walk(root: Path, readers: Sequence[str], left: Leftover) -> Iterator[tuple[s
     def read(folder: Path, _: tuple[str, ...], files: Files) -> list[tuple[str, Entry]]:
         return [(name, entry) for name in readers for entry in READERS[name](folder, files)]
 
-    def found_below(folder: Path, parts: tuple[str, ...]) -> bool:
+    def below(folder: Path, parts: tuple[str, ...]) -> list[tuple[str, Entry]]:
         try:
-            return any(descend(folder, read, (*parts, folder.name)))
+            return list(descend(folder, read, (*parts, folder.name)))
         except CdiffError:  # it is not the case's, nor needed
-            return False
+            return []
 
     def look(folder: Path, parts: tuple[str, ...], files: Files) -> list[tuple[str, Entry]]:
         here = read(folder, parts, files)
         if here and len(parts) < DEPTH:
-            left.below += [one for one in _contents(folder)[0] if found_below(one, parts)]
+            inside = {one: [entry for _, entry in below(one, parts)] for one in _contents(folder)[0]}
+            drawn = any(entry.tasks for entries in inside.values() for entry in entries)
+            if drawn and not any(entry.tasks for _, entry in here):  # a figure, called image.png, of the cases below it
+                left.strays += [entry.files[0] for _, entry in here]
+                here = []
+            else:
+                left.below += [one for one, entries in inside.items() if entries]
         # A case has a folder of its own, unless several lie in one folder or the split folder itself holds them.
         own = len(here) == 1 and not (parts and parts[-1].lower() in SPLITS)
         for _, entry in here:

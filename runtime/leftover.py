@@ -15,13 +15,15 @@ class Leftover:
     """Collected folder by folder; `told` says it.
 
     masks: folders that hold masks and no image. files: names of files beside a case's. folders: those of scans that are no
-    case. below: folders of cases inside a case's. links: to folders or files that are not there.
+    case. below: folders of cases inside a case's. strays: images without masks above cases that have some. links: to folders or files
+    that are not there.
     """
 
     masks: list[Path] = field(default_factory=list)
     files: Counter[str] = field(default_factory=Counter)
     folders: list[Path] = field(default_factory=list)
     below: list[Path] = field(default_factory=list)
+    strays: list[Path] = field(default_factory=list)
     links: list[Path] = field(default_factory=list)
     _above: set[Path] = field(default_factory=set)
 
@@ -46,6 +48,7 @@ class Leftover:
         for what, paths in (
             ("folders with scans that are no case", [path for path in self.folders if path not in self._above]),
             ("folders of cases inside a case's folder", self.below),
+            ("images without masks above folders of cases", self.strays),
             ("links to what is not there", self.links),
         ):
             if paths:

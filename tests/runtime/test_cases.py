@@ -346,6 +346,16 @@ def test_a_folder_inside_a_case_that_cannot_be_listed_is_no_matter(
     assert len(find_cases(tmp_path)["train"]) == 2
 
 
+def test_an_image_without_masks_above_the_cases_does_not_hide_them(tmp_path: Path) -> None:
+    write_qubiq(tmp_path, {"Training": 2, "Testing": 2})
+    clean = find_cases(tmp_path)
+    for place in (tmp_path, tmp_path / "Testing"):
+        Image.fromarray(disc((16, 16))).save(place / "image.png")
+    found = find_cases(tmp_path)
+    assert found == clean
+    assert found.notes == ["images without masks above folders of cases, left out: image.png, Testing/image.png"]
+
+
 def test_outputs_and_pictures_of_the_data_set_are_not_told(tmp_path: Path) -> None:
     """What a check and a run of segment leave there, and what lies hidden."""
     root = write_qubiq(tmp_path, {"Training": 2}) / "Training"

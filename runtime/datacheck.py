@@ -189,7 +189,7 @@ def _place(look: Look, path: Path, mask: Mask, scan: Scan) -> None:
     """A mask whose header puts it elsewhere than its image: read voxel by voxel all the same, but worth a look."""
     if mask.header is None or scan.grid.header is None or len(mask.values.shape) != len(scan.grid.shape):
         return
-    if reason := scan.grid.differs_from(Grid(mask.values.shape, scan.grid.slice_axis, mask.header)):
+    if reason := scan.grid.differs_from(Grid(mask.values.shape, scan.grid.slice_axis, mask.header), ones_count=True):
         look.tell("warning", "grid", f"{path.name} and its image {reason}")
 
 

@@ -90,21 +90,23 @@ class Grid:
         """Whether the header's spacing is 1 along every axis, as files get it that lost theirs: volumes in ml then mean nothing."""
         return self.header is not None and all(zoom == 1 for zoom in self.header["pixdim"][1 : 1 + len(self.spatial)])
 
-    def differs_from(self, other: Grid) -> str | None:
+    def differs_from(self, other: Grid, *, ones_count: bool = False) -> str | None:
         """In words why another file's grid is not this one, or None: shape, and where both have headers, spacing and place.
 
-        A placeholder's spacing contradicts nothing.
+        A placeholder's spacing contradicts nothing. ones_count: where both spacings are 1 and both headers say where the voxels
+        lie, not at the origin, they are taken as meant.
         """
         if self.spatial != other.spatial:
             return f"have different shapes ({by(self.spatial)} and {by(other.spatial)})"
         mine, theirs = self.spacing, other.spacing
         if self.header is None or other.header is None or mine is None or theirs is None:
             return None
-        if self.is_placeholder or other.is_placeholder:
+        here, there = self.header.get_best_affine(), other.header.get_best_affine()
+        meant = ones_count and self.is_placeholder and other.is_placeholder and here[:3, 3].any() and there[:3, 3].any()
+        if (self.is_placeholder or other.is_placeholder) and not meant:
             return None
         if not np.allclose(mine, theirs, rtol=1e-3):
             return f"have different spacings ({mine} and {theirs} mm)"
-        here, there = self.header.get_best_affine(), other.header.get_best_affine()
         placed = self.has_orientation and other.has_orientation
         if placed and not np.allclose(here, there, rtol=1e-3, atol=0.01 * min(mine)):
             return "have different affines (they do not lie at one place)"

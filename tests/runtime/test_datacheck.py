@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
 from PIL import Image
@@ -15,6 +16,7 @@ from cdiff.runtime.cases import find_cases
 from cdiff.runtime.datacheck import Check, check_data
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.metrics import pairwise_dice
+from cdiff.runtime.scan import read_scan
 from cdiff.runtime.sheet import CASES, chosen, sheet_figure, write_sheet
 from tests.layouts import disc, save, write_brats, write_qubiq, write_table
 
@@ -142,6 +144,28 @@ def test_a_mask_that_lies_elsewhere_is_told(clean: Path) -> None:
     ((severity, case, text),) = said(check_data(clean), "grid")
     assert (severity, case) == ("warning", "case01")
     assert "task01_seg02.nii.gz and its image have different spacings" in text
+
+
+@pytest.mark.parametrize(
+    ("mask_at", "told"),
+    [
+        ((-90, -126, -72), False),
+        ((90, 126, -72), True),  # the mask is stored turned, as another program writes it
+        ((0, 0, 0), False),  # a header that lost its place
+    ],
+)
+def test_a_turned_mask_of_one_millimetre_voxels_is_told(tmp_path: Path, mask_at: tuple[int, ...], told: bool) -> None:
+    root = write_qubiq(tmp_path, {"Training": 1}, raters=1)
+    for name, at in (("image", (-90, -126, -72)), ("task01_seg01", mask_at)):
+        path = root / f"Training/case01/{name}.nii.gz"
+        turn = -1 if at[0] > 0 else 1
+        affine = np.diag([turn, turn, 1.0, 1.0])
+        affine[:3, 3] = at
+        nib.save(nib.Nifti1Image(np.asanyarray(nib.load(path).dataobj), affine), path)
+    assert [text.partition(" have ")[2] for _, _, text in said(check_data(root), "grid")] == (
+        ["different affines (they do not lie at one place)"] if told else []
+    )
+    read_scan([root / f"Training/case01/{name}.nii.gz" for name in ("image", "task01_seg01")], channels=2)
 
 
 def test_what_makes_training_impossible_is_said(tmp_path: Path) -> None:

@@ -166,7 +166,7 @@ LabelsOption = Annotated[
         "--labels",
         metavar="N,N,...",
         help="Which values of the masks are inside, such as 1,4 of a label map.",
-        show_default="from half of the largest on; brats: the whole tumour",
+        show_default="above half of the largest; brats: the whole tumour",
         rich_help_panel=DATA,
     ),
 ]

@@ -27,7 +27,7 @@ class Case:
 
     image: the scan's file; others: further files on the same grid, one modality each, which become its channels after the
     first. modalities: their names, where the layout names them. masks: one file an annotator; raters: what they are called,
-    in the same order. labels: the values of a mask that are inside; none given: from half of the largest value on.
+    in the same order. labels: the values of a mask that are inside; none given: those above half of the largest.
     patient: what a scan shares with others of the same person, so that no split tears them apart; empty when not known.
     """
 

@@ -175,7 +175,7 @@ def _values(look: Look, masks: dict[Path, Mask]) -> None:
                 text = f"hold {some}; of these {', '.join(map(str, labels))} are inside"
                 odd.setdefault(("note", text), []).append(path.name)
         elif len(values) > 2 or (len(values) == 2 and values[0] != 0):
-            rule = "from half of the largest on is inside; choose with --labels if these are labels"
+            rule = "more than half of the largest is inside; choose with --labels if these are labels"
             odd.setdefault(("warning", f"hold {some}, not 0 and 1: {rule}"), []).append(path.name)
         elif len(values) == 1 and values[0] > 0:
             odd.setdefault(("warning", f"hold {some} everywhere: every pixel is inside"), []).append(path.name)

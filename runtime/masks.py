@@ -60,7 +60,7 @@ def _pixels(data: bytes, path: Path) -> NDArray[Any]:
 
 
 def inside(values: NDArray[Any], labels: tuple[int, ...] = ()) -> NDArray[np.bool_]:
-    """What a mask's values put inside: those among `labels`, or, none given, from half of the largest value on.
+    """What a mask's values put inside: those among `labels`, or, none given, those above half of the largest value.
 
     So 0 and 1, 0 and 255, and fractions are all read as meant; a file of zeros is an annotator who saw nothing.
     """

@@ -78,7 +78,7 @@ def test_mistakes_are_said_before_any_work(tiny_data: Path, tiny_bundle: Path, t
 
 
 def test_the_labels_of_the_masks_come_from_the_bundle(tiny_data: Path, tiny_bundle: Path, tmp_path: Path) -> None:
-    """A model of label 2 alone, on label maps in which 3 surrounds it: before, everything from half of the largest on was scored."""
+    """A model of label 2 alone, on label maps in which 3 surrounds it: before, everything above half of the largest was scored."""
     bundle, data = tmp_path / "bundle", tmp_path / "data"
     shutil.copytree(tiny_bundle, bundle)
     manifest = json.loads((bundle / "manifest.json").read_text())

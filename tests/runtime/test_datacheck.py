@@ -127,6 +127,7 @@ def test_values_that_are_not_zero_and_one(tmp_path: Path) -> None:
     findings = said(check_data(root), "values")
     assert [(severity, case) for severity, case, _ in findings] == [("warning", "case01"), ("note", "case02")]
     assert findings[0][2].startswith("task01_seg01.nii.gz hold 0, 1, 4, not 0 and 1")
+    assert "more than half of the largest is inside" in findings[0][2]
     assert findings[1][2] == "its masks hold 0, 255, not 0 and 1: read as 0 and 1"
     chosen_ = said(check_data(root, labels=(4,)), "values")
     assert all("of these 4 are inside" in text for _, _, text in chosen_)

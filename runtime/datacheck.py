@@ -95,8 +95,8 @@ def check_data(
     """
     found = find_cases(root, task, layout=layout, labels=labels, strict=False)
     everything = [(split, case) for split, cases in found.items() for case in cases]
-    C = count_annotators(found.get("train") or found.get("all") or [case for _, case in everything])
-    channels = count_channels([case for _, case in everything])
+    trained = found.get("train") or found.get("all") or [case for _, case in everything]
+    C, channels = count_annotators(trained), count_channels(trained)
     looks = []
     for done, (split, case) in enumerate(everything, start=1):
         # Training leaves a case of another number of masks out before it reads it, and never opens the test split.

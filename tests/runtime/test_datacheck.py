@@ -187,6 +187,18 @@ def test_what_makes_training_impossible_is_said(tmp_path: Path) -> None:
         check_data(tmp_path / "one/Training/case01", layout="brats")
 
 
+def test_channels_are_counted_in_the_training_cases_as_training_does(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for split, colours, count in (("Testing", 1, 4), ("Training", 3, 2)):
+        for number in range(count):
+            folder = tmp_path / split / f"case{number}"
+            folder.mkdir(parents=True)
+            pixels = np.broadcast_to(rng.integers(0, 255, (16, 16, colours)), (16, 16, 3))
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / "image.png")
+            Image.fromarray(disc((16, 16))).save(folder / "mask_anna.png")
+    assert check_data(tmp_path).report["training"]["image_channels"] == 3
+
+
 def test_a_validation_split_with_fewer_annotators_says_how_to_use_it(clean: Path) -> None:
     (clean / "Validation/case04/task01_seg03.nii.gz").unlink()
     training = check_data(clean).report["training"]

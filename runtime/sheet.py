@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from cdiff.runtime.case import Case
-    from cdiff.runtime.datacheck import Look
     from cdiff.runtime.grid import View
+    from cdiff.runtime.look import Look
 
 CASES = 12
 """Most cases on a sheet."""

@@ -69,7 +69,7 @@ def check_data(
     training = _training(found, root, looks, C, channels)
     findings += [Finding("error", "training", "", reason) for reason in training["reasons"]]
     findings += [finding for look in looks for finding in look.findings] + _over_cases(looks, C, found)
-    findings += _across(looks, slice_axis)
+    findings += [*_shared(looks), *_across(looks, slice_axis)]
     report = {
         "cdiff": __version__,
         "data": str(root.resolve()),
@@ -121,6 +121,19 @@ def _over_cases(looks: list[Look], C: int, found: DataSet) -> list[Finding]:
             Finding("note", "names", "", f"the same name in several splits: {listed(twice)}; are they other patients?")
         )
     return out
+
+
+def _shared(looks: list[Look]) -> list[Finding]:
+    """Images that several cases have: a folder for each annotator reads as one for each patient, and a copy lies in two splits."""
+    by_image: dict[str, list[Look]] = {}
+    for look in looks:
+        by_image.setdefault(look.image, []).append(look)
+    shared = [members for image, members in by_image.items() if image and len(members) > 1]
+    groups = [f"({listed([f'{look.case.name} in {look.split}' for look in members], 3)})" for members in shared]
+    if not groups:
+        return []
+    advice = "all masks of an image belong in one case, and no image in two splits"
+    return [Finding("warning", "duplicated", "", f"cases with the same image: {listed(groups)}; {advice}")]
 
 
 def _across(looks: list[Look], slice_axis: int) -> list[Finding]:

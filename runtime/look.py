@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,13 +35,17 @@ class Finding:
 
 @dataclass
 class Look:
-    """What was seen of one case; `row` is its entry in the report, `shape` its image's, `scores` one number a marked slice."""
+    """What was seen of one case; `row` is its entry in the report, `shape` its image's, `scores` one number a marked slice.
+
+    image: a hash of the image's voxels; empty where it was not read, or has one value everywhere.
+    """
 
     case: Case
     split: str
     row: dict[str, Any] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
     shape: tuple[int, ...] = ()
+    image: str = ""
     at_least: NDArray[np.float64] | None = None
     scores: list[float] = field(default_factory=list)
     scores_all: list[float] = field(default_factory=list)
@@ -126,6 +131,8 @@ def _describe(look: Look, scan: Scan) -> None:
         if "spacing" not in warning:
             look.tell("note", "image", warning)
     flat = [c for c in range(scan.slices.shape[1]) if scan.slices[:, c].min() == scan.slices[:, c].max()]
+    if len(flat) < scan.slices.shape[1]:
+        look.image = hashlib.sha256(f"{scan.slices.shape}".encode() + scan.slices.tobytes()).hexdigest()
     if flat and scan.slices.shape[1] > 1:
         look.tell("warning", "image", f"channel {flat[0] + 1} has the same value everywhere")
 

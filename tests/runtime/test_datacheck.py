@@ -199,6 +199,18 @@ def test_channels_are_counted_in_the_training_cases_as_training_does(tmp_path: P
     assert check_data(tmp_path).report["training"]["image_channels"] == 3
 
 
+def test_an_image_that_several_cases_have_is_told(tmp_path: Path) -> None:
+    """A folder for each annotator, each with the image: below a split folder that is how patients lie. Images of one value say nothing."""
+    for annotator in ("anna", "ben"):
+        root = write_qubiq(tmp_path / "Training" / annotator, {"": 3}, raters=1)
+        save(root / "case03/image.nii.gz", np.zeros((32, 32)))
+    advice = "all masks of an image belong in one case, and no image in two splits"
+    pairs = ", ".join(f"(anna/case0{k} in train, ben/case0{k} in train)" for k in (1, 2))
+    assert said(check_data(tmp_path), "duplicated") == [
+        ("warning", "", f"cases with the same image: {pairs}; {advice}")
+    ]
+
+
 def test_a_validation_split_with_fewer_annotators_says_how_to_use_it(clean: Path) -> None:
     (clean / "Validation/case04/task01_seg03.nii.gz").unlink()
     training = check_data(clean).report["training"]

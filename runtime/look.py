@@ -81,6 +81,8 @@ def look_at(case: Case, split: str, channels: int, slice_axis: int, severity: st
             look.tell(severity, "shape" if " has shape " in str(error) else "unreadable", str(error))
     _values(look, read)
     if scan is not None:
+        _kinds(look, read, scan)
+    if scan is not None:
         _describe(look, scan)
         if len(drawn) == len(case.masks):
             _measure(look, np.stack(drawn, axis=1))
@@ -115,6 +117,17 @@ def _place(look: Look, path: Path, mask: Mask, scan: Scan) -> None:
         return
     if reason := scan.grid.differs_from(Grid(mask.values.shape, scan.grid.slice_axis, mask.header), ones_count=True):
         look.tell("warning", "grid", f"{path.name} and its image {reason}")
+
+
+def _kinds(look: Look, masks: dict[Path, Mask], scan: Scan) -> None:
+    """Masks of another kind of file than the image: the one is usually stored turned against the other."""
+    picture = scan.grid.header is None
+    if other := [path.name for path, mask in masks.items() if (mask.header is None) != picture]:
+        kinds = "a NIfTI and its image a picture" if picture else "a picture and its image a NIfTI"
+        which = "each of its masks is" if len(other) == len(masks) else f"{', '.join(other)} is"
+        look.tell(
+            "warning", "grid", f"{which} {kinds}: such are usually stored turned against each other, see the sheet"
+        )
 
 
 def _describe(look: Look, scan: Scan) -> None:

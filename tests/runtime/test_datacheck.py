@@ -169,6 +169,17 @@ def test_a_turned_mask_of_one_millimetre_voxels_is_told(tmp_path: Path, mask_at:
     read_scan([root / f"Training/case01/{name}.nii.gz" for name in ("image", "task01_seg01")], channels=2)
 
 
+def test_a_picture_as_the_mask_of_a_nifti_is_told(tmp_path: Path) -> None:
+    """A square one fits either way round."""
+    folder = write_qubiq(tmp_path, {"Training": 1}, raters=2) / "Training/case01"
+    for rater, words in (("seg01", "task01_seg01.png is a"), ("seg02", "each of its masks is a")):
+        (folder / f"task01_{rater}.nii.gz").unlink()
+        Image.fromarray(disc((32, 32), seed=len(words))).save(folder / f"task01_{rater}.png")
+        ((severity, _, text),) = said(check_data(tmp_path), "grid")
+        assert severity == "warning"
+        assert text.startswith(f"{words} picture and its image a NIfTI: such are usually stored turned")
+
+
 def test_what_makes_training_impossible_is_said(tmp_path: Path) -> None:
     one = write_qubiq(tmp_path / "one", {"Training": 1})
     assert "one case is not enough" in check_data(one).report["training"]["reasons"][0]

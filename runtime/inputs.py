@@ -69,7 +69,7 @@ def _scans_in(root: Path, channels: int, modalities: Sequence[str]) -> Iterator[
         return [
             _scan(entry, "_".join((*parts[:-1], entry.name)), modalities)
             for entry in entries
-            if _is_one_scan(entry, files, channels, modalities)
+            if _is_one_scan(entry, files, channels, modalities, below=bool(parts))
         ]
 
     if here := cases(root, (), files_in(root)):
@@ -84,10 +84,11 @@ def _scans_in(root: Path, channels: int, modalities: Sequence[str]) -> Iterator[
             yield NamedScan(name, entry)
 
 
-def _is_one_scan(entry: Entry, files: Files, channels: int, modalities: Sequence[str]) -> bool:
+def _is_one_scan(entry: Entry, files: Files, channels: int, modalities: Sequence[str], *, below: bool) -> bool:
     """Whether a folder's images are one scan, rather than scans that lie in one folder.
 
-    Several files are, where the model was trained on such files, or they are as many NIfTI files as it has channels.
+    Several files are, where the model was trained on such files, or they are as many NIfTI files as it has channels. below: the
+    folder lies in the one that was named, where pictures of other names (a thumbnail) are no scans.
     """
     images = list(entry.images.values())
     if len(images) > 1 or "" not in entry.images:
@@ -95,9 +96,11 @@ def _is_one_scan(entry: Entry, files: Files, channels: int, modalities: Sequence
         return bool(modalities) or as_many
     if images[0].name.lower().endswith(NIFTI_SUFFIXES):
         return True
-    scans = [path for path in files if not is_output(path)]
-    masks = [path for path in scans if TASK_MASK.match(name := stem(path) or "") or OWN_MASK.match(name)]
-    return bool(masks) or len(scans) == 1  # without masks image.png beside other pictures is one of them
+    others = [path for path in files if path != images[0] and not is_output(path)]
+    if any(TASK_MASK.match(name := stem(path) or "") or OWN_MASK.match(name) for path in others):
+        return True
+    # Without masks image.png beside other scans is one of them.
+    return not any(path.name.lower().startswith("image") or not below for path in others)
 
 
 def _scan(entry: Entry, name: str, modalities: Sequence[str]) -> NamedScan:

@@ -163,6 +163,14 @@ def test_a_pictures_case_folder_is_a_case_whatever_else_lies_in_it(tmp_path: Pat
         assert _names(tmp_path / name) == {name: "image.png"}
 
 
+def test_another_picture_does_not_hide_a_case_in_a_folder_of_cases(tmp_path: Path) -> None:
+    """Training reads such cases; but several images without masks are none."""
+    for name in ("case01/image.png", "case02/image.png", "case02/sketch.png", "photos/image.png", "photos/image2.png"):
+        _touch(tmp_path / name)
+    assert _names(tmp_path) == {"case01": "case01/image.png", "case02": "case02/image.png"}
+    assert _names(tmp_path / "case02") == {"image": "image.png", "sketch": "sketch.png"}
+
+
 def test_a_lone_named_modality(tmp_path: Path) -> None:
     _touch(tmp_path / "case01/image_t1.nii.gz")
     (scan,) = scans_at(tmp_path, 1, ("t1",))

@@ -76,7 +76,8 @@ def read_table(path: Path, notes: list[str], *, masks: bool = True) -> list[Entr
 
     Raises CdiffError naming the row for a table that contradicts itself; files are not looked at here.
     """
-    (_, header), *rows = _rows(path)
+    rows = _rows(path)
+    _, header = next(rows)
     known = columns(header)
     if not known.images or (masks and not known.masks):
         raise CdiffError(f"{path} has the columns {', '.join(header)}; {CONVENTION}")

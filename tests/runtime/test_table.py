@@ -100,7 +100,7 @@ def test_a_folders_only_table_says_why_it_is_none(tmp_path: Path) -> None:
     table.write_bytes(text.replace("p0", "caf\u00e9").encode("utf-16"))
     with pytest.raises(CdiffError, match=r"cases\.csv is not UTF-8 text; save it as CSV UTF-8"):
         find_cases(tmp_path)
-    table.write_text("scan,outline\na.png,b.png\n")
+    table.write_text('scan,outline\na.png,"b.png\n\n')
     with pytest.raises(CdiffError, match=r"cases\.csv has the columns scan, outline; the columns image"):
         find_cases(tmp_path)
 

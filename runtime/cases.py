@@ -17,7 +17,7 @@ from cdiff.runtime.layouts import LAYOUTS, READERS, TABLE, walk
 from cdiff.runtime.leftover import Leftover
 from cdiff.runtime.masks import mask_slices, read_mask
 from cdiff.runtime.scan import read_scan
-from cdiff.runtime.table import SUFFIXES, is_table, read_table
+from cdiff.runtime.table import SUFFIXES, is_table, names_scans, read_table
 
 __all__ = ["Case", "DataSet", "Problem", "find_cases", "read_case", "read_masks"]
 
@@ -120,6 +120,8 @@ def _entries(root: Path, layout: str, notes: list[str]) -> tuple[str, list[Entry
         else []
     )
     tables = [path for path in named if is_table(path)]
+    if len(by_layout) + len(tables) > 1:
+        tables = [path for path in tables if names_scans(path)]
     if by_layout and len(tables) == 1 and _names_all(tables[0], by_layout.values()):
         by_layout = {}
     if len(by_layout) + bool(tables) > 1 or len(tables) > 1:

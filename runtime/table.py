@@ -70,6 +70,20 @@ def is_table(path: Path) -> bool:
         return False
 
 
+def names_scans(path: Path) -> bool:
+    """Whether an image column of a table names a file that could be read here, in any row: a column such as `image_date` does not.
+
+    Also true of a table that cannot be read to its end.
+    """
+    rows = _rows(path)
+    try:
+        _, header = next(rows)
+        places = [header.index(column) for column in columns(header).images.values()]
+        return any(stem(Path(cells[i].strip())) is not None for _, cells in rows for i in places if i < len(cells))
+    except CdiffError:
+        return True
+
+
 def read_table(path: Path, notes: list[str], *, masks: bool = True) -> list[Entry]:
     """The cases of a table, in the order of its rows. Paths are relative to the table's folder; an empty cell is a mask that
     nobody drew. masks: a table without masks is refused (segmenting needs none).

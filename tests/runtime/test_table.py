@@ -143,6 +143,19 @@ def test_another_table_in_the_folder_is_no_layout(tmp_path: Path) -> None:
     assert find_cases(tmp_path).layout == "cases"
 
 
+def test_columns_called_as_images_that_name_no_scan_make_no_table(tmp_path: Path) -> None:
+    """A register of the patients, beside case folders or a table; alone it is taken for the table that was meant."""
+    register = "patient,image_date,mask_quality\n1,2020.03.01,good\n2,,poor\n"
+    (tmp_path / "clinical.csv").write_text(register)
+    with pytest.raises(CdiffError, match=r"clinical\.csv, row 3"):
+        find_cases(tmp_path)
+    write_qubiq(tmp_path / "one", {"Training": 2})
+    write_table(tmp_path / "two", 2)
+    for place, layout in (("one", "cases"), ("two", "table")):
+        (tmp_path / place / "clinical.csv").write_text(register)
+        assert find_cases(tmp_path / place).layout == layout
+
+
 def test_a_note_with_commas_is_no_mask(tmp_path: Path) -> None:
     (tmp_path / "cases.csv").write_text(",image,mask1,note\na.png,a.png,a1.png,large, round\nb.png,b.png,b1.png,,\n")
     assert [case.raters for case in find_cases(tmp_path)["all"]] == [("1",), ("1",)]

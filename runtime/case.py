@@ -76,7 +76,8 @@ class Entry:
 
     data_set: the folders above the split folder ("" when there are none); split: "train", "val", "test" or "" where nothing
     says. tasks: for each structure its masks, as (annotator, file). images: for each modality its file; the name is "" for a
-    lone unnamed image. labels: what is inside unless the user says otherwise. problem: why its masks cannot be told apart.
+    lone unnamed image. labels: what is inside unless the user says otherwise. problem: why masks that are called mask_ANNOTATOR cannot be told
+    apart.
     """
 
     name: str

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from cdiff.runtime.case import Case, Entry, listed, natural
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.grid import Grid
-from cdiff.runtime.layouts import LAYOUTS, READERS, TABLE, walk
+from cdiff.runtime.layouts import LAYOUTS, OWN_TASK, READERS, TABLE, walk
 from cdiff.runtime.leftover import Leftover
 from cdiff.runtime.masks import mask_slices, read_mask
 from cdiff.runtime.scan import read_scan
@@ -228,7 +228,7 @@ def _modalities(entries: Iterable[Entry]) -> tuple[str, ...]:
 
 def _sort_in(found: DataSet, entry: Entry, task: str | None, labels: tuple[int, ...]) -> None:
     case, split = entry.case(task, labels), entry.split or "all"
-    if entry.problem:
+    if entry.problem and task == OWN_TASK:
         found.problems.append(Problem(split, case.name, entry.problem))
     elif case.modalities != found.modalities:
         lacking = [name for name in found.modalities if name not in case.modalities]

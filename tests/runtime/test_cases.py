@@ -368,6 +368,15 @@ def test_outputs_and_pictures_of_the_data_set_are_not_told(tmp_path: Path) -> No
     assert find_cases(tmp_path).notes == []
 
 
+def test_masks_of_another_structure_may_be_called_as_they_are(tmp_path: Path) -> None:
+    write_qubiq(tmp_path, {"Training": 2})
+    for name in ("mask", "mask1"):
+        save(tmp_path / f"Training/case01/{name}.nii.gz", disc((32, 32, 1)))
+    assert len(find_cases(tmp_path, "task01")["train"]) == 2
+    with pytest.raises(CdiffError, match="are masks of one annotator"):
+        find_cases(tmp_path, "mask")
+
+
 def test_own_case_folders_of_png_and_several_files(tmp_path: Path) -> None:
     """Sixteen bits reach the array unchanged; annotators are known by name; a palette's numbers are labels."""
     folder, inside_ = tmp_path / "patient1", disc((20, 24))

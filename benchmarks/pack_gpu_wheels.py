@@ -90,10 +90,22 @@ def site_of(wheels: list[Path]) -> bytes:
             with zipfile.ZipFile(wheel) as archive:
                 archive.extractall(folder)
         buffer = io.BytesIO()
+        paths = sorted(Path(folder).rglob("*"))
+        total, done, told = sum(path.stat().st_size for path in paths if path.is_file()), 0, 0
+        say(f"packing {total / 2**20:.0f} MiB, about a minute for each 100")
         with lzma.open(buffer, "w", preset=6) as packed, tarfile.open(fileobj=packed, mode="w") as tar:
-            for path in sorted(Path(folder).rglob("*")):
+            for path in paths:
                 tar.add(path, path.relative_to(folder).as_posix(), recursive=False, filter=_anonymous)
+                done += path.stat().st_size if path.is_file() else 0
+                if 10 * done // max(total, 1) > told:
+                    told = 10 * done // total
+                    say(f"  {10 * told} %")
         return buffer.getvalue()
+
+
+def say(line: str) -> None:
+    """Progress, at once, and apart from the result."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def _anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:
@@ -134,6 +146,7 @@ def main(argv: list[str] | None = None) -> None:
                     sys.exit(f"{wheel} does not exist")
                 shutil.copy(wheel, folder)
             elif re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*==[^=]+", wheel):
+                say(f"downloading {wheel}")
                 fetch(wheel, options.python, Path(folder))
             else:
                 sys.exit(f"{wheel}: name a version, as in numpy==2.2.0, or the path of a .whl file")

@@ -24,6 +24,8 @@ def parts(tmp_path: Path) -> Path:
         archive.writestr("thing/libthing.so.1", CONTENT)
     done = run(SCRIPT, tmp_path / "parts", wheel, "--part-mib", "1")
     assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[0] == "packing 3 MiB, about a minute for each 100"
+    assert done.stderr.splitlines()[-1] == "  100 %"
     return tmp_path / "parts"
 
 

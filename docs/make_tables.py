@@ -245,14 +245,17 @@ SEEDED = {"soft_dice_5": "soft Dice, 5", "ged": "GED", "ece_near": "ECE near"}
 
 def seeds_table(results: Path) -> str:
     """The peers that were trained a second time, with another seed: each score of both trainings, and how far apart these are."""
-    header = ["peer", *[f"{words}, {which}" for words in SEEDED.values() for which in ("first", "second", "apart")]]
+    scores = [f"{words}, {which}" for words in SEEDED.values() for which in ("first", "second", "apart")]
+    header = ["peer", "training steps", *scores]
     rows = []
     for words, first in best_first(FOUR, results):
         second = read_peer(SECOND, next(name for name, one in PEERS.items() if one == words), results)
         if first is None or second is None:
             continue
         pairs = [(first[key]["mean"], second[key]["mean"]) for key in SEEDED]
-        rows.append([words, *[cell for a, b in pairs for cell in (f"{a:.3f}", f"{b:.3f}", f"{abs(a - b):.3f}")]])
+        steps = f"{first['training']['steps']}, {second['training']['steps']}"
+        cells = [cell for a, b in pairs for cell in (f"{a:.3f}", f"{b:.3f}", f"{abs(a - b):.3f}")]
+        rows.append([words, steps, *cells])
     return markdown(header, rows or [unmeasured([*header, ""])])
 
 

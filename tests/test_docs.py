@@ -177,6 +177,27 @@ def test_the_comparison_with_the_unet_claims_what_its_intervals_allow(tables: Mo
     assert "better on the level of all four where all four marked" in (REPOSITORY / "README.md").read_text("utf-8")
 
 
+def test_what_a_second_training_of_the_peers_tells_is_what_was_measured(tables: ModuleType) -> None:
+    first, second = (tables.read(name, tables.RESULTS)["peers"] for name in (tables.FOUR, tables.SECOND))
+    top = sorted(first, key=lambda name: -first[name]["soft_dice_5"]["mean"])[:7]
+    assert set(second) == set(top), "the first seven of the first round"
+
+    def apart(key: str) -> list[float]:
+        return sorted(abs(first[name][key]["mean"] - second[name][key]["mean"]) for name in top)
+
+    page = (REPOSITORY / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    dice, distance = apart("soft_dice_5"), apart("ged")
+    assert f"moves a peer by {dice[0]:.3f} to {dice[-1]:.3f}" in page
+    assert f"energy distance moves by {distance[-1]:.3f} at most" in page
+    means = [first[name]["soft_dice_5"]["mean"] for name in top]
+    assert dice[-1] > max(means) - min(means)
+    more = [second[name]["training"]["steps"] / first[name]["training"]["steps"] - 1 for name in top]
+    assert f"{100 * min(more):.0f} to {100 * max(more):.0f} % more steps" in page
+    for found in (first, second):
+        unets, others = ([found[n]["ged"]["mean"] for n in found if n.startswith("unet") is unet] for unet in (True, False))  # fmt: skip
+        assert max(others) < min(unets)
+
+
 def test_the_hours_of_the_whole_protocol_are_those_of_its_sample(tables: ModuleType) -> None:
     page = (REPOSITORY / "docs" / "model.md").read_text(encoding="utf-8")
     sample, every = (
@@ -326,8 +347,8 @@ def test_the_peers_stand_best_first_and_all_have_a_row(tables: ModuleType, tmp_p
     (tmp_path / "peers_testing_all_raters_seed_1.json").write_text(json.dumps(again))
     twice = tables.TABLES["seeds"](tmp_path).splitlines()[2:]
     assert [row.split("|")[1].strip() for row in twice] == [heads, consensus], "those that were trained twice alone"
-    assert [cell.strip() for cell in twice[0].split("|")[2:6]] == ["0.750", "0.500", "0.250", "0.250"]
-    assert {row.count("|") for row in tables.TABLES["seeds"](tmp_path).splitlines()} == {11}
+    assert [cell.strip() for cell in twice[0].split("|")[2:6]] == ["123, 123", "0.750", "0.500", "0.250"]
+    assert {row.count("|") for row in tables.TABLES["seeds"](tmp_path).splitlines()} == {12}
 
 
 def test_a_benchmark_reaches_the_speed_table(tables: ModuleType, tmp_path: Path) -> None:

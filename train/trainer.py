@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from cdiff.train.checkpoint import read_config
 from cdiff.train.config import HOW, Config
 from cdiff.train.data import read_data
 from cdiff.train.fabric import check_same, fabric_on, find_device, joined, precision_of, together
+from cdiff.train.held import held
 from cdiff.train.machine import arithmetic
 from cdiff.train.run import Run, TrainResult
 
@@ -41,7 +43,7 @@ def train(
     device: auto (a GPU if PyTorch sees one), cpu, cuda or cuda:N.
     quiet: no notes, no progress; console: where they go, stderr unless given.
 
-    Raises CdiffError for unusable data, an `out` that holds another run, a device that is not there, a GPU's memory that is
+    Raises CdiffError for unusable data, an `out` that holds another run or is being trained now, a device that is not there, a GPU's memory that is
     not enough, or a loss that is not finite.
 
     Started by torchrun, each process calls this alike and they train together; only the first writes and prints. When one fails, it
@@ -57,14 +59,24 @@ def train(
             if resume or not dry_run:
                 _check_out(out, chosen, resume)
             where = find_device(device, meeting)
-        with arithmetic(chosen.training.deterministic):
+        with arithmetic(chosen.training.deterministic), ExitStack() as stack:
             fabric = fabric_on(where, chosen.training.amp)
             fabric.launch()
+            writes = fabric.is_global_zero and not dry_run
+            if resume:
+                with together(fabric):
+                    if writes:
+                        stack.enter_context(held(out))
             run = _start(chosen, data, out, init, fabric)
             if resume:
                 with together(fabric):
                     run.restore()
                 check_same(fabric, {"the step to go on from": run.done})
+            elif not dry_run:  # only now, when data and settings have proved usable, is there a run
+                with together(fabric):
+                    if writes:
+                        stack.enter_context(held(make_folder(out)))
+                        _check_out(out, chosen, resume)  # another training may have begun meanwhile
             quiet = quiet or not fabric.is_global_zero
             return _train(run, init is not None, max_steps, dry_run, quiet, console or Console(stderr=True))
 
@@ -100,8 +112,7 @@ def _train(run: Run, started: bool, max_steps: int | None, dry_run: bool, quiet:
     if dry_run:
         loss, _ = run.step(run.done)
         return run.result(loss)
-    if run.fabric.is_global_zero:  # only now, when data and settings have proved usable, is there a run
-        make_folder(run.out)
+    if run.fabric.is_global_zero:
         if started:
             run.save(None)  # before the run can be resumed, which knows nothing of where its weights came from
         write_json(run.out / "config.json", run.config.to_json())

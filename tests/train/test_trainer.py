@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 
 import nibabel as nib
@@ -15,8 +16,9 @@ from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import sha256
 from cdiff.train.checkpoint import checkpoint_folder, load_run
 from cdiff.train.config import Config
-from cdiff.train.data import read_data
+from cdiff.train.data import Data, read_data
 from cdiff.train.fabric import fabric_on
+from cdiff.train.held import held
 from cdiff.train.learner import Learner
 from cdiff.train.log import read_log
 from cdiff.train.presets import preset
@@ -113,6 +115,35 @@ def test_an_out_folder_is_never_overwritten_or_resumed_with_other_settings(
         train(preset("tiny").with_values({"lr": 0.5}), tiny_data, tiny_run, resume=True, quiet=True)
     with pytest.raises(CdiffError, match="no run to resume"):
         train(preset("tiny"), tiny_data, tmp_path / "new", resume=True, quiet=True)
+
+
+def test_a_run_that_is_being_trained_is_left_alone_by_a_second_training(tiny_data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(preset("tiny"), tiny_data, run, max_steps=1, quiet=True)
+    with held(run), pytest.raises(CdiffError, match=r"run is being trained by another process; wait until that ends"):
+        train(preset("tiny"), tiny_data, run, resume=True, max_steps=2, quiet=True)
+    assert train(preset("tiny"), tiny_data, run, resume=True, max_steps=2, quiet=True).step == 2
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_of_two_trainings_begun_at_once_the_second_stops_before_it_writes(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ended: bool
+) -> None:
+    """The first makes its run while the second still reads its data."""
+    run = tmp_path / "run"
+    with ExitStack() as stack:
+
+        def read(data: Path, config: Config) -> Data:
+            monkeypatch.undo()
+            train(preset("tiny"), tiny_data, run, max_steps=1, quiet=True)
+            if not ended:
+                stack.enter_context(held(run))
+            return read_data(data, config)
+
+        monkeypatch.setattr("cdiff.train.trainer.read_data", read)
+        with pytest.raises(CdiffError, match="already holds a run" if ended else "being trained by another process"):
+            train(preset("tiny"), tiny_data, run, max_steps=3, quiet=True)
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-0000001"]
 
 
 def test_validation_cases_without_a_mask_are_an_error_that_says_what_to_do(tmp_path: Path) -> None:

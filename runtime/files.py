@@ -127,8 +127,7 @@ def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     An existing `path` is an error unless `replace` (then the old folder is moved aside, and removed once the new one is
     in place) or it is empty. Raises `CdiffError` for that and when the system refuses to write.
     """
-    if (path.exists() or path.is_symlink()) and not replace and not _is_empty_folder(path):
-        raise CdiffError(f"{path} already exists; remove it or give another name")
+    _must_be_free(path, replace)
     make_folder(path.parent)
     token = secrets.token_hex(8)
     part, old = path.parent / f"{PART}{token}", path.parent / f"{PART}{token}-old"
@@ -142,6 +141,7 @@ def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
             for item in sorted(part.rglob("*"), reverse=True):  # what lies deeper first, then its folder
                 _sync(item)
             _sync(part)
+            _must_be_free(path, replace)  # somebody else may have written it meanwhile
             if _is_empty_folder(path):
                 path.rmdir()
             elif path.exists():
@@ -183,6 +183,11 @@ def dump_json(value: Any) -> str:
     """
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _must_be_free(path: Path, replace: bool) -> None:
+    if (path.exists() or path.is_symlink()) and not replace and not _is_empty_folder(path):
+        raise CdiffError(f"{path} already exists; remove it or give another name")
 
 
 def _is_empty_folder(path: Path) -> bool:

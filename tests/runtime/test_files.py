@@ -104,6 +104,15 @@ def test_an_older_folder_is_replaced_only_when_asked(tmp_path: Path) -> None:
     assert names(tmp_path) == ["bundle"]
 
 
+def test_of_two_folders_written_at_once_the_first_that_is_whole_stays(tmp_path: Path) -> None:
+    target = tmp_path / "bundle"
+    with pytest.raises(CdiffError, match="already exists"), atomic_folder(target) as late:
+        fill_folder(target, "first.json")
+        write_text(late / "late.json", "x")
+    assert names(target / "sub") == ["first.json"]
+    assert names(tmp_path) == ["bundle"]
+
+
 def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     write_text(tmp_path / "file", "x")
     with pytest.raises(CdiffError, match="not a folder") as caught:

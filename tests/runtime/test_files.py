@@ -106,9 +106,14 @@ def test_an_older_folder_is_replaced_only_when_asked(tmp_path: Path) -> None:
 
 def test_of_two_folders_written_at_once_the_first_that_is_whole_stays(tmp_path: Path) -> None:
     target = tmp_path / "bundle"
-    with pytest.raises(CdiffError, match="already exists"), atomic_folder(target) as late:
-        fill_folder(target, "first.json")
-        write_text(late / "late.json", "x")
+
+    def write_late() -> None:
+        with atomic_folder(target) as late:
+            fill_folder(target, "first.json")
+            write_text(late / "late.json", "x")
+
+    with pytest.raises(CdiffError, match="already exists"):
+        write_late()
     assert names(target / "sub") == ["first.json"]
     assert names(tmp_path) == ["bundle"]
 

@@ -65,9 +65,9 @@ def open_bundle(path: str | Path) -> Bundle:
 
 def _check_file(path: Path, entry: FileEntry) -> None:
     remedy = "copy the bundle again or export it again"
-    if not path.is_file():
-        raise CdiffError(f"{path} is missing, though the bundle's manifest lists it; {remedy}")
     try:
+        if not path.is_file():
+            raise CdiffError(f"{path} is missing, though the bundle's manifest lists it; {remedy}")
         size = path.stat().st_size
         if size != entry["bytes"]:
             raise CdiffError(f"{path} has {size} bytes where the manifest lists {entry['bytes']}; {remedy}")

@@ -10,11 +10,14 @@ from typing import Any, NoReturn, TypedDict
 
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.intensity import Intensity
+from cdiff.runtime.sampler import SAMPLERS
 from cdiff.runtime.schedule import NoiseSchedule
 from cdiff.runtime.variants import VARIANTS, Variant
 
 FORMAT_VERSION = 1
 NAME = "manifest.json"
+MOST_RUNS = 1_000_000
+"""Largest number of runs of a `--fast`."""
 OUTSIDE = -1
 """Where a manifest does not say: those written before the key existed need not be written again."""
 ENCODER, DENOISER, WEIGHTS, CARD = "encoder.onnx", "denoiser.onnx", "model.safetensors", "README.md"
@@ -154,13 +157,29 @@ class Manifest:
         for key, build in (("schedule", NoiseSchedule.from_json), ("intensity", Intensity.from_json)):
             try:
                 built = build(getattr(self, key))
-            except (TypeError, ValueError, CdiffError) as error:
+            except (TypeError, ValueError, OverflowError, CdiffError) as error:
                 _refuse(source, f"key {key!r} is wrong ({error})")
             if isinstance(built, NoiseSchedule) and built.T != self.T:
                 _refuse(source, f"key 'schedule' has T = {built.T}, but key 'T' is {self.T}")
+        self._check_fast(source)
+        data = self.training.get("data", {})
+        for key, kind in (("modalities", str), ("labels", int)):
+            values = data.get(key, []) if isinstance(data, dict) else []
+            if not (isinstance(values, list) and all(type(value) is kind for value in values)):
+                words = "texts" if kind is str else "whole numbers"
+                _refuse(source, f"key 'training', data, {key} must be a list of {words}, not {values!r}")
         for name in (ENCODER, DENOISER):
             if name not in self.files:
                 _refuse(source, f"key 'files' does not list {name}")
+
+    def _check_fast(self, source: str) -> None:
+        """Refuse a `--fast` that no sampler could take; what it leaves out, `segment` has a default for."""
+        fast = {"sampler": SAMPLERS[0], "steps": 1, "runs": 1} | self.fast
+        if fast["sampler"] not in SAMPLERS:
+            _refuse(source, f"key 'fast', sampler must be one of {', '.join(SAMPLERS)}, not {fast['sampler']!r}")
+        for key, most in (("steps", self.T), ("runs", MOST_RUNS)):
+            if type(fast[key]) is not int or not 1 <= fast[key] <= most:
+                _refuse(source, f"key 'fast', {key} must be a whole number from 1 to {most}, not {fast[key]!r}")
 
     @classmethod
     def read(cls, path: Path) -> Manifest:
@@ -171,7 +190,7 @@ class Manifest:
             raise CdiffError(
                 f"cannot read {path}: {error.strerror}; export the bundle again or copy it whole"
             ) from None
-        except ValueError as error:  # not UTF-8, not JSON, or NaN
+        except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or NaN; nested without end
             _refuse(str(path), f"it is not valid JSON ({error})")
         return cls.from_json(data, str(path))
 
@@ -191,7 +210,10 @@ def _typed(key: str, value: Any, source: str) -> Any:
         return value
     kind: Any = _KINDS[key]
     if kind is float and type(value) is int:
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            _refuse(source, f"key {key!r} is too large a number")
     if type(value) is not kind:
         _refuse(source, f"key {key!r} must be {_WORDS[kind]}, not {value!r}")
     return value

@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 
 from cdiff.runtime.errors import CdiffError
 
+MOST_STEPS = 1_000_000
+"""Largest T: thousands are usual, and a file's number must not decide how much memory is taken."""
+
 
 @dataclass(frozen=True)
 class NoiseSchedule:
@@ -21,7 +24,7 @@ class NoiseSchedule:
     `scaled` multiplies both ends by 1000/T, as the published code does: the paper's literal values with T = 100 leave
     abar_T = 0.364, and a chain that starts from N(0, I) would start from a state the network never saw.
 
-    Raises CdiffError if T < 1 or a beta falls outside (0, 1).
+    Raises CdiffError if T is not 1 to MOST_STEPS or a beta falls outside (0, 1).
     """
 
     T: int = 100
@@ -33,8 +36,8 @@ class NoiseSchedule:
     def __post_init__(self) -> None:
         if self.kind not in ("linear", "cosine"):
             raise CdiffError(f"noise schedule kind {self.kind!r} is not known; use 'linear' or 'cosine'")
-        if self.T < 1:
-            raise CdiffError(f"a noise schedule needs T >= 1, not {self.T}")
+        if not 1 <= self.T <= MOST_STEPS:
+            raise CdiffError(f"a noise schedule needs 1 <= T <= {MOST_STEPS}, not {self.T}")
         if self.kind == "linear" and (not (0 < self.beta_start <= self.beta_end) or self.betas.max() >= 1):
             raise CdiffError(
                 f"the noise schedule's betas run from {self.betas[1]:.3g} to {self.betas[-1]:.3g} and must lie in (0, 1); "

@@ -53,6 +53,13 @@ def test_a_truncated_or_missing_file_is_named(bundle: Bundle, name: str) -> None
         open_bundle(bundle.path)
 
 
+def test_a_listed_name_that_no_file_can_have_is_one_line(bundle: Bundle) -> None:
+    text = (bundle.path / "manifest.json").read_text()
+    (bundle.path / "manifest.json").write_text(text.replace("README.md", "n" * 300))
+    with pytest.raises(CdiffError, match=r"cannot read .*: File name too long"):
+        open_bundle(bundle.path)
+
+
 def test_only_checked_files_are_handed_out(bundle: Bundle) -> None:
     (bundle.path / "other.onnx").write_bytes(b"planted")
     with pytest.raises(CdiffError, match=r"other\.onnx"):

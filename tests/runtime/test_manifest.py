@@ -102,11 +102,32 @@ def test_every_mistyped_key_is_named(key: str, value: Any) -> None:
         ("schedule", NoiseSchedule(30).to_json()),
         ("intensity", {"scope": "world"}),
         ("files", {"encoder.onnx": {"sha256": "0", "bytes": 1}}),
+        ("tile_overlap", 10**400),
+        ("schedule", {"T": 40, "beta_start": 10**400}),
+        ("intensity", {"method": "standard", "mean": [10**400], "std": [1]}),
+        ("fast", {"sampler": ["ddim"], "steps": 10, "runs": 5}),
+        ("fast", {"sampler": "ddim", "steps": 41, "runs": 5}),
+        ("fast", {"sampler": "ddim", "steps": "few", "runs": 5}),
+        ("fast", {"sampler": "ddim", "steps": 10, "runs": None}),
+        ("fast", {"sampler": "ddim", "steps": 10, "runs": 10**12}),
+        ("training", {"data": {"modalities": 5}}),
+        ("training", {"data": {"labels": ["tumour"]}}),
     ],
 )
 def test_values_out_of_range_are_named(key: str, value: Any) -> None:
     with pytest.raises(CdiffError, match=f"'{key}'"):
         Manifest.from_json(example().to_json() | {key: value})
+
+
+def test_a_schedule_cannot_ask_for_all_the_memory() -> None:
+    data = example().to_json() | {"T": 10**10, "schedule": {"T": 10**10}}
+    with pytest.raises(CdiffError, match=r"'schedule' is wrong .*T <= 1000000, not 10000000000"):
+        Manifest.from_json(data)
+
+
+def test_a_fast_may_leave_out_what_has_a_default() -> None:
+    for fast in ({}, {"steps": 40}, {"sampler": "dpm++2m", "runs": 1}):
+        assert Manifest.from_json(example().to_json() | {"fast": fast}).fast == fast
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/b", "..", "a\\b", "C:x", "manifest.json", ""])
@@ -127,7 +148,7 @@ def test_an_unknown_key_is_refused() -> None:
         Manifest.from_json(example().to_json() | {"colour": "red"})
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"format_version": NaN}', "\xff"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"format_version": NaN}', "\xff", "[" * 100_000])
 def test_a_file_that_is_no_manifest_is_named(tmp_path: Path, text: str) -> None:
     path = tmp_path / "manifest.json"
     path.write_text(text, encoding="latin-1")

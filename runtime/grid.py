@@ -16,6 +16,8 @@ GEOMETRY_FIELDS = (
     "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d",
     "qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z",
 )  # fmt: skip
+NIFTI1_LONGEST = 2**15 - 1
+"""Most voxels along an axis of a NIfTI-1 file."""
 MM = {1: 1000.0, 2: 1.0, 3: 0.001}
 """Millimetres a unit of length, by the code of NIfTI's xyzt_units (metre, millimetre, micron)."""
 UPRIGHT = 0.9999
@@ -198,12 +200,14 @@ class Grid:
         """A NIfTI image of `maps` ([*shape] or [*spatial, K]) that lies where the input lies.
 
         Geometry alone is taken over (affine, codes, zooms, units): nothing else of the input's header, such as a name
-        or a date in a free-text field or an extension, travels. K maps go on a fourth axis, also for a 2-D input.
+        or a date in a free-text field or an extension, travels. K maps go on a fourth axis, also for a 2-D input. The format is
+        the input's; NIfTI-2 for a picture that is too long for NIfTI-1.
         """
         if maps.ndim > len(self.spatial) and maps.shape != self.shape:
             maps = maps.reshape(*(*self.spatial, 1)[:3], maps.shape[-1])
         source = self.header
-        header = nib.Nifti2Header() if isinstance(source, nib.Nifti2Header) else nib.Nifti1Header()
+        two = isinstance(source, nib.Nifti2Header) or max(maps.shape) > NIFTI1_LONGEST
+        header = nib.Nifti2Header() if two else nib.Nifti1Header()
         header.set_data_dtype(maps.dtype)
         header.set_data_shape(maps.shape)
         if source is None:

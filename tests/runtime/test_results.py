@@ -219,6 +219,17 @@ def test_a_result_of_an_array_has_the_identity(tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.asarray(made.dataobj), result.soft)
 
 
+def test_a_picture_too_long_for_nifti_1_is_written_as_nifti_2(tmp_path: Path) -> None:
+    result = segmented(np.random.default_rng(0).random((2, 2**15)))
+    result.save(tmp_path)
+    for kind, shape in (("soft", (2, 2**15)), ("levels", (2, 2**15, 1, C))):
+        made = nib.load(tmp_path / f"scan_{kind}.nii.gz")
+        assert isinstance(made, nib.Nifti2Image)
+        assert made.shape == shape
+        np.testing.assert_array_equal(made.affine, np.eye(4))
+    np.testing.assert_array_equal(read_scan(tmp_path / "scan_soft.nii.gz").slices[0, 0], result.soft)
+
+
 @pytest.mark.parametrize("name", ["a/b", "../a", ""])
 def test_a_name_cannot_leave_the_folder(tmp_path: Path, name: str) -> None:
     with pytest.raises(CdiffError, match="name"):

@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.shapes import by, check_kind, check_size, one_line, spatial_axes
 
+MOST_BEFORE_VOXELS = 2**30
+"""Bytes of header and extensions in a file that is not damaged."""
+
 
 def parse_nifti(data: bytes, path: Path, channels: int) -> nib.Nifti1Image:
     """The NIfTI image in `data`, its header checked before nibabel can mend it in silence (it makes a zero spacing 1)."""
@@ -34,12 +37,13 @@ def parse_nifti(data: bytes, path: Path, channels: int) -> nib.Nifti1Image:
             header = kind.header_class(start[: kind.header_class.template_dtype.itemsize], check=False)
             check_header(header, str(path), channels)
             size = math.prod(header.get_data_shape()) * header.get_data_dtype().itemsize
-            # Deflate packs at most about 1032 to 1: a header that promises more than that lies, and is not given memory.
-            if size > (1032 if packed else 1) * len(data):
+            end = int(header["vox_offset"]) + size
+            # Deflate packs at most about 1032 to 1: a header that promises more than that lies, and is not given memory. Nor is one
+            # whose voxels lie behind more than extensions ever take.
+            if max(size, end) > (1032 if packed else 1) * len(data) or end - size > MOST_BEFORE_VOXELS:
                 raise CdiffError(
                     f"{path} holds less than its header promises ({size} bytes of voxels); it is truncated or damaged: copy it again"
                 )
-            end = int(header["vox_offset"]) + size
             raw = start + file.read(max(0, end - len(start)))
             while file.read(2**20):  # to the end, for gzip to check its sum; nothing of it is kept
                 pass

@@ -191,6 +191,10 @@ def read_bytes(path: Path) -> bytes:
         if path.exists():
             raise CdiffError(f"{path} is not a kind of file that is read here ({kinds}); {advice}")
     try:
+        if (
+            path.exists() and not path.is_file() and not path.is_dir()
+        ):  # /dev/zero never ends, and a pipe may never begin
+            raise CdiffError(f"{path} is no file but a device or a pipe; copy what it gives into a file")
         data = path.read_bytes()
     except FileNotFoundError:
         if path.is_symlink():

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import os
 import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -285,6 +286,26 @@ def bad_header(offset: int, fmt: str, *values: float, suffix: str = ".nii.gz") -
     return lambda folder: patched(nifti(folder / f"x{suffix}", voxels(4, 5, 6)), offset, fmt, *values)
 
 
+def bad_far(folder: Path) -> Path:
+    """A few MB that unpack to more than 2 GiB, which nobody should hold in memory to find a handful of voxels behind them."""
+    raw = patched(nifti(folder / "y.nii", voxels(4, 5, 6)), VOX_OFFSET, "<f", 2.0**31).read_bytes()
+    packer, zeros = zlib.compressobj(1, zlib.DEFLATED, 31), bytes(2**20)
+    once = packer.compress(raw) + packer.compress(zeros) + packer.flush(zlib.Z_FULL_FLUSH)
+    again = packer.compress(zeros) + packer.flush(zlib.Z_FULL_FLUSH)
+    (folder / "x.nii.gz").write_bytes(once + again * 2048)  # without the sum at the end, which is not reached
+    return folder / "x.nii.gz"
+
+
+def bad_device(folder: Path) -> Path:
+    (folder / "x.nii").symlink_to("/dev/zero")
+    return folder / "x.nii"
+
+
+def bad_pipe(folder: Path) -> Path:
+    os.mkfifo(folder / "x.nii.gz")
+    return folder / "x.nii.gz"
+
+
 def bad_complex(folder: Path) -> Path:
     return nifti(folder / "x.nii", voxels(4, 4, 4).astype(np.complex64))
 
@@ -322,6 +343,8 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "missing": (lambda folder: folder / "x.nii.gz", "does not exist"),
     "a folder": (lambda folder: folder, "not a kind of file"),
     "another kind": (bad_kind, "dcm2niix"),
+    "a device": (bad_device, "no file but a device"),
+    "a pipe": (bad_pipe, "no file but a device"),
     "empty": (bad_empty, "empty"),
     "text": (bad_text, "not a NIfTI file"),
     "short": (bad_short, "not a NIfTI file"),
@@ -345,7 +368,8 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "lying size, plain": (bad_header(DIM, "<4h", 3, 4, 5, 7, suffix=".nii"), "truncated|less than"),
     "zero size": (bad_header(DIM, "<4h", 3, 4, 0, 6), "no voxel|not a valid"),
     "negative size": (bad_header(DIM, "<4h", 3, 4, -5, 6), "no voxel|not a valid"),
-    "voxels far away": (bad_header(VOX_OFFSET, "<f", 1e9), "truncated|not a valid"),
+    "voxels far away": (bad_header(VOX_OFFSET, "<f", 1e9), "less than its header promises"),
+    "voxels far away, and zeros up to there": (bad_far, "less than its header promises"),
     "truncated picture": (bad_picture, "picture"),
     "text for a picture": (bad_picture_text, r"is not a picture that can be read; save"),
     "several pictures": (bad_pages, "3 pictures"),

@@ -182,6 +182,8 @@ def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
         raise CdiffError(f"{path} cannot be read: {error.strerror or error}; check the path") from None
     except UnicodeDecodeError:
         raise CdiffError(f"{path} is not UTF-8 text; save it as CSV UTF-8") from None
+    if "\0" in text:  # UTF-16 without its mark is such text, and no file's name holds that character
+        raise CdiffError(f"{path} is not UTF-8 text; save it as CSV UTF-8")
     first = text.lstrip("\r\n").partition("\n")[0]
     told = SEPARATOR.fullmatch(first.strip("\r"))
     delimiter = told[1] if told else max(",;\t", key=first.count)

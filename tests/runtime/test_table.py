@@ -9,6 +9,7 @@ import pytest
 
 from cdiff.runtime.cases import find_cases, read_case
 from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.inputs import scans_at
 from tests.layouts import disc, save, write_qubiq, write_table
 
 
@@ -100,6 +101,9 @@ def test_a_folders_only_table_says_why_it_is_none(tmp_path: Path) -> None:
     table.write_bytes(text.replace("p0", "caf\u00e9").encode("utf-16"))
     with pytest.raises(CdiffError, match=r"cases\.csv is not UTF-8 text; save it as CSV UTF-8"):
         find_cases(tmp_path)
+    table.write_bytes(text.encode("utf-16-le"))
+    with pytest.raises(CdiffError, match=r"cases\.csv is not UTF-8 text; save it as CSV UTF-8"):
+        find_cases(tmp_path)
     table.write_text('scan,outline\na.png,"b.png\n\n')
     with pytest.raises(CdiffError, match=r"cases\.csv has the columns scan, outline; the columns image"):
         find_cases(tmp_path)
@@ -169,3 +173,9 @@ def test_quotation_marks_that_say_no_harm(tmp_path: Path) -> None:
         "case,image,mask1,note,\n" + "".join(f"{i},x{i}.png,m{i}.png,{row}\n" for i, row in enumerate(rows))
     )
     assert [case.image.name for case in find_cases(table)["all"]] == [f"x{i}.png" for i in range(5)]
+
+
+def test_a_name_with_a_character_that_no_file_has_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "cases.csv").write_bytes(b"case,image\na,a\0.png\n")
+    with pytest.raises(CdiffError, match=r"cases\.csv is not UTF-8 text"):
+        scans_at(tmp_path / "cases.csv")

@@ -62,14 +62,20 @@ class Config:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Config:
-        """The inverse of to_json (JSON's lists become tuples). Raises CdiffError for a key that does not exist."""
+        """The inverse of to_json (JSON's lists become tuples). Raises CdiffError for a key that does not exist, or a value of another type."""
         sections: dict[str, Any] = {}
         for section in dataclasses.fields(cls):
             kind = typing.get_type_hints(cls)[section.name]
-            known = {f.name for f in dataclasses.fields(kind)}
+            known = typing.get_type_hints(kind)
             values = data.get(section.name, {})
-            if unknown := sorted(set(values) - known):
+            if not isinstance(values, dict):
+                raise CdiffError(f"the configuration's section {section.name!r} is no JSON object")
+            if unknown := sorted(set(values) - set(known)):
                 raise CdiffError(f"the configuration's section {section.name!r} has unknown keys: {', '.join(unknown)}")
+            for key, value in values.items():
+                if not _is(known[key], value):
+                    expected = getattr(known[key], "__name__", known[key])
+                    raise CdiffError(f"the configuration has {key}={value!r}; expected {expected}")
             sections[section.name] = kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
         return cls(**sections)
 
@@ -106,21 +112,22 @@ def _section_of(key: str) -> str:
     raise CdiffError(f"there is no setting {key!r}; the settings are {', '.join(keys)}")
 
 
+def _is(kind: Any, value: Any) -> bool:
+    """Whether a value, from JSON or of a section, is of a setting's type; whole numbers are floats too."""
+    if isinstance(kind, types.GenericAlias):
+        return isinstance(value, list | tuple) and all(_is(typing.get_args(kind)[0], item) for item in value)
+    return type(value) in ((int, float) if kind is float else (kind,))
+
+
 def _parse(key: str, text: str) -> Any:
     kind = typing.get_type_hints(typing.get_type_hints(Config)[_section_of(key)])[key]
     try:
         value = json.loads(text)
     except json.JSONDecodeError:
         value = text
-    if isinstance(kind, types.GenericAlias) and isinstance(value, list):
-        allowed = (int, float) if typing.get_args(kind)[0] is float else (int,)
-        if all(type(item) in allowed for item in value):
-            return tuple(value)
-    elif (kind is float and type(value) in (int, float) and math.isfinite(value)) or (
-        kind is not float and type(value) is kind
-    ):
-        return value
-    elif kind is str:
+    if _is(kind, value) and not (kind is float and not math.isfinite(value)):
+        return tuple(value) if isinstance(value, list) else value
+    if kind is str:
         return text
     raise CdiffError(
         f"--set {key}={text}: expected {getattr(kind, '__name__', kind)}, for example {key}={_example(kind)}"

@@ -92,3 +92,23 @@ def test_settings_that_contradict_each_other_are_one_clear_line(settings: list[s
 def test_unknown_preset_names_the_known_ones() -> None:
     with pytest.raises(CdiffError, match="paper, implicit-ensemble, small, lidc, tiny"):
         preset("big")
+
+
+@pytest.mark.parametrize(
+    ("section", "value", "says"),
+    [
+        ("network", None, "section 'network' is no JSON object"),
+        ("network", [1], "section 'network' is no JSON object"),
+        ("network", {"T": "x"}, "has T='x'; expected int"),
+        ("network", {"base_channels": 8.0}, "has base_channels=8.0; expected int"),
+        ("network", {"channel_mult": 5}, "has channel_mult=5; expected tuple"),
+        ("network", {"channel_mult": [1, None]}, r"has channel_mult=\[1, None\]; expected tuple"),
+        ("data", {"intensity_lower": None}, "has intensity_lower=None; expected float"),
+        ("training", {"augment": 1}, "has augment=1; expected bool"),
+    ],
+)
+def test_a_configuration_of_other_types_is_refused(section: str, value: object, says: str) -> None:
+    tree = preset("tiny").to_json()
+    tree[section] = tree[section] | value if isinstance(value, dict) else value
+    with pytest.raises(CdiffError, match=says):
+        Config.from_json(tree)

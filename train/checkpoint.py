@@ -68,11 +68,14 @@ def read_config(run: Path) -> Config:
 
 
 def checkpoint_folder(run: Path, which: str) -> Path | None:
-    """Where last.json or best.json points, or None when there is no such file."""
+    """Where last.json or best.json points, or None when there is no such file. Raises CdiffError when it names no folder of the run."""
     pointer = run / f"{which}.json"
     if not pointer.exists():
         return None
-    return run / "checkpoints" / str(read_json(pointer)["checkpoint"])
+    name = read_json(pointer).get("checkpoint")
+    if not isinstance(name, str) or name in ("", "..") or Path(name).name != name:
+        raise CdiffError(f"{pointer} names no checkpoint of the run; copy the run again")
+    return run / "checkpoints" / name
 
 
 def checkpoint_name(step: int) -> str:
@@ -99,7 +102,13 @@ def save_checkpoint(
 
 
 def load_weights(network: torch.nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    """Fill the network. Raises CdiffError naming each tensor that is missing, extra or of another shape."""
+    """Fill the network. Raises CdiffError as check_weights does."""
+    check_weights(network, tensors, path)
+    network.load_state_dict(tensors)
+
+
+def check_weights(network: torch.nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    """Raise CdiffError naming each tensor of `path` that the network has not, or lacks, or has in another shape."""
     wanted = network.state_dict()
     wrong = [f"missing {name}" for name in wanted if name not in tensors]
     wrong += [f"unexpected {name}" for name in tensors if name not in wanted]
@@ -110,7 +119,6 @@ def load_weights(network: torch.nn.Module, tensors: dict[str, Tensor], path: Pat
     ]
     if wrong:
         raise CdiffError(f"{path} does not fit its configuration: {', '.join(wrong[:5])} ({len(wrong)} in all)")
-    network.load_state_dict(tensors)
 
 
 def origin(info: dict[str, Any]) -> dict[str, Any]:
@@ -126,11 +134,21 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise CdiffError(f"{path} cannot be read ({error}); the checkpoint is damaged") from error
 
 
+def read_state(path: Path, device: torch.device) -> dict[str, Any]:
+    """An optimiser.pt, of which nothing but tensors and plain values is unpickled. Raises CdiffError if it is missing or damaged."""
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        return {part: state[part] for part in ("optimiser", "scaler")}
+    except Exception as error:  # a damaged file fails in the archive, the pickle or the storages, each in its own way
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise CdiffError(f"{path} cannot be read ({reason}); the checkpoint is damaged") from error
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises CdiffError if the file is missing or is not one."""
     try:
         value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CdiffError(f"{path} cannot be read ({error}); is this the folder of a training run?") from error
     if not isinstance(value, dict):
         raise CdiffError(f"{path} does not hold a JSON object")

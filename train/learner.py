@@ -19,7 +19,15 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import sha256
-from cdiff.train.checkpoint import checkpoint_folder, load_weights, origin, read_json, read_tensors
+from cdiff.train.checkpoint import (
+    check_weights,
+    checkpoint_folder,
+    load_weights,
+    origin,
+    read_json,
+    read_state,
+    read_tensors,
+)
 from cdiff.train.config import Config
 from cdiff.train.diffusion import Diffusion
 from cdiff.train.fabric import summed
@@ -149,7 +157,14 @@ class Learner:
     def restore(self, folder: Path) -> None:
         """Take up the checkpoint in `folder`. Raises CdiffError when its tensors do not fit."""
         load_weights(self.network, read_tensors(folder / "model.safetensors"), folder / "model.safetensors")
-        self.ema = {k: v.to(self.device) for k, v in read_tensors(folder / "ema.safetensors").items()}
-        state = torch.load(folder / "optimiser.pt", map_location=self.device, weights_only=True)
-        self.optimiser.load_state_dict(state["optimiser"])
-        self.fabric.strategy.precision.load_state_dict(state["scaler"])
+        averaged = read_tensors(folder / "ema.safetensors")
+        check_weights(self.network, averaged, folder / "ema.safetensors")
+        self.ema = {k: v.to(self.device) for k, v in averaged.items()}
+        state = read_state(folder / "optimiser.pt", self.device)
+        try:
+            self.optimiser.load_state_dict(state["optimiser"])
+            self.fabric.strategy.precision.load_state_dict(state["scaler"])
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise CdiffError(
+                f"{folder / 'optimiser.pt'} is of another network ({error}); copy the run again"
+            ) from error

@@ -175,8 +175,17 @@ class Run:
         info = read_json(folder / "checkpoint.json")
         self.learner.restore(folder)
         self.origin = origin(info)
-        self.done, self.seconds, self.best_window = int(info["step"]), float(info["seconds"]), int(info["best_window"])
-        self.best = -math.inf if info["best"] is None else float(info["best"])
+        try:
+            self.done, self.seconds, self.best_window = (
+                int(info["step"]),
+                float(info["seconds"]),
+                int(info["best_window"]),
+            )
+            self.best = -math.inf if info["best"] is None else float(info["best"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise CdiffError(
+                f"{folder / 'checkpoint.json'} does not say how far the run is ({error!r}); the checkpoint is damaged"
+            ) from error
 
     def save(self, value: float | None) -> None:
         """Write a checkpoint, in the first process; value: the score of a validation just made.

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
+import struct
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -89,8 +92,6 @@ def test_nothing_of_a_checkpoint_needs_unpickling(tiny_run: Path) -> None:
 
 
 def test_damaged_or_foreign_weights_are_named(tiny_run: Path, tmp_path: Path) -> None:
-    import shutil
-
     run = tmp_path / "run"
     shutil.copytree(tiny_run, run)
     folder = checkpoint_folder(run, "last")
@@ -104,6 +105,38 @@ def test_damaged_or_foreign_weights_are_named(tiny_run: Path, tmp_path: Path) ->
     (folder / "ema.safetensors").write_bytes((folder / "ema.safetensors").read_bytes()[:500])
     with pytest.raises(CdiffError, match=r"ema\.safetensors cannot be read"):
         load_run(run)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "said"),
+    [
+        ("optimiser.pt", b"", r"optimiser\.pt cannot be read"),
+        ("optimiser.pt", None, r"optimiser\.pt cannot be read"),
+        ("optimiser.pt", b"cos\nsystem\n(S'false'\ntR.", r"optimiser\.pt cannot be read"),
+        ("optimiser.pt", {"scaler": {}}, r"optimiser\.pt cannot be read"),
+        ("optimiser.pt", {"optimiser": {"state": {}, "param_groups": []}, "scaler": {}}, "is of another network"),
+        ("ema.safetensors", struct.pack("<Q", 2) + b"{}", r"ema\.safetensors does not fit"),
+        ("checkpoint.json", b'{"step": 1}', "does not say how far"),
+        ("../../last.json", b"{}", "names no checkpoint"),
+        ("../../last.json", b'{"checkpoint": "../checkpoints/step-0000001"}', "names no checkpoint"),
+        ("../../last.json", b"[" * 100_000, r"last\.json cannot be read"),
+    ],
+)
+def test_a_run_with_a_damaged_checkpoint_is_not_resumed(
+    tiny_run: Path, tiny_data: Path, tmp_path: Path, name: str, data: Any, said: str
+) -> None:
+    shutil.copytree(tiny_run, tmp_path / "run")
+    folder = checkpoint_folder(tmp_path / "run", "last")
+    assert folder is not None
+    if isinstance(data, dict):
+        torch.save(data, folder / name)
+    elif data is None:
+        (folder / name).write_bytes((folder / name).read_bytes()[:2000])
+    else:
+        (folder / name).write_bytes(data)
+    with pytest.raises(CdiffError, match=said) as caught:
+        train(preset("tiny"), tiny_data, tmp_path / "run", resume=True, quiet=True)
+    assert "\n" not in str(caught.value)
 
 
 def test_an_out_folder_is_never_overwritten_or_resumed_with_other_settings(

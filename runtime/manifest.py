@@ -174,7 +174,7 @@ class Manifest:
 
     def _check_fast(self, source: str) -> None:
         """Refuse a `--fast` that no sampler could take; what it leaves out, `segment` has a default for."""
-        fast = {"sampler": SAMPLERS[0], "steps": 1, "runs": 1} | self.fast
+        fast: dict[str, Any] = {"sampler": SAMPLERS[0], "steps": 1, "runs": 1} | self.fast
         if fast["sampler"] not in SAMPLERS:
             _refuse(source, f"key 'fast', sampler must be one of {', '.join(SAMPLERS)}, not {fast['sampler']!r}")
         for key, most in (("steps", self.T), ("runs", MOST_RUNS)):

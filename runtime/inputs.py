@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cdiff.runtime.case import SPLITS, Entry, arranged, is_output, listed, stem
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.layouts import OWN_MASK, TASK_MASK, Files, brats_in, cases_in, descend, files_in
+from cdiff.runtime.layouts import OWN_MASK, TASK_MASK, Files, Inside, brats_in, cases_in, contents, descend
 from cdiff.runtime.scan import NIFTI_SUFFIXES
 from cdiff.runtime.table import SUFFIXES, read_table
 
@@ -63,8 +63,9 @@ def _scans_in(root: Path, channels: int, modalities: Sequence[str]) -> Iterator[
     A split's folder is not gone into: which one is meant has to be said.
     """
 
-    def cases(folder: Path, parts: tuple[str, ...], files: Files) -> list[NamedScan]:
+    def cases(folder: Path, parts: tuple[str, ...], inside: Inside) -> list[NamedScan]:
         """The scan of a case folder, or several where BraTS slices lie together; none when it is no such folder."""
+        files = inside.files
         entries = cases_in(folder, files) or (brats_in(folder, files) if modalities or channels > 1 else [])
         return [
             _scan(entry, "_".join((*parts[:-1], entry.name)), modalities)
@@ -72,7 +73,7 @@ def _scans_in(root: Path, channels: int, modalities: Sequence[str]) -> Iterator[
             if _is_one_scan(entry, files, channels, modalities, below=bool(parts))
         ]
 
-    if here := cases(root, (), files_in(root)):
+    if here := cases(root, (), contents(root)):
         yield from here
         return
     for entry in sorted(root.iterdir()):
@@ -115,7 +116,7 @@ def _first(scan: NamedScan) -> Path:
 
 def _nothing_in(folder: Path) -> str:
     splits = list(
-        descend(folder, lambda _, parts, files: ["/".join(parts)] if parts and parts[-1].lower() in SPLITS else [])
+        descend(folder, lambda _, parts, inside: ["/".join(parts)] if parts and parts[-1].lower() in SPLITS else [])
     )
     if splits:
         return f"{folder} holds the splits {listed(splits)}; name one of them, such as {folder / splits[0]}"

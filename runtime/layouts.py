@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from cdiff.runtime.case import SPLITS, Entry, stem
 from cdiff.runtime.errors import CdiffError
@@ -115,8 +115,8 @@ def walk(root: Path, readers: Sequence[str], left: Leftover) -> Iterator[tuple[s
     What is passed over is noted in `left`. Raises CdiffError for a folder that cannot be listed.
     """
 
-    def read(folder: Path, _: tuple[str, ...], files: Files) -> list[tuple[str, Entry]]:
-        return [(name, entry) for name in readers for entry in READERS[name](folder, files)]
+    def read(folder: Path, _: tuple[str, ...], inside: Inside) -> list[tuple[str, Entry]]:
+        return [(name, entry) for name in readers for entry in READERS[name](folder, inside.files)]
 
     def below(folder: Path, parts: tuple[str, ...]) -> list[tuple[str, Entry]]:
         try:
@@ -124,22 +124,24 @@ def walk(root: Path, readers: Sequence[str], left: Leftover) -> Iterator[tuple[s
         except CdiffError:  # it is not the case's, nor needed
             return []
 
-    def look(folder: Path, parts: tuple[str, ...], files: Files) -> list[tuple[str, Entry]]:
-        here = read(folder, parts, files)
+    def look(folder: Path, parts: tuple[str, ...], inside: Inside) -> list[tuple[str, Entry]]:
+        here = read(folder, parts, inside)
         if here and len(parts) < DEPTH:
-            inside = {one: [entry for _, entry in below(one, parts)] for one in _contents(folder)[0]}
-            drawn = any(entry.tasks for entries in inside.values() for entry in entries)
+            deeper = {one: [entry for _, entry in below(one, parts)] for one in inside.folders}
+            drawn = any(entry.tasks for entries in deeper.values() for entry in entries)
             if drawn and not any(entry.tasks for _, entry in here):  # a figure, called image.png, of the cases below it
                 left.strays += [entry.files[0] for _, entry in here]
                 here = []
             else:
-                left.below += [one for one, entries in inside.items() if entries]
+                left.below += [one for one, entries in deeper.items() if entries]
         # A case has a folder of its own, unless several lie in one folder or the split folder itself holds them.
         own = len(here) == 1 and not (parts and parts[-1].lower() in SPLITS)
         for _, entry in here:
             _place(entry, parts[:-1] if own else parts, parts[:-1])
-        masks = any(TASK_MASK.match(name) or OWN_MASK.match(name) for name in (stem(file) or "" for file in files))
-        left.see(folder, files, [entry for _, entry in here], masks=masks)
+        names = (stem(file) or "" for file in inside.files)
+        masks = any(TASK_MASK.match(name) or OWN_MASK.match(name) for name in names)
+        left.see(folder, inside.files, [entry for _, entry in here], masks=masks)
+        left.links += inside.lost
         return here
 
     return descend(root, look)
@@ -147,42 +149,50 @@ def walk(root: Path, readers: Sequence[str], left: Leftover) -> Iterator[tuple[s
 
 def descend(
     folder: Path,
-    look: Callable[[Path, tuple[str, ...], Files], Sequence[Found]],
+    look: Callable[[Path, tuple[str, ...], Inside], Sequence[Found]],
     parts: tuple[str, ...] = (),
     closed: Container[str] = (),
 ) -> Iterator[Found]:
     """What `look` finds in `folder`, or, where that is nothing, in the folders in it and those below, in the order of their names.
 
-    look: called as look(folder, parts, files), files as `files_in` gives them. parts: the names from below the folder that was given
-    down to this one. closed: names in lower case; a folder so called is looked at, but those in it are not.
+    look: called as look(folder, parts, inside). parts: the names from below the folder that was given down to this one. closed: names in lower case; a folder so called is looked at, but those in it are not.
     Hidden folders are left out. Raises CdiffError for a folder that cannot be listed.
     """
-    folders, files = _contents(folder)
-    found = look(folder, parts, files)
+    inside = contents(folder)
+    found = look(folder, parts, inside)
     yield from found
     if found or len(parts) == DEPTH or (parts and parts[-1].lower() in closed):
         return
-    for one in folders:
+    for one in inside.folders:
         yield from descend(one, look, (*parts, one.name), closed)
 
 
-def files_in(folder: Path) -> list[Path]:
-    """The NIfTI files and pictures in a folder that are not hidden, by name. Raises CdiffError when it cannot be listed.
+class Inside(NamedTuple):
+    """What a folder holds, in the order of the names, hidden things left out.
 
-    A link to a file that is not there is one of them, so that reading it says so: data that is fetched piece by piece has such.
+    files: NIfTI files and pictures, and links of such a name whose file is not there, so that reading them says so: data that is
+    fetched piece by piece has them. lost: other links to what is not there.
     """
-    return _contents(folder)[1]
+
+    folders: list[Path]
+    files: list[Path]
+    lost: list[Path]
 
 
-def _contents(folder: Path) -> tuple[list[Path], list[Path]]:
+def contents(folder: Path) -> Inside:
+    """List a folder. Raises CdiffError when it cannot be listed."""
+    found = Inside([], [], [])
     try:
-        inside = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-        return (
-            [path for path in inside if path.is_dir()],
-            [path for path in inside if stem(path) is not None and (path.is_file() or not path.exists())],
-        )
+        for path in sorted(path for path in folder.iterdir() if not path.name.startswith(".")):
+            if path.is_dir():
+                found.folders.append(path)
+            elif stem(path) is None:
+                found.lost.extend([path] if path.is_symlink() and not path.exists() else [])
+            elif path.is_file() or not path.exists():
+                found.files.append(path)
     except OSError as error:
         raise CdiffError(f"{folder} cannot be listed ({error.strerror}); check its permissions") from None
+    return found
 
 
 def _place(entry: Entry, above: tuple[str, ...], folders: tuple[str, ...]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cdiff.runtime.case import Entry, is_output, listed, stem
+from cdiff.runtime.case import Entry, is_output, listed
 
 
 @dataclass
@@ -37,7 +37,6 @@ class Leftover:
             self.masks.append(folder)
         elif not all(map(is_output, files)):
             self.folders.append(folder)
-        self.links += sorted(path for path in folder.iterdir() if stem(path) is None and _leads_nowhere(path))
 
     def told(self, root: Path) -> list[str]:
         """A line for each kind of it. Folders above the cases hold pictures of a data set, not scans."""
@@ -54,7 +53,3 @@ class Leftover:
             if paths:
                 notes.append(f"{what}, left out: {listed([path.relative_to(root).as_posix() for path in paths])}")
         return notes
-
-
-def _leads_nowhere(path: Path) -> bool:
-    return not path.name.startswith(".") and path.is_symlink() and not path.exists()

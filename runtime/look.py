@@ -82,7 +82,6 @@ def look_at(case: Case, split: str, channels: int, slice_axis: int, severity: st
     _values(look, read)
     if scan is not None:
         _kinds(look, read, scan)
-    if scan is not None:
         _describe(look, scan)
         if len(drawn) == len(case.masks):
             _measure(look, np.stack(drawn, axis=1))

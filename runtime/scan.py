@@ -191,9 +191,8 @@ def read_bytes(path: Path) -> bytes:
         if path.exists():
             raise CdiffError(f"{path} is not a kind of file that is read here ({kinds}); {advice}")
     try:
-        if (
-            path.exists() and not path.is_file() and not path.is_dir()
-        ):  # /dev/zero never ends, and a pipe may never begin
+        # /dev/zero never ends, and a pipe may never begin.
+        if path.exists() and not path.is_file() and not path.is_dir():
             raise CdiffError(f"{path} is no file but a device or a pipe; copy what it gives into a file")
         data = path.read_bytes()
     except FileNotFoundError:

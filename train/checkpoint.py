@@ -24,10 +24,8 @@ from cdiff.runtime.schedule import NoiseSchedule
 from cdiff.train.config import Config
 from cdiff.train.network import ConsensusNet
 
-ORIGIN = (
-    "init",
-    "imported",
-)  # what `info` holds where the weights did not begin at random: another run's, a published code's
+ORIGIN = ("init", "imported")
+"""What `info` holds where the weights did not begin at random: another run's, a published code's."""
 
 
 @dataclass(frozen=True)

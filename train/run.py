@@ -66,9 +66,8 @@ class Run:
         self.utilisation = Utilisation(config, peak, fabric.world_size)
         self.done, self.seconds, self.best = 0, 0.0, -math.inf
         self.best_window = 0
-        self.origin: dict[
-            str, Any
-        ] = {}  # where the first weights came from, if they were not random (checkpoint.origin)
+        # Where the first weights came from, if they were not random (checkpoint.origin).
+        self.origin: dict[str, Any] = {}
         marked = [i for i, masks in enumerate(data.val.masks) if masks.any()]
         count = min(config.training.val_slices, len(marked))
         self.val_chosen = [marked[i] for i in np.linspace(0, len(marked) - 1, count).round().astype(int)]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
-import json
 import re
 import subprocess
 import sys
@@ -22,16 +20,6 @@ from cdiff.runtime.summary import group_names
 from tests.conftest import REPOSITORY
 
 PAGES = sorted([REPOSITORY / "README.md", REPOSITORY / "cdiff/demo/README.md", *(REPOSITORY / "docs").glob("*.md")])
-
-
-@pytest.fixture(scope="module")
-def tables() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_tables", REPOSITORY / "docs" / "make_tables.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(REPOSITORY).as_posix())
@@ -251,132 +239,14 @@ def test_the_page_says_what_intervals_over_patients_would_be(tables: ModuleType)
     assert f"are {model[0]} to {model[1]} % wider, the readers' {readers[0]} to {readers[1]} %" in page
 
 
-def test_a_result_reaches_the_model_table(tables: ModuleType, tmp_path: Path) -> None:
-    assert tables.NOT_MEASURED in tables.model_table(tmp_path)
-
-    def score(mean: float) -> dict[str, float]:
-        return {"mean": mean, "low": mean - 0.01, "high": mean + 0.01}
-
-    result = {
-        "n_slices": 351,
-        "soft_dice_5": score(0.8125),
-        "soft_dice_9": score(0.7),
-        "soft_dice_5_annotators": score(0.7625),
-        "ged": score(0.25),
-        "ged_samples": {"model": 16},
-        "dice_per_level": [{"level": c, **score(0.9 - c / 10)} for c in (1, 2, 3, 4)],
-    }
-    for name in ("lidc_testing_middle", "lidc_testing_all_raters_fast"):  # the readers' row comes from the second
-        (tmp_path / f"{name}.json").write_text(json.dumps(result))
-    beside = {"peers": {"unet-soft": result | {"soft_dice_5": score(0.5)}}}
-    (tmp_path / "unet_testing_all_raters.json").write_text(json.dumps(beside))
-    rows = tables.model_table(tmp_path).splitlines()
-    (own,) = [row for row in rows if "25 runs" in row and "351" in row]
-    assert "0.812 (0.802 - 0.823)" in own
-    assert [cell.strip() for cell in own.split("|")][5:10] == ["0.800", "0.700", "0.600", "0.500", "0.250 (16)"]
-    (reader,) = [row for row in rows if "radiologist" in row and "351" in row]
-    assert "0.762" in reader
-    assert "0.800" not in reader
-    (unet,) = [row for row in rows if "U-Net" in row and "351" in row]
-    assert "0.500 (0.490 - 0.510)" in unet
-
-
-def test_the_reader_and_the_panel_stand_beside_the_model(tables: ModuleType, tmp_path: Path) -> None:
-    old = {
-        "n_slices": 485,
-        "soft_dice_5": {"mean": 0.5, "low": 0.4, "high": 0.6},
-    }  # measured before there was such a score
-    (tmp_path / "lidc_testing_marked_fast.json").write_text(json.dumps(old))
-    scores = {key: {"mean": m, "low": m - 0.125, "high": m + 0.125} for key, m in zip(tables.EACH_COLUMNS, (0.75, 0.5, 0.25), strict=True)}  # fmt: skip
-    (tmp_path / "lidc_testing_all_raters_fast.json").write_text(json.dumps({"n_slices": 351} | scores))
-    four, vote, anybody, *validation = tables.each_table(tmp_path).splitlines()[2:]
-    assert [cell.strip() for cell in four.split("|")[1:-1]] == [
-        "Testing, four marked (351)",
-        *("0.750 (0.625 - 0.875)", "0.500 (0.375 - 0.625)", "+0.250 (+0.125 to +0.375)"),
-    ]
-    assert tables.NOT_MEASURED in vote
-    assert tables.NOT_MEASURED in anybody
-    assert [tables.NOT_MEASURED in row for row in validation] == [True, True]
-
-
-def test_the_peers_stand_best_first_and_all_have_a_row(tables: ModuleType, tmp_path: Path) -> None:
-    from cdiff.benchmarks.peers.__main__ import NAMES
-
-    assert set(tables.PEERS) == set(NAMES)
-    for table in ("peers", "peers-four", "peers-any"):
-        rows = tables.TABLES[table](tmp_path).splitlines()[2:]
-        assert len(rows) == len(NAMES)
-        assert all(tables.NOT_MEASURED in row for row in rows)
-        assert {row.count("|") for row in tables.TABLES[table](tmp_path).splitlines()} == {rows[0].count("|")}
-
-    def score(mean: float | None) -> dict[str, float | None]:
-        return {"mean": mean, "low": mean, "high": mean}
-
-    def peer(dice: float, share: float, **protocol: int) -> dict[str, object]:
-        keys = ("soft_dice_9", "ged", "ece_near", "brier_near", "soft_dice_9_annotators")
-        return {key: score(0.25) for key in keys} | {
-            "soft_dice_5": score(dice),
-            "soft_dice_5_annotators": score(0.7625),
-            "dice_per_level": [score(0.9), score(0.8), score(0.7), score(0.6)],
-            "ged_samples": {"model": 16},
-            "training": {"parameters": 1_980_000, "steps": 123, "cpu_seconds": 3600.0},
-            "cpu_seconds_a_slice": 0.125,
-            "share_of_budget": share,
-            "protocol": {"seed": 0} | protocol,
-        }
-
-    found = {
-        "peers": {"consensus": peer(0.5, 1.0, steps=1), "unet-heads": peer(0.75, 0.5), "unet-soft": peer(0.625, 1.0)}
-    }
-    (tmp_path / "peers_testing_all_raters.json").write_text(json.dumps(found))
-    rows = tables.TABLES["peers-four"](tmp_path).splitlines()[2:]
-    names = [row.split("|")[1].strip() for row in rows]
-    heads, soft, consensus = (tables.PEERS[name] for name in ("unet-heads", "unet-soft", "consensus"))
-    assert names[:3] == [f"{heads} (50% of its budget)", soft, f"{consensus}, 1 step"]
-    assert tables.NOT_MEASURED in rows[3]
-    assert names[-1] == "a radiologist against the other three"
-    assert "0.762 (0.762 - 0.762)" in rows[-1]
-    cells = [cell.strip() for cell in rows[1].split("|")[2:-1]]
-    assert cells[0] == "0.625 (0.625 - 0.625)"
-    assert cells[2] == "0.250 (16)"
-    assert cells[5:] == ["0.900", "0.800", "0.700", "0.600", "1.98", "123", "60", "0.12"]
-    assert all(tables.NOT_MEASURED in row for row in tables.TABLES["peers-any"](tmp_path).splitlines()[2:])
-
-    assert tables.NOT_MEASURED in tables.TABLES["seeds"](tmp_path)
-    again = {"peers": {"consensus": peer(0.625, 1.0, steps=5), "unet-heads": peer(0.5, 1.0)}}
-    (tmp_path / "peers_testing_all_raters_seed_1.json").write_text(json.dumps(again))
-    twice = tables.TABLES["seeds"](tmp_path).splitlines()[2:]
-    assert [row.split("|")[1].strip() for row in twice] == [heads, consensus], "those that were trained twice alone"
-    assert [cell.strip() for cell in twice[0].split("|")[2:6]] == ["123, 123", "0.750", "0.500", "0.250"]
-    assert {row.count("|") for row in tables.TABLES["seeds"](tmp_path).splitlines()} == {12}
-
-
-def test_a_benchmark_reaches_the_speed_table(tables: ModuleType, tmp_path: Path) -> None:
-    assert tables.NOT_MEASURED in tables.speed_table(tmp_path)
-    report = {
-        "machine": {"cpu": "a processor", "threads": 2, "torch": "2.13.0", "versions": {"onnxruntime": "1.31.1"}},
-        "model": {"parameters": 2.1e6, "image_size": [128, 128], "levels": 4, "precision": "float32"},
-        "protocol": {"slices": 2, "runs": 4, "steps": 100, "repeats": 3},
-        "floor": {"ms_a_row": 3.0, "end_to_end_seconds": 60.0},
-        "denoiser_call": {"exported": {"1": {"ms": 12.34}, "8": {"ms": 56.78}}},
-        "end_to_end": {
-            "published": {"slices_a_minute": 0.5, "peak_bytes": 500 * 2**20},
-            "exported": {"slices_a_minute": 1.25, "peak_bytes": 300 * 2**20},
-        },
-        "ratios": {"exported_over_published": {"median": 2.5}},
-    }
-    (tmp_path / "benchmark_cpu.json").write_text(json.dumps(report))
-    cells = {row.split("|")[1].strip(): [c.strip() for c in row.split("|")[2:-1]] for row in rows_of(tables, tmp_path)}
-    assert cells["cdiff, exported engine"] == ["1.25", "2.50", "12.3", "56.8", "300"]
-    assert cells["PyTorch, one chain after another, as published"] == ["0.50", "1", "-", "-", "500"]
-    assert cells["floor: FLOPs over the measured matrix-product rate"] == ["2.00", "-", "3.0", "24.0", "-"]
-    for name in ("onnxruntime", "onnxruntime-gpu"):
-        machine = {**report["machine"], "versions": {name: "1.31.1"}}
-        assert "ONNX Runtime 1.31.1;" in tables.speed_setting({**report, "machine": machine})
-
-
-def rows_of(tables: ModuleType, results: Path) -> list[str]:
-    return [line for line in tables.speed_table(results).splitlines() if line.startswith("|")]
+def test_the_first_page_says_of_the_full_protocol_what_was_measured(tables: ModuleType) -> None:
+    page = " ".join((REPOSITORY / "README.md").read_text(encoding="utf-8").split())
+    full, fast = (tables.read(f"lidc_testing_middle{name}", tables.RESULTS) for name in ("", "_fast"))
+    means = [one["soft_dice_5"]["mean"] for one in (full, fast)]
+    assert f"25 runs of 100 steps score {means[0]:.3f} and `--fast` {means[1]:.3f}" in page
+    assert means[0] <= means[1], "or the full protocol is better"
+    best = tables.read("lidc_testing_all_raters_fast_vote", tables.RESULTS)["soft_dice_5"]["mean"]
+    assert ("missed it" in page) == (best <= 0.88)
 
 
 def test_the_model_page_describes_the_data_as_they_are(lidc: Path) -> None:

@@ -18,6 +18,7 @@ from cdiff.runtime.engines.registry import available_engines
 from cdiff.runtime.engines.trt import MODULES, trt_version
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.gpus import visible_gpus
+from cdiff.runtime.host import logical_cores, processor
 
 TRAIN_EXTRA = "pip install '.[train]' in cdiff's clone"
 
@@ -111,22 +112,13 @@ def _ready(missing: list[str]) -> tuple[str, str]:
 
 
 def _machine() -> list[Check]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return [
         Check("cdiff", None, __version__),
         Check("Python", None, f"{platform.python_version()} ({platform.python_implementation()})"),
         Check("system", None, f"{platform.system()} {platform.release()}, {platform.machine()}"),
-        Check("processor", None, f"{_processor()}, {cores} cores to use"),
+        Check("processor", None, f"{processor()}, {logical_cores()} cores to use"),
         Check("memory", None, _memory()),
     ]
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _memory() -> str:

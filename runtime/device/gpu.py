@@ -40,6 +40,12 @@ def parse_device(device: str) -> int | None:
     return None if device == "cpu" else int(match[1] or 0)
 
 
+def not_there(number: int, count: int) -> CdiffError:
+    """The error for GPU `number` where the driver shows `count` of them."""
+    there = f"only cuda:0 to cuda:{count - 1}" if count > 1 else "only cuda:0" if count else "no GPU at all"
+    return CdiffError(f"cuda:{number} is not there: the driver shows {there}")
+
+
 class Gpu:
     """GPU number `number`. Raises CdiffError when PyCUDA, the driver or that GPU is not there."""
 
@@ -49,8 +55,7 @@ class Gpu:
             driver.init()
             count = int(driver.Device.count())
             if number >= count:
-                there = f"only cuda:0 to cuda:{count - 1}" if count > 1 else "only cuda:0" if count else "no GPU at all"
-                raise CdiffError(f"cuda:{number} is not there: the driver shows {there}")
+                raise not_there(number, count)
             device = driver.Device(number)
             self._context = device.retain_primary_context()
         except driver.Error as error:

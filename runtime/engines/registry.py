@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cdiff.runtime.device.cuda import INSTALL, missing_packages
-from cdiff.runtime.device.gpu import parse_device
+from cdiff.runtime.device.gpu import not_there, parse_device
 from cdiff.runtime.engines.base import Engine
 from cdiff.runtime.engines.trt import BuildEngines, Flavour, trt_version, user_cache
 from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.gpus import visible_gpus
 
 if TYPE_CHECKING:
     from cdiff.runtime.bundle import Bundle
@@ -171,6 +172,10 @@ def _open(bundle: Bundle, name: str, number: int | None, threads: int | None, bu
             from cdiff.runtime.engines.onnxruntime_gpu import OnnxRuntimeGpuEngine
 
             return OnnxRuntimeGpuEngine(bundle, number, tensorrt=name == "onnxruntime-tensorrt")
+        if number >= (
+            count := len(visible_gpus())
+        ):  # ONNX Runtime's own words would be of libraries that it could not load
+            raise not_there(number, count)
         LOG.warning("on cuda:%d every step goes through the host, which is slow: %s", number, _device_layer_missing())
     from cdiff.runtime.engines.onnxruntime import OnnxRuntimeEngine
 

@@ -99,6 +99,7 @@ def test_what_is_asked_for_is_opened_or_refused(machine: Machine) -> None:
 def test_without_the_device_layer(machine: Machine, caplog: pytest.LogCaptureFixture) -> None:
     """ONNX Runtime still runs on the GPU, through the host, and says so; TensorRT has no other way."""
     machine.has(missing=("pycuda", "cuda-bindings"))
+    machine.patch.setattr(registry, "visible_gpus", lambda: ["a GPU"])
     assert open_engine(machine.bundle, "auto", "cuda:0") == "OnnxRuntimeEngine"
     with caplog.at_level(logging.WARNING):
         assert open_engine(machine.bundle, "onnxruntime", "cuda:0") == "OnnxRuntimeEngine"
@@ -107,6 +108,15 @@ def test_without_the_device_layer(machine: Machine, caplog: pytest.LogCaptureFix
         CdiffError, match="tensorrt cannot run here: pycuda and cuda-bindings not installed: pip install"
     ):
         open_engine(machine.bundle, "tensorrt", "cuda:0")
+
+
+def test_a_gpu_that_is_not_there_is_told_before_its_libraries_are_looked_for(machine: Machine) -> None:
+    machine.has(missing=("pycuda", "cuda-bindings"))
+    for gpus, words in (([], "no GPU at all"), (["one"], "only cuda:0"), (["one", "two"], "only cuda:0 to cuda:1")):
+        machine.patch.setattr(registry, "visible_gpus", lambda gpus=gpus: gpus)
+        with pytest.raises(CdiffError, match=f"^cuda:2 is not there: the driver shows {words}$"):
+            open_engine(machine.bundle, "auto", "cuda:2")
+    assert machine.opened == []
 
 
 def test_doctor_says_what_each_engine_lacks(machine: Machine) -> None:

@@ -50,6 +50,6 @@ $(VENV)/test.installed: $(BIN)/python pyproject.toml constraints.txt
 # mypy has no notion of setuptools' package-dir: give it the tree that the import system sees.
 $(VENV)/types: $(BIN)/python Makefile
 	@mkdir -p $@/cdiff
-	@ln -sfn $(CURDIR)/cdiff/__init__.py $(CURDIR)/cdiff/py.typed $@/cdiff
-	@for package in $(PACKAGES); do ln -sfn $(CURDIR)/$$package $@/cdiff/$$package; done
+	@ln -sfn "$(CURDIR)/cdiff/__init__.py" "$(CURDIR)/cdiff/py.typed" $@/cdiff
+	@for package in $(PACKAGES); do ln -sfn "$(CURDIR)/$$package" $@/cdiff/$$package; done
 	@touch $@

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.metadata import PackageNotFoundError, version
 from os import PathLike
 from pathlib import Path
@@ -11,6 +12,11 @@ if TYPE_CHECKING:
     from cdiff.runtime.bundle import Bundle
     from cdiff.runtime.engines.trt import BuildEngines, Flavour, Gpu, Profile
     from cdiff.runtime.segmenter import Segmenter
+
+# Nothing of a user's scans or machine goes anywhere: ONNX Runtime, from 1.29 on, reports its use to its makers unless this is set before it
+# starts. Importing any part of cdiff comes here first. Who wants the reports sets it to 0.
+TELEMETRY_OFF = "ORT_DISABLE_TELEMETRY"
+os.environ.setdefault(TELEMETRY_OFF, "1")
 
 # Python started in a clone finds this folder before an installed cdiff, and here the subpackages lie beside it, not in it.
 if not (Path(__file__).parent / "runtime").exists():

@@ -10,6 +10,7 @@ from types import ModuleType
 
 import pytest
 
+import cdiff  # noqa: F401  before a test imports ONNX Runtime, whose telemetry is off from here on
 from tests.synthetic import write_synthetic_dataset
 
 REPOSITORY = Path(__file__).resolve().parents[1]

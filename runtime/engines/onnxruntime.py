@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,15 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from cdiff import TELEMETRY_OFF
 from cdiff.runtime.device.cuda import OutOfMemory
 from cdiff.runtime.device.gpu import parse_device
 from cdiff.runtime.engines.base import Binding, Float32, HostBinding, Int64, Prediction
 from cdiff.runtime.engines.cores import physical_cores
 from cdiff.runtime.errors import CdiffError
+
+if os.environ.get(TELEMETRY_OFF) == "1":
+    ort.disable_telemetry_events()  # the variable came too late where a program had imported ONNX Runtime before cdiff
 
 CUDA = "CUDAExecutionProvider"
 Provider = tuple[str, dict[str, str]]

@@ -54,9 +54,10 @@ def test_a_truncated_or_missing_file_is_named(bundle: Bundle, name: str) -> None
 
 
 def test_a_listed_name_that_no_file_can_have_is_one_line(bundle: Bundle) -> None:
+    """To Python 3.14 such a file does not exist; before, asking raised."""
     text = (bundle.path / "manifest.json").read_text()
     (bundle.path / "manifest.json").write_text(text.replace("README.md", "n" * 300))
-    with pytest.raises(CdiffError, match=r"cannot read .*: File name too long"):
+    with pytest.raises(CdiffError, match=r"cannot read .*: File name too long|n{300} is missing"):
         open_bundle(bundle.path)
 
 

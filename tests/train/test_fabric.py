@@ -271,7 +271,8 @@ def test_torchrun_starts_the_command(tiny_data: Path, tmp_path: Path) -> None:
     """What the pages say to type: one run folder, one path printed; and one line when the settings cannot work."""
     script = tmp_path / "command.py"  # the clone's cdiff, whatever the installed command belongs to
     script.write_text("from cdiff.cli import main\nmain()\n")
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORLD), str(script)]
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+    start = [*run, "--nproc-per-node", str(WORLD), str(script)]
     command = [*start, "train", "--data", str(tiny_data), "--preset", "tiny", "--out", str(tmp_path / "run")]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
 

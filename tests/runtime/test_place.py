@@ -68,6 +68,8 @@ def test_the_shipped_model_gives_a_crops_maps_wherever_it_lies(corner: tuple[int
     assert alone.stack.runs is not None
     y, x = corner
     np.testing.assert_array_equal(found.stack.runs[..., y : y + 128, x : x + 128], alone.stack.runs)
+    assert found.window == (slice(y + 32, y + 96), slice(x + 32, x + 96)), "what the picture is drawn around"
+    assert alone.window is None
     assert found.report["framing"] == alone.report["framing"] | {
         "at": list(place),
         "window": {"first": [y + 32, x + 32], "size": [64, 64]},

@@ -63,6 +63,16 @@ def segment(
             show_default="as the model was trained",
         ),
     ] = None,
+    at: Annotated[
+        str | None,
+        typer.Option(
+            "--at",
+            metavar="I,J,K",
+            help="Where the structure is, in a scan larger than the crops that a model was trained on: a voxel, counted from 0 "
+            "along the axes of the array as stored; ROW,COLUMN of a picture. Without --slices its slice alone.",
+            show_default="the middle of each slice",
+        ),
+    ] = None,
     *,
     model: options.Model,
     chain: options.Chain,
@@ -91,6 +101,7 @@ def segment(
     cdiff segment scan.nii.gz
     cdiff segment scan.nii.gz -o maps --fast
     cdiff segment folder -o maps --model my_bundle --steps 20 --sampler ddim
+    cdiff segment chest.nii.gz --at 212,180,45 --slices 40:51
     """
     from cdiff.runtime.files import must_take_files
     from cdiff.runtime.inputs import must_exist, scans_at
@@ -103,11 +114,13 @@ def segment(
     if hint := chain.hint(segmenter):
         say(hint, quiet)
     scans = scans_at(path, segmenter.manifest.image_channels, segmenter.manifest.modalities)
+    if at is not None and len(scans) > 1:
+        raise CdiffError(f"--at names a place in one scan, and {path} holds {len(scans)}; name one of them")
     labels = {item.name: f"{number}/{len(scans)} {item.name}" for number, item in enumerate(scans, start=1)}
 
     def read(item: NamedScan) -> Prepared:
         must_be_free(output, item.name, segmenter.manifest.draws, preview=preview)  # before hours of work, not after
-        return segmenter.prepare(item.path, slices=slices, slice_axis=slice_axis)
+        return segmenter.prepare(item.path, slices=slices, slice_axis=slice_axis, at=at)
 
     def work(item: NamedScan, ready: Prepared) -> Result:
         with Meter(labels[item.name] if len(scans) > 1 else item.name, quiet) as meter:

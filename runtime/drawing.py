@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from cdiff.runtime.framing import Box
     from cdiff.runtime.grid import View
 
 Float32 = NDArray[np.float32]
-Box = tuple[slice, slice]
 
 PAGE, INK, FAINT = "#0e1116", "#e6e8eb", "#8b949e"
 SOFT_LABEL = "fraction of experts who would include the pixel"
@@ -165,22 +165,25 @@ def frame_box(axes: Axes, box: Box) -> None:
     axes.add_patch(Rectangle(corner, *size, fill=False, edgecolor=INK, lw=1.0, alpha=0.85))
 
 
-def close_up(soft: Float32, view: View, margin: float = 0.6, least: float = 0.28) -> Box:
+def close_up(soft: Float32, view: View, margin: float = 0.6, least: float = 0.28, within: Box | None = None) -> Box:
     """The part of a picture [..., rows, columns] around what any map holds above 0.2; all of it where that is most of it.
 
     Square in millimetres where the picture allows. margin: added on each side, as a share of the object's size. least: the
-    smallest side, as a share of the picture's longer one.
+    smallest side, as a share of the picture's longer one. within: where a model saw a part alone, that part stands for the
+    picture in both: where no map holds anything, and for `least`.
     """
     inside = np.nan_to_num(soft.reshape(-1, *soft.shape[-2:])).max(axis=0) >= 0.2
     shape = inside.shape
     whole = (slice(0, shape[0]), slice(0, shape[1]))
+    seen = within or whole
     if not inside.any():
-        return whole
+        return seen
     spacing = view.spacing or (1.0, 1.0)
     found = [np.flatnonzero(inside.any(axis=1 - axis)) for axis in (0, 1)]
     middle = [(rows[0] + rows[-1] + 1) / 2 for rows in found]
     size = [(rows[-1] + 1 - rows[0]) * mm for rows, mm in zip(found, spacing, strict=True)]
-    side = max(max(size) * (1 + 2 * margin), least * max(n * mm for n, mm in zip(shape, spacing, strict=True)))
+    longer = max((part.stop - part.start) * mm for part, mm in zip(seen, spacing, strict=True))
+    side = max(max(size) * (1 + 2 * margin), least * longer)
     box = []
     for axis in (0, 1):
         pixels = min(shape[axis], round(side / spacing[axis]))

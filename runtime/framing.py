@@ -15,6 +15,8 @@ from cdiff.runtime.errors import CdiffError
 
 Float32 = NDArray[np.float32]
 FramingMode = Literal["resize", "tile", "centre"]
+Box = tuple[slice, slice]
+"""Rows and columns of a part of a slice."""
 
 
 def resize(array: Float32, size: tuple[int, int]) -> Float32:
@@ -39,6 +41,17 @@ def _weights(n: int, N: int) -> Float32:
     return np.asarray(weights / weights.sum(1, keepdims=True), dtype=np.float32)
 
 
+def box_around(shape: tuple[int, int], size: tuple[int, int], point: tuple[int, int]) -> Box:
+    """The part of `size` (H, W) of a slice of `shape` (h, w) around the pixel `point` (row, column), all counted from 0.
+
+    The point is pixel (H // 2, W // 2) of the part, unless the part would reach beyond the slice: then it is moved inside. An axis
+    that is shorter than the part is taken whole.
+    """
+    starts = [min(max(at - N // 2, 0), max(n - N, 0)) for n, N, at in zip(shape, size, point, strict=True)]
+    rows, columns = (slice(start, start + min(n, N)) for start, n, N in zip(starts, shape, size, strict=True))
+    return rows, columns
+
+
 @dataclass(frozen=True)
 class Framing:
     """How slices are brought to the model's `size` (H, W).
@@ -46,7 +59,8 @@ class Framing:
     `resize`: the whole slice is resampled to it, its two axes independently. `tile`: windows of that size at the slice's own
     resolution, evenly spread, neighbours overlapping by at least the fraction `overlap` (0 <= overlap < 1) of a window; a
     slice that is smaller is padded by reflection, equally on both sides. `centre`: the one such window in the middle of the
-    slice, for crops that were centred on the structure; outside it the maps are 0. Raises CdiffError for other modes or overlaps.
+    slice, or around a point that is named, for structures that the training's slices were centred on; outside it the maps are 0.
+    Raises CdiffError for other modes or overlaps.
     """
 
     mode: FramingMode
@@ -59,20 +73,39 @@ class Framing:
         if not 0 <= self.overlap < 1:
             raise CdiffError(f"the tiles' overlap is {self.overlap}, but must be at least 0 and below 1")
 
-    def frame(self, slices: Float32) -> Windows:
-        """The windows of slices [S,ch,h,w]. Each is made when it is asked for, so a long scan costs no memory here."""
+    def frame(
+        self, slices: Float32, point: tuple[int, int] | None = None, field: tuple[int, int] | None = None
+    ) -> Windows:
+        """The windows of slices [S,ch,h,w]. Each is made when it is asked for, so a long scan costs no memory here.
+
+        point: (row, column) of the pixel that the window of `centre` lies around in every slice, as `box_around` places it.
+        field: the size (h, w) of the part around the point that is taken as if it were the slice, so that the window has the noise
+        that it has in such a crop; the whole slice unless given. A field that is smaller than the window is as large as the window.
+        Raises CdiffError for slices of another shape, and for a point in another mode.
+        """
         if slices.ndim != 4 or 0 in slices.shape:
             raise CdiffError(
                 f"slices of shape [S, channels, h, w] are needed, none of them 0, not {list(slices.shape)}"
             )
         (H, W), (h, w) = self.size, slices.shape[-2:]
+        if point is not None and self.mode != "centre":
+            raise CdiffError(f"framing {self.mode!r} covers the whole slice; only 'centre' takes a point")
         if self.mode == "resize":
             return Windows(slices, self, self.size, ((0, 0),))
+        if point is not None:
+            return self._around(slices, point, field or (h, w))
         canvas = (max(h, H), max(w, W))
         if self.mode == "centre":
             return Windows(slices, self, canvas, (((canvas[0] - H) // 2, (canvas[1] - W) // 2),))
         rows, columns = _starts(h, H, self.overlap), _starts(w, W, self.overlap)
         return Windows(slices, self, canvas, tuple((y, x) for y in rows for x in columns))
+
+    def _around(self, slices: Float32, point: tuple[int, int], field: tuple[int, int]) -> Windows:
+        (H, W), (h, w), shape = self.size, field, (slices.shape[-2], slices.shape[-1])
+        part, window = box_around(shape, (max(h, H), max(w, W)), point), box_around(shape, self.size, point)
+        height, width = (max(one.stop - one.start, n) for one, n in zip(part, self.size, strict=True))
+        y, x = (inner.start - outer.start for inner, outer in zip(window, part, strict=True))
+        return Windows(slices, self, (height, width), ((y, x),), part)
 
 
 def _starts(n: int, N: int, overlap: float) -> list[int]:
@@ -88,14 +121,15 @@ def _starts(n: int, N: int, overlap: float) -> list[int]:
 class Windows:
     """The windows of S slices [S,ch,h,w], `per_slice` of them each: window i is tile i % per_slice of slice i // per_slice.
 
-    `origins` are the tiles' corners (y, x) in the `canvas` (height, width), which is the slice, padded where it is smaller than
-    a window; when slices are resized there is one window a slice and it is the canvas.
+    `origins` are the tiles' corners (y, x) in the `canvas` (height, width), which is the slice, or the `part` of it that is given,
+    padded where it is smaller than a window; when slices are resized there is one window a slice and it is the canvas.
     """
 
     slices: Float32
     framing: Framing
     canvas: tuple[int, int]
     origins: tuple[tuple[int, int], ...]
+    part: Box | None = None
 
     @property
     def per_slice(self) -> int:
@@ -114,6 +148,8 @@ class Windows:
         image = self.slices[number]
         if self.framing.mode == "resize":
             return np.ascontiguousarray(resize(image, self.framing.size), dtype=np.float32)
+        if self.part is not None:
+            image = image[:, *self.part]
         (top, left), (height, width) = self._pad, image.shape[-2:]
         if self.canvas != (height, width):
             below, right = self.canvas[0] - height - top, self.canvas[1] - width - left
@@ -137,8 +173,13 @@ class Windows:
             canvas = np.zeros((*maps.shape[1:-2], *self.canvas), np.float32)
             for (y, x), weights, tile in zip(self.origins, self._blend, maps, strict=True):
                 canvas[..., y : y + H, x : x + W] += weights * tile
-        top, left = self._pad
-        return canvas[..., top : top + h, left : left + w]
+        (top, left), (height, width) = self._pad, self._extent
+        found = canvas[..., top : top + height, left : left + width]
+        if self.part is None:
+            return found
+        whole = np.zeros((*found.shape[:-2], h, w), np.float32)
+        whole[..., *self.part] = found
+        return whole
 
     def unframe(self, maps: Float32) -> Float32:
         """`unframe_slice` for all slices: maps [S*per_slice,...,H,W] -> [S,...,h,w]."""
@@ -146,9 +187,18 @@ class Windows:
         return np.stack([self.unframe_slice(group) for group in groups])
 
     @property
+    def _extent(self) -> tuple[int, int]:
+        """Height and width of a slice, or of the part of it."""
+        if self.part is None:
+            return self.slices.shape[-2], self.slices.shape[-1]
+        rows, columns = self.part
+        return rows.stop - rows.start, columns.stop - columns.start
+
+    @property
     def _pad(self) -> tuple[int, int]:
         """Pixels added above and to the left of a slice smaller than its canvas."""
-        return (self.canvas[0] - self.slices.shape[-2]) // 2, (self.canvas[1] - self.slices.shape[-1]) // 2
+        height, width = self._extent
+        return (self.canvas[0] - height) // 2, (self.canvas[1] - width) // 2
 
     @cached_property
     def _blend(self) -> list[Float32]:

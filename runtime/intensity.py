@@ -51,9 +51,11 @@ class Intensity:
     def _pairs(self) -> list[tuple[float, float]]:
         return list(zip(self.mean, self.std, strict=False))
 
-    def apply(self, array: NDArray[Any]) -> NDArray[np.float32]:
+    def apply(self, array: NDArray[Any], over: NDArray[Any] | None = None) -> NDArray[np.float32]:
         """[S, channels, H, W] of any real dtype -> float32, same shape; in [-1, 1] for percentiles. A constant image becomes zeros.
 
+        over: what percentiles, or the image's own mean, are taken of, where that is not the array itself: a part of each of its
+        slices [S, channels, h, w], or for the scope "volume" also other slices of the scan.
         Raises CdiffError when `mean` is neither one number nor one a channel.
         """
         axes = (2, 3) if self.scope == "slice" else (0, 2, 3)
@@ -63,11 +65,13 @@ class Intensity:
                 raise CdiffError(f"the intensity has {len(self.mean)} means, and the image {values.shape[1]} channels")
             mean, std = (np.asarray(numbers, np.float32)[:, None, None] for numbers in (self.mean, self.std))
             return np.asarray((values - mean) / std, dtype=np.float32)
+        # In one piece: a sum over a part of an array may round otherwise than one over its copy.
+        seen = values if over is None else np.ascontiguousarray(over, dtype=np.float32)
         if self.method == "standard":
-            mean, std = (of(axis=axes, keepdims=True, dtype=np.float64) for of in (values.mean, values.std))
+            mean, std = (of(axis=axes, keepdims=True, dtype=np.float64) for of in (seen.mean, seen.std))
             flat = std <= 0
             return np.asarray(np.where(flat, 0, (values - mean) / np.where(flat, 1, std)), dtype=np.float32)
-        low, high = np.percentile(values, (self.lower, self.upper), axis=axes, keepdims=True).astype(np.float32)
+        low, high = np.percentile(seen, (self.lower, self.upper), axis=axes, keepdims=True).astype(np.float32)
         span = high - low
         flat = span <= 0
         scaled = (values - low) / np.where(flat, 1, span) * 2 - 1

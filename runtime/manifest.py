@@ -103,6 +103,13 @@ class Manifest:
         labels = data.get("labels", []) if isinstance(data, dict) else []
         return tuple(map(int, labels))
 
+    @property
+    def slice_size(self) -> tuple[int, int] | None:
+        """(h, w) of the slices that training read and normalised, in pixels; None where they differed or nothing says."""
+        data = self.training.get("data", {})
+        size = data.get("slice_size") if isinstance(data, dict) else None
+        return None if size is None else (size[0], size[1])
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, the format version first."""
         values = dataclasses.asdict(self) | {"image_size": list(self.image_size)}
@@ -168,6 +175,9 @@ class Manifest:
             if not (isinstance(values, list) and all(type(value) is kind for value in values)):
                 words = "texts" if kind is str else "whole numbers"
                 _refuse(source, f"key 'training', data, {key} must be a list of {words}, not {values!r}")
+        size = data.get("slice_size") if isinstance(data, dict) else None
+        if size is not None and not _is_size(size):
+            _refuse(source, f"key 'training', data, slice_size must be two positive whole numbers, not {size!r}")
         for name in (ENCODER, DENOISER):
             if name not in self.files:
                 _refuse(source, f"key 'files' does not list {name}")
@@ -198,7 +208,7 @@ class Manifest:
 def _typed(key: str, value: Any, source: str) -> Any:
     """`value` in the type that `key` has, or CdiffError. Tuples are lists in JSON."""
     if key == "image_size":
-        if not (isinstance(value, list) and len(value) == 2 and all(type(v) is int and v > 0 for v in value)):
+        if not _is_size(value):
             _refuse(source, f"key 'image_size' must be two positive whole numbers, not {value!r}")
         return tuple(value)
     if key == "citation":
@@ -217,6 +227,10 @@ def _typed(key: str, value: Any, source: str) -> Any:
     if type(value) is not kind:
         _refuse(source, f"key {key!r} must be {_WORDS[kind]}, not {value!r}")
     return value
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(type(v) is int and v > 0 for v in value)
 
 
 _KINDS: dict[str, type] = {

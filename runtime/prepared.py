@@ -6,12 +6,18 @@ import time
 from dataclasses import dataclass
 
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.framing import Framing, Windows
+from cdiff.runtime.framing import Box, Framing, Windows
 from cdiff.runtime.manifest import Manifest
+from cdiff.runtime.place import At, Place, find_place, must_take_a_place
 from cdiff.runtime.results import Float32
 from cdiff.runtime.scan import Scan, ScanInput, parse_slices, read_scan
+from cdiff.runtime.shapes import by
 
 Slices = str | slice | tuple[int, int] | range | None
+MUCH_LARGER = 1.25
+"""From this many times the size of the training's slices on, a scan's slices are told to be larger: a crop may be a little."""
+AROUND = 5
+"""Slices on either side of a place that the note about it takes as an example."""
 
 
 class Clock:
@@ -33,31 +39,43 @@ class Prepared:
     """What `Segmenter.prepare` gives and `Segmenter.segment` takes.
 
     scan: as read. chosen: the slices to segment. windows: theirs, in the model's intensities; each is resampled when the engine
-    asks for it. seconds: what each part took.
+    asks for it. seconds: what each part took. place: where the user says that the structure is; alone: whether its slice is the
+    only one for want of others that were named.
     """
 
     scan: Scan
     chosen: range
     windows: Windows
     seconds: dict[str, float]
+    place: Place | None = None
+    alone: bool = False
 
 
-def prepare(scan: ScanInput | Scan, manifest: Manifest, slices: Slices, slice_axis: int | None) -> Prepared:
+def prepare(
+    scan: ScanInput | Scan, manifest: Manifest, slices: Slices, slice_axis: int | None, at: At | None = None
+) -> Prepared:
     """Read a scan for one model. The arguments, and the CdiffError for what cannot be read, are `Segmenter.segment`'s.
 
     What `read_scan` gave for this model is taken as it is; slice_axis is then read_scan's.
     """
     if isinstance(scan, Scan) and slice_axis is not None:
         raise CdiffError("this scan was read already; give slice_axis to read_scan")
+    if at is not None:
+        must_take_a_place(manifest)
     clock = Clock()
     axis = manifest.slice_axis if slice_axis is None else slice_axis
     read = scan if isinstance(scan, Scan) else read_scan(scan, channels=manifest.image_channels, slice_axis=axis)
-    chosen = parse_slices(slices, len(read.slices))
+    place = None if at is None else find_place(at, read.grid, manifest)
+    alone = place is not None and slices is None and len(read.slices) > 1
+    chosen = _chosen(slices, len(read.slices), place)
     clock.lap("read")
     framing = Framing(manifest.framing, manifest.image_size, manifest.tile_overlap)  # type: ignore[arg-type]
-    windows = framing.frame(_normalised(read, manifest, chosen))
+    if place is None:
+        windows = framing.frame(_normalised(read, manifest, chosen, None))
+    else:
+        windows = framing.frame(_normalised(read, manifest, chosen, place.field), place.point, manifest.slice_size)
     clock.lap("frame")
-    return Prepared(read, chosen, windows, clock.laps)
+    return Prepared(read, chosen, windows, clock.laps, place, alone)
 
 
 def notes(prepared: Prepared, manifest: Manifest) -> list[str]:
@@ -69,13 +87,15 @@ def notes(prepared: Prepared, manifest: Manifest) -> list[str]:
         found.append(
             f"slices of {size[0]} x {size[1]} were resampled to the model's {model}, and the maps back to them"
         )
-    if manifest.framing == "centre" and any(n > m for n, m in zip(size, manifest.image_size, strict=True)):
-        height, width = manifest.image_size
+    found += _what_the_model_sees(prepared, manifest)
+    if prepared.alone:
+        first, end = max(chosen.start - AROUND, 0), min(chosen.stop + AROUND, len(read.slices))
         found.append(
-            f"the model sees the central {height} x {width} of each slice's {size[0]} x {size[1]} pixels, where it expects the "
-            "structure; outside them the maps are 0 and mean nothing"
+            f"only slice {chosen.start} of 0 to {len(read.slices) - 1}, which holds {prepared.place}, was segmented, because the model "
+            "marks something in every slice that it is shown: in the others the maps are NaN and the mask is 0, and volumes leave "
+            f"them out; --slices A:B takes those that the structure is in, such as --slices {first}:{end}"
         )
-    if len(chosen) < len(read.slices):
+    elif len(chosen) < len(read.slices):
         found.append(
             f"only slices {chosen.start} to {chosen.stop - 1} of 0 to {len(read.slices) - 1} were segmented: in the others the "
             "maps are NaN and the mask is 0, and volumes leave them out"
@@ -83,9 +103,53 @@ def notes(prepared: Prepared, manifest: Manifest) -> list[str]:
     return [*read.warnings, *found]
 
 
-def _normalised(read: Scan, manifest: Manifest, chosen: range) -> Float32:
-    """The chosen slices in [-1, 1]; where the scope is the volume, the percentiles are the whole scan's."""
-    intensity, part = manifest.normalisation, slice(chosen.start, chosen.stop)
-    if intensity.scope == "volume":
-        return intensity.apply(read.slices)[part]
-    return intensity.apply(read.slices[part])
+def _what_the_model_sees(prepared: Prepared, manifest: Manifest) -> list[str]:
+    """Notes on a model that looks at a part of each slice alone; none where that is all of it."""
+    read, place = prepared.scan, prepared.place
+    size, seen, trained = read.slices.shape[-2:], manifest.image_size, manifest.slice_size
+    if manifest.framing != "centre" or all(n <= m for n, m in zip(size, seen, strict=True)):
+        return []
+    whole, outside = by(size), "outside them the maps are 0 and mean nothing"
+    if place is None:
+        note = f"the model sees the central {by(seen)} of each slice's {whole} pixels, where it expects the structure; {outside}"
+        if trained and any(n > MUCH_LARGER * m for n, m in zip(size, trained, strict=True)):
+            letters, indices = ("I,J", "i, j") if read.grid.slice_axis is None else ("I,J,K", "i, j, k")
+            over = "" if manifest.normalisation.mean else " and normalises intensities over all of it, not over as much"
+            note += (
+                f"; it was trained on slices of {by(trained)} around the structure: --at {letters} (in Python at=({indices})) says "
+                f"where that is, and without it the model takes the slice's middle{over}"
+            )
+        return [note]
+    where = f"{by(seen)} of each slice's {whole} pixels"
+    moved = ", which is not in their middle because it lies near the slice's edge" if place.moved else ""
+    found = [f"the model sees {where}, around {place}{moved}; {outside}"]
+    if trained is None and not manifest.normalisation.mean:
+        found.append(
+            "the bundle does not say how large the slices of its training were: intensities were normalised over whole slices; if "
+            "the training's were crops, cut such a crop around the structure and segment that"
+        )
+    return found
+
+
+def _chosen(slices: Slices, count: int, place: Place | None) -> range:
+    """The slices to segment: those that are named, else the place's alone, else all. Raises CdiffError where they lack the place's."""
+    if place is None:
+        return parse_slices(slices, count)
+    if slices is None:
+        return range(place.number, place.number + 1)
+    chosen = parse_slices(slices, count)
+    if place.number not in chosen:
+        raise CdiffError(
+            f"at {place} lies in slice {place.number}, which slices {chosen.start}:{chosen.stop} leave out; name slices that hold it"
+        )
+    return chosen
+
+
+def _normalised(read: Scan, manifest: Manifest, chosen: range, field: Box | None) -> Float32:
+    """The chosen slices in the model's intensities; where the scope is the volume, the percentiles are the whole scan's.
+
+    field: the part of each slice that percentiles are taken over; all of it unless given.
+    """
+    part = read.slices[chosen.start : chosen.stop]
+    over = read.slices if manifest.normalisation.scope == "volume" else part
+    return manifest.normalisation.apply(part, over if field is None else over[..., *field])

@@ -17,6 +17,7 @@ from cdiff.runtime.results import entropy
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from cdiff.runtime.framing import Box
     from cdiff.runtime.results import Float32, Result
 
 DPI = 130
@@ -24,6 +25,8 @@ SIDE, GAP, EDGE = 3.1, 0.28, 0.35
 KEY = 0.62
 STRIP = 8
 SEEN = 0.1
+LEAST_OF_WINDOW = 0.5
+"""Smallest side of the close-up as a share of the window that a model saw: a window is small already."""
 
 
 def write_preview(result: Result, path: Path, name: str) -> None:
@@ -43,7 +46,11 @@ def preview_figure(result: Result, name: str) -> Figure:
     outlines = view(getattr(result.stack, variant.outlines)[best])
     image = _displayable(result, number)
     shown = _strip(soft, best)
-    box = drawing.close_up(soft[shown], view)
+    if result.window is None:
+        box = drawing.close_up(soft[shown], view)
+    else:
+        seen = _turned(result.window, result.image.shape[-2:], view)
+        box = drawing.close_up(soft[shown], view, least=LEAST_OF_WINDOW, within=seen)
     whole = (slice(0, image.shape[0]), slice(0, image.shape[1]))
     window = drawing.window_of(image[box])
 
@@ -159,6 +166,14 @@ def _displayable(result: Result, number: int) -> Float32:
     return np.moveaxis(turned, 0, -1) if len(turned) == 3 and result.grid.header is None else turned[0]
 
 
+def _turned(box: Box, shape: tuple[int, ...], view: View) -> Box:
+    """A part of a slice [H, W] as stored, as the same part of its picture."""
+    inside = np.zeros(shape, bool)
+    inside[box] = True
+    rows, columns = (np.flatnonzero(view(inside).any(axis=axis)) for axis in (1, 0))
+    return slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
+
+
 def _fullest(soft: Float32) -> int:
     """The slice with the largest soft area; the middle one when nothing is to be seen in any."""
     return int(np.argmax(soft.sum(axis=(1, 2), dtype=np.float64))) if soft.max() >= SEEN else len(soft) // 2
@@ -183,7 +198,7 @@ def _draw_strip(
     soft: Float32,
     shown: list[int],
     best: int,
-    box: drawing.Box,
+    box: Box,
     view: View,
     width: float,
 ) -> None:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import PART, dump_json, sha256, staged
+from cdiff.runtime.framing import Box
 from cdiff.runtime.grid import Grid
 from cdiff.runtime.variants import CONSENSUS, Variant
 
@@ -67,7 +68,8 @@ class Result:
 
     grid: shape and geometry. image [S,channels,h,w]: the scan as read, for pictures. slices: the numbers of those computed,
     which `stack` holds in that order. name: what the files' names begin with unless another is given. report: see
-    `runtime.report`; `save` adds the outputs to the copy that it writes and returns.
+    `runtime.report`; `save` adds the outputs to the copy that it writes and returns. window: the part of each slice that the
+    model saw, where the user named its place: pictures show that part.
     """
 
     grid: Grid
@@ -76,6 +78,7 @@ class Result:
     stack: Stack
     name: str = "scan"
     report: dict[str, Any] = field(default_factory=dict)
+    window: Box | None = None
 
     @property
     def soft(self) -> Float32:

@@ -25,6 +25,7 @@ from cdiff.runtime.framing import Windows
 from cdiff.runtime.manifest import NAME as MANIFEST
 from cdiff.runtime.manifest import Manifest
 from cdiff.runtime.overlap import Outcome, overlapped
+from cdiff.runtime.place import At
 from cdiff.runtime.prepared import Clock, Prepared, Slices, notes, prepare
 from cdiff.runtime.report import build_report, describe_input, meaning, volumes
 from cdiff.runtime.results import Result, Stack
@@ -114,13 +115,14 @@ class Segmenter:
         seed: int = 0,
         slices: Slices = None,
         slice_axis: int | None = None,
+        at: At | None = None,
         batch: int | None = None,
         keep_runs: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> Result:
         """Segment a scan: a path (NIfTI, PNG), a NumPy array ([H, W], or three axes) or a nibabel NIfTI image; for a model of
         several channels also a list of paths, one file a modality, in the order of its training. What `read_scan` gave for this
-        model, cut along its axis, is taken too, and what `prepare` gave; `slices` and `slice_axis` are then prepare's.
+        model, cut along its axis, is taken too, and what `prepare` gave; `slices`, `slice_axis` and `at` are then prepare's.
 
         runs, steps, sampler: 25 runs of ddpm over all T steps unless given; with `fast`, what the bundle states for it.
         combine: "mean" over runs, or "vote", which rounds each map's mean over runs as the published code does; only for models
@@ -128,6 +130,10 @@ class Segmenter:
         mirror: let the runs see the slice as it is and mirrored, in turn; what the bundle states unless given.
         slices: "A:B", A included and B not; the maps are NaN (the mask 0) elsewhere. A slice's maps do not depend on them.
         slice_axis: axis of the array as stored to cut along, the bundle's unless given. batch: rows a padded batch.
+        at: where the structure is in a scan larger than the crops that a model of the framing `centre` was trained on: a voxel
+        (i, j, k), counted from 0 along the axes of the array as stored; (i, j) of a 2-D image, row and column of a picture. The
+        model's window lies around it in every chosen slice, and intensities are normalised over a part as large as the slices of
+        its training. Without `slices` its slice alone is segmented.
         keep_runs: keep every run's maps, uint8, in `result.stack.runs`. progress: called as progress(done, total).
         Raises CdiffError for a scan that cannot be read faithfully, arguments out of range, and a network that does not
         return finite values.
@@ -143,9 +149,9 @@ class Segmenter:
         runs, table = self.sampling(runs, steps, sampler, fast, seed)
         mirror = manifest.mirror if mirror is None else mirror
         if not isinstance(scan, Prepared):
-            scan = self.prepare(scan, slices=slices, slice_axis=slice_axis)
-        elif slices is not None or slice_axis is not None:
-            raise CdiffError("this scan was prepared already; give slices and slice_axis to prepare")
+            scan = self.prepare(scan, slices=slices, slice_axis=slice_axis, at=at)
+        elif slices is not None or slice_axis is not None or at is not None:
+            raise CdiffError("this scan was prepared already; give slices, slice_axis and at to prepare")
         clock, read, chosen, windows = Clock(), scan.scan, scan.chosen, scan.windows
 
         per_window = manifest.conditions * runs
@@ -184,6 +190,7 @@ class Segmenter:
                     "mode": manifest.framing,
                     "model_size": list(manifest.image_size),
                     "windows_per_slice": windows.per_slice,
+                    **({} if scan.place is None else scan.place.to_json()),
                 },
                 "input": describe_input(read.source, read.sha256, read.grid, read.slices),
                 "slices": {"first": chosen.start, "end": chosen.stop, "of": len(read.slices)},
@@ -196,14 +203,22 @@ class Segmenter:
                 "warnings": notes(scan, manifest),
             }
         )
-        return Result(read.grid, read.slices, chosen, stack, read.name, report)
+        window = None if scan.place is None else scan.place.window
+        return Result(read.grid, read.slices, chosen, stack, read.name, report, window)
 
-    def prepare(self, scan: ScanInput | Scan, *, slices: Slices = None, slice_axis: int | None = None) -> Prepared:
+    def prepare(
+        self,
+        scan: ScanInput | Scan,
+        *,
+        slices: Slices = None,
+        slice_axis: int | None = None,
+        at: At | None = None,
+    ) -> Prepared:
         """Read a scan and do all that does not need the engine, so that it can be done in another thread, for `segment` to take.
 
         The arguments and errors are `segment`'s.
         """
-        return prepare(scan, self.manifest, slices, slice_axis)
+        return prepare(scan, self.manifest, slices, slice_axis, at)
 
     def segment_many(
         self,
@@ -222,9 +237,12 @@ class Segmenter:
         what is wrong with one scan stays with it, and the others go on. The maps and files are those of `segment` and `Result.save`.
         save_to: folder for each scan's files, nothing is written unless given; with `preview` a picture too. A second scan of the
         same name is an error of that scan. progress: called as progress(scan, done, total), the scan as given: when a scan's outcome
-        comes, the engine may be through the next one. options: the other arguments of `segment`, for every scan. Three scans and
-        their maps are in memory at most, besides those that the caller keeps.
+        comes, the engine may be through the next one. options: the other arguments of `segment` but `at`, which is of one scan,
+        for every scan. Three scans and their maps are in memory at most, besides those that the caller keeps.
+        Raises CdiffError for `at`.
         """
+        if options.get("at") is not None:
+            raise CdiffError("at names a place in one scan, and segment_many takes many; call segment for each scan")
         names: set[str] = set()
 
         def save(scan: ScanInput, result: Result) -> Result:

@@ -83,6 +83,10 @@ def read_data(root: Path, config: Config) -> Data:
             why = partition.none_has(name, cases, C, variant) if skipped else "; ".join(notes) or "all were empty"
             raise CdiffError(f"no usable {name} slice in {root}: {why}")
         summary[name] = {"cases": len(set(slices.names)), "cases_found": len(cases), "slices": len(slices)}
+    sizes = {tuple(image.shape[-2:]) for image in train_slices.images}
+    # Resampled slices no longer have the size that they came in.
+    if len(sizes) == 1 and config.data.framing != "resize":
+        summary["slice_size"] = list(sizes.pop())
     summary["notes"] = notes
     return Data(train_slices, val_slices, summary, notes)
 

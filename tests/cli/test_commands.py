@@ -161,3 +161,24 @@ def test_resume_needs_no_settings_again(tiny_data: Path, tmp_path: Path) -> None
     run(*train, "--preset", "tiny", "--set", "batch=2", "--max-steps", 2, "-q")
     result = run(*train, "--resume", "--max-steps", 3)
     assert "step 3" in result.stderr
+
+
+def test_a_place_in_a_large_scan(tmp_path: Path) -> None:
+    """The shipped model on its demo crop, alone and in slices of 512 x 512: the files hold the same maps."""
+    crop = nib.load(Path(cdiff.__file__).parent / "demo" / "image.nii.gz")
+    voxels = np.asanyarray(crop.dataobj)
+    whole = np.random.default_rng(0).integers(-1000, 3000, (512, 512, voxels.shape[2])).astype(np.int16)
+    whole[384:, 100:228] = voxels
+    nib.save(nib.Nifti1Image(voxels, crop.affine), tmp_path / "crop.nii.gz")
+    nib.save(nib.Nifti1Image(whole, crop.affine), tmp_path / "chest.nii.gz")
+    chain = ("-o", tmp_path / "maps", "--fast", "--slices", "2:4", "--seed", 3)
+    run("segment", tmp_path / "crop.nii.gz", *chain)
+    result = run("segment", tmp_path / "chest.nii.gz", *chain, "--at", "448,164,2")
+    assert "chest: the model sees 64 x 64 of each slice's 512 x 512 pixels, around 448,164,2" in result.stderr
+    for kind in ("soft", "levels", "uncertainty", "mask"):
+        there, here = (soft(tmp_path / "maps" / f"{name}_{kind}.nii.gz") for name in ("chest", "crop"))
+        np.testing.assert_array_equal(there[384:, 100:228], here)
+        assert np.nanmax(here) > 0.1
+    framing = json.loads((tmp_path / "maps/chest.json").read_text())["framing"]
+    assert framing["at"] == [448, 164, 2]
+    assert framing["field"] == {"first": [384, 100], "size": [128, 128]}

@@ -80,6 +80,20 @@ def test_a_bad_slice_range_an_engine_and_a_device(tiny_bundle: Path, tiny_data: 
     assert "cuda:7" in one_line("segment", scan, *chain, "--device", "cuda:7")
 
 
+def test_a_place_that_cannot_be(tiny_bundle: Path, tiny_data: Path, tmp_path: Path) -> None:
+    scan = tiny_data / "Validation/case01/image.nii.gz"
+    assert "framing 'resize' looks at the whole" in one_line(
+        "segment", scan, "--model", tiny_bundle, "-q", "--at", "1,1,1"
+    )
+    several = one_line("segment", tiny_data / "Validation", "-q", "--at", "1,1,1")
+    assert f"--at names a place in one scan, and {tiny_data / 'Validation'} holds 2" in several
+    out = ("-o", tmp_path / "maps", "-q", "--fast")
+    assert "0 to 31" in one_line("segment", scan, *out, "--at", "32,1,1")
+    assert "give whole numbers" in one_line("segment", scan, *out, "--at", "1;1;1")
+    assert "leave out" in one_line("segment", scan, *out, "--at", "1,1,1", "--slices", "2:4")
+    assert not (tmp_path / "maps").exists()
+
+
 def test_one_bad_scan_does_not_stop_a_folder(tiny_bundle: Path, tiny_data: Path, tmp_path: Path) -> None:
     scans, maps = tmp_path / "scans", tmp_path / "maps"
     scans.mkdir()

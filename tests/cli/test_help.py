@@ -15,7 +15,7 @@ OPTIONS = {
     "": ["--version", "segment", "evaluate", "data", "train", "export", "info", "doctor", "benchmark"],
     "segment": [
         *("SCAN", "-i", "-o", "--model", "--runs", "--steps", "--sampler", "--fast", "--levels", "--seed", "--engine"),
-        *("--device", "--slices", "--preview", "--no-preview", "-q", "cdiff_output"),
+        *("--device", "--slices", "--at", "--preview", "--no-preview", "-q", "cdiff_output"),
     ],
     "evaluate": [
         *(

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from cdiff.runtime.bundle import shipped_bundle
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.intensity import Intensity
 from cdiff.runtime.manifest import Manifest
@@ -112,11 +113,23 @@ def test_every_mistyped_key_is_named(key: str, value: Any) -> None:
         ("fast", {"sampler": "ddim", "steps": 10, "runs": 10**12}),
         ("training", {"data": {"modalities": 5}}),
         ("training", {"data": {"labels": ["tumour"]}}),
+        ("training", {"data": {"slice_size": 128}}),
+        ("training", {"data": {"slice_size": [128]}}),
+        ("training", {"data": {"slice_size": [128, 0]}}),
+        ("training", {"data": {"slice_size": [128, 128.0]}}),
     ],
 )
 def test_values_out_of_range_are_named(key: str, value: Any) -> None:
     with pytest.raises(CdiffError, match=f"'{key}'"):
         Manifest.from_json(example().to_json() | {key: value})
+
+
+def test_the_size_of_the_trainings_slices_is_there_where_it_was_written() -> None:
+    assert example().slice_size is None
+    assert example(training={"data": {"slice_size": None}}).slice_size is None
+    data = example(training={"data": {"slice_size": [128, 96]}}).to_json()
+    assert Manifest.from_json(data).slice_size == (128, 96)
+    assert Manifest.read(shipped_bundle() / "manifest.json").slice_size == (128, 128)
 
 
 def test_a_schedule_cannot_ask_for_all_the_memory() -> None:

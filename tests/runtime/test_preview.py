@@ -127,6 +127,46 @@ def test_the_close_up_holds_the_object_and_is_square_in_millimetres() -> None:
     assert close_up(np.ones((20, 30), np.float32), View()) == (slice(0, 20), slice(0, 30))
 
 
+def test_where_a_model_saw_a_part_the_close_up_is_of_that_part() -> None:
+    seen = (slice(300, 364), slice(40, 104))
+    assert close_up(np.zeros((512, 512), np.float32), View(), within=seen) == seen
+    soft = np.zeros((512, 512), np.float32)
+    soft[330:334, 70:75] = 1
+    rows, columns = close_up(soft, View(), least=0.5, within=seen)
+    assert (rows.stop - rows.start, columns.stop - columns.start) == (32, 32)
+    soft[300:364, 40:104] = 1  # all of it: some of what is around is shown too
+    rows, columns = close_up(soft, View(), within=seen)
+    assert rows.start < 300
+    assert rows.stop > 364
+
+
+@pytest.mark.parametrize("found", [True, False])
+def test_a_structure_in_a_large_scan_is_shown_large(found: bool) -> None:
+    """The header turns the slice: what is shown lies where the window does in the picture."""
+    scan = nib.Nifti1Image(np.random.default_rng(0).random((300, 200, 3), np.float32), np.diag([-0.7, 0.7, 2.5, 1]))
+    read = read_scan(scan)
+    window = (slice(20, 52), slice(150, 182))
+    levels = np.zeros((3, 4, 300, 200), np.float32)
+    levels[:, :, 32:40, 160:170] = found
+    report = {"bundle": "x", "sampler": "ddim", "steps": 1, "runs": 1, "seed": 0, "engine": "x", "device": "cpu"}
+    shown = Result(read.grid, read.slices, range(3), Stack(levels, 0 * levels[:, 0]), "x", report, window)
+    figure = preview_figure(shown, "x")
+    whole, close = (axes.get_images()[0].get_array() for axes in figure.axes[:2])
+    assert whole is not None
+    assert close is not None
+    assert whole.shape == (200, 300)
+    side = 22 if found else 32
+    assert close.shape == (side, side)
+    (frame,) = figure.axes[0].patches
+    left, top = frame.get_xy()  # type: ignore[attr-defined]
+    # Across is the first axis, and down the second turned round: its end is the front, which is on top.
+    assert 20 <= left + 0.5 <= 52 - side
+    assert 200 - 182 <= top + 0.5 <= 200 - 150 - side
+    bars = [text.get_text() for text in drawn_texts(figure) if text.get_text().endswith(" mm")]
+    assert len(bars) == 2
+    assert float(bars[1].split()[0]) < float(bars[0].split()[0])
+
+
 def test_the_picture_of_a_case_with_its_readers(tmp_path: Path) -> None:
     image, readers = np.random.default_rng(0).random((40, 40)).astype(np.float32), np.zeros((4, 40, 40), bool)
     for k in range(3):  # the fourth reader drew nothing

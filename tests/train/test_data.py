@@ -28,6 +28,20 @@ def test_split_folders_are_used_as_they_are(tiny_data: Path) -> None:
     assert data.notes == []
 
 
+def test_the_size_of_the_slices_is_kept_where_all_have_one(tiny_data: Path, tmp_path: Path) -> None:
+    """Those of Training count. Resampled slices have lost theirs."""
+    assert read_data(tiny_data, tile_config()).summary["slice_size"] == [32, 32]
+    assert read_data(tiny_data, preset("tiny").with_values({"framing": "centre"})).summary["slice_size"] == [32, 32]
+    assert "slice_size" not in read_data(tiny_data, preset("tiny")).summary
+    root = tmp_path / "data"
+    write_synthetic_dataset(root, {"Training": 1, "Validation": 1}, raters=3, shape=(32, 32, 4))
+    write_synthetic_dataset(tmp_path / "other", 1, raters=3, shape=(48, 32, 4))
+    shutil.copytree(tmp_path / "other/case01", root / "Validation/case09")
+    assert read_data(root, tile_config()).summary["slice_size"] == [32, 32]
+    shutil.copytree(tmp_path / "other/case01", root / "Training/case09")
+    assert "slice_size" not in read_data(root, tile_config()).summary
+
+
 def test_without_split_folders_whole_cases_are_held_out_and_it_is_said(tmp_path: Path) -> None:
     root = write_synthetic_dataset(tmp_path / "flat", 6, raters=3, shape=(32, 32, 4))
     data = read_data(root, preset("tiny").with_values({"val_fraction": 0.34}))

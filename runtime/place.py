@@ -54,7 +54,7 @@ def must_take_a_place(manifest: Manifest) -> None:
         how = "in tiles" if manifest.framing == "tile" else "resampled"
         raise CdiffError(
             f"a model of the framing {manifest.framing!r} looks at the whole of each slice, {how}, and finds the structure "
-            "wherever it lies; leave out at"
+            "wherever it lies; leave out --at (in Python, at)"
         )
 
 

@@ -114,10 +114,10 @@ def _what_the_model_sees(prepared: Prepared, manifest: Manifest) -> list[str]:
         note = f"the model sees the central {by(seen)} of each slice's {whole} pixels, where it expects the structure; {outside}"
         if trained and any(n > MUCH_LARGER * m for n, m in zip(size, trained, strict=True)):
             letters, indices = ("I,J", "i, j") if read.grid.slice_axis is None else ("I,J,K", "i, j, k")
-            over = "" if manifest.normalisation.mean else " and normalises intensities over all of it, not over as much"
+            scaled = "" if manifest.normalisation.mean else ", and intensities are scaled by the whole slice"
             note += (
-                f"; it was trained on slices of {by(trained)} around the structure: --at {letters} (in Python at=({indices})) says "
-                f"where that is, and without it the model takes the slice's middle{over}"
+                f". It was trained on {by(trained)} pixels around the structure: say where that is with --at {letters} (in Python "
+                f"at=({indices})); without it the model takes the slice's middle{scaled}"
             )
         return [note]
     where = f"{by(seen)} of each slice's {whole} pixels"

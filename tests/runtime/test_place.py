@@ -223,7 +223,7 @@ def test_who_segments_a_large_scan_without_a_place_is_told_of_it(
     assert f"the central 16 x 16 of each slice's {shape[0]} x {shape[1]} pixels" in note
     assert ("--at" in note) == bool(told)
     assert told in note
-    assert ("trained on slices of 32 x 32" in note) == ("normalises intensities over all of it" in note) == bool(told)
+    assert ("trained on 32 x 32 pixels" in note) == ("scaled by the whole slice" in note) == bool(told)
 
 
 @pytest.mark.parametrize(
@@ -259,7 +259,7 @@ def test_a_flat_image_takes_two_indices(model: Segmenter) -> None:
 @pytest.mark.parametrize("framing", ["tile", "resize"])
 def test_a_model_that_looks_at_whole_slices_takes_no_place(tmp_path: Path, framing: str) -> None:
     model = centre_model(tmp_path / "b", framing=framing)
-    with pytest.raises(CdiffError, match=rf"framing '{framing}' looks at the whole of each slice.*leave out at"):
+    with pytest.raises(CdiffError, match=rf"framing '{framing}' looks at the whole of each slice.*leave out --at"):
         model.segment(volume(40, 50, 6), at=(1, 1, 1), **QUICK)
     with pytest.raises(CdiffError, match="only 'centre' takes a point"):
         Framing(framing, (8, 8)).frame(np.zeros((1, 1, 9, 9), np.float32), (1, 1))  # type: ignore[arg-type]

@@ -78,25 +78,39 @@ MODEL_ROWS = (  # slices, method, result file, how its keys end
 )
 
 
+NODULE_ROWS = tuple(row for row in MODEL_ROWS if row[0] != "middle slices" and not row[2].startswith("unet_"))
+"""Those whose results hold every nodule as a whole."""
+
+
 def model_table(results: Path) -> str:
     """Scores on LIDC Testing: soft Dice at five and nine thresholds, Dice at each level, energy distance."""
+    return lidc_table("Testing slices", MODEL_ROWS, "", results)
+
+
+def nodules_table(results: Path) -> str:
+    """The same of each nodule as a whole, means over nodules; there is no such energy distance."""
+    return lidc_table("Testing slices (nodules)", NODULE_ROWS, "case_", results)
+
+
+def lidc_table(corner: str, chosen: tuple[tuple[str, str, str, str], ...], start: str, results: Path) -> str:
+    """One row a method on some slices. start: how keys begin, "case_" for nodules as a whole, "" for slices."""
     levels = range(1, 5)
-    header = ["Testing slices", "method", "soft Dice, 5", "soft Dice, 9", *[f"level {c}" for c in levels], GED]
+    last = [] if start else [GED]
+    header = [corner, "method", "soft Dice, 5", "soft Dice, 9", *[f"level {c}" for c in levels], *last]
     rows = []
-    for slices, method, name, ending in MODEL_ROWS:
+    for slices, method, name, ending in chosen:
         scores = read_peer(name, SOFT_UNET, results) if name.startswith("unet_") else read(name, results)
-        if scores is None:
+        if scores is None or f"{start}soft_dice_5" not in scores:
             rows.append([slices, method, NOT_MEASURED, *["-"] * (len(header) - 3)])
             continue
-        by_level = {entry["level"]: entry for entry in scores.get("dice_per_level", [])} if not ending else {}
+        by_level = {} if ending else {e["level"]: e for e in scores.get(f"{start}dice_per_level", [])}
         rows.append(
             [
-                f"{slices} ({scores['n_slices']})",
+                f"{slices} ({scores['case_soft_dice_5']['n_cases'] if start else scores['n_slices']})",
                 method,
-                interval(scores.get(f"soft_dice_5{ending}")),
-                interval(scores.get(f"soft_dice_9{ending}")),
+                *[interval(scores.get(f"{start}soft_dice_{n}{ending}")) for n in (5, 9)],
                 *[f"{by_level[c]['mean']:.3f}" if c in by_level else "-" for c in levels],
-                distance(scores) if not ending and scores.get("ged") else "-",
+                *[distance(scores) if not ending and scores.get("ged") else "-" for _ in last],
             ]
         )
     return markdown(header, rows, words=2)
@@ -337,6 +351,7 @@ def each_table(results: Path) -> str:
 
 TABLES: dict[str, Callable[[Path], str]] = {
     "model": model_table,
+    "nodules": nodules_table,
     "each": each_table,
     "speed": speed_table,
     "paired": lambda results: paired_table("cdiff - U-Net", PAIRED, results),

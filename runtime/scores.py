@@ -186,7 +186,7 @@ class SliceMaps:
 
     @cached_property
     def overlaps(self) -> Overlaps:
-        """Of this slice."""
+        """What Dice and IoU of this slice are of."""
         return Overlaps(
             overlap_by_threshold(self.soft, self.truth),
             np.stack([overlap(p, m) for p, m in zip(self.level_masks, self.consensus, strict=True)]),

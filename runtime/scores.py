@@ -311,9 +311,9 @@ def _found(
 def _undefined(levels: int) -> dict[str, Any]:
     """The scores of a slice in which none is defined."""
     return {
-        **dict.fromkeys(PER_SLICE),
         **{name: [None] * levels for name in (*PER_LEVEL, "empty_per_level")},
         PER_THRESHOLD: [None] * len(NINE),
+        **dict.fromkeys(PER_SLICE),
     }
 
 

@@ -44,7 +44,9 @@ def compare(a: Row, b: Row) -> Row:
             raise CdiffError(f"the {which} report has no cases; give what cdiff evaluate --json wrote")
     slices = [[[(c["inputs"], row["slice"]) for row in c["slices"]] for c in report["cases"]] for report in (a, b)]
     if slices[0] != slices[1]:
-        raise CdiffError("the reports are not of the same slices; evaluate both with the same data and --all-raters")
+        raise CdiffError(
+            "the reports are not of the same slices; evaluate both with the same data, --all-raters and --all-slices"
+        )
     pairs = list(zip(a["cases"], b["cases"], strict=True))
     levels = len(pairs[0][0]["slices"][0]["dice_per_level"])
     takes = SCORES | {f"dice_level_{c}": _level(c) for c in range(1, levels + 1)}

@@ -125,6 +125,15 @@ def evaluate(
             rich_help_panel=options.DATA,
         ),
     ] = False,
+    all_slices: Annotated[
+        bool,
+        typer.Option(
+            "--all-slices",
+            help="Also slices that nobody marked: what the model marks there counts in the scores of whole cases. Not with "
+            "--all-raters.",
+            rich_help_panel=options.DATA,
+        ),
+    ] = False,
     slices_per_case: Annotated[
         int | None,
         typer.Option(
@@ -182,6 +191,13 @@ def evaluate(
     if steps and report_ is None:
         raise CdiffError("--steps-curve needs a folder to write to; add --report DIR")
     asked = options.parse_labels(labels)
+    protocol = Protocol(
+        **chain.arguments(),
+        all_raters=all_raters,
+        all_slices=all_slices,
+        slices_per_case=slices_per_case,
+        raters=raters.value,
+    )
     found = find_cases(data, task, layout=layout, labels=asked)
     for note in found.notes:
         warn(note)
@@ -192,9 +208,6 @@ def evaluate(
     cases, inside = labelled_as_trained(cases, segmenter.manifest, asked, warn)
     if inside and not asked:
         say(f"labels {','.join(map(str, inside))} are inside, as the model was trained", quiet)
-    protocol = Protocol(
-        **chain.arguments(), all_raters=all_raters, slices_per_case=slices_per_case, raters=raters.value
-    )
     if steps:
         check_steps(segmenter, protocol, steps)
     about: dict[str, Any] = {"folder": data.resolve().name, "split": chosen, "task": task}

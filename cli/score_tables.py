@@ -12,6 +12,8 @@ from rich.text import Text
 MODEL_SCORES = (
     ("soft Dice, five thresholds", "soft_dice_5"),
     ("soft Dice, nine thresholds", "soft_dice_9"),
+    ("  each case as a whole, five thresholds", "case_soft_dice_5"),
+    ("  each case as a whole, nine thresholds", "case_soft_dice_9"),
     ("energy distance (GED), {} samples", "ged"),
     ("  without the diagonal", "ged_no_diagonal"),
     ("  its floor for nested maps, with it", "ged_floor"),
@@ -22,10 +24,12 @@ MODEL_SCORES = (
     ("AUROC for disagreement near it: entropy", "auroc_entropy_near"),
     ("AUROC for disagreement near it: run std", "auroc_run_std_near"),
     ("annotators: soft Dice, one against the others", "soft_dice_5_annotators"),
+    ("  each case as a whole", "case_soft_dice_5_annotators"),
     ("annotators: pairwise Dice", "pairwise_dice_annotators"),
     ("Dice with one annotator: of the soft map at 1/2", "dice_each"),
     ("  of the other annotators' majority", "dice_each_annotators"),
     ("  difference", "dice_each_difference"),
+    ("unmarked slices in which the model marks", "false_positive_slices"),
 )
 
 
@@ -56,10 +60,16 @@ def paper_tables(report: Mapping[str, Any]) -> RenderableType:
 
 
 def _scores(report: Mapping[str, Any]) -> Table:
-    table = Table(title=f"{report['n_slices']} slices of {report['n_cases']} cases", title_justify="left")
+    unmarked = report["false_positive_slices"]["n_slices"]
+    title = f"{report['n_slices']} slices of {report['n_cases']} cases"
+    table = Table(title=f"{title}, {unmarked} slices unmarked" if unmarked else title, title_justify="left")
     for name in ("score", "mean", "95 % interval"):
         table.add_column(name, justify="left" if name == "score" else "right")
+    # A case of one slice has the same scores as a whole: nothing to show twice.
+    volumes = any(len(case["slices"]) > 1 for case in report["cases"])
     for label, key in MODEL_SCORES:
+        if (key.startswith("case_") and not volumes) or (key == "false_positive_slices" and not unmarked):
+            continue
         value = report[key]
         label = label.format(report["ged_samples"]["model"])
         table.add_row(label, _number(value["mean"]), f"{_number(value['low'])} to {_number(value['high'])}")

@@ -78,25 +78,39 @@ MODEL_ROWS = (  # slices, method, result file, how its keys end
 )
 
 
+NODULE_ROWS = tuple(row for row in MODEL_ROWS if row[0] != "middle slices" and not row[2].startswith("unet_"))
+"""Those whose results hold every nodule as a whole."""
+
+
 def model_table(results: Path) -> str:
     """Scores on LIDC Testing: soft Dice at five and nine thresholds, Dice at each level, energy distance."""
+    return lidc_table("Testing slices", MODEL_ROWS, "", results)
+
+
+def nodules_table(results: Path) -> str:
+    """The same of each nodule as a whole, means over nodules; there is no such energy distance."""
+    return lidc_table("Testing slices (nodules)", NODULE_ROWS, "case_", results)
+
+
+def lidc_table(corner: str, chosen: tuple[tuple[str, str, str, str], ...], start: str, results: Path) -> str:
+    """One row a method on some slices. start: how keys begin, "case_" for nodules as a whole, "" for slices."""
     levels = range(1, 5)
-    header = ["Testing slices", "method", "soft Dice, 5", "soft Dice, 9", *[f"level {c}" for c in levels], GED]
+    last = [] if start else [GED]
+    header = [corner, "method", "soft Dice, 5", "soft Dice, 9", *[f"level {c}" for c in levels], *last]
     rows = []
-    for slices, method, name, ending in MODEL_ROWS:
+    for slices, method, name, ending in chosen:
         scores = read_peer(name, SOFT_UNET, results) if name.startswith("unet_") else read(name, results)
-        if scores is None:
+        if scores is None or f"{start}soft_dice_5" not in scores:
             rows.append([slices, method, NOT_MEASURED, *["-"] * (len(header) - 3)])
             continue
-        by_level = {entry["level"]: entry for entry in scores.get("dice_per_level", [])} if not ending else {}
+        by_level = {} if ending else {e["level"]: e for e in scores.get(f"{start}dice_per_level", [])}
         rows.append(
             [
-                f"{slices} ({scores['n_slices']})",
+                f"{slices} ({scores['case_soft_dice_5']['n_cases'] if start else scores['n_slices']})",
                 method,
-                interval(scores.get(f"soft_dice_5{ending}")),
-                interval(scores.get(f"soft_dice_9{ending}")),
+                *[interval(scores.get(f"{start}soft_dice_{n}{ending}")) for n in (5, 9)],
                 *[f"{by_level[c]['mean']:.3f}" if c in by_level else "-" for c in levels],
-                distance(scores) if not ending and scores.get("ged") else "-",
+                *[distance(scores) if not ending and scores.get("ged") else "-" for _ in last],
             ]
         )
     return markdown(header, rows, words=2)
@@ -128,14 +142,9 @@ def headline_table(results: Path) -> str:
             rows.append([method, *unmeasured(header)])
             continue
         by_level = {entry["level"]: entry for entry in scores["dice_per_level"]}
-        rows.append(
-            [
-                method,
-                interval(scores[f"soft_dice_5{ending}"]),
-                interval(others[f"soft_dice_5{ending}"]) if others else NOT_MEASURED,
-                *(["-"] * 3 if ending else [mean(by_level[4]), distance(scores), mean(scores["ece_near"])]),
-            ]
-        )
+        dice = [interval(one[f"soft_dice_5{ending}"]) if one else NOT_MEASURED for one in (scores, others)]
+        more = ["-"] * 3 if ending else [mean(by_level[4]), distance(scores), mean(scores["ece_near"])]
+        rows.append([method, *dice, *more])
     return markdown(header, rows)
 
 
@@ -157,25 +166,12 @@ def speed_table(results: Path) -> str:
     rows = []
     for kind, found in report["end_to_end"].items():
         ratio = report["ratios"].get(f"{kind}_over_published")
-        rows.append(
-            [
-                SPEED_ROWS[kind],
-                f"{found['slices_a_minute']:.2f}",
-                "1" if ratio is None else f"{ratio['median']:.2f}",
-                *[f"{calls[kind][n]['ms']:.1f}" if kind in calls else "-" for n in sizes],
-                f"{found['peak_bytes'] / 2**20:.0f}",
-            ]
-        )
+        speed = [f"{found['slices_a_minute']:.2f}", "1" if ratio is None else f"{ratio['median']:.2f}"]
+        spent = [f"{calls[kind][n]['ms']:.1f}" if kind in calls else "-" for n in sizes]
+        rows.append([SPEED_ROWS[kind], *speed, *spent, f"{found['peak_bytes'] / 2**20:.0f}"])
     rate = 60 * report["protocol"]["slices"] / floor["end_to_end_seconds"]
-    rows.append(
-        [
-            "floor: FLOPs over the measured matrix-product rate",
-            f"{rate:.2f}",
-            "-",
-            *[f"{int(n) * floor['ms_a_row']:.1f}" for n in sizes],
-            "-",
-        ]
-    )
+    least = [f"{int(n) * floor['ms_a_row']:.1f}" for n in sizes]
+    rows.append(["floor: FLOPs over the measured matrix-product rate", f"{rate:.2f}", "-", *least, "-"])
     header = ["", "slices a minute", "times as fast", *[f"ms a call of {n}" for n in sizes], "peak MiB"]
     return f"{speed_setting(report)}\n\n{markdown(header, rows)}"
 
@@ -231,12 +227,7 @@ def mean(score: Scores) -> str:
 def scale_cells(peer: Scores) -> list[str]:
     """What all tables of the peers show: soft Dice, energy distance with the number of samples, calibration."""
     dice = [interval(peer["soft_dice_5"]), interval(peer["soft_dice_9"])]
-    return [
-        *dice,
-        distance(peer),
-        mean(peer["ece_near"]),
-        mean(peer["brier_near"]),
-    ]
+    return [*dice, distance(peer), mean(peer["ece_near"]), mean(peer["brier_near"])]
 
 
 SCALE = ["soft Dice, 5", "soft Dice, 9", GED, "ECE near", "Brier near"]
@@ -263,17 +254,10 @@ def peers_full_table(result: str, results: Path) -> str:
             continue
         run = peer["training"]
         cpu = run.get("cpu_seconds")
-        rows.append(
-            [
-                peer_words(words, peer),
-                *scale_cells(peer),
-                *[mean(level) for level in peer["dice_per_level"]],
-                f"{run['parameters'] / 1e6:.2f}",
-                f"{run['steps']}" if "steps" in run else "-",
-                "-" if cpu is None else f"{cpu / 60:.0f}",
-                f"{peer['cpu_seconds_a_slice']:.2f}",
-            ]
-        )
+        levels = [mean(level) for level in peer["dice_per_level"]]
+        steps, minutes = str(run.get("steps", "-")), "-" if cpu is None else f"{cpu / 60:.0f}"
+        spent = [f"{run['parameters'] / 1e6:.2f}", steps, minutes, f"{peer['cpu_seconds_a_slice']:.2f}"]
+        rows.append([peer_words(words, peer), *scale_cells(peer), *levels, *spent])
     return markdown(header, [*rows, *reader_row(result, results, len(header))])
 
 
@@ -375,6 +359,7 @@ def each_table(results: Path) -> str:
 TABLES: dict[str, Callable[[Path], str]] = {
     "model": model_table,
     "headline": headline_table,
+    "nodules": nodules_table,
     "each": each_table,
     "speed": speed_table,
     "paired": lambda results: paired_table("cdiff - U-Net", PAIRED, results),

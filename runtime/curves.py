@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from cdiff.runtime.metrics import FIVE, NINE, SLACK, SMOOTH
+from cdiff.runtime.metrics import FIVE, NINE, SLACK, dice_of
 from cdiff.runtime.surface import bounding_box
 
 MOST_POINTS = 25
@@ -44,6 +44,6 @@ def soft_dice_by_runs(
         soft = (levels >= 0.5 if combine == "vote" else levels).mean(axis=0)
         masks = np.stack([soft >= h - SLACK for h in NINE])
         both = np.count_nonzero(masks & true_masks, axis=(1, 2))
-        values = (2 * both + SMOOTH) / (np.count_nonzero(masks, axis=(1, 2)) + true_sizes + SMOOTH)
+        values = dice_of(np.stack([both, np.count_nonzero(masks, axis=(1, 2)), true_sizes], axis=-1))
         scores.append([values[FIVE_OF_NINE].mean(), values.mean()])
     return np.array(scores)

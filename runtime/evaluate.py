@@ -1,4 +1,4 @@
-"""Scores a bundle on case folders: every marked slice, resumable, in bounded memory (docs/metrics.md)."""
+"""Scores a bundle on case folders: every marked slice or all, resumable, in bounded memory (docs/metrics.md)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 Notice = Callable[[str], None]
 Progress = Callable[[int, int], None]
 """Called as progress(done, total) in thousandths of a slice."""
-FORMAT = 3
+FORMAT = 4
 """Of a row, and of what its scores mean: rows of another format are not gone on from."""
 RUNS_AT_ONCE = 2**28
 """Bytes of kept runs in memory at once: a longer scan is segmented part by part. One slice is the least."""
@@ -39,9 +39,10 @@ RUNS_AT_ONCE = 2**28
 class Protocol:
     """What decides the scores besides model and data. None and `fast` mean what they mean to `Segmenter.segment`.
 
-    all_raters: score only the slices that every annotator of the case marked. slices_per_case: only so many of those, spread evenly
-    over the case, the middle one of 1: for what takes too long on all. raters: what happens to a case that has another number of
-    annotators than the model has levels: "skip" it, or "use" it with level c read as the share c / C.
+    all_raters: score only the slices that every annotator of the case marked; all_slices: also those that nobody marked; neither:
+    those that at least one marked. slices_per_case: only so many of those, spread evenly over the case, the middle one of 1: for what
+    takes too long on all. raters: what happens to a case that has another number of annotators than the model has levels: "skip" it,
+    or "use" it with level c read as the share c / C. Raises CdiffError for all_raters and all_slices together.
     """
 
     runs: int | None = None
@@ -52,8 +53,20 @@ class Protocol:
     mirror: bool | None = None
     seed: int = 0
     all_raters: bool = False
+    all_slices: bool = False
     slices_per_case: int | None = None
     raters: str = "skip"
+
+    def __post_init__(self) -> None:
+        if self.all_raters and self.all_slices:
+            raise CdiffError(
+                "--all-raters leaves slices out that --all-slices would score; give one of the two, or neither"
+            )
+
+    def slices(self, masks: NDArray[np.bool_]) -> NDArray[np.int64]:
+        """The slices to score of a case's masks [S,n,H,W]. Raises CdiffError when slices_per_case is less than 1."""
+        chosen = np.arange(len(masks)) if self.all_slices else marked_slices(masks, self.all_raters)
+        return evenly(chosen, self.slices_per_case)
 
 
 @dataclass(frozen=True)
@@ -176,7 +189,7 @@ def _plan(
         if case.others:  # several files: those that the model was trained on, in its order
             case = case.with_modalities(manifest.modalities)
         masks = read_case(case, manifest.slice_axis, manifest.image_channels)[1]
-        slices = evenly(marked_slices(masks, protocol.all_raters), protocol.slices_per_case)
+        slices = protocol.slices(masks)
         if slices.size:
             jobs.append(_Job(case, len(case.masks), slices))
         else:
@@ -217,7 +230,7 @@ def _score(segmenter: Segmenter, job: _Job, protocol: Protocol, progress: Progre
     manifest = segmenter.manifest
     scan = read_scan(job.case.scan, channels=manifest.image_channels, slice_axis=manifest.slice_axis)
     masks = read_masks(job.case, scan.grid)
-    tally = CaseTally(masks, job.slices, manifest.levels, protocol.combine)
+    tally = CaseTally(masks, job.slices, protocol.combine)
     pixels, runs = masks.shape[2] * masks.shape[3], segmenter.runs(protocol.runs, protocol.fast)
     chain: dict[str, Any] = {}
     finished = 0

@@ -16,69 +16,75 @@ SMOOTH = 1e-6
 # side. Half of a millionth is far above that and far below the step of any map, 1 / (annotators x runs).
 SLACK = 5e-7
 
+Counts = NDArray[np.int64]
+"""[..., 3]: the pixels in both masks of a pair, in the first, in the second. Those of a volume are the sum of its slices'."""
+
 
 def at_least(values: NDArray[Any], threshold: float) -> NDArray[np.bool_]:
     """`values >= threshold`, however a decimal fraction was rounded: within SLACK counts as equal."""
     return np.asarray(np.asarray(values, dtype=np.float64) >= threshold - SLACK)
 
 
+def overlap(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> Counts:
+    """What Dice and IoU of two masks of one shape are made of, [3]. Raises ValueError if the shapes differ."""
+    _same_shape(a, b)
+    first, second = np.asarray(a, dtype=bool), np.asarray(b, dtype=bool)
+    return np.array([np.count_nonzero(mask) for mask in (first & second, first, second)], np.int64)
+
+
+def dice_of(counts: Counts) -> NDArray[np.float64]:
+    """Dice of each pair, (2 |a and b| + s) / (|a| + |b| + s), s = 1e-6: [..., 3] -> [...]; two empty masks score 1.
+
+    The smoothing is the published code's.
+    """
+    both, first, second = np.moveaxis(counts, -1, 0)
+    return np.asarray((2.0 * both + SMOOTH) / (first + second + SMOOTH))
+
+
+def iou_of(counts: Counts) -> NDArray[np.float64]:
+    """Intersection over union of each pair, |a and b| / |a or b|: [..., 3] -> [...]; two empty masks score 1."""
+    both, first, second = np.moveaxis(counts, -1, 0)
+    either = first + second - both
+    return np.asarray(np.divide(both, either, out=np.ones(either.shape), where=either > 0))
+
+
 def dice(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> float:
-    """Dice of two masks of one shape: (2 |a and b| + s) / (|a| + |b| + s), s = 1e-6; two empty masks score 1.
-
-    The smoothing is the published code's. Raises ValueError if the shapes differ.
-    """
-    _same_shape(a, b)
-    first, second = np.asarray(a, dtype=bool), np.asarray(b, dtype=bool)
-    both = np.count_nonzero(first & second)
-    return (2.0 * both + SMOOTH) / (np.count_nonzero(first) + np.count_nonzero(second) + SMOOTH)
+    """Dice of two masks of one shape: see `dice_of`. Raises ValueError if the shapes differ."""
+    return float(dice_of(overlap(a, b)))
 
 
-def iou(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> float:
-    """Intersection over union of two masks of one shape, |a and b| / |a or b|; two empty masks score 1.
-
-    Raises ValueError if the shapes differ.
-    """
-    _same_shape(a, b)
-    first, second = np.asarray(a, dtype=bool), np.asarray(b, dtype=bool)
-    either = np.count_nonzero(first | second)
-    return float(np.count_nonzero(first & second) / either) if either else 1.0
-
-
-def dice_by_threshold(
-    pred: NDArray[Any], truth: NDArray[Any], thresholds: Sequence[float] = NINE
-) -> NDArray[np.float64]:
-    """Dice(pred >= h, truth >= h) for each threshold h, [K]. Two sides that are both empty at h score 1 there.
+def overlap_by_threshold(pred: NDArray[Any], truth: NDArray[Any], thresholds: Sequence[float] = NINE) -> Counts:
+    """The overlap of pred >= h and truth >= h for each threshold h, [K, 3].
 
     pred, truth: fractions of annotators in 0..1, of one shape (one slice: [H, W]). Equality with a threshold
     counts as reaching it, whatever the rounding (see `at_least`). Raises ValueError if the shapes differ.
     """
     _same_shape(pred, truth)
-    return np.array([dice(at_least(pred, h), at_least(truth, h)) for h in thresholds])
+    return np.stack([overlap(at_least(pred, h), at_least(truth, h)) for h in thresholds])
 
 
 def soft_dice(pred: NDArray[Any], truth: NDArray[Any], thresholds: Sequence[float] = FIVE) -> float:
-    """Mean over thresholds h of Dice(pred >= h, truth >= h): see `dice_by_threshold`."""
-    return float(np.mean(dice_by_threshold(pred, truth, thresholds)))
+    """Mean over thresholds h of Dice(pred >= h, truth >= h), two sides that are both empty at h scoring 1 there.
 
-
-def pairwise_dice(masks: NDArray[np.bool_]) -> float:
-    """Mean Dice over all pairs of masks, bool [n, ...]; NaN when there are fewer than two."""
-    count = len(masks)
-    pairs = [dice(masks[i], masks[j]) for i in range(count) for j in range(i)]
-    return float(np.mean(pairs)) if pairs else float("nan")
-
-
-def soft_dice_of_annotators(masks: NDArray[np.bool_], thresholds: Sequence[float] = FIVE) -> float:
-    """The human reference: each annotator's mask, as a soft map, scored against the mean of the others' masks.
-
-    masks: bool [n, ...]. Mean over the n annotators; NaN when there are fewer than two.
+    pred, truth, errors: see `overlap_by_threshold`.
     """
-    count = len(masks)
-    if count < 2:
-        return float("nan")
-    total = masks.sum(axis=0, dtype=np.float64)
-    scores = [soft_dice(mask, (total - mask) / (count - 1), thresholds) for mask in masks]
-    return float(np.mean(scores))
+    return float(dice_of(overlap_by_threshold(pred, truth, thresholds)).mean())
+
+
+def overlap_of_pairs(masks: NDArray[np.bool_]) -> Counts:
+    """The overlap of every pair of annotators' masks, bool [n, ...] -> [n (n - 1) / 2, 3]."""
+    pairs = [overlap(masks[i], masks[j]) for i in range(len(masks)) for j in range(i)]
+    return np.array(pairs, np.int64).reshape(-1, 3)
+
+
+def overlap_of_annotators(masks: NDArray[np.bool_], thresholds: Sequence[float] = NINE) -> Counts:
+    """The human reference: each annotator's mask, as a soft map, against the fraction among the *other* annotators.
+
+    masks: bool [n, ...] -> [n, K, 3] for K thresholds, as in `overlap_by_threshold`; [0, K, 3] of a single annotator.
+    """
+    others, total = len(masks) - 1, masks.sum(axis=0, dtype=np.float64)
+    counts = [overlap_by_threshold(mask, (total - mask) / others, thresholds) for mask in masks if others]
+    return np.array(counts, np.int64).reshape(-1, len(thresholds), 3)
 
 
 def dice_with_each(mask: NDArray[np.bool_], masks: NDArray[np.bool_]) -> float:

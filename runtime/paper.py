@@ -42,7 +42,8 @@ def paper_rows(report: Mapping[str, Any]) -> list[PaperRow]:
     """The rows of the three tables, in order: those of an evaluation's report, then the published ones."""
     data = report["data"]
     at_hand = " ".join(str(data[key]) for key in ("folder", "split", "task") if data.get(key)) or "the data at hand"
-    at_hand += f" ({report['n_slices']} slices of {report['n_cases']} cases)"
+    # Not all scored slices: in those that nobody marked these scores are not defined.
+    at_hand += f" ({report['soft_dice_5']['n_slices']} slices of {report['n_cases']} cases)"
     model, variant = report["model"]["name"], report["model"].get("variant", "consensus")
     protocol = report["protocol"]
     chain = f"{protocol['runs']} runs x {protocol['steps']} steps, {protocol['sampler']}, {protocol['combine']}"

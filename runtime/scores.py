@@ -1,7 +1,8 @@
-"""One case's maps against its annotators: every score of every marked slice (definitions: docs/metrics.md)."""
+"""One case's maps against its annotators: every score of every slice, and of the case as a whole (definitions: docs/metrics.md)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -13,18 +14,19 @@ from cdiff.runtime.calibration import BINS, auroc, brier, crps, reliability
 from cdiff.runtime.curves import FIVE_OF_NINE, run_counts, soft_dice_by_runs
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.metrics import (
-    FIVE,
     NINE,
+    Counts,
     at_least,
-    dice,
-    dice_by_threshold,
+    dice_of,
     dice_of_panels,
     dice_with_each,
     energy_distance,
     ged,
-    iou,
-    pairwise_dice,
-    soft_dice_of_annotators,
+    iou_of,
+    overlap,
+    overlap_by_threshold,
+    overlap_of_annotators,
+    overlap_of_pairs,
 )
 from cdiff.runtime.results import entropy
 from cdiff.runtime.surface import hd95_px_and_mm, near
@@ -55,12 +57,25 @@ PER_SLICE = (
     "dice_each",
     "dice_each_annotators",
     "dice_each_difference",
+    "false_positive_slices",
 )
 """The scores with one number a slice."""
 PER_LEVEL = ("dice_per_level", "iou_per_level", "hd95_px_per_level", "hd95_mm_per_level")
 """The scores with one number a slice and level."""
 PER_THRESHOLD = "dice_per_threshold"
 """The score with one number a slice and threshold of NINE."""
+PER_CASE = (
+    "case_soft_dice_5",
+    "case_soft_dice_9",
+    "case_soft_dice_5_annotators",
+    "case_soft_dice_9_annotators",
+    "case_pairwise_dice_annotators",
+)
+"""The scores with one number a case, whose slices count together."""
+PER_CASE_LEVEL = ("case_dice_per_level", "case_iou_per_level")
+"""The scores with one number a case and level."""
+PER_CASE_THRESHOLD = "case_dice_per_threshold"
+"""The score with one number a case and threshold of NINE."""
 EMPTY = {(True, True): "neither", (False, True): "model", (True, False): "annotators", (False, False): "both"}
 """Which of the two level maps of a slice is empty, by (the model's has pixels, the annotators' has)."""
 REGIONS = ("whole", "near")
@@ -96,6 +111,43 @@ def true_levels(masks: NDArray[np.bool_], levels: int) -> NDArray[np.bool_]:
 
 
 @dataclass(frozen=True)
+class Overlaps:
+    """All pairs of masks that are compared by Dice and IoU, as counts of pixels: of one slice, or of several together.
+
+    thresholds [9,3]: soft map and fraction of annotators, at each threshold of NINE; levels [C,3]: the model's level maps and the
+    true ones; others [n,9,3]: each annotator and the fraction of the others; pairs [n(n-1)/2,3]: the annotators' masks.
+    """
+
+    thresholds: Counts
+    levels: Counts
+    others: Counts
+    pairs: Counts
+
+    def __add__(self, more: Overlaps) -> Overlaps:
+        """Those of the slices of both, which are of one case."""
+        return Overlaps(
+            self.thresholds + more.thresholds,
+            self.levels + more.levels,
+            self.others + more.others,
+            self.pairs + more.pairs,
+        )
+
+    def scores(self) -> dict[str, Any]:
+        """A number, or one for each level or threshold; None where one annotator alone leaves a score undefined."""
+        by_threshold, by_annotator = dice_of(self.thresholds), dice_of(self.others)
+        return {
+            "soft_dice_5": _mean(by_threshold[FIVE_OF_NINE]),
+            "soft_dice_9": _mean(by_threshold),
+            PER_THRESHOLD: by_threshold.tolist(),
+            "dice_per_level": dice_of(self.levels).tolist(),
+            "iou_per_level": iou_of(self.levels).tolist(),
+            "soft_dice_5_annotators": _mean(by_annotator[:, FIVE_OF_NINE]),
+            "soft_dice_9_annotators": _mean(by_annotator),
+            "pairwise_dice_annotators": _mean(dice_of(self.pairs)),
+        }
+
+
+@dataclass(frozen=True)
 class SliceMaps:
     """One slice: the model's soft map [H,W], levels [C,H,W], runs of its K maps [K,R,H,W] (255 = 1), the masks that they are for the
     energy distance samples [N,H,W], run_std [H,W]; the annotators' masks [n,H,W]."""
@@ -127,6 +179,21 @@ class SliceMaps:
         """[H,W]: in or near what any annotator marked."""
         return near(self.masks)
 
+    @cached_property
+    def marked(self) -> bool:
+        """Whether any annotator marked anything."""
+        return bool(self.masks.any())
+
+    @cached_property
+    def overlaps(self) -> Overlaps:
+        """What Dice and IoU of this slice are of."""
+        return Overlaps(
+            overlap_by_threshold(self.soft, self.truth),
+            np.stack([overlap(p, m) for p, m in zip(self.level_masks, self.consensus, strict=True)]),
+            overlap_of_annotators(self.masks),
+            overlap_of_pairs(self.masks),
+        )
+
 
 def score_slice(maps: SliceMaps, plane_mm: tuple[float, float] | None = None) -> dict[str, Any]:
     """A number for each of PER_SLICE, a list for each of PER_LEVEL and for PER_THRESHOLD; None where a score is not defined.
@@ -134,24 +201,26 @@ def score_slice(maps: SliceMaps, plane_mm: tuple[float, float] | None = None) ->
     plane_mm: millimetres a pixel along H and W, None when unknown.
     """
     truth, region = maps.truth, maps.region
-    by_threshold, distance = dice_by_threshold(maps.soft, truth), energy_distance(maps.samples, maps.masks)
     noise = truth * (1 - truth)
-    each, panels = dice_with_each(at_least(maps.soft, 0.5), maps.masks), dice_of_panels(maps.masks)
-    scores = {
-        "soft_dice_5": by_threshold[FIVE_OF_NINE].mean(),
-        "soft_dice_9": by_threshold.mean(),
-        "ged": distance.with_diagonal,
-        "ged_no_diagonal": distance.no_diagonal,
-        "ged_floor": ged(maps.consensus, maps.masks),
+    pixelwise = {
         **_means("brier", brier(maps.soft, truth), region),
         **_means("brier_floor", noise, region),
         **_means("crps", crps(maps.levels, maps.consensus), region),
+    }
+    mask = at_least(maps.soft, 0.5)
+    if not maps.marked:
+        # An empty map would score 1 in every comparison of shapes: what can go wrong here is that there is a shape.
+        return _undefined(len(maps.levels)) | _numbers(pixelwise | {"false_positive_slices": float(mask.any())})
+    distance = energy_distance(maps.samples, maps.masks)
+    each, panels = dice_with_each(mask, maps.masks), dice_of_panels(maps.masks)
+    scores = {
+        "ged": distance.with_diagonal,
+        "ged_no_diagonal": distance.no_diagonal,
+        "ged_floor": ged(maps.consensus, maps.masks),
+        **pixelwise,
         **_found("auroc_entropy", entropy(maps.soft), noise > 0, region),
         # The spread of one run is 0 everywhere and finds nothing.
         **_found("auroc_run_std", maps.run_std if maps.runs.shape[1] > 1 else None, noise > 0, region),
-        "soft_dice_5_annotators": soft_dice_of_annotators(maps.masks, FIVE),
-        "soft_dice_9_annotators": soft_dice_of_annotators(maps.masks, NINE),
-        "pairwise_dice_annotators": pairwise_dice(maps.masks),
         "dice_each": each,
         "dice_each_annotators": panels,
         "dice_each_difference": each - panels,
@@ -159,26 +228,25 @@ def score_slice(maps: SliceMaps, plane_mm: tuple[float, float] | None = None) ->
     pairs = list(zip(maps.level_masks, maps.consensus, strict=True))
     distances = [hd95_px_and_mm(p, m, plane_mm) for p, m in pairs]
     return {
-        "dice_per_level": [dice(p, m) for p, m in pairs],
-        "iou_per_level": [iou(p, m) for p, m in pairs],
+        **_undefined(len(maps.levels)),
+        **maps.overlaps.scores(),
         "hd95_px_per_level": [_number(pixels) for pixels, _ in distances],
         "hd95_mm_per_level": [_number(mm) for _, mm in distances],
         "empty_per_level": [EMPTY[bool(p.any()), bool(m.any())] for p, m in pairs],
-        PER_THRESHOLD: by_threshold.tolist(),
-        **{name: _number(value) for name, value in scores.items()},
+        **_numbers(scores),
     }
 
 
 class CaseTally:
     """The scores of one case, gathered part by part: `add` each part's maps, then take `row`.
 
-    masks [S,n,H,W]; slice_ids: the slices to score; levels: the model's C; combine: how runs become a level's map.
+    masks [S,n,H,W]; slice_ids: the slices to score, at least one; combine: how runs become a level's map.
     """
 
-    def __init__(self, masks: NDArray[np.bool_], slice_ids: NDArray[np.int64], levels: int, combine: str) -> None:
+    def __init__(self, masks: NDArray[np.bool_], slice_ids: NDArray[np.int64], combine: str) -> None:
         self.masks, self.slice_ids, self.combine = masks, slice_ids, combine
         self._slices: list[dict[str, Any]] = []
-        self._voxels = np.zeros((2, levels), np.int64)
+        self._overlaps: Overlaps | None = None
         self._voxel_ml: float | None = None
         self._reliability = {region: np.zeros((3, BINS)) for region in REGIONS}
         self._counts: list[int] = []
@@ -203,20 +271,25 @@ class CaseTally:
                 soft[place], levels[place], stack.runs[place], samples, stack.run_std[place], self.masks[index]
             )
             self._slices.append({"slice": int(index)} | score_slice(maps, grid.plane_mm))
-            self._voxels += np.count_nonzero([maps.level_masks, maps.consensus], axis=(2, 3))
+            self._overlaps = maps.overlaps if self._overlaps is None else self._overlaps + maps.overlaps
             self._reliability["whole"] += reliability(maps.soft, maps.truth)
             self._reliability["near"] += reliability(maps.soft[maps.region], maps.truth[maps.region])
-            self._curve.append(soft_dice_by_runs(maps.runs, maps.truth, self.combine, self._counts))
+            if maps.marked:
+                self._curve.append(soft_dice_by_runs(maps.runs, maps.truth, self.combine, self._counts))
 
     def row(self) -> dict[str, Any]:
-        """In JSON's types: the slices' scores, masks for the energy distance, volumes, sums for the reliability diagram, mean soft Dice by number of runs."""
-        predicted, true = self._voxels.tolist()
-        curve = np.mean(self._curve, axis=0).T.tolist()
+        """In JSON's types: the slices' scores, the case's as a whole, masks for the energy distance, volumes, sums for the reliability
+        diagram, mean soft Dice of the marked slices by number of runs. Raises ValueError when no slice was added."""
+        if self._overlaps is None:
+            raise ValueError("no slice of the case was added; there is nothing to score")
+        predicted, true = self._overlaps.levels[:, 1:].T.tolist()
+        curve = np.mean(self._curve, axis=0).T.tolist() if self._curve else [[None] * len(self._counts)] * 2
         return {
             "samples": self._samples,
             "volumes": {"voxel_ml": self._voxel_ml, "predicted_voxels": predicted, "true_voxels": true},
             "reliability": {region: table.tolist() for region, table in self._reliability.items()},
             "by_runs": {"runs": self._counts, "soft_dice_5": curve[0], "soft_dice_9": curve[1]},
+            "case_scores": {f"case_{name}": value for name, value in self._overlaps.scores().items()},
             "slices": self._slices,
         }
 
@@ -233,6 +306,24 @@ def _found(
     if unsure is None:
         return {name: np.nan, f"{name}_near": np.nan}
     return {name: auroc(unsure, disagree), f"{name}_near": auroc(unsure[region], disagree[region])}
+
+
+def _undefined(levels: int) -> dict[str, Any]:
+    """The scores of a slice in which none is defined."""
+    return {
+        **{name: [None] * levels for name in (*PER_LEVEL, "empty_per_level")},
+        PER_THRESHOLD: [None] * len(NINE),
+        **dict.fromkeys(PER_SLICE),
+    }
+
+
+def _mean(scores: NDArray[np.float64]) -> float | None:
+    """The mean over the last axis, then over the others: [...] -> one number; None of none."""
+    return float(scores.mean(axis=-1).mean()) if scores.size else None
+
+
+def _numbers(scores: Mapping[str, Any]) -> dict[str, float | None]:
+    return {name: _number(value) for name, value in scores.items()}
 
 
 def _number(value: Any) -> float | None:

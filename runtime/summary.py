@@ -20,7 +20,16 @@ from cdiff.runtime.metrics import (
     percentile_interval,
     resampled,
 )
-from cdiff.runtime.scores import EMPTY, PER_LEVEL, PER_SLICE, PER_THRESHOLD, REGIONS
+from cdiff.runtime.scores import (
+    EMPTY,
+    PER_CASE,
+    PER_CASE_LEVEL,
+    PER_CASE_THRESHOLD,
+    PER_LEVEL,
+    PER_SLICE,
+    PER_THRESHOLD,
+    REGIONS,
+)
 
 Row = dict[str, Any]
 """One case: name, annotators, hash of its files, seconds, the chain as it was resolved, and what `CaseTally.row` gives."""
@@ -34,6 +43,7 @@ ROW_KEYS = (
     "volumes",
     "reliability",
     "by_runs",
+    "case_scores",
     "slices",
 )
 
@@ -69,12 +79,17 @@ def summarise(
     """
     groups = group_names([row["case"] for row in rows], group)
     counts = [len(row["slices"]) for row in rows]
+    marked = [sum(scores["false_positive_slices"] is None for scores in row["slices"]) for row in rows]
 
     def interval(values: list[list[float]]) -> dict[str, Any]:
         return bootstrap_over_cases(values, groups=groups).to_json()
 
     def column(name: str, place: int | None = None) -> list[list[float]]:
         return [_column(row, name, place) for row in rows]
+
+    def of_cases(name: str, place: int | None = None) -> dict[str, Any]:
+        values = [row["case_scores"][name] if place is None else row["case_scores"][name][place] for row in rows]
+        return _over_cases([float("nan") if value is None else value for value in values], groups)
 
     levels = header["model"]["levels"]
     tables = {region: np.array([row["reliability"][region] for row in rows]) for region in REGIONS}
@@ -94,16 +109,19 @@ def summarise(
             ]
             for name in PER_LEVEL
         },
+        **{name: of_cases(name) for name in PER_CASE},
+        PER_CASE_THRESHOLD: [{"threshold": h, **of_cases(PER_CASE_THRESHOLD, i)} for i, h in enumerate(NINE)],
+        **{name: [{"level": c + 1, **of_cases(name, c)} for c in range(levels)] for name in PER_CASE_LEVEL},
         **_volume_errors(rows, levels, groups),
         "ece": _calibration_error(tables["whole"], counts, groups),
-        "ece_near": _calibration_error(tables["near"], counts, groups),
+        "ece_near": _calibration_error(tables["near"], marked, groups),
         "reliability": {region: _diagram(table.sum(axis=0)) for region, table in tables.items()},
         "by_runs": [
             {
                 "runs": runs,
-                # A case's mean, once for each of its slices: the mean over all slices, as everywhere.
+                # A case's mean, once for each of its marked slices: the mean over all of them, as everywhere.
                 **{
-                    name: interval([[row["by_runs"][name][i]] * n for row, n in zip(rows, counts, strict=True)])
+                    name: interval([[row["by_runs"][name][i]] * n for row, n in zip(rows, marked, strict=True)])
                     for name in ("soft_dice_5", "soft_dice_9")
                 },
             }
@@ -162,17 +180,23 @@ def _empties(rows: list[Row], level: int) -> dict[str, int]:
     return {f"n_{which}_empty": found.count(which) for which in EMPTY.values() if which != "neither"}
 
 
+def _over_cases(values: list[float], groups: list[str] | None) -> dict[str, Any]:
+    """The mean over cases (not slices) of one number a case, NaN where it is not defined, with its interval."""
+    found = bootstrap_over_cases([[value] for value in values], groups=groups)
+    return {"mean": found.mean, "low": found.low, "high": found.high, "n_cases": found.n_slices}
+
+
 def _volume_errors(rows: list[Row], levels: int, groups: list[str] | None) -> dict[str, list[dict[str, Any]]]:
-    """The mean over cases (not slices) of the error in each unit, signed and without its sign."""
+    """The mean over cases of the error in each unit, signed and without its sign."""
     errors = [volume_errors(row["volumes"]) for row in rows]
 
     def entry(unit: str, level: int) -> dict[str, Any]:
         values = [float("nan") if error[unit] is None else error[unit][level] for error in errors]  # type: ignore[index]
-        result: dict[str, Any] = {"level": level + 1}
-        for name, numbers in (("signed", values), ("absolute", np.abs(values).tolist())):
-            found = bootstrap_over_cases([[number] for number in numbers], groups=groups)
-            result[name] = {"mean": found.mean, "low": found.low, "high": found.high, "n_cases": found.n_slices}
-        return result
+        return {
+            "level": level + 1,
+            "signed": _over_cases(values, groups),
+            "absolute": _over_cases(np.abs(values).tolist(), groups),
+        }
 
     return {
         f"volume_error_{unit}_per_level": [entry(unit, level) for level in range(levels)] for unit in ("voxels", "ml")
@@ -185,8 +209,10 @@ def _calibration_error(
     """Of all pixels of all slices together; an interval from the tables [cases, 3, BINS] of the cases (groups) drawn."""
     if groups:
         tables = np.stack([tables[members].sum(axis=0) for members in members_of(groups)])
-    value = float(ece(tables.sum(axis=0)))
-    result: dict[str, float | int | None] = {"mean": value, "low": None, "high": None, "n_slices": sum(counts)}
+    tables = tables[tables[:, 0].any(axis=-1)]  # nothing is near the structure in a case that nobody marked
+    result: dict[str, float | int | None] = {"mean": None, "low": None, "high": None, "n_slices": sum(counts)}
+    if len(tables):
+        result["mean"] = float(ece(tables.sum(axis=0)))
     if len(tables) > 1:
         draws = (resampled(len(tables)) @ tables.reshape(len(tables), -1)).reshape(-1, *tables.shape[1:])
         result["low"], result["high"] = percentile_interval(ece(draws))

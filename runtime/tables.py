@@ -8,7 +8,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from cdiff.runtime.metrics import NINE
-from cdiff.runtime.scores import PER_LEVEL, PER_SLICE, PER_THRESHOLD, REGIONS
+from cdiff.runtime.scores import (
+    PER_CASE,
+    PER_CASE_LEVEL,
+    PER_CASE_THRESHOLD,
+    PER_LEVEL,
+    PER_SLICE,
+    PER_THRESHOLD,
+    REGIONS,
+)
 from cdiff.runtime.summary import volume_errors
 
 Table = list[dict[str, Any]]
@@ -26,10 +34,11 @@ def csv_text(table: Table) -> str:
 
 
 def scores_table(report: Mapping[str, Any]) -> Table:
-    """One row a score: its key, at which level or threshold, mean, 95 % interval, how many slices (cases for volumes)."""
-    rows = [_score_row(name, "", report[name]) for name in (*PER_SLICE, "ece", "ece_near")]
-    rows += [_score_row(PER_THRESHOLD, f"threshold {e['threshold']:g}", e) for e in report[PER_THRESHOLD]]
-    rows += [_score_row(name, f"level {e['level']}", e) for name in PER_LEVEL for e in report[name]]
+    """One row a score: its key, at which level or threshold, mean, 95 % interval, how many slices (cases for a case's own scores)."""
+    rows = [_score_row(name, "", report[name]) for name in (*PER_SLICE, "ece", "ece_near", *PER_CASE)]
+    for name in (PER_THRESHOLD, PER_CASE_THRESHOLD):
+        rows += [_score_row(name, f"threshold {e['threshold']:g}", e) for e in report[name]]
+    rows += [_score_row(name, f"level {e['level']}", e) for name in (*PER_LEVEL, *PER_CASE_LEVEL) for e in report[name]]
     for unit in ("voxels", "ml"):
         key = f"volume_error_{unit}_per_level"
         rows += [
@@ -43,7 +52,7 @@ def scores_table(report: Mapping[str, Any]) -> Table:
 def slices_table(report: Mapping[str, Any]) -> Table:
     """One row a scored slice."""
     return [
-        {**_case_columns(case), "slice": scores["slice"], **_score_columns(scores)}
+        {**_case_columns(case), "slice": scores["slice"], **_score_columns(scores, PER_SLICE, PER_LEVEL, PER_THRESHOLD)}
         | _numbered("empty_level", scores["empty_per_level"])
         for case in report["cases"]
         for scores in case["slices"]
@@ -51,7 +60,7 @@ def slices_table(report: Mapping[str, Any]) -> Table:
 
 
 def cases_table(report: Mapping[str, Any]) -> Table:
-    """One row a case: means over its slices, its volumes at each level and their errors."""
+    """One row a case: means over its slices, its scores as a whole, its volumes at each level and their errors."""
     levels = report["model"]["levels"]
     rows = []
     for case in report["cases"]:
@@ -62,7 +71,8 @@ def cases_table(report: Mapping[str, Any]) -> Table:
                 **_case_columns(case),
                 "slices": len(case["slices"]),
                 "seconds": case["seconds"],
-                **_score_columns(case["means"]),
+                **_score_columns(case["means"], PER_SLICE, PER_LEVEL, PER_THRESHOLD),
+                **_score_columns(case["case_scores"], PER_CASE, PER_CASE_LEVEL, PER_CASE_THRESHOLD),
                 **_numbered("predicted_voxels_level", volumes["predicted_voxels"]),
                 **_numbered("true_voxels_level", volumes["true_voxels"]),
                 "voxel_ml": ml,
@@ -112,15 +122,21 @@ def _case_columns(case: Mapping[str, Any]) -> dict[str, Any]:
     return {"case": case["case"], **group, "annotators": case["annotators"]}
 
 
-def _score_columns(scores: Mapping[str, Any]) -> dict[str, Any]:
+def _score_columns(
+    scores: Mapping[str, Any], single: Sequence[str], by_level: Sequence[str], by_threshold: str
+) -> dict[str, Any]:
+    """One column a number of the scores so named."""
     return {
-        **{name: scores[name] for name in PER_SLICE},
+        **{name: scores[name] for name in single},
         **{
             key: value
-            for name in PER_LEVEL
+            for name in by_level
             for key, value in _numbered(name.replace("_per_level", "_level"), scores[name]).items()
         },
-        **{f"dice_threshold_{h:g}": value for h, value in zip(NINE, scores[PER_THRESHOLD], strict=True)},
+        **{
+            f"{by_threshold.replace('_per_threshold', '_threshold')}_{h:g}": value
+            for h, value in zip(NINE, scores[by_threshold], strict=True)
+        },
     }
 
 

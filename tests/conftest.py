@@ -88,7 +88,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def tables() -> ModuleType:
-    """docs/make_tables.py as a module."""
+    """The script that fills the pages' tables, which is in no package."""
     spec = importlib.util.spec_from_file_location("make_tables", REPOSITORY / "docs" / "make_tables.py")
     assert spec is not None
     assert spec.loader is not None

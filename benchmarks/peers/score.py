@@ -27,7 +27,7 @@ from cdiff.runtime.files import sha256, write_json
 from cdiff.runtime.journal import Journal, fingerprint, finished_rows
 from cdiff.runtime.results import Stack
 from cdiff.runtime.scan import read_scan
-from cdiff.runtime.scores import CaseTally, evenly, marked_slices
+from cdiff.runtime.scores import CaseTally
 from cdiff.runtime.segmenter import Segmenter
 from cdiff.runtime.summary import ROW_KEYS, Row, summarise
 from cdiff.runtime.variants import VARIANTS, Variant
@@ -196,7 +196,7 @@ def score_case(
         raise CdiffError(
             f"{case.name} has {masks.shape[1]} annotators and the first case {annotators}; the peers need the same"
         )
-    chosen = evenly(marked_slices(masks, scoring.all_raters), scoring.slices_per_case)
+    chosen = Protocol(all_raters=scoring.all_raters, slices_per_case=scoring.slices_per_case).slices(masks)
     if not chosen.size:
         return None
     images = INTENSITY.apply(scan.slices)
@@ -217,7 +217,7 @@ def score_case(
     )  # slices between stay empty, unscored
     for i, maps in drawn.items():
         runs[i - first] = maps
-    tally = CaseTally(masks, chosen, annotators, "mean")
+    tally = CaseTally(masks, chosen, "mean")
     tally.add(stack_of(runs, peer.variant, annotators), first, scan.grid)
     return {
         "case": case.name,

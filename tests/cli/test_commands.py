@@ -138,6 +138,7 @@ def test_evaluate_agrees_with_the_files_that_segment_writes(tiny_data: Path, tin
     expected = np.mean([soft_dice(maps[..., k], truth[..., k]) for k in range(4)])
     report = json.loads((tmp_path / "scores.json").read_text())
     assert report["soft_dice_5"]["mean"] == pytest.approx(expected)
+    assert report["case_soft_dice_5"]["mean"] == pytest.approx(soft_dice(maps, truth))
 
 
 def test_info_of_a_bundle(tiny_bundle: Path) -> None:

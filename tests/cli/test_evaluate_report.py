@@ -57,6 +57,41 @@ def test_a_report_with_everything(tiny_data: Path, tiny_bundle: Path, tmp_path: 
     assert json.loads((folder / "scores.json").read_text()) == report
 
 
+def test_volumes_and_unmarked_slices_are_printed_where_there_are_some(
+    tiny_data: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    """In 80 columns no line of the scores is cut or wrapped; 2-D cases have no second set of the same numbers."""
+    volumes, pictures = tmp_path / "volumes", tmp_path / "pictures"
+    shutil.copytree(tiny_data / "Validation", volumes)
+    for path in volumes.rglob("*.nii.gz"):
+        image = nib.load(path)
+        voxels = np.asanyarray(image.dataobj).copy()
+        target = pictures / path.relative_to(volumes)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        nib.save(nib.Nifti1Image(voxels[..., 0], image.affine), target)
+        if "seg" in path.name:
+            voxels[..., 3] = 0
+            nib.save(nib.Nifti1Image(voxels, image.affine), path)
+    chain = ("--model", tiny_bundle, "--runs", 1, "--steps", 1, "-q")
+    printed = {}
+    for name, more in (("volumes", ()), ("all", ("--all-slices", "--json", tmp_path / "all.json")), ("pictures", ())):
+        data = pictures if name == "pictures" else volumes
+        command = ["evaluate", "--data", str(data), *map(str, (*chain, *more))]
+        result = CliRunner().invoke(app, command, env=WIDE | {"COLUMNS": "80"})
+        assert result.exit_code == 0, result.stderr
+        printed[name] = result.stdout.split("Dice of the soft map by threshold")[0]
+        assert max(map(len, printed[name].splitlines())) <= 80
+    assert [text.count("each case as a whole") for text in printed.values()] == [3, 3, 0]
+    report = json.loads((tmp_path / "all.json").read_text())
+    assert f"{report['case_soft_dice_5']['mean']:.3f}" in printed["all"]
+    unmarked = report["false_positive_slices"]
+    assert unmarked["n_slices"] == report["n_cases"] > 0
+    assert f"{report['n_cases']} cases, {unmarked['n_slices']} slices unmarked" in printed["all"]
+    (line,) = [line for line in printed["all"].splitlines() if "unmarked slices in which the model marks" in line]
+    assert f"{unmarked['mean']:.3f}" in line
+    assert "unmarked" not in printed["volumes"] + printed["pictures"]
+
+
 def test_mistakes_are_said_before_any_work(tiny_data: Path, tiny_bundle: Path, tmp_path: Path) -> None:
     common = ("--data", tiny_data, "--model", tiny_bundle, "--runs", 1, "--steps", 2, "-q")
     folder = ("--report", tmp_path / "report")
@@ -66,6 +101,7 @@ def test_mistakes_are_said_before_any_work(tiny_data: Path, tiny_bundle: Path, t
         ((*folder, "--steps-curve", "0"), "1,2,5,10,25"),
         ((*folder, "--steps-curve", "5,100000"), "100000"),
         ((*folder, "--group", "["), "regular expression"),
+        (("--all-raters", "--all-slices"), "give one of the two"),
         ((*folder, "--group", "patient"), "case01"),
     ):
         code, printed, said = evaluate(*common, *arguments)

@@ -26,6 +26,7 @@ OPTIONS = {
             "--limit",
             "--json",
             "--all-raters",
+            "--all-slices",
             "--slices-per-case",
             "--raters",
             "--split",

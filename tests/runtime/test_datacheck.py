@@ -15,7 +15,7 @@ from PIL import Image
 from cdiff.runtime.cases import find_cases
 from cdiff.runtime.datacheck import Check, check_data
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.metrics import pairwise_dice
+from cdiff.runtime.metrics import dice_of, overlap_of_pairs
 from cdiff.runtime.scan import read_scan
 from cdiff.runtime.sheet import CASES, chosen, sheet_figure, write_sheet
 from tests.layouts import disc, save, write_brats, write_qubiq, write_table
@@ -56,9 +56,10 @@ def test_the_numbers_are_those_of_the_masks(clean: Path) -> None:
     shares = np.mean([[(m.sum(axis=0) >= c).mean() for c in (1, 2, 3)] for m in masks], axis=0)
     report = check_data(clean).report
     assert report["class_balance"]["pixels_at_least"] == pytest.approx(shares.tolist(), abs=1e-7)
-    assert report["pairwise_dice"]["mean"] == pytest.approx(np.mean([pairwise_dice(m) for m in masks]))
+    expected = [dice_of(overlap_of_pairs(m)).mean() for m in masks]
+    assert report["pairwise_dice"]["mean"] == pytest.approx(np.mean(expected))
     assert report["pairwise_dice"]["n_slices"] == 4
-    assert report["cases"][0]["pairwise_dice"] == pytest.approx(pairwise_dice(masks[0]))
+    assert report["cases"][0]["pairwise_dice"] == pytest.approx(expected[0])
 
 
 def test_qubiqs_oddities(tmp_path: Path) -> None:

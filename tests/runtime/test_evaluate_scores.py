@@ -31,7 +31,7 @@ def test_perfect_maps_score_one(cases: list[Case], tmp_path: Path) -> None:
     assert report["soft_dice_5_annotators"]["mean"] < 1
     assert report["protocol"] == {
         **{"runs": 2, "steps": 5, "sampler": "ddim", "fast": False, "combine": "mean", "seed": 0},
-        **{"mirror": False, "all_raters": False, "slices_per_case": None, "raters": "skip"},
+        **{"mirror": False, "all_raters": False, "all_slices": False, "slices_per_case": None, "raters": "skip"},
     }
     json.dumps(report, allow_nan=False)
 
@@ -141,7 +141,7 @@ def test_one_annotator_and_one_run(tmp_path: Path) -> None:
     assert missing == {
         *("ged_no_diagonal", "auroc_entropy", "auroc_entropy_near", "auroc_run_std", "auroc_run_std_near"),
         *("soft_dice_5_annotators", "soft_dice_9_annotators", "pairwise_dice_annotators"),
-        *("dice_each_annotators", "dice_each_difference"),
+        *("dice_each_annotators", "dice_each_difference", "false_positive_slices"),
     }
     assert report["brier_floor"]["mean"] == report["crps"]["mean"] == 0
     assert [point["runs"] for point in report["by_runs"]] == [1]

@@ -16,15 +16,17 @@ from cdiff.runtime.metrics import (
     at_least,
     bootstrap_over_cases,
     dice,
-    dice_by_threshold,
+    dice_of,
     dice_of_panels,
     dice_with_each,
     energy_distance,
     ged,
-    iou,
-    pairwise_dice,
+    iou_of,
+    overlap,
+    overlap_by_threshold,
+    overlap_of_annotators,
+    overlap_of_pairs,
     soft_dice,
-    soft_dice_of_annotators,
 )
 
 
@@ -83,17 +85,17 @@ def test_dice_by_threshold_by_hand() -> None:
     pred = np.array([[0, 0.5, 0.5, 0.8]])
     # Pixels that reach h: pred {1,2,3} to 0.5, {3} to 0.8, none at 0.9; truth {1,2,3} to 0.2, {2,3} to 0.5, {3} above.
     expected = [1, 1, 4 / 5, 4 / 5, 4 / 5, 1, 1, 1, 0]
-    np.testing.assert_allclose(dice_by_threshold(pred, truth), expected, atol=1e-5)
+    np.testing.assert_allclose(dice_of(overlap_by_threshold(pred, truth)), expected, atol=1e-5)
     assert soft_dice(pred, truth, NINE) == pytest.approx(np.mean(expected), abs=1e-5)
 
 
 def test_iou_by_hand() -> None:
-    assert iou(_mask(0, 1, 2), _mask(1, 2, 3, 4)) == 2 / 5
-    assert iou(_mask(0), _mask(1)) == 0
-    assert iou(_mask(), _mask(1)) == 0
-    assert iou(_mask(), _mask()) == 1
+    pairs = [((0, 1, 2), (1, 2, 3, 4)), ((0,), (1,)), ((), (1,)), ((), ())]
+    counts = np.stack([overlap(_mask(*a), _mask(*b)) for a, b in pairs])
+    assert counts.tolist() == [[2, 3, 4], [0, 1, 1], [0, 0, 1], [0, 0, 0]]
+    assert iou_of(counts).tolist() == [2 / 5, 0, 0, 1]
     with pytest.raises(ValueError, match="one shape"):
-        iou(np.zeros((2, 4), bool), np.zeros((4, 2), bool))
+        overlap(np.zeros((2, 4), bool), np.zeros((4, 2), bool))
 
 
 def test_soft_dice_of_two_empty_maps_is_one() -> None:
@@ -103,8 +105,8 @@ def test_soft_dice_of_two_empty_maps_is_one() -> None:
 def test_pairwise_dice_is_the_mean_over_pairs() -> None:
     masks = np.stack([_mask(0, 1), _mask(1, 2), _mask(1, 2, 3), _mask()])
     pairs = [dice(a, b) for a, b in combinations(masks, 2)]
-    assert pairwise_dice(masks) == pytest.approx(sum(pairs) / 6)
-    assert np.isnan(pairwise_dice(masks[:1]))
+    assert dice_of(overlap_of_pairs(masks)).mean() == pytest.approx(sum(pairs) / 6)
+    assert overlap_of_pairs(masks[:1]).shape == (0, 3)
 
 
 def test_annotators_score_by_hand() -> None:
@@ -112,8 +114,9 @@ def test_annotators_score_by_hand() -> None:
     # The first against {0: 1, 1: 0}: 2 of 3 pixels at every threshold. The others against {0: 1, 1: 0.5}: pixel 1 is missed
     # at 0.1, 0.3 and 0.5, so 2/3 there and 1 above.
     first, other = 2 / 3, (3 * 2 / 3 + 2) / 5
-    assert soft_dice_of_annotators(masks) == pytest.approx((first + 2 * other) / 3, abs=1e-5)
-    assert np.isnan(soft_dice_of_annotators(masks[:1]))
+    found = dice_of(overlap_of_annotators(masks, FIVE)).mean(axis=1)
+    assert found == pytest.approx([first, other, other], abs=1e-5)
+    assert overlap_of_annotators(masks[:1]).shape == (0, 9, 3)
 
 
 def test_one_annotator_against_a_map_and_against_the_others_majority_by_hand() -> None:
@@ -124,7 +127,7 @@ def test_one_annotator_against_a_map_and_against_the_others_majority_by_hand() -
     assert dice_of_panels(masks) == pytest.approx((2 / 4 + 2 / 4 + 2 / 4 + 2 / 5) / 4, abs=1e-6)
     # Of the other two, one is half: {0, 2}, {0, 1, 2} and {0, 1}.
     assert dice_of_panels(masks[:3]) == pytest.approx((2 / 4 + 2 / 4 + 2 / 4) / 3, abs=1e-6)
-    assert dice_of_panels(masks[:2]) == pairwise_dice(masks[:2])
+    assert dice_of_panels(masks[:2]) == dice(masks[0], masks[1])
     assert np.isnan(dice_of_panels(masks[:1]))
 
 
@@ -266,8 +269,8 @@ def test_the_known_human_scores_on_real_data(lidc: Path) -> None:
     for case in find_cases(lidc)["test"]:
         for masks in read_case(case)[1]:
             if masks.any(axis=(1, 2)).all():
-                pairs.append(pairwise_dice(masks))
-                humans.append(soft_dice_of_annotators(masks))
+                pairs.append(dice_of(overlap_of_pairs(masks)).mean())
+                humans.append(dice_of(overlap_of_annotators(masks, FIVE)).mean())
                 three += [soft_dice(np.delete(masks, i, 0).mean(0), masks.mean(0)) for i in range(4)]
     assert len(pairs) == 351
     assert np.mean(pairs) == pytest.approx(0.770, abs=1e-3)

@@ -151,7 +151,7 @@ def test_a_perfect_model_scores_as_it_should(name: str) -> None:
         "implicit-ensemble": (levels[1:2], np.repeat(levels[1:2, None], C, axis=1)),
     }[name]
     stack = stack_of(name, maps, np.rint(255 * runs))
-    tally = CaseTally(drawn[None, :, None], np.array([0]), C, "mean")
+    tally = CaseTally(drawn[None, :, None], np.array([0]), "mean")
     tally.add(stack, 0, read_scan(np.zeros((1, drawn.shape[-1], 1)), slice_axis=2).grid)
     (scores,) = tally.row()["slices"]
     if name == "implicit-ensemble":  # it draws the majority, and says nothing of who else drew

@@ -57,10 +57,17 @@ def info(
 
 
 def _words(value: Any) -> str:
-    """A value of the manifest on one line: nested ones as `key value`, numbers to four digits."""
+    """A value of the manifest on one line: nested ones as `key value`, a score with its interval, numbers to four digits."""
+    if _is_score(value):
+        return f"{value['mean']:.3f} ({value['low']:.3f} to {value['high']:.3f})"
     if isinstance(value, dict):
-        nested = {key: isinstance(inner, dict) for key, inner in value.items()}
+        nested = {key: isinstance(inner, dict) and not _is_score(inner) for key, inner in value.items()}
         return ", ".join(f"{k} ({_words(v)})" if nested[k] else f"{k} {_words(v)}" for k, v in value.items())
     if isinstance(value, list):
         return ", ".join(map(_words, value)) or "none"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _is_score(value: Any) -> bool:
+    keys = ("mean", "low", "high")
+    return isinstance(value, dict) and all(isinstance(value.get(key), float) for key in keys)

@@ -147,6 +147,12 @@ def test_info_of_a_bundle(tiny_bundle: Path) -> None:
     assert f"T = {manifest['T']}" in run("info", tiny_bundle).stdout
 
 
+def test_info_shows_scores_with_their_intervals() -> None:
+    score = json.loads(run("info", "--json").stdout)["scores"]["testing, mean"]["soft_dice_5"]
+    words = " ".join(run("info").stdout.split())
+    assert f"soft_dice_5 {score['mean']:.3f} ({score['low']:.3f} to {score['high']:.3f})" in words
+
+
 def test_doctor_names_the_engine() -> None:
     assert "onnxruntime" in run("doctor").stdout
 

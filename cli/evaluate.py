@@ -76,6 +76,19 @@ def evaluate(
             rich_help_panel=options.OUTPUT,
         ),
     ] = None,
+    worst: Annotated[
+        int | None,
+        typer.Option(
+            "--worst",
+            metavar="N",
+            min=1,
+            max=40,
+            help="Segment again the worst slice of each of the N cases with the lowest soft Dice, and draw them beside what "
+            "the annotators drew, into the report's worst.png.",
+            show_default="none",
+            rich_help_panel=options.OUTPUT,
+        ),
+    ] = None,
     paper_table: Annotated[
         bool,
         typer.Option(
@@ -178,7 +191,7 @@ def evaluate(
     Examples:
 
     cdiff evaluate --data my_data --model my_bundle --json scores.json
-    cdiff evaluate --data my_data --report scores --steps-curve 1,2,5,10,25
+    cdiff evaluate --data my_data --report scores --steps-curve 1,2,5,10,25 --worst 12
     cdiff evaluate --data my_data --group "patient[0-9]+" --paper-table
     """
     from cdiff.runtime.cases import find_cases
@@ -186,10 +199,13 @@ def evaluate(
     from cdiff.runtime.evaluate import evaluate as score
     from cdiff.runtime.files import write_json
     from cdiff.runtime.publish import SCORES, check_steps, sweep_steps, write_report
+    from cdiff.runtime.worst import WORST, worst_slices, write_worst
 
     steps = None if steps_curve is None else _numbers(steps_curve)
     if steps and report_ is None:
         raise CdiffError("--steps-curve needs a folder to write to; add --report DIR")
+    if worst and report_ is None:
+        raise CdiffError("--worst needs a folder to draw into; add --report DIR")
     asked = options.parse_labels(labels)
     protocol = Protocol(
         **chain.arguments(),
@@ -239,6 +255,9 @@ def evaluate(
                 segmenter, cases, protocol, steps, report_,
                 data=about, group=group, known=report, progress=meter, notice=once,
             )  # fmt: skip
+    if report_ and worst:
+        with Meter("worst", quiet) as meter:
+            write_worst(report_ / WORST, segmenter, worst_slices(report, cases, worst), protocol, meter)
     out.print(score_tables(report))
     if paper_table:
         out.print(paper_tables(report))

@@ -63,6 +63,12 @@ class Protocol:
                 "--all-raters leaves slices out that --all-slices would score; give one of the two, or neither"
             )
 
+    @property
+    def chain(self) -> dict[str, Any]:
+        """The arguments of `Segmenter.segment`."""
+        keys = ("runs", "steps", "sampler", "fast", "combine", "mirror", "seed")
+        return {key: getattr(self, key) for key in keys}
+
     def slices(self, masks: NDArray[np.bool_]) -> NDArray[np.int64]:
         """The slices to score of a case's masks [S,n,H,W]. Raises CdiffError when slices_per_case is less than 1."""
         chosen = np.arange(len(masks)) if self.all_slices else marked_slices(masks, self.all_raters)
@@ -242,13 +248,7 @@ def _score(segmenter: Segmenter, job: _Job, protocol: Protocol, progress: Progre
 
         result = segmenter.segment(
             scan,  # read once for all parts
-            runs=protocol.runs,
-            steps=protocol.steps,
-            sampler=protocol.sampler,
-            fast=protocol.fast,
-            combine=protocol.combine,
-            mirror=protocol.mirror,
-            seed=protocol.seed,
+            **protocol.chain,
             slices=part,
             keep_runs=True,
             progress=within,

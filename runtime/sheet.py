@@ -17,9 +17,11 @@ from cdiff.runtime.files import atomic_path
 from cdiff.runtime.scan import read_scan
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from cdiff.runtime.case import Case
+    from cdiff.runtime.framing import Box
     from cdiff.runtime.grid import View
     from cdiff.runtime.look import Look
 
@@ -27,6 +29,7 @@ CASES = 12
 """Most cases on a sheet."""
 DPI = 110
 SIDE, GAP, EDGE, BETWEEN = 1.75, 0.08, 0.35, 0.4
+BLOCK = 3 * SIDE + 2 * GAP
 HEAD, ROW, FOOT = 0.85, 0.34, 0.95
 SOFT_KEY, NAME = 2.1, 0.75
 """Widths of the soft label's key, and of an annotator's stroke and name in the other."""
@@ -54,10 +57,33 @@ def write_sheet(path: Path, looks: Sequence[Look], channels: int, slice_axis: in
 
 def sheet_figure(looks: Sequence[Look], channels: int, slice_axis: int, title: str, note: str) -> Figure:
     """The sheet as a matplotlib figure: a block of three panels for each case, two blocks a row."""
-    columns = min(2, max(1, len(looks)))
-    rows = math.ceil(len(looks) / columns)
-    block = 3 * SIDE + 2 * GAP
-    width = 2 * EDGE + columns * block + (columns - 1) * BETWEEN
+    figure, blocks = new_page(len(looks), ("image", "every annotator's outline", "soft label"), title, note)
+    raters = sorted({name for look in looks for name in look.case.raters}, key=natural)
+    palette = drawing.READER_COLOURS
+    colours = {name: palette[i % len(palette)] for i, name in enumerate(raters)}
+    drawn = None
+    for look, places in zip(looks, blocks, strict=True):
+        drawn = _block(figure, places, look, colours, channels, slice_axis)
+    if drawn is not None:
+        width = figure.get_figwidth()
+        beside = width - 2 * EDGE - SOFT_KEY - 0.25
+        across = min(BLOCK, beside, NAME * len(colours) + 0.6)
+        key = drawing.panel(figure, (EDGE, 0.35, across, 0.44))
+        short = all(len(name) <= 6 for name in colours) and NAME * len(colours) <= across
+        names = [(name if short else str(i), colour) for i, (name, colour) in enumerate(colours.items(), start=1)]
+        drawing.line_key(key, names[:14], "annotator")
+        soft_key(figure, drawn, "soft label: fraction of annotators")
+    return figure
+
+
+def new_page(count: int, heads: Sequence[str], title: str, note: str) -> tuple[Figure, list[list[Place]]]:
+    """An empty page for `count` blocks of three panels, two blocks a row; and the panels' places of each block.
+
+    heads: what each of the three panels shows, written above the first row. title and note: a line above and one below.
+    """
+    columns = min(2, max(1, count))
+    rows = math.ceil(count / columns)
+    width = 2 * EDGE + columns * BLOCK + (columns - 1) * BETWEEN
     height = HEAD + rows * (SIDE + ROW) + FOOT
     figure = drawing.new_figure(width, height)
     figure.text(
@@ -65,33 +91,46 @@ def sheet_figure(looks: Sequence[Look], channels: int, slice_axis: int, title: s
         parse_math=False,
     )  # fmt: skip
     figure.text(EDGE / width, 0.15 / height, note, color=drawing.FAINT, fontsize=8.5, va="center", parse_math=False)
-    raters = sorted({name for look in looks for name in look.case.raters}, key=natural)
-    palette = drawing.READER_COLOURS
-    colours = {name: palette[i % len(palette)] for i, name in enumerate(raters)}
-    drawn = None
-    for number, look in enumerate(looks):
+    blocks = []
+    for number in range(count):
         row, column = divmod(number, columns)
-        left = EDGE + column * (block + BETWEEN)
+        left = EDGE + column * (BLOCK + BETWEEN)
         bottom = height - HEAD - (row + 1) * (SIDE + ROW) + ROW / 2
-        places = [(left + i * (SIDE + GAP), bottom, SIDE, SIDE) for i in range(3)]
-        if row == 0:
-            _heads(figure, places, 1 - 0.6 / height)
-        drawn = _block(figure, places, look, colours, channels, slice_axis)
-    if drawn is not None:
-        beside = width - 2 * EDGE - SOFT_KEY - 0.25
-        across = min(block, beside, NAME * len(colours) + 0.6)
-        key = drawing.panel(figure, (EDGE, 0.35, across, 0.44))
-        short = all(len(name) <= 6 for name in colours) and NAME * len(colours) <= across
-        names = [(name if short else str(i), colour) for i, (name, colour) in enumerate(colours.items(), start=1)]
-        drawing.line_key(key, names[:14], "annotator")
-        place = (width - EDGE - SOFT_KEY, 0.68, SOFT_KEY, 0.11)
-        drawing.colour_key(figure, place, drawn, "soft label: fraction of annotators")
-    return figure
+        blocks.append([(left + i * (SIDE + GAP), bottom, SIDE, SIDE) for i in range(3)])
+    for places in blocks[:columns]:
+        for place, words in zip(places, heads, strict=True):
+            x, y = place[0] / width, 1 - 0.6 / height
+            figure.text(x, y, words, color=drawing.FAINT, fontsize=8.5, va="center")
+    return figure, blocks
 
 
-def _heads(figure: Figure, places: list[Place], y: float) -> None:
-    for place, words in zip(places, ("image", "every annotator's outline", "soft label"), strict=True):
-        figure.text(place[0] / figure.get_figwidth(), y, words, color=drawing.FAINT, fontsize=8.5, va="center")
+def soft_key(figure: Figure, drawn: Any, words: str) -> None:
+    """The colours of a soft map, in the page's lower right corner."""
+    drawing.colour_key(figure, (figure.get_figwidth() - EDGE - SOFT_KEY, 0.68, SOFT_KEY, 0.11), drawn, words)
+
+
+def begin_block(
+    figure: Figure, places: list[Place], title: str, image: NDArray[np.float32], near: Box, view: View, in_colour: bool
+) -> tuple[NDArray[np.float32], tuple[Axes, Axes]]:
+    """A block's title and whole image [h, w] or [channels, h, w], with a frame around `near`. Returns the picture for the
+    close-ups and the other two panels."""
+    for place in places:
+        drawing.panel(figure, place).set_facecolor("black")
+    whole = drawing.panel(figure, places[0])
+    figure.text(
+        places[0][0] / figure.get_figwidth(), (places[0][1] + SIDE + 0.1) / figure.get_figheight(), title,
+        color=drawing.INK, fontsize=8.5, va="center", parse_math=False,
+    )  # fmt: skip
+    others = drawing.panel(figure, places[1]), drawing.panel(figure, places[2])
+    if image.ndim == 3 and not in_colour:
+        drawing.show_image(whole, _mosaic(image), (slice(None), slice(None)), view, (0.0, 1.0))
+        return image[0], others
+    picture = np.moveaxis(image, 0, -1) if image.ndim == 3 else image
+    box = (slice(0, picture.shape[0]), slice(0, picture.shape[1]))
+    drawing.show_image(whole, picture, box, view, drawing.window_of(picture))
+    if near != box:
+        drawing.frame_box(whole, near)
+    return picture, others
 
 
 def _block(
@@ -100,29 +139,12 @@ def _block(
     """One case: image, outlines, soft label. Returns the soft label's colours for the key."""
     image, masks, view = _read(look.case, look.best_slice, channels, slice_axis)
     soft = masks.mean(axis=0, dtype=np.float32)
-    box = (slice(0, soft.shape[0]), slice(0, soft.shape[1]))
     near = drawing.close_up(np.concatenate([masks.astype(np.float32), soft[None]]), view)
     slices = f" · slice {look.best_slice} of 0 to {look.row['slices'] - 1}" if look.row["slices"] > 1 else ""
-    title = f"{_short(look.case.name)} · {look.split}{slices} · {len(masks)} mask{'s' * (len(masks) > 1)}"
-    for place in places:
-        drawing.panel(figure, place).set_facecolor("black")
-    whole = drawing.panel(figure, places[0])
-    figure.text(
-        places[0][0] / figure.get_figwidth(), (places[0][1] + SIDE + 0.1) / figure.get_figheight(), title,
-        color=drawing.INK, fontsize=8.5, va="center", parse_math=False,
-    )  # fmt: skip
+    title = f"{short(look.case.name)} · {look.split}{slices} · {len(masks)} mask{'s' * (len(masks) > 1)}"
     in_colour = channels == 3 and not look.case.modalities
-    if image.ndim == 3 and not in_colour:
-        mosaic = _mosaic(image)
-        drawing.show_image(whole, mosaic, (slice(None), slice(None)), view, (0.0, 1.0))
-        picture = image[0]
-    else:
-        picture = np.moveaxis(image, 0, -1) if image.ndim == 3 else image
-        drawing.show_image(whole, picture, box, view, drawing.window_of(picture))
-        if near != box:
-            drawing.frame_box(whole, near)
+    picture, (outlined, labelled) = begin_block(figure, places, title, image, near, view, in_colour)
     window = drawing.window_of(picture[near])
-    outlined, labelled = (drawing.panel(figure, place) for place in places[1:])
     drawing.show_image(outlined, picture, near, view, window)
     for rater, mask in zip(look.case.raters, masks, strict=True):
         drawing.outline(outlined, mask, near, colours[rater], width=1.1)
@@ -153,5 +175,6 @@ def _mosaic(image: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.block([tiles[start : start + side] for start in range(0, len(tiles), side)])
 
 
-def _short(name: str, most: int = 34) -> str:
+def short(name: str, most: int = 34) -> str:
+    """The name's end where it is long."""
     return name if len(name) <= most else f"…{name[1 - most :]}"

@@ -27,13 +27,13 @@ def test_a_report_with_everything(tiny_data: Path, tiny_bundle: Path, tmp_path: 
     command = (
         *("--data", tiny_data, "--model", tiny_bundle, "--runs", 3, "--steps", 2, "--sampler", "ddim", "--seed", 7),
         *("--levels", "vote", "--no-mirror", "--report", folder, "--json", copy, "--steps-curve", "3,1,2"),
-        *("--group", "case0[0-9]", "--paper-table"),
+        *("--group", "case0[0-9]", "--paper-table", "--worst", 2),
     )
     code, printed, said = evaluate(*command)
     assert code == 0, said
     names = {path.name for path in folder.iterdir()}
     tables = {f"{name}.csv" for name in ("scores", "cases", "slices", "reliability", "runs", "steps")}
-    assert names == tables | {"scores.json", "reliability.png", "runs.png", "steps.png", "steps"}
+    assert names == tables | {"scores.json", "reliability.png", "runs.png", "steps.png", "steps", "worst.png"}
     report = json.loads((folder / "scores.json").read_text())
     assert json.loads(copy.read_text()) == report
     asked = {"runs": 3, "steps": 2, "sampler": "ddim", "seed": 7, "combine": "vote", "mirror": False, "fast": False}
@@ -97,6 +97,7 @@ def test_mistakes_are_said_before_any_work(tiny_data: Path, tiny_bundle: Path, t
     folder = ("--report", tmp_path / "report")
     for arguments, words in (
         (("--steps-curve", "1,2"), "--report DIR"),
+        (("--worst", "3"), "--report DIR"),
         ((*folder, "--steps-curve", "1,two"), "1,2,5,10,25"),
         ((*folder, "--steps-curve", "0"), "1,2,5,10,25"),
         ((*folder, "--steps-curve", "5,100000"), "100000"),

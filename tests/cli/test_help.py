@@ -32,7 +32,7 @@ OPTIONS = {
             "--split",
         ),
         *("--task", "--sampler", "--fast", "--levels", "--seed", "--engine", "--device", "-q"),
-        *("--report", "--steps-curve", "--paper-table", "--group", "--mirror"),
+        *("--report", "--steps-curve", "--worst", "--paper-table", "--group", "--mirror"),
     ],
     "data": ["check"],
     "data check": ["DIR", "--task", "--layout", "--labels", "--slice-axis", "--json", "--sheet", "--no-sheet", "-q"],

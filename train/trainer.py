@@ -127,6 +127,7 @@ def _check_out(out: Path, config: Config, resume: bool) -> None:
         if (there := read_config(out)) != config:
             old, new = there.to_json(), config.to_json()
             keys = [(s, k) for s in old for k in old[s] if old[s][k] != new[s][k] and k not in HOW]
+            keys = [(s, k) for s, k in keys if k != "task" or old[s][k]]  # an imported run knows of no structure yet
             differ = "; ".join(f"{k}: {old[s][k]} there, {new[s][k]} now" for s, k in keys)
             if differ:
                 raise CdiffError(f"{out} holds a run with other settings ({differ}); resume with its own")

@@ -201,7 +201,7 @@ def test_wrong_tensors_are_all_named_in_order(tmp_path: Path) -> None:
         "missing    middle_block.1.qkv.weight [192, 64, 1]",
         "not finite out.0.bias",
         "misshapen  rrdb.HRconv.weight [64, 64, 1, 1], not [64, 64, 3, 3]",
-        "wrong type time_embed.0.bias int64, not floating point",
+        "wrong type time_embed.0.bias int64, not plain floating-point numbers",
     ]
     assert not (tmp_path / "run").exists()
 

@@ -17,7 +17,7 @@ from cdiff.train.checkpoint import read_json, save_checkpoint
 from cdiff.train.config import Config
 from cdiff.train.imported.mapping import convert, links
 from cdiff.train.imported.normalisation import intensity_of
-from cdiff.train.imported.options import CONSENSUS, REPOSITORIES, Options
+from cdiff.train.imported.options import CONSENSUS, IMPLICIT, REPOSITORIES, UNSEEN, Options
 from cdiff.train.imported.weights import check_fit, read_state_dict, source_of
 from cdiff.train.network import ConsensusNet
 
@@ -61,7 +61,8 @@ def import_checkpoint(
         raise CdiffError(f"{out} already exists; remove it or give another --out")
     theirs = read_state_dict(checkpoint)
     source = source or source_of(theirs, checkpoint)
-    options = Options.read(source, _read_args(checkpoint, args, source, settings or []), settings or [])
+    said = _read_args(checkpoint, args, source, settings or [])
+    options = Options.read(source, said, settings or []).fitted(theirs)
     step = _step(checkpoint)
     channels = _image_channels(theirs, options)
     intensity = intensity_of(source, mean, std, images)
@@ -80,6 +81,13 @@ def import_checkpoint(
     parameters = sum(value.numel() for value in tensors.values())
     _write(out, config, tensors, network, step, _origin(checkpoint, options))
     notes = _notes(checkpoint, options, config, bool(mean) or images is not None)
+    named = {setting.partition("=")[0] for setting in settings or []} | said.keys()
+    if assumed := [name for name in UNSEEN if name in options.values and name not in named]:
+        words = ", ".join(f"{name}={options[name]}" for name in assumed)
+        notes.append(
+            f"taken for granted, since no tensor shows them: {words}; if the training had others the maps are wrong: say so "
+            "with --option"
+        )
     return Imported(out, config, options, step, parameters, notes)
 
 
@@ -169,6 +177,21 @@ def _notes(checkpoint: Path, options: Options, config: Config, normalised: bool)
         notes.append(
             "the published code normalises by its training images' mean and standard deviation, which no checkpoint holds: "
             "each slice's own stand in; give --images TRAIN_FOLDER, or --mean and --std, for theirs"
+        )
+    if options.variant == "soft-label" and options.levels == 1:
+        notes.append(
+            "how many annotators a soft label was made of is in neither file: give --option number_of_annotators=C, or evaluate "
+            "takes cases of one annotator only"
+        )
+    if config.data.framing == "resize" and options.source == IMPLICIT:
+        notes.append(
+            f"image_size={options['image_size']}: slices are resampled to it, while the published loader, whatever image_size says, cuts "
+            "the central 224 of BraTS's 240 pixels; if it was used unchanged, import with --image-size 224"
+        )
+    if options.source == IMPLICIT and options["diffusion_steps"] != 1000:
+        notes.append(
+            f"diffusion_steps={options['diffusion_steps']}: the published scripts train and sample with 1000 steps, whatever this "
+            "option says; a checkpoint of theirs needs 1000"
         )
     if options["timestep_respacing"]:
         notes.append(

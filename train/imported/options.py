@@ -6,7 +6,9 @@ Two codes are known: "consensus" (tomeramit/Annotator-Consensus-Prediction, Amit
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Container
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cdiff.runtime.errors import CdiffError
@@ -99,19 +101,31 @@ DEEPER_256 = (1, 1, 1, 2, 2, 4, 4)
 GROUPS, RRDB_CHANNELS, RRDB_GROWTH = 32, 64, 32
 """Fixed in both codes, and in the consensus code's RRDB."""
 BRATS_CROP = 224
-"""The implicit-ensemble code's loader cuts BraTS's 240 pixels to the central 224: with image_size 256, as in its README, or 224."""
+"""The implicit-ensemble code's loader cuts BraTS's 240 pixels to the central 224, whatever image_size says. With 256, as in its README,
+or 224 that is what is meant; with another a changed loader is as likely."""
 LARGEST_BETA = 0.8
 """Where the consensus code cuts its linear schedule, which 1000/T would take beyond 1 for fewer than 20 steps."""
+MOST = {"image_size": 4096, "num_channels": 4096, "num_res_blocks": 64, "rrdb_blocks": 256, "diffusion_steps": 100_000}
+"""Beyond these an option is a slip, and a network of it would fill the memory before a tensor is compared."""
+UNSEEN = (
+    *("num_heads", "num_heads_upsample", "num_head_channels", "use_new_attention_order", "predict_xstart"),
+    *("noise_schedule", "diffusion_steps", "rescale_timesteps"),
+)
+"""Options that no tensor's shape shows."""
 LONGEST = 300_000
 """The iterations at which the consensus code's training ends."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a checkpoint was trained with: `source` is one of REPOSITORIES, `values` has every key of DEFAULTS[source]."""
+    """What a checkpoint was trained with: `source` is one of REPOSITORIES, `values` has every key of DEFAULTS[source].
+
+    level_table: whether the checkpoint has rows for levels or annotators, where the variant leaves it open.
+    """
 
     source: str
     values: dict[str, Any]
+    level_table: bool = True
 
     @classmethod
     def read(cls, source: str, args: dict[str, Any], settings: list[str]) -> Options:
@@ -144,6 +158,9 @@ class Options:
         for name in ("image_size", "num_channels", "num_res_blocks", "num_heads", "diffusion_steps"):
             if self[name] < 1:
                 raise CdiffError(f"the published option {name}={self[name]} must be at least 1")
+        for name, most in MOST.items():
+            if self.values.get(name, 0) > most:
+                raise CdiffError(f"the published option {name}={self[name]} must be at most {most}")
         if self["num_channels"] % GROUPS:
             raise CdiffError(f"the published option num_channels={self['num_channels']} must be a multiple of {GROUPS}")
         if self["noise_schedule"] not in ("linear", "cosine"):
@@ -173,9 +190,14 @@ class Options:
     @property
     def annotators(self) -> int:
         """Rows of the checkpoint's label_emb; 0 when it has none."""
-        if self.source == IMPLICIT or self["no_annotator_training"]:
+        if self.source == IMPLICIT or self["no_annotator_training"] or not self.level_table:
             return 0
         return int(self["number_of_annotators"])
+
+    def fitted(self, tensors: Container[str]) -> Options:
+        """The same for a checkpoint of these names: the published soft-label training makes no table of levels, whatever C is."""
+        bare = self.variant == "soft-label" and "label_emb.weight" not in tensors
+        return replace(self, level_table=False) if bare else self
 
     @property
     def levels(self) -> int:
@@ -246,7 +268,9 @@ class Options:
             ),
             diffusion=self._diffusion(T),
             data=DataConfig(
-                framing="centre" if self.crops_brats else "resize",
+                framing="centre"
+                if self.crops_brats or (self.source == IMPLICIT and image_size == BRATS_CROP)
+                else "resize",
                 intensity_scope=intensity.scope,
                 intensity_method=intensity.method,
                 intensity_mean=intensity.mean,
@@ -281,8 +305,11 @@ def _typed(name: str, value: Any, default: Any) -> Any:
             return {"true": True, "t": True, "yes": True, "y": True, "1": True}.get(text.lower()) or _false(text)
         if kind is str:
             return text
-        return kind(text)
-    except ValueError:
+        number = kind(text)
+        if not math.isfinite(number):
+            raise ValueError(text)
+        return number
+    except (ValueError, OverflowError):
         words = {bool: "True or False", int: "a whole number", float: "a number"}
         raise CdiffError(f"the published option {name}={text} must be {words[kind]}") from None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import Tensor
 from cdiff.runtime.errors import CdiffError
 from cdiff.train.imported.mapping import Link
 from cdiff.train.imported.options import CONSENSUS, IMPLICIT, Options
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
@@ -24,6 +27,10 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise CdiffError(f"{path} is not there; give the .pt file that the published code saved")
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if (broken := archive.testzip()) is not None:  # PyTorch does not compare the checksums
+                    raise OSError(f"{broken} is not what was written")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # an error follows where one matters
             loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
@@ -76,9 +83,16 @@ def check_fit(tensors: dict[str, Tensor], wanted: list[Link], options: Options, 
         tensor = tensors[name]
         if tuple(tensor.shape) != shapes[name]:
             wrong[name] = f"misshapen  {name} {list(tensor.shape)}, not {list(shapes[name])}"
-        elif not tensor.is_floating_point():
-            wrong[name] = f"wrong type {name} {str(tensor.dtype).removeprefix('torch.')}, not floating point"
-        elif not torch.isfinite(tensor).all():
+        elif (
+            tensor.layout != torch.strided
+            or tensor.is_nested
+            or tensor.device.type != "cpu"
+            or tensor.dtype not in FLOATS
+        ):
+            plain = tensor.layout == torch.strided and not tensor.is_nested and tensor.device.type == "cpu"
+            kind = str(tensor.dtype if plain else tensor.layout).removeprefix("torch.")
+            wrong[name] = f"wrong type {name} {kind}, not plain floating-point numbers"
+        elif not torch.isfinite(tensor.float()).all():  # as they will be used: a double may be too large
             wrong[name] = f"not finite {name}"
     if not wrong:
         return

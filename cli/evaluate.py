@@ -195,7 +195,7 @@ def evaluate(
     cdiff evaluate --data my_data --group "patient[0-9]+" --paper-table
     """
     from cdiff.runtime.cases import find_cases
-    from cdiff.runtime.evaluate import Protocol, choose_split, labelled_as_trained
+    from cdiff.runtime.evaluate import Protocol, choose_split, labelled_as_trained, trained_task
     from cdiff.runtime.evaluate import evaluate as score
     from cdiff.runtime.files import write_json
     from cdiff.runtime.publish import SCORES, check_steps, sweep_steps, write_report
@@ -221,6 +221,8 @@ def evaluate(
     cases = cases[:limit]
     say(f"split {chosen} of {', '.join(found)}: {len(cases)} cases", quiet)
     segmenter = model.load(quiet)
+    if found.task and (trained := trained_task(segmenter.manifest)) and trained != found.task:
+        warn(f"the model was trained on {trained}, and {found.task} is scored")
     cases, inside = labelled_as_trained(cases, segmenter.manifest, asked, warn)
     if inside and not asked:
         say(f"labels {','.join(map(str, inside))} are inside, as the model was trained", quiet)

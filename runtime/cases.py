@@ -16,6 +16,7 @@ from cdiff.runtime.grid import Grid
 from cdiff.runtime.layouts import LAYOUTS, OWN_TASK, READERS, TABLE, walk
 from cdiff.runtime.leftover import Leftover
 from cdiff.runtime.masks import mask_slices, read_mask
+from cdiff.runtime.oddities import Oddities
 from cdiff.runtime.scan import read_scan
 from cdiff.runtime.table import SUFFIXES, is_table, names_scans, read_table
 
@@ -228,7 +229,9 @@ def _modalities(entries: Iterable[Entry]) -> tuple[str, ...]:
 
 def _sort_in(found: DataSet, entry: Entry, task: str | None, labels: tuple[int, ...]) -> None:
     case, split = entry.case(task, labels), entry.split or "all"
-    if entry.problem and task == OWN_TASK:
+    if clash := entry.clashes.get("") or entry.clashes.get(task or ""):
+        found.problems.append(Problem(split, case.name, clash))
+    elif entry.problem and task == OWN_TASK:
         found.problems.append(Problem(split, case.name, entry.problem))
     elif case.modalities != found.modalities:
         lacking = [name for name in found.modalities if name not in case.modalities]
@@ -245,24 +248,33 @@ def _sort_in(found: DataSet, entry: Entry, task: str | None, labels: tuple[int, 
         found.problems.append(Problem(split, case.name, text))
 
 
-def read_case(case: Case, slice_axis: int = 2, channels: int = 1) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+def read_case(
+    case: Case, slice_axis: int = 2, channels: int = 1, odd: Oddities | None = None
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """Image and masks as slices: float32 [S, channels, H, W] (raw intensities) and bool [S, C_case, H, W].
 
     2-D files make one slice. Channels are the case's files, or with channels > 1 and one file its last axis (as in QUBIQ's
-    tumour files) or a picture's colours.
+    tumour files) or a picture's colours. odd: collects what its reader should be told of.
     Raises CdiffError for an unreadable file, a wrong number of dimensions or files, files of different grids, a non-finite
     image, or a mask of another shape.
     """
     scan = read_scan(case.scan, channels=channels, slice_axis=slice_axis)
-    return scan.slices, read_masks(case, scan.grid)
+    if odd is not None:
+        odd.see_grid(case, scan.grid)
+    return scan.slices, read_masks(case, scan.grid, odd)
 
 
-def read_masks(case: Case, grid: Grid) -> NDArray[np.bool_]:
+def read_masks(case: Case, grid: Grid, odd: Oddities | None = None) -> NDArray[np.bool_]:
     """The masks of a case whose image is read, as slices of its grid: bool [S, C_case, H, W].
 
-    Raises CdiffError for an unreadable file, a mask of another shape than the image, and a case without a mask.
+    odd: collects what their reader should be told of. Raises CdiffError for an unreadable file, a mask of another shape than the image, and a case without a mask.
     """
-    masks = [mask_slices(read_mask(path), grid, case.labels, f"{path}", f"{case.image}") for path in case.masks]
+    masks = []
+    for path in case.masks:
+        mask = read_mask(path)
+        masks.append(mask_slices(mask, grid, case.labels, f"{path}", f"{case.image}"))
+        if odd is not None:
+            odd.see_mask(case, path, mask, grid)
     if not masks:
         raise CdiffError(f"{case.name} has no mask; add one for each annotator")
     return np.stack(masks, axis=1)

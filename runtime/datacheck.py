@@ -16,6 +16,7 @@ from cdiff.runtime.cases import DataSet, find_cases
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.look import SEVERITIES, Finding, Look, look_at
 from cdiff.runtime.metrics import bootstrap_over_cases
+from cdiff.runtime.oddities import better_axis
 from cdiff.runtime.partition import count_annotators, count_channels, none_has, partition, training_cases
 from cdiff.runtime.shapes import by
 
@@ -140,9 +141,9 @@ def _across(looks: list[Look], slice_axis: int) -> list[Finding]:
     """Volumes that are cut into strips, as QUBIQ's of the pancreas are, whose slices lie along the first axis."""
     strips: dict[int, list[Look]] = {}
     for look in looks:
-        thin = int(np.argmin(look.shape)) if len(look.shape) == 3 and look.readable else slice_axis
-        if thin != slice_axis and _is_strip(look.shape, slice_axis) and not _is_strip(look.shape, thin):
-            strips.setdefault(thin, []).append(look)
+        axis = better_axis(look.shape, slice_axis) if look.readable else None
+        if axis is not None:
+            strips.setdefault(axis, []).append(look)
     out = []
     for axis, members in strips.items():
         shape = members[0].shape
@@ -154,12 +155,6 @@ def _across(looks: list[Look], slice_axis: int) -> list[Finding]:
         )
         out.append(Finding("warning", "slices", "", text))
     return out
-
-
-def _is_strip(shape: tuple[int, ...], axis: int) -> bool:
-    """Whether the slices along an axis are more than twice as long as wide."""
-    sides = shape[:axis] + shape[axis + 1 :]
-    return max(sides) > 2 * min(sides)
 
 
 def _training(found: DataSet, root: Path, looks: list[Look], C: int, channels: int) -> dict[str, Any]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,6 +21,7 @@ from cdiff.runtime.files import sha256, write_json
 from cdiff.runtime.journal import Journal, fingerprint, finished_rows
 from cdiff.runtime.manifest import NAME as MANIFEST
 from cdiff.runtime.manifest import Manifest
+from cdiff.runtime.oddities import Oddities
 from cdiff.runtime.scan import read_scan
 from cdiff.runtime.scores import CaseTally, evenly, marked_slices
 from cdiff.runtime.summary import ROW_KEYS, Row, group_names, summarise
@@ -95,12 +98,18 @@ class _Job:
 
 
 def choose_split(found: Mapping[str, list[Case]], wanted: str | None = None) -> tuple[str, list[Case]]:
-    """The split to score: the one asked for, else test, else val, else all; "all" joins the splits there are.
+    """The split to score: the one asked for, else test, else val, else all; "all" joins the splits there are,
+    and cases of one name in two of them are called split/name.
 
     Raises CdiffError when the one asked for is not there, or none is asked for and only a training split is.
     """
     if wanted == "all":
-        return "all", [case for cases in found.values() for case in cases]
+        names = Counter(case.name for cases in found.values() for case in cases)
+        return "all", [
+            replace(case, name=f"{split}/{case.name}") if names[case.name] > 1 else case
+            for split, cases in found.items()
+            for case in cases
+        ]
     for split in (wanted,) if wanted else ("test", "val", "all"):
         if split in found:
             return split, found[split]
@@ -122,6 +131,12 @@ def labelled_as_trained(
         tell(f"labels {_numbers(asked)} are scored as inside, and the model was trained on {_numbers(trained)}")
     inside = asked or trained
     return ([replace(case, labels=inside) for case in cases] if inside else cases), inside
+
+
+def trained_task(manifest: Manifest) -> str | None:
+    """The structure that a model was trained on, such as task02, where its bundle names it so; None where it says it in other words."""
+    last = manifest.task.rpartition("/")[2]
+    return last if re.fullmatch(r"task\d+", last) else None
 
 
 def _numbers(labels: tuple[int, ...]) -> str:
@@ -187,6 +202,7 @@ def _plan(
     manifest, jobs = segmenter.manifest, []
     other: dict[str, int] = {}
     empty: list[str] = []
+    odd = Oddities()
     for case in cases:
         if len(case.masks) != manifest.levels:
             other[case.name] = len(case.masks)
@@ -194,13 +210,13 @@ def _plan(
                 continue
         if case.others:  # several files: those that the model was trained on, in its order
             case = case.with_modalities(manifest.modalities)
-        masks = read_case(case, manifest.slice_axis, manifest.image_channels)[1]
+        masks = read_case(case, manifest.slice_axis, manifest.image_channels, odd)[1]
         slices = protocol.slices(masks)
         if slices.size:
             jobs.append(_Job(case, len(case.masks), slices))
         else:
             empty.append(case.name)
-    for line in _notes(other, empty, manifest.levels, protocol):
+    for line in (*_notes(other, empty, manifest.levels, protocol), *odd.told()):
         tell(line)
     if not jobs:
         hint = "score them with --raters use" if other and protocol.raters == "skip" else "look at the masks"

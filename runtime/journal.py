@@ -71,6 +71,7 @@ def finished_rows(path: Path, header: Mapping[str, Any], keys: Sequence[str], no
     except (OSError, ValueError):
         return {}
     if not isinstance(report, dict) or report.get("made_with") != fingerprint(header):
+        notice(f"{path} is there, of another model, protocol or data: this evaluation will replace it")
         return {}
     rows = _whole(report.get("cases", []), keys)
     if rows:

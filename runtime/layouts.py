@@ -47,14 +47,24 @@ def cases_in(folder: Path, files: Files) -> list[Entry]:
     images: dict[str, Path] = {}
     tasks: dict[str, dict[str, Path]] = {}
     problem = ""
+    clashes: dict[str, str] = {}
+
+    def place(slots: dict[str, Path], slot: str, file: Path, task: str, what: str) -> Path:
+        """The first file of a slot is its own; of two NIfTI files nothing says which is meant."""
+        first = slots.setdefault(slot, file)
+        if first != file and all(path.name.lower().endswith(NIFTI_SUFFIXES) for path in (first, file)):
+            clashes.setdefault(task, f"{first.name} and {file.name} in {folder} are both {what}; remove or rename one")
+        return first
+
     for file in sorted(files, key=lambda f: (not f.name.lower().endswith(NIFTI_SUFFIXES), f.name)):
         name = stem(file) or ""
         if (match := IMAGE.match(name)) and not (match["modality"] or "").isdigit():
-            images.setdefault(match["modality"] or "", file)
+            place(images, match["modality"] or "", file, "", "the case's image")
         elif match := TASK_MASK.match(name):
-            tasks.setdefault((match["task"] or CASE_TASK).lower(), {}).setdefault(match["rater"].lower(), file)
+            task = (match["task"] or CASE_TASK).lower()
+            place(tasks.setdefault(task, {}), match["rater"].lower(), file, task, "one annotator's mask")
         elif match := OWN_MASK.match(name):
-            first = tasks.setdefault(OWN_TASK, {}).setdefault(match["rater"] or "1", file)
+            first = place(tasks.setdefault(OWN_TASK, {}), match["rater"] or "1", file, OWN_TASK, "one annotator's mask")
             if (stem(first) or "").lower() != name.lower():
                 problem = f"{first.name} and {file.name} in {folder} are masks of one annotator; rename one of them"
     if not images:
@@ -67,7 +77,7 @@ def cases_in(folder: Path, files: Files) -> list[Entry]:
             f"{folder} holds several images with masks of their own (image_{name}, mask_{name} ...); give each a folder, "
             "or name them in a table"
         )
-    return [Entry(_called(folder), dict(sorted(images.items())), tasks, problem=problem)]
+    return [Entry(_called(folder), dict(sorted(images.items())), tasks, problem=problem, clashes=clashes)]
 
 
 def _has_masks(image: str, raters: Iterable[str]) -> bool:

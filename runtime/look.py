@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from cdiff.runtime.case import Case
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.grid import Grid
 from cdiff.runtime.masks import Mask, mask_slices, read_mask
 from cdiff.runtime.metrics import dice
+from cdiff.runtime.oddities import misplaced
 from cdiff.runtime.scan import Scan, read_scan
 from cdiff.runtime.shapes import by
 
@@ -112,9 +112,7 @@ def _values(look: Look, masks: dict[Path, Mask]) -> None:
 
 def _place(look: Look, path: Path, mask: Mask, scan: Scan) -> None:
     """A mask whose header puts it elsewhere than its image: read voxel by voxel all the same, but worth a look."""
-    if mask.header is None or scan.grid.header is None or len(mask.values.shape) != len(scan.grid.shape):
-        return
-    if reason := scan.grid.differs_from(Grid(mask.values.shape, scan.grid.slice_axis, mask.header), ones_count=True):
+    if reason := misplaced(mask, scan.grid):
         look.tell("warning", "grid", f"{path.name} and its image {reason}")
 
 

@@ -17,6 +17,7 @@ from cdiff.runtime.case import natural
 from cdiff.runtime.cases import Case, DataSet, find_cases, read_case
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.framing import resize
+from cdiff.runtime.oddities import Oddities
 from cdiff.runtime.variants import ANNOTATOR, variant_called
 from cdiff.train.augment import Window, cut, random_window, recoloured
 from cdiff.train.config import Config
@@ -75,8 +76,10 @@ def read_data(root: Path, config: Config) -> Data:
         summary["modalities"] = list(found.modalities)
     variant = variant_called(config.network.variant)
     whose = _usual_annotators(train, C) if variant is ANNOTATOR else ()
-    train_slices = _read(train, config, C, notes, whose)
-    val_slices = _read(val, config, C, notes, whose)
+    odd = Oddities()
+    train_slices = _read(train, config, C, notes, whose, odd)
+    val_slices = _read(val, config, C, notes, whose, odd)
+    notes += odd.told()
     for name, cases, slices in (("train", train, train_slices), ("val", val, val_slices)):
         if not len(slices):
             skipped = cases and config.data.missing_raters == "skip" and all(len(case.masks) != C for case in cases)
@@ -119,7 +122,7 @@ def _usual_annotators(cases: list[Case], C: int) -> tuple[str, ...]:
     return names.most_common(1)[0][0] if names else ()
 
 
-def _read(cases: list[Case], config: Config, C: int, notes: list[str], whose: tuple[str, ...]) -> Slices:
+def _read(cases: list[Case], config: Config, C: int, notes: list[str], whose: tuple[str, ...], odd: Oddities) -> Slices:
     """The slices of the cases. whose: who drew the masks, where it matters; a case of others counts as one that lacks a mask."""
     out = Slices()
     for case in cases:
@@ -136,7 +139,7 @@ def _read(cases: list[Case], config: Config, C: int, notes: list[str], whose: tu
             notes.append(f"{what}: {'skipped' if policy == 'skip' else 'used as it is'}")
             if policy == "skip":
                 continue
-        image, masks = read_case(case, config.data.slice_axis, config.network.image_channels)
+        image, masks = read_case(case, config.data.slice_axis, config.network.image_channels, odd)
         image = config.data.intensity.apply(image)
         raters = masks.shape[1]
         if raters < C:

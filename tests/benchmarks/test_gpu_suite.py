@@ -275,9 +275,10 @@ def test_ending_the_suite_ends_its_check(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's promise to end a process with its parent is Linux's")
 def test_a_suite_that_is_killed_takes_its_check_along(tmp_path: Path) -> None:
     """As by a caller's limit, which leaves no time to end anything: the check has a session of its own, and nobody else ends it."""
-    check, begun = tmp_path / "check", tmp_path / "pid"
-    check.write_text(
-        f"#!{sys.executable}\nimport os, sys, time\nfrom pathlib import Path\nfrom cdiff.benchmarks import gpu_checks\n"
+    check, code, begun = tmp_path / "check", tmp_path / "check.py", tmp_path / "pid"
+    check.write_text(f"#!/bin/sh\nexec '{sys.executable}' '{code}' \"$@\"\n")  # no interpreter's line may hold a space
+    code.write_text(
+        "import os, sys, time\nfrom pathlib import Path\nfrom cdiff.benchmarks import gpu_checks\n"
         f"def begin(*_):\n    Path({str(begun)!r}).write_text(f'{{os.getpid()}}\\n')\n    time.sleep(600)\n"
         "gpu_checks.run_check, sys.argv = begin, sys.argv[2:]\ngpu_checks.main()\n"
     )

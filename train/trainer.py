@@ -57,7 +57,7 @@ def train(
                     "--init starts a new run and --resume goes on with its own weights; leave one of them out"
                 )
             if resume or not dry_run:
-                _check_out(out, chosen, resume)
+                check_out(out, chosen, resume)
             where = find_device(device, meeting)
         with arithmetic(chosen.training.deterministic), ExitStack() as stack:
             fabric = fabric_on(where, chosen.training.amp)
@@ -76,7 +76,7 @@ def train(
                 with together(fabric):
                     if writes:
                         stack.enter_context(held(make_folder(out)))
-                        _check_out(out, chosen, resume)  # another training may have begun meanwhile
+                        check_out(out, chosen, resume)  # another training may have begun meanwhile
             quiet = quiet or not fabric.is_global_zero
             return _train(run, init is not None, max_steps, dry_run, quiet, console or Console(stderr=True))
 
@@ -119,7 +119,7 @@ def _train(run: Run, started: bool, max_steps: int | None, dry_run: bool, quiet:
     return run.loop(max_steps, console, quiet)
 
 
-def _check_out(out: Path, config: Config, resume: bool) -> None:
+def check_out(out: Path, config: Config, resume: bool) -> None:
     """Raise CdiffError unless `out` holds no run, or is to be resumed and holds this very one (but for how it is computed)."""
     if (out / "config.json").exists():
         if not resume:

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.files import sha256
+from cdiff.runtime.files import sha256, write_json
 from cdiff.train.checkpoint import checkpoint_folder, load_run
 from cdiff.train.config import Config
 from cdiff.train.data import Data, read_data
@@ -26,7 +26,7 @@ from cdiff.train.learner import Learner
 from cdiff.train.log import read_log
 from cdiff.train.presets import preset
 from cdiff.train.run import Run
-from cdiff.train.trainer import train
+from cdiff.train.trainer import check_out, train
 from tests.synthetic import write_synthetic_dataset
 
 
@@ -303,3 +303,14 @@ def test_a_run_from_other_weights_resumes_with_them_after_a_kill_in_its_first_st
     assert_same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
     assert float(read_log(tmp_path / "cut" / "log.csv")[-1]["step"]) == 2
     assert np.isfinite(dry.loss)
+
+
+def test_a_run_that_knows_no_structure_takes_one_once(tmp_path: Path) -> None:
+    """As an imported run, whose data were never seen here."""
+    plain = preset("tiny")
+    first, second = (plain.with_settings([f"task=task0{i}"]) for i in (1, 2))
+    write_json(tmp_path / "config.json", plain.to_json())
+    check_out(tmp_path, first, resume=True)
+    write_json(tmp_path / "config.json", first.to_json())
+    with pytest.raises(CdiffError, match="task: task01 there, task02 now"):
+        check_out(tmp_path, second, resume=True)

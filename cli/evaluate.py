@@ -191,7 +191,8 @@ def evaluate(
     Examples:
 
     cdiff evaluate --data my_data --model my_bundle --json scores.json
-    cdiff evaluate --data my_data --report scores --steps-curve 1,2,5,10,25 --worst 12
+    cdiff evaluate --data my_data --report scores --steps-curve 1,2,5,10,25
+    cdiff evaluate --data my_data --report scores --worst 12
     cdiff evaluate --data my_data --group "patient[0-9]+" --paper-table
     """
     from cdiff.runtime.cases import find_cases

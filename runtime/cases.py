@@ -267,7 +267,8 @@ def read_case(
 def read_masks(case: Case, grid: Grid, odd: Oddities | None = None) -> NDArray[np.bool_]:
     """The masks of a case whose image is read, as slices of its grid: bool [S, C_case, H, W].
 
-    odd: collects what their reader should be told of. Raises CdiffError for an unreadable file, a mask of another shape than the image, and a case without a mask.
+    odd: collects what their reader should be told of. Raises CdiffError for an unreadable file, a mask of another shape than the
+    image, and a case without a mask.
     """
     masks = []
     for path in case.masks:

@@ -172,9 +172,8 @@ def _open(bundle: Bundle, name: str, number: int | None, threads: int | None, bu
             from cdiff.runtime.engines.onnxruntime_gpu import OnnxRuntimeGpuEngine
 
             return OnnxRuntimeGpuEngine(bundle, number, tensorrt=name == "onnxruntime-tensorrt")
-        if number >= (
-            count := len(visible_gpus())
-        ):  # ONNX Runtime's own words would be of libraries that it could not load
+        count = len(visible_gpus())
+        if number >= count:  # ONNX Runtime's own words would be of libraries that it could not load
             raise not_there(number, count)
         LOG.warning("on cuda:%d every step goes through the host, which is slow: %s", number, _device_layer_missing())
     from cdiff.runtime.engines.onnxruntime import OnnxRuntimeEngine

@@ -24,8 +24,8 @@ def segment(
         Path | None,
         typer.Argument(
             metavar="SCAN",
-            help="A scan (.nii.gz, .nii, .png ...), a folder of scans, a case folder (with a file for each modality, if the "
-            "model takes several), a folder of those, or a table (.csv) of images.",
+            help="A scan (.nii.gz, .nrrd, .mha, .png ...), a folder of DICOM files, a folder of scans, a case folder (with a file for "
+            "each modality, if the model takes several), a folder of those, or a table (.csv) of images.",
             show_default=False,
         ),
     ] = None,
@@ -69,8 +69,18 @@ def segment(
             "--at",
             metavar="I,J,K",
             help="Where the structure is, in a scan larger than the crops that a model was trained on: a voxel, counted from 0 "
-            "along the axes of the array as stored; ROW,COLUMN of a picture. Without --slices its slice alone.",
+            "along the axes of the array as stored; ROW,COLUMN of a picture; or a point in space as a viewer shows it, in mm, "
+            "such as L30,P20,S50. Without --slices its slice alone.",
             show_default="the middle of each slice",
+        ),
+    ] = None,
+    series: Annotated[
+        int | None,
+        typer.Option(
+            "--series",
+            metavar="NUMBER",
+            help="Which DICOM series of a folder that holds several.",
+            show_default="the only one",
         ),
     ] = None,
     *,
@@ -102,6 +112,7 @@ def segment(
     cdiff segment scan.nii.gz -o maps --fast
     cdiff segment folder -o maps --model my_bundle --steps 20 --sampler ddim
     cdiff segment chest.nii.gz --at 212,180,45 --slices 40:51
+    cdiff segment dicom_folder --series 4 --at L30,P20,S50
     """
     from cdiff.runtime.files import must_take_files
     from cdiff.runtime.inputs import must_exist, scans_at
@@ -116,11 +127,13 @@ def segment(
     scans = scans_at(path, segmenter.manifest.image_channels, segmenter.manifest.modalities)
     if at is not None and len(scans) > 1:
         raise CdiffError(f"--at names a place in one scan, and {path} holds {len(scans)}; name one of them")
+    if series is not None and len(scans) > 1:
+        raise CdiffError(f"--series names one of a folder's, and {path} holds {len(scans)} scans; name one of them")
     labels = {item.name: f"{number}/{len(scans)} {item.name}" for number, item in enumerate(scans, start=1)}
 
     def read(item: NamedScan) -> Prepared:
         must_be_free(output, item.name, segmenter.manifest.draws, preview=preview)  # before hours of work, not after
-        return segmenter.prepare(item.path, slices=slices, slice_axis=slice_axis, at=at)
+        return segmenter.prepare(item.path, slices=slices, slice_axis=slice_axis, at=at, series=series)
 
     def work(item: NamedScan, ready: Prepared) -> Result:
         with Meter(labels[item.name] if len(scans) > 1 else item.name, quiet) as meter:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.scan import NIFTI_SUFFIXES, PICTURE_SUFFIXES
+from cdiff.runtime.sources import PICTURE_SUFFIXES, VOLUME_SUFFIXES
 
 SPLITS = {
     "training": "train", "train": "train",
@@ -77,7 +77,7 @@ class Entry:
     data_set: the folders above the split folder ("" when there are none); split: "train", "val", "test" or "" where nothing
     says. tasks: for each structure its masks, as (annotator, file). images: for each modality its file; the name is "" for a
     lone unnamed image. labels: what is inside unless the user says otherwise. problem: why masks that are called mask_ANNOTATOR cannot be told
-    apart. clashes: for each structure ("" for the image) in words which two NIfTI files are there for the one that is wanted.
+    apart. clashes: for each structure ("" for the image) in words which two volumes are there for the one that is wanted.
     """
 
     name: str
@@ -114,7 +114,7 @@ class Entry:
 
 def stem(path: Path) -> str | None:
     """The file's name without a scan's suffix; None when it has none of them."""
-    for suffix in (*NIFTI_SUFFIXES, *PICTURE_SUFFIXES):
+    for suffix in (*VOLUME_SUFFIXES, *PICTURE_SUFFIXES):
         if path.name.lower().endswith(suffix):
             return path.name[: -len(suffix)]
     return None

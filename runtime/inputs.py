@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from cdiff.runtime.case import SPLITS, Entry, arranged, is_output, listed, stem
+from cdiff.runtime.dicom import holds_dicom
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.layouts import OWN_MASK, TASK_MASK, Files, Inside, brats_in, cases_in, contents, descend
-from cdiff.runtime.scan import NIFTI_SUFFIXES
+from cdiff.runtime.sources import VOLUME_SUFFIXES
 from cdiff.runtime.table import SUFFIXES, read_table
 
 
 @dataclass(frozen=True)
 class NamedScan:
-    """A scan's file, or files when each holds a modality, and the name that its outputs begin with."""
+    """A scan's file (or folder of DICOM), or files when each holds a modality, and the name that its outputs begin with."""
 
     name: str
     path: Path | tuple[Path, ...]
@@ -32,8 +34,8 @@ def scans_at(path: Path, channels: int = 1, modalities: Sequence[str] = ()) -> l
     """The scans that `path` names, in the order of their names.
 
     A file is taken whatever its suffix (reading it says what is wrong with it) and is called by its own name. In a folder:
-    every NIfTI or picture file, called by its name, and every case folder with an image, called by the folder's name, with
-    those above it where it lies deeper (patient7_scan1). A table (CSV): its images, called as their cases are. Annotators' masks and what an earlier `cdiff segment` wrote there are
+    every volume's file or picture, called by its name, and every case folder with an image or folder of DICOM files, called by the
+    folder's name, with those above it where it lies deeper (patient7_scan1). A table (CSV): its images, called as their cases are. Annotators' masks and what an earlier `cdiff segment` wrote there are
     left out. channels: what the model takes; with more than one, a case's `image_t1`, `image_t2` ... or BraTS's files are one
     scan, its modalities in the order of `modalities` (what the model was trained on) where that is known.
     Raises CdiffError when nothing is there, a modality is missing, or two scans would write the same files.
@@ -64,9 +66,11 @@ def _scans_in(root: Path, channels: int, modalities: Sequence[str]) -> Iterator[
     """
 
     def cases(folder: Path, parts: tuple[str, ...], inside: Inside) -> list[NamedScan]:
-        """The scan of a case folder, or several where BraTS slices lie together; none when it is no such folder."""
+        """The scan of a case folder or of DICOM files, or several where BraTS slices lie together; none when it is no such folder."""
         files = inside.files
         entries = cases_in(folder, files) or (brats_in(folder, files) if modalities or channels > 1 else [])
+        if not entries and holds_dicom(folder):
+            return [NamedScan("_".join(parts) or Path(os.path.abspath(folder)).name, folder)]
         return [
             _scan(entry, "_".join((*parts[:-1], entry.name)), modalities)
             for entry in entries
@@ -88,14 +92,14 @@ def _scans_in(root: Path, channels: int, modalities: Sequence[str]) -> Iterator[
 def _is_one_scan(entry: Entry, files: Files, channels: int, modalities: Sequence[str], *, below: bool) -> bool:
     """Whether a folder's images are one scan, rather than scans that lie in one folder.
 
-    Several files are, where the model was trained on such files, or they are as many NIfTI files as it has channels. below: the
+    Several files are, where the model was trained on such files, or they are as many volumes as it has channels. below: the
     folder lies in the one that was named, where pictures of other names (a thumbnail) are no scans.
     """
     images = list(entry.images.values())
     if len(images) > 1 or "" not in entry.images:
-        as_many = len(images) == channels > 1 and all(i.name.lower().endswith(NIFTI_SUFFIXES) for i in images)
+        as_many = len(images) == channels > 1 and all(i.name.lower().endswith(VOLUME_SUFFIXES) for i in images)
         return bool(modalities) or as_many
-    if images[0].name.lower().endswith(NIFTI_SUFFIXES):
+    if images[0].name.lower().endswith(VOLUME_SUFFIXES):
         return True
     others = [path for path in files if path != images[0] and not is_output(path)]
     if any(TASK_MASK.match(name := stem(path) or "") or OWN_MASK.match(name) for path in others):
@@ -120,7 +124,4 @@ def _nothing_in(folder: Path) -> str:
     )
     if splits:
         return f"{folder} holds the splits {listed(splits)}; name one of them, such as {folder / splits[0]}"
-    return (
-        f"no scan in {folder}: expected .nii.gz, .nii, .png ... files, or case folders with image.nii.gz; convert DICOM with "
-        "dcm2niix first"
-    )
+    return f"no scan in {folder}: expected .nii.gz, .nrrd, .png ... files, folders of DICOM files, or case folders with image.nii.gz"

@@ -15,7 +15,7 @@ from typing import NamedTuple, TypeVar
 from cdiff.runtime.case import SPLITS, Entry, stem
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.leftover import Leftover
-from cdiff.runtime.scan import NIFTI_SUFFIXES
+from cdiff.runtime.sources import VOLUME_SUFFIXES
 
 DEPTH = 8
 """How many folders below the given one are looked into; a circle of links ends there."""
@@ -41,7 +41,7 @@ Reader = Callable[[Path, Files], list[Entry]]
 def cases_in(folder: Path, files: Files) -> list[Entry]:
     """The case of a folder with `image.EXT` or `image_MODALITY.EXT`, and `taskNN_segKK.EXT` or `mask_ANNOTATOR.EXT`.
 
-    EXT is a NIfTI's or a picture's. Modalities are ordered by name; a number is none, as `image_001.png`, `image_002.png` are
+    EXT is a volume's (NIfTI, NRRD, MetaImage) or a picture's. Modalities are ordered by name; a number is none, as `image_001.png`, `image_002.png` are
     rather several images than one. Empty when the folder holds no such image.
     """
     images: dict[str, Path] = {}
@@ -50,13 +50,13 @@ def cases_in(folder: Path, files: Files) -> list[Entry]:
     clashes: dict[str, str] = {}
 
     def place(slots: dict[str, Path], slot: str, file: Path, task: str, what: str) -> Path:
-        """The first file of a slot is its own; of two NIfTI files nothing says which is meant."""
+        """The first file of a slot is its own; of two volumes nothing says which is meant."""
         first = slots.setdefault(slot, file)
-        if first != file and all(path.name.lower().endswith(NIFTI_SUFFIXES) for path in (first, file)):
+        if first != file and all(path.name.lower().endswith(VOLUME_SUFFIXES) for path in (first, file)):
             clashes.setdefault(task, f"{first.name} and {file.name} in {folder} are both {what}; remove or rename one")
         return first
 
-    for file in sorted(files, key=lambda f: (not f.name.lower().endswith(NIFTI_SUFFIXES), f.name)):
+    for file in sorted(files, key=lambda f: (not f.name.lower().endswith(VOLUME_SUFFIXES), f.name)):
         name = stem(file) or ""
         if (match := IMAGE.match(name)) and not (match["modality"] or "").isdigit():
             place(images, match["modality"] or "", file, "", "the case's image")
@@ -95,7 +95,7 @@ def brats_in(folder: Path, files: Files) -> list[Entry]:
     found: dict[tuple[str, str], dict[str, Path]] = {}
     for file in files:
         name = stem(file) or ""
-        if file.name.lower().endswith(NIFTI_SUFFIXES) and (match := BRATS.match(name)) and not IMAGE.match(name):
+        if file.name.lower().endswith(VOLUME_SUFFIXES) and (match := BRATS.match(name)) and not IMAGE.match(name):
             found.setdefault((match["head"], match["tail"]), {}).setdefault(match["kind"].lower(), file)
     entries = []
     for (head, tail), kinds in sorted(found.items()):
@@ -180,7 +180,7 @@ def descend(
 class Inside(NamedTuple):
     """What a folder holds, in the order of the names, hidden things left out.
 
-    files: NIfTI files and pictures, and links of such a name whose file is not there, so that reading them says so: data that is
+    files: volumes and pictures, and links of such a name whose file is not there, so that reading them says so: data that is
     fetched piece by piece has them. lost: other links to what is not there.
     """
 

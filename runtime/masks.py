@@ -1,4 +1,4 @@
-"""One annotator's mask: a NIfTI or a picture to what is inside, on the image's grid."""
+"""One annotator's mask: a volume or a picture to what is inside, on the image's grid."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.grid import Grid
-from cdiff.runtime.nifti import nifti_voxels, parse_nifti
+from cdiff.runtime.nifti import nifti_voxels
 from cdiff.runtime.picture import check_depth, upright
-from cdiff.runtime.scan import PICTURE_SUFFIXES, read_bytes
 from cdiff.runtime.shapes import by, one_line
+from cdiff.runtime.sources import PICTURE_SUFFIXES, read_bytes
+from cdiff.runtime.volume import parse_volume
 
 
 @dataclass(frozen=True)
@@ -28,14 +29,14 @@ class Mask:
 
 
 def read_mask(path: Path) -> Mask:
-    """Read a mask's file: NIfTI, PNG, TIFF or JPEG. A picture with a palette gives the palette's numbers, which are labels.
+    """Read a mask's file: NIfTI, NRRD, MetaImage, PNG, TIFF or JPEG. A picture with a palette gives the palette's numbers, which are labels.
 
     Raises CdiffError for a file that cannot be read, or that holds NaN.
     """
     data = read_bytes(path)
     if path.name.lower().endswith(PICTURE_SUFFIXES):
         return Mask(_pixels(data, path))
-    image = parse_nifti(data, path, channels=1)
+    image = parse_volume(data, path, channels=1)
     values = nifti_voxels(image, str(path))
     if not np.isfinite(values).all():
         raise CdiffError(f"{path} holds NaN or infinite values; a mask has numbers only: repair or remove it")

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 from nibabel.filebasedimages import ImageFileError
 
@@ -20,8 +19,9 @@ from cdiff.runtime.cases import DataSet
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.masks import counted, read_mask
 from cdiff.runtime.picture import read_picture
-from cdiff.runtime.scan import PICTURE_SUFFIXES, read_bytes
+from cdiff.runtime.sources import PICTURE_SUFFIXES, read_bytes
 from cdiff.runtime.variants import ANNOTATOR, CONSENSUS, Variant
+from cdiff.runtime.volume import volume_shape
 
 VAL_FRACTION = 0.1
 LOOKED_AT = 4
@@ -119,7 +119,7 @@ def _channels(case: Case) -> int:
         if case.image.name.lower().endswith(PICTURE_SUFFIXES):
             pixels, _ = read_picture(read_bytes(case.image), case.image, 3)
             return 1 if (pixels == pixels[..., :1]).all() else 3
-        image = tuple(nib.load(case.image).shape)  # type: ignore[attr-defined]
+        image = volume_shape(case.image)
         mask = counted(read_mask(case.masks[0]).values.shape)
     except (CdiffError, OSError, EOFError, ValueError, zlib.error, ImageFileError):
         return 1

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.framing import Box, box_around
-from cdiff.runtime.grid import Grid
+from cdiff.runtime.grid import MM, Grid
 from cdiff.runtime.manifest import Manifest
 from cdiff.runtime.shapes import by
 
 At = str | Sequence[int]
-"""A voxel: "I,J,K", or its indices (two for a 2-D image), counted from 0 along the axes of the array as stored."""
+"""A voxel: "I,J,K", or its indices (two for a 2-D image), counted from 0 along the axes of the array as stored; or a point: "L30,P20,S50"."""
+POINT = re.compile(r"([RLAPSI])\s*([-+]?\d+(?:\.\d*)?)\s*(?:mm)?", re.IGNORECASE)
+"""A direction in the patient and millimetres along it, as viewers show the cursor's place."""
+RAS = {"R": (0, 1), "L": (0, -1), "A": (1, 1), "P": (1, -1), "S": (2, 1), "I": (2, -1)}
+"""Each direction's axis in NIfTI's space, and its sign."""
 ORDINALS = ("first", "second", "third")
 
 
@@ -60,8 +68,9 @@ def must_take_a_place(manifest: Manifest) -> None:
 
 def find_place(at: At, grid: Grid, manifest: Manifest) -> Place:
     """The place in a scan of `grid`. Raises CdiffError when it cannot be read, or is not in the scan."""
-    voxel, shape = parse_at(at), grid.spatial
-    told = ",".join(map(str, voxel))
+    mm, shape = parse_point(at), grid.spatial
+    voxel = parse_at(at) if mm is None else _voxel_at(mm, grid)
+    told = ",".join(map(str, voxel)) if mm is None else f"{at} (voxel {','.join(map(str, voxel))})"
     if len(voxel) != len(shape):
         kind, letters = ("an image", "I,J") if len(shape) == 2 else ("a volume", "I,J,K")
         raise CdiffError(
@@ -87,7 +96,39 @@ def parse_at(at: At) -> tuple[int, ...]:
         words = at.split(",") if isinstance(at, str) else at
         return tuple(int(word) if isinstance(word, str) else operator.index(word) for word in words)
     except (TypeError, ValueError):
-        raise CdiffError(f"at {at!r} cannot be read; give whole numbers, such as 212,180,45") from None
+        raise CdiffError(
+            f"at {at!r} cannot be read; give a voxel in whole numbers, such as 212,180,45, or a point in mm, such as L30,P20,S50"
+        ) from None
+
+
+def parse_point(at: At) -> NDArray[np.float64] | None:
+    """The point [3] in NIfTI's space (right, front, up), in mm; None where `at` names no direction.
+
+    Raises CdiffError when it does, and is not one number for each of right or left, front (A) or back (P), up (S) or down (I).
+    """
+    found = [POINT.fullmatch(word.strip()) for word in at.split(",")] if isinstance(at, str) else []
+    if not any(found):
+        return None
+    point = np.full(3, np.nan)
+    for match in found:
+        if match:
+            axis, sign = RAS[match[1].upper()]
+            point[axis] = sign * float(match[2])
+    if len(found) != 3 or np.isnan(point).any():
+        raise CdiffError(
+            f"at {at!r} cannot be read; a point is millimetres to the right (R) or left (L), front (A) or back (P), and up (S) or down "
+            "(I), such as L30,P20,S50"
+        )
+    return point
+
+
+def _voxel_at(point: NDArray[np.float64], grid: Grid) -> tuple[int, ...]:
+    """The voxel whose middle is nearest."""
+    if grid.header is None or not grid.has_orientation or len(grid.spatial) < 3:
+        raise CdiffError("the scan's header does not say how the patient lies; give a voxel, such as 212,180,45")
+    affine = grid.header.get_best_affine()
+    indices = np.linalg.solve(affine[:3, :3], point / MM.get(grid.unit, 1.0) - affine[:3, 3])
+    return tuple(int(index) for index in np.rint(indices))
 
 
 def _box_json(box: Box) -> dict[str, list[int]]:

@@ -52,19 +52,27 @@ class Prepared:
 
 
 def prepare(
-    scan: ScanInput | Scan, manifest: Manifest, slices: Slices, slice_axis: int | None, at: At | None = None
+    scan: ScanInput | Scan,
+    manifest: Manifest,
+    slices: Slices,
+    slice_axis: int | None,
+    at: At | None = None,
+    series: int | None = None,
 ) -> Prepared:
     """Read a scan for one model. The arguments, and the CdiffError for what cannot be read, are `Segmenter.segment`'s.
 
-    What `read_scan` gave for this model is taken as it is; slice_axis is then read_scan's.
+    What `read_scan` gave for this model is taken as it is; slice_axis and series are then read_scan's.
     """
-    if isinstance(scan, Scan) and slice_axis is not None:
-        raise CdiffError("this scan was read already; give slice_axis to read_scan")
+    if isinstance(scan, Scan) and (slice_axis is not None or series is not None):
+        raise CdiffError("this scan was read already; give slice_axis and series to read_scan")
     if at is not None:
         must_take_a_place(manifest)
     clock = Clock()
     axis = manifest.slice_axis if slice_axis is None else slice_axis
-    read = scan if isinstance(scan, Scan) else read_scan(scan, channels=manifest.image_channels, slice_axis=axis)
+    if isinstance(scan, Scan):
+        read = scan
+    else:
+        read = read_scan(scan, channels=manifest.image_channels, slice_axis=axis, series=series)
     place = None if at is None else find_place(at, read.grid, manifest)
     alone = place is not None and slices is None and len(read.slices) > 1
     chosen = _chosen(slices, len(read.slices), place)
@@ -101,6 +109,20 @@ def notes(prepared: Prepared, manifest: Manifest) -> list[str]:
             "maps are NaN and the mask is 0, and volumes leave them out"
         )
     return [*read.warnings, *found]
+
+
+def missed(prepared: Prepared, manifest: Manifest, soft: Float32) -> list[str]:
+    """A note where the soft maps [n,h,w] of the chosen slices leave out the very voxel that the user named; else nothing."""
+    place = prepared.place
+    if place is None:
+        return []
+    share = float(soft[place.number - prepared.chosen.start, place.point[0], place.point[1]])
+    if share >= 0.5:
+        return []
+    return [
+        f"the map leaves out {place} itself, where you say that the structure is ({share:.2f} of the annotators): the model may have missed "
+        f"it, as it does with what is faint or does not lie within its {by(manifest.image_size)} pixels with something around it"
+    ]
 
 
 def _what_the_model_sees(prepared: Prepared, manifest: Manifest) -> list[str]:

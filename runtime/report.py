@@ -15,6 +15,7 @@ from cdiff import __version__
 if TYPE_CHECKING:
     from cdiff.runtime.grid import Grid
     from cdiff.runtime.results import Float32, Stack
+    from cdiff.runtime.scan import Scan
     from cdiff.runtime.variants import Variant
 
 NOTICE = "Research use only. Not a medical device."
@@ -61,15 +62,15 @@ def _voxel(grid: Grid) -> tuple[str, float | None]:
     return ("mm2", grid.voxel_mm) if grid.voxel_mm is not None and len(grid.spatial) == 2 else ("ml", grid.voxel_ml)
 
 
-def describe_input(source: str, sha256: str, grid: Grid, image: Float32) -> dict[str, Any]:
+def describe_input(scan: Scan) -> dict[str, Any]:
     """The input as it was read: where, its hash, shape, spacing, and how it was cut."""
-    spacing = grid.spacing
-    header = grid.header
+    grid, spacing, header = scan.grid, scan.grid.spacing, scan.grid.header
     return {
-        "path": source,
-        "sha256": sha256,
+        "path": scan.source,
+        "sha256": scan.sha256,
+        **({"reader": scan.reader} if scan.reader else {}),
         "shape": list(grid.shape),
-        "channels": image.shape[1],
+        "channels": scan.slices.shape[1],
         "slice_axis": grid.slice_axis,
         "slice_axis_note": (
             "a 2-D image is one slice"

@@ -1,4 +1,4 @@
-"""Reading a scan (NIfTI, picture, array) into slices [S, channels, H, W], or saying in one line why not (promise 6)."""
+"""Reading a scan (NIfTI, NRRD, DICOM, picture, array) into slices [S, channels, H, W], or saying in one line why not (promise 6)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,18 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
+from cdiff.runtime.dicom import holds_dicom, is_dicom, read_dicom
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.grid import Grid
-from cdiff.runtime.nifti import check_header, nifti_voxels, parse_nifti
+from cdiff.runtime.nifti import check_header, nifti_voxels
 from cdiff.runtime.picture import read_picture
 from cdiff.runtime.shapes import check_kind, check_size, spatial_axes
+from cdiff.runtime.sources import ITK_SUFFIXES, PICTURE_SUFFIXES, VOLUME_SUFFIXES, read_bytes
+from cdiff.runtime.volume import parse_volume
 
 OneScan = str | os.PathLike[str] | NDArray[Any] | nib.Nifti1Image
 ScanInput = OneScan | Sequence[str | os.PathLike[str]]
 """One scan, or the paths of its modalities, one file each."""
-NIFTI_SUFFIXES = (".nii", ".nii.gz")
-PICTURE_SUFFIXES = (".png", ".tif", ".tiff", ".jpg", ".jpeg")
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,9 @@ class Scan:
 
     slices: float32 [S, channels, H, W], raw intensities, in-plane axes as stored. grid: how to go back.
     source: the path (of each modality), or "array" / "NIfTI image" for something in memory. sha256: of the file's (or the
-    array's) bytes; of several files' hashes, one after another.
-    name: the file's without its suffix. warnings: what a reader of the result should know, one line each.
+    array's) bytes, of NRRD and MetaImage followed by the voxels'; of several files' hashes, one after another.
+    name: the file's (or the DICOM folder's) without its suffix. warnings: what a reader of the result should know, one line each.
+    reader: the program that read or converted it, where it was none of cdiff's own libraries for NIfTI and pictures.
     """
 
     slices: NDArray[np.float32]
@@ -42,33 +45,36 @@ class Scan:
     sha256: str
     name: str = "scan"
     warnings: tuple[str, ...] = ()
+    reader: str = ""
 
 
-def read_scan(scan: ScanInput, *, channels: int = 1, slice_axis: int = 2) -> Scan:
-    """Read a path (NIfTI 2-D or 3-D, PNG, TIFF, JPEG), an array ([H, W] or three axes), a nibabel image, or several paths.
+def read_scan(scan: ScanInput, *, channels: int = 1, slice_axis: int = 2, series: int | None = None) -> Scan:
+    """Read a path (NIfTI, NRRD or MetaImage, 2-D or 3-D, a DICOM file or folder, PNG, TIFF, JPEG), an array ([H, W] or three
+    axes), a nibabel image, or several paths.
 
     channels: what the model takes; more than one lie on the last axis of a NIfTI or array (colours for a picture), or are
     the files of a list, one modality each, all on one grid.
-    slice_axis: the array axis (0, 1 or 2, as stored) to cut a volume along.
+    slice_axis: the array axis (0, 1 or 2, as stored) to cut a volume along. series: the number of the DICOM series that is meant
+    in a folder that holds several.
     Raises CdiffError, one line, for everything that cannot be segmented faithfully: unreadable or truncated files, NaN,
     a wrong number of axes or channels, spacing that is not positive, a singular affine, more than 2^31 voxels, modalities
     that do not lie on one grid.
     """
     if isinstance(scan, list | tuple) and scan and all(isinstance(part, str | os.PathLike) for part in scan):
-        return _stacked(scan, channels, slice_axis)
-    return _one(scan, channels, slice_axis)  # type: ignore[arg-type]  # a str is no list of paths
+        return _stacked(scan, channels, slice_axis, series)
+    return _one(scan, channels, slice_axis, series)  # type: ignore[arg-type]  # a str is no list of paths
 
 
-def _stacked(paths: Sequence[str | os.PathLike[str]], channels: int, slice_axis: int) -> Scan:
+def _stacked(paths: Sequence[str | os.PathLike[str]], channels: int, slice_axis: int, series: int | None) -> Scan:
     """One scan of several files, each a channel."""
     if len(paths) == 1:
-        return _one(paths[0], channels, slice_axis)
+        return _one(paths[0], channels, slice_axis, series)
     names = ", ".join(map(str, paths))
     if len(paths) != channels:
         raise CdiffError(
             f"{len(paths)} files ({names}) where the model takes {channels} channels; give one file a modality"
         )
-    parts = [_one(path, 1, slice_axis) for path in paths]
+    parts = [_one(path, 1, slice_axis, series) for path in paths]
     first = parts[0]
     for part in parts[1:]:
         if reason := first.grid.differs_from(part.grid):
@@ -76,13 +82,14 @@ def _stacked(paths: Sequence[str | os.PathLike[str]], channels: int, slice_axis:
     digest = hashlib.sha256(b"".join(bytes.fromhex(part.sha256) for part in parts))
     warnings = tuple(dict.fromkeys(warning for part in parts for warning in part.warnings))
     slices = np.concatenate([part.slices for part in parts], axis=1)
-    return Scan(slices, first.grid, names, digest.hexdigest(), first.name, warnings)
+    readers = ", ".join(dict.fromkeys(part.reader for part in parts if part.reader))
+    return Scan(slices, first.grid, names, digest.hexdigest(), first.name, warnings, readers)
 
 
-def _one(scan: OneScan, channels: int, slice_axis: int) -> Scan:
+def _one(scan: OneScan, channels: int, slice_axis: int, series: int | None) -> Scan:
     if slice_axis not in (0, 1, 2):
         raise CdiffError(f"slice axis {slice_axis} does not exist; use 0, 1 or 2, an axis of the array as stored")
-    loaded = _load(scan, channels)
+    loaded = _load(scan, channels, series)
     voxels, named = loaded.voxels, loaded.source if loaded.source != "array" else "the array"
     spatial = spatial_axes(voxels.shape, channels, named)
     values = np.asarray(voxels, dtype=np.float32)
@@ -99,7 +106,7 @@ def _one(scan: OneScan, channels: int, slice_axis: int) -> Scan:
         notes.append("every voxel has the same value: the maps say nothing about this scan")
     notes += grid.spacing_notes
     slices = grid.cut(values.reshape(*spatial, channels))
-    return Scan(slices, grid, loaded.source, loaded.sha256, loaded.name, tuple(notes))
+    return Scan(slices, grid, loaded.source, loaded.sha256, loaded.name, tuple(notes), loaded.reader)
 
 
 @dataclass(frozen=True)
@@ -110,9 +117,14 @@ class _Loaded:
     sha256: str
     name: str = "scan"
     notes: tuple[str, ...] = ()
+    reader: str = ""
 
 
-def _load(scan: OneScan, channels: int) -> _Loaded:
+def _load(scan: OneScan, channels: int, series: int | None) -> _Loaded:
+    if isinstance(scan, str | os.PathLike):
+        return _from_path(Path(scan), channels, series)
+    if series is not None:
+        raise CdiffError(f"series {series} is of a DICOM folder, and none was given; leave it out")
     if isinstance(scan, np.ndarray):
         check_kind(scan.dtype, "the array")
         check_size(scan.shape, "the array")
@@ -126,22 +138,40 @@ def _load(scan: OneScan, channels: int) -> _Loaded:
         voxels = nifti_voxels(scan, source)
         digest = hashlib.sha256(scan.header.binaryblock + voxels.tobytes())
         return _Loaded(voxels, scan.header, source, digest.hexdigest(), _name(Path(named)) if named else "scan")
-    if not isinstance(scan, str | os.PathLike):
-        raise CdiffError(
-            f"cannot segment a {type(scan).__name__}; give a path (or one for each modality), a NumPy array or a nibabel NIfTI image"
-        )
-    path = Path(scan)
+    raise CdiffError(
+        f"cannot segment a {type(scan).__name__}; give a path (or one for each modality), a NumPy array or a nibabel NIfTI image"
+    )
+
+
+def _from_path(path: Path, channels: int, series: int | None) -> _Loaded:
+    if path.is_dir() or is_dicom(path):
+        return _dicom(path, channels, series)
+    if series is not None:
+        raise CdiffError(f"series {series} is of a DICOM folder, and {path} is none; leave it out")
     data = read_bytes(path)
     digest = hashlib.sha256(data)
     if path.name.lower().endswith(PICTURE_SUFFIXES):
         pixels, notes = read_picture(data, path, channels)
         return _Loaded(pixels, None, str(path), digest.hexdigest(), _name(path), tuple(notes))
-    image = parse_nifti(data, path, channels)
-    return _Loaded(nifti_voxels(image, str(path)), image.header, str(path), digest.hexdigest(), _name(path))
+    image = parse_volume(data, path, channels)
+    voxels, reader = nifti_voxels(image, str(path)), ""
+    if path.name.lower().endswith(ITK_SUFFIXES):
+        reader = f"SimpleITK {version('SimpleITK')}"
+        digest.update(voxels.tobytes())  # they may lie in another file
+    return _Loaded(voxels, image.header, str(path), digest.hexdigest(), _name(path), reader=reader)
+
+
+def _dicom(path: Path, channels: int, series: int | None) -> _Loaded:
+    if path.is_dir() and not holds_dicom(path):
+        raise CdiffError(f"{path} is a folder, and no DICOM series; name a scan")
+    found = read_dicom(path, channels, series)
+    voxels, name = nifti_voxels(found.image, str(path)), Path(os.path.abspath(path)).name
+    name = name if path.is_dir() else name.removesuffix(path.suffix) or name
+    return _Loaded(voxels, found.image.header, str(path), found.sha256, name, found.notes, found.reader)
 
 
 def _name(path: Path) -> str:
-    suffix = next((s for s in (".nii.gz", ".nii") if path.name.lower().endswith(s)), path.suffix)
+    suffix = next((s for s in VOLUME_SUFFIXES if path.name.lower().endswith(s)), path.suffix)
     return path.name[: len(path.name) - len(suffix)]
 
 
@@ -171,38 +201,3 @@ def parse_slices(slices: str | slice | tuple[int, int] | range | None, count: in
     if not 0 <= start < stop <= count:
         raise CdiffError(f"slices {start}:{stop} are not in this scan of {count}; {advice}")
     return range(start, stop)
-
-
-def read_bytes(path: Path) -> bytes:
-    """A file's bytes. Raises CdiffError when its suffix is not one that is read here, or it cannot be read or is empty.
-
-    Also where its path is no text, as names are that were written in another encoding than UTF-8: no report could name it.
-    """
-    named = os.fsencode(path).decode("utf-8", "backslashreplace")
-    if named != str(path):
-        raise CdiffError(f"{named} has a name that is not UTF-8; rename the file, or the folder that has such a name")
-    if not path.name.lower().endswith(NIFTI_SUFFIXES + PICTURE_SUFFIXES):
-        advice = (
-            "convert DICOM with dcm2niix first"
-            if path.is_dir() or path.suffix.lower() in (".dcm", "")
-            else "convert it"
-        )
-        kinds = ", ".join((*NIFTI_SUFFIXES, *PICTURE_SUFFIXES))
-        if path.exists():
-            raise CdiffError(f"{path} is not a kind of file that is read here ({kinds}); {advice}")
-    try:
-        # /dev/zero never ends, and a pipe may never begin.
-        if path.exists() and not path.is_file() and not path.is_dir():
-            raise CdiffError(f"{path} is no file but a device or a pipe; copy what it gives into a file")
-        data = path.read_bytes()
-    except FileNotFoundError:
-        if path.is_symlink():
-            raise CdiffError(f"{path} is a link to {path.readlink()}, which does not exist; fetch that file") from None
-        raise CdiffError(f"{path} does not exist; check the path") from None
-    except OSError as error:
-        raise CdiffError(
-            f"{path} cannot be read: {error.strerror or error}; check the file and its permissions"
-        ) from None
-    if not data:
-        raise CdiffError(f"{path} is empty (0 bytes); copy it again")
-    return data

@@ -26,7 +26,7 @@ from cdiff.runtime.manifest import NAME as MANIFEST
 from cdiff.runtime.manifest import Manifest
 from cdiff.runtime.overlap import Outcome, overlapped
 from cdiff.runtime.place import At
-from cdiff.runtime.prepared import Clock, Prepared, Slices, notes, prepare
+from cdiff.runtime.prepared import Clock, Prepared, Slices, missed, notes, prepare
 from cdiff.runtime.report import build_report, describe_input, meaning, volumes
 from cdiff.runtime.results import Result, Stack
 from cdiff.runtime.sampler import SamplerTable, sampler_table
@@ -116,13 +116,14 @@ class Segmenter:
         slices: Slices = None,
         slice_axis: int | None = None,
         at: At | None = None,
+        series: int | None = None,
         batch: int | None = None,
         keep_runs: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> Result:
-        """Segment a scan: a path (NIfTI, PNG), a NumPy array ([H, W], or three axes) or a nibabel NIfTI image; for a model of
-        several channels also a list of paths, one file a modality, in the order of its training. What `read_scan` gave for this
-        model, cut along its axis, is taken too, and what `prepare` gave; `slices`, `slice_axis` and `at` are then prepare's.
+        """Segment a scan: a path (NIfTI, NRRD, MetaImage, PNG, DICOM ...), a NumPy array ([H, W], or three axes) or a nibabel NIfTI
+        image; for a model of several channels also a list of paths, one file a modality, in the order of its training. What `read_scan` gave for this
+        model, cut along its axis, is taken too, and what `prepare` gave; `slices`, `slice_axis`, `at` and `series` are then prepare's.
 
         runs, steps, sampler: 25 runs of ddpm over all T steps unless given; with `fast`, what the bundle states for it.
         combine: "mean" over runs, or "vote", which rounds each map's mean over runs as the published code does; only for models
@@ -131,9 +132,10 @@ class Segmenter:
         slices: "A:B", A included and B not; the maps are NaN (the mask 0) elsewhere. A slice's maps do not depend on them.
         slice_axis: axis of the array as stored to cut along, the bundle's unless given. batch: rows a padded batch.
         at: where the structure is in a scan larger than the crops that a model of the framing `centre` was trained on: a voxel
-        (i, j, k), counted from 0 along the axes of the array as stored; (i, j) of a 2-D image, row and column of a picture. The
+        (i, j, k), counted from 0 along the axes of the array as stored; (i, j) of a 2-D image, row and column of a picture; or a
+        point in space, such as "L30,P20,S50". The
         model's window lies around it in every chosen slice, and intensities are normalised over a part as large as the slices of
-        its training. Without `slices` its slice alone is segmented.
+        its training. Without `slices` its slice alone is segmented. series: which DICOM series of a folder that holds several.
         keep_runs: keep every run's maps, uint8, in `result.stack.runs`. progress: called as progress(done, total).
         Raises CdiffError for a scan that cannot be read faithfully, arguments out of range, and a network that does not
         return finite values.
@@ -149,9 +151,9 @@ class Segmenter:
         runs, table = self.sampling(runs, steps, sampler, fast, seed)
         mirror = manifest.mirror if mirror is None else mirror
         if not isinstance(scan, Prepared):
-            scan = self.prepare(scan, slices=slices, slice_axis=slice_axis, at=at)
-        elif slices is not None or slice_axis is not None or at is not None:
-            raise CdiffError("this scan was prepared already; give slices, slice_axis and at to prepare")
+            scan = self.prepare(scan, slices=slices, slice_axis=slice_axis, at=at, series=series)
+        elif any(given is not None for given in (slices, slice_axis, at, series)):
+            raise CdiffError("this scan was prepared already; give slices, slice_axis, at and series to prepare")
         clock, read, chosen, windows = Clock(), scan.scan, scan.chosen, scan.windows
 
         per_window = manifest.conditions * runs
@@ -192,7 +194,7 @@ class Segmenter:
                     "windows_per_slice": windows.per_slice,
                     **({} if scan.place is None else scan.place.to_json()),
                 },
-                "input": describe_input(read.source, read.sha256, read.grid, read.slices),
+                "input": describe_input(read),
                 "slices": {"first": chosen.start, "end": chosen.stop, "of": len(read.slices)},
                 "timings": {
                     **scan.seconds,
@@ -200,7 +202,7 @@ class Segmenter:
                     **{key: round(value, 3) for key, value in asdict(spent).items()},
                 },
                 "volumes": volumes(stack, read.grid),
-                "warnings": notes(scan, manifest),
+                "warnings": [*notes(scan, manifest), *missed(scan, manifest, stack.soft)],
             }
         )
         window = None if scan.place is None else scan.place.window
@@ -213,12 +215,13 @@ class Segmenter:
         slices: Slices = None,
         slice_axis: int | None = None,
         at: At | None = None,
+        series: int | None = None,
     ) -> Prepared:
         """Read a scan and do all that does not need the engine, so that it can be done in another thread, for `segment` to take.
 
         The arguments and errors are `segment`'s.
         """
-        return prepare(scan, self.manifest, slices, slice_axis, at)
+        return prepare(scan, self.manifest, slices, slice_axis, at, series)
 
     def segment_many(
         self,

@@ -152,7 +152,7 @@ def test_constraints_pin_every_direct_dependency_within_its_range() -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     wanted = project["dependencies"] + [
-        one for name in ("cpu", "gpu", "train", "bench", "rtx", "test") for one in extras[name]
+        one for name in ("cpu", "gpu", "train", "bench", "rtx", "formats", "test") for one in extras[name]
     ]
     for requirement in map(Requirement, wanted):
         if requirement.name != "cdiff":  # an extra that names another one of this project

@@ -128,14 +128,14 @@ def bad_pages(folder: Path) -> Path:
 
 
 def bad_kind(folder: Path) -> Path:
-    (folder / "x.dcm").write_bytes(b"DICM")
-    return folder / "x.dcm"
+    (folder / "x.bmp").write_bytes(b"BM")
+    return folder / "x.bmp"
 
 
 BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "missing": (lambda folder: folder / "x.nii.gz", "does not exist"),
-    "a folder": (lambda folder: folder, "not a kind of file"),
-    "another kind": (bad_kind, "dcm2niix"),
+    "a folder": (lambda folder: folder, "is a folder, and no DICOM series"),
+    "another kind": (bad_kind, "not a kind of file that is read here"),
     "a device": (bad_device, "no file but a device"),
     "a pipe": (bad_pipe, "no file but a device"),
     "empty": (bad_empty, "empty"),

@@ -213,7 +213,7 @@ def test_a_scan_that_was_read_is_taken_as_it_is(segmenter: Segmenter, tmp_path: 
     np.testing.assert_array_equal(given.levels, named.levels)
     assert given.name == named.name
     assert given.report["input"] == named.report["input"]
-    with pytest.raises(CdiffError, match="read already; give slice_axis to read_scan"):
+    with pytest.raises(CdiffError, match="read already; give slice_axis and series to read_scan"):
         segmenter.segment(read, slice_axis=1, **QUICK)
 
 

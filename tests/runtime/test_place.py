@@ -14,8 +14,11 @@ import cdiff
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.framing import Framing, box_around
 from cdiff.runtime.intensity import Intensity
+from cdiff.runtime.prepared import missed
 from cdiff.runtime.segmenter import Segmenter
 from tests.conftest import REPOSITORY
+from tests.runtime.dicom_files import orthogonal
+from tests.runtime.scan_files import nifti
 from tests.runtime.test_segmenter import QUICK, SIZE, make_bundle, volume
 
 FIELD = 32
@@ -231,9 +234,13 @@ def test_who_segments_a_large_scan_without_a_place_is_told_of_it(
     [
         ((1, 2), {}, "at 1,2 does not fit a volume of 40 x 50 x 6; give I,J,K"),
         ("1,2,3,4", {}, "at 1,2,3,4 does not fit a volume"),
-        ("here", {}, "at 'here' cannot be read; give whole numbers"),
+        ("here", {}, "at 'here' cannot be read; give a voxel in whole numbers"),
         ("1,2,", {}, "cannot be read"),
         ((1.5, 2, 3), {}, "cannot be read"),
+        ("L30,P20", {}, "at 'L30,P20' cannot be read; a point is millimetres to the right (R) or left (L)"),
+        ("L30,R20,S1", {}, "a point is millimetres"),
+        ("L30,20,S1", {}, "a point is millimetres"),
+        ("L30,P20,S50", {}, "the scan's header does not say how the patient lies; give a voxel"),
         (7, {}, "at 7 cannot be read"),
         ((40, 0, 0), {}, "at 40,0,0 is not in this scan of 40 x 50 x 6; the first index must be 0 to 39"),
         ((0, 50, 0), {}, "the second index must be 0 to 49"),
@@ -249,6 +256,41 @@ def test_mistakes_get_one_line(model: Segmenter, at: Any, more: dict[str, Any], 
         model.segment(volume(40, 50, 6), at=at, **more, **QUICK)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("unit", ["mm", "meter"])
+def test_a_point_in_space_is_the_voxel_that_lies_there(model: Segmenter, unit: str, tmp_path: Path) -> None:
+    """As a viewer shows the cursor, in any order and with either sign; on an oblique grid; the header's unit is minded."""
+    affine = np.vstack([orthogonal((0.7, 0.8, 2.5)), [0, 0, 0, 1]])
+    stored = affine if unit == "mm" else np.diag([0.001, 0.001, 0.001, 1]) @ affine
+    scan = nifti(tmp_path / "a.nii.gz", volume(60, 70, 6), stored, unit)
+    right, front, up = affine[:3, :3] @ (20.3, 40.4, 2.6) + affine[:3, 3]
+    wanted = model.segment(scan, at=(20, 40, 3), **QUICK)
+    for at in (f"R{right},A{front},S{up}", f"s{up:.1f}mm, l{-right:.1f}, P {-front:.1f}"):
+        found = model.segment(scan, at=at, **QUICK)
+        np.testing.assert_array_equal(found.soft, wanted.soft)
+        assert found.report["framing"]["at"] == [20, 40, 3]
+    with pytest.raises(CdiffError, match=r"at R-900,A0,S0 \(voxel -\d+,.*\) is not in this scan of 60 x 70 x 6"):
+        model.segment(scan, at="R-900,A0,S0", **QUICK)
+
+
+def test_who_names_a_place_that_the_map_leaves_out_is_told(model: Segmenter) -> None:
+    """A mass that fills the window looks like nothing to a model of nodules: an empty map must not pass for an answer."""
+    array = volume(60, 60, 3)
+    ready = model.prepare(array, at=(30, 20, 1), slices="1:3")
+    soft = np.zeros((2, 60, 60), np.float32)
+    soft[1] = soft[0, 20] = 1  # another slice, and elsewhere in this one
+    soft[0, 30, 20] = 0.49
+    (note,) = missed(ready, model.manifest, soft)
+    assert note.startswith(
+        "the map leaves out 30,20,1 itself, where you say that the structure is (0.49 of the annotators)"
+    )
+    soft[0, 30, 20] = 0.5
+    assert missed(ready, model.manifest, soft) == []
+    assert missed(model.prepare(array), model.manifest, 0 * soft) == []
+    found = model.segment(array, at=(30, 20, 1), **QUICK)
+    told = any("leaves out 30,20,1 itself" in note for note in found.report["warnings"])
+    assert told == (found.soft[30, 20, 1] < 0.5)
 
 
 def test_a_flat_image_takes_two_indices(model: Segmenter) -> None:
@@ -269,5 +311,5 @@ def test_a_place_is_one_scans(model: Segmenter) -> None:
     array = volume(40, 50, 6)
     with pytest.raises(CdiffError, match="segment_many takes many"):
         model.segment_many([array], at=(1, 1, 1), **QUICK)
-    with pytest.raises(CdiffError, match="prepared already; give slices, slice_axis and at to prepare"):
+    with pytest.raises(CdiffError, match="prepared already; give slices, slice_axis, at and series to prepare"):
         model.segment(model.prepare(array), at=(1, 1, 1), **QUICK)

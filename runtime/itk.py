@@ -1,0 +1,115 @@
+"""NRRD and MetaImage files, as 3D Slicer and public data sets (LUNA16) have them, as NIfTI images in memory; read by SimpleITK."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from nibabel.spatialimages import HeaderDataError
+from numpy.typing import NDArray
+
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.grid import NIFTI1_LONGEST
+from cdiff.runtime.nifti import check_header
+from cdiff.runtime.shapes import check_kind, check_size, one_line
+from cdiff.runtime.sources import optional
+
+LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0])
+"""ITK's axes point left, back and up, NIfTI's right, front and up."""
+HEADER_ENDS = 2**16
+"""A NRRD's text lies within so many bytes."""
+
+
+def itk_shape(path: Path) -> tuple[int, ...]:
+    """The array's shape, channels last, from the header alone. Raises CdiffError when there is no such header."""
+    reader = _opened(path)
+    components = reader.GetNumberOfComponents()
+    return (*reader.GetSize(), *([components] if components > 1 else []))
+
+
+def parse_itk(data: bytes, path: Path, channels: int) -> nib.Nifti1Image:
+    """The image in the file at `path`: voxels float32 in the file's order of axes, channels last, and where they lie.
+
+    data: the file's bytes, of which only the text is looked at; SimpleITK reads the file, and the one with the voxels if that is another.
+    Raises CdiffError for a damaged file, a size or type that cannot be a scan, and lengths that are not in millimetres.
+    """
+    shape = itk_shape(path)
+    check_size(shape, str(path))
+    fields = _nrrd_fields(data)
+    _must_be_in_mm(fields, path)
+    try:
+        image = _opened(path).Execute()
+        array = optional("SimpleITK", "SimpleITK", path, "NRRD or MetaImage").GetArrayViewFromImage(image)
+    except RuntimeError as error:
+        raise CdiffError(f"{path} is truncated or damaged ({_reason(error)}); copy it again") from None
+    check_kind(array.dtype, str(path))
+    spatial = image.GetDimension()
+    voxels = np.transpose(array, (*reversed(range(spatial)), *range(spatial, array.ndim))).astype(np.float32)
+    # A NRRD without a space has lengths, and its axes point nowhere in the patient.
+    return _placed(voxels, _affine(image), str(path), channels, oriented=not fields or "space" in fields)
+
+
+def _opened(path: Path) -> Any:
+    """A reader that has read the header."""
+    itk = optional("SimpleITK", "SimpleITK", path, "NRRD or MetaImage")
+    itk.ProcessObject.SetGlobalWarningDisplay(False)
+    reader = itk.ImageFileReader()
+    reader.SetFileName(str(path))
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError as error:
+        raise CdiffError(f"{path} is not a NRRD or MetaImage file that can be read ({_reason(error)})") from None
+    return reader
+
+
+def _nrrd_fields(data: bytes) -> dict[str, str]:
+    """The fields of a NRRD's header, in lower case; none for another format."""
+    if not data.startswith(b"NRRD"):
+        return {}
+    lines = data[:HEADER_ENDS].replace(b"\r", b"").partition(b"\n\n")[0].decode("latin-1").lower().splitlines()
+    return {name.strip(): value.strip() for name, colon, value in (line.partition(":") for line in lines) if colon}
+
+
+def _must_be_in_mm(fields: dict[str, str], path: Path) -> None:
+    """ITK takes every length for millimetres, whatever a NRRD says of its unit."""
+    units = set(fields.get("space units", "").replace('"', " ").split())
+    if units - {"mm", "millimeter", "millimetre", "???"}:
+        raise CdiffError(f"{path} gives its lengths in {' '.join(sorted(units))}; save it in millimetres")
+
+
+def _affine(image: Any) -> NDArray[np.float64] | None:
+    """Voxel indices to millimetres in NIfTI's space; None where the file says nothing of it: spacing 1, origin 0, axes along the space's."""
+    n = image.GetDimension()
+    edges = np.asarray(image.GetDirection()).reshape(n, n) * np.asarray(image.GetSpacing())
+    origin = np.asarray(image.GetOrigin())
+    affine = np.eye(4)
+    if n not in (2, 3) or (np.array_equal(edges, np.eye(n)) and not origin.any()):
+        return None
+    affine[:n, :n], affine[:n, 3] = edges, origin
+    affine[:3] = LPS_TO_RAS @ affine[:3]
+    return affine
+
+
+def _placed(
+    voxels: NDArray[np.float32], affine: NDArray[np.float64] | None, where: str, channels: int, *, oriented: bool
+) -> nib.Nifti1Image:
+    """A NIfTI image of the voxels; without an affine its spacing is 1 and nothing says how the patient lies."""
+    kind: Any = nib.Nifti2Image if max(voxels.shape) > NIFTI1_LONGEST else nib.Nifti1Image
+    image = kind(voxels, np.eye(4) if affine is None else affine)
+    image.header.set_xyzt_units("mm")
+    code = "scanner" if oriented and affine is not None else "unknown"
+    image.set_sform(image.affine, code=code)
+    with contextlib.suppress(HeaderDataError):  # axes that are not at right angles have a sform alone
+        image.set_qform(image.affine, code=code, strip_shears=False)
+    if affine is not None:  # without the rounding of a way through quaternions
+        image.header["pixdim"][1:4] = np.linalg.norm(affine[:3, :3], axis=0)
+    check_header(image.header, where, channels)
+    return image  # type: ignore[no-any-return]
+
+
+def _reason(error: RuntimeError) -> str:
+    """The last sentence of ITK's message, which begins with places in its source."""
+    return one_line(error).rpartition("ERROR: ")[2][-200:]

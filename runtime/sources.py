@@ -1,0 +1,68 @@
+"""Which kinds of files hold scans and masks, and a file's bytes, or one line that says why not (promise 6)."""
+
+from __future__ import annotations
+
+import os
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from cdiff.runtime.errors import CdiffError
+
+NIFTI_SUFFIXES = (".nii", ".nii.gz")
+ITK_SUFFIXES = (".nrrd", ".nhdr", ".mha", ".mhd")
+"""NRRD and MetaImage; of each pair the second is a text that names the file with the voxels."""
+VOLUME_SUFFIXES = (*NIFTI_SUFFIXES, *ITK_SUFFIXES)
+PICTURE_SUFFIXES = (".png", ".tif", ".tiff", ".jpg", ".jpeg")
+
+
+def read_bytes(path: Path) -> bytes:
+    """A file's bytes. Raises CdiffError when its suffix is not one that is read here, or it cannot be read or is empty.
+
+    Also where its path is no text, as names are that were written in another encoding than UTF-8: no report could name it.
+    """
+    must_be_text(path)
+    if not path.name.lower().endswith(VOLUME_SUFFIXES + PICTURE_SUFFIXES) and path.exists():
+        kinds = ", ".join((*VOLUME_SUFFIXES, *PICTURE_SUFFIXES))
+        raise CdiffError(f"{path} is not a kind of file that is read here ({kinds}, or DICOM); convert it")
+    return any_bytes(path)
+
+
+def must_be_text(path: Path) -> None:
+    """Raise CdiffError where the path is no text that a report could hold."""
+    named = os.fsencode(path).decode("utf-8", "backslashreplace")
+    if named != str(path):
+        raise CdiffError(f"{named} has a name that is not UTF-8; rename the file, or the folder that has such a name")
+
+
+def any_bytes(path: Path) -> bytes:
+    """The bytes of a file of any kind. Raises CdiffError when it cannot be read or is empty."""
+    try:
+        # /dev/zero never ends, and a pipe may never begin.
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise CdiffError(f"{path} is no file but a device or a pipe; copy what it gives into a file")
+        data = path.read_bytes()
+    except FileNotFoundError:
+        if path.is_symlink():
+            raise CdiffError(f"{path} is a link to {path.readlink()}, which does not exist; fetch that file") from None
+        raise CdiffError(f"{path} does not exist; check the path") from None
+    except OSError as error:
+        raise CdiffError(
+            f"{path} cannot be read: {error.strerror or error}; check the file and its permissions"
+        ) from None
+    if not data:
+        raise CdiffError(f"{path} is empty (0 bytes); copy it again")
+    return data
+
+
+def optional(module: str, package: str, path: Path, kind: str) -> Any:
+    """The module of a package that reads one kind of file and is not always installed. Raises CdiffError where it is missing."""
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module:
+            raise
+        raise CdiffError(
+            f"{path} is {kind}, and {package}, which reads it, is not installed; try: pip install '.[formats]' in cdiff's clone, or "
+            "convert it to NIfTI"
+        ) from None

@@ -90,6 +90,14 @@ def segment(
         bool,
         typer.Option("--preview/--no-preview", help="Write a picture too.", rich_help_panel=options.OUTPUT),
     ] = True,
+    dicom_seg: Annotated[
+        bool,
+        typer.Option(
+            "--dicom-seg",
+            help="Write the levels as a DICOM segmentation too, NAME_levels.dcm; for scans that are DICOM.",
+            rich_help_panel=options.OUTPUT,
+        ),
+    ] = False,
     quiet: options.QuietOption = False,
 ) -> None:
     """Map how many experts would agree, for a scan or a folder of scans.
@@ -112,8 +120,9 @@ def segment(
     cdiff segment scan.nii.gz -o maps --fast
     cdiff segment folder -o maps --model my_bundle --steps 20 --sampler ddim
     cdiff segment chest.nii.gz --at 212,180,45 --slices 40:51
-    cdiff segment dicom_folder --series 4 --at L30,P20,S50
+    cdiff segment dicom_folder --series 4 --at L30,P20,S50 --dicom-seg
     """
+    from cdiff.runtime.dicom_seg import must_allow_dicom_seg
     from cdiff.runtime.files import must_take_files
     from cdiff.runtime.inputs import must_exist, scans_at
     from cdiff.runtime.overlap import overlapped
@@ -132,8 +141,12 @@ def segment(
     labels = {item.name: f"{number}/{len(scans)} {item.name}" for number, item in enumerate(scans, start=1)}
 
     def read(item: NamedScan) -> Prepared:
-        must_be_free(output, item.name, segmenter.manifest.draws, preview=preview)  # before hours of work, not after
-        return segmenter.prepare(item.path, slices=slices, slice_axis=slice_axis, at=at, series=series)
+        # Before hours of work, not after.
+        must_be_free(output, item.name, segmenter.manifest.draws, preview=preview, dicom_seg=dicom_seg)
+        ready = segmenter.prepare(item.path, slices=slices, slice_axis=slice_axis, at=at, series=series)
+        if dicom_seg:
+            must_allow_dicom_seg(ready.scan)
+        return ready
 
     def work(item: NamedScan, ready: Prepared) -> Result:
         with Meter(labels[item.name] if len(scans) > 1 else item.name, quiet) as meter:
@@ -142,7 +155,7 @@ def segment(
     told: set[str] = set()
 
     def write(item: NamedScan, result: Result) -> None:
-        report = result.save(output, item.name, preview=preview)
+        report = result.save(output, item.name, preview=preview, dicom_seg=dicom_seg)
         for note in report["warnings"]:
             if note not in told:  # once is enough for a folder; each report has its own
                 say(f"{item.name}: {note}", quiet)

@@ -27,7 +27,9 @@ MARK_AT = 128
 SUFFIX = ".dcm"
 INDEX = "DICOMDIR"
 """A list of what lies on a disc; it holds no image."""
-TAGS = ["Rows", "SeriesDescription", "SeriesInstanceUID", "SeriesNumber"]
+TAGS = ["Modality", "Rows", "SeriesDescription", "SeriesInstanceUID", "SeriesNumber"]
+SEGMENTATION = "SEG"
+"""The modality of masks, which lie beside the images that they are of."""
 UNEVEN = "Interslice distance varies"
 TILTED = "gantry tilt of"
 MISSING = "Missing images?"
@@ -38,11 +40,12 @@ MISSING = "Missing images?"
 class Converted:
     """One series as dcm2niix converted it.
 
-    sha256: of the files' hashes, one after another, in the order of their names. reader: the converter's version and the series.
-    notes: what a reader of the result should know.
+    files: the series'. sha256: of their hashes, one after another, in the order of the files' names. reader: the converter's version
+    and the series. notes: what a reader of the result should know.
     """
 
     image: nib.Nifti1Image
+    files: tuple[Path, ...]
     sha256: str
     reader: str
     notes: tuple[str, ...] = ()
@@ -116,6 +119,7 @@ def read_dicom(path: Path, channels: int = 1, series: int | None = None) -> Conv
     version = re.search(r"\bv[\d.]+", said)
     return Converted(
         image,
+        chosen.files,
         digest.hexdigest(),
         " ".join(["dcm2niix", *([version.group()] if version else []), "series", chosen.number]),
         tuple(
@@ -125,7 +129,7 @@ def read_dicom(path: Path, channels: int = 1, series: int | None = None) -> Conv
 
 
 def series_at(path: Path) -> list[Series]:
-    """The series in a folder, or of one file, in the order of their numbers; what holds no pixels (reports, contours) is left out.
+    """The series in a folder, or of one file, in the order of their numbers; what holds no image (reports, contours, segmentations) is left out.
 
     Raises CdiffError where a file is empty or damaged, and where pydicom is missing.
     """
@@ -134,7 +138,7 @@ def series_at(path: Path) -> list[Series]:
         # An empty file may be a slice whose absence nothing else would show.
         if file == path or (not file.name.startswith(".") and (is_dicom(file) or file.stat().st_size == 0)):
             header = _header(file)
-            if "Rows" in header:
+            if "Rows" in header and header.get("Modality") != SEGMENTATION:
                 number = "" if header.get("SeriesNumber") is None else str(header.SeriesNumber)
                 described = " ".join(str(header.get("SeriesDescription") or "").split())
                 found.setdefault(str(header.get("SeriesInstanceUID")), (number, described, []))[2].append(file)

@@ -69,7 +69,7 @@ class Result:
     grid: shape and geometry. image [S,channels,h,w]: the scan as read, for pictures. slices: the numbers of those computed,
     which `stack` holds in that order. name: what the files' names begin with unless another is given. report: see
     `runtime.report`; `save` adds the outputs to the copy that it writes and returns. window: the part of each slice that the
-    model saw, where the user named its place: pictures show that part.
+    model saw, where the user named its place: pictures show that part. dicom: the files of the DICOM series that it was read from.
     """
 
     grid: Grid
@@ -79,6 +79,7 @@ class Result:
     name: str = "scan"
     report: dict[str, Any] = field(default_factory=dict)
     window: Box | None = None
+    dicom: tuple[Path, ...] = ()
 
     @property
     def soft(self) -> Float32:
@@ -111,12 +112,14 @@ class Result:
         whole[self.slices.start : self.slices.stop] = maps
         return self.grid.restore(whole)
 
-    def save(self, folder: str | Path, name: str | None = None, *, preview: bool = True) -> dict[str, Any]:
+    def save(
+        self, folder: str | Path, name: str | None = None, *, preview: bool = True, dicom_seg: bool = False
+    ) -> dict[str, Any]:
         """Write NAME_soft, _levels, _uncertainty and _mask .nii.gz, NAME_preview.png and, last, NAME.json; return the report.
-        A model that draws each annotator's map adds NAME_annotators.nii.gz.
+        A model that draws each annotator's map adds NAME_annotators.nii.gz; dicom_seg, for what was read from DICOM, NAME_levels.dcm.
 
         Each file appears whole or not at all; the report, which holds the others' SHA-256, appears last, so where it is, all
-        are. A preview or annotators' maps that an older report there lists are removed where this result has none. Raises CdiffError when
+        are. What is not always written and an older report there lists is removed where this result has none. Raises CdiffError when
         the folder cannot be written, or a file in it that no report of ours lists would be replaced.
         """
         name = name or self.name
@@ -124,7 +127,7 @@ class Result:
             raise CdiffError(f"the name {name!r} cannot begin a file's name; give one without folders")
         started = time.perf_counter()
         variant = self.stack.variant
-        must_be_free(Path(folder), name, variant, preview=preview)
+        must_be_free(Path(folder), name, variant, preview=preview, dicom_seg=dicom_seg)
         kinds = _kinds(variant)
         with staged(Path(folder)) as stage:
             parts = {f"{name}_{kind}.nii.gz": stage(f"{name}_{kind}.nii.gz") for kind in kinds}
@@ -136,7 +139,12 @@ class Result:
 
                 parts[f"{name}_preview.png"] = stage(f"{name}_preview.png")
                 write_preview(self, parts[f"{name}_preview.png"], name)
-            not_always = {f"{name}_preview.png", f"{name}_annotators.nii.gz"}
+            if dicom_seg:
+                from cdiff.runtime.dicom_seg import write_dicom_seg
+
+                parts[f"{name}_levels.dcm"] = stage(f"{name}_levels.dcm")
+                write_dicom_seg(self, parts[f"{name}_levels.dcm"])
+            not_always = {f"{name}_preview.png", f"{name}_annotators.nii.gz", f"{name}_levels.dcm"}
             for file in (_listed(Path(folder) / f"{name}.json") or set()) & not_always - set(parts):
                 stage.replaces(file)
             outputs = {file: {"sha256": sha256(part), "bytes": part.stat().st_size} for file, part in parts.items()}
@@ -161,14 +169,15 @@ def _kinds(variant: Variant) -> dict[str, tuple[str, str]]:
     return kinds | ({"annotators": ("maps", "one map an annotator, last axis")} if variant.told == "annotator" else {})
 
 
-def must_be_free(folder: Path, name: str, variant: Variant, *, preview: bool = True) -> None:
+def must_be_free(folder: Path, name: str, variant: Variant, *, preview: bool = True, dicom_seg: bool = False) -> None:
     """Raise CdiffError when files in `folder` that no report of ours there lists would be replaced by `Result.save`.
 
     A reader's own NAME_mask.nii.gz is such a file, and so is the NAME.json that dcm2niix writes beside a scan. A `save` that was killed
     while it put its files in place left its report under a temporary name, which counts too.
     """
     listed = _listed(folder / f"{name}.json")
-    files = {*(f"{name}_{kind}.nii.gz" for kind in _kinds(variant)), *([f"{name}_preview.png"] if preview else [])}
+    files = {f"{name}_{kind}.nii.gz" for kind in _kinds(variant)}
+    files |= {f"{name}_{more}" for more, asked in (("preview.png", preview), ("levels.dcm", dicom_seg)) if asked}
     for file in sorted(files | {f"{name}.json"} if listed is None else files - listed):
         # `exists` is False, not an error, in a folder that cannot be searched.
         if os.path.exists(folder / file) and not any(

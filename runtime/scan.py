@@ -36,7 +36,8 @@ class Scan:
     source: the path (of each modality), or "array" / "NIfTI image" for something in memory. sha256: of the file's (or the
     array's) bytes, of NRRD and MetaImage followed by the voxels'; of several files' hashes, one after another.
     name: the file's (or the DICOM folder's) without its suffix. warnings: what a reader of the result should know, one line each.
-    reader: the program that read or converted it, where it was none of cdiff's own libraries for NIfTI and pictures.
+    reader: the program that read or converted it, where it was none of cdiff's own libraries for NIfTI and pictures. dicom: the
+    series' files, where it was read from DICOM.
     """
 
     slices: NDArray[np.float32]
@@ -46,6 +47,7 @@ class Scan:
     name: str = "scan"
     warnings: tuple[str, ...] = ()
     reader: str = ""
+    dicom: tuple[Path, ...] = ()
 
 
 def read_scan(scan: ScanInput, *, channels: int = 1, slice_axis: int = 2, series: int | None = None) -> Scan:
@@ -83,7 +85,7 @@ def _stacked(paths: Sequence[str | os.PathLike[str]], channels: int, slice_axis:
     warnings = tuple(dict.fromkeys(warning for part in parts for warning in part.warnings))
     slices = np.concatenate([part.slices for part in parts], axis=1)
     readers = ", ".join(dict.fromkeys(part.reader for part in parts if part.reader))
-    return Scan(slices, first.grid, names, digest.hexdigest(), first.name, warnings, readers)
+    return Scan(slices, first.grid, names, digest.hexdigest(), first.name, warnings, readers, first.dicom)
 
 
 def _one(scan: OneScan, channels: int, slice_axis: int, series: int | None) -> Scan:
@@ -106,7 +108,7 @@ def _one(scan: OneScan, channels: int, slice_axis: int, series: int | None) -> S
         notes.append("every voxel has the same value: the maps say nothing about this scan")
     notes += grid.spacing_notes
     slices = grid.cut(values.reshape(*spatial, channels))
-    return Scan(slices, grid, loaded.source, loaded.sha256, loaded.name, tuple(notes), loaded.reader)
+    return Scan(slices, grid, loaded.source, loaded.sha256, loaded.name, tuple(notes), loaded.reader, loaded.dicom)
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,7 @@ class _Loaded:
     name: str = "scan"
     notes: tuple[str, ...] = ()
     reader: str = ""
+    dicom: tuple[Path, ...] = ()
 
 
 def _load(scan: OneScan, channels: int, series: int | None) -> _Loaded:
@@ -167,7 +170,7 @@ def _dicom(path: Path, channels: int, series: int | None) -> _Loaded:
     found = read_dicom(path, channels, series)
     voxels, name = nifti_voxels(found.image, str(path)), Path(os.path.abspath(path)).name
     name = name if path.is_dir() else name.removesuffix(path.suffix) or name
-    return _Loaded(voxels, found.image.header, str(path), found.sha256, name, found.notes, found.reader)
+    return _Loaded(voxels, found.image.header, str(path), found.sha256, name, found.notes, found.reader, found.files)
 
 
 def _name(path: Path) -> str:

@@ -1,0 +1,154 @@
+"""The DICOM segmentation: every pixel where the NIfTI map has it, read back by pydicom alone; what it refers to; what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydicom
+import pytest
+
+from cdiff.runtime.dicom_seg import must_allow_dicom_seg, write_dicom_seg
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.inputs import scans_at
+from cdiff.runtime.results import Result, Stack
+from cdiff.runtime.scan import read_scan
+from cdiff.runtime.segmenter import Segmenter
+from tests.runtime.dicom_files import orthogonal, write_series
+from tests.runtime.test_segmenter import QUICK, make_bundle
+
+LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0])
+ANONYMOUS = ("PatientName", "PatientID", "StudyDate", "StudyTime")
+
+
+def voxels(slices: int = 5) -> Any:
+    return np.random.default_rng(6).integers(-1000, 1500, (24, 20, slices)).astype(np.int16)
+
+
+def found_in(folder: Path, *, axis: int = 2, chosen: range | None = None) -> Result:
+    """A result of a series whose three levels lie within one another at random, one of them nowhere."""
+    scan = read_scan(folder, slice_axis=axis)
+    chosen = chosen or range(len(scan.slices))
+    draw = np.random.default_rng(7).random((len(chosen), *scan.slices.shape[2:])).astype(np.float32)
+    maps = np.stack([(draw > share).astype(np.float32) for share in (0.6, 0.9, 2.0)], axis=1)
+    return Result(scan.grid, scan.slices, chosen, Stack(maps, draw), scan.name, {}, dicom=scan.dicom)
+
+
+def pixels_of(path: Path) -> dict[int, set[tuple[float, ...]]]:
+    """For each segment the millimetres (left, back, up) of its pixels, from the standard's equation (PS3.3, C.7.6.2.1.1)."""
+    file = pydicom.dcmread(path)
+    frames = file.pixel_array.reshape(-1, file.Rows, file.Columns)
+    shared = file.SharedFunctionalGroupsSequence[0]
+    across, down = np.reshape([float(v) for v in shared.PlaneOrientationSequence[0].ImageOrientationPatient], (2, 3))
+    between_rows, between_columns = map(float, shared.PixelMeasuresSequence[0].PixelSpacing)
+    found: dict[int, set[tuple[float, ...]]] = {}
+    for frame, group in zip(frames, file.PerFrameFunctionalGroupsSequence, strict=True):
+        corner = np.array([float(v) for v in group.PlanePositionSequence[0].ImagePositionPatient])
+        places = found.setdefault(int(group.SegmentIdentificationSequence[0].ReferencedSegmentNumber), set())
+        for row, column in np.argwhere(frame):
+            place = corner + column * between_columns * across + row * between_rows * down
+            places.add(tuple(np.round(place, 2) + 0.0))
+    return found
+
+
+def places_of(result: Result, level: int) -> set[tuple[float, ...]]:
+    """The same of a level's NIfTI map."""
+    assert result.grid.header is not None
+    affine = result.grid.header.get_best_affine()
+    inside = np.argwhere(np.nan_to_num(result.levels[..., level - 1]) >= 0.5)
+    return {tuple(np.round(LPS_TO_RAS @ (affine[:3, :3] @ ijk + affine[:3, 3]), 2) + 0.0) for ijk in inside}
+
+
+def near(one: set[tuple[float, ...]], other: set[tuple[float, ...]]) -> bool:
+    """Whether both hold the same places, to a few hundredths of a millimetre."""
+    a, b = (np.array(sorted(places)).reshape(-1, 3) for places in (one, other))
+    return len(a) == len(b) and all(np.abs(b - place).max(axis=1).min() < 0.05 for place in a)
+
+
+@pytest.mark.parametrize(("axis", "chosen"), [(2, None), (2, range(1, 3)), (0, range(4, 9))])
+def test_every_pixel_lies_where_the_map_has_it(axis: int, chosen: range | None, tmp_path: Path) -> None:
+    """Oblique, cut along either axis; levels that mark nothing have no frames, and slices that were not segmented none either."""
+    result = found_in(write_series(tmp_path / "a", voxels(), orthogonal()), axis=axis, chosen=chosen)
+    write_dicom_seg(result, tmp_path / "seg.dcm")
+    found = pixels_of(tmp_path / "seg.dcm")
+    assert set(found) == {1, 2}
+    for level in (1, 2):
+        assert len(places_of(result, level)) > 20
+        assert near(found[level], places_of(result, level))
+
+
+def test_it_is_of_its_images_and_says_what_it_is(tmp_path: Path) -> None:
+    folder = write_series(tmp_path / "a", voxels(), orthogonal(), number=4)
+    result = dataclasses.replace(found_in(folder), report={"bundle": "tiny", "task": "a task", "steps": 9})
+    write_dicom_seg(result, tmp_path / "seg.dcm")
+    file, images = pydicom.dcmread(tmp_path / "seg.dcm"), [pydicom.dcmread(path) for path in folder.iterdir()]
+    assert file.Modality == "SEG"
+    assert file.SeriesNumber == 1004
+    for keyword in ("PatientName", "PatientID", "StudyInstanceUID", "FrameOfReferenceUID"):
+        assert file[keyword].value == images[0][keyword].value
+    assert file.SeriesInstanceUID != images[0].SeriesInstanceUID
+    referred = {
+        image.ReferencedSOPInstanceUID
+        for frame in file.PerFrameFunctionalGroupsSequence
+        for derived in frame.DerivationImageSequence
+        for image in derived.SourceImageSequence
+    }
+    assert referred == {image.SOPInstanceUID for image in images}
+    assert [segment.SegmentLabel for segment in file.SegmentSequence] == [
+        f"at least {c} of 3 annotators" for c in (1, 2, 3)
+    ]
+    (algorithm,) = file.SegmentSequence[0].SegmentationAlgorithmIdentificationSequence
+    assert algorithm.AlgorithmName == "cdiff"
+    assert "steps=9" in algorithm.AlgorithmParameters
+    assert file.SegmentSequence[0].SegmentedPropertyTypeCodeSequence[0].CodeMeaning == "a task"
+
+
+def test_a_map_of_nothing_is_written_as_that(tmp_path: Path) -> None:
+    result = found_in(write_series(tmp_path / "a", voxels(), orthogonal()))
+    stack = dataclasses.replace(result.stack, maps=0 * result.stack.maps)
+    write_dicom_seg(dataclasses.replace(result, stack=stack), tmp_path / "seg.dcm")
+    assert pixels_of(tmp_path / "seg.dcm") == {1: set(), 2: set(), 3: set()}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Segmenter:
+    return Segmenter.open(make_bundle(tmp_path_factory.mktemp("seg") / "tiny"))
+
+
+def test_it_is_written_with_the_maps_and_is_no_scan(model: Segmenter, tmp_path: Path) -> None:
+    """Beside the images too; without it the next time the old one goes."""
+    folder = write_series(tmp_path / "a", voxels(), orthogonal())
+    result = model.segment(folder, **QUICK)
+    report = result.save(folder, dicom_seg=True)
+    assert "a_levels.dcm" in report["outputs"]
+    assert near(pixels_of(folder / "a_levels.dcm").get(1, set()), places_of(result, 1))
+    (again,) = scans_at(folder)
+    assert len(read_scan(again.path).slices) == 5
+    (done,) = model.segment_many([folder], save_to=folder, dicom_seg=True, **QUICK)
+    assert done.error is None
+    result.save(folder)
+    assert not (folder / "a_levels.dcm").exists()
+    (folder / "a_levels.dcm").write_bytes(b"a reader's own")
+    with pytest.raises(CdiffError, match=r"a_levels.dcm is there, would be replaced"):
+        result.save(folder, dicom_seg=True)
+
+
+def test_images_that_somebody_made_anonymous_will_do(tmp_path: Path) -> None:
+    folder = write_series(
+        tmp_path / "a", voxels(), orthogonal(), change=lambda _, file: [file.pop(name) for name in ANONYMOUS]
+    )
+    write_dicom_seg(found_in(folder), tmp_path / "seg.dcm")
+    assert pydicom.dcmread(tmp_path / "seg.dcm").PatientName == ""
+
+
+def test_what_cannot_have_one_is_said_before_the_work(tmp_path: Path) -> None:
+    folder = write_series(
+        tmp_path / "a", voxels(), orthogonal(), change=lambda _, file: file.pop("FrameOfReferenceUID")
+    )
+    with pytest.raises(CdiffError, match=r"a: its DICOM images do not allow a DICOM segmentation \(.*Frame Of Reference UID"):
+        must_allow_dicom_seg(read_scan(folder))
+    with pytest.raises(CdiffError, match="array is not DICOM, and a DICOM segmentation belongs to DICOM images"):
+        must_allow_dicom_seg(read_scan(voxels()))
+    must_allow_dicom_seg(read_scan(write_series(tmp_path / "b", voxels(), orthogonal())))

@@ -1,6 +1,7 @@
 """Checkpoints of a run: safetensors + JSON, and the optimiser's state in a file that loads with weights_only=True.
 
 RUN/config.json            the configuration
+RUN/data.json              the cases that it began with (train.seen)
 RUN/checkpoints/step-N/    model.safetensors (weights), ema.safetensors (their average: what is exported), optimiser.pt, checkpoint.json
 RUN/last.json, best.json   which of them is the last and the best; replaced in one rename, so a kill leaves the old or the new one
 """

@@ -21,6 +21,7 @@ from cdiff.runtime.oddities import Oddities
 from cdiff.runtime.variants import ANNOTATOR, variant_called
 from cdiff.train.augment import Window, cut, random_window, recoloured
 from cdiff.train.config import Config
+from cdiff.train.seen import Seen
 
 BACKGROUND = 0.1  # the share of windows drawn anywhere, so that a network trained on windows has seen plain background
 
@@ -29,13 +30,15 @@ BACKGROUND = 0.1  # the share of windows drawn anywhere, so that a network train
 class Slices:
     """The slices of some cases: images float32 [channels, h, w] in [-1, 1], masks uint8 [C, h, w], sizes as they come.
 
-    raters: how many of a slice's masks somebody drew; those above are empty, and stand for annotators who are missing.
+    raters: how many of a slice's masks somebody drew; those above are empty, and stand for annotators who are missing. seen: the
+    cases that were read, in the order of their slices.
     """
 
     images: list[Tensor] = field(default_factory=list)
     masks: list[Tensor] = field(default_factory=list)
     raters: list[int] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
+    seen: list[Seen] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -57,6 +60,11 @@ class Data:
     val: Slices
     summary: dict[str, Any]
     notes: list[str]
+
+    @property
+    def seen(self) -> dict[str, list[Seen]]:
+        """The cases that were read for "train" and "val": what a resumed run must find again."""
+        return {"train": self.train.seen, "val": self.val.seen}
 
 
 def read_data(root: Path, config: Config) -> Data:
@@ -140,6 +148,7 @@ def _read(cases: list[Case], config: Config, C: int, notes: list[str], whose: tu
             if policy == "skip":
                 continue
         image, masks = read_case(case, config.data.slice_axis, config.network.image_channels, odd)
+        out.seen.append(Seen.of(case.name, image, masks))
         image = config.data.intensity.apply(image)
         raters = masks.shape[1]
         if raters < C:

@@ -19,6 +19,7 @@ from cdiff.train.fabric import check_same, fabric_on, find_device, joined, preci
 from cdiff.train.held import held
 from cdiff.train.machine import arithmetic
 from cdiff.train.run import Run, TrainResult
+from cdiff.train.seen import check_seen, write_seen
 
 
 def train(
@@ -37,14 +38,15 @@ def train(
     """Train `config`, or what it returns, on the case folders in `data`, writing to the folder `out`.
 
     init: a run, or a bundle, whose averaged weights this one starts from (fine-tuning); its network must have the same tensors.
-    resume: go on with the run in `out`; only the settings that say how it is computed (config.HOW) may be others.
+    resume: go on with the run in `out`, on the cases that it began with; only the settings that say how it is computed (config.HOW)
+    may be others.
     max_steps: end this call after step `max_steps` without changing the schedule, as if it had been stopped there.
     dry_run: read the data, take one step (of a resumed run the next one) and write nothing.
     device: auto (a GPU if PyTorch sees one), cpu, cuda or cuda:N.
     quiet: no notes, no progress; console: where they go, stderr unless given.
 
-    Raises CdiffError for unusable data, an `out` that holds another run or is being trained now, a device that is not there, a GPU's memory that is
-    not enough, or a loss that is not finite.
+    Raises CdiffError for unusable data, an `out` that holds another run or is being trained now, other data than a resumed run began
+    with, a device that is not there, a GPU's memory that is not enough, or a loss that is not finite.
 
     Started by torchrun, each process calls this alike and they train together; only the first writes and prints. When one fails, it
     raises its error and the others FailedElsewhere.
@@ -67,7 +69,7 @@ def train(
                 with together(fabric):
                     if writes:
                         stack.enter_context(held(out))
-            run = _start(chosen, data, out, init, fabric)
+            run = _start(chosen, data, out, init, fabric, resume)
             if resume:
                 with together(fabric):
                     run.restore()
@@ -81,12 +83,14 @@ def train(
             return _train(run, init is not None, max_steps, dry_run, quiet, console or Console(stderr=True))
 
 
-def _start(config: Config, data: Path, out: Path, init: Path | None, fabric: Fabric) -> Run:
+def _start(config: Config, data: Path, out: Path, init: Path | None, fabric: Fabric, resume: bool) -> Run:
     """The run before its first step, the same in every process."""
     if config.training.threads:
         torch.set_num_threads(config.training.threads)
     with together(fabric):
         found = read_data(data, config)
+        if resume:
+            check_seen(out, found.seen, data)
     settings = {key: value for section in config.to_json().values() for key, value in section.items()}
     facts = {"the data": found.summary, "the device": fabric.device.type, "the precision": precision_of(fabric)}
     check_same(fabric, settings | facts | {"PyTorch": torch.__version__})
@@ -115,6 +119,7 @@ def _train(run: Run, started: bool, max_steps: int | None, dry_run: bool, quiet:
     if run.fabric.is_global_zero:
         if started:
             run.save(None)  # before the run can be resumed, which knows nothing of where its weights came from
+        write_seen(run.out, run.data.seen)
         write_json(run.out / "config.json", run.config.to_json())
     return run.loop(max_steps, console, quiet)
 

@@ -1,0 +1,102 @@
+"""Which cases a run learns from, kept with it as RUN/data.json, so that a resumed run is held to the same (design, promise 5)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cdiff.runtime.case import listed
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.files import write_json
+from cdiff.train.checkpoint import read_json
+
+NAME = "data.json"
+PARTS = {"train": "to train on", "val": "to validate on"}
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A case as it was read, before it is resampled or normalised; nothing that moving its folder changes.
+
+    masks: how many. shape: slices, rows, columns. marked: pixels that are marked, over all masks. mean: of the image's values.
+    """
+
+    name: str
+    masks: int
+    shape: tuple[int, int, int]
+    marked: int
+    mean: float
+
+    @classmethod
+    def of(cls, name: str, image: NDArray[np.float32], masks: NDArray[np.bool_]) -> Seen:
+        """image [S, channels, H, W] as stored, masks [S, C, H, W]."""
+        slices, _, rows, columns = image.shape
+        mean = float(image.mean(dtype=np.float64))
+        return cls(name, masks.shape[1], (slices, rows, columns), int(masks.sum()), mean)
+
+    def differs(self, then: Seen) -> str:
+        """What is not as it was `then`, in words; nothing where a training sees the same. The name alone is no difference."""
+        if self.masks != then.masks:
+            return f"has {self.masks} masks and had {then.masks}"
+        if self.shape != then.shape:
+            return f"is {_size(self.shape)} and was {_size(then.shape)}"
+        if self.marked != then.marked:
+            return f"has {self.marked} pixels marked and had {then.marked}"
+        # Sums in another order, as on another machine, differ in their last digits.
+        same = math.isclose(self.mean, then.mean, rel_tol=1e-5, abs_tol=1e-6)
+        return "" if same else f"has a mean of {self.mean:.6g} and had {then.mean:.6g}"
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def write_seen(run: Path, seen: dict[str, list[Seen]]) -> None:
+    """Keep with the run which cases it trains on ("train") and validates on ("val"), in the order in which they are numbered."""
+    write_json(run / NAME, {part: [asdict(case) for case in seen[part]] for part in PARTS})
+
+
+def check_seen(run: Path, seen: dict[str, list[Seen]], data: Path) -> None:
+    """Raise CdiffError, in one line, where the run began with other cases than `seen`, those of `data`.
+
+    Does nothing for a run that does not say: one of an older cdiff, or an imported one.
+    """
+    if not (run / NAME).exists():
+        return
+    began = _read(run / NAME)
+    if found := [f"cases {PARTS[part]}: {what}" for part in PARTS if (what := _differences(seen[part], began[part]))]:
+        raise CdiffError(
+            f"{data} does not hold what {run} began with ({'; '.join(found)}); resume with the data as they were, or start a new "
+            f"run from its weights: --init {run} with another --out"
+        )
+
+
+def _differences(now: list[Seen], then: list[Seen]) -> str:
+    if len(now) == len(then) and not any(a.differs(b) for a, b in zip(now, then, strict=True)):
+        return ""
+    by_name = {case.name: case for case in then}
+    names = {case.name for case in now}
+    gone = [name for name in by_name if name not in names]
+    new = [case.name for case in now if case.name not in by_name]
+    changed = [(case.name, what) for case in now if case.name in by_name and (what := case.differs(by_name[case.name]))]
+    words = [f"{listed(gone)} gone"] if gone else []
+    words += [f"{listed(new)} new"] if new else []
+    if changed:
+        name, what = changed[0]
+        words.append(f"{name} {what}" + (f", and {len(changed) - 1} more differ" if len(changed) > 1 else ""))
+    return ", ".join(words) or "another order"
+
+
+def _read(path: Path) -> dict[str, list[Seen]]:
+    data: dict[str, Any] = read_json(path)
+    try:
+        return {part: [Seen(**case | {"shape": tuple(case["shape"])}) for case in data[part]] for part in PARTS}
+    except (KeyError, TypeError) as error:
+        raise CdiffError(
+            f"{path} does not say which cases the run began with ({error!r}); it is damaged: remove it to resume without comparing"
+        ) from None

@@ -354,6 +354,39 @@ def each_table(results: Path) -> str:
     return markdown(["Dice with one reader", *EACH_COLUMNS.values()], rows)
 
 
+def scans_table(results: Path) -> str:
+    """Whole CT scans of another source: how the label's slices fared in each."""
+    header = [
+        "scan",
+        "spacing, mm",
+        "label's slices",
+        "widest, pixels",
+        "Dice of the mask",
+        *(f"level {c}" for c in range(1, 5)),
+    ]
+    report = read("whole_scans", results)
+    if report is None:
+        return markdown(header, [unmeasured(header)])
+    rows = []
+    for scan in report["scans"]:
+        slices = scan["slices"]
+        levels = [average([row["dice_levels"][c] for row in slices]) for c in range(len(slices[0]["dice_levels"]))]
+        rows.append([
+            scan["scan"].partition("_")[0],
+            " x ".join(f"{mm:.2f}" for mm in scan["spacing_mm"]),
+            str(len(slices)),
+            str(max(max(row["extent"]) for row in slices)),
+            average([row["dice_mask"] for row in slices]),
+            *levels,
+        ])  # fmt: skip
+    return markdown(header, rows, words=2)
+
+
+def average(values: list[float]) -> str:
+    """A mean with its range."""
+    return f"{sum(values) / len(values):.3f} ({min(values):.2f} - {max(values):.2f})"
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "model": model_table,
     "headline": headline_table,
@@ -367,6 +400,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "peers-four": lambda results: peers_full_table(FOUR, results),
     "peers-any": lambda results: peers_full_table(ANY, results),
     "seeds": seeds_table,
+    "scans": scans_table,
 }
 
 

@@ -147,7 +147,9 @@ def test_what_cannot_have_one_is_said_before_the_work(tmp_path: Path) -> None:
     folder = write_series(
         tmp_path / "a", voxels(), orthogonal(), change=lambda _, file: file.pop("FrameOfReferenceUID")
     )
-    with pytest.raises(CdiffError, match=r"a: its DICOM images do not allow a DICOM segmentation \(.*Frame Of Reference UID"):
+    with pytest.raises(
+        CdiffError, match=r"a: its DICOM images do not allow a DICOM segmentation \(.*Frame Of Reference UID"
+    ):
         must_allow_dicom_seg(read_scan(folder))
     with pytest.raises(CdiffError, match="array is not DICOM, and a DICOM segmentation belongs to DICOM images"):
         must_allow_dicom_seg(read_scan(voxels()))

@@ -1,0 +1,101 @@
+"""The shipped model on whole CT scans that it has nothing to do with: `python -m cdiff.benchmarks.whole_scans FOLDER`.
+
+FOLDER is `data` of PyRadiomics' source distribution (pyradiomics-3.0.1.tar.gz on the Python package index), whose lung1 and lung2 are
+chest CTs with one lung tumour labelled in each. The place that is named (`--at`) is the middle of the label in its middle slice, and the
+slices are the label's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import cdiff
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.files import write_json
+from cdiff.runtime.masks import inside, read_mask
+from cdiff.runtime.metrics import dice
+from cdiff.runtime.scan import read_scan
+from cdiff.runtime.segmenter import Segmenter
+
+SCANS = ("lung1", "lung2")
+Row = dict[str, Any]
+
+
+def measure(model: Segmenter, image: Path, label: Path, seed: int = 0) -> Row:
+    """One scan: its numbers, and for each slice of the label the Dice of every level and of the mask with it.
+
+    Raises CdiffError when a file cannot be read, or the label is empty or of another shape.
+    """
+    scan, drawn = read_scan(image), inside(read_mask(label).values)
+    if drawn.shape != scan.grid.spatial or not drawn.any():
+        raise CdiffError(f"{label} marks nothing, or has another shape than {image}")
+    place, numbers = place_in(drawn)
+    result = model.segment(scan, at=place, slices=(numbers[0], numbers[-1] + 1), fast=True, seed=seed)
+    return {
+        "scan": image.name,
+        "sha256": {"image": scan.sha256, "label": read_scan(label).sha256},
+        "shape": list(scan.grid.spatial),
+        "spacing_mm": [round(mm, 4) for mm in scan.grid.spacing or ()],
+        "at": list(place),
+        "slices": [_row(drawn[..., k], result.soft[..., k], result.levels[..., k, :], k) for k in numbers],
+        "warnings": result.report["warnings"],
+    }
+
+
+def place_in(drawn: NDArray[np.bool_]) -> tuple[tuple[int, int, int], list[int]]:
+    """The voxel in the middle of a label [i, j, k] in the middle of its slices, and these slices' numbers."""
+    numbers = [int(k) for k in np.flatnonzero(drawn.any(axis=(0, 1)))]
+    middle = numbers[len(numbers) // 2]
+    i, j = np.rint(np.argwhere(drawn[..., middle]).mean(axis=0)).astype(int)
+    return (int(i), int(j), middle), numbers
+
+
+def _row(drawn: NDArray[np.bool_], soft: Any, levels: Any, k: int) -> Row:
+    across = np.ptp(np.argwhere(drawn), axis=0) + 1
+    return {
+        "slice": k,
+        "pixels": int(drawn.sum()),
+        "extent": [int(n) for n in across],
+        "mask_pixels": int((soft >= 0.5).sum()),
+        "dice_mask": float(dice(soft >= 0.5, drawn)),
+        "dice_levels": [float(dice(levels[..., c] >= 0.5, drawn)) for c in range(levels.shape[-1])],
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns 0, or 2 for something to mend."""
+    parser = argparse.ArgumentParser(
+        prog="python -m cdiff.benchmarks.whole_scans", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("folder", type=Path, help="data of PyRadiomics' source distribution")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="where to write the numbers")
+    options = parser.parse_args(argv)
+    try:
+        model = cdiff.load()
+        found = [
+            measure(model, options.folder / f"{name}_image.nrrd", options.folder / f"{name}_label.nrrd")
+            for name in SCANS
+        ]
+        for scan in found:
+            print(f"{scan['scan']}, {' x '.join(map(str, scan['shape']))}, at {scan['at']}")
+            for row in scan["slices"]:
+                levels = " ".join(f"{value:.3f}" for value in row["dice_levels"])
+                print(
+                    f"  slice {row['slice']:3}: {row['pixels']:5} pixels, mask {row['dice_mask']:.3f}, levels {levels}"
+                )
+        if options.json:
+            write_json(options.json, {"model": model.manifest.name, "scans": found})
+    except CdiffError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

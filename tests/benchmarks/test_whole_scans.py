@@ -1,0 +1,58 @@
+"""The shipped model on whole scans: the place that is named, the scores, and what is said of files that do not fit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+import cdiff
+from cdiff.benchmarks.whole_scans import main, place_in
+from cdiff.runtime.metrics import dice
+from tests.conftest import REPOSITORY
+
+DEMO = REPOSITORY / "cdiff" / "demo"
+
+
+def test_the_place_is_the_middle_of_the_middle_slice() -> None:
+    drawn = np.zeros((20, 30, 9), bool)
+    drawn[4:7, 11:16, 3:6] = True
+    drawn[0, 0, 7] = True
+    assert place_in(drawn) == ((5, 13, 5), [3, 4, 5, 7])
+
+
+def test_it_scores_the_maps_of_the_labels_slices(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The demo's nodule within larger slices, once with a reader's mask and once with nothing like it."""
+    crop = nib.load(DEMO / "image.nii.gz").get_fdata().astype(np.int16)
+    mask = nib.load(sorted(DEMO.glob("*seg*.nii.gz"))[0]).get_fdata() > 0
+    whole = np.pad(crop, ((40, 90), (60, 30), (0, 0)))
+    for name, drawn in (("lung1", mask), ("lung2", np.roll(mask, 30, axis=0))):
+        label = np.pad(drawn, ((40, 90), (60, 30), (0, 0))).astype(np.uint8)
+        sitk.WriteImage(sitk.GetImageFromArray(whole.T), str(tmp_path / f"{name}_image.nrrd"))
+        sitk.WriteImage(sitk.GetImageFromArray(label.T), str(tmp_path / f"{name}_label.nrrd"))
+    assert main([str(tmp_path), "--json", str(tmp_path / "out.json")]) == 0
+    first, second = json.loads((tmp_path / "out.json").read_text())["scans"]
+    place, numbers = place_in(np.pad(mask, ((40, 90), (60, 30), (0, 0))))
+    assert first["at"] == list(place)
+    result = cdiff.load().segment(whole, at=place, slices=(numbers[0], numbers[-1] + 1), fast=True)
+    for row, k in zip(first["slices"], numbers, strict=True):
+        label_k = np.pad(mask[..., k], ((40, 90), (60, 30)))
+        assert row["pixels"] == mask[..., k].sum()
+        assert row["dice_mask"] == pytest.approx(dice(result.soft[..., k] >= 0.5, label_k))
+        assert row["dice_levels"][3] == pytest.approx(dice(result.levels[..., k, 3] >= 0.5, label_k))
+    assert max(row["dice_mask"] for row in first["slices"]) > 0.8
+    assert max(row["dice_mask"] for row in second["slices"]) < 0.5
+    assert "slice" in capsys.readouterr().out
+
+
+def test_files_that_do_not_fit_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path)]) == 2
+    assert "lung1_image.nrrd does not exist" in capsys.readouterr().err
+    sitk.WriteImage(sitk.GetImageFromArray(np.ones((3, 80, 80), np.int16)), str(tmp_path / "lung1_image.nrrd"))
+    sitk.WriteImage(sitk.GetImageFromArray(np.zeros((3, 80, 80), np.uint8)), str(tmp_path / "lung1_label.nrrd"))
+    assert main([str(tmp_path)]) == 2
+    assert "lung1_label.nrrd marks nothing, or has another shape than" in capsys.readouterr().err

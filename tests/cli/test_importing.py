@@ -45,8 +45,8 @@ def test_it_says_what_it_found_and_prints_the_run(checkpoint: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--option", "rrdb_blocks=2"], "missing    rrdb.RRDB_trunk.1.RDB3.conv5.weight [64, 192, 3, 3]"),
-        (["--from", "implicit-ensemble", "--option", "channel_mult=1,2,2,2"], "extra      rrdb.conv_first.weight"),
+        (["--option", "rrdb_blocks=2"], "missing    rrdb.RRDB_trunk.1.RDB1.conv1.bias [32]\n"),
+        (["--from", "implicit-ensemble", "--option", "channel_mult=1,2,2,2"], "extra      rrdb.HRconv.bias [64]\n"),
         (["--option", "rrdb_blocks"], "write it as name=value"),
         (["--mean", "one", "--std", "1"], "give numbers with commas"),
         (["--mean", "1,2", "--std", "1"], "must be as many numbers"),

@@ -181,7 +181,7 @@ def test_prefixes_of_distributed_training_and_half_precision_tensors_are_read(
         torch.testing.assert_close(value, wanted[name], rtol=2e-3, atol=5e-3)
 
 
-def test_wrong_tensors_are_all_named_in_order(tmp_path: Path) -> None:
+def test_wrong_tensors_are_named_kind_by_kind(tmp_path: Path) -> None:
     case = recorded("consensus")
     path = case.save(tmp_path / "given")
     tensors = case.tensors()
@@ -196,14 +196,32 @@ def test_wrong_tensors_are_all_named_in_order(tmp_path: Path) -> None:
     first, *rest = str(caught.value).splitlines()
     assert f"6 of {len(case.shapes)} tensors are wrong" in first
     assert [line.strip() for line in rest] == [
-        "extra      an.extra [2, 3]",
         "missing    input_blocks.1.0.in_layers.0.bias [32]",
         "missing    middle_block.1.qkv.weight [192, 64, 1]",
-        "not finite out.0.bias",
+        "extra      an.extra [2, 3]",
         "misshapen  rrdb.HRconv.weight [64, 64, 1, 1], not [64, 64, 3, 3]",
         "wrong type time_embed.0.bias int64, not plain floating-point numbers",
+        "not finite out.0.bias",
     ]
     assert not (tmp_path / "run").exists()
+
+
+def test_of_many_wrong_tensors_a_dozen_of_each_kind_is_named_and_the_rest_counted(tmp_path: Path) -> None:
+    case = recorded("consensus")
+    path = case.save(tmp_path / "given")
+    tensors = {f"rrdb.other.{i:03d}": torch.zeros(1) for i in range(200)}
+    shapeless = [name for name in case.shapes if name.startswith("input_blocks.")][:13]
+    torch.save(tensors | {name: torch.zeros(7, 7) for name in shapeless}, path)
+    with pytest.raises(CdiffError) as caught:
+        import_checkpoint(path, tmp_path / "run")
+    first, *rest = (line.strip() for line in str(caught.value).splitlines())
+    missing = len(case.shapes) - 13
+    assert f"{missing + 200 + 13} of {len(case.shapes)} tensors are wrong" in first
+    assert [line.split()[0] for line in rest] == ["missing"] * 13 + ["extra"] * 13 + ["misshapen"] * 13
+    assert rest[12] == f"missing    {missing - 12} more"
+    assert rest[13:15] == ["extra      rrdb.other.000 [1]", "extra      rrdb.other.001 [1]"]
+    assert rest[25] == "extra      188 more"
+    assert "more" not in rest[-1]  # where one is left over, its name takes no more room than its number
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def import_checkpoint(
     "name=value" options of the published code, over those of `args`. image_size: the side in pixels that exported graphs will
     take, unless given the published one. mean, std, images: see `normalisation.intensity_of`.
     Raises CdiffError, and writes nothing, when the file is not such a checkpoint, its options and tensors contradict each other
-    (every wrong tensor is named), or `out` exists.
+    (the wrong tensors are named), or `out` exists.
     """
     if source is not None and source not in REPOSITORIES:
         raise CdiffError(f"--from {source} is not known; use {' or '.join(REPOSITORIES)}")

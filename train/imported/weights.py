@@ -16,6 +16,10 @@ from cdiff.train.imported.mapping import Link
 from cdiff.train.imported.options import CONSENSUS, IMPLICIT, Options
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+KINDS = ("missing", "extra", "misshapen", "wrong type", "not finite")
+"""What can be wrong with a tensor, in the order in which a message says it."""
+MOST = 12
+"""Tensors that a message names of each kind."""
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
@@ -75,14 +79,18 @@ def source_of(tensors: dict[str, Tensor], path: Path) -> str:
 
 
 def check_fit(tensors: dict[str, Tensor], wanted: list[Link], options: Options, path: Path) -> None:
-    """Raise CdiffError that names every tensor that is missing, extra, misshapen, not floating point or not finite, sorted."""
+    """Raise CdiffError where a tensor is missing, extra, misshapen, not floating point or not finite.
+
+    It names them kind by kind, sorted; of each kind the first few, and how many more there are.
+    """
     shapes = {link.theirs: link.shape for link in wanted}
-    wrong = {name: f"missing    {name} {list(shape)}" for name, shape in shapes.items() if name not in tensors}
-    wrong |= {name: f"extra      {name} {list(t.shape)}" for name, t in tensors.items() if name not in shapes}
+    wrong: dict[str, dict[str, str]] = {kind: {} for kind in KINDS}
+    wrong["missing"] = {name: f" {list(shape)}" for name, shape in shapes.items() if name not in tensors}
+    wrong["extra"] = {name: f" {list(t.shape)}" for name, t in tensors.items() if name not in shapes}
     for name in shapes.keys() & tensors.keys():
         tensor = tensors[name]
         if tuple(tensor.shape) != shapes[name]:
-            wrong[name] = f"misshapen  {name} {list(tensor.shape)}, not {list(shapes[name])}"
+            wrong["misshapen"][name] = f" {list(tensor.shape)}, not {list(shapes[name])}"
         elif (
             tensor.layout != torch.strided
             or tensor.is_nested
@@ -91,15 +99,24 @@ def check_fit(tensors: dict[str, Tensor], wanted: list[Link], options: Options, 
         ):
             plain = tensor.layout == torch.strided and not tensor.is_nested and tensor.device.type == "cpu"
             kind = str(tensor.dtype if plain else tensor.layout).removeprefix("torch.")
-            wrong[name] = f"wrong type {name} {kind}, not plain floating-point numbers"
+            wrong["wrong type"][name] = f" {kind}, not plain floating-point numbers"
         elif not torch.isfinite(tensor.float()).all():  # as they will be used: a double may be too large
-            wrong[name] = f"not finite {name}"
-    if not wrong:
+            wrong["not finite"][name] = ""
+    number = sum(map(len, wrong.values()))
+    if not number:
         return
-    lines = [f"{path.name} does not fit its options; {len(wrong)} of {len(shapes)} tensors are wrong"]
+    first = f"{path.name} does not fit its options; {number} of {len(shapes)} tensors are wrong"
     if hints := _contradictions(tensors, options):
-        lines[0] += f" ({'; '.join(hints)})"
-    raise CdiffError("\n  ".join([lines[0] + ":", *(wrong[name] for name in sorted(wrong))]))
+        first += f" ({'; '.join(hints)})"
+    lines = [line for kind in KINDS for line in _named(kind, wrong[kind])]
+    raise CdiffError("\n  ".join([first + ":", *lines]))
+
+
+def _named(kind: str, wrong: dict[str, str]) -> list[str]:
+    """A line for each of the first tensors of a kind, by name, and one that counts the others."""
+    lines = [f"{kind:10} {name}{wrong[name]}" for name in sorted(wrong)]
+    more = len(lines) - MOST
+    return [*lines[:MOST], f"{kind:10} {more} more"] if more > 1 else lines
 
 
 def _contradictions(tensors: dict[str, Tensor], options: Options) -> list[str]:

@@ -74,6 +74,17 @@ def segment(
             show_default="the middle of each slice",
         ),
     ] = None,
+    shrink: Annotated[
+        int | None,
+        typer.Option(
+            "--shrink",
+            metavar="F",
+            min=1,
+            help="With --at, for a structure that fills the model's window or more: the model sees F times as much along either "
+            "axis, F pixels as one.",
+            show_default="1",
+        ),
+    ] = None,
     series: Annotated[
         int | None,
         typer.Option(
@@ -143,7 +154,7 @@ def segment(
     def read(item: NamedScan) -> Prepared:
         # Before hours of work, not after.
         must_be_free(output, item.name, segmenter.manifest.draws, preview=preview, dicom_seg=dicom_seg)
-        ready = segmenter.prepare(item.path, slices=slices, slice_axis=slice_axis, at=at, series=series)
+        ready = segmenter.prepare(item.path, slices=slices, slice_axis=slice_axis, at=at, shrink=shrink, series=series)
         if dicom_seg:
             must_allow_dicom_seg(ready.scan)
         return ready

@@ -53,6 +53,43 @@ def box_around(shape: tuple[int, int], size: tuple[int, int], point: tuple[int, 
 
 
 @dataclass(frozen=True)
+class Shrunk:
+    """A part of a slice of `shape` (h, w), of which each `factor` x `factor` pixels become one before the model sees them.
+
+    Both sides of `part` are whole multiples of the factor.
+    """
+
+    factor: int
+    shape: tuple[int, int]
+    part: Box
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the part once it is shrunk."""
+        height, width = ((one.stop - one.start) // self.factor for one in self.part)
+        return height, width
+
+    def shrink(self, slices: Float32) -> Float32:
+        """The part of slices [...,h,w], resampled to `size`."""
+        return resize(slices[..., *self.part], self.size)
+
+    def there(self, box: Box) -> Box:
+        """A box of the shrunk part, in the slice."""
+        rows, columns = (
+            slice(one.start + self.factor * inner.start, one.start + self.factor * inner.stop)
+            for one, inner in zip(self.part, box, strict=True)
+        )
+        return rows, columns
+
+    def restore(self, maps: Float32, box: Box) -> Float32:
+        """Maps [...,*size] on the slice's own grid [...,h,w]: what lies in `box`, resampled; 0 elsewhere."""
+        rows, columns = self.there(box)
+        whole = np.zeros((*maps.shape[:-2], *self.shape), np.float32)
+        whole[..., rows, columns] = resize(maps[..., *box], (rows.stop - rows.start, columns.stop - columns.start))
+        return whole
+
+
+@dataclass(frozen=True)
 class Framing:
     """How slices are brought to the model's `size` (H, W).
 
@@ -123,6 +160,7 @@ class Windows:
 
     `origins` are the tiles' corners (y, x) in the `canvas` (height, width), which is the slice, or the `part` of it that is given,
     padded where it is smaller than a window; when slices are resized there is one window a slice and it is the canvas.
+    shrunk: where these slices are a shrunk part of larger ones, on whose grid the maps then lie.
     """
 
     slices: Float32
@@ -130,6 +168,7 @@ class Windows:
     canvas: tuple[int, int]
     origins: tuple[tuple[int, int], ...]
     part: Box | None = None
+    shrunk: Shrunk | None = None
 
     @property
     def per_slice(self) -> int:
@@ -164,6 +203,24 @@ class Windows:
         its middle to its edge; what no window covers is 0. Where no resampling and no blending is needed, the values come
         back unchanged.
         """
+        maps = self._on_slices(maps)
+        return maps if self.shrunk is None else self.shrunk.restore(maps, self.seen)
+
+    @property
+    def seen(self) -> Box:
+        """The part of each of `slices` that windows cover; all of it unless `centre` sees less."""
+        if self.framing.mode != "centre" or self.part is None:
+            height, width = self.slices.shape[-2:]
+            return slice(0, height), slice(0, width)
+        ((y, x),), (rows, columns) = self.origins, self.part
+        (H, W), (top, left) = self.framing.size, self._pad
+        return (
+            slice(max(rows.start + y - top, rows.start), min(rows.start + y - top + H, rows.stop)),
+            slice(max(columns.start + x - left, columns.start), min(columns.start + x - left + W, columns.stop)),
+        )
+
+    def _on_slices(self, maps: Float32) -> Float32:
+        """`unframe_slice` on the grid of `slices`."""
         h, w = self.slices.shape[-2:]
         if self.framing.mode == "resize":
             return resize(maps[0], (h, w))

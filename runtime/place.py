@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.framing import Box, box_around
+from cdiff.runtime.framing import Box, Shrunk, box_around
 from cdiff.runtime.grid import MM, Grid
 from cdiff.runtime.manifest import Manifest
 from cdiff.runtime.shapes import by
@@ -35,6 +35,8 @@ class Place:
     window: the part of every slice that the model sees. moved: whether the window had to be moved to lie inside the slice.
     field: the part of every slice that stands for a slice of the training, of which percentiles are taken: as large as those
     were, or the whole slice where the bundle does not say.
+    shrunk: the part that is shrunk before the model sees it, where the user said so; window and field are then as many times
+    larger. inner: the point and the field within that part, once it is shrunk.
     """
 
     at: tuple[int, ...]
@@ -43,6 +45,8 @@ class Place:
     window: Box
     moved: bool
     field: Box
+    shrunk: Shrunk | None = None
+    inner: tuple[tuple[int, int], Box] | None = None
 
     def __str__(self) -> str:
         return ",".join(map(str, self.at))
@@ -53,6 +57,7 @@ class Place:
             "at": list(self.at),
             "window": _box_json(self.window),
             "field": _box_json(self.field),
+            **({"shrink": self.shrunk.factor} if self.shrunk else {}),
         }
 
 
@@ -66,8 +71,11 @@ def must_take_a_place(manifest: Manifest) -> None:
         )
 
 
-def find_place(at: At, grid: Grid, manifest: Manifest) -> Place:
-    """The place in a scan of `grid`. Raises CdiffError when it cannot be read, or is not in the scan."""
+def find_place(at: At, grid: Grid, manifest: Manifest, shrink: int = 1) -> Place:
+    """The place in a scan of `grid`. shrink: how many pixels along either axis become one.
+
+    Raises CdiffError when it cannot be read, is not in the scan, or slices are too small to be shrunk so much.
+    """
     mm, shape = parse_point(at), grid.spatial
     voxel = parse_at(at) if mm is None else _voxel_at(mm, grid)
     told = ",".join(map(str, voxel)) if mm is None else f"{at} (voxel {','.join(map(str, voxel))})"
@@ -84,10 +92,45 @@ def find_place(at: At, grid: Grid, manifest: Manifest) -> Place:
     number = 0 if grid.slice_axis is None else voxel[grid.slice_axis]
     axes = [axis for axis in range(len(shape)) if axis != grid.slice_axis]
     plane, point = (shape[axes[0]], shape[axes[1]]), (voxel[axes[0]], voxel[axes[1]])
+    if shrink != 1:
+        return _shrunk(voxel, number, plane, point, manifest, shrink)
     window = box_around(plane, manifest.image_size, point)
     middle = [part.start + N // 2 for part, N in zip(window, manifest.image_size, strict=True)]
     field = box_around(plane, manifest.slice_size or plane, point)
     return Place(voxel, number, point, window, middle != list(point), field)
+
+
+def _shrunk(
+    voxel: tuple[int, ...],
+    number: int,
+    plane: tuple[int, int],
+    point: tuple[int, int],
+    manifest: Manifest,
+    factor: int,
+) -> Place:
+    """A place in slices that are shrunk: what it is in them, and where that lies in the slices of `plane`."""
+    H, W = manifest.image_size
+    most = min(plane[0] // H, plane[1] // W)
+    if not 1 <= factor <= most:
+        more = f"1 to {most} fit" if most else "which are smaller than the model's window"
+        raise CdiffError(
+            f"shrink {factor} does not fit slices of {by(plane)} and a window of {by((H, W))} pixels; {more}"
+        )
+    kept = manifest.slice_size or plane
+    rows, columns = (
+        min(factor * max(n, N), length) // factor * factor
+        for n, N, length in zip(kept, manifest.image_size, plane, strict=True)
+    )
+    shrunk = Shrunk(factor, plane, box_around(plane, (rows, columns), point))
+    inside = ((point[0] - shrunk.part[0].start) // factor, (point[1] - shrunk.part[1].start) // factor)
+    # A side that is no multiple of the factor loses its last pixels, among which the point may be.
+    inside = (min(inside[0], shrunk.size[0] - 1), min(inside[1], shrunk.size[1] - 1))
+    window = box_around(shrunk.size, manifest.image_size, inside)
+    field = box_around(shrunk.size, manifest.slice_size or shrunk.size, inside)
+    middle = (window[0].start + H // 2, window[1].start + W // 2)
+    return Place(
+        voxel, number, point, shrunk.there(window), middle != inside, shrunk.there(field), shrunk, (inside, field)
+    )
 
 
 def parse_at(at: At) -> tuple[int, ...]:

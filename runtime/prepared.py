@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.framing import Box, Framing, Windows
@@ -58,6 +58,7 @@ def prepare(
     slice_axis: int | None,
     at: At | None = None,
     series: int | None = None,
+    shrink: int | None = None,
 ) -> Prepared:
     """Read a scan for one model. The arguments, and the CdiffError for what cannot be read, are `Segmenter.segment`'s.
 
@@ -67,21 +68,29 @@ def prepare(
         raise CdiffError("this scan was read already; give slice_axis and series to read_scan")
     if at is not None:
         must_take_a_place(manifest)
+    elif shrink is not None:
+        raise CdiffError("shrink needs the place of the structure; give --at too (in Python, at)")
     clock = Clock()
     axis = manifest.slice_axis if slice_axis is None else slice_axis
     if isinstance(scan, Scan):
         read = scan
     else:
         read = read_scan(scan, channels=manifest.image_channels, slice_axis=axis, series=series)
-    place = None if at is None else find_place(at, read.grid, manifest)
+    place = None if at is None else find_place(at, read.grid, manifest, 1 if shrink is None else shrink)
     alone = place is not None and slices is None and len(read.slices) > 1
     chosen = _chosen(slices, len(read.slices), place)
     clock.lap("read")
     framing = Framing(manifest.framing, manifest.image_size, manifest.tile_overlap)  # type: ignore[arg-type]
     if place is None:
-        windows = framing.frame(_normalised(read, manifest, chosen, None))
+        windows = framing.frame(_normalised(read.slices, manifest, chosen, None))
+    elif place.shrunk and place.inner:
+        point, field = place.inner
+        small = _normalised(place.shrunk.shrink(read.slices), manifest, chosen, field)
+        windows = replace(framing.frame(small, point, manifest.slice_size), shrunk=place.shrunk)
     else:
-        windows = framing.frame(_normalised(read, manifest, chosen, place.field), place.point, manifest.slice_size)
+        windows = framing.frame(
+            _normalised(read.slices, manifest, chosen, place.field), place.point, manifest.slice_size
+        )
     clock.lap("frame")
     return Prepared(read, chosen, windows, clock.laps, place, alone)
 
@@ -121,7 +130,8 @@ def missed(prepared: Prepared, manifest: Manifest, soft: Float32) -> list[str]:
         return []
     return [
         f"the map leaves out {place} itself, where you say that the structure is ({share:.2f} of the annotators): the model may have missed "
-        f"it, as it does with what is faint or does not lie within its {by(manifest.image_size)} pixels with something around it"
+        f"it, as it does with what is faint or does not lie within its {by(manifest.image_size)} pixels with something around it; "
+        f"--shrink {2 * (place.shrunk.factor if place.shrunk else 1)} shows it a structure that is larger"
     ]
 
 
@@ -143,6 +153,9 @@ def _what_the_model_sees(prepared: Prepared, manifest: Manifest) -> list[str]:
             )
         return [note]
     where = f"{by(seen)} of each slice's {whole} pixels"
+    if place.shrunk:
+        many = tuple(n * place.shrunk.factor for n in seen)
+        where = f"{by(many)} of each slice's {whole} pixels, shrunk to {by(seen)}"
     moved = ", which is not in their middle because it lies near the slice's edge" if place.moved else ""
     found = [f"the model sees {where}, around {place}{moved}; {outside}"]
     if trained is None and not manifest.normalisation.mean:
@@ -167,11 +180,11 @@ def _chosen(slices: Slices, count: int, place: Place | None) -> range:
     return chosen
 
 
-def _normalised(read: Scan, manifest: Manifest, chosen: range, field: Box | None) -> Float32:
-    """The chosen slices in the model's intensities; where the scope is the volume, the percentiles are the whole scan's.
+def _normalised(slices: Float32, manifest: Manifest, chosen: range, field: Box | None) -> Float32:
+    """The chosen slices [S,ch,h,w] in the model's intensities; where the scope is the volume, the percentiles are those of all.
 
     field: the part of each slice that percentiles are taken over; all of it unless given.
     """
-    part = read.slices[chosen.start : chosen.stop]
-    over = read.slices if manifest.normalisation.scope == "volume" else part
+    part = slices[chosen.start : chosen.stop]
+    over = slices if manifest.normalisation.scope == "volume" else part
     return manifest.normalisation.apply(part, over if field is None else over[..., *field])

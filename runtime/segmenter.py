@@ -116,6 +116,7 @@ class Segmenter:
         slices: Slices = None,
         slice_axis: int | None = None,
         at: At | None = None,
+        shrink: int | None = None,
         series: int | None = None,
         batch: int | None = None,
         keep_runs: bool = False,
@@ -123,7 +124,8 @@ class Segmenter:
     ) -> Result:
         """Segment a scan: a path (NIfTI, NRRD, MetaImage, PNG, DICOM ...), a NumPy array ([H, W], or three axes) or a nibabel NIfTI
         image; for a model of several channels also a list of paths, one file a modality, in the order of its training. What `read_scan` gave for this
-        model, cut along its axis, is taken too, and what `prepare` gave; `slices`, `slice_axis`, `at` and `series` are then prepare's.
+        model, cut along its axis, is taken too, and what `prepare` gave; `slices`, `slice_axis`, `at`, `shrink` and
+        `series` are then prepare's.
 
         runs, steps, sampler: 25 runs of ddpm over all T steps unless given; with `fast`, what the bundle states for it.
         combine: "mean" over runs, or "vote", which rounds each map's mean over runs as the published code does; only for models
@@ -135,7 +137,8 @@ class Segmenter:
         (i, j, k), counted from 0 along the axes of the array as stored; (i, j) of a 2-D image, row and column of a picture; or a
         point in space, such as "L30,P20,S50". The
         model's window lies around it in every chosen slice, and intensities are normalised over a part as large as the slices of
-        its training. Without `slices` its slice alone is segmented. series: which DICOM series of a folder that holds several.
+        its training. Without `slices` its slice alone is segmented. shrink: for a structure larger than the window: so many pixels along
+        either axis become one before the model sees them, and the maps are resampled back. series: which DICOM series of a folder that holds several.
         keep_runs: keep every run's maps, uint8, in `result.stack.runs`. progress: called as progress(done, total).
         Raises CdiffError for a scan that cannot be read faithfully, arguments out of range, and a network that does not
         return finite values.
@@ -151,9 +154,11 @@ class Segmenter:
         runs, table = self.sampling(runs, steps, sampler, fast, seed)
         mirror = manifest.mirror if mirror is None else mirror
         if not isinstance(scan, Prepared):
-            scan = self.prepare(scan, slices=slices, slice_axis=slice_axis, at=at, series=series)
-        elif any(given is not None for given in (slices, slice_axis, at, series)):
-            raise CdiffError("this scan was prepared already; give slices, slice_axis, at and series to prepare")
+            scan = self.prepare(scan, slices=slices, slice_axis=slice_axis, at=at, shrink=shrink, series=series)
+        elif any(given is not None for given in (slices, slice_axis, at, shrink, series)):
+            raise CdiffError(
+                "this scan was prepared already; give slices, slice_axis, at, shrink and series to prepare"
+            )
         clock, read, chosen, windows = Clock(), scan.scan, scan.chosen, scan.windows
 
         per_window = manifest.conditions * runs
@@ -215,13 +220,14 @@ class Segmenter:
         slices: Slices = None,
         slice_axis: int | None = None,
         at: At | None = None,
+        shrink: int | None = None,
         series: int | None = None,
     ) -> Prepared:
         """Read a scan and do all that does not need the engine, so that it can be done in another thread, for `segment` to take.
 
         The arguments and errors are `segment`'s.
         """
-        return prepare(scan, self.manifest, slices, slice_axis, at, series)
+        return prepare(scan, self.manifest, slices, slice_axis, at, series, shrink)
 
     def segment_many(
         self,

@@ -12,8 +12,9 @@ from PIL import Image
 
 import cdiff
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.framing import Framing, box_around
+from cdiff.runtime.framing import Framing, box_around, resize
 from cdiff.runtime.intensity import Intensity
+from cdiff.runtime.metrics import dice
 from cdiff.runtime.prepared import missed
 from cdiff.runtime.segmenter import Segmenter
 from tests.conftest import REPOSITORY
@@ -293,6 +294,71 @@ def test_who_names_a_place_that_the_map_leaves_out_is_told(model: Segmenter) -> 
     assert told == (found.soft[30, 20, 1] < 0.5)
 
 
+@pytest.mark.parametrize(
+    ("point", "first", "inner"),
+    [((100, 90), (36, 26), (32, 32)), ((3, 150), (0, 29), (1, 60)), ((130, 3), (43, 0), (43, 1))],
+)
+@pytest.mark.parametrize("scope", ["slice", "volume"])
+def test_a_shrunk_part_gives_the_maps_of_such_a_crop(
+    point: tuple[int, int], first: tuple[int, int], inner: tuple[int, int], scope: str, tmp_path: Path
+) -> None:
+    """In the middle and at edges, also of a side that is odd: what was shrunk by hand, segmented, and put back by hand."""
+    model = centre_model(tmp_path / "b", (64, 64), intensity={"scope": scope, "lower": 0.5, "upper": 99.5})
+    array = volume(171, 157, 4).astype(np.float32)
+    found = model.segment(array, at=(*point, 2), shrink=2, slices="1:4", **QUICK)
+    rows, columns = (slice(start, start + 128) for start in first)
+    small = np.stack([resize(one, (64, 64)) for one in np.moveaxis(array[rows, columns], 2, 0)], axis=2)
+    crop = model.segment(small, at=(*inner, 2), slices="1:4", **QUICK)
+    y, x = (min(max(at - 8, 0), 48) for at in inner)
+    expected = np.zeros((171, 157, 3), np.float32)
+    for k in range(3):
+        window = resize(crop.soft[y : y + 16, x : x + 16, k + 1], (32, 32))
+        top, left = rows.start + 2 * y, columns.start + 2 * x
+        expected[top : top + 32, left : left + 32, k] = window
+    np.testing.assert_allclose(found.soft[..., 1:], expected, atol=1e-6)
+    assert expected.max() > 0.1, "maps of nothing would not tell"
+    framing = found.report["framing"]
+    assert framing["window"] == {"first": [rows.start + 2 * y, columns.start + 2 * x], "size": [32, 32]}
+    assert framing["field"] == {"first": [rows.start, columns.start], "size": [128, 128]}
+    assert framing["shrink"] == 2
+    (note,) = [note for note in found.report["warnings"] if "the model sees" in note]
+    assert note.startswith("the model sees 32 x 32 of each slice's 171 x 157 pixels, shrunk to 16 x 16, around ")
+    assert ("near the slice's edge" in note) == (inner != (32, 32))
+
+
+def test_shrinking_by_one_changes_nothing(model: Segmenter) -> None:
+    array = volume(60, 70, 1)
+    one, none = (model.segment(array, at=(20, 50, 0), shrink=n, **QUICK) for n in (1, None))
+    np.testing.assert_array_equal(one.levels, none.levels)
+    assert one.report["framing"] == none.report["framing"]
+
+
+def test_the_shipped_model_follows_a_nodule_twice_as_large() -> None:
+    """Magnified, the demo's nodule is more than the model looks for; shrunk again it has the map that it had."""
+    crop, model = np.asanyarray(nib.load(DEMO).dataobj).astype(np.float32), cdiff.load()
+    large = np.moveaxis(resize(np.moveaxis(crop, 2, 0), (256, 256)), 0, 2)
+    k = crop.shape[2] // 2
+    plain = model.segment(crop, slices=(k, k + 1), fast=True).mask[..., k]
+    kept = model.segment(large, at=(128, 128, k), shrink=2, fast=True).mask[..., k]
+    assert plain.sum() > 50
+    assert dice(kept[::2, ::2] > 0, plain > 0) > 0.93
+
+
+def test_shrinking_needs_a_place_and_room(model: Segmenter) -> None:
+    array = volume(40, 50, 2)
+    with pytest.raises(CdiffError, match=r"shrink needs the place of the structure; give --at too"):
+        model.segment(array, shrink=2, **QUICK)
+    for factor in (3, 0, -1):
+        with pytest.raises(
+            CdiffError, match=rf"shrink {factor} does not fit slices of 40 x 50 .* 16 x 16 pixels; 1 to 2"
+        ):
+            model.segment(array, at=(20, 20, 1), shrink=factor, **QUICK)
+    with pytest.raises(CdiffError, match=r"shrink 2 does not fit slices of 12 x 50 .*smaller than the model's window"):
+        model.segment(array[:12], at=(2, 20, 1), shrink=2, **QUICK)
+    with pytest.raises(CdiffError, match="give slices, slice_axis, at, shrink and series to prepare"):
+        model.segment(model.prepare(array, at=(20, 20, 1)), shrink=2, **QUICK)
+
+
 def test_a_flat_image_takes_two_indices(model: Segmenter) -> None:
     with pytest.raises(CdiffError, match=r"at 1,2,0 does not fit an image of 40 x 50; give I,J, an index"):
         model.segment(volume(40, 50), at=(1, 2, 0), **QUICK)
@@ -311,5 +377,5 @@ def test_a_place_is_one_scans(model: Segmenter) -> None:
     array = volume(40, 50, 6)
     with pytest.raises(CdiffError, match="segment_many takes many"):
         model.segment_many([array], at=(1, 1, 1), **QUICK)
-    with pytest.raises(CdiffError, match="prepared already; give slices, slice_axis, at and series to prepare"):
+    with pytest.raises(CdiffError, match="prepared already; give slices, slice_axis, at, shrink and series to prepare"):
         model.segment(model.prepare(array), at=(1, 1, 1), **QUICK)

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
@@ -18,6 +17,7 @@ from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import PART, dump_json, sha256, staged
 from cdiff.runtime.framing import Box
 from cdiff.runtime.grid import Grid
+from cdiff.runtime.map_file import write_map
 from cdiff.runtime.variants import CONSENSUS, Variant
 
 Float32 = NDArray[np.float32]
@@ -61,6 +61,16 @@ class Stack:
         """[n,h,w]: how much the runs differ: their standard deviation, or their variance where the variant's paper has that."""
         return self.run_std**2 if self.variant.spread == "variance" else self.run_std
 
+    @property
+    def uncertainty(self) -> Float32:
+        """[n,2,h,w]: entropy of the soft map in bits, and `spread`."""
+        return np.stack([entropy(self.soft), self.spread], axis=1)
+
+    @property
+    def mask(self) -> NDArray[np.uint8]:
+        """[n,h,w]: 1 where the soft map is at least one half."""
+        return (self.soft >= 0.5).astype(np.uint8)
+
 
 @dataclass(frozen=True)
 class Result:
@@ -99,7 +109,7 @@ class Result:
     @property
     def uncertainty(self) -> Float32:
         """[*spatial, 2] float32: entropy of the soft map in bits; its standard deviation, or variance, over runs."""
-        return self._on_grid(np.stack([entropy(self.stack.soft), self.stack.spread], axis=1))
+        return self._on_grid(self.stack.uncertainty)
 
     @property
     def mask(self) -> NDArray[np.uint8]:
@@ -132,8 +142,7 @@ class Result:
         with staged(Path(folder)) as stage:
             parts = {f"{name}_{kind}.nii.gz": stage(f"{name}_{kind}.nii.gz") for kind in kinds}
             for part, (attribute, intent) in zip(parts.values(), kinds.values(), strict=True):
-                # Each is put on the grid when its turn comes: of a long scan, no two of them are in memory at once.
-                nib.save(self.grid.image(getattr(self, attribute), intent), part)
+                write_map(part, self.grid, self.slices, getattr(self.stack, attribute), intent)
             if preview:
                 from cdiff.runtime.preview import write_preview
 
@@ -159,7 +168,7 @@ class Result:
 
 
 def _kinds(variant: Variant) -> dict[str, tuple[str, str]]:
-    """The maps that a result of `variant` has as NAME_KIND.nii.gz: the attribute of `Result` and what the header says of it."""
+    """The maps that a result of `variant` has as NAME_KIND.nii.gz: the attribute of `Stack` and what the header says of it."""
     kinds = {
         "soft": ("soft", f"soft map: {variant.soft}"),
         "levels": ("levels", f"{variant.levels}, c last"),

@@ -1,0 +1,85 @@
+"""A map of a scan as a NIfTI file: volume by volume, and cheap where most of a long scan was not computed."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Iterable, Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cdiff.runtime.grid import Grid
+
+BLOCK = 2**20
+"""Bytes that are deflated for themselves."""
+LEVEL = 1
+"""Of deflate, for what is drawn: noisy numbers, which higher levels make hardly smaller and take far longer for."""
+# RFC 1952: deflate, neither name nor time (the same maps are the same bytes), fastest, unknown system; RFC 1951: a last block without content.
+GZIP_HEADER, LAST = b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x04\xff", b"\x03\x00"
+
+
+def write_map(path: Path, grid: Grid, slices: range, maps: NDArray[Any], intent: str) -> None:
+    """Write one map [n,h,w] of `slices`, or K of them [n,K,h,w] along a fourth axis, as a compressed NIfTI file of the whole grid.
+
+    Slices that `maps` does not hold are NaN, or 0 in whole numbers. intent: what the header says of the maps. One volume at a time
+    is in memory, however many there are.
+    """
+    with path.open("wb") as file:
+        write_gzip(file, _parts(grid, slices, maps, intent))
+
+
+def _parts(grid: Grid, slices: range, maps: NDArray[Any], intent: str) -> Iterator[NDArray[Any]]:
+    """The file's bytes before they are compressed: the header, then volume by volume, the first axis fastest as NIfTI has it."""
+    several = maps.ndim == 4
+    yield _header(grid, (*grid.spatial, maps.shape[1]) if several else grid.shape, maps.dtype, intent)
+    outside = np.nan if maps.dtype.kind == "f" else 0
+    volume = np.full(grid.spatial[::-1], outside, maps.dtype)
+    planes = volume.T[None] if grid.slice_axis is None else np.moveaxis(volume.T, grid.slice_axis, 0)
+    for each in np.moveaxis(maps, 1, 0) if several else maps[None]:
+        planes[slices.start : slices.stop] = each  # the others stay as they are
+        yield volume
+
+
+def _header(grid: Grid, shape: tuple[int, ...], dtype: np.dtype[Any], intent: str) -> NDArray[np.uint8]:
+    image = grid.image(np.broadcast_to(dtype.type(0), shape), intent)
+    image.update_header()
+    image.header.set_slope_inter(1, 0)
+    written = BytesIO()
+    image.header.write_to(written)
+    return np.frombuffer(written.getvalue(), np.uint8)
+
+
+def write_gzip(file: BinaryIO, parts: Iterable[NDArray[Any]]) -> None:
+    """Write arrays, in C order, one after another as one gzip stream (RFC 1952, a single member).
+
+    Each block is deflated for itself and ends on a whole byte, so blocks of one value and length that come again, as those of slices that
+    were not computed, are deflated once.
+    """
+    crc = size = 0
+    known: dict[tuple[int, int, str], bytes] = {}
+    file.write(GZIP_HEADER)
+    for part in parts:
+        # As whole numbers, for a NaN equals nothing.
+        values = np.ascontiguousarray(part).reshape(-1).view(f"u{part.itemsize}")
+        step = BLOCK // values.itemsize
+        for start in range(0, len(values), step):
+            block = values[start : start + step]
+            crc, size = zlib.crc32(block.data, crc), size + block.nbytes
+            if block[0] == block[-1] and block.min() == block.max():
+                key = (int(block[0]), len(block), block.dtype.str)
+                if key not in known:
+                    known[key] = _deflated(block, 9)
+                file.write(known[key])
+            else:
+                file.write(_deflated(block, LEVEL))
+    file.write(LAST + struct.pack("<LL", crc, size % 2**32))
+
+
+def _deflated(block: NDArray[Any], level: int) -> bytes:
+    """Raw deflate blocks that need nothing of what came before, to the next whole byte."""
+    deflate = zlib.compressobj(level, zlib.DEFLATED, -zlib.MAX_WBITS)
+    return deflate.compress(block.data) + deflate.flush(zlib.Z_FULL_FLUSH)

@@ -2,7 +2,7 @@
 
 FOLDER is `data` of PyRadiomics' source distribution (pyradiomics-3.0.1.tar.gz on the Python package index), whose lung1 and lung2 are
 chest CTs with one lung tumour labelled in each. The place that is named (`--at`) is the middle of the label in its middle slice, and the
-slices are the label's.
+slices are the label's; each scan is segmented as it is, and with `--shrink 2` and 3.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from cdiff.runtime.scan import read_scan
 from cdiff.runtime.segmenter import Segmenter
 
 SCANS = ("lung1", "lung2")
+FACTORS = (1, 2, 3)
 Row = dict[str, Any]
 
 
 def measure(model: Segmenter, image: Path, label: Path, seed: int = 0) -> Row:
-    """One scan: its numbers, and for each slice of the label the Dice of every level and of the mask with it.
+    """One scan: its numbers, and for each factor of `FACTORS` and slice of the label the Dice of every level and of the mask with it.
 
     Raises CdiffError when a file cannot be read, or the label is empty or of another shape.
     """
@@ -36,15 +37,21 @@ def measure(model: Segmenter, image: Path, label: Path, seed: int = 0) -> Row:
     if drawn.shape != scan.grid.spatial or not drawn.any():
         raise CdiffError(f"{label} marks nothing, or has another shape than {image}")
     place, numbers = place_in(drawn)
-    result = model.segment(scan, at=place, slices=(numbers[0], numbers[-1] + 1), fast=True, seed=seed)
+    found = []
+    for factor in FACTORS:
+        result = model.segment(
+            scan, at=place, shrink=factor, slices=(numbers[0], numbers[-1] + 1), fast=True, seed=seed
+        )
+        rows = [_row(drawn[..., k], result.soft[..., k], result.levels[..., k, :], k) for k in numbers]
+        found.append({"shrink": factor, "slices": rows, "warnings": result.report["warnings"]})
     return {
         "scan": image.name,
         "sha256": {"image": scan.sha256, "label": read_scan(label).sha256},
         "shape": list(scan.grid.spatial),
         "spacing_mm": [round(mm, 4) for mm in scan.grid.spacing or ()],
         "at": list(place),
-        "slices": [_row(drawn[..., k], result.soft[..., k], result.levels[..., k, :], k) for k in numbers],
-        "warnings": result.report["warnings"],
+        "extent": [int(n) for n in np.max([_extent(drawn[..., k]) for k in numbers], axis=0)],
+        "found": found,
     }
 
 
@@ -56,12 +63,15 @@ def place_in(drawn: NDArray[np.bool_]) -> tuple[tuple[int, int, int], list[int]]
     return (int(i), int(j), middle), numbers
 
 
+def _extent(drawn: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Pixels from one end of a label [i, j] to the other, along either axis."""
+    return np.asarray(np.ptp(np.argwhere(drawn), axis=0) + 1)
+
+
 def _row(drawn: NDArray[np.bool_], soft: Any, levels: Any, k: int) -> Row:
-    across = np.ptp(np.argwhere(drawn), axis=0) + 1
     return {
         "slice": k,
         "pixels": int(drawn.sum()),
-        "extent": [int(n) for n in across],
         "mask_pixels": int((soft >= 0.5).sum()),
         "dice_mask": float(dice(soft >= 0.5, drawn)),
         "dice_levels": [float(dice(levels[..., c] >= 0.5, drawn)) for c in range(levels.shape[-1])],
@@ -84,11 +94,13 @@ def main(argv: list[str] | None = None) -> int:
         ]
         for scan in found:
             print(f"{scan['scan']}, {' x '.join(map(str, scan['shape']))}, at {scan['at']}")
-            for row in scan["slices"]:
-                levels = " ".join(f"{value:.3f}" for value in row["dice_levels"])
-                print(
-                    f"  slice {row['slice']:3}: {row['pixels']:5} pixels, mask {row['dice_mask']:.3f}, levels {levels}"
-                )
+            for part in scan["found"]:
+                print(f"  shrunk by {part['shrink']}")
+                for row in part["slices"]:
+                    levels = " ".join(f"{value:.3f}" for value in row["dice_levels"])
+                    print(
+                        f"    {row['slice']:3}: {row['pixels']:5} pixels, mask {row['dice_mask']:.3f}, levels {levels}"
+                    )
         if options.json:
             write_json(options.json, {"model": model.manifest.name, "scans": found})
     except CdiffError as error:

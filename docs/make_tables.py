@@ -356,29 +356,22 @@ def each_table(results: Path) -> str:
 
 def scans_table(results: Path) -> str:
     """Whole CT scans of another source: how the label's slices fared in each."""
-    header = [
-        "scan",
-        "spacing, mm",
-        "label's slices",
-        "widest, pixels",
-        "Dice of the mask",
-        *(f"level {c}" for c in range(1, 5)),
-    ]
+    header = ["scan", "", "slices", "widest, pixels", "Dice of the mask", *(f"level {c}" for c in range(1, 5))]
     report = read("whole_scans", results)
     if report is None:
         return markdown(header, [unmeasured(header)])
     rows = []
     for scan in report["scans"]:
-        slices = scan["slices"]
-        levels = [average([row["dice_levels"][c] for row in slices]) for c in range(len(slices[0]["dice_levels"]))]
-        rows.append([
-            scan["scan"].partition("_")[0],
-            " x ".join(f"{mm:.2f}" for mm in scan["spacing_mm"]),
-            str(len(slices)),
-            str(max(max(row["extent"]) for row in slices)),
-            average([row["dice_mask"] for row in slices]),
-            *levels,
-        ])  # fmt: skip
+        for part in scan["found"]:
+            slices = part["slices"]
+            rows.append([
+                scan["scan"].partition("_")[0],
+                "as it is" if part["shrink"] == 1 else f"`--shrink {part['shrink']}`",
+                str(len(slices)),
+                str(max(scan["extent"])),
+                average([row["dice_mask"] for row in slices]),
+                *(average([row["dice_levels"][c] for row in slices]) for c in range(len(slices[0]["dice_levels"]))),
+            ])  # fmt: skip
     return markdown(header, rows, words=2)
 
 

@@ -164,14 +164,16 @@ def rows_of(tables: ModuleType, results: Path) -> list[str]:
 def test_whole_scans_are_told_slice_by_slice(tables: ModuleType, tmp_path: Path) -> None:
     assert tables.NOT_MEASURED in tables.scans_table(tmp_path)
     slices = [
-        {"extent": [3, 9], "dice_mask": 0.5, "dice_levels": [0.25, 0.5, 0.75, 1]},
-        {"extent": [12, 4], "dice_mask": 0.75, "dice_levels": [0.75, 0.5, 0.25, 0]},
+        {"dice_mask": 0.5, "dice_levels": [0.25, 0.5, 0.75, 1]},
+        {"dice_mask": 0.75, "dice_levels": [0.75, 0.5, 0.25, 0]},
     ]
-    scan = {"scan": "lung1_image.nrrd", "spacing_mm": [0.5, 0.5, 5], "slices": slices}
+    found = [{"shrink": 1, "slices": slices}, {"shrink": 2, "slices": slices[1:]}]
+    scan = {"scan": "lung1_image.nrrd", "extent": [3, 12], "found": found}
     (tmp_path / "whole_scans.json").write_text(json.dumps({"scans": [scan]}))
-    (row,) = tables.scans_table(tmp_path).splitlines()[2:]
+    row, shrunk = tables.scans_table(tmp_path).splitlines()[2:]
     cells = [cell.strip() for cell in row.split("|")[1:-1]]
-    assert cells[:5] == ["lung1", "0.50 x 0.50 x 5.00", "2", "12", "0.625 (0.50 - 0.75)"]
+    assert cells[:5] == ["lung1", "as it is", "2", "12", "0.625 (0.50 - 0.75)"]
+    assert shrunk.startswith("| lung1 | `--shrink 2` | 1 | 12 | 0.750 (0.75 - 0.75) |")
     assert cells[5:] == ["0.500 (0.25 - 0.75)", *["0.500 (0.50 - 0.50)"], "0.500 (0.25 - 0.75)", "0.500 (0.00 - 1.00)"]
 
 

@@ -39,14 +39,17 @@ def test_it_scores_the_maps_of_the_labels_slices(tmp_path: Path, capsys: pytest.
     place, numbers = place_in(np.pad(mask, ((40, 90), (60, 30), (0, 0))))
     assert first["at"] == list(place)
     result = cdiff.load().segment(whole, at=place, slices=(numbers[0], numbers[-1] + 1), fast=True)
-    for row, k in zip(first["slices"], numbers, strict=True):
+    plain, shrunk, _ = first["found"]
+    assert (plain["shrink"], shrunk["shrink"]) == (1, 2)
+    assert shrunk["slices"] != plain["slices"]
+    for row, k in zip(plain["slices"], numbers, strict=True):
         label_k = np.pad(mask[..., k], ((40, 90), (60, 30)))
         assert row["pixels"] == mask[..., k].sum()
         assert row["dice_mask"] == pytest.approx(dice(result.soft[..., k] >= 0.5, label_k))
         assert row["dice_levels"][3] == pytest.approx(dice(result.levels[..., k, 3] >= 0.5, label_k))
-    assert max(row["dice_mask"] for row in first["slices"]) > 0.8
-    assert max(row["dice_mask"] for row in second["slices"]) < 0.5
-    assert "slice" in capsys.readouterr().out
+    assert max(row["dice_mask"] for row in plain["slices"]) > 0.8
+    assert max(row["dice_mask"] for row in second["found"][0]["slices"]) < 0.5
+    assert "shrunk by 3" in capsys.readouterr().out
 
 
 def test_files_that_do_not_fit_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

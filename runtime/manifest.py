@@ -12,12 +12,16 @@ from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.intensity import Intensity
 from cdiff.runtime.sampler import SAMPLERS
 from cdiff.runtime.schedule import NoiseSchedule
+from cdiff.runtime.shapes import by
 from cdiff.runtime.variants import VARIANTS, Variant
 
 FORMAT_VERSION = 1
 NAME = "manifest.json"
 MOST_RUNS = 1_000_000
 """Largest number of runs of a `--fast`."""
+LONGEST_SIDE = 4096
+"""Most pixels along a side of what a network sees. Beyond it one slice's features alone fill gigabytes: such a number in a file is a
+slip, and would end in a lack of memory before a graph could refuse it."""
 OUTSIDE = -1
 """Where a manifest does not say: those written before the key existed need not be written again."""
 ENCODER, DENOISER, WEIGHTS, CARD = "encoder.onnx", "denoiser.onnx", "model.safetensors", "README.md"
@@ -146,6 +150,11 @@ class Manifest:
         for key in ("levels", "T", "image_channels", "features_channels", "opset"):
             if getattr(self, key) < 1:
                 _refuse(source, f"key {key!r} must be at least 1, not {getattr(self, key)}")
+        if max(self.image_size) > LONGEST_SIDE:
+            _refuse(
+                source,
+                f"key 'image_size' must be at most {LONGEST_SIDE} a side, not {by(self.image_size)}: one slice's features would fill gigabytes",
+            )
         choices = {
             "variant": tuple(VARIANTS),
             "target": ("eps", "x0", "v"),

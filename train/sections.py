@@ -8,6 +8,7 @@ from typing import Any
 
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.intensity import Intensity
+from cdiff.runtime.manifest import LONGEST_SIDE
 from cdiff.runtime.variants import IMPLICIT_ENSEMBLE, variant_called
 from cdiff.train.ranges import PUBLISHED, Ranges
 
@@ -109,11 +110,13 @@ def _at_least(section: Any, low: int, *names: str) -> None:
 
 
 def check_size(size: int, network: NetworkConfig, name: str) -> None:
-    """Raise CdiffError unless `size` pixels can be halved as often as the U-Net does."""
+    """Raise CdiffError unless `size` pixels can be halved as often as the U-Net does, and are not more than a bundle may say."""
     if size < network.stride or size % network.stride:
         raise CdiffError(
             f"{name}={size} must be a multiple of {network.stride} (the U-Net has {len(network.channel_mult)} depths)"
         )
+    if size > LONGEST_SIDE:
+        raise CdiffError(f"{name}={size} must be at most {LONGEST_SIDE}; larger slices can be cut (framing=tile)")
 
 
 @dataclass(frozen=True)

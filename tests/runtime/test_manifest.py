@@ -97,6 +97,7 @@ def test_every_mistyped_key_is_named(key: str, value: Any) -> None:
         ("slice_axis", 3),
         ("image_size", [32]),
         ("image_size", [0, 32]),
+        ("image_size", [32, 4097]),
         ("tile_overlap", 1.0),
         ("schedule", {"T": 40, "beta": 1}),
         ("schedule", {"T": 40, "beta_end": "high"}),
@@ -136,6 +137,12 @@ def test_a_schedule_cannot_ask_for_all_the_memory() -> None:
     data = example().to_json() | {"T": 10**10, "schedule": {"T": 10**10}}
     with pytest.raises(CdiffError, match=r"'schedule' is wrong .*T <= 1000000, not 10000000000"):
         Manifest.from_json(data)
+
+
+def test_an_image_size_cannot_ask_for_all_the_memory() -> None:
+    assert Manifest.from_json(example(image_size=(4096, 32)).to_json()).image_size == (4096, 32)
+    with pytest.raises(CdiffError, match=r"'image_size' must be at most 4096 a side, not 30000 x 30000: .*gigabytes"):
+        Manifest.from_json(example().to_json() | {"image_size": [30000, 30000]})
 
 
 def test_a_fast_may_leave_out_what_has_a_default() -> None:

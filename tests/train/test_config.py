@@ -42,6 +42,7 @@ def test_settings_reach_their_sections() -> None:
         ("scaled=1", "expected bool"),
         ("batch=0", "at least 1"),
         ("image_size=33", "multiple of 2"),
+        ("image_size=4608", "at most 4096"),
         ("framing=crop", "use resize, tile or centre"),
         ("crop=16", "crop needs framing=tile"),
         ("missing_raters=guess", "skip, as-is or error"),

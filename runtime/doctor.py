@@ -70,10 +70,15 @@ def diagnose() -> Diagnosis:
 
 
 def _engines() -> list[Check]:
-    checks = []
+    """What can run here: an engine may be built for a GPU that this machine has not."""
+    checks, gpu = [], bool(visible_gpus())
     for status in available_engines():
-        label = f"{status.version or ''} on {', '.join(status.devices)}".strip()
-        checks.append(Check(status.name, status.available, label if status.available else "", status.missing))
+        devices = [device for device in status.devices if gpu or device != "cuda"]
+        label = f"{status.version or ''} on {', '.join(devices)}".strip()
+        missing = (
+            status.missing if len(devices) == len(status.devices) else "for cuda: no NVIDIA GPU is to be seen here"
+        )
+        checks.append(Check(status.name, bool(devices), label if devices else "", missing))
     return checks
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from cdiff.runtime.doctor import Check, diagnose
+from cdiff.runtime.engines.registry import EngineStatus
 from cdiff.runtime.errors import CdiffError
 
 
@@ -42,6 +43,25 @@ def test_every_engine_has_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.usable == any(check.ok for check in found.sections["Engines"])
     for check in found.sections["Engines"]:
         assert check.ok or check.remedy
+
+
+def test_an_engine_for_a_gpu_that_is_not_there_does_not_run_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = [
+        EngineStatus("onnxruntime", "1.31.1", ("cpu", "cuda"), "on cuda every step goes through the host: more"),
+        EngineStatus("tensorrt", "10.16.1.11", ("cuda",), ""),
+    ]
+    monkeypatch.setattr("cdiff.runtime.doctor.available_engines", lambda: built)
+    monkeypatch.setattr("cdiff.runtime.doctor.visible_gpus", lambda: [])
+    none = "for cuda: no NVIDIA GPU is to be seen here"
+    assert diagnose().sections["Engines"] == [
+        Check("onnxruntime", True, "1.31.1 on cpu", none),
+        Check("tensorrt", False, "", none),
+    ]
+    monkeypatch.setattr("cdiff.runtime.doctor.available_engines", lambda: built[1:])
+    assert not diagnose().usable
+    monkeypatch.setattr("cdiff.runtime.doctor.available_engines", lambda: built)
+    monkeypatch.setattr("cdiff.runtime.doctor.visible_gpus", lambda: ["a GPU"])
+    assert [check.found for check in diagnose().sections["Engines"]] == ["1.31.1 on cpu, cuda", "10.16.1.11 on cuda"]
 
 
 def test_what_can_build_engines(monkeypatch: pytest.MonkeyPatch) -> None:

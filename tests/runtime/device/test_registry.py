@@ -119,7 +119,8 @@ def test_a_gpu_that_is_not_there_is_told_before_its_libraries_are_looked_for(mac
     assert machine.opened == []
 
 
-def test_doctor_says_what_each_engine_lacks(machine: Machine) -> None:
+def test_doctor_says_what_each_engine_lacks(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cdiff.runtime.doctor.visible_gpus", lambda: ["a GPU"])
     machine.has(missing=("pycuda",))
     lines = {check.name: check for check in diagnose().sections["Engines"]}
     assert list(lines) == list(NAMES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -170,24 +171,26 @@ def _findings(findings: list[dict[str, Any]]) -> None:
         groups.setdefault((finding["severity"], finding["kind"]), []).append(finding)
     lines = []
     for (severity, kind), members in groups.items():
-        by_text: dict[str, list[str]] = {}
+        by_text: dict[str, list[tuple[str, str]]] = {}
         for one in members:
-            by_text.setdefault(one["text"], []).append(one["case"])
+            by_text.setdefault(one["text"], []).append((one["case"], one["split"]))
         for text, cases in list(by_text.items())[:MOST]:
-            where = (
-                f"{len(cases)} cases: "
-                if len(cases) > 3
-                else ", ".join(filter(None, cases)) + ": "
-                if any(cases)
-                else ""
-            )
-            lines.append((Text(severity, COLOURS[severity]), kind, f"{where}{text}"))
+            lines.append((Text(severity, COLOURS[severity]), kind, f"{_where(cases)}{text}"))
         if len(by_text) > MOST:
             rest = sum(len(cases) for cases in list(by_text.values())[MOST:])
             lines.append(
                 (Text(severity, COLOURS[severity]), kind, f"... and {rest} more of this kind (--json has them all)")
             )
     facts("Findings", lines or [("none", "nothing odd was found")])
+
+
+def _where(cases: list[tuple[str, str]]) -> str:
+    """Names of cases, to begin a line with; with the split where one name stands for several. cases: name and split."""
+    names = Counter(name for name, _ in cases)
+    if len(cases) > 3:
+        return f"{len(cases)} cases: "
+    words = ", ".join(f"{name} in {split}" if names[name] > 1 else name for name, split in cases if name)
+    return f"{words}: " if words else ""
 
 
 def _counts(counts: dict[str, int], most: int = 4) -> str:

@@ -66,7 +66,7 @@ def check_data(
         if progress is not None:
             progress(done, len(everything))
     findings = [Finding("note", "layout", "", note) for note in found.notes]
-    findings += [Finding("error", "layout", problem.case, problem.text) for problem in found.problems]
+    findings += [Finding("error", "layout", problem.case, problem.text, problem.split) for problem in found.problems]
     training = _training(found, root, looks, C, channels)
     findings += [Finding("error", "training", "", reason) for reason in training["reasons"]]
     findings += [finding for look in looks for finding in look.findings] + _over_cases(looks, C, found)
@@ -109,7 +109,7 @@ def _over_cases(looks: list[Look], C: int, found: DataSet) -> list[Finding]:
             ]
             without = f" ({', '.join(lacking)} missing)" if lacking and len(look.case.masks) < C else ""
             text = f"{len(look.case.masks)} masks{without}, the others have {C}; training leaves it out unless told otherwise"
-            out.append(Finding("warning", "annotators", look.case.name, text))
+            out.append(Finding("warning", "annotators", look.case.name, text, look.split))
     same = [look for look in looks if look.at_least is not None and len(look.case.masks) == C]
     if same and not any(look.at_least[-1] for look in same if look.at_least is not None) and C > 1:
         out.append(Finding("warning", "classes", "", f"no pixel of any case was marked by all {C} annotators"))
@@ -163,10 +163,13 @@ def _training(found: DataSet, root: Path, looks: list[Look], C: int, channels: i
     seen = {id(look.case): look for look in looks}
     reasons = []
     if found.problems:
-        reasons.append(f"{len(found.problems)} cases cannot be used as their files lie (named below)")
+        number = f"{len(found.problems)} case{'s' * (len(found.problems) > 1)}"
+        reasons.append(f"{number} cannot be used as the files lie (named below)")
     blocked = sum(f.severity == "error" for look in looks for f in look.findings)
     if blocked:
-        reasons.append(f"{blocked} files of training or validation cases cannot be used (named below)")
+        reasons.append(
+            f"{blocked} file{'s' * (blocked > 1)} of training or validation cases cannot be used (named below)"
+        )
     try:
         training_cases(found, root)
         split = partition(found, root, levels=C)

@@ -108,7 +108,7 @@ class Grid:
         if (self.is_placeholder or other.is_placeholder) and not meant:
             return None
         if not np.allclose(mine, theirs, rtol=1e-3):
-            return f"have different spacings ({mine} and {theirs} mm)"
+            return f"have different spacings ({_mm(mine)} and {_mm(theirs)} mm)"
         placed = self.has_orientation and other.has_orientation
         if placed and not np.allclose(here, there, rtol=1e-3, atol=0.01 * min(mine)):
             return "have different affines (they do not lie at one place)"
@@ -256,6 +256,11 @@ class Grid:
 
 
 OPPOSITE = {"R": "L", "L": "R", "A": "P", "P": "A", "S": "I", "I": "S"}
+
+
+def _mm(lengths: tuple[float, ...]) -> str:
+    """In words, without what the header's float32 adds: 0.7 is stored as 0.699999988."""
+    return " x ".join(f"{length:.5g}" for length in lengths)
 
 
 def _rank(letter: str) -> int:

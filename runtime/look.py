@@ -25,12 +25,14 @@ SHOWN_VALUES = 6
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was noticed: how bad, what kind, in which case (empty: the whole data set), in a line."""
+    """One thing that was noticed: how bad, what kind, in which case (empty: the whole data set), in a line; and the case's split, for
+    a name may stand in several."""
 
     severity: str
     kind: str
     case: str
     text: str
+    split: str = ""
 
 
 @dataclass
@@ -58,7 +60,7 @@ class Look:
 
     def tell(self, severity: str, kind: str, text: str) -> None:
         """Add a finding of this case."""
-        self.findings.append(Finding(severity, kind, self.case.name, text))
+        self.findings.append(Finding(severity, kind, self.case.name, text, self.split))
 
 
 def look_at(case: Case, split: str, channels: int, slice_axis: int, severity: str) -> Look:

@@ -55,12 +55,12 @@ def upright(picture: Any) -> tuple[Any, bool]:
 
 
 def read_picture(data: bytes, path: Path, channels: int) -> tuple[NDArray[np.float32], list[str]]:
-    """Pixels [H, W] for a model of one channel, [H, W, 3] for one of three."""
+    """Pixels [H, W] where one channel is needed, [H, W, 3] where three are."""
     from PIL import Image, UnidentifiedImageError
 
     if channels not in (1, 3):
         raise CdiffError(
-            f"{path} is a picture, but this model takes {channels} channels; give a NIfTI with them on its last axis"
+            f"{path} is a picture, of one channel or three, and {channels} are needed; give a NIfTI with them on its last axis"
         )
     notes = []
     try:
@@ -90,11 +90,11 @@ def read_picture(data: bytes, path: Path, channels: int) -> tuple[NDArray[np.flo
         pixels = pixels[..., 0] if mode == "LA" else pixels[..., :3]
     if channels == 1 and pixels.ndim == 3:
         if (pixels != pixels[..., :1]).any():
-            notes.append("the picture's colours were turned to grey (ITU-R 601 luma): the model takes one channel")
+            notes.append("the picture's colours were turned to grey (ITU-R 601 luma): one channel is needed")
             pixels = pixels @ np.array([0.299, 0.587, 0.114], np.float32)
         else:
             pixels = pixels[..., 0]
     elif channels == 3 and pixels.ndim == 2:
-        notes.append("the grey picture was given to all three channels of the model")
+        notes.append("the grey picture was taken for each of the three channels")
         pixels = np.repeat(pixels[..., None], 3, axis=2)
     return pixels, notes

@@ -17,7 +17,7 @@ def spatial_axes(shape: tuple[int, ...], channels: int, where: str) -> tuple[int
     axes = shape
     if channels > 1:
         if len(shape) < 3 or shape[-1] != channels:
-            raise CdiffError(f"{where} has shape {by(shape)}; this model takes {channels} channels, on the last axis")
+            raise CdiffError(f"{where} has shape {by(shape)}; {channels} channels are needed, on the last axis")
         axes = shape[:-1]
     while len(axes) > 3 and axes[-1] == 1:
         axes = axes[:-1]

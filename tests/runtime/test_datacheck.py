@@ -142,10 +142,10 @@ def test_values_that_are_not_zero_and_one(tmp_path: Path) -> None:
 
 
 def test_a_mask_that_lies_elsewhere_is_told(clean: Path) -> None:
-    save(clean / "Training/case01/task01_seg02.nii.gz", disc((32, 32, 1), 0.3, 1), (0.5, 0.5, 3.0))
+    save(clean / "Training/case01/task01_seg02.nii.gz", disc((32, 32, 1), 0.3, 1), (0.7, 0.6, 3.0))
     ((severity, case, text),) = said(check_data(clean), "grid")
     assert (severity, case) == ("warning", "case01")
-    assert "task01_seg02.nii.gz and its image have different spacings" in text
+    assert text == "task01_seg02.nii.gz and its image have different spacings (0.5 x 0.6 and 0.7 x 0.6 mm)"
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_what_makes_training_impossible_is_said(tmp_path: Path) -> None:
     brats = write_brats(tmp_path / "brats", 3)
     next((brats / "000002").glob("*_t2_*")).unlink()
     check = check_data(brats)
-    assert "1 cases cannot be used" in check.report["training"]["reasons"][0]
+    assert "1 case cannot be used" in check.report["training"]["reasons"][0]
     assert [(severity, case) for severity, case, _ in said(check, "layout")] == [("error", "000002")]
     with pytest.raises(CdiffError, match="no case in"):
         check_data(tmp_path / "one/Training/case01", layout="brats")

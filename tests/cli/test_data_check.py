@@ -1,0 +1,52 @@
+"""How `cdiff data check` words what it found: no model is there yet, and every case is told from the others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from cdiff.cli.app import app
+from tests.synthetic import write_synthetic_dataset
+
+
+def findings(data: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The lines of the findings, single-spaced."""
+    monkeypatch.setattr("cdiff.cli.console.out.width", 400)
+    result = CliRunner().invoke(app, ["data", "check", str(data), "--no-sheet", "-q"])
+    lines = [" ".join(line.split()) for line in result.output.splitlines()]
+    start = lines.index("Findings") + 1
+    return lines[start : lines.index("", start)]
+
+
+def test_a_name_in_two_splits_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = write_synthetic_dataset(tmp_path / "data", {"Training": 3, "Validation": 2}, 3, (32, 32, 4))
+    for case in ("Training/case02", "Validation/case02", "Training/case03"):
+        path = data / case / "task01_seg01.nii.gz"
+        mask = nib.load(path)
+        nib.save(nib.Nifti1Image(np.zeros_like(np.asarray(mask.dataobj)), mask.affine), path)
+    assert "note empty case02 in train, case03, case02 in val: seg01 marked nothing" in findings(data, monkeypatch)
+
+
+def test_nothing_is_said_of_a_network_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = write_synthetic_dataset(tmp_path / "four", {"Training": 4, "Validation": 1}, 3, (32, 32, 4), channels=4)
+    image = data / "Training" / "case03" / "image.nii.gz"
+    nib.save(nib.Nifti1Image(np.zeros((32, 32, 4, 3), np.uint8), np.eye(4)), image)
+    lines = findings(data, monkeypatch)
+    assert (
+        f"error unreadable case03: {image} has shape 32 x 32 x 4 x 3; 4 channels are needed, on the last axis" in lines
+    )
+    assert "error training 1 file of training or validation cases cannot be used (named below)" in lines
+    assert "model" not in " ".join(lines)
+    grey = write_synthetic_dataset(tmp_path / "colours", {"Training": 3, "Validation": 1}, 3, (32, 32), channels=3)
+    for number, case in enumerate(sorted(grey.glob("*/case*"))):
+        (case / "image.nii.gz").unlink()
+        shape = (32, 32) if number == 1 else (32, 32, 3)
+        Image.fromarray(np.random.default_rng(number).integers(0, 255, shape, np.uint8)).save(case / "image.png")
+    lines = findings(grey, monkeypatch)
+    assert "note image case02: the grey picture was taken for each of the three channels" in lines
+    assert "model" not in " ".join(lines)

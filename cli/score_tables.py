@@ -29,6 +29,9 @@ MODEL_SCORES = (
     ("Dice with one annotator: of the soft map at 1/2", "dice_each"),
     ("  of the other annotators' majority", "dice_each_annotators"),
     ("  difference", "dice_each_difference"),
+    ("  each case as a whole: of the soft map", "case_dice_each"),
+    ("  of the majority", "case_dice_each_annotators"),
+    ("  difference", "case_dice_each_difference"),
     ("unmarked slices in which the model marks", "false_positive_slices"),
 )
 

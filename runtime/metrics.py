@@ -87,21 +87,19 @@ def overlap_of_annotators(masks: NDArray[np.bool_], thresholds: Sequence[float] 
     return np.array(counts, np.int64).reshape(-1, len(thresholds), 3)
 
 
-def dice_with_each(mask: NDArray[np.bool_], masks: NDArray[np.bool_]) -> float:
-    """Mean over annotators of Dice(mask, an annotator's mask). mask: bool [...]; masks: bool [n, ...]."""
-    return float(np.mean([dice(mask, one) for one in masks]))
+def overlap_with_each(mask: NDArray[np.bool_], masks: NDArray[np.bool_]) -> Counts:
+    """The overlap of one mask with each annotator's, bool [...] and [n, ...] -> [n, 3]."""
+    return np.array([overlap(mask, one) for one in masks], np.int64).reshape(-1, 3)
 
 
-def dice_of_panels(masks: NDArray[np.bool_]) -> float:
-    """The human counterpart of `dice_with_each`: each annotator's mask against what at least half of the others marked.
+def overlap_of_panels(masks: NDArray[np.bool_]) -> Counts:
+    """The human counterpart of `overlap_with_each`: what at least half of the others marked, with each annotator's mask.
 
-    masks: bool [n, ...]. Mean over the n annotators; NaN when there are fewer than two.
+    masks: bool [n, ...] -> [n, 3]; [0, 3] of a single annotator.
     """
-    count = len(masks)
-    if count < 2:
-        return float("nan")
-    votes = masks.sum(axis=0, dtype=np.int64)
-    return float(np.mean([dice(2 * (votes - mask) >= count - 1, mask) for mask in masks]))
+    others, votes = len(masks) - 1, masks.sum(axis=0, dtype=np.int64)
+    counts = [overlap(2 * (votes - mask) >= others, mask) for mask in masks if others]
+    return np.array(counts, np.int64).reshape(-1, 3)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +18,6 @@ from cdiff.runtime.metrics import (
     Counts,
     at_least,
     dice_of,
-    dice_of_panels,
-    dice_with_each,
     energy_distance,
     ged,
     iou_of,
@@ -27,6 +25,8 @@ from cdiff.runtime.metrics import (
     overlap_by_threshold,
     overlap_of_annotators,
     overlap_of_pairs,
+    overlap_of_panels,
+    overlap_with_each,
 )
 from cdiff.runtime.results import entropy
 from cdiff.runtime.surface import hd95_px_and_mm, near
@@ -70,6 +70,9 @@ PER_CASE = (
     "case_soft_dice_5_annotators",
     "case_soft_dice_9_annotators",
     "case_pairwise_dice_annotators",
+    "case_dice_each",
+    "case_dice_each_annotators",
+    "case_dice_each_difference",
 )
 """The scores with one number a case, whose slices count together."""
 PER_CASE_LEVEL = ("case_dice_per_level", "case_iou_per_level")
@@ -115,26 +118,25 @@ class Overlaps:
     """All pairs of masks that are compared by Dice and IoU, as counts of pixels: of one slice, or of several together.
 
     thresholds [9,3]: soft map and fraction of annotators, at each threshold of NINE; levels [C,3]: the model's level maps and the
-    true ones; others [n,9,3]: each annotator and the fraction of the others; pairs [n(n-1)/2,3]: the annotators' masks.
+    true ones; others [n,9,3]: each annotator and the fraction of the others; pairs [n(n-1)/2,3]: the annotators' masks; each [n,3]:
+    the soft map at one half and each annotator; panels [n,3]: the majority of the others and each annotator.
     """
 
     thresholds: Counts
     levels: Counts
     others: Counts
     pairs: Counts
+    each: Counts
+    panels: Counts
 
     def __add__(self, more: Overlaps) -> Overlaps:
         """Those of the slices of both, which are of one case."""
-        return Overlaps(
-            self.thresholds + more.thresholds,
-            self.levels + more.levels,
-            self.others + more.others,
-            self.pairs + more.pairs,
-        )
+        return Overlaps(*(getattr(self, part.name) + getattr(more, part.name) for part in fields(self)))
 
     def scores(self) -> dict[str, Any]:
         """A number, or one for each level or threshold; None where one annotator alone leaves a score undefined."""
         by_threshold, by_annotator = dice_of(self.thresholds), dice_of(self.others)
+        each, panels = _mean(dice_of(self.each)), _mean(dice_of(self.panels))
         return {
             "soft_dice_5": _mean(by_threshold[FIVE_OF_NINE]),
             "soft_dice_9": _mean(by_threshold),
@@ -144,6 +146,9 @@ class Overlaps:
             "soft_dice_5_annotators": _mean(by_annotator[:, FIVE_OF_NINE]),
             "soft_dice_9_annotators": _mean(by_annotator),
             "pairwise_dice_annotators": _mean(dice_of(self.pairs)),
+            "dice_each": each,
+            "dice_each_annotators": panels,
+            "dice_each_difference": None if each is None or panels is None else each - panels,
         }
 
 
@@ -158,6 +163,11 @@ class SliceMaps:
     samples: NDArray[np.bool_]
     run_std: NDArray[np.float32]
     masks: NDArray[np.bool_]
+
+    @cached_property
+    def mask(self) -> NDArray[np.bool_]:
+        """[H,W]: the soft map at one half."""
+        return at_least(self.soft, 0.5)
 
     @cached_property
     def level_masks(self) -> NDArray[np.bool_]:
@@ -192,6 +202,8 @@ class SliceMaps:
             np.stack([overlap(p, m) for p, m in zip(self.level_masks, self.consensus, strict=True)]),
             overlap_of_annotators(self.masks),
             overlap_of_pairs(self.masks),
+            overlap_with_each(self.mask, self.masks),
+            overlap_of_panels(self.masks),
         )
 
 
@@ -207,12 +219,10 @@ def score_slice(maps: SliceMaps, plane_mm: tuple[float, float] | None = None) ->
         **_means("brier_floor", noise, region),
         **_means("crps", crps(maps.levels, maps.consensus), region),
     }
-    mask = at_least(maps.soft, 0.5)
     if not maps.marked:
         # An empty map would score 1 in every comparison of shapes: what can go wrong here is that there is a shape.
-        return _undefined(len(maps.levels)) | _numbers(pixelwise | {"false_positive_slices": float(mask.any())})
+        return _undefined(len(maps.levels)) | _numbers(pixelwise | {"false_positive_slices": float(maps.mask.any())})
     distance = energy_distance(maps.samples, maps.masks)
-    each, panels = dice_with_each(mask, maps.masks), dice_of_panels(maps.masks)
     scores = {
         "ged": distance.with_diagonal,
         "ged_no_diagonal": distance.no_diagonal,
@@ -221,9 +231,6 @@ def score_slice(maps: SliceMaps, plane_mm: tuple[float, float] | None = None) ->
         **_found("auroc_entropy", entropy(maps.soft), noise > 0, region),
         # The spread of one run is 0 everywhere and finds nothing.
         **_found("auroc_run_std", maps.run_std if maps.runs.shape[1] > 1 else None, noise > 0, region),
-        "dice_each": each,
-        "dice_each_annotators": panels,
-        "dice_each_difference": each - panels,
     }
     pairs = list(zip(maps.level_masks, maps.consensus, strict=True))
     distances = [hd95_px_and_mm(p, m, plane_mm) for p, m in pairs]

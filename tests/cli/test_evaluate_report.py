@@ -81,7 +81,7 @@ def test_volumes_and_unmarked_slices_are_printed_where_there_are_some(
         assert result.exit_code == 0, result.stderr
         printed[name] = result.stdout.split("Dice of the soft map by threshold")[0]
         assert max(map(len, printed[name].splitlines())) <= 80
-    assert [text.count("each case as a whole") for text in printed.values()] == [3, 3, 0]
+    assert [text.count("each case as a whole") for text in printed.values()] == [4, 4, 0]
     report = json.loads((tmp_path / "all.json").read_text())
     assert f"{report['case_soft_dice_5']['mean']:.3f}" in printed["all"]
     unmarked = report["false_positive_slices"]

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from cdiff.runtime.cases import Case, find_cases, read_case
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.evaluate import Protocol
-from cdiff.runtime.metrics import FIVE, NINE, bootstrap_over_cases, soft_dice
+from cdiff.runtime.metrics import FIVE, NINE, bootstrap_over_cases, dice, soft_dice
 from cdiff.runtime.publish import write_report
 from cdiff.runtime.results import Stack
 from cdiff.runtime.scan import Scan, read_scan
@@ -86,6 +86,11 @@ def test_two_slices_by_hand() -> None:
     # The annotators have 8 and 5 pixels, 5 of them in both; each is all that the other is compared with.
     for name in ("soft_dice_5_annotators", "soft_dice_9_annotators", "pairwise_dice_annotators"):
         assert scores[f"case_{name}"] == pytest.approx(10 / 13, abs=1e-6)
+    # At one half the model marks 7 pixels: 6 of the first annotator's 8, 4 of the second's 5. Each annotator is the other's panel.
+    assert scores["case_dice_each"] == pytest.approx((12 / 15 + 8 / 12) / 2, abs=1e-6)
+    assert scores["case_dice_each_annotators"] == pytest.approx(10 / 13, abs=1e-6)
+    assert scores["case_dice_each_difference"] == pytest.approx((12 / 15 + 8 / 12) / 2 - 10 / 13, abs=1e-6)
+    assert (large["dice_each"], small["dice_each"]) == pytest.approx(((1 + 8 / 10) / 2, 0), abs=1e-5)
     # The mean over the slices is another number.
     assert (large["soft_dice_5"], small["soft_dice_5"]) == pytest.approx((1, 0), abs=1e-5)
     assert row["volumes"]["predicted_voxels"] == [7, 5]
@@ -105,6 +110,10 @@ def test_a_case_scores_as_its_volume_does(cases: list[Case], tmp_path: Path, mon
         assert scores["case_soft_dice_9"] == pytest.approx(soft_dice(soft, truth, NINE), abs=1e-12)
         others = [soft_dice(masks[:, i], np.delete(masks, i, axis=1).mean(axis=1), NINE) for i in range(3)]
         assert scores["case_soft_dice_9_annotators"] == pytest.approx(np.mean(others), abs=1e-12)
+        each = [dice(soft >= 0.5, mask) for mask in masks.swapaxes(0, 1)]
+        panels = [dice(np.delete(masks, i, axis=1).sum(axis=1) >= 1, masks[:, i]) for i in range(3)]
+        assert scores["case_dice_each"] == pytest.approx(np.mean(each), abs=1e-12)
+        assert scores["case_dice_each_annotators"] == pytest.approx(np.mean(panels), abs=1e-12)
     values = [row["case_scores"]["case_soft_dice_5"] for row in report["cases"]]
     found = report["case_soft_dice_5"]
     assert found == {"mean": pytest.approx(np.mean(values)), "low": found["low"], "high": found["high"], "n_cases": 4}
@@ -144,6 +153,8 @@ def test_a_case_of_one_annotator_or_of_another_number(cases: list[Case], tmp_pat
     alone = tally_of(np.ones((2, 1, 8)), np.ones((2, 1, 8), bool))["case_scores"]
     assert alone["case_soft_dice_5"] == 1
     assert alone["case_soft_dice_5_annotators"] is alone["case_pairwise_dice_annotators"] is None
+    assert alone["case_dice_each"] == 1
+    assert alone["case_dice_each_annotators"] is alone["case_dice_each_difference"] is None
 
     cases[1].masks[2].unlink()
     cases = [case_in(case.image.parent) for case in cases]

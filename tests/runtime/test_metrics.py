@@ -17,8 +17,6 @@ from cdiff.runtime.metrics import (
     bootstrap_over_cases,
     dice,
     dice_of,
-    dice_of_panels,
-    dice_with_each,
     energy_distance,
     ged,
     iou_of,
@@ -26,6 +24,8 @@ from cdiff.runtime.metrics import (
     overlap_by_threshold,
     overlap_of_annotators,
     overlap_of_pairs,
+    overlap_of_panels,
+    overlap_with_each,
     soft_dice,
 )
 
@@ -121,14 +121,19 @@ def test_annotators_score_by_hand() -> None:
 
 def test_one_annotator_against_a_map_and_against_the_others_majority_by_hand() -> None:
     masks = np.stack([_mask(0, 1), _mask(0), _mask(0, 2), _mask(0, 1, 2, 3)])
-    found = dice_with_each(_mask(0, 1), masks)
-    assert found == pytest.approx((1 + 2 / 3 + 2 / 4 + 4 / 6) / 4, abs=1e-6)
+
+    def panels(masks: np.ndarray) -> float:
+        return float(dice_of(overlap_of_panels(masks)).mean())
+
+    assert dice_of(overlap_with_each(_mask(0, 1), masks)).mean() == pytest.approx(
+        (1 + 2 / 3 + 2 / 4 + 4 / 6) / 4, abs=1e-6
+    )
     # Two of the other three: {0, 2}, {0, 1, 2}, {0, 1} and {0}.
-    assert dice_of_panels(masks) == pytest.approx((2 / 4 + 2 / 4 + 2 / 4 + 2 / 5) / 4, abs=1e-6)
+    assert panels(masks) == pytest.approx((2 / 4 + 2 / 4 + 2 / 4 + 2 / 5) / 4, abs=1e-6)
     # Of the other two, one is half: {0, 2}, {0, 1, 2} and {0, 1}.
-    assert dice_of_panels(masks[:3]) == pytest.approx((2 / 4 + 2 / 4 + 2 / 4) / 3, abs=1e-6)
-    assert dice_of_panels(masks[:2]) == dice(masks[0], masks[1])
-    assert np.isnan(dice_of_panels(masks[:1]))
+    assert panels(masks[:3]) == pytest.approx((2 / 4 + 2 / 4 + 2 / 4) / 3, abs=1e-6)
+    assert panels(masks[:2]) == dice(masks[0], masks[1])
+    assert overlap_of_panels(masks[:1]).shape == (0, 3)
 
 
 def _ged_plain(samples: np.ndarray, reference: np.ndarray, diagonal: bool = True) -> float:

@@ -8,6 +8,8 @@ import shutil
 import struct
 import subprocess
 import tempfile
+import warnings
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from typing import Any
 import nibabel as nib
 
 from cdiff.runtime.case import is_output, natural
+from cdiff.runtime.dicom_planes import TAGS as PLACE
+from cdiff.runtime.dicom_planes import laid, planes_of
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.nifti import parse_nifti
 from cdiff.runtime.shapes import one_line
@@ -27,13 +31,22 @@ MARK_AT = 128
 SUFFIX = ".dcm"
 INDEX = "DICOMDIR"
 """A list of what lies on a disc; it holds no image."""
-TAGS = ["Modality", "Rows", "SeriesDescription", "SeriesInstanceUID", "SeriesNumber"]
+TAGS = [
+    *PLACE, "BitsAllocated", "Modality", "PhotometricInterpretation", "PixelRepresentation", "SOPClassUID", "SamplesPerPixel",
+    "SeriesDescription", "SeriesInstanceUID", "SeriesNumber",
+]  # fmt: skip
+INVERTED = "MONOCHROME1"
+PALETTE = "PALETTE COLOR"
 SEGMENTATION = "SEG"
 """The modality of masks, which lie beside the images that they are of."""
 UNEVEN = "Interslice distance varies"
 TILTED = "gantry tilt of"
 MISSING = "Missing images?"
 """Of dcm2niix's messages those that say that its volume is not what it seems."""
+TROUBLE = re.compile(r"error|unable|unsupported|fail|corrupt|varies|not large enough|too large|no valid", re.IGNORECASE)
+"""What dcm2niix's reasons for making no image have in them, and its other messages have not."""
+OVERLAYS = "image_ROI*"
+"""What dcm2niix calls a volume of marks that were drawn on the images (60xx,3000)."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +66,12 @@ class Converted:
 
 @dataclass(frozen=True)
 class Series:
-    """The images of one series in a folder: its number (0020,0011) where it has one, its description, and its files."""
+    """The images of one series in a folder: its number (0020,0011) where it has one, its description, its files and their headers."""
 
     number: str
     description: str
     files: tuple[Path, ...]
+    headers: tuple[Any, ...]
 
     def __str__(self) -> str:
         images = f"{len(self.files)} image{'s' if len(self.files) > 1 else ''}"
@@ -94,16 +108,22 @@ def read_dicom(path: Path, channels: int = 1, series: int | None = None) -> Conv
     """
     program = _program(path)
     chosen = _choose(series_at(path), path, series)
-    digest = hashlib.sha256(b"".join(hashlib.sha256(any_bytes(file)).digest() for file in chosen.files))
+    where = f"{path}, series {chosen}:"
+    _must_be_grey(chosen, where)
+    files: dict[bytes, Path] = {}
+    for file in chosen.files:  # a copy of one would be a second image at its place
+        files.setdefault(hashlib.sha256(any_bytes(file)).digest(), file)
+    kept = set(files.values())
+    planes = planes_of([header for file, header in zip(chosen.files, chosen.headers, strict=True) if file in kept])
     with tempfile.TemporaryDirectory(prefix="cdiff-") as folder:
         # Of these files alone: dcm2niix says of everything in a folder what is wrong with it.
         source, made = Path(folder) / "source", Path(folder) / "made"
         source.mkdir()
         made.mkdir()
-        for file in chosen.files:
+        for file in kept:
             (source / file.name).symlink_to(file.absolute())
-        # Neither compression nor sidecars; errors join the other messages.
-        command = [program, "-d", "0", "-z", "n", "-b", "n", "-f", "image", "-o", str(made), str(source)]
+        # Neither compression nor sidecars, and not as a file of defaults at the user's home says; errors join the other messages.
+        command = [program, "-g", "i", "-d", "0", "-z", "n", "-b", "n", "-f", "image", "-o", str(made), str(source)]
         done = subprocess.run(
             command,
             stdout=subprocess.PIPE,
@@ -113,18 +133,28 @@ def read_dicom(path: Path, channels: int = 1, series: int | None = None) -> Conv
             errors="replace",
         )
         said = done.stdout.replace(str(source), str(path if path.is_dir() else path.parent))
-        images = sorted(made.glob("*.nii"))
-        _must_be_one(images, said, f"{path}, series {chosen}:")
-        image = parse_nifti(images[0].read_bytes(), path, channels)
+        overlays = set(made.glob(OVERLAYS))
+        images = sorted(set(made.glob("*.nii")) - overlays)
+        if done.returncode < 0:
+            raise CdiffError(f"{where} dcm2niix crashed (signal {-done.returncode}); look for damaged files")
+        _must_be_one(images, said, where)
+        image, laid_notes = laid(parse_nifti(images[0].read_bytes(), path, channels), planes, where)
     version = re.search(r"\bv[\d.]+", said)
+    notes = [
+        f"dcm2niix says: {line.strip().removeprefix('Warning: ')}" for line in said.splitlines() if MISSING in line
+    ]
+    if len(files) < len(chosen.files):
+        notes.append(
+            f"{len(chosen.files) - len(files)} of {len(chosen.files)} DICOM files are copies of others: left out"
+        )
+    if any(header.get("PhotometricInterpretation") == INVERTED for header in chosen.headers):
+        notes.append(f"the DICOM images are {INVERTED}, low values bright: values are as stored, not turned round")
     return Converted(
         image,
-        chosen.files,
-        digest.hexdigest(),
+        tuple(files.values()),
+        hashlib.sha256(b"".join(files)).hexdigest(),
         " ".join(["dcm2niix", *([version.group()] if version else []), "series", chosen.number]),
-        tuple(
-            f"dcm2niix says: {line.strip().removeprefix('Warning: ')}" for line in said.splitlines() if MISSING in line
-        ),
+        (*notes, *laid_notes),
     )
 
 
@@ -133,21 +163,75 @@ def series_at(path: Path) -> list[Series]:
 
     Raises CdiffError where a file is empty or damaged, and where pydicom is missing.
     """
-    found: dict[str, tuple[str, str, list[Path]]] = {}
-    for file in [path] if path.is_file() else sorted(one for one in path.iterdir() if one.is_file()):
-        # An empty file may be a slice whose absence nothing else would show.
-        if file == path or (not file.name.startswith(".") and (is_dicom(file) or file.stat().st_size == 0)):
-            header = _header(file)
-            if "Rows" in header and header.get("Modality") != SEGMENTATION:
-                number = "" if header.get("SeriesNumber") is None else str(header.SeriesNumber)
-                described = " ".join(str(header.get("SeriesDescription") or "").split())
-                found.setdefault(str(header.get("SeriesInstanceUID")), (number, described, []))[2].append(file)
+    found: dict[str, tuple[str, str, list[Path], list[Any]]] = {}
+    for file in [path] if path.is_file() else sorted(one for one in path.iterdir() if _may_be_image(one)):
+        header = _header(file)
+        if "Rows" in header and header.get("Modality") != SEGMENTATION:
+            number = "" if header.get("SeriesNumber") is None else _plain(str(header.SeriesNumber))
+            described = _plain(str(header.get("SeriesDescription") or ""))
+            one = found.setdefault(str(header.get("SeriesInstanceUID")), (number, described, [], []))
+            one[2].append(file)
+            one[3].append(header)
+        elif "Rows" not in header:
+            _must_be_no_image(header, file)
     if not found:
         raise CdiffError(f"{path} holds no DICOM image; name the folder of a series")
     listed = [
-        Series(number or "without a number", described, tuple(files)) for number, described, files in found.values()
+        Series(number or "without a number", described, tuple(files), tuple(headers))
+        for number, described, files, headers in found.values()
     ]
     return sorted(listed, key=lambda one: natural(one.number))
+
+
+def _may_be_image(file: Path) -> bool:
+    """Whether a file in a series' folder is one of its images, or was meant to be: empty, all zeros, a link to what is not there.
+
+    Those may be a slice whose absence nothing else would show.
+    """
+    if file.name.startswith(".") or file.name.lower() == INDEX.lower():
+        return False
+    if file.is_symlink() and not file.exists():
+        return not file.name.lower().endswith(VOLUME_SUFFIXES + PICTURE_SUFFIXES)
+    if not file.is_file():
+        return False
+    return is_dicom(file) or file.stat().st_size == 0 or _begins_blank(file)
+
+
+def _begins_blank(file: Path) -> bool:
+    """Whether a file has zeros where DICOM's mark should be: a copy that was broken off may have its full length."""
+    if file.name.lower().endswith(VOLUME_SUFFIXES + PICTURE_SUFFIXES):
+        return False
+    try:
+        with file.open("rb") as opened:
+            return opened.read(MARK_AT + len(MARK)) == bytes(MARK_AT + len(MARK))
+    except OSError:
+        return False
+
+
+def _plain(text: str) -> str:
+    """Text of a header as it may be shown on a terminal."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def _must_be_no_image(header: Any, file: Path) -> None:
+    """Raise CdiffError for a header that ends before it says how large the image is."""
+    kind = header.get("SOPClassUID") or getattr(header, "file_meta", {}).get("MediaStorageSOPClassUID")
+    if kind is None or "Image Storage" in getattr(kind, "name", ""):
+        raise CdiffError(f"{file} is truncated or damaged (its DICOM header ends early); copy it again")
+
+
+def _must_be_grey(chosen: Series, where: str) -> None:
+    """Raise CdiffError for colours, which are no intensities, and for what dcm2niix takes for other numbers than it holds."""
+    for file, header in zip(chosen.files, chosen.headers, strict=True):
+        kind = str(header.get("PhotometricInterpretation") or "")
+        if (header.get("SamplesPerPixel") or 1) != 1 or kind == PALETTE:
+            raise CdiffError(
+                f"{where} {file.name} is in colours ({kind}), and DICOM is read in grey alone; export it as PNG, or name a grey series"
+            )
+        if header.get("BitsAllocated") == 8 and header.get("PixelRepresentation") == 1:
+            raise CdiffError(
+                f"{where} {file.name} holds signed bytes, which dcm2niix takes for unsigned; save it with 16 bits a pixel"
+            )
 
 
 def _header(file: Path) -> Any:
@@ -156,7 +240,17 @@ def _header(file: Path) -> Any:
     must_be_text(file)
     any_bytes(file)
     try:
-        return pydicom.dcmread(file, stop_before_pixels=True, specific_tags=TAGS)
+        with warnings.catch_warnings():
+            # Of values that the standard does not allow; what cannot be used is refused where it is.
+            warnings.simplefilter("ignore")
+            header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=TAGS)
+            # pydicom reads a value when it is asked for, and repeats what is wrong with it.
+            for tag in TAGS:
+                try:
+                    header.get(tag)
+                except (ValueError, TypeError, NotImplementedError):
+                    del header[tag]
+            return header
     except (
         pydicom.errors.InvalidDicomError,
         EOFError,
@@ -164,7 +258,12 @@ def _header(file: Path) -> Any:
         ValueError,
         KeyError,
         TypeError,
+        NotImplementedError,
+        AttributeError,
+        RecursionError,
+        MemoryError,
         struct.error,
+        zlib.error,
     ) as error:
         raise CdiffError(
             f"{file} is not a DICOM file that can be read ({one_line(error)[:200]}); copy it again"
@@ -202,8 +301,9 @@ def _must_be_one(made: list[Path], said: str, where: str) -> None:
             f"{where} the distance between slices varies: one may be missing; copy them again, or {BY_HAND}"
         )
     if not made:
-        told = [line.strip() for line in said.splitlines() if re.search(r"warning|error|unable", line, re.IGNORECASE)]
-        raise CdiffError(f"{where} it cannot be converted ({told[-1] if told else 'dcm2niix does not say why'})")
+        # Of the maker's name it is unable to say something of nearly every image.
+        told = [line.strip() for line in said.splitlines() if TROUBLE.search(line) and "manufacturer" not in line]
+        raise CdiffError(f"{where} it cannot be converted ({told[0] if told else 'dcm2niix does not say why'})")
     if len(made) > 1:
         raise CdiffError(
             f"{where} dcm2niix makes {len(made)} images of it, as of several echoes or orientations; {BY_HAND}"

@@ -158,9 +158,59 @@ def bad_no_image(folder: Path) -> None:
 
 
 def bad_report(folder: Path) -> None:
-    write_series(
-        folder, scan_voxels(1), orthogonal(), change=lambda _, file: [file.pop(tag) for tag in ("Rows", "PixelData")]
-    )
+    def without_pixels(_: int, file: Any) -> None:
+        file.SOPClassUID = file.file_meta.MediaStorageSOPClassUID = pydicom.uid.BasicTextSRStorage
+        del file.Rows, file.PixelData
+
+    write_series(folder, scan_voxels(1), orthogonal(), change=without_pixels)
+
+
+def bad_header(folder: Path) -> None:
+    """The last slice's, whose absence leaves no gap."""
+    write_series(folder, scan_voxels(), orthogonal())
+    (folder / "IM0028").write_bytes((folder / "IM0028").read_bytes()[:500])
+
+
+def bad_zeros(folder: Path) -> None:
+    """As a copy that was broken off may be: of full length."""
+    write_series(folder, scan_voxels(), orthogonal())
+    (folder / "IM0028").write_bytes(bytes((folder / "IM0028").stat().st_size))
+
+
+def bad_link(folder: Path) -> None:
+    write_series(folder, scan_voxels(), orthogonal())
+    (folder / "IM0028").unlink()
+    (folder / "IM0028").symlink_to("../annex/IM0028")
+
+
+def bad_colours(folder: Path) -> None:
+    write_series(folder, scan_voxels(1), orthogonal(), change=lambda _, file: in_colours(file))
+
+
+def in_colours(file: Any) -> None:
+    file.SamplesPerPixel, file.PhotometricInterpretation, file.PlanarConfiguration = 3, "RGB", 0
+    file.BitsAllocated, file.BitsStored, file.HighBit, file.PixelRepresentation = 8, 8, 7, 0
+    file.PixelData = bytes(file.Rows * file.Columns * 3)
+
+
+def bad_signed_bytes(folder: Path) -> None:
+    def signed(_: int, file: Any) -> None:
+        file.BitsAllocated, file.BitsStored, file.HighBit, file.PixelRepresentation = 8, 8, 7, 1
+        file.PixelData = bytes(file.Rows * file.Columns)
+
+    write_series(folder, scan_voxels(2), orthogonal(), change=signed)
+
+
+def bad_codec(folder: Path) -> None:
+    """One image's fragment ends early."""
+
+    def packed(k: int, file: Any) -> None:
+        file.compress(pydicom.uid.JPEGLSLossless)
+        if k == 2:
+            whole = next(pydicom.encaps.generate_frames(file.PixelData))
+            file.PixelData = pydicom.encaps.encapsulate([whole[: len(whole) // 2]])
+
+    write_series(folder, scan_voxels(), orthogonal(), change=packed)
 
 
 def bad_numberless(folder: Path) -> None:
@@ -183,6 +233,12 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     "an empty file": (bad_empty, r"IM0028 is empty \(0 bytes\)"),
     "a file that ends early": (bad_short, "not large enough to store image data"),
     "no image": (bad_no_image, "is not a DICOM file that can be read"),
+    "a header that ends early": (bad_header, r"IM0028 is truncated or damaged \(its DICOM header ends early\)"),
+    "a file of zeros": (bad_zeros, "IM0028 is not a DICOM file that can be read"),
+    "a link to nothing": (bad_link, r"IM0028 is a link to \.\./annex/IM0028, which does not exist"),
+    "colours": (bad_colours, r"IM0000 is in colours \(RGB\), and DICOM is read in grey alone"),
+    "signed bytes": (bad_signed_bytes, "IM0000 holds signed bytes"),
+    "packed pixels that end early": (bad_codec, r"it cannot be converted \(CharLS failed"),
     "no pixels": (bad_report, "holds no DICOM image; name"),
     "no series number twice": (bad_numberless, "several series of one number: without a number"),
 }

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cdiff import __version__
+from cdiff.runtime.dicom_planes import lps_of, planes_of, taken_from
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.itk import LPS_TO_RAS
 from cdiff.runtime.shapes import one_line
 from cdiff.runtime.sources import optional
 
 if TYPE_CHECKING:
+    from cdiff.runtime.grid import Grid
     from cdiff.runtime.results import Result
     from cdiff.runtime.scan import Scan
 
@@ -38,9 +41,12 @@ def must_allow_dicom_seg(scan: Scan) -> None:
         raise CdiffError(
             f"{scan.source} is not DICOM, and a DICOM segmentation belongs to DICOM images; leave out --dicom-seg"
         )
-    images = _headers(scan.dicom[:1])
-    shape = (int(images[0].get("NumberOfFrames") or 1), images[0].Rows, images[0].Columns, 1)
-    _segmentation(images, np.zeros(shape, np.uint8), {}, scan.source)
+    images = _headers(scan.dicom)
+    # One pixel, as there must be one; on the first image, and every plane is looked at.
+    blank = np.broadcast_to(np.uint8(0), (*scan.grid.spatial, 1)[:3])
+    frames = _frames_of(blank[..., None], scan.grid, images, scan.source)
+    frames[0, 0, 0, 0] = 1
+    _segmentation(images, frames, {}, scan.source)
 
 
 def write_dicom_seg(result: Result, path: Path) -> None:
@@ -55,7 +61,10 @@ def write_dicom_seg(result: Result, path: Path) -> None:
         raise CdiffError(f"{result.name} was not read from DICOM, and a DICOM segmentation belongs to DICOM images")
     images = _headers(result.dicom)
     marked = (np.nan_to_num(result.levels) >= 0.5).astype(np.uint8)
-    _segmentation(images, _volume(result, marked, images[0]), result.report, result.name).save_as(path)
+    frames = _frames_of(
+        marked.reshape(*(*result.grid.spatial, 1)[:3], marked.shape[-1]), result.grid, images, result.name
+    )
+    _segmentation(images, frames, result.report, result.name).save_as(path)
 
 
 def _headers(files: Sequence[Path]) -> list[Any]:
@@ -70,11 +79,11 @@ def _headers(files: Sequence[Path]) -> list[Any]:
 
 
 def _segmentation(images: list[Any], pixels: Any, report: dict[str, Any], name: str) -> Any:
-    """pixels: [frames, rows, columns, C] or such a volume. Raises CdiffError where the images do not allow one."""
+    """pixels: [frames, rows, columns, C], a frame of each image. Raises CdiffError where the images do not allow one."""
     hd = optional("highdicom", "highdicom", Path(name), "DICOM")
     C = pixels.shape[-1]
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _quiet("highdicom"):
             # Where no level marks a pixel every frame is kept, and highdicom says so.
             warnings.simplefilter("ignore")
             return hd.seg.Segmentation(
@@ -100,21 +109,35 @@ def _segmentation(images: list[Any], pixels: Any, report: dict[str, Any], name: 
         ) from None
 
 
-def _volume(result: Result, marked: Any, image: Any) -> Any:
-    """`marked` [i, j, k, C] as [k, rows, columns, C]: dcm2niix keeps a row's order, and turns that of the rows round."""
-    hd = optional("highdicom", "highdicom", Path(result.name), "DICOM")
-    assert result.grid.header is not None, "dcm2niix writes one"
-    affine = result.grid.header.get_best_affine()
-    affine[:3] = LPS_TO_RAS @ affine[:3]
-    shape = (*marked.shape[:-1], 1)[:3]
-    volume = hd.Volume(
-        marked.reshape(*shape, marked.shape[-1]),
-        affine,
-        coordinate_system="PATIENT",
-        frame_of_reference_uid=str(image.FrameOfReferenceUID),
-        channels={"SegmentNumber": list(range(1, marked.shape[-1] + 1))},
-    )
-    return volume.permute_spatial_axes((2, 1, 0)).flip_spatial(1)
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Without the remarks of a library, which would reach the terminal."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def _frames_of(marked: Any, grid: Grid, images: list[Any], name: str) -> Any:
+    """`marked` [i, j, k, C] as [frames, rows, columns, C], one for each image or frame, at its place and the way round that it lies.
+
+    So each refers to the image that it is of, whatever axes and order dcm2niix chose: it turns 3-D series of the head upright.
+    Raises CdiffError where the images do not say where they lie.
+    """
+    planes = planes_of(images)
+    if not planes.checked or len(planes.known) < planes.count or grid.header is None:
+        raise CdiffError(
+            f"{name}: its DICOM images do not allow a DICOM segmentation (they do not say where they lie); leave out --dicom-seg"
+        )
+    affine = lps_of(grid.header)
+    for image, plane in zip(images, planes.known, strict=False):
+        if not image.get("SliceThickness"):  # missing or empty, and then the slices' distance is what there is
+            along = np.linalg.inv(affine[:3, :3]) @ np.cross(plane.across, plane.down)
+            image.SliceThickness = float(f"{np.linalg.norm(affine[:3, np.argmax(np.abs(along))]):.6g}")
+    return np.stack([taken_from(marked, affine, plane) for plane in planes.known])
 
 
 def _described(hd: Any, c: int, C: int, report: dict[str, Any]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from cdiff.runtime.inputs import scans_at
 from cdiff.runtime.results import Result, Stack
 from cdiff.runtime.scan import read_scan
 from cdiff.runtime.segmenter import Segmenter
-from tests.runtime.dicom_files import orthogonal, write_series
+from tests.runtime.dicom_files import moved, orthogonal, upright, write_multiframe, write_series
 from tests.runtime.test_segmenter import QUICK, make_bundle
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0])
@@ -79,6 +80,60 @@ def test_every_pixel_lies_where_the_map_has_it(axis: int, chosen: range | None, 
         assert near(found[level], places_of(result, level))
 
 
+@pytest.mark.parametrize("sense", [1, -1])
+def test_images_that_dcm2niix_turns_keep_their_own_frames(sense: int, tmp_path: Path) -> None:
+    """A sagittal series of the head becomes an axial volume; its frames must be its images' all the same, or no viewer shows them there."""
+    lps = np.array([[0, 0, 2.5 * sense, 10], [0.7, 0, 0, 20], [0, -0.8, 0, 30]], dtype=float)
+    folder = write_series(tmp_path / "a", voxels(), lps, change=lambda _, file: upright(file))
+    result = found_in(folder)
+    assert result.grid.shape == (5, 24, 20), "it is no longer turned: then this tests nothing"
+    write_dicom_seg(result, tmp_path / "seg.dcm")
+    found = pixels_of(tmp_path / "seg.dcm")
+    assert all(near(found[level], places_of(result, level)) for level in (1, 2))
+    assert own_frames(tmp_path / "seg.dcm", folder) == 10
+
+
+def own_frames(path: Path, folder: Path) -> int:
+    """How many frames refer to an image, which must be one that lies at the very same place."""
+    images = [pydicom.dcmread(file) for file in folder.iterdir()]
+    there = {image.SOPInstanceUID: [float(v) for v in image.ImagePositionPatient] for image in images}
+    count = 0
+    for frame in pydicom.dcmread(path).PerFrameFunctionalGroupsSequence:
+        for derived in frame.get("DerivationImageSequence", []):
+            (image,) = derived.SourceImageSequence
+            corner = [float(v) for v in frame.PlanePositionSequence[0].ImagePositionPatient]
+            np.testing.assert_allclose(corner, there[image.ReferencedSOPInstanceUID], atol=1e-3)
+            count += 1
+    return count
+
+
+def test_positions_that_are_not_quite_even(tmp_path: Path) -> None:
+    """To a hundredth of a millimetre, as headers round them: each frame is its image's."""
+    draw = np.random.default_rng(1)
+    folder = write_series(
+        tmp_path / "a", voxels(), orthogonal(), change=lambda _, file: moved(file, draw.normal(0, 0.004, 3))
+    )
+    write_dicom_seg(found_in(folder), tmp_path / "seg.dcm")
+    assert own_frames(tmp_path / "seg.dcm", folder) == 10
+
+
+def test_a_copy_of_an_image_moves_nothing(tmp_path: Path) -> None:
+    folder = write_series(tmp_path / "a", voxels(), orthogonal())
+    shutil.copy(folder / "IM0014", folder / "IM0014 copy")
+    result = found_in(folder)
+    write_dicom_seg(result, tmp_path / "seg.dcm")
+    found = pixels_of(tmp_path / "seg.dcm")
+    assert all(near(found[level], places_of(result, level)) for level in (1, 2))
+
+
+def test_frames_of_one_file(tmp_path: Path) -> None:
+    folder = write_multiframe(tmp_path / "a", voxels(), orthogonal(), order=(3, 0, 4, 1, 2))
+    result = found_in(folder)
+    write_dicom_seg(result, tmp_path / "seg.dcm")
+    found = pixels_of(tmp_path / "seg.dcm")
+    assert all(near(found[level], places_of(result, level)) for level in (1, 2))
+
+
 def test_it_is_of_its_images_and_says_what_it_is(tmp_path: Path) -> None:
     folder = write_series(tmp_path / "a", voxels(), orthogonal(), number=4)
     result = dataclasses.replace(found_in(folder), report={"bundle": "tiny", "task": "a task", "steps": 9})
@@ -105,11 +160,12 @@ def test_it_is_of_its_images_and_says_what_it_is(tmp_path: Path) -> None:
     assert file.SegmentSequence[0].SegmentedPropertyTypeCodeSequence[0].CodeMeaning == "a task"
 
 
-def test_a_map_of_nothing_is_written_as_that(tmp_path: Path) -> None:
+def test_a_map_of_nothing_is_written_as_that(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     result = found_in(write_series(tmp_path / "a", voxels(), orthogonal()))
     stack = dataclasses.replace(result.stack, maps=0 * result.stack.maps)
     write_dicom_seg(dataclasses.replace(result, stack=stack), tmp_path / "seg.dcm")
     assert pixels_of(tmp_path / "seg.dcm") == {1: set(), 2: set(), 3: set()}
+    assert capfd.readouterr() == ("", ""), "highdicom says that it is empty, which a terminal need not show"
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +199,13 @@ def test_images_that_somebody_made_anonymous_will_do(tmp_path: Path) -> None:
     assert pydicom.dcmread(tmp_path / "seg.dcm").PatientName == ""
 
 
+def test_slices_as_thick_as_they_are_apart_where_nothing_says(tmp_path: Path) -> None:
+    folder = write_series(tmp_path / "a", voxels(), orthogonal(), change=lambda _, file: file.pop("SliceThickness"))
+    write_dicom_seg(found_in(folder), tmp_path / "seg.dcm")
+    (measures,) = pydicom.dcmread(tmp_path / "seg.dcm").SharedFunctionalGroupsSequence[0].PixelMeasuresSequence
+    assert float(measures.SliceThickness) == pytest.approx(2.5)
+
+
 def test_what_cannot_have_one_is_said_before_the_work(tmp_path: Path) -> None:
     folder = write_series(
         tmp_path / "a", voxels(), orthogonal(), change=lambda _, file: file.pop("FrameOfReferenceUID")
@@ -151,6 +214,16 @@ def test_what_cannot_have_one_is_said_before_the_work(tmp_path: Path) -> None:
         CdiffError, match=r"a: its DICOM images do not allow a DICOM segmentation \(.*Frame Of Reference UID"
     ):
         must_allow_dicom_seg(read_scan(folder))
+    nowhere = write_series(
+        tmp_path / "c", voxels(), orthogonal(), change=lambda _, file: file.pop("ImagePositionPatient")
+    )
+    with pytest.raises(CdiffError, match="they do not say where they lie"):
+        must_allow_dicom_seg(read_scan(nowhere))
+    parts = write_series(
+        tmp_path / "d", voxels(), orthogonal(), change=lambda k, file: setattr(file, "FrameOfReferenceUID", f"1.2.{k}")
+    )
+    with pytest.raises(CdiffError, match="do not allow a DICOM segmentation"):
+        must_allow_dicom_seg(read_scan(parts))
     with pytest.raises(CdiffError, match="array is not DICOM, and a DICOM segmentation belongs to DICOM images"):
         must_allow_dicom_seg(read_scan(voxels()))
     must_allow_dicom_seg(read_scan(write_series(tmp_path / "b", voxels(), orthogonal())))

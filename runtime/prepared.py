@@ -113,8 +113,9 @@ def notes(prepared: Prepared, manifest: Manifest) -> list[str]:
             f"them out; --slices A:B takes those that the structure is in, such as --slices {first}:{end}"
         )
     elif len(chosen) < len(read.slices):
+        which = f"slices {chosen.start} to {chosen.stop - 1}" if len(chosen) > 1 else f"slice {chosen.start}"
         found.append(
-            f"only slices {chosen.start} to {chosen.stop - 1} of 0 to {len(read.slices) - 1} were segmented: in the others the "
+            f"only {which} of 0 to {len(read.slices) - 1} {'were' if len(chosen) > 1 else 'was'} segmented: in the others the "
             "maps are NaN and the mask is 0, and volumes leave them out"
         )
     return [*read.warnings, *found]

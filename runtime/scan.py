@@ -74,7 +74,7 @@ def _stacked(paths: Sequence[str | os.PathLike[str]], channels: int, slice_axis:
     names = ", ".join(map(str, paths))
     if len(paths) != channels:
         raise CdiffError(
-            f"{len(paths)} files ({names}) where the model takes {channels} channels; give one file a modality"
+            f"{len(paths)} files ({names}) where {channels} channels are needed; give one file a modality"
         )
     parts = [_one(path, 1, slice_axis, series) for path in paths]
     first = parts[0]

@@ -107,7 +107,9 @@ def test_a_part_of_a_scan_has_the_maps_that_it_has_in_the_whole(segmenter: Segme
     np.testing.assert_allclose(part.soft[..., 2:4], whole.soft[..., 2:4], atol=1e-5)
     assert np.isnan(part.soft[..., [0, 1, 4, 5]]).all()
     assert part.report["slices"] == {"first": 2, "end": 4, "of": 6}
-    assert any("only slices 2 to 3 of 0 to 5" in line for line in part.report["warnings"])
+    assert any("only slices 2 to 3 of 0 to 5 were segmented" in line for line in part.report["warnings"])
+    one = segmenter.segment(array, **QUICK, slices="2:3")
+    assert any("only slice 2 of 0 to 5 was segmented" in line for line in one.report["warnings"])
 
 
 def test_intensity_over_the_volume_uses_the_whole_scan_for_a_part(tmp_path: Path) -> None:

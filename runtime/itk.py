@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.grid import NIFTI1_LONGEST
+from cdiff.runtime.metaimage import check_metaimage
 from cdiff.runtime.nifti import check_header
 from cdiff.runtime.shapes import check_kind, check_size, one_line
 from cdiff.runtime.sources import optional
@@ -21,6 +22,14 @@ LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0])
 """ITK's axes point left, back and up, NIfTI's right, front and up."""
 HEADER_ENDS = 2**16
 """A NRRD's text lies within so many bytes."""
+
+
+IN_THE_PATIENT = {
+    "left-posterior-superior", "lps", "right-anterior-superior", "ras", "left-anterior-superior", "las",
+}  # fmt: skip
+"""NRRD's spaces whose axes are the patient's. With "-time" or a T behind they have a fourth."""
+LENGTHS = {"m", "dm", "cm", "um", "µm", "μm", "micron", "microns", "nm", "in", "inch", "inches"}
+"""Units of length that are no millimetres; an axis of a NRRD may have one of another kind, such as seconds."""
 
 
 def itk_shape(path: Path) -> tuple[int, ...]:
@@ -36,10 +45,13 @@ def parse_itk(data: bytes, path: Path, channels: int) -> nib.Nifti1Image:
     data: the file's bytes, of which only the text is looked at; SimpleITK reads the file, and the one with the voxels if that is another.
     Raises CdiffError for a damaged file, a size or type that cannot be a scan, and lengths that are not in millimetres.
     """
+    fields = _nrrd_fields(data)
+    _must_be_a_file(fields, path)  # before ITK opens a pipe that never begins
     shape = itk_shape(path)
     check_size(shape, str(path))
-    fields = _nrrd_fields(data)
     _must_be_in_mm(fields, path)
+    if not fields:
+        check_metaimage(data, path)
     try:
         image = _opened(path).Execute()
         array = optional("SimpleITK", "SimpleITK", path, "NRRD or MetaImage").GetArrayViewFromImage(image)
@@ -48,8 +60,9 @@ def parse_itk(data: bytes, path: Path, channels: int) -> nib.Nifti1Image:
     check_kind(array.dtype, str(path))
     spatial = image.GetDimension()
     voxels = np.transpose(array, (*reversed(range(spatial)), *range(spatial, array.ndim))).astype(np.float32)
-    # A NRRD without a space has lengths, and its axes point nowhere in the patient.
-    return _placed(voxels, _affine(image), str(path), channels, oriented=not fields or "space" in fields)
+    # A NRRD without a space has lengths, and its axes point nowhere in the patient; as of one whose space is a scanner's or nobody's.
+    oriented = not fields or fields.get("space", "").lower().removesuffix("-time").removesuffix("t") in IN_THE_PATIENT
+    return _placed(voxels, _affine(image), str(path), channels, oriented=oriented)
 
 
 def _opened(path: Path) -> Any:
@@ -66,27 +79,42 @@ def _opened(path: Path) -> Any:
 
 
 def _nrrd_fields(data: bytes) -> dict[str, str]:
-    """The fields of a NRRD's header, in lower case; none for another format."""
+    """The fields of a NRRD's header, their names in lower case; none for another format. What its writer added (key:=value) is none."""
     if not data.startswith(b"NRRD"):
         return {}
-    lines = data[:HEADER_ENDS].replace(b"\r", b"").partition(b"\n\n")[0].decode("latin-1").lower().splitlines()
-    return {name.strip(): value.strip() for name, colon, value in (line.partition(":") for line in lines) if colon}
+    text = data[:HEADER_ENDS].replace(b"\r", b"").partition(b"\n\n")[0].decode("utf-8", "replace")
+    found = (line.partition(": ") for line in text.splitlines() if ":=" not in line.partition(": ")[0])
+    return {name.strip().lower(): value.strip() for name, colon, value in found if colon}
 
 
 def _must_be_in_mm(fields: dict[str, str], path: Path) -> None:
-    """ITK takes every length for millimetres, whatever a NRRD says of its unit."""
-    units = set(fields.get("space units", "").replace('"', " ").split())
-    if units - {"mm", "millimeter", "millimetre", "???"}:
+    """ITK takes every length for millimetres, whatever a NRRD says of its unit, for all axes or for each."""
+    units = set(fields.get("space units", "").replace('"', " ").lower().split()) - {
+        "mm",
+        "millimeter",
+        "millimetre",
+        "???",
+    }
+    units |= set(fields.get("units", "").replace('"', " ").lower().split()) & LENGTHS
+    if units:
         raise CdiffError(f"{path} gives its lengths in {' '.join(sorted(units))}; save it in millimetres")
+
+
+def _must_be_a_file(fields: dict[str, str], path: Path) -> None:
+    """Raise CdiffError where a NRRD's voxels should come from a device or a pipe."""
+    named = path.parent / fields.get("data file", fields.get("datafile", path.name))
+    if named.exists() and not named.is_file():
+        raise CdiffError(f"{path} has its voxels in {named}, which is no file; copy them into one")
 
 
 def _affine(image: Any) -> NDArray[np.float64] | None:
     """Voxel indices to millimetres in NIfTI's space; None where the file says nothing of it: spacing 1, origin 0, axes along the space's."""
-    n = image.GetDimension()
-    edges = np.asarray(image.GetDirection()).reshape(n, n) * np.asarray(image.GetSpacing())
-    origin = np.asarray(image.GetOrigin())
+    axes = image.GetDimension()
+    n = min(axes, 3)  # of time the place in space is the same
+    edges = (np.asarray(image.GetDirection()).reshape(axes, axes) * np.asarray(image.GetSpacing()))[:n, :n]
+    origin = np.asarray(image.GetOrigin())[:n]
     affine = np.eye(4)
-    if n not in (2, 3) or (np.array_equal(edges, np.eye(n)) and not origin.any()):
+    if np.array_equal(edges, np.eye(n)) and not origin.any():
         return None
     affine[:n, :n], affine[:n, 3] = edges, origin
     affine[:3] = LPS_TO_RAS @ affine[:3]
@@ -111,5 +139,5 @@ def _placed(
 
 
 def _reason(error: RuntimeError) -> str:
-    """The last sentence of ITK's message, which begins with places in its source."""
-    return one_line(error).rpartition("ERROR: ")[2][-200:]
+    """The last sentence of ITK's message, or of the library's below it, which begins with places in their source."""
+    return one_line(error).rpartition("ERROR: ")[2].rpartition("[nrrd] ")[2][-200:]

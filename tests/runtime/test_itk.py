@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -86,8 +87,41 @@ def test_what_a_file_does_not_say_is_not_made_up(tmp_path: Path) -> None:
     scan = read_scan(path)
     assert scan.grid.spacing == pytest.approx((0.5, 0.6, 2.5))
     assert not scan.grid.has_orientation
+    for space in (b"scanner-xyz", b"3D-right-handed", b"3D-left-handed"):
+        path = written(tmp_path / "d.nrrd", image(voxels(8, 9, 3), orthogonal()))
+        elsewhere = read_scan(edited(path, b"space: left-posterior-superior", b"space: " + space))
+        assert elsewhere.grid.spacing == pytest.approx((0.7, 0.8, 2.5))
+        assert not elsewhere.grid.has_orientation, "its axes are the scanner's or nobody's"
     flat = read_scan(written(tmp_path / "b.nrrd", image(voxels(8, 9))))
     assert flat.slices.shape == (1, 1, 8, 9)
+
+
+def test_what_a_writer_adds_to_a_nrrd_is_no_field_of_it(tmp_path: Path) -> None:
+    path = edited(made(tmp_path, "nrrd"), b"kinds:", b'space units:="cm": of old\n# space units: "cm"\nkinds:')
+    assert read_scan(path).grid.spacing == pytest.approx((0.7, 0.8, 2.5))
+
+
+def test_a_single_time_point_lies_where_it_lies(tmp_path: Path) -> None:
+    """A fourth axis of length one took spacing and place away."""
+    array = voxels(8, 9, 3)
+    flat = read_scan(written(tmp_path / "flat.mha", image(array, orthogonal())))
+    film = sitk.JoinSeries([image(array, orthogonal())])
+    scan = read_scan(written(tmp_path / "film.mha", film))
+    np.testing.assert_array_equal(scan.slices, flat.slices)
+    assert scan.grid.differs_from(flat.grid) is None
+    assert scan.grid.has_orientation
+    assert scan.grid.spacing == pytest.approx((0.7, 0.8, 2.5))
+
+
+def test_voxels_in_several_files(tmp_path: Path) -> None:
+    array = voxels(8, 9, 3)
+    path = written(tmp_path / "x.mhd", image(array, orthogonal()))
+    for n in range(3):
+        (tmp_path / f"s{n}.raw").write_bytes(array[:, :, n].tobytes(order="F"))
+    text = path.read_bytes()
+    for named in (b"LIST\ns0.raw\ns1.raw\ns2.raw", b"s%d.raw 0 2 1"):
+        path.write_bytes(text.replace(b"x.raw", named))
+        np.testing.assert_array_equal(read_scan(path).grid.restore(read_scan(path).slices)[..., 0], array)
 
 
 def test_axes_that_are_not_at_right_angles_stay_so(tmp_path: Path) -> None:
@@ -183,6 +217,59 @@ def bad_complex(folder: Path) -> Path:
     return written(folder / "x.nrrd", sitk.RealAndImaginaryToComplex(*parts))
 
 
+def bad_packed(folder: Path) -> Path:
+    """ITK says so on the terminal and returns what came of it."""
+    path = written(folder / "x.mha", image(voxels(8, 9, 3)), packed=True)
+    data = bytearray(path.read_bytes())
+    data[-60] ^= 0xFF
+    path.write_bytes(data)
+    return path
+
+
+def bad_length(folder: Path) -> Path:
+    path = written(folder / "x.mha", image(voxels(8, 9, 3)), packed=True)
+    path.write_bytes(re.sub(rb"CompressedDataSize = \d+\n", b"", path.read_bytes()))
+    return path
+
+
+def bad_file(folder: Path) -> Path:
+    path = made(folder, "mhd")
+    cut(folder / "x.raw", -2)
+    return path
+
+
+def bad_list(folder: Path) -> Path:
+    path = made(folder, "mhd")
+    for n in range(2):
+        (folder / f"{n}.raw").write_bytes(bytes(144))
+    return edited(path, b"ElementDataFile = x.raw", b"ElementDataFile = LIST\n0.raw\n1.raw")
+
+
+def bad_pipe(folder: Path) -> Path:
+    path = made(folder, "mhd")
+    os.mkfifo(folder / "pipe")
+    return edited(path, b"ElementDataFile = x.raw", b"ElementDataFile = pipe")
+
+
+def bad_nrrd_pipe(folder: Path) -> Path:
+    path = written(folder / "x.nhdr", image(voxels(8, 9, 3)))
+    os.mkfifo(folder / "pipe")
+    return edited(path, b"data file: x.raw", b"data file: pipe")
+
+
+def bad_meta_unit(folder: Path) -> Path:
+    return edited(made(folder, "mha"), b"ElementSpacing", b"DistanceUnits = cm\nElementSpacing")
+
+
+def bad_axis_unit(folder: Path) -> Path:
+    path = written(folder / "x.nrrd", image(voxels(8, 9, 3)))
+    data = re.sub(
+        rb"space directions:.*\nkinds:.*\n", b'spacings: .1 .1 .2\nunits: "cm" "cm" "cm"\n', path.read_bytes()
+    )
+    path.write_bytes(re.sub(rb"space( origin)?: .*\n", b"", data))
+    return path
+
+
 BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "NRRD that ends early": (lambda folder: cut(made(folder, "nrrd")), "is truncated or damaged"),
     "MetaImage that ends early": (lambda folder: cut(made(folder, "mha")), "is truncated or damaged"),
@@ -190,7 +277,15 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
         lambda folder: cut(written(folder / "x.nrrd", image(voxels(8, 9, 3)), packed=True)),
         "is truncated or damaged",
     ),
-    "no voxels' file": (bad_lost, "is truncated or damaged"),
+    "no voxels' file": (bad_lost, r"has its voxels in .*x\.raw, which does not exist; copy it too"),
+    "packed that is damaged": (bad_packed, r"is truncated or damaged \(Error -3 while decompressing"),
+    "packed, its length unknown": (bad_length, "does not say how long its packed voxels are"),
+    "a file that ends early": (bad_file, r"x\.raw holds less than the header of x\.mhd promises \(432 bytes of voxels\)"),
+    "fewer files than slices": (bad_list, "names 2 files for the voxels of 3; correct the list"),
+    "a pipe": (bad_pipe, "pipe is no file but a device or a pipe"),
+    "a pipe for NRRD": (bad_nrrd_pipe, "has its voxels in .*pipe, which is no file"),
+    "MetaImage in centimetres": (bad_meta_unit, "gives its lengths in cm; save it in millimetres"),
+    "centimetres without a space": (bad_axis_unit, "gives its lengths in cm; save it in millimetres"),
     "text": (bad_text, "is not a NRRD or MetaImage file that can be read"),
     "not a number": (bad_nan, r"holds 1 NaN or infinite values \(the first at \(1, 2, 0\)\)"),
     "no spacing": (bad_spacing, "spacing"),

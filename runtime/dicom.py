@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import shutil
 import struct
@@ -16,7 +17,7 @@ from typing import Any
 
 import nibabel as nib
 
-from cdiff.runtime.case import is_output, natural
+from cdiff.runtime.case import is_output, listed, natural
 from cdiff.runtime.dicom_planes import TAGS as PLACE
 from cdiff.runtime.dicom_planes import laid, planes_of
 from cdiff.runtime.errors import CdiffError
@@ -99,6 +100,17 @@ def holds_dicom(folder: Path) -> bool:
     return not any(volumes) and any(map(is_dicom, files))
 
 
+def holds_images(folder: Path) -> bool:
+    """Whether one of the DICOM files in a folder is an image; reports, contours and our own segmentations have folders of their own too.
+
+    Also where that cannot be told, so that reading the folder says why.
+    """
+    try:
+        return any(_is_image(_header(path)) for path in sorted(folder.iterdir()) if _may_be_image(path))
+    except CdiffError:
+        return True
+
+
 def read_dicom(path: Path, channels: int = 1, series: int | None = None) -> Converted:
     """Convert the series in a folder (not in those below it), or in one file.
 
@@ -147,6 +159,10 @@ def read_dicom(path: Path, channels: int = 1, series: int | None = None) -> Conv
         notes.append(
             f"{len(chosen.files) - len(files)} of {len(chosen.files)} DICOM files are copies of others: left out"
         )
+    if below := _below(path):
+        notes.append(
+            f"DICOM images in folders below {path} were not read: {listed(below)}; name those folders for theirs"
+        )
     if any(header.get("PhotometricInterpretation") == INVERTED for header in chosen.headers):
         notes.append(f"the DICOM images are {INVERTED}, low values bright: values are as stored, not turned round")
     return Converted(
@@ -166,7 +182,7 @@ def series_at(path: Path) -> list[Series]:
     found: dict[str, tuple[str, str, list[Path], list[Any]]] = {}
     for file in [path] if path.is_file() else sorted(one for one in path.iterdir() if _may_be_image(one)):
         header = _header(file)
-        if "Rows" in header and header.get("Modality") != SEGMENTATION:
+        if _is_image(header):
             number = "" if header.get("SeriesNumber") is None else _plain(str(header.SeriesNumber))
             described = _plain(str(header.get("SeriesDescription") or ""))
             one = found.setdefault(str(header.get("SeriesInstanceUID")), (number, described, [], []))
@@ -176,11 +192,15 @@ def series_at(path: Path) -> list[Series]:
             _must_be_no_image(header, file)
     if not found:
         raise CdiffError(f"{path} holds no DICOM image; name the folder of a series")
-    listed = [
+    series = [
         Series(number or "without a number", described, tuple(files), tuple(headers))
         for number, described, files, headers in found.values()
     ]
-    return sorted(listed, key=lambda one: natural(one.number))
+    return sorted(series, key=lambda one: natural(one.number))
+
+
+def _is_image(header: Any) -> bool:
+    return "Rows" in header and header.get("Modality") != SEGMENTATION
 
 
 def _may_be_image(file: Path) -> bool:
@@ -206,6 +226,14 @@ def _begins_blank(file: Path) -> bool:
             return opened.read(MARK_AT + len(MARK)) == bytes(MARK_AT + len(MARK))
     except OSError:
         return False
+
+
+def _below(path: Path) -> list[str]:
+    """The folders in a series' that hold DICOM images too."""
+    folders = (
+        sorted(one for one in path.iterdir() if one.is_dir() and not one.name.startswith(".")) if path.is_dir() else []
+    )
+    return [one.name for one in folders if os.access(one, os.R_OK | os.X_OK) and holds_dicom(one) and holds_images(one)]
 
 
 def _plain(text: str) -> str:

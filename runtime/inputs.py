@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cdiff.runtime.case import SPLITS, Entry, arranged, is_output, listed, stem
-from cdiff.runtime.dicom import holds_dicom
+from cdiff.runtime.dicom import holds_dicom, holds_images
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.layouts import OWN_MASK, TASK_MASK, Files, Inside, brats_in, cases_in, contents, descend
 from cdiff.runtime.sources import VOLUME_SUFFIXES
@@ -69,7 +69,8 @@ def _scans_in(root: Path, channels: int, modalities: Sequence[str]) -> Iterator[
         """The scan of a case folder or of DICOM files, or several where BraTS slices lie together; none when it is no such folder."""
         files = inside.files
         entries = cases_in(folder, files) or (brats_in(folder, files) if modalities or channels > 1 else [])
-        if not entries and holds_dicom(folder):
+        # An export has folders of reports, and a disc a report above the series.
+        if not entries and holds_dicom(folder) and holds_images(folder):
             return [NamedScan("_".join(parts) or Path(os.path.abspath(folder)).name, folder)]
         return [
             _scan(entry, "_".join((*parts[:-1], entry.name)), modalities)

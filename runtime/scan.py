@@ -14,7 +14,7 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
-from cdiff.runtime.dicom import holds_dicom, is_dicom, read_dicom
+from cdiff.runtime.dicom import INDEX, holds_dicom, is_dicom, read_dicom
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.grid import Grid
 from cdiff.runtime.nifti import check_header, nifti_voxels
@@ -73,9 +73,7 @@ def _stacked(paths: Sequence[str | os.PathLike[str]], channels: int, slice_axis:
         return _one(paths[0], channels, slice_axis, series)
     names = ", ".join(map(str, paths))
     if len(paths) != channels:
-        raise CdiffError(
-            f"{len(paths)} files ({names}) where {channels} channels are needed; give one file a modality"
-        )
+        raise CdiffError(f"{len(paths)} files ({names}) where {channels} channels are needed; give one file a modality")
     parts = [_one(path, 1, slice_axis, series) for path in paths]
     first = parts[0]
     for part in parts[1:]:
@@ -147,6 +145,10 @@ def _load(scan: OneScan, channels: int, series: int | None) -> _Loaded:
 
 
 def _from_path(path: Path, channels: int, series: int | None) -> _Loaded:
+    if path.name.lower() == INDEX.lower() and path.is_file():
+        raise CdiffError(
+            f"{path} lists what lies on a disc and holds no image; name the folder that it is in, or that of a series"
+        )
     if path.is_dir() or is_dicom(path):
         return _dicom(path, channels, series)
     if series is not None:

@@ -283,6 +283,35 @@ def test_folders_of_dicom_are_scans(tmp_path: Path) -> None:
     assert [scan.name for scan in scans_at(root / "p2/ct")] == ["converted"]
 
 
+def test_reports_and_our_own_segmentations_are_no_scans(model: Segmenter, tmp_path: Path) -> None:
+    """Of an export: every one has folders of them, and a report may lie above the series."""
+    root = tmp_path / "export"
+    for name in ("p1/ct", "p1/mr"):
+        write_series(root / name, scan_voxels(2), orthogonal())
+    bad_report(root / "p1/dose")
+    bad_report(root)
+    model.segment(root / "p1/ct", **QUICK).save(root / "maps", dicom_seg=True)
+    assert [scan.name for scan in scans_at(root)] == ["p1_ct", "p1_mr"]
+    with pytest.raises(CdiffError, match=r"no scan in .*dose: expected"):
+        scans_at(root / "p1/dose")
+
+
+def test_series_below_a_series_are_told(tmp_path: Path) -> None:
+    folder = write_series(tmp_path / "a", scan_voxels(2), orthogonal())
+    write_series(folder / "thick", scan_voxels(2), orthogonal())
+    bad_report(folder / "dose")
+    scan = read_scan(folder)
+    assert len(scan.slices) == 2
+    (note,) = scan.warnings
+    assert "were not read: thick; name those folders" in note
+
+
+def test_an_index_names_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "DICOMDIR").write_bytes(b"\0" * 128 + b"DICM")
+    with pytest.raises(CdiffError, match="DICOMDIR lists what lies on a disc and holds no image; name the folder"):
+        read_scan(tmp_path / "DICOMDIR")
+
+
 def test_maps_written_beside_the_files_do_not_hide_them(model: Segmenter, tmp_path: Path) -> None:
     folder = write_series(tmp_path / "a", scan_voxels(2), orthogonal())
     model.segment(folder, **QUICK).save(folder)

@@ -21,6 +21,7 @@ from cdiff.runtime.gpus import visible_gpus
 from cdiff.runtime.host import logical_cores, processor
 
 TRAIN_EXTRA = "pip install '.[train]' in cdiff's clone"
+FORMATS_EXTRA = "pip install '.[formats]' in cdiff's clone"
 
 # What a package is for; of several names any may be installed.
 PACKAGES: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -34,6 +35,10 @@ PACKAGES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("ONNX", ("onnx",)),
     ("ONNX Script", ("onnxscript",)),
     ("safetensors", ("safetensors",)),
+    ("dcm2niix", ("dcm2niix",)),
+    ("pydicom", ("pydicom",)),
+    ("highdicom", ("highdicom",)),
+    ("SimpleITK", ("SimpleITK",)),
 )
 LIBRARIES = ("cuda", "cudart", "cublas", "cudnn", "curand", "nvrtc", "nvinfer")
 
@@ -92,7 +97,19 @@ def _commands() -> list[Check]:
     train = Check("train", not missing, *_ready(missing))
     missing += [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
     export = Check("export", not missing, *_ready(missing))
-    return [shipped, train, export, *_builders()]
+    return [shipped, *_formats(), train, export, *_builders()]
+
+
+def _formats() -> list[Check]:
+    """Whether other scans than NIfTI and pictures can be read. dcm2niix may be the system's own."""
+    dicom = [name for name in ("pydicom", "highdicom") if find_spec(name) is None]
+    if shutil.which("dcm2niix") is None and find_spec("dcm2niix") is None:
+        dicom.insert(0, "dcm2niix")
+    itk = [] if find_spec("SimpleITK") else ["SimpleITK"]
+    return [
+        Check(f"segment: {what}", not missing, *_ready(missing, FORMATS_EXTRA))
+        for what, missing in (("DICOM", dicom), ("NRRD, MetaImage", itk))
+    ]
 
 
 def _builders() -> list[Check]:
@@ -111,9 +128,9 @@ def _builders() -> list[Check]:
     return checks
 
 
-def _ready(missing: list[str]) -> tuple[str, str]:
+def _ready(missing: list[str], remedy: str = TRAIN_EXTRA) -> tuple[str, str]:
     """What was found and what to do about it."""
-    return (f"lacks {', '.join(missing)}", TRAIN_EXTRA) if missing else ("ready", "")
+    return (f"lacks {', '.join(missing)}", remedy) if missing else ("ready", "")
 
 
 def _machine() -> list[Check]:

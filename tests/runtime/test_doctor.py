@@ -35,6 +35,26 @@ def test_a_driver_that_fails_is_not_a_gpu(tmp_path: Path, monkeypatch: pytest.Mo
     assert "mismatch" in words
 
 
+def test_what_reads_other_formats_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """dcm2niix may be the system's, without its Python package."""
+
+    def formats() -> dict[str, Check]:
+        return {check.name: check for check in diagnose().sections["Commands"] if check.name.startswith("segment: ")}
+
+    assert all(check.ok for check in formats().values())
+    monkeypatch.setattr("cdiff.runtime.doctor.find_spec", lambda name: None if name in lacking else object())
+    monkeypatch.setenv("PATH", str(tmp_path))
+    lacking = {"SimpleITK", "dcm2niix", "highdicom"}
+    remedy = "pip install '.[formats]' in cdiff's clone"
+    assert formats() == {
+        "segment: DICOM": Check("segment: DICOM", False, "lacks dcm2niix, highdicom", remedy),
+        "segment: NRRD, MetaImage": Check("segment: NRRD, MetaImage", False, "lacks SimpleITK", remedy),
+    }
+    (tmp_path / "dcm2niix").touch(mode=0o755)
+    lacking.remove("highdicom")
+    assert formats()["segment: DICOM"].ok
+
+
 def test_every_engine_has_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     from cdiff.runtime.engines.registry import NAMES
 

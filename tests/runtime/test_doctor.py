@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,7 @@ def test_what_reads_other_formats_is_looked_for(tmp_path: Path, monkeypatch: pyt
         return {check.name: check for check in diagnose().sections["Commands"] if check.name.startswith("segment: ")}
 
     assert all(check.ok for check in formats().values())
-    monkeypatch.setattr("cdiff.runtime.doctor.find_spec", lambda name: None if name in lacking else object())
+    monkeypatch.setattr("cdiff.runtime.doctor.find_spec", lambda name: None if name in lacking else find_spec(name))
     monkeypatch.setenv("PATH", str(tmp_path))
     lacking = {"SimpleITK", "dcm2niix", "highdicom"}
     remedy = "pip install '.[formats]' in cdiff's clone"

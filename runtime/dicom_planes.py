@@ -152,9 +152,12 @@ def taken_from(marked: NDArray[Any], affine: Float64, plane: Plane) -> NDArray[A
         raise CdiffError("its images' rows and columns are not the volume's")
     if (np.minimum(first, last) < 0).any() or (np.maximum(first, last) >= marked.shape[:3]).any():
         raise CdiffError("its images reach beyond the volume")
-    row, column = np.arange(plane.rows)[:, None], np.arange(plane.columns)[None, :]
-    i, j, k = (first[n] + other[n] * row + one[n] * column for n in range(3))
-    return np.asarray(marked[i, j, k])
+    along, down_axis = int(np.argmax(np.abs(one))), int(np.argmax(np.abs(other)))
+    # Views alone: a large series has as many pixels as the volume.
+    low, high = np.minimum(first, last), np.maximum(first, last)
+    part = marked[tuple(slice(a, b + 1) for a, b in zip(low, high, strict=True))]
+    part = np.moveaxis(part, (down_axis, along), (0, 1))[:, :, 0]
+    return part[:: other[down_axis], :: one[along]]
 
 
 def lps_of(header: nib.Nifti1Header) -> Float64:

@@ -42,10 +42,10 @@ def must_allow_dicom_seg(scan: Scan) -> None:
             f"{scan.source} is not DICOM, and a DICOM segmentation belongs to DICOM images; leave out --dicom-seg"
         )
     images = _headers(scan.dicom)
-    # One pixel, as there must be one; on the first image, and every plane is looked at.
-    blank = np.broadcast_to(np.uint8(0), (*scan.grid.spatial, 1)[:3])
-    frames = _frames_of(blank[..., None], scan.grid, images, scan.source)
-    frames[0, 0, 0, 0] = 1
+    blank = np.broadcast_to(np.uint8(0), (*(*scan.grid.spatial, 1)[:3], 1))
+    planes = _planes_of(blank, scan.grid, images, scan.source)
+    frames = np.zeros((len(planes), *planes[0].shape), np.uint8)
+    frames[0, 0, 0, 0] = 1  # of nothing every frame would be kept
     _segmentation(images, frames, {}, scan.source)
 
 
@@ -61,10 +61,10 @@ def write_dicom_seg(result: Result, path: Path) -> None:
         raise CdiffError(f"{result.name} was not read from DICOM, and a DICOM segmentation belongs to DICOM images")
     images = _headers(result.dicom)
     marked = (np.nan_to_num(result.levels) >= 0.5).astype(np.uint8)
-    frames = _frames_of(
+    planes = _planes_of(
         marked.reshape(*(*result.grid.spatial, 1)[:3], marked.shape[-1]), result.grid, images, result.name
     )
-    _segmentation(images, frames, result.report, result.name).save_as(path)
+    _segmentation(images, np.stack(planes), result.report, result.name).save_as(path)
 
 
 def _headers(files: Sequence[Path]) -> list[Any]:
@@ -121,8 +121,8 @@ def _quiet(name: str) -> Iterator[None]:
         logger.setLevel(before)
 
 
-def _frames_of(marked: Any, grid: Grid, images: list[Any], name: str) -> Any:
-    """`marked` [i, j, k, C] as [frames, rows, columns, C], one for each image or frame, at its place and the way round that it lies.
+def _planes_of(marked: Any, grid: Grid, images: list[Any], name: str) -> list[Any]:
+    """`marked` [i, j, k, C] as views [rows, columns, C], one for each image or frame, at its place and the way round that it lies.
 
     So each refers to the image that it is of, whatever axes and order dcm2niix chose: it turns 3-D series of the head upright.
     Raises CdiffError where the images do not say where they lie.
@@ -137,7 +137,10 @@ def _frames_of(marked: Any, grid: Grid, images: list[Any], name: str) -> Any:
         if not image.get("SliceThickness"):  # missing or empty, and then the slices' distance is what there is
             along = np.linalg.inv(affine[:3, :3]) @ np.cross(plane.across, plane.down)
             image.SliceThickness = float(f"{np.linalg.norm(affine[:3, np.argmax(np.abs(along))]):.6g}")
-    return np.stack([taken_from(marked, affine, plane) for plane in planes.known])
+    try:
+        return [taken_from(marked, affine, plane) for plane in planes.known]
+    except CdiffError as error:
+        raise CdiffError(f"{name}: a DICOM segmentation cannot be made ({error}); leave out --dicom-seg") from None
 
 
 def _described(hd: Any, c: int, C: int, report: dict[str, Any]) -> Any:

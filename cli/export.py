@@ -11,6 +11,7 @@ import typer
 from cdiff.cli.console import Meter, out
 from cdiff.cli.engines import build_ahead, check
 from cdiff.cli.extras import needs
+from cdiff.cli.options import parse_zooms
 from cdiff.runtime.errors import CdiffError
 
 if TYPE_CHECKING:
@@ -72,6 +73,16 @@ def export(
             min=1,
             help="Steps that --fast means for this bundle; `cdiff evaluate --fast --steps-curve` on Validation shows how many are best.",
             show_default="those that the run was validated with",
+        ),
+    ] = None,
+    zooms: Annotated[
+        str | None,
+        typer.Option(
+            "--zooms",
+            metavar="Z,Z",
+            help="At which multiples of its size runs see the slice, in turn, such as 1,1.25; for models of the framing centre. `cdiff "
+            "evaluate --zooms` on Validation shows whether it helps.",
+            show_default="1",
         ),
     ] = None,
     engine: Annotated[
@@ -174,7 +185,7 @@ def export(
     flavour = FLAVOURS[engine]
     check(flavour, options, rows, capability or [])  # before the graphs, which take longer
     if (source / NAME).is_file():
-        if (flavour is None and triton is None) or output is not None or fp16 or fast_steps:
+        if (flavour is None and triton is None) or output is not None or fp16 or fast_steps or zooms:
             raise CdiffError(
                 f"{source} is a bundle already: --engine tensorrt or tensorrt-rtx adds engines to it, in place and in its own "
                 "precision, and --triton serves it; give a run folder to export anew"
@@ -189,7 +200,8 @@ def export(
             from cdiff.export.exporter import export_run
 
         with Meter(f"export {source.name}", quiet) as meter:
-            bundle = export_run(source, output, fp16=fp16, fast_steps=fast_steps, progress=meter)
+            sizes = None if zooms is None else parse_zooms(zooms)
+            bundle = export_run(source, output, fp16=fp16, fast_steps=fast_steps, zooms=sizes, progress=meter)
         out.print(str(bundle.path), soft_wrap=True)
     if flavour is not None:
         build_ahead(bundle, flavour, runs=runs, rows=rows, capabilities=capability or [], options=options, quiet=quiet)

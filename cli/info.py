@@ -41,7 +41,12 @@ def info(
         "image": f"{height} x {width}, {manifest.image_channels} channel(s), {manifest.framing}, sliced along axis "
         f"{manifest.slice_axis}",
         "chain": f"T = {manifest.T}, predicts {manifest.target}, variance {manifest.variance}"
-        + ("; runs see the slice mirrored in turn" if manifest.mirror else ""),
+        + ("; runs see the slice mirrored in turn" if manifest.mirror else "")
+        + (
+            f"; at {' and '.join(f'{zoom:g}' for zoom in manifest.zooms)} times its size"
+            if manifest.zooms != (1,)
+            else ""
+        ),
         "--fast": ", ".join(f"{key} {value}" for key, value in manifest.fast.items()),
         "precision": f"{manifest.precision}, opset {manifest.opset}",
     }

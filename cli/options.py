@@ -133,6 +133,17 @@ MirrorOption = Annotated[
         rich_help_panel=CHAIN,
     ),
 ]
+ZoomsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--zooms",
+        metavar="Z,Z",
+        help="Let the runs see the slice at these multiples of its size, in turn, such as 1,1.25; for models that look at the structure "
+        "alone.",
+        show_default="what the bundle states",
+        rich_help_panel=CHAIN,
+    ),
+]
 SeedOption = Annotated[
     int,
     typer.Option("--seed", metavar="K", min=0, help="The same seed gives the same maps.", rich_help_panel=CHAIN),
@@ -202,7 +213,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Chain:
-    """How maps are drawn: --runs, --steps, --sampler, --fast, --levels, --mirror, --seed."""
+    """How maps are drawn: --runs, --steps, --sampler, --fast, --levels, --mirror, --zooms, --seed."""
 
     runs: RunsOption = None
     steps: StepsOption = None
@@ -210,6 +221,7 @@ class Chain:
     fast: FastOption = False
     levels: CombineOption = Combine.mean
     mirror: MirrorOption = None
+    zooms: ZoomsOption = None
     seed: SeedOption = 0
 
     def arguments(self) -> dict[str, Any]:
@@ -221,6 +233,7 @@ class Chain:
             "fast": self.fast,
             "combine": self.levels.value,
             "mirror": self.mirror,
+            "zooms": None if self.zooms is None else parse_zooms(self.zooms),
             "seed": self.seed,
         }
 
@@ -231,6 +244,14 @@ class Chain:
             return ""
         asked = f"{segmenter.runs()} runs of {segmenter.manifest.T} steps for each slice and level"
         return f"{asked}; --fast takes {fast['runs']} of {fast['steps']}"
+
+
+def parse_zooms(text: str) -> tuple[float, ...]:
+    """The numbers of "1,1.25". Raises CdiffError when they are none."""
+    try:
+        return tuple(float(word) for word in text.split(","))
+    except ValueError:
+        raise CdiffError(f"zooms {text!r} cannot be read; give numbers with commas between, such as 1,1.25") from None
 
 
 def spread(command: Callable[..., None]) -> Callable[..., None]:

@@ -6,7 +6,7 @@ import dataclasses
 import importlib.metadata
 import json
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,10 @@ from cdiff.runtime.bundle import Bundle, write_bundle
 from cdiff.runtime.engines.base import Float32
 from cdiff.runtime.engines.registry import available_engines
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.manifest import CARD, DENOISER, ENCODER, WEIGHTS, Manifest
+from cdiff.runtime.manifest import CARD, DENOISER, ENCODER, ONE_ZOOM, WEIGHTS, Manifest
 from cdiff.runtime.mirror import VIEWS
 from cdiff.runtime.sampler import kept_timesteps
+from cdiff.runtime.zoom import check_zooms
 from cdiff.train.checkpoint import LoadedRun, load_run
 
 Progress = Callable[[int, int], None]
@@ -46,6 +47,7 @@ def export_run(
     replace: bool = False,
     opset: int | None = None,
     fast_steps: int | None = None,
+    zooms: Sequence[float] | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
     """Export the averaged weights of a run's "best" or "last" checkpoint to the bundle folder `out`.
@@ -53,7 +55,8 @@ def export_run(
     fp16: convolutions and products in float16 or an error. card: the author's part of the model card, RUN/card.json unless given.
     real_slices: float32 [S, channels, h, w], normalised as in training, to compare the graphs on; the run's own validation samples
     unless given. replace: an older bundle in `out` gives way. opset: `graphs.OPSETS` unless given.
-    fast_steps: DDIM steps that `--fast` means for this bundle, 1..T; those that the run was validated with unless given. progress:
+    fast_steps: DDIM steps that `--fast` means for this bundle, 1..T; those that the run was validated with unless given.
+    zooms: the multiples of a slice's size at which runs see it in turn; its own alone unless given. progress:
     called as progress(done, total), in parts of the work.
     Raises CdiffError when the run cannot be read, or when a graph differs from PyTorch by more than `verify.BOUNDS`; then nothing
     is written.
@@ -65,6 +68,7 @@ def export_run(
     loaded = load_run(run, which)
     fast_steps = min(loaded.config.training.val_steps, loaded.config.network.T) if fast_steps is None else fast_steps
     kept_timesteps(loaded.config.network.T, fast_steps)  # an error now, not after the graphs
+    sizes = ONE_ZOOM if zooms is None else check_zooms(zooms, loaded.config.data.framing)
     if card is None:
         card = Card.read(run / "card.json") if (run / "card.json").exists() else Card()
     slices = _real_slices(run, loaded) if real_slices is None else real_slices
@@ -81,6 +85,9 @@ def export_run(
         metadata = {"config": json.dumps(loaded.config.to_json()), "format": "pt"}
         write_weights(folder / WEIGHTS, loaded.network.state_dict(), metadata)
         manifest = _manifest(loaded, card, card.name or out.name, folder, fp16, fast_steps)
+        if sizes != ONE_ZOOM:
+            fast = manifest.fast | {"runs": VIEWS * len(sizes)}  # each view at each size once
+            manifest = dataclasses.replace(manifest, zooms=sizes, fast=fast)
         report(3, PARTS)
         checked = verify(Bundle(folder, manifest), TorchEngine(loaded.network, loaded.schedule), slices)
         packages = {name: importlib.metadata.version(name) for name in ("torch", "onnx")}

@@ -54,6 +54,7 @@ class Protocol:
     fast: bool = False
     combine: str = "mean"
     mirror: bool | None = None
+    zooms: tuple[float, ...] | None = None
     seed: int = 0
     all_raters: bool = False
     all_slices: bool = False
@@ -69,7 +70,7 @@ class Protocol:
     @property
     def chain(self) -> dict[str, Any]:
         """The arguments of `Segmenter.segment`."""
-        keys = ("runs", "steps", "sampler", "fast", "combine", "mirror", "seed")
+        keys = ("runs", "steps", "sampler", "fast", "combine", "mirror", "zooms", "seed")
         return {key: getattr(self, key) for key in keys}
 
     def slices(self, masks: NDArray[np.bool_]) -> NDArray[np.int64]:
@@ -272,6 +273,7 @@ def _score(segmenter: Segmenter, job: _Job, protocol: Protocol, progress: Progre
         tally.add(result.stack, part.start, result.grid)
         finished += part.stop - part.start
         chain = {key: result.report[key] for key in ("sampler", "steps", "runs", "mirror")}
+        chain["zooms"] = result.report.get("zooms", [1.0])
         del result  # or two parts' runs were in memory while the next is made
     return {
         "case": job.case.name,

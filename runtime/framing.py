@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Literal, get_args
 
@@ -15,6 +15,8 @@ from cdiff.runtime.errors import CdiffError
 
 Float32 = NDArray[np.float32]
 FramingMode = Literal["resize", "tile", "centre"]
+SEEN = 0.5
+"""From this share of its neighbours on within a window that was resampled, a pixel counts as seen."""
 Box = tuple[slice, slice]
 """Rows and columns of a part of a slice."""
 
@@ -160,7 +162,8 @@ class Windows:
 
     `origins` are the tiles' corners (y, x) in the `canvas` (height, width), which is the slice, or the `part` of it that is given,
     padded where it is smaller than a window; when slices are resized there is one window a slice and it is the canvas.
-    shrunk: where these slices are a shrunk part of larger ones, on whose grid the maps then lie.
+    shrunk: where these slices are a shrunk part of larger ones, on whose grid the maps then lie. resized: where the model sees the
+    slice or part at another size (`zoomed`), the size [h,w] that it is resampled to; canvas and origins are then of that.
     """
 
     slices: Float32
@@ -169,6 +172,32 @@ class Windows:
     origins: tuple[tuple[int, int], ...]
     part: Box | None = None
     shrunk: Shrunk | None = None
+    resized: tuple[int, int] | None = None
+
+    def zoomed(self, zoom: float) -> Windows:
+        """The window of `centre` around the same point, in slices that are `zoom` times as large.
+
+        Raises CdiffError for another framing, whose windows cover the whole slice.
+        """
+        if zoom == 1:
+            return self
+        if self.framing.mode != "centre":
+            raise CdiffError(f"framing {self.framing.mode!r} covers the whole slice; only 'centre' takes a zoom")
+        ((y, x),), extents = self.origins, self._extent
+        size = tuple(max(1, round(n * zoom)) for n in extents)
+        canvas = tuple(max(n, N) for n, N in zip(size, self.framing.size, strict=True))
+        corner = [
+            min(max(round((at - pad + N / 2) * zoom - N / 2) + (wide - n) // 2, 0), wide - N)
+            for at, pad, N, n, wide in zip((y, x), self._pad, self.framing.size, size, canvas, strict=True)
+        ]
+        return replace(
+            self, resized=(size[0], size[1]), canvas=(canvas[0], canvas[1]), origins=((corner[0], corner[1]),)
+        )
+
+    @cached_property
+    def covered(self) -> NDArray[np.bool_]:
+        """[h,w]: the pixels of a slice that windows cover; elsewhere the maps are 0 and mean nothing."""
+        return self.unframe_slice(np.ones((self.per_slice, *self.framing.size), np.float32)) > 0.5
 
     @property
     def per_slice(self) -> int:
@@ -189,6 +218,8 @@ class Windows:
             return np.ascontiguousarray(resize(image, self.framing.size), dtype=np.float32)
         if self.part is not None:
             image = image[:, *self.part]
+        if self.resized is not None:
+            image = resize(image, self.resized)
         (top, left), (height, width) = self._pad, image.shape[-2:]
         if self.canvas != (height, width):
             below, right = self.canvas[0] - height - top, self.canvas[1] - width - left
@@ -209,6 +240,10 @@ class Windows:
     @property
     def seen(self) -> Box:
         """The part of each of `slices` that windows cover; all of it unless `centre` sees less."""
+        if self.resized is not None:
+            (top, left), _ = self._corners
+            down, across = (np.flatnonzero(self._weight.max(axis=axis) >= SEEN).tolist() for axis in (1, 0))
+            return slice(top + down[0], top + down[-1] + 1), slice(left + across[0], left + across[-1] + 1)
         if self.framing.mode != "centre" or self.part is None:
             height, width = self.slices.shape[-2:]
             return slice(0, height), slice(0, width)
@@ -232,6 +267,9 @@ class Windows:
                 canvas[..., y : y + H, x : x + W] += weights * tile
         (top, left), (height, width) = self._pad, self._extent
         found = canvas[..., top : top + height, left : left + width]
+        if self.resized is not None:
+            weight = self._weight
+            found = np.where(weight >= SEEN, resize(found, weight.shape) / np.maximum(weight, SEEN), np.float32(0))
         if self.part is None:
             return found
         whole = np.zeros((*found.shape[:-2], h, w), np.float32)
@@ -244,12 +282,25 @@ class Windows:
         return np.stack([self.unframe_slice(group) for group in groups])
 
     @property
-    def _extent(self) -> tuple[int, int]:
-        """Height and width of a slice, or of the part of it."""
+    def _corners(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """The first row and column of a slice, or of the part of it, and its height and width."""
         if self.part is None:
-            return self.slices.shape[-2], self.slices.shape[-1]
+            return (0, 0), (self.slices.shape[-2], self.slices.shape[-1])
         rows, columns = self.part
-        return rows.stop - rows.start, columns.stop - columns.start
+        return (rows.start, columns.start), (rows.stop - rows.start, columns.stop - columns.start)
+
+    @property
+    def _extent(self) -> tuple[int, int]:
+        """Height and width of a slice, or of the part of it, as it is cut into windows."""
+        return self.resized or self._corners[1]
+
+    @cached_property
+    def _weight(self) -> Float32:
+        """[h,w] of a slice, or of the part of it: how much of what a pixel is resampled from lies in the resized slice's window."""
+        ((y, x),), (H, W), (top, left), (height, width) = self.origins, self.framing.size, self._pad, self._extent
+        window = np.zeros(self.canvas, np.float32)
+        window[y : y + H, x : x + W] = 1
+        return resize(window[top : top + height, left : left + width], self._corners[1])
 
     @property
     def _pad(self) -> tuple[int, int]:

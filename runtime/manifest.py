@@ -24,6 +24,9 @@ LONGEST_SIDE = 4096
 slip, and would end in a lack of memory before a graph could refuse it."""
 OUTSIDE = -1
 """Where a manifest does not say: those written before the key existed need not be written again."""
+ONE_ZOOM = (1.0,)
+"""Where a manifest names no zooms."""
+SMALLEST_ZOOM, LARGEST_ZOOM = 0.25, 4.0
 ENCODER, DENOISER, WEIGHTS, CARD = "encoder.onnx", "denoiser.onnx", "model.safetensors", "README.md"
 
 
@@ -45,6 +48,7 @@ class Manifest:
     mirror says that the network was trained on mirrored images, so that its runs may see them. fast holds sampler, steps and runs of `--fast`. training, scores and verification are for the reader: how the model was
     trained, how it scored, and how far the graphs were from PyTorch when they were exported.
     files lists every file of the bundle except the manifest itself and the engines' cache.
+    zooms are the sizes, as multiples of the slice's own, at which runs see it in turn; only the framing `centre` has others than 1.
     outside is the value of x0 where a mask is not, -1 or 0; inside it is 1. A bundle that does not name it has -1.
     """
 
@@ -73,6 +77,7 @@ class Manifest:
     verification: dict[str, Any] = field(default_factory=dict)
     files: dict[str, FileEntry] = field(default_factory=dict)
     outside: int = OUTSIDE
+    zooms: tuple[float, ...] = ONE_ZOOM
     format_version: int = FORMAT_VERSION
 
     @property
@@ -119,6 +124,9 @@ class Manifest:
         values = dataclasses.asdict(self) | {"image_size": list(self.image_size)}
         if self.outside == OUTSIDE:
             del values["outside"]
+        values["zooms"] = list(self.zooms)
+        if self.zooms == ONE_ZOOM:
+            del values["zooms"]
         return {"format_version": values.pop("format_version"), **values}
 
     @classmethod
@@ -137,7 +145,7 @@ class Manifest:
                 "export the model again, or install the cdiff that wrote it"
             )
         keys = [f.name for f in dataclasses.fields(cls)]
-        data = {"outside": OUTSIDE} | data
+        data = {"outside": OUTSIDE, "zooms": list(ONE_ZOOM)} | data
         if missing := [key for key in keys if key not in data]:
             _refuse(source, f"key {missing[0]!r} is missing")
         if unknown := [key for key in data if key not in keys]:
@@ -168,6 +176,8 @@ class Manifest:
             if getattr(self, key) not in allowed:
                 words = ", ".join(map(str, allowed))
                 _refuse(source, f"key {key!r} must be one of {words}, not {getattr(self, key)!r}")
+        if self.zooms != ONE_ZOOM and self.framing != "centre":
+            _refuse(source, f"key 'zooms' must be [1] for the framing {self.framing!r}, which covers the whole slice")
         if not 0 <= self.tile_overlap < 1:
             _refuse(source, f"key 'tile_overlap' must lie in [0, 1), not {self.tile_overlap}")
         for key, build in (("schedule", NoiseSchedule.from_json), ("intensity", Intensity.from_json)):
@@ -220,6 +230,14 @@ def _typed(key: str, value: Any, source: str) -> Any:
         if not _is_size(value):
             _refuse(source, f"key 'image_size' must be two positive whole numbers, not {value!r}")
         return tuple(value)
+    if key == "zooms":
+        fits = isinstance(value, list) and all(
+            type(zoom) in (int, float) and SMALLEST_ZOOM <= zoom <= LARGEST_ZOOM for zoom in value
+        )
+        if not fits or not value or len(set(value)) < len(value):
+            words = f"a list of different numbers from {SMALLEST_ZOOM:g} to {LARGEST_ZOOM:g}"
+            _refuse(source, f"key 'zooms' must be {words}, not {value!r}")
+        return tuple(map(float, value))
     if key == "citation":
         if not (isinstance(value, list) and all(isinstance(line, str) for line in value)):
             _refuse(source, "key 'citation' must be a list of texts")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import sha256
 from cdiff.runtime.framing import Windows
 from cdiff.runtime.manifest import NAME as MANIFEST
-from cdiff.runtime.manifest import Manifest
+from cdiff.runtime.manifest import ONE_ZOOM, Manifest
 from cdiff.runtime.overlap import Outcome, overlapped
 from cdiff.runtime.place import At
 from cdiff.runtime.prepared import Clock, Prepared, Slices, missed, notes, prepare
@@ -34,9 +34,11 @@ from cdiff.runtime.scan import Scan, ScanInput
 from cdiff.runtime.sharing import segment_shared
 from cdiff.runtime.sums import SliceResult
 from cdiff.runtime.variants import Variant
+from cdiff.runtime.zoom import check_zooms, shared_out, together
 
 LOG = logging.getLogger("cdiff")
 Combine = Literal["mean", "vote"]
+Progress = Callable[[int, int], None]
 RUNS = 25
 SAMPLER = "ddpm"
 
@@ -112,6 +114,7 @@ class Segmenter:
         fast: bool = False,
         combine: str = "mean",
         mirror: bool | None = None,
+        zooms: Sequence[float] | None = None,
         seed: int = 0,
         slices: Slices = None,
         slice_axis: int | None = None,
@@ -131,6 +134,8 @@ class Segmenter:
         combine: "mean" over runs, or "vote", which rounds each map's mean over runs as the published code does; only for models
         that draw several maps of a slice.
         mirror: let the runs see the slice as it is and mirrored, in turn; what the bundle states unless given.
+        zooms: let the runs see the slice at these multiples of its size, in turn; what the bundle states unless given. Only models of
+        the framing `centre` take others than 1.
         slices: "A:B", A included and B not; the maps are NaN (the mask 0) elsewhere. A slice's maps do not depend on them.
         slice_axis: axis of the array as stored to cut along, the bundle's unless given. batch: rows a padded batch.
         at: where the structure is in a scan larger than the crops that a model of the framing `centre` was trained on: a voxel
@@ -153,6 +158,7 @@ class Segmenter:
             )
         runs, table = self.sampling(runs, steps, sampler, fast, seed)
         mirror = manifest.mirror if mirror is None else mirror
+        zooms = manifest.zooms if zooms is None else check_zooms(zooms, manifest.framing)
         if not isinstance(scan, Prepared):
             scan = self.prepare(scan, slices=slices, slice_axis=slice_axis, at=at, shrink=shrink, series=series)
         elif any(given is not None for given in (slices, slice_axis, at, shrink, series)):
@@ -161,22 +167,28 @@ class Segmenter:
             )
         clock, read, chosen, windows = Clock(), scan.scan, scan.chosen, scan.windows
 
-        per_window = manifest.conditions * runs
-        if batch is None:
+        shares = shared_out(runs, zooms)
+        seen = [windows.zoomed(zoom) for zoom, _ in shares]
+        found, spent, done, rows = [], Timings(), 0, 0
+        for view, (_, number) in zip(seen, shares, strict=True):
+            per_window = manifest.conditions * number
             most = most_rows_of(self.engines, manifest.features_channels, manifest.image_size)
-            batch = rows_per_batch(len(windows) * per_window, self.engine.device, per_window, most)
-        finished, batch, spent = self._fitting(
-            batch,
-            windows,
-            table,
-            levels=manifest.conditions,
-            runs=runs,
-            seed=seed,
-            slice_ids=list(chosen),
-            mirror=mirror,
-            keep_runs=keep_runs,
-            progress=progress,
-        )
+            fitting = rows_per_batch(len(view) * per_window, self.engine.device, per_window, most)
+            results, rows, taken = self._fitting(
+                fitting if batch is None else batch,
+                view,
+                table,
+                levels=manifest.conditions,
+                runs=number,
+                seed=seed,
+                slice_ids=list(chosen),
+                mirror=mirror,
+                keep_runs=keep_runs,
+                progress=_part_of(progress, done, number, runs),
+            )
+            found.append(results)
+            spent, done = spent + taken, done + number
+        finished = together(found, [number for _, number in shares], [view.covered for view in seen])
         if manifest.outside == 0:
             finished = [one.for_masks_from_zero() for one in finished]
         maps = np.stack([one.level_means for one in finished])
@@ -191,7 +203,7 @@ class Segmenter:
         report = build_report(
             {
                 **self._model_report(),
-                **_sampling_report(table, runs, combine, mirror, seed, fast, batch),
+                **_sampling_report(table, runs, combine, mirror, zooms, seed, fast, rows),
                 "combine_note": _combine_note(combine, variant),
                 "framing": {
                     "mode": manifest.framing,
@@ -315,8 +327,22 @@ class Segmenter:
         }
 
 
+def _part_of(progress: Progress | None, before: int, runs: int, of: int) -> Progress | None:
+    """The progress of some of a scan's runs, `before` of which are done, as that of all."""
+    if progress is None or runs == of:
+        return progress
+    return lambda done, total: progress((before * total + runs * done) // runs, of * total // runs)
+
+
 def _sampling_report(
-    table: SamplerTable, runs: int, combine: str, mirror: bool, seed: int, fast: bool, batch: int
+    table: SamplerTable,
+    runs: int,
+    combine: str,
+    mirror: bool,
+    zooms: tuple[float, ...],
+    seed: int,
+    fast: bool,
+    batch: int,
 ) -> dict[str, Any]:
     return {
         "sampler": table.name,
@@ -324,6 +350,7 @@ def _sampling_report(
         "runs": runs,
         "combine": combine,
         "mirror": mirror,
+        **({} if zooms == ONE_ZOOM else {"zooms": list(zooms)}),
         "seed": seed,
         "fast": fast,
         "batch": batch,

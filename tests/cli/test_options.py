@@ -23,7 +23,7 @@ def test_the_options_stand_where_the_block_stood() -> None:
     names = list(inspect.signature(command).parameters)
     assert names == [
         *("scan", "model", "engine", "device"),
-        *("runs", "steps", "sampler", "fast", "levels", "mirror", "seed", "quiet"),
+        *("runs", "steps", "sampler", "fast", "levels", "mirror", "zooms", "seed", "quiet"),
     ]
 
 
@@ -39,6 +39,8 @@ def test_what_was_given_reaches_the_command() -> None:
         "--levels",
         "vote",
         "--no-mirror",
+        "--zooms",
+        "1,1.25",
         "--seed",
         "3",
         "-q",
@@ -52,6 +54,6 @@ def test_what_was_given_reaches_the_command() -> None:
     arguments = chain.arguments()
     assert arguments == {
         **{"runs": None, "steps": None, "sampler": "dpm++2m", "fast": False},
-        **{"combine": "vote", "mirror": False, "seed": 3},
+        **{"combine": "vote", "mirror": False, "zooms": (1, 1.25), "seed": 3},
     }
     assert type(arguments["sampler"]) is type(arguments["combine"]) is str  # a report writes them as they are

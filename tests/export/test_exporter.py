@@ -144,6 +144,17 @@ def test_a_broken_network_leaves_no_bundle(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
+def test_zooms_are_stated_and_each_has_its_mirrored_views(tmp_path: Path) -> None:
+    centred = random_run(tmp_path / "run", replace(CONFIG, data=replace(CONFIG.data, framing="centre")))
+    manifest = export_run(centred, tmp_path / "bundle", zooms=(1, 1.25)).manifest
+    assert manifest.zooms == (1, 1.25)
+    assert manifest.fast["runs"] == 8
+    tiled = random_run(tmp_path / "tiles", replace(CONFIG, data=replace(CONFIG.data, framing="tile")))
+    with pytest.raises(CdiffError, match="framing 'tile' looks at whole slices"):
+        export_run(tiled, tmp_path / "none", zooms=(1, 1.25))
+    assert not (tmp_path / "none").exists()
+
+
 def test_what_cannot_be_exported_gets_one_line(run: Path, bundle: Bundle, tmp_path: Path) -> None:
     with pytest.raises(CdiffError, match="already exists"):
         export_run(run, bundle.path)

@@ -126,7 +126,10 @@ def read_dicom(path: Path, channels: int = 1, series: int | None = None) -> Conv
     for file in chosen.files:  # a copy of one would be a second image at its place
         files.setdefault(hashlib.sha256(any_bytes(file)).digest(), file)
     kept = set(files.values())
-    planes = planes_of([header for file, header in zip(chosen.files, chosen.headers, strict=True) if file in kept])
+    try:
+        planes = planes_of([header for file, header in zip(chosen.files, chosen.headers, strict=True) if file in kept])
+    except CdiffError as error:
+        raise CdiffError(f"{where} {error}") from None
     with tempfile.TemporaryDirectory(prefix="cdiff-") as folder:
         # Of these files alone: dcm2niix says of everything in a folder what is wrong with it.
         source, made = Path(folder) / "source", Path(folder) / "made"
@@ -243,7 +246,10 @@ def _plain(text: str) -> str:
 
 def _must_be_no_image(header: Any, file: Path) -> None:
     """Raise CdiffError for a header that ends before it says how large the image is."""
-    kind = header.get("SOPClassUID") or getattr(header, "file_meta", {}).get("MediaStorageSOPClassUID")
+    try:
+        kind = header.get("SOPClassUID") or getattr(header, "file_meta", {}).get("MediaStorageSOPClassUID")
+    except Exception:  # a library's own kinds too
+        kind = None
     if kind is None or "Image Storage" in getattr(kind, "name", ""):
         raise CdiffError(f"{file} is truncated or damaged (its DICOM header ends early); copy it again")
 
@@ -276,11 +282,12 @@ def _header(file: Path) -> Any:
             for tag in TAGS:
                 try:
                     header.get(tag)
-                except (ValueError, TypeError, NotImplementedError):
+                except Exception:  # a library's own kinds too
                     del header[tag]
             return header
     except (
         pydicom.errors.InvalidDicomError,
+        pydicom.errors.BytesLengthException,
         EOFError,
         OSError,
         ValueError,

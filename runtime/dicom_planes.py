@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.itk import LPS_TO_RAS
+from cdiff.runtime.shapes import one_line
 
 Float64 = NDArray[np.float64]
 TAGS = (
@@ -65,7 +66,17 @@ class Planes:
 
 
 def planes_of(headers: Sequence[Any]) -> Planes:
-    """The planes of pydicom data sets that hold `TAGS`."""
+    """The planes of pydicom data sets that hold `TAGS`.
+
+    Raises CdiffError where a value deep in a header is none: pydicom reads those when they are asked for.
+    """
+    try:
+        return _planes_of(headers)
+    except Exception as error:  # a library's own kinds too
+        raise CdiffError(f"a DICOM header is damaged ({one_line(error)[:200]}); copy the files again") from None
+
+
+def _planes_of(headers: Sequence[Any]) -> Planes:
     known: list[Plane] = []
     count, checked, mixed = 0, True, False
     for header in headers:

@@ -95,6 +95,20 @@ def test_frames_that_are_numbered_as_they_do_not_lie(tmp_path: Path) -> None:
             read_scan(folder)
 
 
+def test_a_value_deep_in_a_header_that_is_none(tmp_path: Path) -> None:
+    """pydicom reads it when it is asked for, long after the file."""
+    for old, new in (
+        (b"\x20\x00\x57\x90UL\x04", b"\x20\x00\x57\x90UL\x03"),
+        (b"\x20\x00\x57\x90UL", b"\x20\x00\x57\x90KL"),
+    ):
+        folder = write_multiframe(tmp_path / f"{new[-1]}", scan_voxels(), orthogonal())
+        data = (folder / "IM0000").read_bytes()
+        assert old in data
+        (folder / "IM0000").write_bytes(data.replace(old, new))
+        with pytest.raises(CdiffError):
+            read_scan(folder)
+
+
 def test_copies_of_an_image_are_left_out(tmp_path: Path) -> None:
     folder = write_series(tmp_path / "a", scan_voxels(), orthogonal())
     alone = read_scan(folder)

@@ -66,7 +66,14 @@ class Through:
         """Segment the scan from its file once; `maps` names a file for the soft maps."""
         spec = self.spec
         result = self.segmenter.segment(
-            spec["scan"], runs=spec["runs"], steps=steps, sampler="ddpm", slices=spec["slices"], seed=0, mirror=False
+            spec["scan"],
+            runs=spec["runs"],
+            steps=steps,
+            sampler="ddpm",
+            slices=spec["slices"],
+            seed=0,
+            mirror=False,
+            zooms=(1,),
         )
         if maps:
             np.save(maps, result.stack.soft)

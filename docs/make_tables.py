@@ -65,19 +65,25 @@ SOFT_UNET = "unet-soft"
 READERS = "_annotators"
 """How the keys of the human reference end."""
 MODEL_ROWS = (  # slices, method, result file, how its keys end
-    ("four marked", "cdiff `--fast`, 4 runs x 1 step", "lidc_testing_all_raters_fast", ""),
-    ("four marked", "cdiff `--fast --levels vote`", "lidc_testing_all_raters_fast_vote", ""),
+    ("four marked", "cdiff `--fast`", "lidc_testing_all_raters_zooms", ""),
+    ("four marked", "cdiff `--fast --levels vote`", "lidc_testing_all_raters_zooms_vote", ""),
+    ("four marked", "cdiff, one size", "lidc_testing_all_raters_fast", ""),
+    ("four marked", "cdiff, one size, `--levels vote`", "lidc_testing_all_raters_fast_vote", ""),
     ("four marked", "plain U-Net on the soft label", "unet_testing_all_raters", ""),
-    ("four marked", "a radiologist against the other three", "lidc_testing_all_raters_fast", READERS),
-    ("any marked", "cdiff `--fast`, 4 runs x 1 step", "lidc_testing_marked_fast", ""),
-    ("any marked", "cdiff `--fast --levels vote`", "lidc_testing_marked_fast_vote", ""),
+    ("four marked", "a radiologist against the other three", "lidc_testing_all_raters_zooms", READERS),
+    ("any marked", "cdiff `--fast`", "lidc_testing_marked_zooms", ""),
+    ("any marked", "cdiff `--fast --levels vote`", "lidc_testing_marked_zooms_vote", ""),
+    ("any marked", "cdiff, one size", "lidc_testing_marked_fast", ""),
+    ("any marked", "cdiff, one size, `--levels vote`", "lidc_testing_marked_fast_vote", ""),
     ("any marked", "plain U-Net on the soft label", "unet_testing_marked", ""),
-    ("any marked", "a radiologist against the other three", "lidc_testing_marked_fast", READERS),
-    ("middle slices", "cdiff, 25 runs x 100 steps", "lidc_testing_middle", ""),
-    ("middle slices", "cdiff `--fast`, 4 runs x 1 step", "lidc_testing_middle_fast", ""),
-    ("middle slices", "cdiff `--fast --levels vote`", "lidc_testing_middle_fast_vote", ""),
+    ("any marked", "a radiologist against the other three", "lidc_testing_marked_zooms", READERS),
+    ("middle slices", "cdiff `--fast`", "lidc_testing_middle_zooms", ""),
+    ("middle slices", "cdiff `--fast --levels vote`", "lidc_testing_middle_zooms_vote", ""),
+    ("middle slices", "cdiff, one size", "lidc_testing_middle_fast", ""),
+    ("middle slices", "cdiff, one size, `--levels vote`", "lidc_testing_middle_fast_vote", ""),
+    ("middle slices", "cdiff, one size, 25 runs x 100 steps", "lidc_testing_middle", ""),
     ("middle slices", "plain U-Net on the soft label", "unet_testing_middle", ""),
-    ("middle slices", "a radiologist against the other three", "lidc_testing_middle_fast", READERS),
+    ("middle slices", "a radiologist against the other three", "lidc_testing_middle_zooms", READERS),
 )
 
 
@@ -120,10 +126,10 @@ def lidc_table(corner: str, chosen: tuple[tuple[str, str, str, str], ...], start
 
 
 HEADLINE_ROWS = (  # method, result files of the slices that all four marked and that any marked, how their keys end
-    ("cdiff `--fast`", "lidc_testing_all_raters_fast", "lidc_testing_marked_fast", ""),
-    ("cdiff `--fast --levels vote`", "lidc_testing_all_raters_fast_vote", "lidc_testing_marked_fast_vote", ""),
+    ("cdiff `--fast`", "lidc_testing_all_raters_zooms", "lidc_testing_marked_zooms", ""),
+    ("cdiff `--fast --levels vote`", "lidc_testing_all_raters_zooms_vote", "lidc_testing_marked_zooms_vote", ""),
     ("plain U-Net on the soft label", "unet_testing_all_raters", "unet_testing_marked", ""),
-    ("a radiologist against the other three", "lidc_testing_all_raters_fast", "lidc_testing_marked_fast", READERS),
+    ("a radiologist against the other three", "lidc_testing_all_raters_zooms", "lidc_testing_marked_zooms", READERS),
 )
 
 
@@ -314,7 +320,14 @@ STEPS = {  # columns: what one step was compared with, on Validation
     "all 100 (DDPM)": "paired_steps_1_all",
 }
 WHOLE = {"25 runs x 100 steps": "paired_middle_all"}
-"""What `--fast` was compared with on the middle slices of Testing."""
+"""What one step was compared with on the middle slices of Testing."""
+ZOOMS = {  # columns: where two sizes were compared with one
+    "Validation, four marked": "paired_zooms_validation",
+    "Validation, four marked, `vote`": "paired_zooms_validation_vote",
+    "Testing, four marked": "paired_zooms_testing",
+    "Testing, four marked, `vote`": "paired_zooms_testing_vote",
+    "Testing, any marked": "paired_zooms_marked",
+}
 
 
 def paired_table(corner: str, columns: Mapping[str, str], results: Path) -> str:
@@ -328,11 +341,11 @@ def paired_table(corner: str, columns: Mapping[str, str], results: Path) -> str:
 
 
 EACH = {
-    "Testing, four marked": "lidc_testing_all_raters_fast",
-    "Testing, four marked, `vote`": "lidc_testing_all_raters_fast_vote",
-    "Testing, any marked": "lidc_testing_marked_fast",
-    "Validation, four marked": "lidc_validation_all_raters_fast",
-    "Validation, four marked, `vote`": "lidc_validation_all_raters_fast_vote",
+    "Testing, four marked": "lidc_testing_all_raters_zooms",
+    "Testing, four marked, `vote`": "lidc_testing_all_raters_zooms_vote",
+    "Testing, any marked": "lidc_testing_marked_zooms",
+    "Validation, four marked": "lidc_validation_all_raters_zooms",
+    "Validation, four marked, `vote`": "lidc_validation_all_raters_zooms_vote",
 }
 EACH_COLUMNS = {
     "dice_each": "cdiff `--fast`",
@@ -388,6 +401,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "speed": speed_table,
     "paired": lambda results: paired_table("cdiff - U-Net", PAIRED, results),
     "steps": lambda results: paired_table("1 step -", STEPS, results),
+    "zooms": lambda results: paired_table("two sizes - one", ZOOMS, results),
     "whole": lambda results: paired_table("4 runs x 1 step -", WHOLE, results),
     "peers": peers_table,
     "peers-four": lambda results: peers_full_table(FOUR, results),

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.manifest import Manifest
+from cdiff.runtime.manifest import ONE_ZOOM, Manifest
 from cdiff.runtime.schedule import NoiseSchedule
 from cdiff.train.config import Config
 from cdiff.train.presets import PRESETS
@@ -103,6 +103,7 @@ def render(card: Card, manifest: Manifest, config: Config) -> str:
                 "levels": f"{manifest.draws.levels}, c = 1 to {manifest.levels}",
                 "uncertainty": manifest.draws.uncertainty,
                 "input": f"{height_width} pixels, {manifest.image_channels} channel(s), {manifest.framing}",
+                **_zooms_row(manifest),
                 "normalisation": manifest.normalisation.describe(),
                 "network": f"{training.get('parameters', 0) / 1e6:.2f} M parameters, predicts {manifest.target}, "
                 f"variance {manifest.variance}",
@@ -125,6 +126,14 @@ def render(card: Card, manifest: Manifest, config: Config) -> str:
         "## Citation\n\n" + "\n".join(f"- {line}" for line in manifest.citation),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _zooms_row(manifest: Manifest) -> dict[str, str]:
+    """At which sizes runs see a slice, where that is not its own alone."""
+    if manifest.zooms == ONE_ZOOM:
+        return {}
+    sizes = " and ".join(f"{zoom:g}" for zoom in manifest.zooms)
+    return {"runs see": f"the slice at {sizes} times its size, in turn"}
 
 
 def _schedule_line(schedule: NoiseSchedule) -> str:

@@ -22,7 +22,7 @@ def test_a_result_reaches_the_headline_table(tables: ModuleType, tmp_path: Path)
         }
 
     assert all(tables.NOT_MEASURED in row for row in tables.headline_table(tmp_path).splitlines()[2:])
-    (tmp_path / "lidc_testing_all_raters_fast.json").write_text(json.dumps(result(0.75, 0.625)))
+    (tmp_path / "lidc_testing_all_raters_zooms.json").write_text(json.dumps(result(0.75, 0.625)))
     own, _, unet, reader = rows = tables.headline_table(tmp_path).splitlines()[2:]
     assert [cell.strip() for cell in own.split("|")[2:-1]] == [
         "0.750 (0.688 - 0.812)", tables.NOT_MEASURED, "0.500", "0.250 (16)", "0.062",
@@ -48,7 +48,7 @@ def test_a_result_reaches_the_model_table(tables: ModuleType, tmp_path: Path) ->
         "ged_samples": {"model": 16},
         "dice_per_level": [{"level": c, **score(0.9 - c / 10)} for c in (1, 2, 3, 4)],
     }
-    for name in ("lidc_testing_middle", "lidc_testing_all_raters_fast"):  # the readers' row comes from the second
+    for name in ("lidc_testing_middle", "lidc_testing_all_raters_zooms"):  # the readers' row comes from the second
         (tmp_path / f"{name}.json").write_text(json.dumps(result))
     beside = {"peers": {"unet-soft": result | {"soft_dice_5": score(0.5)}}}
     (tmp_path / "unet_testing_all_raters.json").write_text(json.dumps(beside))
@@ -68,9 +68,9 @@ def test_the_reader_and_the_panel_stand_beside_the_model(tables: ModuleType, tmp
         "n_slices": 485,
         "soft_dice_5": {"mean": 0.5, "low": 0.4, "high": 0.6},
     }  # measured before there was such a score
-    (tmp_path / "lidc_testing_marked_fast.json").write_text(json.dumps(old))
+    (tmp_path / "lidc_testing_marked_zooms.json").write_text(json.dumps(old))
     scores = {key: {"mean": m, "low": m - 0.125, "high": m + 0.125} for key, m in zip(tables.EACH_COLUMNS, (0.75, 0.5, 0.25), strict=True)}  # fmt: skip
-    (tmp_path / "lidc_testing_all_raters_fast.json").write_text(json.dumps({"n_slices": 351} | scores))
+    (tmp_path / "lidc_testing_all_raters_zooms.json").write_text(json.dumps({"n_slices": 351} | scores))
     four, vote, anybody, *validation = tables.each_table(tmp_path).splitlines()[2:]
     assert [cell.strip() for cell in four.split("|")[1:-1]] == [
         "Testing, four marked (351)",
@@ -186,12 +186,13 @@ def test_whole_nodules_stand_beside_the_reader(tables: ModuleType, tmp_path: Pat
         **{f"case_soft_dice_{n}_annotators": score(0.5) for n in (5, 9)},
         "case_dice_per_level": [{"level": c, **score(0.9 - c / 10)} for c in (1, 2, 3, 4)],
     }
-    (tmp_path / "lidc_testing_all_raters_fast.json").write_text(json.dumps(result))
-    (tmp_path / "lidc_testing_marked_fast.json").write_text(json.dumps({"n_slices": 485}))  # of before there were such
+    (tmp_path / "lidc_testing_all_raters_zooms.json").write_text(json.dumps(result))
+    (tmp_path / "lidc_testing_marked_zooms.json").write_text(json.dumps({"n_slices": 485}))  # of before there were such
     rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in tables.nodules_table(tmp_path).splitlines()[2:]]
-    own, vote, reader, *anybody = rows
+    own, vote, one_size, _, reader, *anybody = rows
     levels = ["0.800", "0.700", "0.600", "0.500"]
-    assert own == ["four marked (67)", "cdiff `--fast`, 4 runs x 1 step", *["0.750 (0.625 - 0.875)"] * 2, *levels]
+    assert own == ["four marked (67)", "cdiff `--fast`", *["0.750 (0.625 - 0.875)"] * 2, *levels]
     assert reader[1:] == ["a radiologist against the other three", *["0.500 (0.375 - 0.625)"] * 2, *["-"] * 4]
     assert vote[2] == tables.NOT_MEASURED
-    assert [row[2] for row in anybody] == [tables.NOT_MEASURED] * 3
+    assert one_size[2] == tables.NOT_MEASURED
+    assert [row[2] for row in anybody] == [tables.NOT_MEASURED] * 5

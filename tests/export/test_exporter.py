@@ -149,6 +149,8 @@ def test_zooms_are_stated_and_each_has_its_mirrored_views(tmp_path: Path) -> Non
     manifest = export_run(centred, tmp_path / "bundle", zooms=(1, 1.25)).manifest
     assert manifest.zooms == (1, 1.25)
     assert manifest.fast["runs"] == 8
+    card = (tmp_path / "bundle" / "README.md").read_text()
+    assert "| runs see | the slice at 1 and 1.25 times its size, in turn |" in card
     tiled = random_run(tmp_path / "tiles", replace(CONFIG, data=replace(CONFIG.data, framing="tile")))
     with pytest.raises(CdiffError, match="framing 'tile' looks at whole slices"):
         export_run(tiled, tmp_path / "none", zooms=(1, 1.25))

@@ -117,7 +117,7 @@ def test_a_check_of_unusable_data_ends_with_two_and_says_why(tmp_path: Path, mon
     (data / "Training/case02/image.nii.gz").write_text("not a scan")
     result = command("data", "check", data, "--sheet", tmp_path / "s.png", "--json", tmp_path / "c.json", code=2)
     assert "case02" in result.stdout
-    assert "training cannot start: 1 files" in result.stderr
+    assert "training cannot start: 1 file of" in result.stderr
     assert json.loads((tmp_path / "c.json").read_text())["training"]["possible"] is False
     assert (tmp_path / "s.png").is_file()
     assert "--labels" in command("data", "check", data, "--labels", "one", code=2).stderr

@@ -89,7 +89,7 @@ def test_a_place_that_cannot_be(tiny_bundle: Path, tiny_data: Path, tmp_path: Pa
     assert f"--at names a place in one scan, and {tiny_data / 'Validation'} holds 2" in several
     out = ("-o", tmp_path / "maps", "-q", "--fast")
     assert "0 to 31" in one_line("segment", scan, *out, "--at", "32,1,1")
-    assert "give whole numbers" in one_line("segment", scan, *out, "--at", "1;1;1")
+    assert "give a voxel in whole numbers" in one_line("segment", scan, *out, "--at", "1;1;1")
     assert "leave out" in one_line("segment", scan, *out, "--at", "1,1,1", "--slices", "2:4")
     assert not (tmp_path / "maps").exists()
 

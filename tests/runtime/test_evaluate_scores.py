@@ -31,7 +31,14 @@ def test_perfect_maps_score_one(cases: list[Case], tmp_path: Path) -> None:
     assert report["soft_dice_5_annotators"]["mean"] < 1
     assert report["protocol"] == {
         **{"runs": 2, "steps": 5, "sampler": "ddim", "fast": False, "combine": "mean", "seed": 0},
-        **{"mirror": False, "all_raters": False, "all_slices": False, "slices_per_case": None, "raters": "skip"},
+        **{
+            "mirror": False,
+            "zooms": [1.0],
+            "all_raters": False,
+            "all_slices": False,
+            "slices_per_case": None,
+            "raters": "skip",
+        },
     }
     json.dumps(report, allow_nan=False)
 

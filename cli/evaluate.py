@@ -97,6 +97,16 @@ def evaluate(
             rich_help_panel=options.OUTPUT,
         ),
     ] = False,
+    beside: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--beside",
+            metavar="FILE",
+            help="For --paper-table, and as often as wanted: another evaluation's report (.json), to compare variants, or published "
+            "numbers (.csv with the columns table, whose, data, percent, source).",
+            rich_help_panel=options.OUTPUT,
+        ),
+    ] = None,
     split: Annotated[
         Split | None,
         typer.Option(
@@ -193,12 +203,13 @@ def evaluate(
     cdiff evaluate --data my_data --model my_bundle --json scores.json
     cdiff evaluate --data my_data --report scores --steps-curve 1,2,5,10,25
     cdiff evaluate --data my_data --report scores --worst 12
-    cdiff evaluate --data my_data --group "patient[0-9]+" --paper-table
+    cdiff evaluate --data my_data --group "patient[0-9]+" --paper-table --beside annotator.json
     """
     from cdiff.runtime.cases import find_cases
     from cdiff.runtime.evaluate import Protocol, choose_split, labelled_as_trained, trained_task
     from cdiff.runtime.evaluate import evaluate as score
     from cdiff.runtime.files import write_json
+    from cdiff.runtime.paper import read_beside
     from cdiff.runtime.publish import SCORES, check_steps, sweep_steps, write_report
     from cdiff.runtime.worst import WORST, worst_slices, write_worst
 
@@ -207,6 +218,9 @@ def evaluate(
         raise CdiffError("--steps-curve needs a folder to write to; add --report DIR")
     if worst and report_ is None:
         raise CdiffError("--worst needs a folder to draw into; add --report DIR")
+    if beside and not paper_table:
+        raise CdiffError("--beside adds rows to the paper's tables; add --paper-table")
+    others = [row for path in beside or () for row in read_beside(path)]  # before hours are spent
     asked = options.parse_labels(labels)
     protocol = Protocol(
         **chain.arguments(),
@@ -263,7 +277,7 @@ def evaluate(
             write_worst(report_ / WORST, segmenter, worst_slices(report, cases, worst), protocol, meter)
     out.print(score_tables(report))
     if paper_table:
-        out.print(paper_tables(report))
+        out.print(paper_tables(report, others))
     for path in (json_, report_):
         if path:
             out.print(str(path), soft_wrap=True)

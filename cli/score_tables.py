@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from cdiff.runtime.paper import PaperRow
 
 MODEL_SCORES = (
     ("soft Dice, five thresholds", "soft_dice_5"),
@@ -41,11 +44,11 @@ def score_tables(report: Mapping[str, Any]) -> RenderableType:
     return Group(_scores(report), "", _thresholds(report), "", _levels(report))
 
 
-def paper_tables(report: Mapping[str, Any]) -> RenderableType:
-    """Tables 1 to 3 of Amit et al. 2023 for the data at hand beside the published numbers, and what to know of them."""
+def paper_tables(report: Mapping[str, Any], beside: Iterable[PaperRow]) -> RenderableType:
+    """Tables 1 to 3 of Amit et al. 2023 for the data at hand beside other numbers, and what to know of them."""
     from cdiff.runtime.paper import TITLES, paper_notes, paper_rows
 
-    rows = paper_rows(report)
+    rows = paper_rows(report, beside)
     sources = list(dict.fromkeys(row.source for row in rows))
     parts: list[RenderableType] = []
     for number, title in TITLES.items():

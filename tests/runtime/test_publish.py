@@ -15,7 +15,7 @@ from PIL import Image
 from cdiff.runtime.cases import Case
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.evaluate import Protocol
-from cdiff.runtime.paper import PUBLISHED, paper_notes, paper_rows
+from cdiff.runtime.paper import PUBLISHED, paper_notes, paper_rows, read_beside
 from cdiff.runtime.plots import write_curve
 from cdiff.runtime.publish import check_steps, sweep_steps, write_report
 from cdiff.runtime.schedule import NoiseSchedule
@@ -164,3 +164,44 @@ def test_no_note_on_what_is_there(report: dict[str, Any], monkeypatch: pytest.Mo
     published = tuple(replace(PUBLISHED[0], table=table) for table in (1, 2, 3))
     monkeypatch.setattr("cdiff.runtime.paper.PUBLISHED", published)
     assert not any("No published number" in note for note in paper_notes(paper_rows(report)))
+
+
+def test_other_reports_and_published_numbers_stand_beside(report: dict[str, Any], tmp_path: Path) -> None:
+    """A report of another variant fills Table 2, a CSV any table; both keep their data and source, and a table with them lacks nothing."""
+    report["data"] = {"folder": "kidney", "split": "val", "task": "task01"}
+    other = report | {"model": report["model"] | {"name": "second", "variant": "annotator"}}
+    (tmp_path / "annotator.json").write_text(json.dumps(other), encoding="utf-8")
+    text = (
+        "table,whose,data,percent,source,low\r\n"
+        + '2,"X, 2024",kidney,91.5,"X, Table 2",\r\n3,readers,kidney,80,X,79.5\r\n'
+    )
+    (tmp_path / "numbers.csv").write_text(text, encoding="utf-8-sig")
+    beside = [row for name in ("annotator.json", "numbers.csv") for row in read_beside(tmp_path / name)]
+    rows = paper_rows(report, beside)
+    second = [(row.whose.split(",")[0], row.percent) for row in rows if row.table == 2]
+    score = 100 * report["soft_dice_5"]["mean"]
+    assert second == [(f"{report['model']['name']}: consensus", score), ("second: annotator", score), ("X", 91.5)]
+    assert [(row.percent, row.low, row.high) for row in rows if row.whose == "readers"] == [(80, 79.5, None)]
+    assert next(row.source for row in rows if row.whose.startswith("second")).startswith(
+        "computed before, annotator.json: "
+    )
+    assert not any("No published number" in note for note in paper_notes(rows))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("a.csv", "table,whose,percent\n1,x,3\n", "data, source"),
+        ("a.csv", "table,whose,data,percent,source\n1,x,kidney,90,\n", "line 2: source is empty"),
+        ("a.csv", "table,whose,data,percent,source\n1,x,kidney,90%,y\n", "line 2: .*90%"),
+        ("a.csv", "table,whose,data,percent,source\n1,x,kidney,0.9,y\n4,x,kidney,90,y\n", "line 3 is out of range"),
+        ("a.csv", "table,whose,data,percent,source\n1,x,kidney,nan,y\n", "line 2 is out of range"),
+        ("a.json", "{}", "no report of cdiff evaluate"),
+        ("a.json", "[1", "no report of cdiff evaluate"),
+        ("a.xlsx", "PK", "no report of cdiff evaluate"),
+    ],
+)
+def test_a_file_that_cannot_stand_beside(name: str, text: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(CdiffError, match=said):
+        read_beside(tmp_path / name)

@@ -101,6 +101,14 @@ def segment(
         bool,
         typer.Option("--preview/--no-preview", help="Write a picture too.", rich_help_panel=options.OUTPUT),
     ] = True,
+    page: Annotated[
+        bool,
+        typer.Option(
+            "--page",
+            help="Write a page too, NAME_page.html: the slices and maps to leaf through in a browser, in one file that loads nothing.",
+            rich_help_panel=options.OUTPUT,
+        ),
+    ] = False,
     dicom_seg: Annotated[
         bool,
         typer.Option(
@@ -128,7 +136,7 @@ def segment(
     Examples:
 
     cdiff segment scan.nii.gz
-    cdiff segment scan.nii.gz -o maps --fast
+    cdiff segment scan.nii.gz -o maps --fast --page
     cdiff segment folder -o maps --model my_bundle --steps 20 --sampler ddim
     cdiff segment chest.nii.gz --at 212,180,45 --slices 40:51
     cdiff segment dicom_folder --series 4 --at L30,P20,S50 --dicom-seg
@@ -153,7 +161,7 @@ def segment(
 
     def read(item: NamedScan) -> Prepared:
         # Before hours of work, not after.
-        must_be_free(output, item.name, segmenter.manifest.draws, preview=preview, dicom_seg=dicom_seg)
+        must_be_free(output, item.name, segmenter.manifest.draws, preview=preview, page=page, dicom_seg=dicom_seg)
         ready = segmenter.prepare(item.path, slices=slices, slice_axis=slice_axis, at=at, shrink=shrink, series=series)
         if dicom_seg:
             must_allow_dicom_seg(ready.scan)
@@ -166,14 +174,15 @@ def segment(
     told: set[str] = set()
 
     def write(item: NamedScan, result: Result) -> None:
-        report = result.save(output, item.name, preview=preview, dicom_seg=dicom_seg)
+        report = result.save(output, item.name, preview=preview, page=page, dicom_seg=dicom_seg)
         for note in report["warnings"]:
             if note not in told:  # once is enough for a folder; each report has its own
                 say(f"{item.name}: {note}", quiet)
         told.update(report["warnings"])
         seconds = report["timings"]
         say(f"{item.name}: {sum(seconds[part] for part in ('read', 'frame', 'segment', 'write')):.1f} s", quiet)
-        Meter.show(str(output / (f"{item.name}_preview.png" if preview else f"{item.name}_soft.nii.gz")))
+        shown = "page.html" if page else "preview.png" if preview else "soft.nii.gz"
+        Meter.show(str(output / f"{item.name}_{shown}"))
 
     failed = 0
     with closing(overlapped(scans, read, work, write)) as outcomes:

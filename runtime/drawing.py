@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
 
     from cdiff.runtime.framing import Box
@@ -85,10 +86,14 @@ def show_soft(axes: Axes, soft: Float32, box: Box, view: View) -> Any:
 
 def show_entropy(axes: Axes, uncertainty: Float32, box: Box, view: View) -> Any:
     """The uncertainty over what is there, in a colour scale of its own. Returns it for its key."""
+    return _overlay(axes, uncertainty, box, view, entropy_shades(), 0.9)
+
+
+def entropy_shades() -> LinearSegmentedColormap:
+    """The colours of the uncertainty."""
     from matplotlib.colors import LinearSegmentedColormap
 
-    shades = LinearSegmentedColormap.from_list("entropy", ENTROPY_SHADES)
-    return _overlay(axes, uncertainty, box, view, shades, 0.9)
+    return LinearSegmentedColormap.from_list("entropy", ENTROPY_SHADES)
 
 
 def _overlay(axes: Axes, values: Float32, box: Box, view: View, colours: Any, opacity: float) -> Any:

@@ -40,17 +40,13 @@ def preview_figure(result: Result, name: str) -> Figure:
     """The preview as a matplotlib figure."""
     view = result.grid.view
     soft = view(result.stack.soft)
-    best = _fullest(soft)
+    best = fullest(soft)
     number = result.slices[best]
     variant = result.stack.variant
     outlines = view(getattr(result.stack, variant.outlines)[best])
-    image = _displayable(result, number)
+    image = displayable(result, number)
     shown = _strip(soft, best)
-    if result.window is None:
-        box = drawing.close_up(soft[shown], view)
-    else:
-        seen = _turned(result.window, result.image.shape[-2:], view)
-        box = drawing.close_up(soft[shown], view, least=LEAST_OF_WINDOW, within=seen)
+    box = close_up_of(result, soft[shown])
     whole = (slice(0, image.shape[0]), slice(0, image.shape[1]))
     window = drawing.window_of(image[box])
 
@@ -157,7 +153,16 @@ def reader_figure(
         figure.savefig(part, dpi=DPI, facecolor=figure.get_facecolor(), metadata={"Software": "cdiff"}, format="png")
 
 
-def _displayable(result: Result, number: int) -> Float32:
+def close_up_of(result: Result, soft: Float32) -> Box:
+    """The part of the picture around what the turned maps [n, rows, columns] hold; where the user named the place, around the model's window."""
+    view = result.grid.view
+    if result.window is None:
+        return drawing.close_up(soft, view)
+    seen = _turned(result.window, result.image.shape[-2:], view)
+    return drawing.close_up(soft, view, least=LEAST_OF_WINDOW, within=seen)
+
+
+def displayable(result: Result, number: int) -> Float32:
     """A slice as the picture's [rows, columns]; as [rows, columns, 3] where its three channels are colours.
 
     Those of a medical image are not: of several modalities, as of two or four, the first is shown.
@@ -174,7 +179,7 @@ def _turned(box: Box, shape: tuple[int, ...], view: View) -> Box:
     return slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
 
 
-def _fullest(soft: Float32) -> int:
+def fullest(soft: Float32) -> int:
     """The slice with the largest soft area; the middle one when nothing is to be seen in any."""
     return int(np.argmax(soft.sum(axis=(1, 2), dtype=np.float64))) if soft.max() >= SEEN else len(soft) // 2
 
@@ -207,7 +212,7 @@ def _draw_strip(
     left = (width - len(shown) * side - (len(shown) - 1) * gap) / 2
     for column, index in enumerate(shown):
         axes = drawing.panel(figure, (left + column * (side + gap), 0.36, side, side))
-        picture = _displayable(result, result.slices[index])
+        picture = displayable(result, result.slices[index])
         drawing.show_image(axes, picture, box, view, drawing.window_of(picture[box]))
         drawing.show_soft(axes, soft[index], box, view)
         colour = drawing.INK if index == best else drawing.FAINT
@@ -222,7 +227,7 @@ def _heading(figure: Figure, result: Result, name: str) -> None:
         parse_math=False,
     )  # fmt: skip
     figure.text(
-        EDGE / width, 1 - 0.6 / height, _how(report), color=drawing.FAINT, fontsize=9.5, va="center", parse_math=False
+        EDGE / width, 1 - 0.6 / height, how(report), color=drawing.FAINT, fontsize=9.5, va="center", parse_math=False
     )
     count = "pixels" if result.grid.slice_axis is None else "voxels"
     lines = _sizes(report.get("volumes", {}), count, result.stack.variant.of_annotators)
@@ -233,7 +238,7 @@ def _heading(figure: Figure, result: Result, name: str) -> None:
         )  # fmt: skip
 
 
-def _how(report: dict[str, Any]) -> str:
+def how(report: dict[str, Any]) -> str:
     """How the maps were made, in one line."""
     if "bundle" not in report:
         return ""

@@ -123,10 +123,17 @@ class Result:
         return self.grid.restore(whole)
 
     def save(
-        self, folder: str | Path, name: str | None = None, *, preview: bool = True, dicom_seg: bool = False
+        self,
+        folder: str | Path,
+        name: str | None = None,
+        *,
+        preview: bool = True,
+        page: bool = False,
+        dicom_seg: bool = False,
     ) -> dict[str, Any]:
         """Write NAME_soft, _levels, _uncertainty and _mask .nii.gz, NAME_preview.png and, last, NAME.json; return the report.
-        A model that draws each annotator's map adds NAME_annotators.nii.gz; dicom_seg, for what was read from DICOM, NAME_levels.dcm.
+        A model that draws each annotator's map adds NAME_annotators.nii.gz; page, NAME_page.html to leaf through in a browser; dicom_seg, for
+        what was read from DICOM, NAME_levels.dcm.
 
         Each file appears whole or not at all; the report, which holds the others' SHA-256, appears last, so where it is, all
         are. What is not always written and an older report there lists is removed where this result has none. Raises CdiffError when
@@ -137,7 +144,7 @@ class Result:
             raise CdiffError(f"the name {name!r} cannot begin a file's name; give one without folders")
         started = time.perf_counter()
         variant = self.stack.variant
-        must_be_free(Path(folder), name, variant, preview=preview, dicom_seg=dicom_seg)
+        must_be_free(Path(folder), name, variant, preview=preview, page=page, dicom_seg=dicom_seg)
         kinds = _kinds(variant)
         with staged(Path(folder)) as stage:
             parts = {f"{name}_{kind}.nii.gz": stage(f"{name}_{kind}.nii.gz") for kind in kinds}
@@ -148,12 +155,17 @@ class Result:
 
                 parts[f"{name}_preview.png"] = stage(f"{name}_preview.png")
                 write_preview(self, parts[f"{name}_preview.png"], name)
+            if page:
+                from cdiff.runtime.page import write_page
+
+                parts[f"{name}_page.html"] = stage(f"{name}_page.html")
+                write_page(self, parts[f"{name}_page.html"], name)
             if dicom_seg:
                 from cdiff.runtime.dicom_seg import write_dicom_seg
 
                 parts[f"{name}_levels.dcm"] = stage(f"{name}_levels.dcm")
                 write_dicom_seg(self, parts[f"{name}_levels.dcm"])
-            not_always = {f"{name}_preview.png", f"{name}_annotators.nii.gz", f"{name}_levels.dcm"}
+            not_always = {f"{name}_{more}" for more in ("preview.png", "page.html", "annotators.nii.gz", "levels.dcm")}
             for file in (_listed(Path(folder) / f"{name}.json") or set()) & not_always - set(parts):
                 stage.replaces(file)
             outputs = {file: {"sha256": sha256(part), "bytes": part.stat().st_size} for file, part in parts.items()}
@@ -178,7 +190,9 @@ def _kinds(variant: Variant) -> dict[str, tuple[str, str]]:
     return kinds | ({"annotators": ("maps", "one map an annotator, last axis")} if variant.told == "annotator" else {})
 
 
-def must_be_free(folder: Path, name: str, variant: Variant, *, preview: bool = True, dicom_seg: bool = False) -> None:
+def must_be_free(
+    folder: Path, name: str, variant: Variant, *, preview: bool = True, page: bool = False, dicom_seg: bool = False
+) -> None:
     """Raise CdiffError when files in `folder` that no report of ours there lists would be replaced by `Result.save`.
 
     A reader's own NAME_mask.nii.gz is such a file, and so is the NAME.json that dcm2niix writes beside a scan. A `save` that was killed
@@ -186,7 +200,8 @@ def must_be_free(folder: Path, name: str, variant: Variant, *, preview: bool = T
     """
     listed = _listed(folder / f"{name}.json")
     files = {f"{name}_{kind}.nii.gz" for kind in _kinds(variant)}
-    files |= {f"{name}_{more}" for more, asked in (("preview.png", preview), ("levels.dcm", dicom_seg)) if asked}
+    also = {"preview.png": preview, "page.html": page, "levels.dcm": dicom_seg}
+    files |= {f"{name}_{more}" for more, asked in also.items() if asked}
     for file in sorted(files | {f"{name}.json"} if listed is None else files - listed):
         # `exists` is False, not an error, in a folder that cannot be searched.
         if os.path.exists(folder / file) and not any(

@@ -247,6 +247,7 @@ class Segmenter:
         *,
         save_to: str | os.PathLike[str] | None = None,
         preview: bool = True,
+        page: bool = False,
         dicom_seg: bool = False,
         slices: Slices = None,
         slice_axis: int | None = None,
@@ -257,8 +258,8 @@ class Segmenter:
 
         Yields, in the order of `scans`, an outcome with `.item` (the scan as given) and either `.value` (its result) or `.error`:
         what is wrong with one scan stays with it, and the others go on. The maps and files are those of `segment` and `Result.save`.
-        save_to: folder for each scan's files, nothing is written unless given; with `preview` a picture too,
-        with `dicom_seg` a DICOM segmentation. A second scan of the
+        save_to: folder for each scan's files, nothing is written unless given; with `preview` a picture too, with `page` a page for a
+        browser, with `dicom_seg` a DICOM segmentation. A second scan of the
         same name is an error of that scan. progress: called as progress(scan, done, total), the scan as given: when a scan's outcome
         comes, the engine may be through the next one. options: the other arguments of `segment` but `at`, which is of one scan,
         for every scan. Three scans and their maps are in memory at most, besides those that the caller keeps.
@@ -274,7 +275,8 @@ class Segmenter:
             if result.name in names:
                 raise CdiffError(f"another scan is called {result.name} too and was written to {save_to}; rename one")
             names.add(result.name)
-            return result.with_report(result.save(Path(save_to), preview=preview, dicom_seg=dicom_seg))
+            report = result.save(Path(save_to), preview=preview, page=page, dicom_seg=dicom_seg)
+            return result.with_report(report)
 
         def work(scan: ScanInput, ready: Prepared) -> Result:
             return self.segment(ready, progress=None if progress is None else partial(progress, scan), **options)

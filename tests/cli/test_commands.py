@@ -41,6 +41,12 @@ def test_default_output_folder(scan: Path, tiny_bundle: Path, tmp_path: Path, mo
     assert "onnxruntime on cpu" in result.stderr
 
 
+def test_a_page_is_what_to_open(scan: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    result = run("segment", scan, "-o", tmp_path, "--model", tiny_bundle, *SHORT, "--page", "-q")
+    assert result.stdout.strip() == str(tmp_path / "image_page.html")
+    assert {path.name for path in tmp_path.iterdir()} == {f"image{end}" for end in ENDINGS | {"_page.html"}}
+
+
 def test_quiet_says_where_and_nothing_else(scan: Path, tiny_bundle: Path, tmp_path: Path) -> None:
     result = run("segment", "-i", scan, "-o", tmp_path, "--model", tiny_bundle, *SHORT, "-q", "--no-preview")
     assert result.stderr == ""

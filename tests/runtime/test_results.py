@@ -161,6 +161,17 @@ def test_saving_twice_writes_the_same_bytes_and_drops_an_old_preview(tmp_path: P
     assert not (tmp_path / "out" / "a_preview.png").exists()
 
 
+def test_a_page_is_listed_and_an_old_one_dropped(tmp_path: Path) -> None:
+    result = segmented(scan_file(tmp_path, (5, 6, 4)))
+    report = result.save(tmp_path / "out", "a", preview=False, page=True)
+    assert report["outputs"]["a_page.html"]["bytes"] == (tmp_path / "out" / "a_page.html").stat().st_size
+    result.save(tmp_path / "out", "a", preview=False)
+    assert not (tmp_path / "out" / "a_page.html").exists()
+    (tmp_path / "out" / "a_page.html").write_text("mine")
+    with pytest.raises(CdiffError, match=r"a_page\.html is there"):
+        result.save(tmp_path / "out", "a", preview=False, page=True)
+
+
 @pytest.mark.parametrize("name", ["scan_mask.nii.gz", "scan_preview.png", "scan.json"])
 def test_what_is_not_ours_is_not_replaced(tmp_path: Path, name: str) -> None:
     """A reader's mask beside the scan, a picture of it, the JSON that dcm2niix writes with a scan."""

@@ -11,15 +11,16 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: help demo test lint clean
 
 help:
-	@echo "make demo   segment the demo scan with the shipped model into demo-output/ (about two minutes)"
+	@echo "make demo   segment the demo scan with the shipped model into demo-output/ (about a minute)"
 	@echo "make test   install what the tests need, then ruff, mypy and pytest"
 	@echo "make lint   ruff and mypy alone"
 	@echo "make clean  remove .venv and demo-output"
 
 demo: $(VENV)/cpu.installed
-	@$(BIN)/cdiff segment cdiff/demo --fast -o demo-output
+	@$(BIN)/cdiff segment cdiff/demo --fast --page -o demo-output
 	@cat cdiff/demo/CREDIT.txt
 	@echo "Open the picture: $(CURDIR)/demo-output/demo_preview.png"
+	@echo "Leaf through it in a browser: $(CURDIR)/demo-output/demo_page.html"
 
 # One process a core, each with one thread: most tests are small, and threads would only wait for one another.
 test: lint

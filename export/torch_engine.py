@@ -6,10 +6,11 @@ For GPUs without TensorRT, and as the baseline that an engine has to beat. Behin
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,6 +28,9 @@ from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.schedule import NoiseSchedule
 from cdiff.train.network import ConsensusNet
 
+if TYPE_CHECKING:
+    from cdiff.export.torch_fused import FusedDenoiser
+
 
 @dataclass(frozen=True)
 class Options:
@@ -36,6 +40,8 @@ class Options:
     channels_last: the memory order that half-precision convolutions want. capture: replay a step as a CUDA graph (on a GPU only).
     compiled: the mode of `torch.compile` for denoiser and noise, or None for eager. tuned: cuDNN times its algorithms for each convolution
     at the first call and takes the fastest, where it else goes by its heuristics; another process may choose another, so the last bits differ.
+    fused: run the denoiser with our kernels between its convolutions (`torch_fused`); unless given, in half precision on a GPU where Triton
+    works and nothing is compiled.
     """
 
     half: bool = True
@@ -43,6 +49,7 @@ class Options:
     capture: bool = True
     compiled: str | None = None
     tuned: bool = False
+    fused: bool | None = None
 
 
 class TorchChainEngine:
@@ -69,6 +76,7 @@ class TorchChainEngine:
         order = torch.channels_last if self.options.channels_last else torch.contiguous_format
         prepared = (half_precision(network) if self.options.half else copy.deepcopy(network)).to(self.device)
         prepared = prepared.to(memory_format=order).eval().requires_grad_(False)  # type: ignore[call-overload]
+        self.fused = self._fused(network)
         self.graph = DenoiserGraph(prepared.denoiser, network.config, schedule).to(self.device)
         self.encoder: Callable[[Tensor], Tensor] = prepared.encoder
         self.network: Callable[..., Tensor] = prepared.denoiser
@@ -77,6 +85,36 @@ class TorchChainEngine:
         if self.options.compiled is not None:
             self.network = torch.compile(prepared.denoiser, mode=self.options.compiled, dynamic=False)
             self.noise = torch.compile(normals, dynamic=False)
+
+    def _fused(self, network: ConsensusNet) -> FusedDenoiser | None:
+        """The denoiser with our kernels; None, and a warning, where it would be and Triton does not work on this machine."""
+        options = self.options
+        wanted = options.fused
+        if wanted is None:
+            wanted = options.half and options.channels_last and options.compiled is None and self.device != "cpu"
+        if not wanted:
+            return None
+        try:
+            from cdiff.export.torch_fused import FusedDenoiser
+            from cdiff.export.torch_kernels import try_out
+
+            try_out(self.device)
+            return FusedDenoiser(network.denoiser, self.device, self.dtype)
+        except torch.OutOfMemoryError:
+            raise
+        except (
+            Exception
+        ) as error:  # Triton compiles at its first use, and what can be missing there raises what it likes
+            why = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        without = f"the kernels between the convolutions do not run here ({why}); Triton needs a C compiler and Python's headers"
+        if options.fused:
+            raise CdiffError(f"{without}; leave out fused")
+        warnings.warn(
+            f"{without}: going on with PyTorch's own, slower; the maps are the same but for rounding",
+            UserWarning,
+            stacklevel=3,
+        )
+        return None
 
     @exact
     def encode(self, images: Float32) -> NDArray[Any]:
@@ -109,11 +147,13 @@ class TorchChainEngine:
         self, x: Tensor, features: Tensor, slot: Tensor, t: Tensor, level: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """One call: x0, and mix for a learned variance. features [S,H,W,L], so that a row's are one piece of memory."""
-        own = features.index_select(0, slot).permute(0, 3, 1, 2)
-        if not self.options.channels_last:
-            own = own.contiguous()
         with algorithms_timed(self.options.tuned):
-            out = self.network(x.to(self.dtype), own, t, level)
+            if self.fused is not None:
+                out = self.fused(x, features, slot, t, level)
+            else:
+                own = features.index_select(0, slot).permute(0, 3, 1, 2)
+                own = own if self.options.channels_last else own.contiguous()
+                out = self.network(x.to(self.dtype), own, t, level)
         found = self.graph.to_x0(out.float(), x, t)
         return found if isinstance(found, tuple) else (found, None)
 

@@ -1,0 +1,256 @@
+"""Triton kernels for what lies between the convolutions: moments, GroupNorm with SiLU, residual sums, all in channels-last order.
+
+PyTorch's GroupNorm puts features that are channels last into the other order and leaves them there, so that each of its calls on a GPU
+costs two transpositions, and the SiLU, the embedding, the bias and the residual sum a pass each. Here a feature map is read once for its
+moments, in the pass that makes it where there is one, and read and written once to be normalised.
+
+Moments and sums are float32, merged without cancellation (Chan, Golub & LeVeque 1983, eq. 2.1), and in one order whatever the batch:
+a row's result does not depend on the others. Importing this module needs Triton, which comes with PyTorch's CUDA builds for Linux.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ELEMENTS = 4096
+"""Numbers that a program holds at a time: a tile of so many pixels x channels."""
+MOST_CHUNKS = 64
+"""Most parts that a row's pixels are shared out in, each with moments of its own."""
+
+
+@triton.jit
+def _measure(
+    x, other, bias, slot, out, mean, m2, pixels, channels, chunk,
+    SUM: tl.constexpr, GATHER: tl.constexpr, BIAS: tl.constexpr, TILE: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Moments of a row's chunk of pixels, channel by channel; with SUM, of x + other + bias, which is written to `out`.
+
+    x, other, out [B,pixels,channels]; GATHER: `other` [S,pixels,channels] is taken at slot [B]. bias [channels].
+    mean, m2 [B,chunks,channels]: mean, and sum of squared differences from it.
+    """
+    row, part = tl.program_id(0), tl.program_id(1)
+    c = tl.arange(0, WIDE)
+    here = x + row.to(tl.int64) * pixels * channels
+    there = other
+    if SUM:
+        which = tl.load(slot + row) if GATHER else row
+        there = other + which.to(tl.int64) * pixels * channels
+    # Differences from the chunk's first pixel: squares of the values themselves would cancel where the mean is large.
+    first = part * chunk
+    near = tl.load(here + first * channels + c, mask=c < channels, other=0.0).to(tl.float32)
+    added = tl.zeros((WIDE,), tl.float32)
+    if BIAS:
+        added = tl.load(bias + c, mask=c < channels, other=0.0).to(tl.float32)
+    if SUM:
+        near += tl.load(there + first * channels + c, mask=c < channels, other=0.0).to(tl.float32) + added
+    sums = tl.zeros((TILE, WIDE), tl.float32)
+    squares = tl.zeros((TILE, WIDE), tl.float32)
+    last = tl.minimum(first + chunk, pixels)
+    for start in range(first, last, TILE):
+        pixel = start + tl.arange(0, TILE)
+        at = pixel[:, None] * channels + c[None, :]
+        inside = (pixel[:, None] < last) & (c[None, :] < channels)
+        value = tl.load(here + at, mask=inside, other=0.0)
+        if SUM:
+            whole = value.to(tl.float32) + tl.load(there + at, mask=inside, other=0.0).to(tl.float32) + added[None, :]
+            value = whole.to(out.dtype.element_ty)
+            tl.store(out + row.to(tl.int64) * pixels * channels + at, value, mask=inside)
+        apart = tl.where(inside, value.to(tl.float32) - near[None, :], 0.0)
+        sums += apart
+        squares += apart * apart
+    count = (last - first).to(tl.float32)
+    total = tl.sum(sums, axis=0)
+    place = (row.to(tl.int64) * tl.num_programs(1) + part) * channels + c
+    tl.store(mean + place, near + total / count, mask=c < channels)
+    tl.store(m2 + place, tl.maximum(tl.sum(squares, axis=0) - total * total / count, 0.0), mask=c < channels)
+
+
+@triton.jit
+def _weigh(
+    mean, m2, added, gain, offset, scale, shift, pixels, channels, chunk, chunks, per_row, added_per_row, eps,
+    ADDED: tl.constexpr, CHUNKS: tl.constexpr, PER: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """GroupNorm of x + added as y = x scale + shift, from the moments of x; a program a row and group of PER channels.
+
+    added [B,channels] or [channels] (added_per_row 0), gain and offset likewise by per_row. scale, shift [B,channels].
+    """
+    row, group = tl.program_id(0), tl.program_id(1)
+    k, lane = tl.arange(0, CHUNKS), tl.arange(0, WIDE)
+    c = group * PER + lane
+    inside = (k[:, None] < chunks) & (lane[None, :] < PER)
+    at = (row.to(tl.int64) * chunks + k[:, None]) * channels + c[None, :]
+    more = tl.zeros((WIDE,), tl.float32)
+    if ADDED:
+        more = tl.load(added + row * added_per_row + c, mask=lane < PER, other=0.0)
+    means = tl.load(mean + at, mask=inside, other=0.0) + more[None, :]
+    counts = tl.where(inside, tl.minimum(chunk, pixels - k[:, None] * chunk), 0).to(tl.float32)
+    whole = (pixels * PER).to(tl.float32)
+    middle = tl.sum(counts * means) / whole
+    apart = means - middle
+    variance = (tl.sum(tl.load(m2 + at, mask=inside, other=0.0)) + tl.sum(counts * apart * apart)) / whole
+    factor = tl.load(gain + row * per_row + c, mask=lane < PER, other=0.0) / tl.sqrt(variance + eps)
+    tl.store(scale + row * channels + c, factor, mask=lane < PER)
+    lifted = tl.load(offset + row * per_row + c, mask=lane < PER, other=0.0) + (more - middle) * factor
+    tl.store(shift + row * channels + c, lifted, mask=lane < PER)
+
+
+@triton.jit
+def _apply(
+    x, scale, shift, out, pixels, channels, all_channels, before,
+    ACT: tl.constexpr, TILE: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """out[:, :, before:before + channels] = x scale + shift, and SiLU of it with ACT; out [B,pixels,all_channels]."""
+    row = tl.program_id(0)
+    c, pixel = tl.arange(0, WIDE), tl.program_id(1) * TILE + tl.arange(0, TILE)
+    own = c < channels
+    inside = (pixel[:, None] < pixels) & own[None, :]
+    times = tl.load(scale + row * all_channels + before + c, mask=own, other=0.0)
+    plus = tl.load(shift + row * all_channels + before + c, mask=own, other=0.0)
+    at = row.to(tl.int64) * pixels * channels + pixel[:, None] * channels + c[None, :]
+    y = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) * times[None, :] + plus[None, :]
+    if ACT:
+        y = y * tl.sigmoid(y)
+    to = row.to(tl.int64) * pixels * all_channels + pixel[:, None] * all_channels + before + c[None, :]
+    tl.store(out + to, y.to(out.dtype.element_ty), mask=inside)
+
+
+@dataclass(frozen=True)
+class Features:
+    """Feature maps x [B,C,H,W], channels last, and their moments mean and m2, [B,chunks,C] float32 each."""
+
+    x: Tensor
+    mean: Tensor
+    m2: Tensor
+
+
+def measured(x: Tensor) -> Features:
+    """Features [B,C,H,W] with their moments; put channels last where they are not."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    mean, m2 = _moments_for(x)
+    _launch_measure(x, x, None, None, x, mean, m2, total=False)
+    return Features(x, mean, m2)
+
+
+def joined(x: Tensor, other: Tensor, bias: Tensor | None = None, slot: Tensor | None = None) -> Features:
+    """x + other + bias in the type of x, with its moments, in one pass. x [B,C,H,W], channels last; bias [C] float32.
+
+    other is like x or, with slot int64 [B], [S,H,W,C] of which row b takes other[slot[b]].
+    """
+    x = x.contiguous(memory_format=torch.channels_last)
+    if slot is None:
+        other = other.contiguous(memory_format=torch.channels_last)
+    out = torch.empty_like(x, memory_format=torch.channels_last)
+    mean, m2 = _moments_for(x)
+    _launch_measure(x, other, bias, slot, out, mean, m2, total=True)
+    return Features(out, mean, m2)
+
+
+def normed(
+    sources: tuple[Features, ...],
+    groups: int,
+    gain: Tensor,
+    offset: Tensor,
+    *,
+    eps: float,
+    act: bool,
+    added: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """GroupNorm of the sources, one after another along the channels, plus `added`; then SiLU with `act`. [B,C,H,W], channels last.
+
+    gain, offset and added: float32 [C], or [B,C] for each row its own; gain and offset alike, and each row in one piece. dtype: of the result, the sources' unless given.
+    """
+    first = sources[0].x
+    rows, _, height, width = first.shape
+    pixels, channels = height * width, sum(one.x.shape[1] for one in sources)
+    mean, m2 = (sources[0].mean, sources[0].m2) if len(sources) == 1 else _side_by_side(sources)
+    chunk, chunks = _shared_out(pixels, sources)
+    scale, shift = torch.empty((2, rows, channels), dtype=torch.float32, device=first.device).unbind(0)
+    per = channels // groups
+    _weigh[(rows, groups)](
+        mean, m2, gain if added is None else added, gain, offset, scale, shift, pixels, channels, chunk, chunks,
+        gain.stride(0) if gain.ndim == 2 else 0, added.stride(0) if added is not None and added.ndim == 2 else 0, eps,
+        ADDED=added is not None, CHUNKS=triton.next_power_of_2(chunks), PER=per, WIDE=triton.next_power_of_2(per), num_warps=1,
+    )  # fmt: skip
+    out = torch.empty(
+        (rows, channels, height, width),
+        dtype=dtype or first.dtype,
+        device=first.device,
+        memory_format=torch.channels_last,
+    )
+    before = 0
+    for one in sources:
+        own = one.x.shape[1]
+        tile, wide = _tile(own)
+        _apply[(rows, triton.cdiv(pixels, tile))](
+            one.x, scale, shift, out, pixels, own, channels, before, ACT=act, TILE=tile, WIDE=wide
+        )
+        before += own
+    return out
+
+
+def try_out(device: str) -> None:
+    """Compile and run each kernel on a few numbers; raises whatever Triton raises where it cannot."""
+    where = torch.device(device)
+    with torch.cuda.device(where) if where.type == "cuda" else nullcontext():
+        x = torch.ones((1, 4, 2, 2), dtype=torch.float16, device=where).contiguous(memory_format=torch.channels_last)
+        weights = torch.ones(4, device=where)
+        found = normed((joined(x, x, weights),), 2, weights, weights, eps=1e-5, act=False)
+        if not torch.equal(found, torch.ones_like(found)):
+            raise RuntimeError("they give wrong numbers")
+
+
+def _launch_measure(
+    x: Tensor,
+    other: Tensor,
+    bias: Tensor | None,
+    slot: Tensor | None,
+    out: Tensor,
+    mean: Tensor,
+    m2: Tensor,
+    total: bool,
+) -> None:
+    rows, channels, height, width = x.shape
+    tile, wide = _tile(channels)
+    chunk, chunks = _chunks(height * width)
+    _measure[(rows, chunks)](
+        x, other, mean if bias is None else bias, mean if slot is None else slot, out, mean, m2, height * width, channels, chunk,
+        SUM=total, GATHER=slot is not None, BIAS=bias is not None, TILE=tile, WIDE=wide,
+    )  # fmt: skip
+
+
+def _moments_for(x: Tensor) -> tuple[Tensor, Tensor]:
+    rows, channels, height, width = x.shape
+    shape = (2, rows, _chunks(height * width)[1], channels)
+    mean, m2 = torch.empty(shape, dtype=torch.float32, device=x.device).unbind(0)
+    return mean, m2
+
+
+def _side_by_side(sources: tuple[Features, ...]) -> tuple[Tensor, Tensor]:
+    """The moments of the sources along the channels. Chunks are a matter of the pixels alone, so they match."""
+    return torch.cat([one.mean for one in sources], dim=2), torch.cat([one.m2 for one in sources], dim=2)
+
+
+def _shared_out(pixels: int, sources: tuple[Features, ...]) -> tuple[int, int]:
+    chunk, chunks = _chunks(pixels)
+    if any(one.mean.shape[1] != chunks or one.x.shape[2:] != sources[0].x.shape[2:] for one in sources):
+        raise ValueError("the sources of one GroupNorm are of different sizes")
+    return chunk, chunks
+
+
+def _chunks(pixels: int) -> tuple[int, int]:
+    """Pixels a chunk, and how many chunks; the same for every batch, width and card."""
+    chunk = max(64, triton.cdiv(pixels, MOST_CHUNKS))
+    return chunk, triton.cdiv(pixels, chunk)
+
+
+def _tile(channels: int) -> tuple[int, int]:
+    """Pixels and channels of a tile, powers of two."""
+    wide = triton.next_power_of_2(channels)
+    return max(1, ELEMENTS // wide), wide

@@ -1,0 +1,127 @@
+"""What Triton's interpreter says of the kernels between the denoiser's convolutions; run by test_torch_fused.py in a process of its own.
+
+Triton is interpreted or compiled as TRITON_INTERPRET says when it is first imported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor
+
+from cdiff.export import torch_kernels as kernels
+from cdiff.export.reference import TorchEngine
+from cdiff.export.torch_engine import Options, TorchChainEngine, half_precision
+from cdiff.export.torch_fused import FusedDenoiser
+from cdiff.runtime.batching import segment_windows
+from cdiff.runtime.framing import Framing
+from cdiff.runtime.sampler import sampler_table
+from cdiff.runtime.schedule import NoiseSchedule
+from tests.export.networks import BASE, random_network
+
+LAST = torch.channels_last
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "scale-shift": {"embedding": "scale-shift"},
+    "block": {"resample": "block", "embedding": "scale-shift", "variance": "learned"},
+    "ensemble": {"variant": "implicit-ensemble", "rrdbs": 0, "levels": 1, "head_channels": 4},
+    "uneven": {"channel_mult": (2, 1, 3), "groups": 8, "attention_depths": (1,)},
+}
+
+
+def features(shape: tuple[int, ...], mean: float = 0.0, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(shape, generator=generator) * 3 + mean).to(dtype).contiguous(memory_format=LAST)
+
+
+@pytest.mark.parametrize("shape", [(2, 32, 8, 8), (3, 12, 7, 5), (1, 5, 1, 1), (2, 128, 36, 36)])
+@pytest.mark.parametrize("act", [True, False])
+def test_a_sum_and_its_groupnorm_are_pytorchs_in_float64(shape: tuple[int, ...], act: bool) -> None:
+    """Odd sizes, one pixel, several chunks; what is added goes in before, each row's own."""
+    B, C = shape[:2]
+    groups = next(g for g in (32, 4, 1) if C % g == 0)
+    x, y = features(shape, seed=1), features(shape, seed=2)
+    bias, added, gain, offset = (
+        torch.randn(size, generator=torch.Generator().manual_seed(3)) for size in ((C,), (B, C), (C,), (C,))
+    )
+    whole = kernels.joined(x, y, bias)
+    torch.testing.assert_close(whole.x, x + y + bias[:, None, None], rtol=0, atol=2e-6)
+    found = kernels.normed((whole,), groups, gain, offset, eps=1e-5, act=act, added=added)
+    expected = nnf.group_norm(whole.x.double() + added[..., None, None], groups, gain.double(), offset.double(), 1e-5)
+    torch.testing.assert_close(found.double(), nnf.silu(expected) if act else expected, rtol=1e-5, atol=2e-5)
+    assert found.is_contiguous(memory_format=LAST)
+
+
+def test_a_large_mean_does_not_cancel_the_variance() -> None:
+    """A sum of squares about 0 would lose it: of 1024 squared float32's last digit is a hundredth of the variance."""
+    x = features((2, 8, 24, 24), mean=1024.0)
+    found = kernels.normed((kernels.measured(x),), 4, torch.ones(8), torch.zeros(8), eps=1e-5, act=False)
+    torch.testing.assert_close(found.double(), nnf.group_norm(x.double(), 4, eps=1e-5), rtol=0, atol=1e-4)
+
+
+def test_sources_side_by_side_are_their_concatenation() -> None:
+    """Groups of 5 channels that reach over the seam, and each row its own gain and offset, cut out of a wider table."""
+    x, y = features((2, 7, 6, 9), seed=1), features((2, 8, 6, 9), seed=2, mean=9)
+    table = torch.randn((2, 40), generator=torch.Generator().manual_seed(3))
+    gain, offset = table[:, 3:18], table[:, 20:35]
+    found = kernels.normed((kernels.measured(x), kernels.measured(y)), 3, gain, offset, eps=1e-5, act=True)
+    plain = nnf.group_norm(torch.cat([x, y], dim=1).double(), 3, eps=1e-5)
+    expected = nnf.silu(plain * gain.double()[..., None, None] + offset.double()[..., None, None])
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=2e-5)
+    with pytest.raises(ValueError, match="different sizes"):
+        kernels.normed((kernels.measured(x), kernels.measured(y[..., :5])), 3, gain, offset, eps=1e-5, act=True)
+
+
+def test_a_row_does_not_depend_on_the_others() -> None:
+    """Bit for bit: rows are batched in any number, and moments are of what was written, not of what was added up."""
+    x, y = features((5, 16, 12, 12), dtype=torch.float16), features((5, 16, 12, 12), seed=2, dtype=torch.float16)
+    maps = torch.stack([y[3], y[1], y[0]]).permute(0, 2, 3, 1).contiguous()
+    slot = torch.tensor([2, 1, 0, 0, 1])
+    many = kernels.joined(x, maps, torch.ones(16), slot)
+    one = kernels.joined(x[3:4], y[3:4], torch.ones(16))
+    assert torch.equal(many.x[3:4], one.x)
+    assert torch.equal(many.mean[3:4], one.mean)
+    chunk = one.x[0].flatten(1)[:, :64].double()
+    torch.testing.assert_close(one.mean[0, 0].double(), chunk.mean(dim=1), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(one.m2[0, 0].double(), chunk.var(dim=1, correction=0) * 64, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_denoiser_is_the_networks_own(kind: str) -> None:
+    """float32: equal to rounding. float16: no further from float32 than PyTorch's own half precision."""
+    config = dataclasses.replace(BASE, **KINDS[kind])
+    network = random_network(config)
+    generator = torch.Generator().manual_seed(1)
+    x, maps = (torch.randn(shape, generator=generator) for shape in ((3, 1, 16, 16), (2, 16, 16, config.base_channels)))
+    slot, t = torch.tensor([1, 0, 1]), torch.tensor([1, 7, config.T])
+    level = torch.tensor([1, min(2, config.conditions), config.conditions])
+    seen = maps[slot].permute(0, 3, 1, 2)
+    with torch.inference_mode():
+        expected = network.denoiser(x, seen, t, level)
+        exact = FusedDenoiser(network.denoiser, "cpu", torch.float32)(x, maps, slot, t, level)
+        half = FusedDenoiser(network.denoiser, "cpu")(x, maps.half(), slot, t, level)
+        plain = half_precision(network).denoiser(x.half(), seen.half(), t, level)
+    assert expected.abs().max() > 0.1
+    torch.testing.assert_close(exact, expected, rtol=0, atol=2e-6)
+    assert (half - expected).abs().mean() < 1.1 * (plain - expected).abs().mean()
+
+
+def test_chains_through_the_engine() -> None:
+    network, schedule = random_network(BASE), NoiseSchedule(BASE.T)
+    images = np.random.default_rng(4).uniform(-1, 1, (2, 1, 16, 16)).astype(np.float32)
+    windows, table = Framing("resize", (16, 16)).frame(images), sampler_table("ddpm", schedule, 2)
+    engines = [
+        TorchEngine(network, schedule),
+        TorchChainEngine(network, schedule, "cpu", Options(half=False, fused=True)),
+    ]
+    expected, found = (
+        np.stack([one.level_means for one in segment_windows(engine, windows, table, levels=3, runs=1, batch=4)])
+        for engine in engines
+    )
+    assert np.ptp(expected) > 0.1
+    np.testing.assert_allclose(found, expected, atol=2e-5)

@@ -1,0 +1,134 @@
+"""The denoiser with kernels of its own: Triton's interpreter runs them here, and its compiler builds them for the cards."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cdiff.export import torch_engine
+from cdiff.export.torch_engine import Options, TorchChainEngine
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.schedule import NoiseSchedule
+from cdiff.train.sections import NetworkConfig
+from tests.export.networks import BASE, random_network
+
+KERNELS, FUSED = "cdiff.export.torch_kernels", "cdiff.export.torch_fused"
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+def test_what_the_interpreter_says() -> None:
+    """The tests of interpreted_kernels.py: sums, moments, GroupNorm, the whole denoiser, chains through the engine."""
+    pytest.importorskip("triton", reason="Triton is not installed: it comes for Linux on x86-64 alone")
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-W",
+        "ignore",
+        "tests/export/interpreted_kernels.py",
+    ]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+
+
+def test_without_triton_the_engine_warns_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No GPU is needed to ask: the engine is told that it has one until it has chosen."""
+    monkeypatch.setitem(sys.modules, KERNELS, None)
+    engine = TorchChainEngine(random_network(BASE), NoiseSchedule(BASE.T), "cpu", Options(half=True))
+    assert engine.fused is None
+    engine.device = "cuda:0"
+    with pytest.warns(UserWarning, match="going on with PyTorch's own"):
+        assert engine._fused(random_network(BASE)) is None
+    with pytest.raises(CdiffError, match="leave out fused"):
+        TorchChainEngine(random_network(BASE), NoiseSchedule(BASE.T), "cpu", Options(fused=True))
+
+
+@pytest.mark.parametrize("options", [Options(half=False), Options(compiled="default"), Options(channels_last=False)])
+def test_who_asked_for_other_ways_gets_them(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_engine.torch, "compile", lambda module, **_: module)  # type: ignore[attr-defined]
+    engine = TorchChainEngine(random_network(BASE), NoiseSchedule(BASE.T), "cpu", dataclasses.replace(options))
+    engine.device = "cuda:0"
+    assert engine._fused(random_network(BASE)) is None
+
+
+class Recorder:
+    """Stands where a kernel does and keeps what it was launched with."""
+
+    def __init__(self, kernel: Any, calls: list[Any]) -> None:
+        self.kernel, self.calls = kernel, calls
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *arguments, **named: self.calls.append((self.kernel, arguments, named))
+
+
+def launches(network: NetworkConfig, patch: pytest.MonkeyPatch) -> list[Any]:
+    """Every kernel with every set of constants that one call of the denoiser launches, once each."""
+    module, calls = importlib.import_module(KERNELS), []  # type: ignore[var-annotated]
+    for name in ("_measure", "_weigh", "_apply"):
+        patch.setattr(module, name, Recorder(getattr(module, name), calls))
+    denoiser = random_network(network).denoiser
+    made = importlib.import_module(FUSED).FusedDenoiser(denoiser, "cpu")
+    side = network.image_size
+    zeros = torch.zeros(1, dtype=torch.int64)
+    maps = torch.zeros(1, side, side, network.base_channels, dtype=torch.float16)
+    made(torch.zeros(1, 1, side, side), maps, zeros, zeros + 1, zeros + 1)
+    kinds = {
+        (kernel.fn.__name__, tuple(_kind(a) for a in args), tuple(sorted(named.items()))): (kernel, args, named)
+        for kernel, args, named in calls
+    }
+    return list(kinds.values())
+
+
+def _kind(argument: Any) -> str:
+    if isinstance(argument, Tensor):
+        return {torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64"}[argument.dtype]
+    return "fp32" if isinstance(argument, float) else "i32"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
+def test_every_launch_compiles_for_the_cards_without_spilling(
+    capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the paper's widths ask for them, up to 1024 channels side by side; ptxas counts the registers that did not suffice."""
+    triton = pytest.importorskip("triton", reason="Triton is not installed: it comes for Linux on x86-64 alone")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    wide = NetworkConfig(
+        image_size=16, channel_mult=(1, 2, 4), attention_depths=(2,), residual_blocks=1, rrdbs=0, groups=32
+    )
+    found = launches(wide, monkeypatch)
+    assert len(found) > 10
+    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin" / ("ptxas-blackwell" if capability >= 100 else "ptxas")
+    for number, (kernel, arguments, named) in enumerate(found):
+        named = dict(named)
+        warps = named.pop("num_warps", 4)
+        signature = dict(zip(kernel.arg_names, map(_kind, arguments), strict=False)) | dict.fromkeys(named, "constexpr")
+        made = triton.compile(
+            ASTSource(fn=kernel, signature=signature, constexprs=named),
+            target=GPUTarget("cuda", capability, 32),
+            options={"num_warps": warps},
+        )
+        assert made.metadata.shared <= 48 * 1024
+        file = tmp_path / f"{number}.ptx"
+        file.write_text(made.asm["ptx"])
+        target = re.findall(r"\.target (\w+)", made.asm["ptx"])[0]
+        said = subprocess.run(
+            [ptxas, "-v", f"-arch={target}", file, "-o", tmp_path / "x"], capture_output=True, text=True, check=True
+        )
+        assert "0 bytes spill stores, 0 bytes spill loads" in said.stderr, said.stderr

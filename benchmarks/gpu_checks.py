@@ -26,7 +26,7 @@ import numpy as np
 
 from cdiff.benchmarks.gpu_subjects import PAPER, SEED, SHIPPED, Subject, bundle_of, subject
 from cdiff.benchmarks.processes import end_with_parent
-from cdiff.runtime.engines.base import ChainBinding, Engine
+from cdiff.runtime.engines.base import ChainBinding, Engine, LimitedRows
 from cdiff.runtime.engines.registry import available_engines, open_engine
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import write_json
@@ -48,7 +48,7 @@ PACKAGES = (
 )  # fmt: skip
 SWEEPS = {SHIPPED: (1, 8, 32, 100), PAPER: (1, 8, 25, 88)}
 LARGEST = {SHIPPED: 100, PAPER: 88}
-"""Rows a batch: beyond 88 rows of the paper's network a concatenation at full size holds more than 2^31 numbers."""
+"""Rows a batch: a slice of the paper's network in two, since from 128 rows on a concatenation at full size holds 2^31 numbers."""
 ROUNDS, ROUNDS_SECONDS = 3, 20.0
 """Of `scaling`: at most so many, and none is begun that would end later."""
 
@@ -82,7 +82,21 @@ def open_path(path: str, model: Subject, settings: Settings, **options: Any) -> 
     arguments: dict[str, Any] = {}
     if name.startswith("tensorrt") and "build" in inspect.signature(open_engine).parameters:
         arguments["build"] = importlib.import_module("cdiff.export.tensorrt").build_engines
-    return open_engine(bundle, name, device, **arguments)
+    engine = open_engine(bundle, name, device, **arguments)
+    if isinstance(engine, LimitedRows):
+        from cdiff.benchmarks.gpu_measure import usual_batch
+
+        # TensorRT makes an engine fastest for the rows that are first asked for: those of the runtime, and not of a comparison's single call.
+        engine.bind(usual_batch(engine, model), 1)
+    return engine
+
+
+def largest_batch(engine: Engine, model: Subject) -> int:
+    """Rows of the largest batch that is measured: with TensorRT those that the runtime takes, for more would be another engine to build."""
+    from cdiff.benchmarks.gpu_measure import evened, usual_batch
+
+    largest = min(evened(model, LARGEST[model.name]), model.rows)
+    return min(largest, usual_batch(engine, model)) if isinstance(engine, LimitedRows) else largest
 
 
 def describe_machine(settings: Settings) -> dict[str, Any]:
@@ -153,13 +167,13 @@ def check_published(path: str, model: Subject, settings: Settings) -> dict[str, 
 
 def check_protocol(path: str, model: Subject, settings: Settings) -> dict[str, Any]:
     """A batch-size sweep, the whole protocol at the best batch, and where its time goes."""
-    from cdiff.benchmarks.gpu_measure import evened, flops, step_seconds, usual_batch, whole_protocol
+    from cdiff.benchmarks.gpu_measure import flops, step_seconds, usual_batch, whole_protocol
 
     engine = open_path(path, model, settings)
-    usual = usual_batch(engine, model)
-    image, compiles = model.images()["real"], TORCH_PATHS.get(path, {}).get("compiled") is not None
-    largest = min(evened(model, LARGEST[model.name]), model.rows)
-    # Every size is a new compilation where PyTorch compiles, and a minute of the budget.
+    usual, largest = usual_batch(engine, model), largest_batch(engine, model)
+    image = model.images()["real"]
+    compiles = TORCH_PATHS.get(path, {}).get("compiled") is not None or path == "onnxruntime-tensorrt"
+    # Every size is a new compilation where PyTorch or ONNX Runtime's TensorRT provider compiles, and a minute of the budget.
     sizes = [largest] if compiles else sorted({min(size, largest) for size in (*SWEEPS[model.name], largest)})
     sweep: dict[str, Any] = {}
     for size in sizes:
@@ -232,10 +246,10 @@ def check_scaling(path: str, model: Subject, settings: Settings) -> dict[str, An
 
     The target is 5 %, and one run of a small model may be off by that alone.
     """
-    from cdiff.benchmarks.gpu_measure import evened, whole_protocol
+    from cdiff.benchmarks.gpu_measure import whole_protocol
 
     engine, image = open_path(path, model, settings), model.images()["real"]
-    batch = min(evened(model, LARGEST[model.name]), model.rows)
+    batch = largest_batch(engine, model)
     rounds: list[dict[int, dict[str, Any]]] = []
     took = 0.0
     while len(rounds) < ROUNDS and took * (1 + 1 / max(1, len(rounds))) < ROUNDS_SECONDS:

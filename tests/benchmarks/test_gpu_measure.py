@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from cdiff.benchmarks import gpu_checks, gpu_measure
+from cdiff.benchmarks.gpu_checks import Settings
 from cdiff.benchmarks.gpu_measure import DeviceMemory, noise_of, published, step_seconds, usual_batch, whole_protocol
 from cdiff.benchmarks.gpu_parity import call_errors, map_errors
 from cdiff.benchmarks.gpu_report import markdown
@@ -160,6 +161,51 @@ def test_the_usual_batch_is_what_the_runtime_takes_of_that_engine() -> None:
     assert batch(device="cuda:0") == 59
     assert batch(device="cuda:0", most_rows=40) == 35
     assert batch(device="cpu") == 8
+
+
+class Limited:
+    """An engine made for at most 40 rows, as TensorRT's is; it notes what was asked for."""
+
+    name, version, device, most_rows = "tensorrt", "0", "cuda:0", 40
+
+    def __init__(self) -> None:
+        self.bound: list[tuple[int, int]] = []
+
+    def bind(self, rows: int, slots: int) -> Any:
+        self.bound.append((rows, slots))
+        return SimpleNamespace(encode=lambda slot, image: None)
+
+
+def test_an_engine_that_is_built_is_made_for_the_runtime_s_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Built for the single row of the first comparison it would be fastest for one row in every measurement after that."""
+    made = Limited()
+    monkeypatch.setattr(gpu_checks, "bundle_of", lambda *_: None)
+    monkeypatch.setattr(gpu_checks, "open_engine", lambda bundle, name, device, build: made)
+    assert gpu_checks.open_path("tensorrt", subject(PAPER, small=False), Settings()) is made
+    assert made.bound == [(35, 1)]
+
+
+def test_no_batch_is_measured_that_another_engine_would_have_to_be_built_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+
+    def step_seconds(engine: Any, model: Any, image: Any, size: int) -> float:
+        sizes.append(size)
+        return 0.1
+
+    done = {"seconds": 1.0}
+    monkeypatch.setattr(gpu_measure, "step_seconds", step_seconds)
+    monkeypatch.setattr(gpu_measure, "whole_protocol", lambda *_: done)
+    monkeypatch.setattr(gpu_checks, "step_parts", lambda *_: {})
+    paper = subject(PAPER, small=False)
+    for path, engine, wanted in (
+        ("tensorrt", Limited(), [1, 8, 25, 35]),
+        ("graph", SimpleNamespace(name="torch", version="0", device="cuda:0"), [1, 8, 25, 88]),
+        ("onnxruntime-tensorrt", SimpleNamespace(name="onnxruntime", version="0", device="cuda:0"), [88]),
+    ):
+        monkeypatch.setattr(gpu_checks, "open_path", lambda *_, engine=engine: engine)
+        gpu_checks.check_protocol(path, paper, Settings())
+        assert sizes == wanted
+        sizes.clear()
 
 
 def test_no_room_for_the_parts_of_a_step_costs_no_measured_protocol(monkeypatch: pytest.MonkeyPatch) -> None:

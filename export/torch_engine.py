@@ -132,8 +132,8 @@ class TorchChainEngine:
 
     @within_memory
     def bind(self, rows: int, slots: int) -> TorchBinding:
-        """See `runtime.engines.base.Engine.bind`. The last binding, and what it captured, is given again for the same numbers."""
-        if self._binding is None or (self._binding.rows, self._binding.slots) != (rows, slots):
+        """See `runtime.engines.base.Engine.bind`. The last binding, and what it captured, is given again for as many rows and no more slots."""
+        if self._binding is None or self._binding.rows != rows or self._binding.slots < slots:
             self._binding = None  # its memory goes before the next one's is taken
             self._binding = TorchBinding(self, rows, slots)
         return self._binding

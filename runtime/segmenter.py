@@ -171,7 +171,8 @@ class Segmenter:
         seen = [windows.zoomed(zoom) for zoom, _ in shares]
         found, spent, done, rows = [], Timings(), 0, 0
         for view, (_, number) in zip(seen, shares, strict=True):
-            per_window = manifest.conditions * number
+            # On a GPU one size of batch for all zooms: for another all buffers would be made, and a step captured, anew.
+            per_window = manifest.conditions * (number if self.engine.device == "cpu" else shares[0][1])
             most = most_rows_of(self.engines, manifest.features_channels, manifest.image_size)
             fitting = rows_per_batch(len(view) * per_window, self.engine.device, per_window, most)
             results, rows, taken = self._fitting(

@@ -141,7 +141,7 @@ class Engine(Protocol):
         """One call for any shapes: x [B,1,H,W], features [S,L,H,W], row_slice, t (1..T) and level (1..C), each [B]."""
 
     def bind(self, rows: int, slots: int) -> Binding:
-        """Buffers for batches of `rows` rows over `slots` sets of features, reused for a whole scan."""
+        """Buffers for batches of `rows` rows over at least `slots` sets of features, reused for a whole scan."""
 
 
 @runtime_checkable

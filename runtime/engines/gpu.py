@@ -40,11 +40,11 @@ class GpuEngine(ABC):
         """What the graphs take, and the way to tie them to buffers for that many rows and slots. The context is current."""
 
     def bind(self, rows: int, slots: int) -> DeviceBinding:
-        """See `base.Engine.bind`. The last binding is given again for the same numbers; other ones close it first.
+        """See `base.Engine.bind`. The last binding is given again for as many rows and no more slots; other numbers close it first.
 
         So one scan at a time: a second one begins the sums anew.
         """
-        if self._binding is not None and (self._binding.rows, self._binding.slots) == (rows, slots):
+        if self._binding is not None and self._binding.rows == rows and self._binding.slots >= slots:
             return self._binding
         with self.gpu.current():
             self._drop()

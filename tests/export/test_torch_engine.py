@@ -236,6 +236,15 @@ def test_a_value_that_is_not_finite_is_an_error() -> None:
         TorchChainEngine(heavy, SCHEDULE, "cpu", Options(half=True))
 
 
+def test_a_binding_serves_as_many_rows_and_no_more_slots() -> None:
+    engine = TorchChainEngine(random_network(BASE), SCHEDULE, "cpu", EXACT)
+    kept = engine.bind(2, 3)
+    assert engine.bind(2, 1) is kept
+    assert engine.bind(2, 3) is kept
+    assert engine.bind(2, 4) is not kept
+    assert engine.bind(1, 1).rows == 1
+
+
 def test_parts_of_a_step_are_timed() -> None:
     engine = TorchChainEngine(random_network(BASE), SCHEDULE, "cpu", EXACT)
     binding = engine.bind(2, 1)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import cdiff
+from cdiff.runtime.engines.base import Binding, Engine, HostBinding
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.framing import Framing, resize
 from cdiff.runtime.manifest import Manifest
@@ -98,6 +99,29 @@ def test_all_runs_together_are_what_their_maps_say(model: Segmenter) -> None:
     assert both.report["zooms"] == [1, 1.25]
     assert both.report["runs"] == 5
     assert "zooms" not in plain.report
+
+
+class OnGpu:
+    """The bundle's engine as if it ran on a GPU; it notes the batches that it was asked for."""
+
+    name, version, device = "onnxruntime", "0", "cuda:0"
+
+    def __init__(self, engine: Engine) -> None:
+        self.encode, self.denoise = engine.encode, engine.denoise
+        self.rows: list[int] = []
+
+    def bind(self, rows: int, slots: int) -> Binding:
+        self.rows.append(rows)
+        return HostBinding(self, rows, slots)
+
+
+def test_on_a_gpu_all_zooms_have_batches_of_one_size(model: Segmenter) -> None:
+    """A batch of another size would cost the GPU's buffers and a captured step, twice a scan."""
+    engine, array = OnGpu(model.engine), volume(32, 32, 2)
+    found = Segmenter(model.bundle, engine).segment(array, runs=5, zooms=(1, 1.25), **STEPS)
+    assert engine.rows == [3 * model.manifest.levels] * 2
+    wanted = model.segment(array, runs=5, zooms=(1, 1.25), **STEPS)
+    np.testing.assert_allclose(found.levels, wanted.levels, atol=1e-5)
 
 
 def test_a_larger_window_decides_alone_where_the_first_does_not_reach() -> None:

@@ -289,6 +289,18 @@ def test_a_batch_that_does_not_fit_is_out_of_memory_and_leaks_nothing(make: Any)
     same(run(setup.engine, windows, table, batch=2), run(FakeEngine(), windows, table, batch=2))
 
 
+def test_a_scan_of_fewer_slots_takes_the_binding_that_is_there(make: Any) -> None:
+    """Its buffers, and the step that was captured over them, serve it as well."""
+    setup, table = make(), sampler_table("ddpm", SCHEDULE, 3)
+    tall, one = framed(scan((3, SIZE, SIZE))), framed(scan((1, SIZE, SIZE)))
+    for windows, mirror in ((tall, True), (one, True), (tall, False), (one, False), (tall, True)):
+        options: dict[str, Any] = {"batch": 12, "mirror": mirror}
+        same(run(setup.engine, windows, table, **options), run(FakeEngine(), windows, table, **options))
+    assert len(setup.world.named("begin capture")) == 1
+    held = setup.engine.bind(12, 2)
+    assert setup.engine.bind(12, held.slots + 1) is not held
+
+
 def test_other_shapes_take_no_more_memory_than_they_need(make: Any) -> None:
     """What the old buffers held is given back first: a library that allocates by itself cannot use our pool."""
     windows, table = framed(scan((1, SIZE, SIZE))), sampler_table("ddim", SCHEDULE, 2)

@@ -61,6 +61,8 @@ class OnnxRuntimeGpuEngine(GpuEngine):
                 "encoder": open_session(bundle.encoder, ENCODER, self._on(provider, self.encoder_stream)),
                 "denoiser": open_session(bundle.denoiser, DENOISER, self._on(provider, self.stream)),
             }
+        # Attributes go in the order in which they came, and a session must be closed before the stream that it was opened on.
+        self._outliving = self.encoder_stream, self.stream
 
     def prepare(self, rows: int, slots: int) -> tuple[GraphSpec, Connector]:
         """See `GpuEngine.prepare`: the sessions are open already."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -89,6 +91,21 @@ def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         return SimpleNamespace(engine=engine, world=world, opened=opened, pair=(encoder, denoiser))
 
     return build
+
+
+def test_a_session_is_closed_before_the_stream_that_it_was_opened_on(make: Any) -> None:
+    """ONNX Runtime's handles refer to the stream to the last."""
+    setup, gone = make(), list[str]()
+    run(setup.engine, framed(scan((1, SIZE, SIZE))), sampler_table("ddpm", SCHEDULE, 2), batch=7)
+    for session in setup.engine._sessions.values():
+        weakref.finalize(session, gone.append, "session")
+        session.stream = None  # what the double itself holds on to
+    for stream in setup.world.streams.values():
+        weakref.finalize(stream, gone.append, "stream")
+    setup.world.streams.clear()
+    del session, stream, setup.engine
+    gc.collect()
+    assert gone == ["session", "session", "stream", "stream"]
 
 
 @pytest.mark.parametrize("learned", [False, True])

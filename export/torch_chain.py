@@ -6,6 +6,7 @@ import functools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import numpy as np
@@ -89,7 +90,7 @@ class TorchBinding:
         self.seed, self.step = whole(1), whole(1)
         self.t = whole(engine.schedule.T) + 1
         self.table = torch.zeros(len(COLUMNS), engine.schedule.T, device=device)
-        self.graphs: dict[tuple[Any, ...], Any] = {}
+        self.graphs: dict[tuple[Any, ...], Captured] = {}
 
     @exact
     def encode(self, slot: int, image: Float32) -> None:
@@ -161,7 +162,7 @@ class TorchBinding:
         key = (rows.canvas, noisy, second, learned)
         if key not in self.graphs:
             self.step.zero_()
-            self.graphs[key] = captured(plain, self.engine.device)
+            self.graphs[key] = captured(plain, self.engine.device, next(iter(self.graphs.values()), None))
         replay: Callable[[], None] = self.graphs[key].replay
         return replay
 
@@ -205,25 +206,39 @@ class TorchBinding:
         self.x.copy_(x)
 
 
-def captured(step: Callable[[], None], device: str) -> Any:
+@dataclass(frozen=True)
+class Captured:
+    """A CUDA graph and the stream that it was captured on."""
+
+    graph: Any
+    stream: Any
+
+    def replay(self) -> None:
+        """Queue it on the current stream."""
+        self.graph.replay()
+
+
+def captured(step: Callable[[], None], device: str, earlier: Captured | None = None) -> Captured:
     """The CUDA graph of one call of `step`, which may only queue work on tensors that stay where they are.
 
+    earlier: a capture whose memory this one shares, so that scans of many sizes take no more than one: what a step computes with is of
+    no use to another, and no two are replayed at once. Memory is shared on one stream alone.
     Raises CdiffError, with CUDA's own words, when something in it cannot be captured; what fails in a plain launch before that comes
     through as it is, since it would fail without a capture too.
     """
     with torch.cuda.device(device):
-        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        aside = torch.cuda.Stream() if earlier is None else earlier.stream  # type: ignore[no-untyped-call]
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             for _ in range(WARM_UPS):
                 step()
         torch.cuda.current_stream().wait_stream(aside)
         torch.cuda.synchronize()  # what a launch did wrong shows here at the latest
-        graph = torch.cuda.CUDAGraph()
+        graph, pool = torch.cuda.CUDAGraph(), None if earlier is None else earlier.graph.pool()
         try:
             # On a stream of this GPU: PyTorch's own for captures stays on the GPU of the process's first one, and a graph captured there
             # would hold nothing. Only this thread's calls count: another may look at the memory meanwhile.
-            with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=pool, stream=aside, capture_error_mode="thread_local"):
                 step()
         except torch.OutOfMemoryError:
             raise
@@ -231,7 +246,7 @@ def captured(step: Callable[[], None], device: str) -> Any:
             raise CdiffError(
                 f"a step could not be captured as a CUDA graph ({_line(error)}); run without capture"
             ) from error
-    return graph
+    return Captured(graph, aside)
 
 
 def _seconds(call: Callable[[], Any], step: Tensor, device: str, repeats: int) -> float:

@@ -109,13 +109,13 @@ def test_a_longer_chain_after_a_shorter_one_starts_anew() -> None:
 @pytest.mark.parametrize("sampler", ["ddpm", "dpm++2m"])
 def test_what_a_capture_leaves_behind_does_not_reach_the_chain(sampler: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stand-in for the CUDA graph runs the warm-ups and replays the same call: one capture a kind of table, the same maps."""
-    captures = []
+    captures: list[tuple[str, Any]] = []
 
-    def captured(step: Callable[[], None], device: str) -> Any:
+    def captured(step: Callable[[], None], device: str, earlier: Any) -> Any:
         for _ in range(4):
             step()
-        captures.append(device)
-        return SimpleNamespace(replay=step)
+        captures.append((device, earlier))
+        return SimpleNamespace(replay=step, number=len(captures))
 
     monkeypatch.setattr("cdiff.export.torch_chain.captured", captured)
     network, windows = random_network(BASE), Framing("resize", (16, 16)).frame(slices(2))
@@ -124,7 +124,12 @@ def test_what_a_capture_leaves_behind_does_not_reach_the_chain(sampler: str, mon
     engine.capture = True
     np.testing.assert_array_equal(maps(engine, windows, sampler), expected)
     np.testing.assert_array_equal(maps(engine, windows, sampler), expected)
-    assert captures == ["cpu"], "the second scan replays what the first one captured"
+    assert captures == [("cpu", None)], "the second scan replays what the first one captured"
+    for height in (20, 24, 20):
+        maps(engine, Framing("centre", (16, 16)).frame(np.zeros((1, 1, height, 16), np.float32)), sampler)
+    assert [(device, earlier.number) for device, earlier in captures[1:]] == [("cpu", 1)] * 2, (
+        "one memory for all sizes"
+    )
 
 
 @pytest.mark.parametrize("tuned", [True, False])
@@ -169,14 +174,17 @@ def test_each_gpu_is_captured_on_a_stream_of_its_own(monkeypatch: pytest.MonkeyP
     def stream() -> Any:
         return SimpleNamespace(device=now["device"], wait_stream=lambda other: None)
 
+    shared: list[tuple[Any, Any]] = []
+
     class Graph:
         first: Any = None  # PyTorch makes its stream for captures once in a process
 
-        def __init__(self, graph: Any, stream: Any = None, capture_error_mode: str = "global") -> None:
+        def __init__(self, graph: Any, pool: Any, stream: Any = None, capture_error_mode: str = "global") -> None:
             assert capture_error_mode == "thread_local"
             if stream is None:
                 Graph.first = stream = Graph.first or cuda.Stream()
             self.device = stream.device
+            shared.append((pool, stream))
 
         def __enter__(self) -> None:
             capturing.append(self.device)
@@ -185,14 +193,20 @@ def test_each_gpu_is_captured_on_a_stream_of_its_own(monkeypatch: pytest.MonkeyP
             capturing.pop()
 
     cuda = SimpleNamespace(
-        Stream=stream, current_stream=stream, graph=Graph, CUDAGraph=SimpleNamespace,
+        Stream=stream, current_stream=stream, graph=Graph, CUDAGraph=lambda: SimpleNamespace(pool=lambda: "pool"),
         synchronize=lambda: None, device=lambda device: put("device", device), stream=lambda one: put("stream", one.device),
     )  # fmt: skip
     monkeypatch.setattr("cdiff.export.torch_chain.torch.cuda", cuda)
     for device in ("cuda:0", "cuda:1"):
         held: list[str] = []
-        captured(lambda held=held, device=device: held.extend(one for one in capturing if one == device), device)  # type: ignore[misc]
+        first = captured(
+            lambda held=held, device=device: held.extend(one for one in capturing if one == device),  # type: ignore[misc]
+            device,
+        )
         assert held == [device]
+        assert shared.pop() == (None, first.stream)
+        captured(lambda: None, device, first)
+        assert shared.pop() == ("pool", first.stream), "memory is shared on one stream alone"
 
     def fails(when: bool) -> Callable[[], None]:
         def step() -> None:
@@ -292,14 +306,16 @@ def test_load_takes_torch_by_name(tiny_bundle) -> None:  # type: ignore[no-untyp
 
 @pytest.mark.gpu
 def test_replay_gives_what_plain_launches_give() -> None:
+    """Over slices of several sizes in turn, whose captures share their memory."""
     network: NetworkConfig = BASE
-    windows = Framing("resize", (16, 16)).frame(slices(2))
     engines = [
         TorchChainEngine(random_network(network), SCHEDULE, "cuda:0", Options(half=False, capture=capture))
         for capture in (True, False)
     ]
-    replayed, launched = (maps(engine, windows, "ddpm") for engine in engines)
-    np.testing.assert_allclose(replayed, launched, atol=1e-5)
+    for side, sampler in ((16, "ddpm"), (24, "ddpm"), (16, "dpm++2m"), (16, "ddpm"), (24, "ddpm")):
+        windows = Framing("centre", (16, 16)).frame(slices(2, side))
+        replayed, launched = (maps(engine, windows, sampler) for engine in engines)
+        np.testing.assert_allclose(replayed, launched, atol=1e-5)
 
 
 def test_a_gpu_without_room_is_out_of_memory_and_keeps_no_tensors(monkeypatch: pytest.MonkeyPatch) -> None:

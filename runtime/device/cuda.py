@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 from typing import Any
@@ -24,6 +25,8 @@ class OutOfMemory(CdiffError):
 def need(module: str) -> Any:
     """Import one of `PACKAGES`' modules. Raises CdiffError, with the package to install, when that fails."""
     package = PACKAGES[module]
+    if module == "pycuda.driver":
+        _load_curand()
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -32,6 +35,12 @@ def need(module: str) -> Any:
         raise CdiffError(f"a GPU needs {package}, which is not installed: {INSTALL}") from None
     except Exception as error:  # a library that it links to: ImportError, OSError, cuda-pathfinder's own classes
         raise CdiffError(f"{package} is installed but cannot be loaded ({first_line(error)}): {INSTALL}") from error
+
+
+def _load_curand() -> None:
+    """PyCUDA links to cuRAND. Where that came as a wheel, the system's loader does not find it unless it is in the process already."""
+    with contextlib.suppress(Exception):  # where it is not to be had PyCUDA's own import says so, or does without
+        importlib.import_module("cuda.pathfinder").load_nvidia_dynamic_lib("curand")
 
 
 def missing_packages() -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -111,6 +112,21 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, raised: Exc
 
 
 @pytest.mark.skipif(os.path.exists("/dev/nvidiactl"), reason="there is a driver here")
+def test_pycuda_finds_a_curand_that_came_as_a_wheel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for PyCUDA's import, which fails unless the library that it links to is in the process."""
+    loaded: list[str] = []
+
+    def import_module(name: str) -> Any:
+        if name == "cuda.pathfinder":
+            return SimpleNamespace(load_nvidia_dynamic_lib=loaded.append)
+        if name == "pycuda.driver" and "curand" not in loaded:
+            raise ImportError("libcurand.so.10: cannot open shared object file: No such file or directory")
+        return name
+
+    monkeypatch.setattr(cuda.importlib, "import_module", import_module)
+    assert cuda.need("pycuda.driver") == "pycuda.driver"
+
+
 def test_without_a_driver_the_real_binding_s_error_is_one_line() -> None:
     with pytest.raises(CdiffError, match="cuGraphDestroy") as error:
         cuda.driver_call("cuGraphDestroy", 0)

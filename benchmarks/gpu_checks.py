@@ -36,11 +36,13 @@ DONE, REFUSED, FAILED = "done", "refused", "failed"
 TORCH_PATHS: dict[str, dict[str, Any]] = {
     "eager16": {"channels_last": False, "capture": False},
     "compiled": {"capture": False, "compiled": "reduce-overhead"},
-    "graph": {},
+    "graph": {"fused": True},
+    "graph-tuned": {"fused": True, "tuned": True},
+    "graph-plain": {"fused": False},
     "graph-compiled": {"compiled": "default", "tuned": True},
 }
-"""PyTorch in half precision, rows batched, encoder once: `export.torch_engine.Options`. The first two are baselines; the last has all that is
-thought to be fast."""
+"""PyTorch in half precision, rows batched, encoder once: `export.torch_engine.Options`. The first two are baselines; `graph` is the engine
+as users get it where Triton works, `graph-plain` where it does not."""
 
 PACKAGES = (
     "torch", "triton", "numpy", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-cu13", "tensorrt-rtx",
@@ -75,7 +77,10 @@ def open_path(path: str, model: Subject, settings: Settings, **options: Any) -> 
     if path == "torch32":
         return TorchEngine(model.network(), model.schedule, settings.device)
     if path in TORCH_PATHS:
-        chosen = Options(half=settings.half, **{**TORCH_PATHS[path], **options})
+        wanted = {**TORCH_PATHS[path], **options}
+        if settings.device == "cpu":  # Triton has no CPU
+            wanted["fused"] = False
+        chosen = Options(half=settings.half, **wanted)
         return TorchChainEngine(model.network(), model.schedule, settings.device, chosen)
     name, device = ("onnxruntime", "cpu") if path == "onnxruntime-cpu" else (path, settings.device)
     bundle = bundle_of(model, device != "cpu", Path(settings.work))

@@ -67,12 +67,14 @@ def plan(device: str, small: bool) -> list[Check]:
         add("protocol", engine, SHIPPED, parts, 90, 20)
         add("protocol", engine, PAPER, f"{parts}; exports the graphs first", 200, 110)
     add("parity", "graph", SHIPPED, calls_and_maps, 90, 20)
+    add("protocol", "graph-tuned", PAPER, f"the same, cuDNN's algorithms timed: {parts}", 150, 60)
+    add("protocol", "graph-plain", PAPER, f"the same with PyTorch's own GroupNorm: {parts}", 120, 45)
     if kind != "cpu":  # compiling for a CPU takes minutes, and is no baseline for a GPU
         add(
             "protocol",
             "graph-compiled",
             PAPER,
-            f"the same through torch.compile, cuDNN's algorithms timed, captured by us: {parts}",
+            f"the chain through torch.compile, cuDNN's algorithms timed, captured by us: {parts}",
             220,
             115,
         )

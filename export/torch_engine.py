@@ -40,7 +40,7 @@ class Options:
     channels_last: the memory order that half-precision convolutions want. capture: replay a step as a CUDA graph (on a GPU only).
     compiled: the mode of `torch.compile` for denoiser and noise, or None for eager. tuned: cuDNN times its algorithms for each convolution
     at the first call and takes the fastest, where it else goes by its heuristics; another process may choose another, so the last bits differ.
-    fused: run the denoiser with our kernels between its convolutions (`torch_fused`); unless given, in half precision on a GPU where Triton
+    fused: run the denoiser with our kernels between its convolutions (`torch_fused`), and draw the noise in one; unless given, in half precision on a GPU where Triton
     works and nothing is compiled.
     """
 
@@ -85,6 +85,10 @@ class TorchChainEngine:
         if self.options.compiled is not None:
             self.network = torch.compile(prepared.denoiser, mode=self.options.compiled, dynamic=False)
             self.noise = torch.compile(normals, dynamic=False)
+        elif self.fused is not None:
+            from cdiff.export.torch_kernels import drawn
+
+            self.noise = drawn
 
     def _fused(self, network: ConsensusNet) -> FusedDenoiser | None:
         """The denoiser with our kernels; None, and a warning, where it would be and Triton does not work on this machine."""

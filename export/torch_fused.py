@@ -8,13 +8,12 @@ looked up in one table of all timesteps and levels, and no convolution adds its 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from cdiff.export.torch_kernels import Features, joined, measured, normed
+from cdiff.export.torch_kernels import Features, joined, measured, normed, on
 from cdiff.train.network import Attention, Denoiser, ResidualBlock, Stage
 
 
@@ -43,7 +42,7 @@ class FusedDenoiser:
         self.told = torch.cat([block.told(active) for block in self.blocks], dim=1)
 
     def __call__(self, x: Tensor, features: Tensor, slot: Tensor, t: Tensor, level: Tensor) -> Tensor:
-        with self._here():
+        with on(self.device):
             told = self.told.index_select(0, (t - 1) * self.conditions + level - 1)
             h = joined(self.first(x.to(self.dtype)), features, self.first.bias, slot)
             skips = [h]
@@ -62,10 +61,6 @@ class FusedDenoiser:
                 if depth < len(self.grow):
                     h = self.grow[depth](h, told)
             return self.last.with_bias(self.norm((h,), act=True, dtype=torch.float32))
-
-    def _here(self) -> AbstractContextManager[object]:
-        """Triton launches on the current GPU, whatever its tensors say."""
-        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def _resampling(self, part: nn.Module) -> Callable[[Features, Tensor], Features]:
         if isinstance(part, ResidualBlock):

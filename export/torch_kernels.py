@@ -1,4 +1,4 @@
-"""Triton kernels for what lies between the convolutions: moments, GroupNorm with SiLU, residual sums, all in channels-last order.
+"""Triton kernels for what lies between the convolutions: moments, GroupNorm with SiLU, residual sums, all channels last; and the noise.
 
 PyTorch's GroupNorm puts features that are channels last into the other order and leaves them there, so that each of its calls on a GPU
 costs two transpositions, and the SiLU, the embedding, the bias and the residual sum a pass each. Here a feature map is read once for its
@@ -10,13 +10,15 @@ a row's result does not depend on the others. Importing this module needs Triton
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from cdiff.export.torch_noise import MULTIPLIERS, ROUNDS, WEYL, normals
 
 ELEMENTS = 4096
 """Numbers that a program holds at a time: a tile of so many pixels x channels."""
@@ -120,6 +122,45 @@ def _apply(
     tl.store(out + to, y.to(out.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _draw(
+    seed, slice_, level, run, step, origin, out, height, width, stride, pairs,
+    M0: tl.constexpr, M1: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, ROUNDS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Standard normals of a row's window out [B,height,width], as `runtime.noise` lays them out: a pair of pixels a word of Philox.
+
+    Each word's block of four is computed anew: 40 products of 64 bits cost less than to share them. stride: words a line of the canvas; pairs: words
+    that a line of the window may touch.
+    """
+    row = tl.program_id(0)
+    i = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    top, left = tl.load(origin + 2 * row), tl.load(origin + 2 * row + 1)
+    y, pair = i // pairs, i % pairs
+    word = (top + y) * stride + left // 2 + pair
+    c0 = (word // 4 + 1).to(tl.uint64)
+    c1 = tl.zeros((TILE,), tl.uint64) + (tl.load(step) + 1).to(tl.uint64)
+    c2 = tl.zeros((TILE,), tl.uint64) + ((tl.load(level + row) << 32) | tl.load(run + row)).to(tl.uint64)
+    c3 = tl.zeros((TILE,), tl.uint64) + tl.load(slice_ + row).to(tl.uint64)
+    k0 = tl.load(seed).to(tl.uint64)
+    k1 = k0 * 0
+    m0, m1, w0, w1 = k1 + M0, k1 + M1, k1 + W0, k1 + W1
+    for _ in tl.static_range(ROUNDS):
+        high0, low0 = tl.umulhi(c0, c0 * 0 + m0), c0 * m0
+        high1, low1 = tl.umulhi(c2, c2 * 0 + m1), c2 * m1
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0 += w0
+        k1 += w1
+    lane = word % 4
+    drawn = tl.where(lane < 2, tl.where(lane == 0, c0, c1), tl.where(lane == 2, c2, c3))
+    low, high = (drawn & 0xFFFFFFFF).to(tl.uint32), (drawn >> 32).to(tl.uint32).to(tl.int32, bitcast=True)
+    r = tl.sqrt_rn(tl.log(low.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10) * -2.0)
+    theta = high.to(tl.float32) * 1.4629180792671596e-09
+    x = 2 * pair - left % 2
+    line = out + row.to(tl.int64) * height * width + y * width + x
+    tl.store(line, r * tl.cos(theta), mask=(y < height) & (x >= 0) & (x < width))
+    tl.store(line + 1, r * tl.sin(theta), mask=(y < height) & (x + 1 < width))
+
+
 @dataclass(frozen=True)
 class Features:
     """Feature maps x [B,C,H,W], channels last, and their moments mean and m2, [B,chunks,C] float32 each."""
@@ -195,14 +236,44 @@ def normed(
     return out
 
 
+def drawn(
+    seed: Tensor,
+    slice_: Tensor,
+    level: Tensor,
+    run: Tensor,
+    step: Tensor,
+    origin: Tensor,
+    size: tuple[int, int],
+    canvas: tuple[int, int],
+) -> Tensor:
+    """Standard normals float32 [B,1,H,W]; `torch_noise.normals` in one kernel, its arguments that one's."""
+    rows, (height, width) = len(slice_), size
+    out = torch.empty((rows, 1, height, width), dtype=torch.float32, device=slice_.device)
+    pairs = width // 2 + 1
+    with on(slice_.device):
+        _draw[(rows, triton.cdiv(height * pairs, 256))](
+            seed, slice_, level, run, step, origin, out, height, width, (canvas[1] + 1) // 2, pairs,
+            M0=MULTIPLIERS[0], M1=MULTIPLIERS[1], W0=WEYL[0], W1=WEYL[1], ROUNDS=ROUNDS, TILE=256,
+        )  # fmt: skip
+    return out
+
+
+def on(device: torch.device) -> AbstractContextManager[object]:
+    """Within the block the device is the current GPU: Triton launches there, wherever its tensors lie."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 def try_out(device: str) -> None:
     """Compile and run each kernel on a few numbers; raises whatever Triton raises where it cannot."""
     where = torch.device(device)
-    with torch.cuda.device(where) if where.type == "cuda" else nullcontext():
+    with on(where):
         x = torch.ones((1, 4, 2, 2), dtype=torch.float16, device=where).contiguous(memory_format=torch.channels_last)
-        weights = torch.ones(4, device=where)
+        weights, number = torch.ones(4, device=where), torch.ones(1, dtype=torch.int64, device=where)
         found = normed((joined(x, x, weights),), 2, weights, weights, eps=1e-5, act=False)
-        if not torch.equal(found, torch.ones_like(found)):
+        corner = number.expand(1, 2).contiguous()
+        noise = drawn(number, number, number, number, number, corner, (4, 6), (8, 8))
+        expected = normals(number, number, number, number, number, corner, (4, 6), (8, 8))
+        if not (torch.equal(found, torch.ones_like(found)) and torch.allclose(noise, expected, atol=1e-5)):
             raise RuntimeError("they give wrong numbers")
 
 

@@ -218,7 +218,7 @@ def test_no_room_for_the_parts_of_a_step_costs_no_measured_protocol(monkeypatch:
     assert found["status"] == "done"
     page = markdown({"settings": vars(CPU), "targets": [], "plan": [], "checks": {name: found}})
     assert f"| {name} | done but for a step's parts | PyTorch has no room on the GPU |" in page
-    assert "| cdiff, PyTorch float16, captured |" in page
+    assert "| cdiff, PyTorch float16, our kernels, captured |" in page
 
 
 def test_values_that_are_not_finite_are_said_and_not_compared(

@@ -20,6 +20,7 @@ from cdiff.export.torch_engine import Options, TorchChainEngine, half_precision
 from cdiff.export.torch_fused import FusedDenoiser
 from cdiff.runtime.batching import segment_windows
 from cdiff.runtime.framing import Framing
+from cdiff.runtime.noise import normal
 from cdiff.runtime.sampler import sampler_table
 from cdiff.runtime.schedule import NoiseSchedule
 from tests.export.networks import BASE, random_network
@@ -89,6 +90,32 @@ def test_a_row_does_not_depend_on_the_others() -> None:
     chunk = one.x[0].flatten(1)[:, :64].double()
     torch.testing.assert_close(one.mean[0, 0].double(), chunk.mean(dim=1), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(one.m2[0, 0].double(), chunk.var(dim=1, correction=0) * 64, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", [9, 2**63 + 7])
+@pytest.mark.parametrize(
+    ("size", "canvas", "origins"),
+    [((8, 8), (8, 8), [(0, 0)] * 3), ((7, 5), (7, 5), [(0, 0)] * 3), ((8, 9), (33, 31), [(0, 0), (5, 7), (25, 22)])],
+    ids=["even", "odd", "tiles"],
+)
+def test_the_noise_is_the_runtimes(
+    seed: int, size: tuple[int, int], canvas: tuple[int, int], origins: list[tuple[int, int]]
+) -> None:
+    slices, levels, runs = [0, 5, 2**40], [1, 2, 4], [0, 24, 3]
+    numbers = [torch.tensor(values) for values in ([seed - 2**64 if seed >> 63 else seed], slices, levels, runs)]
+    for step in (-1, 7):
+        found = kernels.drawn(*numbers, torch.tensor([step]), torch.tensor(origins), size, canvas)
+        assert found.shape == (3, 1, *size)
+        for row in range(3):
+            expected = normal(seed, slices[row], levels[row], runs[row], step, size, origin=origins[row], canvas=canvas)
+            np.testing.assert_allclose(found[row, 0].numpy(), expected, atol=1e-6, rtol=0)
+
+
+def test_trying_out_notices_wrong_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels.try_out("cpu")
+    monkeypatch.setattr(kernels, "normals", lambda *arguments: torch.zeros(1))
+    with pytest.raises(RuntimeError, match="wrong numbers"):
+        kernels.try_out("cpu")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -52,7 +52,10 @@ def load(
     if engine == "torch":
         from cdiff.export.torch_engine import open_torch
         from cdiff.runtime.bundle import open_bundle
+        from cdiff.runtime.errors import CdiffError
 
+        if "," in device:
+            raise CdiffError(f"the engine torch runs on one device, and {device} names several; name one")
         opened = open_bundle(folder)
         return Segmenter(opened, open_torch(opened, device))
     return Segmenter.open(folder, engine=engine, device=device, build=build or _build)

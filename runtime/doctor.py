@@ -65,7 +65,7 @@ def diagnose() -> Diagnosis:
     """Look at the machine, the packages, the shipped model and the engines. Raises nothing that is the machine's fault."""
     engines = _engines()
     sections = {
-        "Engines": engines,
+        "Engines": [*engines, _torch()],
         "Commands": _commands(),
         "Machine": _machine(),
         "GPU": _gpu(),
@@ -85,6 +85,19 @@ def _engines() -> list[Check]:
         )
         checks.append(Check(status.name, bool(devices), label if devices else "", missing))
     return checks
+
+
+def _torch() -> Check:
+    """PyTorch as an engine, which is never picked unasked. A build for the CPU says so in its version."""
+    missing = [name for name in ("torch", "safetensors") if find_spec(name) is None]
+    if missing:
+        return Check("torch", False, *_ready(missing))
+    found = _version("torch") or "?"
+    if found.endswith("+cpu"):
+        return Check("torch", True, f"{found} on cpu", "for cuda: a CUDA build of PyTorch")
+    gpu = bool(visible_gpus())
+    where = "cpu, cuda" if gpu else "cpu"
+    return Check("torch", True, f"{found} on {where}", "" if gpu else "for cuda: no NVIDIA GPU is to be seen here")
 
 
 def _commands() -> list[Check]:

@@ -302,6 +302,24 @@ def test_load_takes_torch_by_name(tiny_bundle) -> None:  # type: ignore[no-untyp
     by_torch = cdiff.load(tiny_bundle, engine="torch").segment(scan, **options)
     assert by_torch.report["engine"] == "torch"
     np.testing.assert_allclose(by_torch.soft, cdiff.load(tiny_bundle).segment(scan, **options).soft, atol=1e-4)
+    with pytest.raises(CdiffError, match="name one"):
+        cdiff.load(tiny_bundle, engine="torch", device="cuda:0,cuda:1")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("change", [{}, {"resample": "block", "embedding": "scale-shift", "variance": "learned"}])
+def test_our_kernels_are_the_networks_own_on_a_gpu(change: dict[str, str]) -> None:
+    """One call in half precision, compiled and not interpreted, with the tables of the paper's own width."""
+    config = dataclasses.replace(BASE, base_channels=128, groups=32, image_size=32, **change)  # type: ignore[arg-type]
+    network = random_network(config)
+    engines = [TorchChainEngine(network, SCHEDULE, "cuda:0", Options(fused=fused)) for fused in (True, False)]
+    rng = np.random.default_rng(0)
+    x, features = rng.normal(size=(5, 1, 32, 32)).astype(np.float32), engines[0].encode(slices(2, 32))
+    slot, t, level = np.array([0, 1, 1, 0, 1]), np.array([1, 9, 20, 33, 50]), np.array([1, 2, 3, 1, 2])
+    expected = TorchEngine(network, SCHEDULE, "cuda:0").denoise(x, features.astype(np.float32), slot, t, level)[0]
+    ours, plain = (engine.denoise(x, features, slot, t, level)[0] for engine in engines)
+    assert np.ptp(expected) > 0.1
+    assert np.abs(ours - expected).mean() < 1.5 * np.abs(plain - expected).mean()
 
 
 @pytest.mark.gpu

@@ -60,8 +60,8 @@ def test_every_engine_has_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     from cdiff.runtime.engines.registry import NAMES
 
     found = diagnose()
-    assert [check.name for check in found.sections["Engines"]] == list(NAMES)
-    assert found.usable == any(check.ok for check in found.sections["Engines"])
+    assert [check.name for check in found.sections["Engines"]] == [*NAMES, "torch"]
+    assert found.usable == any(check.ok for check in found.sections["Engines"][:-1])
     for check in found.sections["Engines"]:
         assert check.ok or check.remedy
 
@@ -74,7 +74,7 @@ def test_an_engine_for_a_gpu_that_is_not_there_does_not_run_on_it(monkeypatch: p
     monkeypatch.setattr("cdiff.runtime.doctor.available_engines", lambda: built)
     monkeypatch.setattr("cdiff.runtime.doctor.visible_gpus", lambda: [])
     none = "for cuda: no NVIDIA GPU is to be seen here"
-    assert diagnose().sections["Engines"] == [
+    assert diagnose().sections["Engines"][:-1] == [
         Check("onnxruntime", True, "1.31.1 on cpu", none),
         Check("tensorrt", False, "", none),
     ]
@@ -82,7 +82,30 @@ def test_an_engine_for_a_gpu_that_is_not_there_does_not_run_on_it(monkeypatch: p
     assert not diagnose().usable
     monkeypatch.setattr("cdiff.runtime.doctor.available_engines", lambda: built)
     monkeypatch.setattr("cdiff.runtime.doctor.visible_gpus", lambda: ["a GPU"])
-    assert [check.found for check in diagnose().sections["Engines"]] == ["1.31.1 on cpu, cuda", "10.16.1.11 on cuda"]
+    found = [check.found for check in diagnose().sections["Engines"]]
+    assert found[:-1] == ["1.31.1 on cpu, cuda", "10.16.1.11 on cuda"]
+
+
+@pytest.mark.parametrize(
+    ("build", "gpus", "found", "remedy"),
+    [
+        ("2.13.0+cpu", ["a GPU"], "2.13.0+cpu on cpu", "a CUDA build"),
+        ("2.13.0", ["a GPU"], "2.13.0 on cpu, cuda", ""),
+        ("2.11.0+cu130", [], "2.11.0+cu130 on cpu", "no NVIDIA GPU"),
+        (None, [], "", "[train]"),
+    ],
+)
+def test_pytorch_is_an_engine_on_what_it_was_built_for(
+    build: str | None, gpus: list[str], found: str, remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cdiff.runtime.doctor.visible_gpus", lambda: gpus)
+    monkeypatch.setattr("cdiff.runtime.doctor._version", lambda name: build if name == "torch" else None)
+    if build is None:
+        monkeypatch.setattr("cdiff.runtime.doctor.find_spec", lambda name: None if name == "torch" else find_spec(name))
+    check = diagnose().sections["Engines"][-1]
+    assert (check.name, check.ok, check.found) == ("torch", build is not None, found)
+    assert remedy in check.remedy
+    assert bool(remedy) == bool(check.remedy)
 
 
 def test_what_can_build_engines(monkeypatch: pytest.MonkeyPatch) -> None:

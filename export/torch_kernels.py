@@ -21,7 +21,7 @@ from torch import Tensor
 from cdiff.export.torch_noise import MULTIPLIERS, ROUNDS, WEYL, normals
 
 ELEMENTS = 4096
-"""Numbers that a program holds at a time: a tile of so many pixels x channels."""
+"""Numbers that a program holds at a time: a tile of so many pixels x channels. Pixels' tiles lie along the grid's first axis, the only one of more than 65,535."""
 MOST_CHUNKS = 64
 """Most parts that a row's pixels are shared out in, each with moments of its own."""
 
@@ -92,7 +92,7 @@ def _weigh(
         more = tl.load(added + row * added_per_row + c, mask=lane < PER, other=0.0)
     means = tl.load(mean + at, mask=inside, other=0.0) + more[None, :]
     counts = tl.where(inside, tl.minimum(chunk, pixels - k[:, None] * chunk), 0).to(tl.float32)
-    whole = (pixels * PER).to(tl.float32)
+    whole = tl.sum(counts)
     middle = tl.sum(counts * means) / whole
     apart = means - middle
     variance = (tl.sum(tl.load(m2 + at, mask=inside, other=0.0)) + tl.sum(counts * apart * apart)) / whole
@@ -108,8 +108,8 @@ def _apply(
     ACT: tl.constexpr, TILE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """out[:, :, before:before + channels] = x scale + shift, and SiLU of it with ACT; out [B,pixels,all_channels]."""
-    row = tl.program_id(0)
-    c, pixel = tl.arange(0, WIDE), tl.program_id(1) * TILE + tl.arange(0, TILE)
+    row = tl.program_id(1)
+    c, pixel = tl.arange(0, WIDE), tl.program_id(0) * TILE + tl.arange(0, TILE)
     own = c < channels
     inside = (pixel[:, None] < pixels) & own[None, :]
     times = tl.load(scale + row * all_channels + before + c, mask=own, other=0.0)
@@ -132,8 +132,8 @@ def _draw(
     Each word's block of four is computed anew: 40 products of 64 bits cost less than to share them. stride: words a line of the canvas; pairs: words
     that a line of the window may touch.
     """
-    row = tl.program_id(0)
-    i = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    row = tl.program_id(1)
+    i = tl.program_id(0) * TILE + tl.arange(0, TILE)
     top, left = tl.load(origin + 2 * row), tl.load(origin + 2 * row + 1)
     y, pair = i // pairs, i % pairs
     word = (top + y) * stride + left // 2 + pair
@@ -229,7 +229,7 @@ def normed(
     for one in sources:
         own = one.x.shape[1]
         tile, wide = _tile(own)
-        _apply[(rows, triton.cdiv(pixels, tile))](
+        _apply[(triton.cdiv(pixels, tile), rows)](
             one.x, scale, shift, out, pixels, own, channels, before, ACT=act, TILE=tile, WIDE=wide
         )
         before += own
@@ -251,7 +251,7 @@ def drawn(
     out = torch.empty((rows, 1, height, width), dtype=torch.float32, device=slice_.device)
     pairs = width // 2 + 1
     with on(slice_.device):
-        _draw[(rows, triton.cdiv(height * pairs, 256))](
+        _draw[(triton.cdiv(height * pairs, 256), rows)](
             seed, slice_, level, run, step, origin, out, height, width, (canvas[1] + 1) // 2, pairs,
             M0=MULTIPLIERS[0], M1=MULTIPLIERS[1], W0=WEYL[0], W1=WEYL[1], ROUNDS=ROUNDS, TILE=256,
         )  # fmt: skip

@@ -92,7 +92,7 @@ def test_an_engine_for_a_gpu_that_is_not_there_does_not_run_on_it(monkeypatch: p
         ("2.13.0+cpu", ["a GPU"], "2.13.0+cpu on cpu", "a CUDA build"),
         ("2.13.0", ["a GPU"], "2.13.0 on cpu, cuda", ""),
         ("2.11.0+cu130", [], "2.11.0+cu130 on cpu", "no NVIDIA GPU"),
-        (None, [], "", "[train]"),
+        (None, [], "lacks torch", "[train]"),
     ],
 )
 def test_pytorch_is_an_engine_on_what_it_was_built_for(

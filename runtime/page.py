@@ -20,6 +20,7 @@ from cdiff.runtime.report import NOTICE
 if TYPE_CHECKING:
     from cdiff.runtime.grid import Grid
     from cdiff.runtime.results import Float32, Result
+    from cdiff.runtime.variants import Variant
 
 MOST = 120
 """Most slices that a page holds: 512 x 512 pixels of a CT take about a fifth of a megabyte each."""
@@ -54,7 +55,6 @@ def _contents(result: Result, name: str) -> dict[str, Any]:
         _packed([*_grey(picture, window), soft[i], spread[i], *outlines[i]])
         for i, picture in zip(kept, pictures, strict=True)
     ]
-    told = "reader" if variant.told == "annotator" else "level"
     return {
         "name": name,
         "how": how(result.report),
@@ -88,7 +88,7 @@ def _contents(result: Result, name: str) -> dict[str, Any]:
         "outline_title": variant.outline_title,
         "outlines": [
             {
-                "name": _name(variant.of_annotators, told, c),
+                "name": _name(variant, c),
                 "label": f"{variant.outline_key}: {c}",
                 "colour": _rgb(colour),
             }
@@ -143,10 +143,11 @@ def _rgb(colour: Any) -> list[int]:
     return [round(255 * part) for part in to_rgb(colour)]
 
 
-def _name(of_annotators: bool, told: str, c: int) -> str:
-    if not of_annotators:
+def _name(variant: Variant, c: int) -> str:
+    """What an outlined map is called."""
+    if not variant.of_annotators:
         return "mask"
-    return f"reader {c}" if told == "reader" else f"at least {c}"
+    return f"annotator {c}" if variant.told == "annotator" else f"at least {c}"
 
 
 def _as_stored(result: Result) -> list[list[int]]:

@@ -206,7 +206,7 @@ def evaluate(
     cdiff evaluate --data my_data --group "patient[0-9]+" --paper-table --beside annotator.json
     """
     from cdiff.runtime.cases import find_cases
-    from cdiff.runtime.evaluate import Protocol, choose_split, labelled_as_trained, trained_task
+    from cdiff.runtime.evaluate import Protocol, choose_split, labelled_as_trained, may_be_too_good, trained_task
     from cdiff.runtime.evaluate import evaluate as score
     from cdiff.runtime.files import write_json
     from cdiff.runtime.paper import read_beside
@@ -238,6 +238,8 @@ def evaluate(
     segmenter = model.load(quiet)
     if found.task and (trained := trained_task(segmenter.manifest)) and trained != found.task:
         warn(f"the model was trained on {trained}, and {found.task} is scored")
+    if split is None and (doubt := may_be_too_good(segmenter.manifest, chosen, len(cases))):
+        warn(doubt)
     cases, inside = labelled_as_trained(cases, segmenter.manifest, asked, warn)
     if inside and not asked:
         say(f"labels {','.join(map(str, inside))} are inside, as the model was trained", quiet)

@@ -22,6 +22,7 @@ from cdiff.runtime.journal import Journal, fingerprint, finished_rows
 from cdiff.runtime.manifest import NAME as MANIFEST
 from cdiff.runtime.manifest import Manifest
 from cdiff.runtime.oddities import Oddities
+from cdiff.runtime.partition import HELD_OUT
 from cdiff.runtime.scan import read_scan
 from cdiff.runtime.scores import CaseTally, evenly, marked_slices
 from cdiff.runtime.summary import ROW_KEYS, Row, group_names, summarise
@@ -116,8 +117,22 @@ def choose_split(found: Mapping[str, list[Case]], wanted: str | None = None) -> 
             return split, found[split]
     there = ", ".join(found)
     if wanted:
-        raise CdiffError(f"there is no split {wanted!r} in this data, which has {there}; choose one with --split")
+        raise CdiffError(f"there is no split {wanted} in this data, which has {there}; choose one with --split")
     raise CdiffError(f"the data has only the split {there}; name it with --split to score what was trained on")
+
+
+def may_be_too_good(manifest: Manifest, split: str, count: int) -> str | None:
+    """That the cases to score may be those that the model learned from; None unless neither they nor its training name splits.
+
+    Which cases a model saw its bundle does not say; that some of the training's were held out, it does.
+    """
+    notes = (manifest.training.get("data") or {}).get("notes", ())
+    if split != "all" or not any(HELD_OUT in note for note in notes):
+        return None
+    return (
+        f"no split is named, so all {count} cases are scored; the model was trained on data without a validation split: where they "
+        "are the same, these scores are too good; put cases that it never saw in a folder Testing, or name them test in a table"
+    )
 
 
 def labelled_as_trained(

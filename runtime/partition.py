@@ -24,6 +24,8 @@ from cdiff.runtime.variants import ANNOTATOR, CONSENSUS, Variant
 from cdiff.runtime.volume import volume_shape
 
 VAL_FRACTION = 0.1
+HELD_OUT = "held out"
+"""In the note of a training whose data names no cases to validate on."""
 LOOKED_AT = 4
 """Cases that are opened to count the channels."""
 
@@ -80,7 +82,7 @@ def _hold_out(cases: list[Case], fraction: float, seed: int, why: str, levels: i
     if usable and not set(usable) & set(order[:number]):
         order.insert(0, usable[0])
     held = {i for place in order[:number] for i in members[place]}
-    notes.insert(0, f"{why}: held out {len(held)} of {len(cases)} cases for validation")
+    notes.insert(0, f"{why}: {HELD_OUT} {len(held)} of {len(cases)} cases for validation")
     train, val = ([case for i, case in enumerate(cases) if (i in held) == kept] for kept in (False, True))
     return Partition(train, val, tuple(notes))
 

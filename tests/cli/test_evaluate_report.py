@@ -57,6 +57,27 @@ def test_a_report_with_everything(tiny_data: Path, tiny_bundle: Path, tmp_path: 
     assert json.loads((folder / "scores.json").read_text()) == report
 
 
+def test_cases_that_the_model_may_have_learned_from_are_told(tiny_data: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    """Without split folders training holds some cases out, and `evaluate` scores all."""
+    cases, model = tmp_path / "cases", tmp_path / "model"
+    shutil.copytree(tiny_data / "Validation", cases)
+    shutil.copytree(tiny_bundle, model)
+    manifest = json.loads((model / "manifest.json").read_text())
+    manifest["training"]["data"]["notes"] = ["no validation folder: held out 1 of 6 cases for validation"]
+    (model / "manifest.json").write_text(json.dumps(manifest))
+    quick = ("--fast", "--limit", 1)
+    for told, of, asked in (
+        (True, model, ("--data", cases)),
+        (False, model, ("--data", cases, "--split", "all")),
+        (False, model, ("--data", tiny_data)),
+        (False, tiny_bundle, ("--data", cases)),
+    ):
+        code, _, said = evaluate("--model", of, *asked, *quick)
+        assert (code, "these scores are too good" in said) == (0, told), said
+    code, _, said = evaluate("--data", cases, "--model", model, "--split", "val")
+    assert (code, "there is no split val in this data, which has all" in said) == (2, True), said
+
+
 def test_volumes_and_unmarked_slices_are_printed_where_there_are_some(
     tiny_data: Path, tiny_bundle: Path, tmp_path: Path
 ) -> None:

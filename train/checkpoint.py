@@ -147,6 +147,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises CdiffError if the file is missing or is not one."""
     try:
         value = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CdiffError(f"{path} is not there; is this the folder of a training run?") from None
     except (OSError, ValueError, RecursionError) as error:
         raise CdiffError(f"{path} cannot be read ({error}); is this the folder of a training run?") from error
     if not isinstance(value, dict):

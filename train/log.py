@@ -17,6 +17,11 @@ from cdiff.runtime.files import write_text
 FIELDS = ("step", "seconds", "loss", "lr", "grad_norm", "window", "mfu", "val_soft_dice_5")
 
 
+def say(console: Console, line: str) -> None:
+    """One line as it is: never wrapped, so that it can be searched for in a log; brackets of a case's name are no markup."""
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
 class NoLog:
     """What a process that does not speak has for a log."""
 
@@ -83,7 +88,7 @@ class Log:
         said = "  ".join(f"{key} {row[key]:.4g}" for key in FIELDS[1:] if key in row)
         self.progress.update(self.task, description=f"loss {row.get('loss', float('nan')):.4f}")
         if not self.quiet and (not self.console.is_terminal or "val_soft_dice_5" in row):
-            self.console.print(f"step {row['step']}  {said}", highlight=False)
+            say(self.console, f"step {row['step']}  {said}")
 
 
 def read_log(path: Path) -> list[dict[str, str]]:

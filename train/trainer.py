@@ -17,6 +17,7 @@ from cdiff.train.config import HOW, Config
 from cdiff.train.data import read_data
 from cdiff.train.fabric import check_same, fabric_on, find_device, joined, precision_of, together
 from cdiff.train.held import held
+from cdiff.train.log import say
 from cdiff.train.machine import arithmetic
 from cdiff.train.run import Run, TrainResult
 from cdiff.train.seen import check_seen, write_seen
@@ -105,13 +106,13 @@ def _train(run: Run, started: bool, max_steps: int | None, dry_run: bool, quiet:
     """Say what was found, and train; started: whether the weights come from elsewhere."""
     if not quiet:
         for note in run.data.notes:
-            console.print(f"note: {note}", highlight=False)
+            say(console, f"note: {note}")
         found, learner = run.data.summary, run.learner
-        console.print(
+        say(
+            console,
             f"training on {found['train']['slices']} slices of {found['train']['cases']} cases, validating on {len(run.val_chosen)} of"
             f" {found['val']['slices']}; {learner.parameters / 1e6:.2f} M parameters; {learner.device}, {run.precision}"
             + (f"; {run.fabric.world_size} processes" if run.fabric.world_size > 1 else ""),
-            highlight=False,
         )
     if dry_run:
         loss, _ = run.step(run.done)

@@ -57,7 +57,9 @@ def test_a_report_with_everything(tiny_data: Path, tiny_bundle: Path, tmp_path: 
     assert json.loads((folder / "scores.json").read_text()) == report
 
 
-def test_cases_that_the_model_may_have_learned_from_are_told(tiny_data: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+def test_cases_that_the_model_may_have_learned_from_are_told(
+    tiny_data: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
     """Without split folders training holds some cases out, and `evaluate` scores all."""
     cases, model = tmp_path / "cases", tmp_path / "model"
     shutil.copytree(tiny_data / "Validation", cases)

@@ -6,6 +6,7 @@ import json
 import shutil
 import struct
 from contextlib import ExitStack
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
 from cdiff.runtime.errors import CdiffError
@@ -314,3 +316,23 @@ def test_a_run_that_knows_no_structure_takes_one_once(tmp_path: Path) -> None:
     write_json(tmp_path / "config.json", first.to_json())
     with pytest.raises(CdiffError, match="task: task01 there, task02 now"):
         check_out(tmp_path, second, resume=True)
+
+
+def test_what_is_said_is_neither_wrapped_nor_taken_for_markup(tmp_path: Path) -> None:
+    """In a log of 80 columns a validation's score stood on a line of its own, and a case called [red] lost its name."""
+    data, said = tmp_path / "data", StringIO()
+    write_synthetic_dataset(data, {"Training": 3, "Validation": 1}, raters=2, shape=(32, 32, 1))
+    case = (data / "Training/case01").rename(data / "Training/[red]")
+    (case / "task01_seg02.nii.gz").unlink()
+    config = preset("tiny").with_values({"levels": 2, "steps": 1, "val_every": 1, "log_every": 1})
+    train(config, data, tmp_path / "run", console=Console(file=said, width=20))
+    note, found, step = said.getvalue().splitlines()
+    assert note == "note: [red] has 1 masks, not 2: skipped"
+    assert found.startswith("training on 2 slices of 2 cases, validating on 1 of 1; ")
+    assert step.startswith("step 1 ")
+    assert " val_soft_dice_5 0." in step
+
+
+def test_resuming_what_was_never_begun_says_so(tiny_data: Path, tmp_path: Path) -> None:
+    with pytest.raises(CdiffError, match=r"run/config\.json is not there; is this the folder of a training run\?$"):
+        load_run(tmp_path / "run")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cdiff.cli import options
-from cdiff.cli.console import SOME_FAILED, Meter, fail, say
+from cdiff.cli.console import SOME_FAILED, Meter, fail, say, warn
 from cdiff.runtime.errors import CdiffError
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def segment(
     """
     from cdiff.runtime.dicom_seg import must_allow_dicom_seg
     from cdiff.runtime.files import must_take_files
-    from cdiff.runtime.inputs import must_exist, scans_at
+    from cdiff.runtime.inputs import must_exist, passed_over, scans_at
     from cdiff.runtime.overlap import overlapped
     from cdiff.runtime.results import must_be_free
 
@@ -152,7 +152,10 @@ def segment(
     segmenter = model.load(quiet)
     if hint := chain.hint(segmenter):
         say(hint, quiet)
-    scans = scans_at(path, segmenter.manifest.image_channels, segmenter.manifest.modalities)
+    left: list[Path] = []
+    scans = scans_at(path, segmenter.manifest.image_channels, segmenter.manifest.modalities, left)
+    if left:
+        warn(passed_over(path, left))
     if at is not None and len(scans) > 1:
         raise CdiffError(f"--at names a place in one scan, and {path} holds {len(scans)}; name one of them")
     if series is not None and len(scans) > 1:

@@ -30,7 +30,9 @@ def must_exist(path: Path) -> Path:
     return path
 
 
-def scans_at(path: Path, channels: int = 1, modalities: Sequence[str] = ()) -> list[NamedScan]:
+def scans_at(
+    path: Path, channels: int = 1, modalities: Sequence[str] = (), left: list[Path] | None = None
+) -> list[NamedScan]:
     """The scans that `path` names, in the order of their names.
 
     A file is taken whatever its suffix (reading it says what is wrong with it) and is called by its own name. In a folder:
@@ -38,6 +40,7 @@ def scans_at(path: Path, channels: int = 1, modalities: Sequence[str] = ()) -> l
     folder's name, with those above it where it lies deeper (patient7_scan1). A table (CSV): its images, called as their cases are. Annotators' masks and what an earlier `cdiff segment` wrote there are
     left out. channels: what the model takes; with more than one, a case's `image_t1`, `image_t2` ... or BraTS's files are one
     scan, its modalities in the order of `modalities` (what the model was trained on) where that is known.
+    left: takes the folders below `path` whose scans are passed over, since they are no case's.
     Raises CdiffError when nothing is there, a modality is missing, or two scans would write the same files.
     """
     if path.is_file() and path.suffix.lower() in SUFFIXES:
@@ -46,9 +49,10 @@ def scans_at(path: Path, channels: int = 1, modalities: Sequence[str] = ()) -> l
         return [NamedScan(stem(path) or path.stem, path)]
     else:
         must_exist(path)
-        scans = list(_scans_in(path, channels, modalities))
-    if not scans:
-        raise CdiffError(_nothing_in(path))
+        left = [] if left is None else left
+        scans = list(_scans_in(path, channels, modalities, left))
+        if not scans:
+            raise CdiffError(_nothing_in(path, left))
     seen: dict[str, NamedScan] = {}
     for scan in scans:
         if scan.name in seen:
@@ -59,10 +63,16 @@ def scans_at(path: Path, channels: int = 1, modalities: Sequence[str] = ()) -> l
     return scans
 
 
-def _scans_in(root: Path, channels: int, modalities: Sequence[str]) -> Iterator[NamedScan]:
+def passed_over(root: Path, left: Sequence[Path]) -> str:
+    """That the scans of some folders below `root` are not taken, and how to have them taken."""
+    names = listed([path.relative_to(root).as_posix() for path in left])
+    return f"scans in folders below {root} that are not called image.nii.gz were not taken ({names}); name such a folder, or a table"
+
+
+def _scans_in(root: Path, channels: int, modalities: Sequence[str], left: list[Path]) -> Iterator[NamedScan]:
     """The scan of a case folder; where `root` is none, its files and the cases in the folders below.
 
-    A split's folder is not gone into: which one is meant has to be said.
+    A split's folder is not gone into: which one is meant has to be said. Other folders whose scans are not taken go to `left`.
     """
 
     def cases(folder: Path, parts: tuple[str, ...], inside: Inside) -> list[NamedScan]:
@@ -72,11 +82,15 @@ def _scans_in(root: Path, channels: int, modalities: Sequence[str]) -> Iterator[
         # An export has folders of reports, and a disc a report above the series.
         if not entries and holds_dicom(folder) and holds_images(folder):
             return [NamedScan("_".join(parts) or Path(os.path.abspath(folder)).name, folder)]
-        return [
+        found = [
             _scan(entry, "_".join((*parts[:-1], entry.name)), modalities)
             for entry in entries
             if _is_one_scan(entry, files, channels, modalities, below=bool(parts))
         ]
+        others = [path for path in files if _is_scan(path) and not OWN_MASK.match(stem(path) or "")]
+        if parts and others and not found and not any(part.lower() in SPLITS for part in parts):
+            left.append(folder)
+        return found
 
     if here := cases(root, (), contents(root)):
         yield from here
@@ -86,8 +100,13 @@ def _scans_in(root: Path, channels: int, modalities: Sequence[str]) -> Iterator[
             continue
         if entry.is_dir():
             yield from descend(entry, cases, (entry.name,), SPLITS)
-        elif (name := stem(entry)) and not TASK_MASK.match(name) and not is_output(entry):
+        elif (name := stem(entry)) and _is_scan(entry):
             yield NamedScan(name, entry)
+
+
+def _is_scan(path: Path) -> bool:
+    """Whether a file of a scan's suffix is one, by its name: no mask of a benchmark's and no map of ours."""
+    return not TASK_MASK.match(stem(path) or "") and not is_output(path)
 
 
 def _is_one_scan(entry: Entry, files: Files, channels: int, modalities: Sequence[str], *, below: bool) -> bool:
@@ -119,10 +138,12 @@ def _first(scan: NamedScan) -> Path:
     return scan.path if isinstance(scan.path, Path) else scan.path[0]
 
 
-def _nothing_in(folder: Path) -> str:
+def _nothing_in(folder: Path, left: Sequence[Path]) -> str:
     splits = list(
         descend(folder, lambda _, parts, inside: ["/".join(parts)] if parts and parts[-1].lower() in SPLITS else [])
     )
     if splits:
         return f"{folder} holds the splits {listed(splits)}; name one of them, such as {folder / splits[0]}"
+    if left:
+        return passed_over(folder, left)
     return f"no scan in {folder}: expected .nii.gz, .nrrd, .png ... files, folders of DICOM files, or case folders with image.nii.gz"

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.framing import Box, Framing, Windows
 from cdiff.runtime.manifest import Manifest
+from cdiff.runtime.oddities import better_axis
 from cdiff.runtime.place import At, Place, find_place, must_take_a_place
 from cdiff.runtime.results import Float32
 from cdiff.runtime.scan import Scan, ScanInput, parse_slices, read_scan
@@ -97,7 +98,13 @@ def prepare(
 
 def notes(prepared: Prepared, manifest: Manifest) -> list[str]:
     """What a reader of the maps should know of how this scan met this model, one line each."""
-    read, chosen, found = prepared.scan, prepared.chosen, []
+    read, chosen, found = prepared.scan, prepared.chosen, list[str]()
+    axis = better_axis(read.grid.spatial, manifest.slice_axis) if read.grid.slice_axis == manifest.slice_axis else None
+    if axis is not None:
+        found.append(
+            f"slices along axis {manifest.slice_axis}, as in training, are strips of {by(read.slices.shape[-2:])} pixels; where those along "
+            f"axis {axis} are meant: --slice-axis {axis} (in Python slice_axis={axis})"
+        )
     size = read.slices.shape[-2:]
     if manifest.framing == "resize" and size != manifest.image_size:
         model = " x ".join(map(str, manifest.image_size))

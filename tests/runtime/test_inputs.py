@@ -97,6 +97,29 @@ def test_nothing_there_says_what_was_expected(tmp_path: Path) -> None:
         scans_at(tmp_path)
 
 
+def test_folders_whose_scans_are_passed_over_are_told(tmp_path: Path) -> None:
+    """A folder for each patient with a scan of any name in it: neither a case nor a scan of the folder that was named."""
+    _touch(
+        tmp_path / "p1/scan.nii.gz",
+        tmp_path / "p2/t/a.png",
+        tmp_path / "labels/mask_anna.png",
+        tmp_path / "Testing/b.png",
+    )
+    with pytest.raises(CdiffError, match=r"Testing; name one of them|holds the splits Testing"):
+        scans_at(tmp_path)
+    (tmp_path / "Testing/b.png").unlink()
+    (tmp_path / "Testing").rmdir()
+    with pytest.raises(
+        CdiffError, match=r"not called image\.nii\.gz were not taken \(p1, p2/t\); name such a folder, or a table"
+    ):
+        scans_at(tmp_path)
+    _touch(tmp_path / "own.nii.gz", tmp_path / "p3/image.nii.gz", tmp_path / "p3/thumbnail.png")
+    _touch(tmp_path / "maps/own_soft.nii.gz", tmp_path / "maps/own.json", tmp_path / "p4/task01_seg01.nii.gz")
+    left: list[Path] = []
+    assert [scan.name for scan in scans_at(tmp_path, left=left)] == ["own", "p3"]
+    assert left == [tmp_path / "p1", tmp_path / "p2/t"]
+
+
 def test_splits_deeper_down_are_named_too(tmp_path: Path) -> None:
     """A benchmark's folder, which training and data check take with --task, holds its splits below each data set's."""
     _touch(tmp_path / "b/kidney/Validation/case01/image.nii.gz", tmp_path / "a/kidney/Training/case01/image.nii.gz")

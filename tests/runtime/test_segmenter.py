@@ -133,7 +133,11 @@ def test_the_slice_axis_is_the_bundles_unless_given(segmenter: Segmenter, tmp_pa
     array = volume(SIZE, SIZE, 2)
     expected = segmenter.segment(array, **QUICK).soft
     turned = np.moveaxis(array, 2, 0)
-    np.testing.assert_array_equal(segmenter.segment(turned, **QUICK, slice_axis=0).soft, np.moveaxis(expected, 2, 0))
+    along = segmenter.segment(turned, **QUICK, slice_axis=0)
+    np.testing.assert_array_equal(along.soft, np.moveaxis(expected, 2, 0))
+    strips = segmenter.segment(turned, **QUICK, slices="0:1").report["warnings"]
+    assert any(f"strips of 2 x {SIZE} pixels" in line and "--slice-axis 0" in line for line in strips)
+    assert not any("strips" in line for line in along.report["warnings"])
     other = cdiff.load(make_bundle(tmp_path / "b", slice_axis=0))
     result = other.segment(turned, **QUICK)
     np.testing.assert_array_equal(result.soft, np.moveaxis(expected, 2, 0))

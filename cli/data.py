@@ -125,7 +125,7 @@ def _print(checked: Check) -> None:
         ("spacing, mm", _counts(image["spacings_mm"])),
     ]
     facts("Data", rows)
-    out.print(_splits(report))
+    out.print(_splits(report), "")
     balance = ", ".join(
         f"{100 * share:.3g} % at least {c}"
         for c, share in enumerate(report["class_balance"]["pixels_at_least"], start=1)

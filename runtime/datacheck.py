@@ -164,11 +164,11 @@ def _training(found: DataSet, root: Path, looks: list[Look], C: int, channels: i
     reasons = []
     if found.problems:
         number = f"{len(found.problems)} case{'s' * (len(found.problems) > 1)}"
-        reasons.append(f"{number} cannot be used as the files lie (named below)")
+        reasons.append(f"{number} cannot be used as the files lie (named in the findings)")
     blocked = sum(f.severity == "error" for look in looks for f in look.findings)
     if blocked:
         reasons.append(
-            f"{blocked} file{'s' * (blocked > 1)} of training or validation cases cannot be used (named below)"
+            f"{blocked} file{'s' * (blocked > 1)} of training or validation cases cannot be used (named in the findings)"
         )
     try:
         training_cases(found, root)

@@ -99,17 +99,18 @@ def _values(look: Look, masks: dict[Path, Mask]) -> None:
         some = ", ".join(f"{value:g}" for value in values[:SHOWN_VALUES]) + " ..." * (len(values) > SHOWN_VALUES)
         if labels:
             if not np.isin(np.rint(values), (0, *labels)).all():
-                text = f"hold {some}; of these {', '.join(map(str, labels))} are inside"
+                text = f"{some}; of these {', '.join(map(str, labels))} are inside"
                 odd.setdefault(("note", text), []).append(path.name)
         elif len(values) > 2 or (len(values) == 2 and values[0] != 0):
             rule = "more than half of the largest is inside; choose with --labels if these are labels"
-            odd.setdefault(("warning", f"hold {some}, not 0 and 1: {rule}"), []).append(path.name)
+            odd.setdefault(("warning", f"{some}, not 0 and 1: {rule}"), []).append(path.name)
         elif len(values) == 1 and values[0] > 0:
-            odd.setdefault(("warning", f"hold {some} everywhere: every pixel is inside"), []).append(path.name)
+            odd.setdefault(("warning", f"{some} everywhere: every pixel is inside"), []).append(path.name)
         elif len(values) and values[-1] not in (0, 1):
-            odd.setdefault(("note", f"hold {some}, not 0 and 1: read as 0 and 1"), []).append(path.name)
+            odd.setdefault(("note", f"{some}, not 0 and 1: read as 0 and 1"), []).append(path.name)
     for (severity, text), names in odd.items():
-        look.tell(severity, "values", f"{'its masks' if len(names) == len(masks) else ', '.join(names)} {text}")
+        whose = "all masks" if len(names) == len(masks) > 1 else ", ".join(names)
+        look.tell(severity, "values", f"{whose} hold{'s' * (len(names) == 1)} {text}")
 
 
 def _place(look: Look, path: Path, mask: Mask, scan: Scan) -> None:
@@ -123,7 +124,7 @@ def _kinds(look: Look, masks: dict[Path, Mask], scan: Scan) -> None:
     picture = scan.grid.header is None
     if other := [path.name for path, mask in masks.items() if (mask.header is None) != picture]:
         kinds = "a NIfTI and its image a picture" if picture else "a picture and its image a NIfTI"
-        which = "each of its masks is" if len(other) == len(masks) else f"{', '.join(other)} is"
+        which = "each mask is" if len(other) == len(masks) else f"{', '.join(other)} is"
         look.tell(
             "warning", "grid", f"{which} {kinds}: such are usually stored turned against each other, see the sheet"
         )

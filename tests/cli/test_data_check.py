@@ -40,7 +40,7 @@ def test_nothing_is_said_of_a_network_that_is_not_there(tmp_path: Path, monkeypa
     assert (
         f"error unreadable case03: {image} has shape 32 x 32 x 4 x 3; 4 channels are needed, on the last axis" in lines
     )
-    assert "error training 1 file of training or validation cases cannot be used (named below)" in lines
+    assert "error training 1 file of training or validation cases cannot be used (named in the findings)" in lines
     assert "model" not in " ".join(lines)
     grey = write_synthetic_dataset(tmp_path / "colours", {"Training": 3, "Validation": 1}, 3, (32, 32), channels=3)
     for number, case in enumerate(sorted(grey.glob("*/case*"))):

@@ -127,17 +127,17 @@ def test_values_that_are_not_zero_and_one(tmp_path: Path) -> None:
         )
     findings = said(check_data(root), "values")
     assert [(severity, case) for severity, case, _ in findings] == [("warning", "case01"), ("note", "case02")]
-    assert findings[0][2].startswith("task01_seg01.nii.gz hold 0, 1, 4, not 0 and 1")
+    assert findings[0][2].startswith("task01_seg01.nii.gz holds 0, 1, 4, not 0 and 1")
     assert "more than half of the largest is inside" in findings[0][2]
-    assert findings[1][2] == "its masks hold 0, 255, not 0 and 1: read as 0 and 1"
+    assert findings[1][2] == "all masks hold 0, 255, not 0 and 1: read as 0 and 1"
     chosen_ = said(check_data(root, labels=(4,)), "values")
     assert all("of these 4 are inside" in text for _, _, text in chosen_)
     for value, path in ((1, "case01/task01_seg01.nii.gz"), (255, "case02/task01_seg02.nii.gz")):
         save(root / "Training" / path, np.full((32, 32, 1), value, np.uint8))
     full = [(severity, text) for severity, _, text in said(check_data(root), "values") if "everywhere" in text]
     assert full == [
-        ("warning", "task01_seg01.nii.gz hold 1 everywhere: every pixel is inside"),
-        ("warning", "task01_seg02.nii.gz hold 255 everywhere: every pixel is inside"),
+        ("warning", "task01_seg01.nii.gz holds 1 everywhere: every pixel is inside"),
+        ("warning", "task01_seg02.nii.gz holds 255 everywhere: every pixel is inside"),
     ]
 
 
@@ -173,7 +173,7 @@ def test_a_turned_mask_of_one_millimetre_voxels_is_told(tmp_path: Path, mask_at:
 def test_a_picture_as_the_mask_of_a_nifti_is_told(tmp_path: Path) -> None:
     """A square one fits either way round."""
     folder = write_qubiq(tmp_path, {"Training": 1}, raters=2) / "Training/case01"
-    for rater, words in (("seg01", "task01_seg01.png is a"), ("seg02", "each of its masks is a")):
+    for rater, words in (("seg01", "task01_seg01.png is a"), ("seg02", "each mask is a")):
         (folder / f"task01_{rater}.nii.gz").unlink()
         Image.fromarray(disc((32, 32), seed=len(words))).save(folder / f"task01_{rater}.png")
         ((severity, _, text),) = said(check_data(tmp_path), "grid")

@@ -132,7 +132,7 @@ def line_key(axes: Axes, entries: Sequence[tuple[str, Any]], label: str) -> None
     for index, (name, colour) in enumerate(entries):
         left = index * step
         axes.plot([left, left + 0.3 * step], [0.86, 0.86], color=colour, lw=2.4, solid_capstyle="round")
-        axes.text(left + 0.38 * step, 0.86, name, color=INK, fontsize=9, va="center_baseline")
+        axes.text(left + 0.38 * step, 0.86, name, color=INK, fontsize=9, va="center_baseline", parse_math=False)
     axes.text(0.5, 0, label, color=FAINT, fontsize=9, ha="center", va="bottom")
 
 

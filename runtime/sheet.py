@@ -31,8 +31,8 @@ DPI = 110
 SIDE, GAP, EDGE, BETWEEN = 1.75, 0.08, 0.35, 0.4
 BLOCK = 3 * SIDE + 2 * GAP
 HEAD, ROW, FOOT = 0.85, 0.34, 0.95
-SOFT_KEY, NAME = 2.1, 0.75
-"""Widths of the soft label's key, and of an annotator's stroke and name in the other."""
+SOFT_KEY, NAME, LETTER = 2.1, 0.75, 0.125
+"""Widths of the soft label's key, of an annotator's stroke and name in the other at least, and of both for each letter of a long name."""
 Place = tuple[float, float, float, float]
 
 
@@ -67,10 +67,11 @@ def sheet_figure(looks: Sequence[Look], channels: int, slice_axis: int, title: s
     if drawn is not None:
         width = figure.get_figwidth()
         beside = width - 2 * EDGE - SOFT_KEY - 0.25
-        across = min(BLOCK, beside, NAME * len(colours) + 0.6)
+        each = max(NAME, LETTER * max(map(len, colours)))
+        fits = each * len(colours) <= min(BLOCK, beside)
+        across = min(BLOCK, beside, (each if fits else NAME) * len(colours) + 0.6)
         key = drawing.panel(figure, (EDGE, 0.35, across, 0.44))
-        short = all(len(name) <= 6 for name in colours) and NAME * len(colours) <= across
-        names = [(name if short else str(i), colour) for i, (name, colour) in enumerate(colours.items(), start=1)]
+        names = [(name if fits else str(i), colour) for i, (name, colour) in enumerate(colours.items(), start=1)]
         drawing.line_key(key, names[:14], "annotator")
         soft_key(figure, drawn, "soft label: fraction of annotators")
     return figure

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -298,6 +299,23 @@ def test_the_keys_of_a_sheet_with_one_case_stand_side_by_side(raters: int, tmp_p
     drawn = [text.get_window_extent().x1 for text in lines.texts]
     assert len(drawn) == raters + 1, "every annotator is named"
     assert max(drawn) < bar.get_window_extent().x0
+
+
+@pytest.mark.parametrize(("cases", "names"), [(2, ["Ben Smith", "Chloé", r"$\odd$"]), (1, ["1", "2", "3"])])
+def test_annotators_are_called_by_their_names_where_these_have_room(
+    cases: int, names: list[str], tmp_path: Path
+) -> None:
+    root = write_qubiq(tmp_path / "one", {"Training": cases}, raters=3)
+    for path in root.rglob("task01_seg0*.nii.gz"):
+        name = ("Ben Smith", "Chloé", r"$\odd$")[int(path.name[-8]) - 1]
+        path.rename(path.with_name(f"mask_{name}.nii.gz"))
+    check = check_data(root)
+    figure = sheet_figure(check.looks, check.channels, 2, "a title", "a note")
+    figure.canvas.draw()
+    (lines,) = [axes for axes in figure.axes if "annotator" in {text.get_text() for text in axes.texts}]
+    assert sorted(text.get_text() for text in lines.texts if text.get_text() != "annotator") == sorted(names)
+    ends = [(text.get_window_extent().x0, text.get_window_extent().x1) for text in lines.texts[:-1]]
+    assert all(end < start for (_, end), (start, _) in pairwise(ends))
 
 
 def test_every_case_of_the_sheet_is_readable(tmp_path: Path) -> None:

@@ -32,14 +32,16 @@ def info(
         return
     size = sum(entry["bytes"] for entry in manifest.files.values())
     height, width = manifest.image_size
+    channels = f"{manifest.image_channels} channel{'s' * (manifest.image_channels > 1)}"
+    if manifest.modalities:
+        channels += f" ({', '.join(manifest.modalities)})"
     about: dict[str, Any] = {
         "name": manifest.name,
         "task": manifest.task,
         "folder": f"{opened.path} ({len(manifest.files)} files, {size / 1e6:.1f} MB, every SHA-256 as listed)",
         "variant": f"{manifest.variant}: draws {manifest.draws.drawn}",
         "levels": f"{manifest.levels}: {manifest.draws.levels}, c = 1 to {manifest.levels}",
-        "image": f"{height} x {width}, {manifest.image_channels} channel(s), {manifest.framing}, sliced along axis "
-        f"{manifest.slice_axis}",
+        "image": f"{height} x {width}, {channels}, {manifest.framing}, sliced along axis {manifest.slice_axis}",
         "chain": f"T = {manifest.T}, predicts {manifest.target}, variance {manifest.variance}"
         + ("; runs see the slice mirrored in turn" if manifest.mirror else "")
         + (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -68,6 +69,25 @@ def arranged(images: dict[str, Path], wanted: Sequence[str], where: str) -> tupl
             f"{where} has no {', '.join(missing)} (it has {', '.join(images)}); the model was trained on {', '.join(wanted)}"
         )
     return tuple(images[name] for name in wanted)
+
+
+def must_be_in_order(paths: Sequence[str | os.PathLike[str]], wanted: Sequence[str]) -> None:
+    """Raise CdiffError where the files' names say that they are the `wanted` modalities in another order.
+
+    Only names that say it beyond doubt count: each file's holds one of them as a word, and no two the same.
+    """
+    said = [_modality(Path(path).name.lower(), wanted) for path in paths]
+    if len(paths) == len(wanted) and sorted(said) == sorted(wanted) and said != list(wanted):
+        raise CdiffError(
+            f"by their names the files are {', '.join(said)}, and the model was trained on {', '.join(wanted)}; give them in its order"
+        )
+
+
+def _modality(name: str, wanted: Sequence[str]) -> str:
+    """The modality that is a word of a file's name (t1_post before t1); empty where none is, or several are."""
+    words = [one for one in wanted if re.search(rf"(?<![a-z0-9]){re.escape(one.lower())}(?![a-z0-9])", name)]
+    longest = max(words, key=len, default="")
+    return longest if all(one in longest for one in words) else ""
 
 
 @dataclass

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass, replace
 
+from cdiff.runtime.case import must_be_in_order
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.framing import Box, Framing, Windows
 from cdiff.runtime.manifest import Manifest
@@ -71,6 +73,8 @@ def prepare(
         must_take_a_place(manifest)
     elif shrink is not None:
         raise CdiffError("shrink needs the place of the structure; give --at too (in Python, at)")
+    if isinstance(scan, list | tuple) and all(isinstance(part, str | os.PathLike) for part in scan):
+        must_be_in_order(scan, manifest.modalities)
     clock = Clock()
     axis = manifest.slice_axis if slice_axis is None else slice_axis
     if isinstance(scan, Scan):

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+import cdiff
 from cdiff.cli.app import app
+from cdiff.runtime.errors import CdiffError
 from tests.layouts import write_brats, write_qubiq, write_table
 
 SHORT = ("--runs", 2, "--steps", 2, "-q")
@@ -59,6 +61,13 @@ def test_four_modalities_in_files_of_their_own(tmp_path: Path) -> None:
     command("segment", one, "--model", bundle, "-o", tmp_path / "exchanged", *SHORT)
     after = np.asanyarray(nib.load(tmp_path / "exchanged/000001_soft.nii.gz").dataobj)
     assert np.abs(after - before).max() > 1e-6
+
+    # From Python the order is the caller's: one that the names contradict is refused.
+    files = [sorted(one.glob(f"*_{name}_*"))[0] for name in ("flair", "t1", "t1ce", "t2")]
+    with pytest.raises(
+        CdiffError, match="the files are flair, t1, t1ce, t2, and the model was trained on t1, t1ce, t2, flair"
+    ):
+        cdiff.load(bundle).segment(files, fast=True)
 
     command("evaluate", "--data", data, "--model", bundle, "--json", tmp_path / "scores.json", *SHORT)
     scores = json.loads((tmp_path / "scores.json").read_text())

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cdiff.runtime.case import must_be_in_order
 from cdiff.runtime.cases import Case, find_cases, read_case
 from cdiff.runtime.datacheck import check_data
 from cdiff.runtime.errors import CdiffError
@@ -235,6 +236,22 @@ def test_the_models_modalities_are_taken_in_its_order(tmp_path: Path) -> None:
         case.with_modalities(("t1", "pd"))
     unnamed = dataclasses.replace(case, modalities=())
     assert unnamed.with_modalities(("t1",)) is unnamed
+
+
+def test_files_in_another_order_than_the_models_are_refused_by_their_names() -> None:
+    wanted = ("dwi", "t1", "t1_post")
+    for names in (
+        ("p1_dwi.nii.gz", "P1_T1.nii.gz", "p1_t1_post.nii.gz"),
+        ("b.nii", "a.nii", "c.nii"),
+        ("p1_t1_on_dwi.nii", "p1_dwi_on_t1.nii", "p1_t1_post.nii"),  # each names two
+        ("p1_t1.nii", "p1_t1.nii", "p1_dwi.nii"),
+        ("xdwi.nii", "t1w.nii", "t1_post.nii"),  # no words of their own
+        ("t1.nii", "dwi.nii"),  # too few: reading says so
+    ):
+        must_be_in_order(names, wanted)
+    with pytest.raises(CdiffError, match=r"are t1_post, dwi, t1, and the model was trained on dwi, t1, t1_post; give"):
+        must_be_in_order(["p/image_T1_post.nii.gz", Path("p/image_dwi.nii"), "t1.mha"], wanted)
+    must_be_in_order(["t1.nii", "dwi.nii"], ())
 
 
 def test_what_a_mask_puts_inside() -> None:

@@ -279,6 +279,7 @@ def evaluate(
             write_worst(report_ / WORST, segmenter, worst_slices(report, cases, worst), protocol, meter)
     out.print(score_tables(report))
     if paper_table:
+        out.print()
         out.print(paper_tables(report, others))
     for path in (json_, report_):
         if path:

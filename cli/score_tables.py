@@ -67,7 +67,8 @@ def paper_tables(report: Mapping[str, Any], beside: Iterable[PaperRow]) -> Rende
 
 def _scores(report: Mapping[str, Any]) -> Table:
     unmarked = report["false_positive_slices"]["n_slices"]
-    title = f"{report['n_slices']} slices of {report['n_cases']} cases"
+    slices, cases = report["n_slices"], report["n_cases"]
+    title = f"{slices} slice{'s' * (slices != 1)} of {cases} case{'s' * (cases != 1)}"
     table = Table(title=f"{title}, {unmarked} slices unmarked" if unmarked else title, title_justify="left")
     for name in ("score", "mean", "95 % interval"):
         table.add_column(name, justify="left" if name == "score" else "right")
@@ -78,7 +79,8 @@ def _scores(report: Mapping[str, Any]) -> Table:
             continue
         value = report[key]
         label = label.format(report["ged_samples"]["model"])
-        table.add_row(label, _number(value["mean"]), f"{_number(value['low'])} to {_number(value['high'])}")
+        span = "-" if value["low"] is None else f"{_number(value['low'])} to {_number(value['high'])}"
+        table.add_row(label, _number(value["mean"]), span)
     return table
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -74,8 +75,10 @@ def test_cases_that_the_model_may_have_learned_from_are_told(
         (False, model, ("--data", tiny_data)),
         (False, tiny_bundle, ("--data", cases)),
     ):
-        code, _, said = evaluate("--model", of, *asked, *quick)
+        code, printed, said = evaluate("--model", of, *asked, *quick)
         assert (code, "these scores are too good" in said) == (0, told), said
+    assert " of 1 case\n" in re.sub(" +\n", "\n", printed)
+    assert "- to -" not in printed, "one case has no interval"
     code, _, said = evaluate("--data", cases, "--model", model, "--split", "val")
     assert (code, "there is no split val in this data, which has all" in said) == (2, True), said
 

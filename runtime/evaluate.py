@@ -183,21 +183,21 @@ def evaluate(
     jobs, left_out = _plan(segmenter, cases, protocol, tell)
     group_names([job.case.name for job in jobs], group)
     header = _header(segmenter, protocol, data or {})
-    known = finished_rows(out, header, ROW_KEYS, tell) if out else {}
+    inputs = [case_sha256(job.case) for job in jobs]
+    known = finished_rows(out, header, ROW_KEYS, inputs, tell) if out else {}
     journal = Journal(out.with_name(f"{out.stem}.partial.jsonl"), header, ROW_KEYS, tell) if out else None
     known |= journal.rows if journal else {}
     total, done = sum(job.work for job in jobs), 0
     tick = progress or (lambda done, total: None)
     rows: list[Row] = []
-    for job in jobs:
-        inputs = case_sha256(job.case)
-        row = known.get(inputs)
+    for job, files in zip(jobs, inputs, strict=True):
+        row = known.get(files)
         if row is None:
 
             def within(part: int, whole: int, before: int = done, work: int = job.work) -> None:
                 tick(before + work * part // max(whole, 1), total)
 
-            row = _score(segmenter, job, protocol, within) | {"inputs": inputs}
+            row = _score(segmenter, job, protocol, within) | {"inputs": files}
             if journal:
                 journal.add(row)
         rows.append(row | {"case": job.case.name})

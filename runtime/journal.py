@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +64,13 @@ def fingerprint(header: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
 
 
-def finished_rows(path: Path, header: Mapping[str, Any], keys: Sequence[str], notice: Callable[[str], None]) -> Rows:
-    """The cases of a report at `path` that was made with the same header, by their key `inputs`; none of any other file."""
+def finished_rows(
+    path: Path, header: Mapping[str, Any], keys: Sequence[str], asked: Container[str], notice: Callable[[str], None]
+) -> Rows:
+    """The cases of a report at `path` that was made with the same header, by their key `inputs`; none of any other file.
+
+    asked: the inputs of the cases that are to be scored now. notice: is told which of the report's cases are used, and which are lost.
+    """
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -74,9 +79,13 @@ def finished_rows(path: Path, header: Mapping[str, Any], keys: Sequence[str], no
         notice(f"{path} is there, of another model, protocol or data: this evaluation will replace it")
         return {}
     rows = _whole(report.get("cases", []), keys)
-    if rows:
+    used, there = sum(key in asked for key in rows), f"{path} is there, made with the same model, protocol and data"
+    if rows and used == len(rows):
+        notice(f"{there}: its {used} cases are not computed again")
+    elif rows:
         notice(
-            f"{path} is there, made with the same model, protocol and data: its {len(rows)} cases are not computed again"
+            f"{there}: {used} of its {len(rows)} cases are not computed again; the others are not asked for, or their files changed, "
+            "and the new report will not hold them"
         )
     return {key: {name: row[name] for name in keys} for key, row in rows.items()}
 

@@ -149,7 +149,7 @@ def score_unet(
         "format": FORMAT,
     }
     out = run / scoring.file
-    known = finished_rows(out, header, ROW_KEYS, say)
+    known = finished_rows(out, header, ROW_KEYS, [case_sha256(case) for case in cases], say)
     journal = Journal(out.with_suffix(".partial.jsonl"), header, ROW_KEYS, say)
     known |= journal.rows
     rows: list[Row] = []

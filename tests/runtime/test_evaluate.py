@@ -42,6 +42,10 @@ def test_a_finished_report_is_not_computed_again(cases: list[Case], tmp_path: Pa
     assert [name for name, _ in again.asked] == ["case04"]
     assert "3 cases are not computed again" in told[0]
     assert [case["slices"] for case in second["cases"][:3]] == [case["slices"] for case in first["cases"]]
+    told.clear()
+    run(again, cases[:1], out=out, notice=told.append)
+    assert len(again.asked) == 1
+    assert "1 of its 4 cases are not computed again; the others are not asked for" in told[0]
     other = KnownMaps(tmp_path / "b", 3, shift=1)
     run(other, cases, Protocol(seed=1), out=out)
     assert len(other.asked) == 4

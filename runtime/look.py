@@ -109,7 +109,9 @@ def _values(look: Look, masks: dict[Path, Mask]) -> None:
         elif len(values) and values[-1] not in (0, 1):
             odd.setdefault(("note", f"{some}, not 0 and 1: read as 0 and 1"), []).append(path.name)
     for (severity, text), names in odd.items():
-        whose = "all masks" if len(names) == len(masks) > 1 else ", ".join(names)
+        # Cases of which the same is said share a line.
+        everyone = "all masks" if len(masks) > 1 else "the mask"
+        whose = everyone if len(names) == len(masks) else ", ".join(names)
         look.tell(severity, "values", f"{whose} hold{'s' * (len(names) == 1)} {text}")
 
 

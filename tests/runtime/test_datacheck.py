@@ -131,6 +131,12 @@ def test_values_that_are_not_zero_and_one(tmp_path: Path) -> None:
     assert findings[0][2].startswith("task01_seg01.nii.gz holds 0, 1, 4, not 0 and 1")
     assert "more than half of the largest is inside" in findings[0][2]
     assert findings[1][2] == "all masks hold 0, 255, not 0 and 1: read as 0 and 1"
+    for rater in (2, 3):
+        (root / f"Training/case02/task01_seg{rater:02d}.nii.gz").rename(tmp_path / f"{rater}")
+    alone = said(check_data(root), "values")[1]
+    assert alone[2] == "the mask holds 0, 255, not 0 and 1: read as 0 and 1", "no file's name: cases share the line"
+    for rater in (2, 3):
+        (tmp_path / f"{rater}").rename(root / f"Training/case02/task01_seg{rater:02d}.nii.gz")
     chosen_ = said(check_data(root, labels=(4,)), "values")
     assert all("of these 4 are inside" in text for _, _, text in chosen_)
     for value, path in ((1, "case01/task01_seg01.nii.gz"), (255, "case02/task01_seg02.nii.gz")):

@@ -174,6 +174,7 @@ def export(
     """
     from cdiff.export.tensorrt import BuildOptions
     from cdiff.runtime.bundle import open_bundle
+    from cdiff.runtime.files import must_take_files
     from cdiff.runtime.manifest import NAME
 
     options = BuildOptions(
@@ -184,6 +185,8 @@ def export(
     )
     flavour = FLAVOURS[engine]
     check(flavour, options, rows, capability or [])  # before the graphs, which take longer
+    if triton is not None:
+        must_take_files(triton)
     if (source / NAME).is_file():
         if (flavour is None and triton is None) or output is not None or fp16 or fast_steps or zooms:
             raise CdiffError(

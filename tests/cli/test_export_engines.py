@@ -34,6 +34,13 @@ def test_tensorrt_without_a_gpu_says_when_it_will_build(bundle: Bundle) -> None:
     assert not bundle.engines.exists()
 
 
+def test_where_triton_reads_must_be_writable_before_anything_is_exported(tiny_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    _, said = run(2, tiny_run, "--out", tmp_path / "bundle", "--triton", tmp_path / "file")
+    assert "file is not a folder" in said
+    assert not (tmp_path / "bundle").exists()
+
+
 def test_tensorrt_for_rtx_builds_without_a_gpu(bundle: Bundle) -> None:
     pytest.importorskip(
         "tensorrt_rtx_bindings", reason="TensorRT for RTX is not installed: pip install '.[rtx]' in cdiff's clone"

@@ -96,8 +96,8 @@ class Entry:
 
     data_set: the folders above the split folder ("" when there are none); split: "train", "val", "test" or "" where nothing
     says. tasks: for each structure its masks, as (annotator, file). images: for each modality its file; the name is "" for a
-    lone unnamed image. labels: what is inside unless the user says otherwise. problem: why masks that are called mask_ANNOTATOR cannot be told
-    apart. clashes: for each structure ("" for the image) in words which two volumes are there for the one that is wanted.
+    lone unnamed image. labels: what is inside unless the user says otherwise. clashes: for each structure ("" for the image) in words
+    why its files cannot be told apart.
     """
 
     name: str
@@ -107,7 +107,6 @@ class Entry:
     split: str = ""
     patient: str = ""
     labels: tuple[int, ...] = ()
-    problem: str = ""
     clashes: dict[str, str] = field(default_factory=dict)
 
     @property

@@ -77,7 +77,7 @@ def find_cases(
     chosen = _one_task(root, entries, task, asked if task is None else None)
     found = DataSet(layout, chosen)
     found.notes = notes
-    found.modalities = _modalities([entry for entry in entries if not entry.problem] or entries)
+    found.modalities = _modalities([entry for entry in entries if OWN_TASK not in entry.clashes] or entries)
     for entry in entries:
         _sort_in(found, entry, chosen, labels)
     if strict and found.problems:
@@ -231,8 +231,6 @@ def _sort_in(found: DataSet, entry: Entry, task: str | None, labels: tuple[int, 
     case, split = entry.case(task, labels), entry.split or "all"
     if clash := entry.clashes.get("") or entry.clashes.get(task or ""):
         found.problems.append(Problem(split, case.name, clash))
-    elif entry.problem and task == OWN_TASK:
-        found.problems.append(Problem(split, case.name, entry.problem))
     elif case.modalities != found.modalities:
         lacking = [name for name in found.modalities if name not in case.modalities]
         what = f"lacks {', '.join(lacking)}" if lacking else f"has {', '.join(case.modalities)} as well"

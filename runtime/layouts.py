@@ -46,7 +46,6 @@ def cases_in(folder: Path, files: Files) -> list[Entry]:
     """
     images: dict[str, Path] = {}
     tasks: dict[str, dict[str, Path]] = {}
-    problem = ""
     clashes: dict[str, str] = {}
 
     def place(slots: dict[str, Path], slot: str, file: Path, task: str, what: str) -> Path:
@@ -66,18 +65,19 @@ def cases_in(folder: Path, files: Files) -> list[Entry]:
         elif match := OWN_MASK.match(name):
             first = place(tasks.setdefault(OWN_TASK, {}), match["rater"] or "1", file, OWN_TASK, "one annotator's mask")
             if (stem(first) or "").lower() != name.lower():
-                problem = f"{first.name} and {file.name} in {folder} are masks of one annotator; rename one of them"
+                text = f"{first.name} and {file.name} in {folder} are masks of one annotator; rename one of them"
+                clashes.setdefault(OWN_TASK, text)
     if not images:
         return []
     if "" in images:  # one file that holds everything
         images = {"": images[""]}
     elif len(images) > 1 and all(_has_masks(name, tasks.get(OWN_TASK, {})) for name in images):
         name = min(images)
-        problem = (
+        clashes[OWN_TASK] = (
             f"{folder} holds several images with masks of their own (image_{name}, mask_{name} ...); give each a folder, "
             "or name them in a table"
         )
-    return [Entry(_called(folder), dict(sorted(images.items())), tasks, problem=problem, clashes=clashes)]
+    return [Entry(_called(folder), dict(sorted(images.items())), tasks, clashes=clashes)]
 
 
 def _has_masks(image: str, raters: Iterable[str]) -> bool:

@@ -15,9 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cdiff import __version__
+from cdiff.runtime.case import listed
 from cdiff.runtime.cases import Case, read_case, read_masks
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import sha256, write_json
+from cdiff.runtime.itk import itk_bytes
 from cdiff.runtime.journal import Journal, fingerprint, finished_rows
 from cdiff.runtime.manifest import NAME as MANIFEST
 from cdiff.runtime.manifest import Manifest
@@ -25,6 +27,7 @@ from cdiff.runtime.oddities import Oddities
 from cdiff.runtime.partition import HELD_OUT
 from cdiff.runtime.scan import read_scan
 from cdiff.runtime.scores import CaseTally, evenly, marked_slices
+from cdiff.runtime.sources import ITK_SUFFIXES
 from cdiff.runtime.summary import ROW_KEYS, Row, group_names, summarise
 
 if TYPE_CHECKING:
@@ -257,9 +260,8 @@ def _notes(other: dict[str, int], empty: list[str], levels: int, protocol: Proto
         yield f"{_named(empty)}: no slice marked by {by}; left out"
 
 
-def _named(cases: list[str], most: int = 5) -> str:
-    more = f" and {len(cases) - most} more" if len(cases) > most else ""
-    return f"{len(cases)} case{'s' * (len(cases) > 1)} ({', '.join(cases[:most])}{more})"
+def _named(cases: list[str]) -> str:
+    return f"{len(cases)} case{'s' * (len(cases) > 1)} ({listed(cases)})"
 
 
 def _score(segmenter: Segmenter, job: _Job, protocol: Protocol, progress: Progress) -> Row:
@@ -316,8 +318,13 @@ def _header(segmenter: Segmenter, protocol: Protocol, data: Mapping[str, Any]) -
 
 
 def case_sha256(case: Case) -> str:
-    """SHA-256 over the image's and masks' own: a case that was edited since is scored again."""
+    """SHA-256 over what the image's and masks' files hold and which values are inside: a case that was edited since is scored again."""
     digest = hashlib.sha256()
     for path in case.files:
-        digest.update(bytes.fromhex(sha256(path)))
+        for file in sorted(filter(Path.is_file, path.iterdir())) if path.is_dir() else (path,):  # a folder is a DICOM series
+            digest.update(bytes.fromhex(sha256(file)))
+        if path.name.lower().endswith(ITK_SUFFIXES):
+            digest.update(itk_bytes(path))  # they may lie in another file
+    if case.labels:
+        digest.update(repr(case.labels).encode())
     return digest.hexdigest()

@@ -52,17 +52,27 @@ def parse_itk(data: bytes, path: Path, channels: int) -> nib.Nifti1Image:
     _must_be_in_mm(fields, path)
     if not fields:
         check_metaimage(data, path)
-    try:
-        image = _opened(path).Execute()
-        array = optional("SimpleITK", "SimpleITK", path, "NRRD or MetaImage").GetArrayViewFromImage(image)
-    except RuntimeError as error:
-        raise CdiffError(f"{path} is truncated or damaged ({_reason(error)}); copy it again") from None
+    image, array = _voxels(path)
     check_kind(array.dtype, str(path))
     spatial = image.GetDimension()
     voxels = np.transpose(array, (*reversed(range(spatial)), *range(spatial, array.ndim))).astype(np.float32)
     # A NRRD without a space has lengths, and its axes point nowhere in the patient; as of one whose space is a scanner's or nobody's.
     oriented = not fields or fields.get("space", "").lower().removesuffix("-time").removesuffix("t") in IN_THE_PATIENT
     return _placed(voxels, _affine(image), str(path), channels, oriented=oriented)
+
+
+def itk_bytes(path: Path) -> bytes:
+    """The voxels of the file at `path` as they are stored, also where they lie in another. Raises CdiffError for a damaged file."""
+    return bytes(_voxels(path)[1].tobytes())
+
+
+def _voxels(path: Path) -> tuple[Any, Any]:
+    """SimpleITK's image, which must outlive its array, the last axis first."""
+    try:
+        image = _opened(path).Execute()
+        return image, optional("SimpleITK", "SimpleITK", path, "NRRD or MetaImage").GetArrayViewFromImage(image)
+    except RuntimeError as error:
+        raise CdiffError(f"{path} is truncated or damaged ({_reason(error)}); copy it again") from None
 
 
 def _opened(path: Path) -> Any:

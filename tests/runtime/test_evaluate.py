@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -11,7 +12,7 @@ import pytest
 
 from cdiff.runtime.cases import Case
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.evaluate import FORMAT, Protocol, choose_split, labelled_as_trained
+from cdiff.runtime.evaluate import FORMAT, Protocol, case_sha256, choose_split, labelled_as_trained
 from cdiff.runtime.scan import Scan, read_scan
 from cdiff.runtime.scores import evenly, marked_slices
 from tests.runtime.known_maps import KnownMaps, case_in, run, without_seconds
@@ -236,6 +237,21 @@ def test_rows_of_something_else_are_not_used(cases: list[Case], tmp_path: Path, 
         assert len(rest.asked) == 4
         assert {"seed": "seed 0 (now 1)", "model": "bundle_sha256"}[changed] in told[0]
         assert (tmp_path / "scores.partial.jsonl.old").exists()
+
+
+def test_what_a_case_holds_is_known_wherever_it_lies(cases: list[Case], tmp_path: Path) -> None:
+    """Voxels beside a header that stays as it is, other values that are inside, a folder of DICOM files: none is the case that was scored."""
+    itk = pytest.importorskip("SimpleITK")
+    image, found = tmp_path / "image.mhd", set[str]()
+    for value in (0, 1):
+        itk.WriteImage(itk.GetImageFromArray(np.full((2, 3, 4), value, np.float32)), str(image))
+        found.add(case_sha256(replace(cases[0], image=image)))
+    (tmp_path / "series").mkdir()
+    for value in (b"0", b"1"):
+        (tmp_path / "series" / "1.dcm").write_bytes(value)
+        found.add(case_sha256(replace(cases[0], image=tmp_path / "series")))
+    found |= {case_sha256(replace(cases[0], labels=labels)) for labels in ((), (1,), (1, 2))}
+    assert len(found) == 7
 
 
 def test_choosing_the_split(cases: list[Case]) -> None:

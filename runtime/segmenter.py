@@ -252,6 +252,7 @@ class Segmenter:
         dicom_seg: bool = False,
         slices: Slices = None,
         slice_axis: int | None = None,
+        series: int | None = None,
         progress: Callable[[ScanInput, int, int], None] | None = None,
         **options: Any,
     ) -> Iterator[Outcome[ScanInput, Result]]:
@@ -262,11 +263,11 @@ class Segmenter:
         save_to: folder for each scan's files, nothing is written unless given; with `preview` a picture too, with `page` a page for a
         browser, with `dicom_seg` a DICOM segmentation. A second scan of the
         same name is an error of that scan. progress: called as progress(scan, done, total), the scan as given: when a scan's outcome
-        comes, the engine may be through the next one. options: the other arguments of `segment` but `at`, which is of one scan,
-        for every scan. Three scans and their maps are in memory at most, besides those that the caller keeps.
-        Raises CdiffError for `at`.
+        comes, the engine may be through the next one. options: the other arguments of `segment` but `at` and `shrink`, which are of one
+        scan, for every scan. Three scans and their maps are in memory at most, besides those that the caller keeps.
+        Raises CdiffError for `at` and `shrink`.
         """
-        if options.get("at") is not None:
+        if options.get("at") is not None or options.get("shrink") is not None:
             raise CdiffError("at names a place in one scan, and segment_many takes many; call segment for each scan")
         names: set[str] = set()
 
@@ -284,7 +285,7 @@ class Segmenter:
 
         return overlapped(
             scans,
-            lambda scan: self.prepare(scan, slices=slices, slice_axis=slice_axis),
+            lambda scan: self.prepare(scan, slices=slices, slice_axis=slice_axis, series=series),
             work,
             save,
         )

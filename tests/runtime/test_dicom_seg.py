@@ -182,7 +182,7 @@ def test_it_is_written_with_the_maps_and_is_no_scan(model: Segmenter, tmp_path: 
     assert near(pixels_of(folder / "a_levels.dcm").get(1, set()), places_of(result, 1))
     (again,) = scans_at(folder)
     assert len(read_scan(again.path).slices) == 5
-    (done,) = model.segment_many([folder], save_to=folder, dicom_seg=True, **QUICK)
+    (done,) = model.segment_many([folder], save_to=folder, series=3, dicom_seg=True, **QUICK)
     assert done.error is None
     result.save(folder)
     assert not (folder / "a_levels.dcm").exists()

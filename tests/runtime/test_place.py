@@ -375,7 +375,8 @@ def test_a_model_that_looks_at_whole_slices_takes_no_place(tmp_path: Path, frami
 
 def test_a_place_is_one_scans(model: Segmenter) -> None:
     array = volume(40, 50, 6)
-    with pytest.raises(CdiffError, match="segment_many takes many"):
-        model.segment_many([array], at=(1, 1, 1), **QUICK)
+    for alone in ({"at": (1, 1, 1)}, {"shrink": 2}):
+        with pytest.raises(CdiffError, match="segment_many takes many"):
+            model.segment_many([array], **alone, **QUICK)
     with pytest.raises(CdiffError, match="prepared already; give slices, slice_axis, at, shrink and series to prepare"):
         model.segment(model.prepare(array), at=(1, 1, 1), **QUICK)

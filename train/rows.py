@@ -19,7 +19,7 @@ from cdiff.train.config import Config
 from cdiff.train.data import Slices, training_batch
 from cdiff.train.pace import batch_size
 
-PART_SEED = 1_000_000_007  # dropout of different parts of a step must not be alike; the first part's is the step's own
+PART_SEED = 1_000_000_007  # dropout of different parts of a step must not be alike, nor like what is drawn for the step
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def draw_rows(slices: Slices, config: Config, k: int, window: int, rank: int = 0
     for number, part in own:
         here = slice(part.start - start, part.stop - start)
         rows = slice(part.start * r, part.stop * r)
-        seed = settings.seed * 1_000_003 + k + number * PART_SEED
+        seed = settings.seed * 1_000_003 + k + (number + 1) * PART_SEED
         share = len(part) / images
         drawn = batch.image[here], batch.masks[here], batch.raters[here]
         parts.append(Rows(*drawn, t[rows], level[rows], noise[rows], u[rows], share, seed))

@@ -145,7 +145,8 @@ class Run:
                     log.row(row)
                     self.save(value)
                     saved = time.monotonic()
-                elif self.done % settings.log_every == 0:
+                    continue
+                if self.done % settings.log_every == 0:
                     log.row(row)
                 if time.monotonic() - saved > settings.save_every_s:
                     self.save(None)

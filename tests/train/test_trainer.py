@@ -61,6 +61,14 @@ def test_stop_and_resume_ends_with_the_same_weights(tiny_data: Path, tmp_path: P
     assert json.loads((whole / "best.json").read_text()) == json.loads((parts / "best.json").read_text())
 
 
+def test_a_save_between_validations_leaves_the_last_ones_score(tiny_data: Path, tmp_path: Path) -> None:
+    """However often the run is saved: a bundle states the score of the checkpoint that it was made of."""
+    config = preset("tiny").with_values({"steps": 2, "val_every": 2, "save_every_s": 0.0})
+    result = train(config, tiny_data, tmp_path / "run", quiet=True)
+    assert load_run(tmp_path / "run").info["val_soft_dice_5"] == result.best
+    assert result.best is not None
+
+
 def test_a_tiny_network_learns_the_synthetic_structure(tiny_data: Path, tmp_path: Path) -> None:
     config = preset("tiny").with_values({"steps": 120, "val_every": 60, "decay": "cosine", "lr": 5e-3, "ema": 0.95})
     result = train(config, tiny_data, tmp_path / "run", quiet=True)

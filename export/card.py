@@ -74,7 +74,7 @@ def training_command(config: Config) -> str:
         for name, preset in PRESETS.items()
     }
     nearest = min(changes, key=lambda name: len(changes[name]))
-    settings = [f" --set {_shell(key, value)}" for key, value in changes[nearest].items()]
+    settings = [f" --set {_setting(key, value)}" for key, value in changes[nearest].items()]
     return f"cdiff train --data DIR --preset {nearest} --out RUN" + "".join(settings)
 
 
@@ -248,6 +248,7 @@ def _flat(tree: dict[str, Any]) -> dict[str, Any]:
     return {key: value for section in tree.values() for key, value in section.items()}
 
 
-def _shell(key: str, value: Any) -> str:
+def _setting(key: str, value: Any) -> str:
+    """KEY=VALUE as a shell takes it."""
     text = value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
-    return f"'{key}={text}'" if not text or set(text) & set(" []\"'*$") else f"{key}={text}"
+    return shlex.quote(f"{key}={text}")

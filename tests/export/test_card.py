@@ -19,7 +19,11 @@ CHANGED = preset("lidc").with_values(
 )
 
 
-@pytest.mark.parametrize("config", [*PRESETS.values(), CHANGED], ids=[*PRESETS, "changed"])
+@pytest.mark.parametrize(
+    "config",
+    [*PRESETS.values(), CHANGED, *(CHANGED.with_values({"task": task}) for task in ("Anna's; task", "a&b", ""))],
+    ids=[*PRESETS, "changed", "quoted", "and", "empty"],
+)
 def test_the_training_command_gives_the_configuration(config: object) -> None:
     words = shlex.split(training_command(config))  # type: ignore[arg-type]
     name = words[words.index("--preset") + 1]

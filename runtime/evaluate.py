@@ -321,7 +321,8 @@ def case_sha256(case: Case) -> str:
     """SHA-256 over what the image's and masks' files hold and which values are inside: a case that was edited since is scored again."""
     digest = hashlib.sha256()
     for path in case.files:
-        for file in sorted(filter(Path.is_file, path.iterdir())) if path.is_dir() else (path,):  # a folder is a DICOM series
+        # A folder is a DICOM series.
+        for file in sorted(filter(Path.is_file, path.iterdir())) if path.is_dir() else [path]:
             digest.update(bytes.fromhex(sha256(file)))
         if path.name.lower().endswith(ITK_SUFFIXES):
             digest.update(itk_bytes(path))  # they may lie in another file

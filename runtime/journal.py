@@ -29,7 +29,7 @@ class Journal:
     ) -> None:
         self.path = path
         self.rows: Rows = {}
-        first = json.dumps(header, ensure_ascii=False, allow_nan=False)
+        first = json.dumps(header, allow_nan=False)
         lines = _lines(path)
         if lines and lines[0] == json.loads(first):
             self.rows = _whole(lines[1:], keys)
@@ -41,14 +41,14 @@ class Journal:
             notice(f"{path} was made with {_difference(lines[0], dict(header))}: starting anew, it is now {kept.name}")
         # Written anew: what a kill cut off must not stand in the middle of the file.
         make_folder(path.parent)
-        text = "\n".join([first, *(json.dumps(row, ensure_ascii=False) for row in self.rows.values())])
+        text = "\n".join([first, *(json.dumps(row) for row in self.rows.values())])
         write_text(path, text + "\n")
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Append one row; it's on the disk when this returns."""
         try:
             with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+                file.write(json.dumps(row, allow_nan=False) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:

@@ -52,6 +52,16 @@ def test_a_finished_report_is_not_computed_again(cases: list[Case], tmp_path: Pa
     assert len(other.asked) == 4
 
 
+def test_a_case_of_any_name_is_gone_on_from(cases: list[Case], tmp_path: Path) -> None:
+    """U+2028 ends a line to some readers, and is a letter of a file's name."""
+    out, named = tmp_path / "scores.json", [replace(case, name=f"a\u2028{case.name}") for case in cases]
+    with pytest.raises(KeyboardInterrupt):
+        run(KnownMaps(tmp_path / "b", 3, stop_after=2), named, out=out)
+    rest = KnownMaps(tmp_path / "b", 3)
+    assert run(rest, named, out=out)["cases"][0]["case"] == named[0].name
+    assert len(rest.asked) == 2
+
+
 @pytest.mark.parametrize("damage", ["other format", "a row without its scores", "not an object", "not JSON"])
 def test_a_journal_of_another_shape_is_not_used(cases: list[Case], tmp_path: Path, damage: str) -> None:
     out, partial = tmp_path / "scores.json", tmp_path / "scores.partial.jsonl"

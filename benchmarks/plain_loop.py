@@ -108,4 +108,4 @@ def _deviation(table: SamplerTable, step: int, output: Tensor) -> Tensor | float
         return float(table.d[step])
     mix = (output[:, 1:] + 1) / 2
     low, high = float(table.log_variance_min[step]), float(table.log_variance_max[step])
-    return torch.exp((low + mix.clamp(0, 1) * (high - low)) / 2)
+    return torch.exp((low + mix * (high - low)) / 2)

@@ -82,6 +82,23 @@ def test_plain_loop_s_maps_of_masks_of_zero_and_one_are_the_runtime_s() -> None:
     np.testing.assert_allclose(plain, batched, rtol=0, atol=1e-4)
 
 
+def test_plain_loop_interpolates_a_learned_variance_as_the_runtime_does() -> None:
+    """Beyond its ends too, where the network says so."""
+    config = replace(BASE, levels=1, variance="learned")
+    network, schedule = random_network(config), NoiseSchedule(config.T)
+    network.denoiser.last.bias.data[1] = 1.5  # type: ignore[index]
+    windows = Framing("resize", (16, 16)).frame(np.zeros((1, 1, 16, 16), np.float32))
+    table = sampler_table("ddpm", schedule, 3)
+
+    def draw(row: Row, step: int, x: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(normal(7, row.window, row.level, row.run, step, (16, 16)))[None, None]
+
+    plain = plain_loop(network, Diffusion(schedule, config.target), windows, table, 2, Timings(), draw)
+    (found,) = segment_windows(TorchEngine(network, schedule), windows, table, levels=1, runs=2, seed=7)
+    assert np.ptp(found.level_means) > 0.01
+    np.testing.assert_allclose(plain[0], found.level_means[0], rtol=0, atol=1e-4)
+
+
 def test_flop_of_a_network_that_can_be_counted_by_hand() -> None:
     """The encoder of one 3x3 convolution: two operations a multiply-add; and FLOPs grow with the area."""
     config = preset("tiny").network

@@ -29,7 +29,7 @@ from cdiff.runtime.manifest import CARD, DENOISER, ENCODER, ONE_ZOOM, WEIGHTS, M
 from cdiff.runtime.mirror import VIEWS
 from cdiff.runtime.sampler import kept_timesteps
 from cdiff.runtime.zoom import check_zooms
-from cdiff.train.checkpoint import LoadedRun, load_run
+from cdiff.train.checkpoint import ORIGIN, LoadedRun, load_run
 
 Progress = Callable[[int, int], None]
 TILE_OVERLAP = 0.25
@@ -120,7 +120,7 @@ def _manifest(loaded: LoadedRun, card: Card, name: str, folder: Path, fp16: bool
     settings = config.training
     training: dict[str, Any] = {
         key: info[key]
-        for key in ("step", "seconds", "parameters", "precision", "data", "machine", "init", "imported")
+        for key in ("step", "seconds", "parameters", "precision", "data", "machine", *ORIGIN)
         if key in info
     }
     training |= {

@@ -11,7 +11,6 @@ from cdiff.runtime.cases import Case
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.evaluate import Notice, Progress, Protocol, evaluate
 from cdiff.runtime.files import dump_json, staged
-from cdiff.runtime.sampler import sampler_table
 from cdiff.runtime.tables import (
     cases_table,
     csv_text,
@@ -56,10 +55,8 @@ def write_report(path: Path, report: dict[str, Any]) -> None:
 
 def check_steps(segmenter: Segmenter, protocol: Protocol, steps: Sequence[int]) -> list[int]:
     """The numbers of steps in order, each once. Raises CdiffError when the model's sampler cannot take one of them."""
-    manifest = segmenter.manifest
-    sampler = protocol.sampler or (str(manifest.fast.get("sampler", "ddpm")) if protocol.fast else "ddpm")
     for number in steps:
-        sampler_table(sampler, manifest.noise_schedule, number)
+        segmenter.sampling(steps=number, sampler=protocol.sampler, fast=protocol.fast)
     if not steps:
         raise CdiffError("no number of steps is given; write --steps-curve 1,2,5,10,25")
     return sorted(set(steps))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,6 +35,7 @@ def table(path: Path) -> list[dict[str, str]]:
 def with_schedule(segmenter: KnownMaps) -> Any:
     segmenter.manifest.noise_schedule = NoiseSchedule(T=25)
     segmenter.manifest.fast = {"sampler": "ddim", "steps": 2, "runs": 2}
+    segmenter.sampling = partial(Segmenter.sampling, segmenter)  # type: ignore[attr-defined]
     return segmenter
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.files import atomic_folder, write_json
+from cdiff.runtime.files import atomic_folder, sha256, write_json
 from cdiff.train.checkpoint import read_json, save_checkpoint
 from cdiff.train.config import Config
 from cdiff.train.imported.mapping import convert, links
@@ -134,14 +133,12 @@ def _step(checkpoint: Path) -> int:
 
 
 def _origin(checkpoint: Path, options: Options) -> dict[str, Any]:
-    with checkpoint.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {
         "repository": REPOSITORIES[options.source],
         "from": options.source,
         "variant": options.variant,
         "file": checkpoint.name,
-        "sha256": digest,
+        "sha256": sha256(checkpoint),
         "options": options.values,
     }
 

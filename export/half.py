@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from pathlib import Path
 
 import onnx
@@ -114,7 +113,7 @@ def half_share(path: Path) -> float:
 def check_half(path: Path) -> float:
     """`half_share`, or CdiffError when it is below `MIN_HALF_SHARE`."""
     share = half_share(path)
-    if not share >= MIN_HALF_SHARE or math.isnan(share):
+    if share < MIN_HALF_SHARE:
         raise CdiffError(
             f"{path.name}: only {share:.0%} of its convolutions and products are in half precision, "
             f"and --fp16 means at least {MIN_HALF_SHARE:.0%}; export without --fp16"

@@ -69,7 +69,7 @@ def check_data(
     findings += [Finding("error", "layout", problem.case, problem.text, problem.split) for problem in found.problems]
     training = _training(found, root, looks, C, channels)
     findings += [Finding("error", "training", "", reason) for reason in training["reasons"]]
-    findings += [finding for look in looks for finding in look.findings] + _over_cases(looks, C, found)
+    findings += [finding for look in looks for finding in look.findings] + _over_cases(looks, C)
     findings += [*_shared(looks), *_across(looks, slice_axis)]
     report = {
         "cdiff": __version__,
@@ -98,7 +98,7 @@ def check_data(
     return Check(report, looks, channels)
 
 
-def _over_cases(looks: list[Look], C: int, found: DataSet) -> list[Finding]:
+def _over_cases(looks: list[Look], C: int) -> list[Finding]:
     """What only a look at all cases shows: an annotator whom some cases lack, a level that nothing reaches."""
     out = []
     usual = Counter(rater for look in looks for rater in look.case.raters)
@@ -115,9 +115,7 @@ def _over_cases(looks: list[Look], C: int, found: DataSet) -> list[Finding]:
         out.append(Finding("warning", "classes", "", f"no pixel of any case was marked by all {C} annotators"))
     if C == 1:
         out.append(Finding("note", "annotators", "", "one annotator: there is no disagreement to learn, and one level"))
-    if len({name for cases in found.values() for name in {case.name for case in cases}}) < len(looks):
-        doubles = Counter(look.case.name for look in looks)
-        twice = [name for name, count in doubles.items() if count > 1]
+    if twice := [name for name, count in Counter(look.case.name for look in looks).items() if count > 1]:
         out.append(
             Finding("note", "names", "", f"the same name in several splits: {listed(twice)}; are they other patients?")
         )

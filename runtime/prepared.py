@@ -111,9 +111,8 @@ def notes(prepared: Prepared, manifest: Manifest) -> list[str]:
         )
     size = read.slices.shape[-2:]
     if manifest.framing == "resize" and size != manifest.image_size:
-        model = " x ".join(map(str, manifest.image_size))
         found.append(
-            f"slices of {size[0]} x {size[1]} were resampled to the model's {model}, and the maps back to them"
+            f"slices of {by(size)} were resampled to the model's {by(manifest.image_size)}, and the maps back to them"
         )
     found += _what_the_model_sees(prepared, manifest)
     if prepared.alone:

@@ -274,6 +274,8 @@ class TrainingConfig:
         _at_least(self, 1, "val_every", "val_slices", "val_steps", "val_runs")
         _at_least(self, 0, "late_batch", "weight_decay", "warmup", "minutes", "dice_weight")
         _at_least(self, 0, "seed", "threads", "save_every_s", "peak_tflops")
+        if self.seed >= 2**32:  # steps are numbered above it, in the 64 bits of PyTorch's
+            raise CdiffError(f"seed={self.seed} must be below 2^32")
         for name in ("lr", "clip", "t_power"):
             if not getattr(self, name) > 0:
                 raise CdiffError(f"{name}={getattr(self, name)} must be positive")

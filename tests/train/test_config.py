@@ -60,6 +60,7 @@ def test_settings_reach_their_sections() -> None:
         ("lr=NaN", "expected float"),
         ("clip=0", "clip=0 must be positive"),
         ("seed=-1", "seed=-1 must not be negative"),
+        ("seed=4294967296", r"seed=4294967296 must be below 2\^32"),
         ("threads=-1", "threads=-1 must not be negative"),
         ("late_batch=2", "set batch"),
         ("rotation=200", "rotation=200 must lie in 0..180"),

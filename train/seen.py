@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ class Seen:
     """A case as it was read, before it is resampled or normalised; nothing that moving its folder changes.
 
     masks: how many. shape: slices, rows, columns. marked: pixels that are marked, over all masks. mean: of the image's values.
+    drawn: SHA-256 of the masks' pixels, a bit each; empty for a run of an older cdiff.
     """
 
     name: str
@@ -31,13 +33,15 @@ class Seen:
     shape: tuple[int, int, int]
     marked: int
     mean: float
+    drawn: str = ""
 
     @classmethod
     def of(cls, name: str, image: NDArray[np.float32], masks: NDArray[np.bool_]) -> Seen:
         """image [S, channels, H, W] as stored, masks [S, C, H, W]."""
         slices, _, rows, columns = image.shape
         mean = float(image.mean(dtype=np.float64))
-        return cls(name, masks.shape[1], (slices, rows, columns), int(masks.sum()), mean)
+        drawn = hashlib.sha256(np.packbits(masks).tobytes()).hexdigest()
+        return cls(name, masks.shape[1], (slices, rows, columns), int(masks.sum()), mean, drawn)
 
     def differs(self, then: Seen) -> str:
         """What is not as it was `then`, in words; nothing where a training sees the same. The name alone is no difference."""
@@ -47,6 +51,8 @@ class Seen:
             return f"is {_size(self.shape)} and was {_size(then.shape)}"
         if self.marked != then.marked:
             return f"has {self.marked} pixels marked and had {then.marked}"
+        if self.drawn != then.drawn and self.drawn and then.drawn:
+            return "has other pixels marked, or others' masks in another order"
         # Sums in another order, as on another machine, differ in their last digits.
         same = math.isclose(self.mean, then.mean, rel_tol=1e-5, abs_tol=1e-6)
         return "" if same else f"has a mean of {self.mean:.6g} and had {then.mean:.6g}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -54,6 +55,16 @@ def test_other_data_is_refused_in_a_line_that_says_what_differs(begun: tuple[Pat
 
 def test_changed_values_masks_and_sizes_are_other_data(begun: tuple[Path, Path]) -> None:
     run, data = begun
+    first, second = (data / "Training" / "case02" / f"task01_seg0{i}.nii.gz" for i in (1, 2))
+
+    def exchange() -> None:
+        aside = first.rename(data / "aside.nii.gz")
+        second.rename(first)
+        aside.rename(second)
+
+    exchange()
+    assert "cases to train on: case02 has other pixels marked" in refusal(run, data)
+    exchange()
     path = data / "Training" / "case02" / "image.nii.gz"
     image = nib.load(path)
     nib.save(nib.Nifti1Image(np.asarray(image.dataobj) // 2, image.affine), path)
@@ -86,6 +97,8 @@ def test_what_differs_is_short_and_a_damaged_file_says_what_to_do(tmp_path: Path
     cases = [Seen(f"case{i:02d}", 3, (1, 8, 8), i, 0.5) for i in range(20)]
     write_seen(tmp_path, {"train": cases, "val": cases[:1]})
     check_seen(tmp_path, {"train": cases, "val": cases[:1]}, tmp_path)
+    now = [replace(case, drawn="0") for case in cases]  # an older cdiff did not say
+    check_seen(tmp_path, {"train": now, "val": now[:1]}, tmp_path)
     with pytest.raises(CdiffError, match=r"case01, case02, case03, case04, case05 and 14 more gone\)"):
         check_seen(tmp_path, {"train": cases[:1], "val": cases[:1]}, tmp_path)
     with pytest.raises(CdiffError, match=r"\(cases to train on: another order\)"):

@@ -19,6 +19,8 @@ from cdiff.runtime.shapes import by
 Slices = str | slice | tuple[int, int] | range | None
 MUCH_LARGER = 1.25
 """From this many times the size of the training's slices on, a scan's slices are told to be larger: a crop may be a little."""
+FEW = range(2, 5)
+"""So many slices may be the modalities of one: QUBIQ's tumour files have four, and a picture in colours three."""
 AROUND = 5
 """Slices on either side of a place that the note about it takes as an example."""
 
@@ -113,6 +115,11 @@ def notes(prepared: Prepared, manifest: Manifest) -> list[str]:
     if manifest.framing == "resize" and size != manifest.image_size:
         found.append(
             f"slices of {by(size)} were resampled to the model's {by(manifest.image_size)}, and the maps back to them"
+        )
+    if manifest.image_channels == 1 and len(read.slices) in FEW and read.grid.slice_axis == 2 and not read.dicom:
+        found.append(
+            f"each of the {len(read.slices)} along the last axis was taken for a slice; if they are modalities of one, give the model a "
+            "file of the one that it was trained on"
         )
     found += _what_the_model_sees(prepared, manifest)
     if prepared.alone:

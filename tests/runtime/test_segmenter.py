@@ -112,6 +112,17 @@ def test_a_part_of_a_scan_has_the_maps_that_it_has_in_the_whole(segmenter: Segme
     assert any("only slice 2 of 0 to 5 was segmented" in line for line in one.report["warnings"])
 
 
+def test_slices_that_may_be_the_modalities_of_one_are_told(segmenter: Segmenter) -> None:
+    for shape, told in (
+        ((SIZE, SIZE, 4), True),
+        ((SIZE, SIZE), False),
+        ((SIZE, SIZE, 1), False),
+        ((SIZE, SIZE, 5), False),
+    ):
+        warnings = segmenter.segment(volume(*shape), **QUICK).report["warnings"]
+        assert any("each of the 4 along the last axis was taken for a slice" in note for note in warnings) == told
+
+
 def test_intensity_over_the_volume_uses_the_whole_scan_for_a_part(tmp_path: Path) -> None:
     segmenter = cdiff.load(make_bundle(tmp_path / "b", intensity=Intensity("volume").to_json()))
     array = volume(SIZE, SIZE, 4)

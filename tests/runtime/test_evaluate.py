@@ -277,6 +277,17 @@ def test_choosing_the_split(cases: list[Case]) -> None:
         choose_split({"all": cases}, "val")
 
 
+def test_groups_that_join_same_named_cases_of_several_splits_are_told(cases: list[Case], tmp_path: Path) -> None:
+    """Two patients may both be the first of their split; a pattern that finds the split as well keeps them apart."""
+    _, named = choose_split({"train": cases[:2], "val": [replace(cases[2], name="case01"), cases[3]]}, "all")
+    told: list[str] = []
+    run(KnownMaps(tmp_path / "b", 3), named, group=r"case\d+", notice=told.append)
+    assert told == [r"--group 'case\\d+' joins cases of one name in several folders (case01); are they of one patient?"]
+    run(KnownMaps(tmp_path / "b", 3), named, group=r"(?:\w+/)?case\d+", notice=told.append)
+    run(KnownMaps(tmp_path / "b", 3), named, notice=told.append)
+    assert len(told) == 1
+
+
 def test_what_is_inside_a_mask_is_what_it_was_in_training_unless_the_user_says_otherwise(cases: list[Case]) -> None:
     told: list[str] = []
     trained, plain = example(training={"data": {"labels": [1, 4]}}), example(training={"data": {"annotators": 3}})

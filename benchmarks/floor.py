@@ -24,10 +24,6 @@ class Floor:
     denoiser_flop: int
     rate: float
 
-    def seconds(self, encodings: float, rows: float) -> float:
-        """The least time that this much work can take at that rate."""
-        return (encodings * self.encoder_flop + rows * self.denoiser_flop) / self.rate
-
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 

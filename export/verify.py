@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,9 +42,7 @@ class Chain:
     steps: int
 
 
-def verify(
-    bundle: Bundle, reference: TorchEngine, real_slices: Float32 | None, say: Callable[[str], None] = lambda text: None
-) -> dict[str, Any]:
+def verify(bundle: Bundle, reference: TorchEngine, real_slices: Float32 | None) -> dict[str, Any]:
     """Compare the bundle's graphs, run by ONNX Runtime on the CPU, with PyTorch; return what the manifest records.
 
     real_slices: float32 [S, channels, h, w], normalised, any size; the first few are used. Without them random images only.
@@ -68,14 +65,12 @@ def verify(
     largest: dict[str, float] = dict.fromkeys(("encoder", "denoiser", "maps"), 0.0)
     row_seconds = 0.0
     for name, images in sets.items():
-        say(f"comparing the graphs with PyTorch on {name} inputs")
         errors, row_seconds = _calls(
             engine, reference, images, manifest.noise_schedule, manifest.conditions, manifest.target
         )
         result[name] = errors
     chain = _affordable(row_seconds, manifest.conditions, manifest.T)
     for name, images in sets.items():
-        say(f"comparing soft maps on {name} inputs, {chain.steps} steps")
         result[name] |= _maps(engine, reference, images, chain, manifest.noise_schedule, manifest.outside)
         largest = {key: _worst(largest[key], result[name][key]) for key in largest}
     bounds = BOUNDS[manifest.precision]

@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from matplotlib.axes import Axes
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
@@ -25,6 +27,7 @@ ENTROPY_LABEL = "uncertainty: entropy in bits"
 RUNS_LABEL = "mean over runs"
 SOFT_MAP = "plasma"
 ENTROPY_SHADES = ("#06283d", "#136f8a", "#2fd0a5", "#e8fb6a")
+MARGIN = 0.6
 READER_COLOURS = ("#4cc9f0", "#f9c74f", "#f94178", "#80ed99", "#c77dff", "#ff9f1c", "#ffffff")
 
 
@@ -36,6 +39,11 @@ def new_figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), facecolor=PAGE)
     FigureCanvasAgg(figure)
     return figure
+
+
+def save(figure: Figure, path: Path, dpi: int) -> None:
+    """Write a PNG on the figure's own page, whatever the style of the user's matplotlib says."""
+    figure.savefig(path, dpi=dpi, facecolor=figure.get_facecolor(), metadata={"Software": "cdiff"}, format="png")
 
 
 def outline_colours(count: int, *, readers: bool = False) -> list[Any]:
@@ -102,11 +110,11 @@ def _overlay(axes: Axes, values: Float32, box: Box, view: View, colours: Any, op
     return axes.imshow(shown, cmap=colours, vmin=0, vmax=1, alpha=alpha, interpolation="bilinear", aspect=_aspect(view))
 
 
-def outline(axes: Axes, inside: NDArray[Any], box: Box, colour: Any, width: float = 1.5, style: str = "-") -> None:
+def outline(axes: Axes, inside: NDArray[Any], box: Box, colour: Any, width: float = 1.5) -> None:
     """The line where `inside` (a map 0..1, or a mask) crosses one half; nothing where it does not."""
     values = np.nan_to_num(np.asarray(inside[box], dtype=np.float32))
     if min(values.shape) > 1 and values.min() < 0.5 <= values.max():
-        axes.contour(values, levels=[0.5], colors=[colour], linewidths=width, linestyles=style)
+        axes.contour(values, levels=[0.5], colors=[colour], linewidths=width)
 
 
 def colour_key(figure: Figure, place: tuple[float, float, float, float], mappable: Any, label: str) -> None:
@@ -170,10 +178,10 @@ def frame_box(axes: Axes, box: Box) -> None:
     axes.add_patch(Rectangle(corner, *size, fill=False, edgecolor=INK, lw=1.0, alpha=0.85))
 
 
-def close_up(soft: Float32, view: View, margin: float = 0.6, least: float = 0.28, within: Box | None = None) -> Box:
+def close_up(soft: Float32, view: View, least: float = 0.28, within: Box | None = None) -> Box:
     """The part of a picture [..., rows, columns] around what any map holds above 0.2; all of it where that is most of it.
 
-    Square in millimetres where the picture allows. margin: added on each side, as a share of the object's size. least: the
+    Square in millimetres where the picture allows, with MARGIN of the object's size on each side. least: the
     smallest side, as a share of the picture's longer one. within: where a model saw a part alone, that part stands for the
     picture in both: where no map holds anything, and for `least`.
     """
@@ -188,7 +196,7 @@ def close_up(soft: Float32, view: View, margin: float = 0.6, least: float = 0.28
     middle = [(rows[0] + rows[-1] + 1) / 2 for rows in found]
     size = [(rows[-1] + 1 - rows[0]) * mm for rows, mm in zip(found, spacing, strict=True)]
     longer = max((part.stop - part.start) * mm for part, mm in zip(seen, spacing, strict=True))
-    side = max(max(size) * (1 + 2 * margin), least * longer)
+    side = max(max(size) * (1 + 2 * MARGIN), least * longer)
     box = []
     for axis in (0, 1):
         pixels = min(shape[axis], round(side / spacing[axis]))

@@ -158,7 +158,7 @@ def _iou_distances(masks: NDArray[np.bool_]) -> NDArray[np.float64]:
     return np.asarray(1 - np.divide(both, either, out=np.ones_like(both), where=either > 0))
 
 
-RESAMPLES, COVERAGE = 2000, 0.95
+RESAMPLES, COVERAGE, SEED = 2000, 0.95, 0
 
 
 @dataclass(frozen=True)
@@ -179,8 +179,6 @@ def bootstrap_over_cases(
     *,
     groups: Sequence[str] | None = None,
     resamples: int = RESAMPLES,
-    seed: int = 0,
-    coverage: float = COVERAGE,
 ) -> Interval:
     """Mean over all slices, with a percentile interval from resampling whole cases (a cluster bootstrap).
 
@@ -200,8 +198,8 @@ def bootstrap_over_cases(
     mean = float(sums.sum() / counts.sum())
     if len(kept) < 2:
         return Interval(mean, None, None, int(counts.sum()))
-    draws = resampled(len(kept), resamples, seed)
-    low, high = percentile_interval((draws @ sums) / (draws @ counts), coverage)
+    draws = resampled(len(kept), resamples)
+    low, high = percentile_interval((draws @ sums) / (draws @ counts))
     return Interval(mean, low, high, int(counts.sum()))
 
 
@@ -213,14 +211,14 @@ def members_of(groups: Sequence[str]) -> list[list[int]]:
     return list(members.values())
 
 
-def resampled(units: int, resamples: int = RESAMPLES, seed: int = 0) -> NDArray[np.int64]:
-    """How often each unit is in each bootstrap draw: [resamples, units], every row sums to `units`."""
-    return np.random.default_rng(seed).multinomial(units, np.full(units, 1 / units), size=resamples)
+def resampled(units: int, resamples: int = RESAMPLES) -> NDArray[np.int64]:
+    """How often each unit is in each bootstrap draw: [resamples, units], every row sums to `units`; the same each time."""
+    return np.random.default_rng(SEED).multinomial(units, np.full(units, 1 / units), size=resamples)
 
 
-def percentile_interval(values: NDArray[np.float64], coverage: float = COVERAGE) -> tuple[float, float]:
-    """The central interval that holds `coverage` of the draws' values [resamples]."""
-    low, high = np.quantile(values, [(1 - coverage) / 2, (1 + coverage) / 2])
+def percentile_interval(values: NDArray[np.float64]) -> tuple[float, float]:
+    """The central interval that holds COVERAGE of the draws' values [resamples]."""
+    low, high = np.quantile(values, [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2])
     return float(low), float(high)
 
 

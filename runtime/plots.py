@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cdiff.runtime.drawing import new_figure
+from cdiff.runtime.drawing import new_figure, save
 from cdiff.runtime.tables import Table
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def write_reliability(report: Mapping[str, Any], path: Path) -> None:
             top.set_ylabel("share of annotators\nwho include the pixel", fontsize=9, color=INK)
             below.set_ylabel("pixels", fontsize=9, color=INK)
             figure.align_ylabels([top, below])
-    _save(figure, path)
+    save(figure, path, DPI)
 
 
 def write_curve(table: Table, x: str, label: str, path: Path) -> None:
@@ -82,7 +82,7 @@ def write_curve(table: Table, x: str, label: str, path: Path) -> None:
     axes.set_ylabel("soft Dice, 95 % interval", fontsize=9, color=INK)
     axes.legend(frameon=False, fontsize=9, loc="lower left", bbox_to_anchor=(0, 0.99), ncols=2, labelcolor=INK)
     _tidy(axes)
-    _save(figure, path)
+    save(figure, path, DPI)
 
 
 def _ticks(at: Sequence[int], most: int = 8) -> list[int]:
@@ -110,7 +110,3 @@ def _tidy(axes: Axes) -> None:
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(FAINT)
-
-
-def _save(figure: Figure, path: Path) -> None:
-    figure.savefig(path, dpi=DPI, metadata={"Software": "cdiff"})

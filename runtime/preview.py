@@ -32,8 +32,7 @@ LEAST_OF_WINDOW = 0.5
 def write_preview(result: Result, path: Path, name: str) -> None:
     """Draw the slice with the largest soft area: where it lies, the levels' outlines, soft map, uncertainty; and a strip of
     slices through the volume. path: a PNG file. Raises OSError when it cannot be written."""
-    figure = preview_figure(result, name)
-    figure.savefig(path, dpi=DPI, facecolor=figure.get_facecolor(), metadata={"Software": "cdiff"})
+    drawing.save(preview_figure(result, name), path, DPI)
 
 
 def preview_figure(result: Result, name: str) -> Figure:
@@ -102,7 +101,6 @@ def reader_figure(
     uncertainty: Float32,
     *,
     view: View | None = None,
-    title: str = "",
     note: str = "",
 ) -> None:
     """Draw one slice beside what its readers drew: image, their outlines, the soft map, its uncertainty; write a PNG.
@@ -114,14 +112,8 @@ def reader_figure(
     picture, readers, soft, uncertainty = (view(a) for a in (image, readers, soft, uncertainty))
     box = drawing.close_up(np.concatenate([readers.astype(np.float32), soft[None]]), view)
     window = drawing.window_of(picture[box])
-    top = 0.5 if title else 0.1
     width, bottom = 2 * EDGE + 4 * SIDE + 3 * GAP, KEY + (0.42 if note else 0.14)
-    figure = drawing.new_figure(width, bottom + SIDE + 0.3 + top)
-    if title:
-        figure.text(
-            EDGE / width, 1 - 0.3 / figure.get_figheight(), title,
-            color=drawing.INK, fontsize=14, fontweight="bold", va="center",
-        )  # fmt: skip
+    figure = drawing.new_figure(width, bottom + SIDE + 0.4)
     places = [(EDGE + column * (SIDE + GAP), bottom, SIDE, SIDE) for column in range(4)]
 
     axes = drawing.panel(figure, places[0], "Image")
@@ -150,7 +142,7 @@ def reader_figure(
     if note:
         figure.text(EDGE / width, 0.16 / figure.get_figheight(), note, color=drawing.FAINT, fontsize=8.5, va="center")
     with atomic_path(path) as part:
-        figure.savefig(part, dpi=DPI, facecolor=figure.get_facecolor(), metadata={"Software": "cdiff"}, format="png")
+        drawing.save(figure, part, DPI)
 
 
 def close_up_of(result: Result, soft: Float32) -> Box:

@@ -52,7 +52,7 @@ def write_sheet(path: Path, looks: Sequence[Look], channels: int, slice_axis: in
     """
     figure = sheet_figure(chosen(looks), channels, slice_axis, title, note)
     with atomic_path(path) as part:
-        figure.savefig(part, dpi=DPI, facecolor=figure.get_facecolor(), metadata={"Software": "cdiff"}, format="png")
+        drawing.save(figure, part, DPI)
 
 
 def sheet_figure(looks: Sequence[Look], channels: int, slice_axis: int, title: str, note: str) -> Figure:

@@ -15,6 +15,7 @@ from cdiff.runtime.metrics import (
     COVERAGE,
     NINE,
     RESAMPLES,
+    SEED,
     bootstrap_over_cases,
     members_of,
     percentile_interval,
@@ -135,7 +136,7 @@ def summarise(
             "units": len(set(groups)) if groups else len(rows),
             "resamples": RESAMPLES,
             "coverage": COVERAGE,
-            "seed": 0,
+            "seed": SEED,
         },
         "left_out": left_out,
         "cases": [

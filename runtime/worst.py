@@ -68,7 +68,7 @@ def write_worst(
     """
     figure = worst_figure(segmenter, worst, protocol, progress)
     with atomic_path(path) as part:
-        figure.savefig(part, dpi=DPI, facecolor=figure.get_facecolor(), metadata={"Software": "cdiff"}, format="png")
+        drawing.save(figure, part, DPI)
 
 
 def worst_figure(

@@ -114,11 +114,6 @@ def fit_to_data(config: Config, root: Path, settings: list[str]) -> Config:
     return config.with_values({key: value for key, value in fitted.items() if key not in given})
 
 
-def count_annotators(root: Path, config: Config) -> int:
-    """C as the data has it: the largest number of masks that at least half of the training cases have."""
-    return partition.count_annotators(partition.training_cases(_found(root, config), root))
-
-
 def _found(root: Path, config: Config) -> DataSet:
     data = config.data
     return find_cases(root, data.task or None, layout=data.layout, labels=data.labels)

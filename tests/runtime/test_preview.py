@@ -172,7 +172,7 @@ def test_the_picture_of_a_case_with_its_readers(tmp_path: Path) -> None:
     for k in range(3):  # the fourth reader drew nothing
         readers[k, 10 + k : 25, 12 : 26 + k] = True
     soft = readers.mean(axis=0).astype(np.float32)
-    reader_figure(tmp_path / "a" / "r.png", image, readers, soft, entropy(soft), title="A case", note="A credit")
+    reader_figure(tmp_path / "a" / "r.png", image, readers, soft, entropy(soft), note="A credit")
     with Image.open(tmp_path / "a" / "r.png") as picture:
         assert picture.width > 3 * picture.height / 2
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["r.png"]

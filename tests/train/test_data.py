@@ -12,7 +12,7 @@ import torch
 
 from cdiff.runtime.errors import CdiffError
 from cdiff.train.config import Config
-from cdiff.train.data import centre_windows, count_annotators, fit_to_data, read_data, training_batch
+from cdiff.train.data import centre_windows, fit_to_data, read_data, training_batch
 from cdiff.train.presets import preset
 from tests.synthetic import write_synthetic_dataset
 
@@ -71,11 +71,11 @@ def test_a_case_with_more_raters_is_never_used_in_part(tiny_data: Path) -> None:
 
 
 def test_annotators_are_counted_over_the_cases(tiny_data: Path, tmp_path: Path) -> None:
-    assert count_annotators(tiny_data, preset("tiny")) == 3
+    assert fit_to_data(preset("tiny"), tiny_data, []).network.levels == 3
     root = tmp_path / "data"
     shutil.copytree(tiny_data, root)
     (root / "Training" / "case02" / "task01_seg03.nii.gz").unlink()
-    assert count_annotators(root, preset("tiny")) == 3
+    assert fit_to_data(preset("tiny"), root, []).network.levels == 3
 
 
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40, 3)])

@@ -20,7 +20,7 @@ from cdiff.runtime.cases import Case, read_case, read_masks
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import sha256, write_json
 from cdiff.runtime.itk import itk_bytes
-from cdiff.runtime.journal import Journal, fingerprint, finished_rows
+from cdiff.runtime.journal import Journal, fingerprint
 from cdiff.runtime.manifest import NAME as MANIFEST
 from cdiff.runtime.manifest import Manifest
 from cdiff.runtime.oddities import Oddities
@@ -191,9 +191,8 @@ def evaluate(
         )
     header = _header(segmenter, protocol, data or {})
     inputs = [case_sha256(job.case) for job in jobs]
-    known = finished_rows(out, header, ROW_KEYS, inputs, tell) if out else {}
-    journal = Journal(out.with_name(f"{out.stem}.partial.jsonl"), header, ROW_KEYS, tell) if out else None
-    known |= journal.rows if journal else {}
+    journal = Journal(out, header, ROW_KEYS, inputs, tell) if out else None
+    known = journal.rows if journal else {}
     total, done = sum(job.work for job in jobs), 0
     tick = progress or (lambda done, total: None)
     rows: list[Row] = []

@@ -16,33 +16,39 @@ Rows = dict[str, dict[str, Any]]
 
 
 class Journal:
-    """Rows appended to a JSON-lines file whose first line, the header, says what they hold for.
+    """Rows appended to NAME.partial.jsonl beside the report NAME.json, whose first line, the header, says what they hold for.
 
-    Opening one that exists reads its rows when its header equals `header`, in `rows` by their key `inputs`. One with
-    another header is kept under the name `*.old` and a new one is begun; `notice` gets a line about either. A last line that
-    was cut off by a kill is dropped, and so is a row without one of `keys`. Raises CdiffError when the file can't be read or
-    written.
+    `rows` has those that are known, by their key `inputs`: of a journal that exists and has the header `header`, and of a report that
+    was made with it; asked are the keys of the cases to be scored now. A journal with another header is kept under the name `*.old` and a new one is begun; `notice` gets a line about
+    each. A last line that was cut off by a kill is dropped, and so is a row without one of `keys`. Raises CdiffError when the
+    journal can't be read or written.
     """
 
     def __init__(
-        self, path: Path, header: Mapping[str, Any], keys: Sequence[str], notice: Callable[[str], None]
+        self,
+        report: Path,
+        header: Mapping[str, Any],
+        keys: Sequence[str],
+        asked: Container[str],
+        notice: Callable[[str], None],
     ) -> None:
-        self.path = path
-        self.rows: Rows = {}
+        self.path = path = report.with_name(f"{report.stem}.partial.jsonl")
+        finished, own = _finished(report, header, keys, asked, notice), Rows()
         first = json.dumps(header, allow_nan=False)
         lines = _lines(path)
         if lines and lines[0] == json.loads(first):
-            self.rows = _whole(lines[1:], keys)
-            if self.rows:
-                notice(f"{path} has {len(self.rows)} finished cases of an interrupted evaluation: going on from there")
+            own = _whole(lines[1:], keys)
+            if own:
+                notice(f"{path} has {len(own)} finished cases of an interrupted evaluation: going on from there")
         elif lines:
             kept = path.with_name(path.name + ".old")
             os.replace(path, kept)
             notice(f"{path} was made with {_difference(lines[0], dict(header))}: starting anew, it is now {kept.name}")
         # Written anew: what a kill cut off must not stand in the middle of the file.
         make_folder(path.parent)
-        text = "\n".join([first, *(json.dumps(row) for row in self.rows.values())])
+        text = "\n".join([first, *(json.dumps(row) for row in own.values())])
         write_text(path, text + "\n")
+        self.rows = finished | own
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Append one row; it's on the disk when this returns."""
@@ -64,7 +70,7 @@ def fingerprint(header: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
 
 
-def finished_rows(
+def _finished(
     path: Path, header: Mapping[str, Any], keys: Sequence[str], asked: Container[str], notice: Callable[[str], None]
 ) -> Rows:
     """The cases of a report at `path` that was made with the same header, by their key `inputs`; none of any other file.

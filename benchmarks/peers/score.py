@@ -24,7 +24,7 @@ from cdiff.runtime.engines.registry import open_engine
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.evaluate import FORMAT, Protocol, case_sha256, choose_split, evaluate
 from cdiff.runtime.files import sha256, write_json
-from cdiff.runtime.journal import Journal, fingerprint, finished_rows
+from cdiff.runtime.journal import Journal, fingerprint
 from cdiff.runtime.results import Stack
 from cdiff.runtime.scan import read_scan
 from cdiff.runtime.scores import CaseTally
@@ -149,20 +149,18 @@ def score_unet(
         "format": FORMAT,
     }
     out = run / scoring.file
-    known = finished_rows(out, header, ROW_KEYS, [case_sha256(case) for case in cases], say)
-    journal = Journal(out.with_suffix(".partial.jsonl"), header, ROW_KEYS, say)
-    known |= journal.rows
+    journal = Journal(out, header, ROW_KEYS, [case_sha256(case) for case in cases], say)
     rows: list[Row] = []
     empty: list[str] = []
     tick = Ticker(f"scoring {name}", len(cases), say)
     for number, case in enumerate(cases):
         inputs = case_sha256(case)
-        row = known.get(inputs) or score_case(peer, network, case, number, annotators, scoring)
+        row = journal.rows.get(inputs) or score_case(peer, network, case, number, annotators, scoring)
         if row is None:
             empty.append(case.name)
             continue
         row |= {"inputs": inputs, "chain": chain, "case": case.name}
-        if inputs not in known:
+        if inputs not in journal.rows:
             journal.add(row)
         rows.append(row)
         tick(number + 1)

@@ -84,7 +84,7 @@ def benchmark(
     from cdiff.runtime.bundle import shipped_bundle
     from cdiff.runtime.files import write_json
 
-    sizes = _sizes(batch)
+    sizes = options.whole_numbers("--batch", batch, "1,8,32")
     with TemporaryDirectory() as folder, Meter("benchmark", quiet) as meter:
         report = measure(
             export_run(run, Path(folder) / "bundle").path if run else model or shipped_bundle(),
@@ -105,13 +105,3 @@ def benchmark(
     if json_:
         write_json(json_, report)
         out.print(str(json_), soft_wrap=True)
-
-
-def _sizes(text: str) -> tuple[int, ...]:
-    try:
-        sizes = tuple(int(word) for word in text.split(","))
-    except ValueError:
-        sizes = ()
-    if not sizes or min(sizes) < 1:
-        raise CdiffError(f"--batch {text} is not a list of whole numbers from 1 on, such as 1,8,32")
-    return sizes

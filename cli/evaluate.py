@@ -213,7 +213,7 @@ def evaluate(
     from cdiff.runtime.publish import SCORES, check_steps, sweep_steps, write_report
     from cdiff.runtime.worst import WORST, worst_slices, write_worst
 
-    steps = None if steps_curve is None else _numbers(steps_curve)
+    steps = None if steps_curve is None else options.whole_numbers("--steps-curve", steps_curve, "1,2,5,10,25")
     if steps and report_ is None:
         raise CdiffError("--steps-curve needs a folder to write to; add --report DIR")
     if worst and report_ is None:
@@ -284,14 +284,3 @@ def evaluate(
     for path in (json_, report_):
         if path:
             out.print(str(path), soft_wrap=True)
-
-
-def _numbers(text: str) -> list[int]:
-    """ "1,2,5" as numbers."""
-    try:
-        numbers = [int(part) for part in text.split(",")]
-    except ValueError:
-        numbers = []
-    if not numbers or min(numbers) < 1:
-        raise CdiffError(f"--steps-curve {text!r} is no list of numbers of steps; write 1,2,5,10,25")
-    return numbers

@@ -184,14 +184,19 @@ LabelsOption = Annotated[
 
 
 def parse_labels(text: str | None) -> tuple[int, ...]:
-    """The numbers of --labels. Raises CdiffError when they are not whole numbers from 1 on."""
+    """The numbers of --labels, none where it is not given. Raises CdiffError as whole_numbers does."""
+    return whole_numbers("--labels", text, "1,4") if text else ()
+
+
+def whole_numbers(name: str, text: str, example: str) -> tuple[int, ...]:
+    """The numbers of an option such as "1,2,5". Raises CdiffError, with the option's name and an example, when they are not whole numbers from 1 on."""
     try:
-        labels = tuple(int(word) for word in (text or "").split(",") if word.strip())
+        numbers = tuple(int(word) for word in text.split(",") if word.strip())
     except ValueError:
-        labels = (0,)
-    if any(label < 1 for label in labels):
-        raise CdiffError(f"--labels {text} is not a list of whole numbers from 1 on, such as 1,4")
-    return labels
+        numbers = ()
+    if not numbers or min(numbers) < 1:
+        raise CdiffError(f"{name} {text} is not a list of whole numbers from 1 on, such as {example}")
+    return numbers
 
 
 @dataclass(frozen=True)

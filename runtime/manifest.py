@@ -101,23 +101,24 @@ class Manifest:
     @property
     def modalities(self) -> tuple[str, ...]:
         """The names of the channels, in order, where training read each from a file of its own; else empty."""
-        data = self.training.get("data", {})
-        names = data.get("modalities", []) if isinstance(data, dict) else []
-        return tuple(map(str, names))
+        return tuple(map(str, self._data.get("modalities", [])))
 
     @property
     def labels_inside(self) -> tuple[int, ...]:
         """The values of a mask that training took as inside; empty where none were named."""
-        data = self.training.get("data", {})
-        labels = data.get("labels", []) if isinstance(data, dict) else []
-        return tuple(map(int, labels))
+        return tuple(map(int, self._data.get("labels", [])))
 
     @property
     def slice_size(self) -> tuple[int, int] | None:
         """(h, w) of the slices that training read and normalised, in pixels; None where they differed or nothing says."""
-        data = self.training.get("data", {})
-        size = data.get("slice_size") if isinstance(data, dict) else None
+        size = self._data.get("slice_size")
         return None if size is None else (size[0], size[1])
+
+    @property
+    def _data(self) -> dict[str, Any]:
+        """What training says of its data; empty where it says nothing."""
+        data = self.training.get("data", {})
+        return data if isinstance(data, dict) else {}
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, the format version first."""
@@ -188,13 +189,12 @@ class Manifest:
             if isinstance(built, NoiseSchedule) and built.T != self.T:
                 _refuse(source, f"key 'schedule' has T = {built.T}, but key 'T' is {self.T}")
         self._check_fast(source)
-        data = self.training.get("data", {})
         for key, kind in (("modalities", str), ("labels", int)):
-            values = data.get(key, []) if isinstance(data, dict) else []
+            values = self._data.get(key, [])
             if not (isinstance(values, list) and all(type(value) is kind for value in values)):
                 words = "texts" if kind is str else "whole numbers"
                 _refuse(source, f"key 'training', data, {key} must be a list of {words}, not {values!r}")
-        size = data.get("slice_size") if isinstance(data, dict) else None
+        size = self._data.get("slice_size")
         if size is not None and not _is_size(size):
             _refuse(source, f"key 'training', data, slice_size must be two positive whole numbers, not {size!r}")
         for name in (ENCODER, DENOISER):

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from cdiff.runtime.batching import Timings, most_rows_of, rows_per_batch
+from cdiff.runtime.batching import Progress, Timings, most_rows_of, rows_per_batch
 from cdiff.runtime.bundle import Bundle, open_bundle
 from cdiff.runtime.device.cuda import OutOfMemory
 from cdiff.runtime.device.gpu import parse_device
@@ -38,7 +38,6 @@ from cdiff.runtime.zoom import check_zooms, shared_out, together
 
 LOG = logging.getLogger("cdiff")
 Combine = Literal["mean", "vote"]
-Progress = Callable[[int, int], None]
 RUNS = 25
 SAMPLER = "ddpm"
 
@@ -123,7 +122,7 @@ class Segmenter:
         series: int | None = None,
         batch: int | None = None,
         keep_runs: bool = False,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
     ) -> Result:
         """Segment a scan: a path (NIfTI, NRRD, MetaImage, PNG, DICOM ...), a NumPy array ([H, W], or three axes) or a nibabel NIfTI
         image; for a model of several channels also a list of paths, one file a modality, in the order of its training. What `read_scan` gave for this

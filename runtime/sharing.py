@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 from cdiff.runtime.batching import Progress, Timings, segment_windows
@@ -69,8 +69,7 @@ def segment_shared(
             stop.set()
             raise
     for _, mine in parts:
-        for field in fields(Timings):
-            setattr(spent, field.name, getattr(spent, field.name) + getattr(mine, field.name))
+        vars(spent).update(vars(spent + mine))
     return [result for found, _ in parts for result in found]
 
 

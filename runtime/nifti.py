@@ -6,7 +6,10 @@ import gzip
 import io
 import math
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -17,43 +20,63 @@ from numpy.typing import NDArray
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.shapes import by, check_kind, check_size, one_line, spatial_axes
 
+GZIP = b"\x1f\x8b"
 MOST_BEFORE_VOXELS = 2**30
 """Bytes of header and extensions in a file that is not damaged."""
 
 
 def parse_nifti(data: bytes, path: Path, channels: int) -> nib.Nifti1Image:
     """The NIfTI image in `data`, its header checked before nibabel can mend it in silence (it makes a zero spacing 1)."""
-    packed = data[:2] == b"\x1f\x8b"
-    try:
-        with gzip.open(io.BytesIO(data)) if packed else io.BytesIO(data) as file:
-            start = file.read(540)
-            kind = {b"n+1": nib.Nifti1Image, b"n+2": nib.Nifti2Image}.get(
-                start[344:347] if start[344:347] == b"n+1" else start[4:7]
+    packed = data.startswith(GZIP)
+    with _unpacked(data, path) as file:
+        start, kind, header = _begin(file, path)
+        check_header(header, str(path), channels)
+        size = math.prod(header.get_data_shape()) * header.get_data_dtype().itemsize
+        end = int(header["vox_offset"]) + size
+        # Deflate packs at most about 1032 to 1: a header that promises more than that lies, and is not given memory. Nor is one
+        # whose voxels lie behind more than extensions ever take.
+        if max(size, end) > (1032 if packed else 1) * len(data) or end - size > MOST_BEFORE_VOXELS:
+            raise CdiffError(
+                f"{path} holds less than its header promises ({size} bytes of voxels); it is truncated or damaged: copy it again"
             )
-            if kind is None:
-                raise CdiffError(
-                    f"{path} is not a NIfTI file (no NIfTI mark in its header); convert it, e.g. with dcm2niix"
-                )
-            header = kind.header_class(start[: kind.header_class.template_dtype.itemsize], check=False)
-            check_header(header, str(path), channels)
-            size = math.prod(header.get_data_shape()) * header.get_data_dtype().itemsize
-            end = int(header["vox_offset"]) + size
-            # Deflate packs at most about 1032 to 1: a header that promises more than that lies, and is not given memory. Nor is one
-            # whose voxels lie behind more than extensions ever take.
-            if max(size, end) > (1032 if packed else 1) * len(data) or end - size > MOST_BEFORE_VOXELS:
-                raise CdiffError(
-                    f"{path} holds less than its header promises ({size} bytes of voxels); it is truncated or damaged: copy it again"
-                )
-            raw = start + file.read(max(0, end - len(start)))
-            while file.read(2**20):  # to the end, for gzip to check its sum; nothing of it is kept
-                pass
+        raw = start + file.read(max(0, end - len(start)))
+        while file.read(2**20):  # to the end, for gzip to check its sum; nothing of it is kept
+            pass
         return kind.from_bytes(raw)
+
+
+def nifti_shape(data: bytes, path: Path) -> tuple[int, ...]:
+    """The shape that the header of the NIfTI file in `data` gives. Raises CdiffError when there is no such header."""
+    with _unpacked(data, path) as file:
+        return tuple(_begin(file, path)[2].get_data_shape())
+
+
+@contextmanager
+def _unpacked(data: bytes, path: Path) -> Iterator[Any]:
+    """A file's bytes, unpacked as they are read. Raises CdiffError for what goes wrong in the block."""
+    try:
+        with gzip.open(io.BytesIO(data)) if data.startswith(GZIP) else io.BytesIO(data) as file:
+            yield file
     except (EOFError, OSError, zlib.error) as error:
         raise CdiffError(f"{path} is truncated or damaged ({one_line(error)}); copy it again") from None
     except (ImageFileError, HeaderDataError, ValueError, OverflowError) as error:
         raise CdiffError(f"{path} is not a valid NIfTI file ({one_line(error)}); convert it again") from None
     except MemoryError:
         raise CdiffError(f"{path} needs more memory than there is; crop the scan first") from None
+
+
+def _begin(file: Any, path: Path) -> tuple[bytes, type[nib.Nifti1Image], nib.Nifti1Header]:
+    """What a file begins with, nibabel's class of images for it, and the header as it stands there."""
+    start = file.read(540)
+    kind = {b"n+1": nib.Nifti1Image, b"n+2": nib.Nifti2Image}.get(
+        start[344:347] if start[344:347] == b"n+1" else start[4:7]
+    )
+    if kind is None:
+        raise CdiffError(f"{path} is not a NIfTI file (no NIfTI mark in its header); convert it, e.g. with dcm2niix")
+    size = kind.header_class.template_dtype.itemsize
+    if len(start) < size:
+        raise EOFError("it ends within its header")
+    return start, kind, kind.header_class(start[:size], check=False)
 
 
 def check_header(header: nib.Nifti1Header, where: str, channels: int) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 import nibabel as nib
 
 from cdiff.runtime.itk import itk_shape, parse_itk
-from cdiff.runtime.nifti import parse_nifti
-from cdiff.runtime.sources import ITK_SUFFIXES
+from cdiff.runtime.nifti import nifti_shape, parse_nifti
+from cdiff.runtime.sources import ITK_SUFFIXES, read_bytes
 
 
 def parse_volume(data: bytes, path: Path, channels: int) -> nib.Nifti1Image:
@@ -19,7 +19,7 @@ def parse_volume(data: bytes, path: Path, channels: int) -> nib.Nifti1Image:
 
 
 def volume_shape(path: Path) -> tuple[int, ...]:
-    """The shape in a file's header; for NIfTI nibabel's errors where there is none."""
+    """The shape in a file's header. Raises CdiffError when there is no such header."""
     if path.name.lower().endswith(ITK_SUFFIXES):
         return itk_shape(path)
-    return tuple(nib.load(path).shape)  # type: ignore[attr-defined]
+    return nifti_shape(read_bytes(path), path)

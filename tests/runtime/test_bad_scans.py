@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cdiff.runtime.case import Case
 from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.partition import count_channels
 from cdiff.runtime.scan import read_scan
 from tests.runtime.scan_files import (
     AFFINE,
@@ -63,6 +65,12 @@ def bad_empty(folder: Path) -> Path:
 
 def bad_short(folder: Path) -> Path:
     (folder / "x.nii").write_bytes(nifti(folder / "y.nii", voxels(4, 4, 4)).read_bytes()[:200])
+    return folder / "x.nii"
+
+
+def bad_short_two(folder: Path) -> Path:
+    nib.save(nib.Nifti2Image(voxels(4, 4, 4), AFFINE), folder / "y.nii")
+    (folder / "x.nii").write_bytes((folder / "y.nii").read_bytes()[:200])
     return folder / "x.nii"
 
 
@@ -141,6 +149,7 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "empty": (bad_empty, "empty"),
     "text": (bad_text, "not a NIfTI file"),
     "short": (bad_short, "not a NIfTI file"),
+    "short, of the second kind": (bad_short_two, "truncated"),
     "truncated gzip": (bad_truncated, "truncated"),
     "truncated": (bad_truncated_plain, "truncated"),
     "flipped bit": (bad_flipped_bit, "damaged"),
@@ -190,6 +199,8 @@ def test_a_bad_scan_gets_one_clear_line(tmp_path: Path, kind: str) -> None:
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
     assert ";" in str(caught.value), "what to do is said too"
+    case = Case("x", path, (nifti(tmp_path / "mask.nii", voxels(2, 2)),))
+    assert count_channels([case]) == 1, "reading it for use says what is wrong"
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,10 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn, TypedDict
+from typing import Any, NoReturn, TypedDict, get_args
 
 from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.framing import FramingMode
 from cdiff.runtime.intensity import Intensity
 from cdiff.runtime.sampler import SAMPLERS
 from cdiff.runtime.schedule import NoiseSchedule
@@ -27,6 +28,8 @@ OUTSIDE = -1
 ONE_ZOOM = (1.0,)
 """Where a manifest names no zooms."""
 SMALLEST_ZOOM, LARGEST_ZOOM = 0.25, 4.0
+TARGETS, VARIANCES = ("eps", "x0", "v"), ("fixed", "learned")
+"""What a network predicts, and whether the spread of a step's noise is its second output."""
 ENCODER, DENOISER, WEIGHTS, CARD = "encoder.onnx", "denoiser.onnx", "model.safetensors", "README.md"
 
 
@@ -166,10 +169,10 @@ class Manifest:
             )
         choices = {
             "variant": tuple(VARIANTS),
-            "target": ("eps", "x0", "v"),
-            "variance": ("fixed", "learned"),
+            "target": TARGETS,
+            "variance": VARIANCES,
             "outside": (-1, 0),
-            "framing": ("resize", "tile", "centre"),
+            "framing": get_args(FramingMode),
             "precision": ("float32", "float16"),
             "slice_axis": (0, 1, 2),
         }

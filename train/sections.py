@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.framing import FramingMode
 from cdiff.runtime.intensity import Intensity
-from cdiff.runtime.manifest import LONGEST_SIDE
+from cdiff.runtime.manifest import LONGEST_SIDE, TARGETS, VARIANCES
 from cdiff.runtime.variants import IMPLICIT_ENSEMBLE, variant_called
 from cdiff.train.ranges import PUBLISHED, Ranges
 
@@ -53,20 +54,14 @@ class NetworkConfig:
     outside: int = -1
 
     def __post_init__(self) -> None:
-        if self.target not in ("eps", "x0", "v"):
-            raise CdiffError(f"target={self.target!r} is not known; use eps, x0 or v")
-        if self.variance not in ("fixed", "learned"):
-            raise CdiffError(f"variance={self.variance!r} is not known; use fixed or learned")
+        _one_of(self, target=TARGETS, variance=VARIANCES)
+        _one_of(self, embedding=("add", "scale-shift"), resample=("convolution", "block"))
         if self.outside not in (-1, 0):
             raise CdiffError(f"outside={self.outside} must be -1 or 0, what x0 is where a mask is not")
         if variant_called(self.variant) == IMPLICIT_ENSEMBLE and self.rrdbs:
             raise CdiffError(
                 f"variant={self.variant} concatenates the image and x_t, which is G as one convolution; set rrdbs=0, not {self.rrdbs}"
             )
-        if self.embedding not in ("add", "scale-shift"):
-            raise CdiffError(f"embedding={self.embedding!r} is not known; use add or scale-shift")
-        if self.resample not in ("convolution", "block"):
-            raise CdiffError(f"resample={self.resample!r} is not known; use convolution or block")
         if not self.channel_mult or min(self.channel_mult) < 1:
             raise CdiffError(f"channel_mult={list(self.channel_mult)} must be one number of at least 1 a depth")
         check_size(self.image_size, self, "image_size")
@@ -100,6 +95,15 @@ class NetworkConfig:
     def stride(self) -> int:
         """What the image's sides must be divisible by."""
         return int(2 ** (len(self.channel_mult) - 1))
+
+
+def _one_of(section: Any, **choices: tuple[str, ...]) -> None:
+    """Raise CdiffError unless each of these settings of a section is one of its words."""
+    for name, words in choices.items():
+        if getattr(section, name) not in words:
+            raise CdiffError(
+                f"{name}={getattr(section, name)!r} is not known; use {', '.join(words[:-1])} or {words[-1]}"
+            )
 
 
 def _at_least(section: Any, low: int, *names: str) -> None:
@@ -173,10 +177,7 @@ class DataConfig:
     val_fraction: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.framing not in ("resize", "tile", "centre"):
-            raise CdiffError(f"framing={self.framing!r} is not known; use resize, tile or centre")
-        if self.missing_raters not in ("skip", "as-is", "error"):
-            raise CdiffError(f"missing_raters={self.missing_raters!r} is not known; use skip, as-is or error")
+        _one_of(self, framing=get_args(FramingMode), missing_raters=("skip", "as-is", "error"))
         if self.slice_axis not in (0, 1, 2):
             raise CdiffError(f"slice_axis={self.slice_axis} must be 0, 1 or 2")
         _at_least(self, 0, "crop", "jitter")
@@ -279,12 +280,7 @@ class TrainingConfig:
         for name in ("lr", "clip", "t_power"):
             if not getattr(self, name) > 0:
                 raise CdiffError(f"{name}={getattr(self, name)} must be positive")
-        if self.decay not in ("none", "cosine"):
-            raise CdiffError(f"decay={self.decay!r} is not known; use none or cosine")
-        if self.clock not in ("wall", "cpu"):
-            raise CdiffError(f"clock={self.clock!r} is not known; use wall or cpu")
-        if self.amp not in ("auto", "off", "bf16", "fp16"):
-            raise CdiffError(f"amp={self.amp!r} is not known; use auto, off, bf16 or fp16")
+        _one_of(self, decay=("none", "cosine"), clock=("wall", "cpu"), amp=("auto", "off", "bf16", "fp16"))
         if not -1 <= self.prefetch <= 64:
             raise CdiffError(f"prefetch={self.prefetch} must lie in 0..64, or be -1 for the device's own")
         if not 0 <= self.ema < 1:

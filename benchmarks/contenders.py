@@ -118,7 +118,7 @@ class Through:
 
         network = load_network(self.segmenter.bundle, self.spec["device"])
         return {
-            **measure_floor(network).to_json(),
+            **asdict(measure_floor(network)),
             "parameters": sum(p.numel() for p in network.parameters()),
             "machine": describe_machine(torch.device(self.spec["device"])),
         }

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -23,9 +22,6 @@ class Floor:
     encoder_flop: int
     denoiser_flop: int
     rate: float
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def measure_floor(network: ConsensusNet) -> Floor:

@@ -97,6 +97,7 @@ class Intensity:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Intensity:
+        """The inverse of to_json. Raises TypeError for a key that is none of its."""
         values: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in data.items()
         }

@@ -71,4 +71,5 @@ class NoiseSchedule:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> NoiseSchedule:
+        """The inverse of to_json. Raises TypeError for a key that is none of its."""
         return cls(**data)

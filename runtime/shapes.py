@@ -28,6 +28,7 @@ def spatial_axes(shape: tuple[int, ...], channels: int, where: str) -> tuple[int
 
 
 def check_size(shape: tuple[int, ...], where: str) -> None:
+    """Raise CdiffError for a shape without a voxel, or of more than MAX_VOXELS."""
     if math.prod(shape) < 1:
         raise CdiffError(f"{where} has shape {by(shape)}, so it holds no voxel; export the scan again")
     if math.prod(shape) > MAX_VOXELS:
@@ -37,6 +38,7 @@ def check_size(shape: tuple[int, ...], where: str) -> None:
 
 
 def check_kind(dtype: np.dtype[Any], where: str) -> None:
+    """Raise CdiffError for values that are no real numbers."""
     if dtype.kind not in "biuf":
         raise CdiffError(
             f"{where} holds values of type {dtype}; real numbers are needed: convert it to int16 or float32"
@@ -44,8 +46,10 @@ def check_kind(dtype: np.dtype[Any], where: str) -> None:
 
 
 def by(shape: tuple[int, ...]) -> str:
+    """A shape in words: 64 x 64."""
     return " x ".join(str(int(length)) for length in shape) or "()"
 
 
 def one_line(error: BaseException) -> str:
+    """What an error says, on one line; its kind where it says nothing."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -16,6 +16,7 @@ from cdiff.runtime.framing import Framing, box_around, resize
 from cdiff.runtime.intensity import Intensity
 from cdiff.runtime.metrics import dice
 from cdiff.runtime.prepared import missed
+from cdiff.runtime.results import Result
 from cdiff.runtime.segmenter import Segmenter
 from tests.conftest import REPOSITORY
 from tests.runtime.dicom_files import orthogonal
@@ -58,14 +59,24 @@ def assert_same_maps(found: Any, crop: Any, corner: tuple[int, int]) -> None:
     assert np.nanmax(crop.soft) > 0.1, "maps of nothing would not tell"
 
 
-@pytest.mark.parametrize("corner", [(0, 0), (384, 384), (0, 211), (97, 150)])
-def test_the_shipped_model_gives_a_crops_maps_wherever_it_lies(corner: tuple[int, int]) -> None:
-    """At a corner, at an edge and inside of a 512 x 512 slice; with mirrored runs and all of them kept."""
+CHAIN: dict[str, Any] = {"fast": True, "seed": 4, "slices": "2:4", "keep_runs": True}
+
+
+@pytest.fixture(scope="module")
+def demo_alone() -> tuple[Segmenter, np.ndarray, Result]:
+    """The shipped model, its demo crop, and the crop's own maps."""
     crop, model = np.asanyarray(nib.load(DEMO).dataobj), cdiff.load()
-    chain: dict[str, Any] = {"fast": True, "seed": 4, "slices": "2:4", "keep_runs": True}
-    alone = model.segment(crop, **chain)
+    return model, crop, model.segment(crop, **CHAIN)
+
+
+@pytest.mark.parametrize("corner", [(0, 0), (384, 384), (0, 211), (97, 150)])
+def test_the_shipped_model_gives_a_crops_maps_wherever_it_lies(
+    corner: tuple[int, int], demo_alone: tuple[Segmenter, np.ndarray, Result]
+) -> None:
+    """At a corner, at an edge and inside of a 512 x 512 slice; with mirrored runs and all of them kept."""
+    model, crop, alone = demo_alone
     place = (corner[0] + 64, corner[1] + 64, 3)
-    found = model.segment(around(crop, corner, (512, 512)), at=place, **chain)
+    found = model.segment(around(crop, corner, (512, 512)), at=place, **CHAIN)
     assert found.report["mirror"] is True
     assert_same_maps(found, alone, corner)
     assert found.stack.runs is not None

@@ -8,6 +8,7 @@ agree before they start, and that all end, one of them saying why, when one fail
 from __future__ import annotations
 
 import atexit
+import gc
 import logging
 import os
 import socket
@@ -152,6 +153,7 @@ def joined(cuda: bool) -> Iterator[Fabric]:
 def _leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+        gc.collect()  # a model in a cycle of references keeps the group's threads, which abort the process if Python ends before them
 
 
 def name_of(fabric: Fabric) -> str:

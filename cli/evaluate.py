@@ -206,11 +206,19 @@ def evaluate(
     cdiff evaluate --data my_data --group "patient[0-9]+" --paper-table --beside annotator.json
     """
     from cdiff.runtime.cases import find_cases
-    from cdiff.runtime.evaluate import Protocol, choose_split, labelled_as_trained, may_be_too_good, trained_task
+    from cdiff.runtime.evaluate import (
+        Protocol,
+        choose_split,
+        held_out,
+        labelled_as_trained,
+        may_be_too_good,
+        trained_task,
+    )
     from cdiff.runtime.evaluate import evaluate as score
     from cdiff.runtime.files import write_json
     from cdiff.runtime.paper import read_beside
     from cdiff.runtime.publish import SCORES, check_steps, sweep_steps, write_report
+    from cdiff.runtime.shapes import several
     from cdiff.runtime.worst import WORST, worst_slices, write_worst
 
     steps = None if steps_curve is None else options.whole_numbers("--steps-curve", steps_curve, "1,2,5,10,25")
@@ -232,10 +240,12 @@ def evaluate(
     found = find_cases(data, task, layout=layout, labels=asked)
     for note in found.notes:
         warn(note)
-    chosen, cases = choose_split(found, split)
-    cases = cases[:limit]
-    say(f"split {chosen} of {', '.join(found)}: {len(cases)} cases", quiet)
     segmenter = model.load(quiet)
+    held = held_out(found, data, segmenter.manifest)
+    chosen, cases = choose_split(found, split, held)
+    whence = "what the training of this model held out of this data" if cases is held else f"of {', '.join(found)}"
+    cases = cases[:limit]
+    say(f"split {chosen}, {whence}: {several(len(cases), 'case')}", quiet)
     if found.task and (trained := trained_task(segmenter.manifest)) and trained != found.task:
         warn(f"the model was trained on {trained}, and {found.task} is scored")
     if split is None and (doubt := may_be_too_good(segmenter.manifest, chosen, len(cases))):

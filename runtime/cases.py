@@ -18,6 +18,7 @@ from cdiff.runtime.leftover import Leftover
 from cdiff.runtime.masks import mask_slices, read_mask
 from cdiff.runtime.oddities import Oddities
 from cdiff.runtime.scan import read_scan
+from cdiff.runtime.shapes import several
 from cdiff.runtime.table import SUFFIXES, is_table, names_scans, read_table
 
 __all__ = ["Case", "DataSet", "Problem", "find_cases", "read_case", "read_masks"]
@@ -84,7 +85,9 @@ def find_cases(
         raise CdiffError(found.problems[0].text)
     if "all" in found and len(found) > 1:
         stray = found.pop("all")
-        found.notes.append(f"{len(stray)} cases beside the split folders ({listed([c.name for c in stray])}): left out")
+        found.notes.append(
+            f"{several(len(stray), 'case')} beside the split folders ({listed([c.name for c in stray])}): left out"
+        )
     if not found:
         many = f"none of the {len(entries)} cases in {root} has a mask and can be used"
         reason = found.problems[0].text if found.problems else "there is nothing to learn from or to compare with"
@@ -92,7 +95,7 @@ def find_cases(
     for split, cases in found.unlabelled.items():
         names = listed([case.name for case in cases])
         found.notes.append(
-            f"{len(cases)} {split} cases without a mask{f' of {chosen}' if task else ''} ({names}): left out"
+            f"{several(len(cases), f'{split} case')} without a mask{f' of {chosen}' if task else ''} ({names}): left out"
         )
     return found
 
@@ -126,7 +129,7 @@ def _entries(root: Path, layout: str, notes: list[str]) -> tuple[str, list[Entry
     if by_layout and len(tables) == 1 and _names_all(tables[0], by_layout.values()):
         by_layout = {}
     if len(by_layout) + bool(tables) > 1 or len(tables) > 1:
-        what = [f"{name} ({len(entries)} cases)" for name, entries in by_layout.items()]
+        what = [f"{name} ({several(len(entries), 'case')})" for name, entries in by_layout.items()]
         what += [f"the table {path.name}" for path in tables]
         raise CdiffError(
             f"{root} can be read in several ways: {', '.join(what)}; choose with --layout, or give one folder or table"
@@ -175,7 +178,9 @@ def _one_data_set(root: Path, entries: list[Entry], task: str | None) -> tuple[l
     head, _, tail = (task or "").rpartition("/")
     if head and head in groups:
         return groups[head], tail
-    kinds = listed([f"{name or 'the folder itself'} ({len(group)} cases)" for name, group in groups.items()], MOST)
+    kinds = listed(
+        [f"{name or 'the folder itself'} ({several(len(group), 'case')})" for name, group in groups.items()], MOST
+    )
     name = next(filter(None, groups))
     patients = "if they are patients of one, put them in a split folder, such as Training"
     together = "to take all as one, put them in one folder" if "" in groups else patients
@@ -210,7 +215,7 @@ def _joined(groups: dict[str, list[Entry]]) -> dict[str, list[Entry]]:
 def _one_task(root: Path, entries: list[Entry], task: str | None, data_set: str | None) -> str | None:
     """The structure that is meant; None when no case has any mask. data_set: what the user chose already."""
     counts = Counter(name for entry in entries for name, masks in entry.tasks.items() if masks)
-    kinds = ", ".join(f"{name} (in {counts[name]} cases)" for name in sorted(counts, key=natural))
+    kinds = ", ".join(f"{name} (in {several(counts[name], 'case')})" for name in sorted(counts, key=natural))
     if task is not None:
         if task not in counts:
             raise CdiffError(f"no case in {root} has masks of the task {task!r}; there is {kinds or 'no mask at all'}")

@@ -18,7 +18,7 @@ from cdiff.runtime.look import SEVERITIES, Finding, Look, look_at
 from cdiff.runtime.metrics import bootstrap_over_cases
 from cdiff.runtime.oddities import better_axis
 from cdiff.runtime.partition import count_annotators, count_channels, none_has, partition, training_cases
-from cdiff.runtime.shapes import by
+from cdiff.runtime.shapes import by, several
 
 AVERAGED = (
     "mean over the pairs of annotators in a slice, then over the slices that at least one annotator marked (a mask beside "
@@ -108,7 +108,7 @@ def _over_cases(looks: list[Look], C: int) -> list[Finding]:
                 rater for rater, count in usual.items() if count * 2 > len(looks) and rater not in look.case.raters
             ]
             without = f" ({', '.join(lacking)} missing)" if lacking and len(look.case.masks) < C else ""
-            text = f"{len(look.case.masks)} masks{without}, the others have {C}; training leaves it out unless told otherwise"
+            text = f"{several(len(look.case.masks), 'mask')}{without}, the others have {C}; training leaves it out unless told otherwise"
             out.append(Finding("warning", "annotators", look.case.name, text, look.split))
     same = [look for look in looks if look.at_least is not None and len(look.case.masks) == C]
     if same and not any(look.at_least[-1] for look in same if look.at_least is not None) and C > 1:

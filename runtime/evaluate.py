@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from cdiff import __version__
 from cdiff.runtime.case import listed
-from cdiff.runtime.cases import Case, read_case, read_masks
+from cdiff.runtime.cases import Case, DataSet, read_case, read_masks
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import sha256, write_json
 from cdiff.runtime.itk import itk_bytes
@@ -24,7 +24,7 @@ from cdiff.runtime.journal import Journal, fingerprint
 from cdiff.runtime.manifest import NAME as MANIFEST
 from cdiff.runtime.manifest import Manifest
 from cdiff.runtime.oddities import Oddities
-from cdiff.runtime.partition import HELD_OUT
+from cdiff.runtime.partition import HELD_OUT, held_out_of
 from cdiff.runtime.scan import read_scan
 from cdiff.runtime.scores import CaseTally, evenly, marked_slices
 from cdiff.runtime.sources import ITK_SUFFIXES
@@ -102,9 +102,12 @@ class _Job:
                 yield slice(first, min(first + most, end))
 
 
-def choose_split(found: Mapping[str, list[Case]], wanted: str | None = None) -> tuple[str, list[Case]]:
+def choose_split(
+    found: Mapping[str, list[Case]], wanted: str | None = None, held: list[Case] | None = None
+) -> tuple[str, list[Case]]:
     """The split to score: the one asked for, else test, else val, else all; "all" joins the splits there are,
-    and cases of one name in two of them are called split/name.
+    and cases of one name in two of them are called split/name. held: what the model's training held out of this data, where that
+    has no split val: they are it.
 
     Raises CdiffError when the one asked for is not there, or none is asked for and only a training split is.
     """
@@ -115,26 +118,39 @@ def choose_split(found: Mapping[str, list[Case]], wanted: str | None = None) -> 
             for split, cases in found.items()
             for case in cases
         ]
+    splits = {**found, "val": held} if held else found
     for split in (wanted,) if wanted else ("test", "val", "all"):
-        if split in found:
-            return split, found[split]
+        if split in splits:
+            return split, splits[split]
     there = ", ".join(found)
     if wanted:
         raise CdiffError(f"there is no split {wanted} in this data, which has {there}; choose one with --split")
     raise CdiffError(f"the data has only the split {there}; name it with --split to score what was trained on")
 
 
+def held_out(found: DataSet, root: Path, manifest: Manifest) -> list[Case]:
+    """What the model's training held out of this very data to validate on; none where the data has cases for that, or is other."""
+    told = _data_of(manifest).get("held_out")
+    return held_out_of(found, root, told) if isinstance(told, Mapping) and not found.get("val") else []
+
+
 def may_be_too_good(manifest: Manifest, split: str, count: int) -> str | None:
     """That the cases to score may be those that the model learned from; None unless neither they nor its training name splits.
 
-    Which cases a model saw its bundle does not say; that some of the training's were held out, it does.
+    Asked where those that the training held out are not found: the data is other, or the bundle of before bundles said which.
     """
-    if split != "all" or HELD_OUT not in str(manifest.training.get("data")):
+    if split != "all" or HELD_OUT not in str(_data_of(manifest)):
         return None
     return (
         f"no split is named, so all {count} cases are scored; the model was trained on data without a validation split: where they "
         "are the same, these scores are too good; put cases that it never saw in a folder Testing, or name them test in a table"
     )
+
+
+def _data_of(manifest: Manifest) -> Mapping[str, Any]:
+    """What the bundle says of the data that the model was trained on."""
+    data = manifest.training.get("data")
+    return data if isinstance(data, Mapping) else {}
 
 
 def labelled_as_trained(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.shapes import several
 
 TITLES = {
     1: "Table 1: soft Dice at five thresholds, %",
@@ -104,7 +105,7 @@ def _rows_of(report: Mapping[str, Any], source: str) -> list[PaperRow]:
     data = report["data"]
     at_hand = " ".join(str(data[key]) for key in ("folder", "split", "task") if data.get(key)) or "the data at hand"
     # Not all scored slices: in those that nobody marked these scores are not defined.
-    at_hand += f" ({report['soft_dice_5']['n_slices']} slices of {report['n_cases']} cases)"
+    at_hand += f" ({several(report['soft_dice_5']['n_slices'], 'slice')} of {several(report['n_cases'], 'case')})"
     model, variant = report["model"]["name"], report["model"].get("variant", "consensus")
     protocol = report["protocol"]
     chain = f"{protocol['runs']} runs x {protocol['steps']} steps, {protocol['sampler']}, {protocol['combine']}"

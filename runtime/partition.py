@@ -5,10 +5,13 @@ Here, not in the trainer, so that `cdiff data check` (which needs no PyTorch) sa
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -30,11 +33,15 @@ LOOKED_AT = 4
 
 @dataclass(frozen=True)
 class Partition:
-    """The cases to train on and those to validate on, and in a line each what a user should know of the choice."""
+    """The cases to train on and those to validate on, and in a line each what a user should know of the choice.
+
+    held_out: how the latter were chosen where the data does not say, for the bundle: what `held_out_of` needs to find them again.
+    """
 
     train: list[Case]
     val: list[Case]
     notes: tuple[str, ...] = ()
+    held_out: Mapping[str, Any] | None = None
 
 
 def partition(
@@ -50,6 +57,20 @@ def partition(
         return Partition(train, val)
     why = "the validation cases have no masks" if found.unlabelled.get("val") else "no validation folder"
     return _hold_out(train, val_fraction, seed, why, levels)
+
+
+def held_out_of(found: DataSet, root: Path, told: Mapping[str, Any]) -> list[Case]:
+    """The cases that a training held out of this very data, by what its bundle is `told` of them; none where the data is other.
+
+    A case is known by its name, the number of its masks and the length of its image's file: the data may have been moved, and no voxel
+    is read; other data whose cases have the same names is told apart.
+    """
+    try:
+        fraction, seed, levels, cases = (told[key] for key in ("val_fraction", "seed", "levels", "cases"))
+        split = partition(found, root, fraction, seed, levels)
+    except (KeyError, TypeError, CdiffError):
+        return []
+    return split.val if split.held_out and split.held_out["cases"] == cases else []
 
 
 def training_cases(found: DataSet, root: Path) -> list[Case]:
@@ -82,7 +103,21 @@ def _hold_out(cases: list[Case], fraction: float, seed: int, why: str, levels: i
     held = {i for place in order[:number] for i in members[place]}
     notes.insert(0, f"{why}: {HELD_OUT} {len(held)} of {len(cases)} cases for validation")
     train, val = ([case for i, case in enumerate(cases) if (i in held) == kept] for kept in (False, True))
-    return Partition(train, val, tuple(notes))
+    told = {"val_fraction": fraction, "seed": seed, "levels": levels, "cases": _fingerprint(train, val)}
+    return Partition(train, val, tuple(notes), told)
+
+
+def _fingerprint(*parts: list[Case]) -> str:
+    """SHA-256 of what the cases are known by, part by part."""
+    known = [sorted((case.name, len(case.masks), _length(case.image)) for case in part) for part in parts]
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()
+
+
+def _length(path: Path) -> int:
+    try:
+        return path.stat().st_size if path.is_file() else 0
+    except OSError:
+        return 0
 
 
 def count_annotators(cases: Sequence[Case]) -> int:

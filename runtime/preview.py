@@ -13,6 +13,7 @@ from cdiff.runtime.files import atomic_path
 from cdiff.runtime.grid import View
 from cdiff.runtime.report import NOTICE
 from cdiff.runtime.results import entropy
+from cdiff.runtime.shapes import several
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -235,7 +236,7 @@ def how(report: dict[str, Any]) -> str:
     if "bundle" not in report:
         return ""
     return (
-        f"model {_short(report['bundle'], 30)}  ·  {report['sampler']}, {_counted(report['steps'], 'step')} × {_counted(report['runs'], 'run')}, "
+        f"model {_short(report['bundle'], 30)}  ·  {report['sampler']}, {several(report['steps'], 'step')} × {several(report['runs'], 'run')}, "
         f"seed {report['seed']}  ·  {report['engine']} on {report['device']}"
     )
 
@@ -280,8 +281,3 @@ def _key(place: tuple[float, float, float, float], height: float) -> tuple[float
     """Where the key of a panel goes: below it."""
     left, bottom, across, _ = place
     return left, bottom - 0.1 - height, across, height
-
-
-def _counted(number: int, word: str) -> str:
-    """1 step, 2 steps."""
-    return f"{number} {word}" if number == 1 else f"{number} {word}s"

@@ -17,7 +17,7 @@ def spatial_axes(shape: tuple[int, ...], channels: int, where: str) -> tuple[int
     axes = shape
     if channels > 1:
         if len(shape) < 3 or shape[-1] != channels:
-            raise CdiffError(f"{where} has shape {by(shape)}; {channels} channels are needed, on the last axis")
+            raise CdiffError(f"{where} has shape {by(shape)}; {channels} channels on the last axis are needed")
         axes = shape[:-1]
     while len(axes) > 3 and axes[-1] == 1:
         axes = axes[:-1]
@@ -48,6 +48,11 @@ def check_kind(dtype: np.dtype[Any], where: str) -> None:
 def by(shape: tuple[int, ...]) -> str:
     """A shape in words: 64 x 64."""
     return " x ".join(str(int(length)) for length in shape) or "()"
+
+
+def several(number: int, word: str) -> str:
+    """1 case, 2 cases."""
+    return f"{number} {word}" if number == 1 else f"{number} {word}s"
 
 
 def one_line(error: BaseException) -> str:

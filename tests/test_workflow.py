@@ -78,7 +78,7 @@ def test_volumes_of_five_annotators(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_microscopy_in_colour(tmp_path: Path) -> None:
-    """2-D images of three channels, cut in tiles, without split folders; and a PNG segmented like its NIfTI."""
+    """2-D images of three channels, cut in tiles, without split folders; a PNG segmented like its NIfTI; scores of what was held out."""
     data = write_synthetic_dataset(tmp_path / "data", 5, raters=3, shape=(40, 52), channels=3)
     trained, bundle, maps = tmp_path / "run", tmp_path / "bundle", tmp_path / "maps"
     settings = [part for text in ("image_channels=3", "framing=tile") for part in ("--set", text)]
@@ -97,6 +97,11 @@ def test_microscopy_in_colour(tmp_path: Path) -> None:
     from_png, _ = load(maps / "picture_soft.nii.gz")
     assert from_nifti.shape == (40, 52)
     np.testing.assert_array_equal(from_png.reshape(40, 52), from_nifti)
+
+    # Of the data that it learned from, the case that training held out is scored, and no other.
+    run("evaluate", "--data", data, "--model", bundle, "--runs", 1, "--steps", 2, "--json", tmp_path / "scores.json")
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert (scores["data"]["split"], scores["n_cases"]) == ("val", 1)
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from cdiff.runtime.cases import Case, DataSet, find_cases, read_case
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.framing import resize
 from cdiff.runtime.oddities import Oddities
+from cdiff.runtime.shapes import several
 from cdiff.runtime.variants import ANNOTATOR, variant_called
 from cdiff.train.augment import Window, cut, random_window, recoloured
 from cdiff.train.config import Config
@@ -78,6 +79,8 @@ def read_data(root: Path, config: Config) -> Data:
     split = partition.partition(found, root, config.data.val_fraction, config.training.seed, needed)
     train, val, notes = split.train, split.val, [*found.notes, *split.notes]
     summary: dict[str, Any] = {"annotators": C, "layout": found.layout}
+    if split.held_out:
+        summary["held_out"] = dict(split.held_out)
     if config.data.labels:
         summary["labels"] = list(config.data.labels)
     if found.modalities:
@@ -132,7 +135,10 @@ def _read(cases: list[Case], config: Config, C: int, notes: list[str], whose: tu
         others = bool(whose) and [natural(name) for name in case.raters] != [natural(name) for name in whose]
         if len(case.masks) != C or others:
             policy = config.data.missing_raters
-            what, remedy = f"{len(case.masks)} masks, not {C}", f"levels={len(case.masks)} or missing_raters=skip"
+            what, remedy = (
+                f"{several(len(case.masks), 'mask')}, not {C}",
+                f"levels={len(case.masks)} or missing_raters=skip",
+            )
             if len(case.masks) == C:
                 what = f"masks of {', '.join(case.raters)}, others of {', '.join(whose)}"
                 remedy = "missing_raters=skip, or a variant that does not tell annotators apart"

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from cdiff.runtime.case import listed
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import write_json
+from cdiff.runtime.shapes import several
 from cdiff.train.checkpoint import read_json
 
 NAME = "data.json"
@@ -46,7 +47,7 @@ class Seen:
     def differs(self, then: Seen) -> str:
         """What is not as it was `then`, in words; nothing where a training sees the same. The name alone is no difference."""
         if self.masks != then.masks:
-            return f"has {self.masks} masks and had {then.masks}"
+            return f"has {several(self.masks, 'mask')} and had {then.masks}"
         if self.shape != then.shape:
             return f"is {_size(self.shape)} and was {_size(then.shape)}"
         if self.marked != then.marked:

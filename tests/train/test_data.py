@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from cdiff.runtime.cases import find_cases
 from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.partition import held_out_of
 from cdiff.train.config import Config
 from cdiff.train.data import centre_windows, fit_to_data, read_data, training_batch
 from cdiff.train.presets import preset
@@ -49,6 +52,8 @@ def test_without_split_folders_whole_cases_are_held_out_and_it_is_said(tmp_path:
     assert set(data.train.names) | set(data.val.names) == {f"case{i:02d}" for i in range(1, 7)}
     assert not set(data.train.names) & set(data.val.names)
     assert "held out 2 of 6 cases" in data.notes[0]
+    again = held_out_of(find_cases(root), root, json.loads(json.dumps(data.summary["held_out"])))
+    assert {case.name for case in again} == set(data.val.names)
 
 
 @pytest.mark.parametrize(("policy", "cases"), [("skip", 3), ("as-is", 4)])

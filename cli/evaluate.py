@@ -243,9 +243,9 @@ def evaluate(
     segmenter = model.load(quiet)
     held = held_out(found, data, segmenter.manifest)
     chosen, cases = choose_split(found, split, held)
-    whence = "what the training of this model held out of this data" if cases is held else f"of {', '.join(found)}"
+    whence = "(held out of this data when the model was trained)" if cases is held else f"of {', '.join(found)}"
     cases = cases[:limit]
-    say(f"split {chosen}, {whence}: {several(len(cases), 'case')}", quiet)
+    say(f"split {chosen} {whence}: {several(len(cases), 'case')}", quiet)
     if found.task and (trained := trained_task(segmenter.manifest)) and trained != found.task:
         warn(f"the model was trained on {trained}, and {found.task} is scored")
     if split is None and (doubt := may_be_too_good(segmenter.manifest, chosen, len(cases))):

@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 @options.spread
 def segment(
-    scan: Annotated[
-        Path | None,
+    named: Annotated[
+        list[Path] | None,
         typer.Argument(
             metavar="SCAN",
             help="A scan (.nii.gz, .nrrd, .mha, .png ...), a folder of DICOM files, a folder of scans, a case folder (with a file for "
-            "each modality, if the model takes several), a folder of those, or a table (.csv) of images.",
+            "each modality, if the model takes several), a folder of those, or a table (.csv) of images; or several of these.",
             show_default=False,
         ),
     ] = None,
@@ -128,6 +128,7 @@ def segment(
     NAME_uncertainty.nii.gz  entropy in bits; standard deviation over runs
     NAME_mask.nii.gz         1 where the share is one half or more
     NAME_preview.png         a picture of the result
+    NAME_page.html           with --page, to leaf through in a browser
     NAME.json                what was done: hashes, seed, timings, volumes
 
     Models of other variants write the same files; docs/variants.md says what
@@ -137,29 +138,30 @@ def segment(
 
     cdiff segment scan.nii.gz
     cdiff segment scan.nii.gz -o maps --fast --page
+    cdiff segment a.nii.gz b.nii.gz -o maps --fast
     cdiff segment folder -o maps --model my_bundle --steps 20 --sampler ddim
     cdiff segment chest.nii.gz --at 212,180,45 --slices 40:51
     cdiff segment dicom_folder --series 4 --at L30,P20,S50 --dicom-seg
     """
     from cdiff.runtime.dicom_seg import must_allow_dicom_seg
     from cdiff.runtime.files import must_take_files
-    from cdiff.runtime.inputs import must_exist, passed_over, scans_at
+    from cdiff.runtime.inputs import must_exist, scans_named
     from cdiff.runtime.overlap import overlapped
     from cdiff.runtime.results import must_be_free
 
-    path = must_exist(_one_of(scan, input_))
+    paths = [must_exist(path) for path in _named(named or [], input_)]
     must_take_files(output)
     segmenter = model.load(quiet)
     if hint := chain.hint(segmenter):
         say(hint, quiet)
-    left: list[Path] = []
-    scans = scans_at(path, segmenter.manifest.image_channels, segmenter.manifest.modalities, left)
-    if left:
-        warn(passed_over(path, left))
-    if at is not None and len(scans) > 1:
-        raise CdiffError(f"--at names a place in one scan, and {path} holds {len(scans)}; name one of them")
-    if series is not None and len(scans) > 1:
-        raise CdiffError(f"--series names one of a folder's, and {path} holds {len(scans)} scans; name one of them")
+    notes: list[str] = []
+    scans = scans_named(paths, segmenter.manifest.image_channels, segmenter.manifest.modalities, notes)
+    for note in notes:
+        warn(note)
+    for option, given, what in (("--at", at, "a place in one scan"), ("--series", series, "one of a folder's")):
+        if given is not None and len(scans) > 1:
+            where = f"{paths[0]} holds {len(scans)}" if len(paths) == 1 else f"{len(scans)} scans are named"
+            raise CdiffError(f"{option} names {what}, and {where}; name one of them")
     labels = {item.name: f"{number}/{len(scans)} {item.name}" for number, item in enumerate(scans, start=1)}
 
     def read(item: NamedScan) -> Prepared:
@@ -203,9 +205,9 @@ def segment(
         raise typer.Exit(SOME_FAILED)
 
 
-def _one_of(scan: Path | None, input_: Path | None) -> Path:
-    if scan and input_ and scan != input_:
-        raise CdiffError(f"two scans are named, {scan} and -i {input_}; give one, or the folder that holds both")
-    if named := scan or input_:
-        return named
-    raise CdiffError("no scan is named; try: cdiff segment SCAN (see cdiff segment --help)")
+def _named(scans: list[Path], input_: Path | None) -> list[Path]:
+    """What was named, by either way; a file that is named twice is one. Raises CdiffError when nothing is."""
+    named = list(dict.fromkeys([*scans, *([input_] if input_ else [])]))
+    if not named:
+        raise CdiffError("no scan is named; try: cdiff segment SCAN (see cdiff segment --help)")
+    return named

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +53,36 @@ def scans_at(
         scans = list(_scans_in(path, channels, modalities, left))
         if not scans:
             raise CdiffError(_nothing_in(path, left))
+    must_differ(scans)
+    return scans
+
+
+def scans_named(
+    paths: Sequence[Path], channels: int = 1, modalities: Sequence[str] = (), notes: list[str] | None = None
+) -> list[NamedScan]:
+    """The scans that several paths name, as `scans_at` has each, path by path.
+
+    Of several files those are left out whose names say that they are a benchmark's masks or maps of ours, as in a folder: a shell's
+    `*` takes them too. notes: takes a line on what was left out. Raises CdiffError as `scans_at` does, and where only such files are named.
+    """
+    notes = [] if notes is None else notes
+    masks = [path for path in paths if path.is_file() and not _is_scan(path)] if len(paths) > 1 else []
+    if masks:
+        notes.append(f"{listed([path.name for path in masks])}: masks or maps by their names, not taken")
+    scans: list[NamedScan] = []
+    for path in paths:
+        left: list[Path] = []
+        scans += [] if path in masks else scans_at(path, channels, modalities, left)
+        if left:
+            notes.append(passed_over(path, left))
+    if not scans:
+        raise CdiffError(f"only masks or maps are named ({listed([path.name for path in masks])}); name the scan alone")
+    must_differ(scans)
+    return scans
+
+
+def must_differ(scans: Iterable[NamedScan]) -> None:
+    """Raise CdiffError when two scans would write the same files."""
     seen: dict[str, NamedScan] = {}
     for scan in scans:
         if scan.name in seen:
@@ -60,7 +90,6 @@ def scans_at(
                 f"{_first(seen[scan.name])} and {_first(scan)} would both write {scan.name}_soft.nii.gz; rename one"
             )
         seen[scan.name] = scan
-    return scans
 
 
 def passed_over(root: Path, left: Sequence[Path]) -> str:

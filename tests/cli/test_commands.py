@@ -18,9 +18,9 @@ ENDINGS = {"_soft.nii.gz", "_levels.nii.gz", "_uncertainty.nii.gz", "_mask.nii.g
 SHORT = ("--runs", 2, "--steps", 3)
 
 
-def run(*arguments: object) -> Any:
+def run(*arguments: object, code: int = 0) -> Any:
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == code, result.output
     return result
 
 
@@ -104,6 +104,28 @@ def test_a_folder_of_cases(tiny_data: Path, tiny_bundle: Path, tmp_path: Path) -
     result = run("segment", tiny_data / "Validation", "-o", tmp_path, "--model", tiny_bundle, *SHORT, "--no-preview")
     assert {path.name for path in tmp_path.glob("*.json")} == {"case01.json", "case02.json"}
     assert "2 of 2 scans" in result.stderr
+
+
+def test_several_scans_and_folders_at_once(tiny_data: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    """As a shell's * names them: masks among them are no scans, the same file twice is one, two of one name are refused before any work."""
+    one, two = (tmp_path / f"{name}.nii.gz" for name in "ab")
+    for copy in (one, two):
+        copy.write_bytes((tiny_data / "Validation/case01/image.nii.gz").read_bytes())
+    mask = tiny_data / "Validation/case01/task01_seg01.nii.gz"
+    short = ("--model", tiny_bundle, "--runs", 1, "--steps", 1, "--no-preview")
+    result = run("segment", one, two, one, mask, tiny_data / "Validation", "-o", tmp_path / "maps", *short)
+    assert {path.name for path in (tmp_path / "maps").glob("*.json")} == {
+        f"{name}.json" for name in ("a", "b", "case01", "case02")
+    }
+    assert "task01_seg01.nii.gz: masks or maps by their names, not taken" in result.stderr
+    for names, said in (
+        ((one, tiny_data / "Training/case01", tiny_data / "Validation/case01"), "would both write case01_soft.nii.gz"),
+        ((mask, mask.with_name("task01_seg02.nii.gz")), "only masks or maps are named"),
+        ((one, two, "--at", "1,1,1"), "2 scans are named; name one of them"),
+    ):
+        refused = run("segment", *names, "-o", tmp_path / "none", *short, code=2)
+        assert said in " ".join(refused.stderr.split())
+    assert not (tmp_path / "none").exists() or not list((tmp_path / "none").iterdir())
 
 
 def test_what_a_reader_of_the_maps_should_know_is_said_once(tiny_bundle: Path, tmp_path: Path) -> None:

@@ -34,9 +34,8 @@ def one_line(*arguments: object) -> str:
     return text
 
 
-def test_no_scan_and_two_scans(tmp_path: Path) -> None:
+def test_no_scan() -> None:
     assert "cdiff segment SCAN" in one_line("segment")
-    assert "two scans" in one_line("segment", tmp_path / "a.nii.gz", "-i", tmp_path / "b.nii.gz")
 
 
 def test_a_scan_that_is_not_there(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,8 @@ from numpy.typing import NDArray
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.grid import Grid
 from cdiff.runtime.nifti import nifti_voxels
-from cdiff.runtime.picture import check_depth, upright
-from cdiff.runtime.shapes import by, one_line
+from cdiff.runtime.picture import opened
+from cdiff.runtime.shapes import by
 from cdiff.runtime.sources import PICTURE_SUFFIXES, read_bytes
 from cdiff.runtime.volume import parse_volume
 
@@ -44,17 +43,8 @@ def read_mask(path: Path) -> Mask:
 
 
 def _pixels(data: bytes, path: Path) -> NDArray[Any]:
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(data)) as picture:
-            if getattr(picture, "n_frames", 1) > 1:
-                raise CdiffError(f"{path} holds several pictures; a mask is one")
-            check_depth(picture, data, path)
-            picture, _ = upright(picture)
-            pixels, mode = np.asarray(picture), picture.mode
-    except (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise CdiffError(f"{path} cannot be read as a picture ({one_line(error)}); save it again as PNG") from None
+    with opened(data, path) as (picture, _):
+        pixels, mode = np.asarray(picture), picture.mode
     if mode in ("LA", "RGBA", "PA"):  # transparency is not an opinion
         pixels = pixels[..., :-1]
     return pixels if pixels.ndim == 2 else np.asarray(pixels.max(axis=-1))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,36 +56,43 @@ def upright(picture: Any) -> tuple[Any, bool]:
     return (ImageOps.exif_transpose(picture) if turned and picture.format != "TIFF" else picture), turned
 
 
-def read_picture(data: bytes, path: Path, channels: int) -> tuple[NDArray[np.float32], list[str]]:
-    """Pixels [H, W] where one channel is needed, [H, W, 3] where three are."""
+@contextmanager
+def opened(data: bytes, path: Path) -> Iterator[tuple[Any, bool]]:
+    """The one picture in a file's bytes, by Pillow and `upright`, and whether it was turned.
+
+    Raises CdiffError for several pictures, for more bits than Pillow keeps, and for what goes wrong in the block.
+    """
     from PIL import Image, UnidentifiedImageError
 
-    if channels not in (1, 3):
-        raise CdiffError(
-            f"{path} is a picture, of one channel or three, and {channels} are needed; give a NIfTI with them on its last axis"
-        )
-    notes = []
     try:
         with Image.open(io.BytesIO(data)) as picture:
             if getattr(picture, "n_frames", 1) > 1:
                 raise CdiffError(f"{path} holds {picture.n_frames} pictures; save one, or convert them to NIfTI")  # type: ignore[attr-defined]
             check_depth(picture, data, path)
-            picture, turned = upright(picture)
-            if turned:
-                notes.append(
-                    "the picture was turned as its EXIF orientation says: the maps lie on it as viewers show it"
-                )
-            if picture.mode in ("LAB", "HSV"):
-                raise CdiffError(f"{path} has {picture.mode} colours; save it again as RGB")
-            if picture.mode in CONVERTED:
-                see_through = picture.mode == "P" and "transparency" in picture.info
-                picture = picture.convert("RGBA" if see_through else CONVERTED[picture.mode])
-            pixels = np.asarray(picture, dtype=np.float32)
-            mode = picture.mode
+            yield upright(picture)
     except UnidentifiedImageError:
         raise CdiffError(f"{path} is not a picture that can be read; save it again as PNG") from None
-    except (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, EOFError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:
         raise CdiffError(f"{path} cannot be read as a picture ({one_line(error)}); save it again as PNG") from None
+
+
+def read_picture(data: bytes, path: Path, channels: int) -> tuple[NDArray[np.float32], list[str]]:
+    """Pixels [H, W] where one channel is needed, [H, W, 3] where three are."""
+    if channels not in (1, 3):
+        raise CdiffError(
+            f"{path} is a picture, of one channel or three, and {channels} are needed; give a NIfTI with them on its last axis"
+        )
+    notes = []
+    with opened(data, path) as (picture, turned):
+        if turned:
+            notes.append("the picture was turned as its EXIF orientation says: the maps lie on it as viewers show it")
+        if picture.mode in ("LAB", "HSV"):
+            raise CdiffError(f"{path} has {picture.mode} colours; save it again as RGB")
+        if picture.mode in CONVERTED:
+            see_through = picture.mode == "P" and "transparency" in picture.info
+            picture = picture.convert("RGBA" if see_through else CONVERTED[picture.mode])
+        pixels = np.asarray(picture, dtype=np.float32)
+        mode = picture.mode
     if mode in ("LA", "RGBA"):
         if (pixels[..., -1] != pixels[..., -1].max()).any():
             notes.append("the picture's transparency was ignored")

@@ -129,6 +129,17 @@ def bad_picture_text(folder: Path) -> Path:
     return folder / "x.png"
 
 
+def bad_size(folder: Path) -> Path:
+    """A TIFF that says where a next picture is, of which there is nothing, as damage to the four bytes behind the first one's tags makes it."""
+    Image.fromarray(voxels(9, 8).astype(np.uint8)).save(folder / "x.tif")
+    data = bytearray((folder / "x.tif").read_bytes())
+    tags = int.from_bytes(data[4:8], "little")
+    end = tags + 2 + 12 * int.from_bytes(data[tags : tags + 2], "little")
+    data[end : end + 4] = len(data).to_bytes(4, "little")
+    (folder / "x.tif").write_bytes(data + bytes(6))
+    return folder / "x.tif"
+
+
 def bad_pages(folder: Path) -> Path:
     pages = [Image.fromarray(voxels(8, 8).astype(np.uint8)) for _ in range(3)]
     pages[0].save(folder / "x.tif", save_all=True, append_images=pages[1:])
@@ -174,6 +185,7 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "voxels far away, and zeros up to there": (bad_far, "less than its header promises"),
     "truncated picture": (bad_picture, "picture"),
     "text for a picture": (bad_picture_text, r"is not a picture that can be read; save"),
+    "a picture without a width": (bad_size, "cannot be read as a picture"),
     "several pictures": (bad_pages, "3 pictures"),
 }  # fmt: skip
 

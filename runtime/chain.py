@@ -14,6 +14,7 @@ from cdiff.runtime.engines.base import Binding, Rows
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.noise import INITIAL, Noise
 from cdiff.runtime.sampler import SamplerTable
+from cdiff.runtime.zoom import APART
 
 Float32 = NDArray[np.float32]
 
@@ -135,6 +136,6 @@ def check_finite(rows: Rows, value: Float32, what: str) -> None:
 def not_finite(rows: Rows, what: str, row: int) -> CdiffError:
     """The error for a value that is not finite in one row of a batch."""
     return CdiffError(
-        f"the network returned a value that is not finite: {what}, slice {rows.slice_id[row]}, level {rows.level[row]}, "
+        f"the network returned a value that is not finite: {what}, slice {rows.slice_id[row] % APART}, level {rows.level[row]}, "
         f"run {rows.run[row]}; check the scan's values, and a half-precision model against its float32 form"
     )

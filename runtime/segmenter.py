@@ -34,7 +34,7 @@ from cdiff.runtime.scan import Scan, ScanInput
 from cdiff.runtime.sharing import segment_shared
 from cdiff.runtime.sums import SliceResult
 from cdiff.runtime.variants import Variant
-from cdiff.runtime.zoom import check_zooms, shared_out, together
+from cdiff.runtime.zoom import check_zooms, numbered, shared_out, together
 
 LOG = logging.getLogger("cdiff")
 Combine = Literal["mean", "vote"]
@@ -169,7 +169,7 @@ class Segmenter:
         shares = shared_out(runs, zooms)
         seen = [windows.zoomed(zoom) for zoom, _ in shares]
         found, spent, done, rows = [], Timings(), 0, 0
-        for view, (_, number) in zip(seen, shares, strict=True):
+        for view, (zoom, number) in zip(seen, shares, strict=True):
             # On a GPU one size of batch for all zooms: for another all buffers would be made, and a step captured, anew.
             per_window = manifest.conditions * (number if self.engine.device == "cpu" else shares[0][1])
             most = most_rows_of(self.engines, manifest.features_channels, manifest.image_size)
@@ -181,7 +181,7 @@ class Segmenter:
                 levels=manifest.conditions,
                 runs=number,
                 seed=seed,
-                slice_ids=list(chosen),
+                slice_ids=numbered(chosen, zoom),
                 mirror=mirror,
                 keep_runs=keep_runs,
                 progress=_part_of(progress, done, number, runs),

@@ -12,6 +12,9 @@ from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.manifest import LARGEST_ZOOM, ONE_ZOOM, SMALLEST_ZOOM
 from cdiff.runtime.sums import SliceResult
 
+APART = 2**40
+"""More slices than any scan has."""
+
 
 def check_zooms(zooms: Sequence[float], framing: str) -> tuple[float, ...]:
     """The zooms that the runs of a model of `framing` are to see in turn. Raises CdiffError where they do not fit it."""
@@ -31,6 +34,14 @@ def check_zooms(zooms: Sequence[float], framing: str) -> tuple[float, ...]:
 def shared_out(runs: int, zooms: Sequence[float]) -> list[tuple[float, int]]:
     """Each zoom with its number of runs: as many as the others' or one less; one that gets none is left out."""
     return [(zoom, n) for k, zoom in enumerate(zooms) if (n := len(range(k, runs, len(zooms)))) > 0]
+
+
+def numbered(slices: Sequence[int], zoom: float) -> list[int]:
+    """The numbers by which the noise knows the slices as a zoom shows them: their own modulo APART, and those where the zoom is 1.
+
+    With the same numbers at each zoom, runs of one number would draw the same noise.
+    """
+    return [(0 if zoom == 1 else round(1000 * zoom)) * APART + number for number in slices]
 
 
 def together(

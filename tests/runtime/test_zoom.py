@@ -16,7 +16,7 @@ from cdiff.runtime.framing import Framing, resize
 from cdiff.runtime.manifest import Manifest
 from cdiff.runtime.segmenter import Segmenter
 from cdiff.runtime.sums import SliceResult
-from cdiff.runtime.zoom import shared_out, together
+from cdiff.runtime.zoom import APART, numbered, shared_out, together
 from tests.runtime.test_manifest import example
 from tests.runtime.test_segmenter import make_bundle, volume
 
@@ -69,6 +69,15 @@ def test_runs_are_shared_out() -> None:
     assert shared_out(8, (1, 1.25)) == [(1, 4), (1.25, 4)]
     assert shared_out(25, (1, 1.25)) == [(1, 13), (1.25, 12)]
     assert shared_out(1, (1, 1.25)) == [(1, 1)]
+
+
+def test_each_zoom_has_noise_of_its_own() -> None:
+    """And the same whichever zooms are beside it. At its own size a slice has the number that it has in the scan."""
+    assert numbered(range(3, 5), 1) == [3, 4]
+    assert [number % APART for number in numbered([3, 4], 1.25)] == [3, 4]
+    zooms = [0.5, 0.8, 1, 1.001, 1.25, 4]
+    assert len({numbered([3], zoom)[0] for zoom in zooms}) == len(zooms)
+    assert max(numbered([2**31], 4)) < 2**63
 
 
 def test_all_runs_together_are_what_their_maps_say(model: Segmenter) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
+from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import write_text
 
 FIELDS = ("step", "seconds", "loss", "lr", "grad_norm", "window", "mfu", "val_soft_dice_5")
@@ -72,19 +74,26 @@ class Log:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.progress.stop()
-        self.board.close()
+        with suppress(OSError) if error is not None else nullcontext():  # what ended the training is the one to be told
+            self.board.close()
 
     def step(self, completed: int, total: int) -> None:
         self.progress.update(self.task, completed=completed, total=total)
 
     def row(self, row: dict[str, Any]) -> None:
-        """One line of the log; a missing field stays empty."""
-        with self.path.open("a", newline="") as file:
-            csv.DictWriter(file, FIELDS).writerow(row)
-        for key in FIELDS[2:]:
-            if key in row:
-                self.board.add_scalar(key, row[key], row["step"])
-        self.board.flush()
+        """One line of the log; a missing field stays empty. Raises CdiffError where there is no room for it."""
+        try:
+            with self.path.open("a", newline="") as file:
+                csv.DictWriter(file, FIELDS).writerow(row)
+            for key in FIELDS[2:]:
+                if key in row:
+                    self.board.add_scalar(key, row[key], row["step"])
+            self.board.flush()
+        except OSError as error:
+            raise CdiffError(
+                f"cannot write the log in {self.path.parent}: {error.strerror or error}; make room there, then --resume goes on from "
+                "the last checkpoint"
+            ) from None
         said = "  ".join(f"{key} {row[key]:.4g}" for key in FIELDS[1:] if key in row)
         self.progress.update(self.task, description=f"loss {row.get('loss', float('nan')):.4f}")
         if not self.quiet and (not self.console.is_terminal or "val_soft_dice_5" in row):

@@ -1,0 +1,27 @@
+"""The log of a run where there is no room for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from cdiff.runtime.errors import CdiffError
+from cdiff.train.log import Log, read_log
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full, a device without room, on this system")
+def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    """And what closing TensorBoard's file says after it does not stand in its place."""
+
+    def full() -> None:
+        raise OSError(28, "No space left on device")
+
+    log = Log(tmp_path, Console(), 0, 9, True)
+    log.row({"step": 1, "loss": 0.5})
+    log.path = Path("/dev/full")
+    log.board.close = full  # type: ignore[method-assign]
+    with pytest.raises(CdiffError, match=r"No space left on device; make room"), log:
+        log.row({"step": 2, "loss": 0.4})
+    assert [row["step"] for row in read_log(tmp_path / "log.csv")] == ["1"]

@@ -183,7 +183,7 @@ def test_another_peers_folder_and_a_damaged_save_are_refused(tiny_data: Path, tm
         (["--crop", "20"], "multiple of 16"),
         (["--batch", "0"], "--batch 0 must be at least 1"),
         (["--threads", "0"], "--threads 0 must be at least 1"),
-        (["--score", "test"], "no split 'test'"),
+        (["--score", "test"], "no split test"),
         (["--score", "val"], "train them first"),
     ],
 )

@@ -177,7 +177,7 @@ def test_cases_without_masks(tmp_path: Path) -> None:
         path.unlink()
     found = find_cases(tmp_path, "task02")
     assert {split: [case.name for case in cases] for split, cases in found.items()} == {"train": ["case01", "case03"]}
-    assert any("1 train cases without a mask of task02 (case02)" in note for note in found.notes)
+    assert any("1 train case without a mask of task02 (case02)" in note for note in found.notes)
     for path in (tmp_path / "Training/case02").glob("task*"):
         path.unlink()
     with pytest.raises(CdiffError, match=r"case02 .* has an image but no mask task02_seg01"):

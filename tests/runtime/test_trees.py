@@ -70,7 +70,7 @@ def test_a_training_tree_without_split_folders_goes_with_the_validation_tree(tmp
     assert {split: len(cases) for split, cases in found.items()} == {"train": 3, "val": 2, "test": 1}
     shutil.rmtree(test / "Testing")
     write_qubiq(test, {"": 1}, raters=2)
-    with pytest.raises(CdiffError, match=r"QUBIQ21_test/pancreas \(1 cases\), training_data_v3_QC/pancreas"):
+    with pytest.raises(CdiffError, match=r"QUBIQ21_test/pancreas \(1 case\), training_data_v3_QC/pancreas"):
         find_cases(tmp_path, "pancreas")
 
 
@@ -127,7 +127,7 @@ def test_cases_in_the_folder_and_in_one_below_it_are_not_mixed_up(qubiq: Path, t
     for place in ("case01", "more/case02", "more/case03"):
         shutil.copytree(qubiq / "kidney/train/case01", mine / place)
     for task in (None, "task01"):
-        with pytest.raises(CdiffError, match=r"several data sets: the folder itself \(1 cases\), more \(2 cases\)"):
+        with pytest.raises(CdiffError, match=r"several data sets: the folder itself \(1 case\), more \(2 cases\)"):
             find_cases(mine, task)
     for task in ("more", "more/task01"):
         assert [case.name for case in find_cases(mine, task)["all"]] == ["case02", "case03"]
@@ -137,7 +137,7 @@ def test_a_folder_for_each_patient_without_a_split_folder_says_where_to_put_them
     for number in range(14):
         write_qubiq(tmp_path / f"patient{number:02d}", {"": 1})
     message = (
-        r"patient11 \(1 cases\) and 2 more; name one.* patients of one, put them in a split folder, such as Training"
+        r"patient11 \(1 case\) and 2 more; name one.* patients of one, put them in a split folder, such as Training"
     )
     with pytest.raises(CdiffError, match=message):
         find_cases(tmp_path)

@@ -335,7 +335,7 @@ def test_what_is_said_is_neither_wrapped_nor_taken_for_markup(tmp_path: Path) ->
     config = preset("tiny").with_values({"levels": 2, "steps": 1, "val_every": 1, "log_every": 1})
     train(config, data, tmp_path / "run", console=Console(file=said, width=20))
     note, found, step = said.getvalue().splitlines()
-    assert note == "note: [red] has 1 masks, not 2: skipped"
+    assert note == "note: [red] has 1 mask, not 2: skipped"
     assert found.startswith("training on 2 slices of 2 cases, validating on 1 of 1; ")
     assert step.startswith("step 1 ")
     assert " val_soft_dice_5 0." in step

@@ -123,7 +123,7 @@ def test_doctor_says_what_each_engine_lacks(machine: Machine, monkeypatch: pytes
     monkeypatch.setattr("cdiff.runtime.doctor.visible_gpus", lambda: ["a GPU"])
     machine.has(missing=("pycuda",))
     lines = {check.name: check for check in diagnose().sections["Engines"]}
-    assert list(lines) == list(NAMES)
+    assert list(lines) == [*NAMES, "torch"]
     assert (lines["onnxruntime"].ok, lines["onnxruntime"].found) == (True, "1.31.1 on cpu, cuda")
     assert "goes through the host: pycuda not installed" in lines["onnxruntime"].remedy
     assert (lines["tensorrt"].ok, lines["tensorrt"].remedy[:20]) == (False, "pycuda not installed")

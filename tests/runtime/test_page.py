@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import zlib
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -165,40 +166,41 @@ def test_every_variant_and_shape(variant: str, shape: tuple[int, ...], read: dic
 
 
 READ = """
+at("close").checked = false; go(1);
 setTimeout(() => {
-  at("close").checked = false; go(1);
+  const place = view.getBoundingClientRect();
+  const [x, y] = [place.left + place.width * (Q + 0.5) / columns, place.top + place.height * (R + 0.5) / rows];
+  view.dispatchEvent(new PointerEvent("pointermove", { clientX: x, clientY: y }));
   setTimeout(() => {
-    const place = view.getBoundingClientRect();
-    const [x, y] = [place.left + place.width * (Q + 0.5) / columns, place.top + place.height * (R + 0.5) / rows];
-    view.dispatchEvent(new PointerEvent("pointermove", { clientX: x, clientY: y }));
-    setTimeout(() => {
-      const dots = view.getContext("2d").getImageData(0, 0, view.width, view.height).data;
-      document.body.innerHTML = "<pre>" + at("where").textContent + "\\n" + at("readout").textContent
-        + "\\ncolours " + new Set(new Uint32Array(dots.buffer)).size + "</pre>";
-    }, 300);
+    const dots = view.getContext("2d").getImageData(0, 0, view.width, view.height).data;
+    tell(at("where").textContent + "\\n" + at("readout").textContent + "\\ncolours " + new Set(new Uint32Array(dots.buffer)).size);
   }, 300);
 }, 300);
 """
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH to open the page with")
+def browsed(page: Path, script: str) -> str:
+    """What `script`, run in the page a little after it is opened, gives to `tell`."""
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on the PATH to open the page with")
+    tell = 'const tell = (text) => { const said = document.createElement("pre"); said.textContent = text; document.body.replaceChildren(said); };'
+    text = page.read_text(encoding="utf-8")
+    asked = page.with_suffix(".asked.html")
+    asked.write_text(
+        text.replace("draw();\n</script>", f"draw();{tell}setTimeout(() => {{{script}}}, 300);</script>"), "utf-8"
+    )
+    profile = f"--user-data-dir={page.parent / 'profile'}"
+    command = [CHROMIUM, *HEADLESS.split(), profile, "--window-size=1280,800", "--dump-dom", str(asked)]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    return unescape(re.findall(r"<pre>(.*?)</pre>", shown, re.DOTALL)[0])
+
+
 def test_a_browser_reads_what_the_arrays_hold(tmp_path: Path) -> None:
     """The pointer over a pixel of the second slice held: its voxel, its point as --at takes it, every map's value."""
     made = result(codes="LIP")
     write_page(made, tmp_path / "x.html", "x")
-    text = (tmp_path / "x.html").read_text(encoding="utf-8")
-    script = READ.replace("R +", "7 +").replace("Q +", "5 +")
-    (tmp_path / "x.html").write_text(text.replace("draw();\n</script>", f"draw();{script}</script>"), encoding="utf-8")
-    assert CHROMIUM is not None
-    command = [
-        CHROMIUM,
-        *HEADLESS.split(),
-        f"--user-data-dir={tmp_path / 'profile'}",
-        "--dump-dom",
-        str(tmp_path / "x.html"),
-    ]
-    shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-    where, voxel, point, soft, levels, colours = re.findall(r"<pre>(.*?)</pre>", shown, re.DOTALL)[0].splitlines()
+    said = browsed(tmp_path / "x.html", READ.replace("R +", "7 +").replace("Q +", "5 +"))
+    where, voxel, point, soft, levels, colours = said.splitlines()
     assert where == "slice 2 of 0 to 4"
     i, j, k = (int(n) for n in voxel.removeprefix("voxel ").split(","))
     assert k == 2
@@ -212,3 +214,18 @@ def test_a_browser_reads_what_the_arrays_hold(tmp_path: Path) -> None:
     said = re.findall(r"([RLAPSI])([\d.]+)", point.removeprefix("point "))
     assert [float(n) * (1 if letter in "RAS" else -1) for letter, n in said] == pytest.approx(mm[:3], abs=0.051)
     assert int(colours.split()[1]) > 20
+
+
+def test_the_picture_keeps_to_its_place(tmp_path: Path) -> None:
+    """Also as the page opens, when the line below it is still to come; a picture without a close-up offers none."""
+    write_page(result(), tmp_path / "x.html", "x")
+    ends = "((one) => [one.top, one.bottom])"
+    said = browsed(
+        tmp_path / "x.html",
+        f"const ends = {ends}, of = (id) => ends(at(id).getBoundingClientRect());"
+        'tell(JSON.stringify([of("stage"), of("view"), of("through"), data.box, at("close").parentElement.offsetHeight]))',
+    )
+    stage, view, through, box, offered = json.loads(said)
+    assert stage[0] - 0.5 <= view[0] < view[1] <= stage[1] + 0.5 <= through[0]
+    assert box is None
+    assert offered == 0

@@ -229,3 +229,29 @@ def test_the_picture_keeps_to_its_place(tmp_path: Path) -> None:
     assert stage[0] - 0.5 <= view[0] < view[1] <= stage[1] + 0.5 <= through[0]
     assert box is None
     assert offered == 0
+
+
+def test_what_is_read_is_of_the_slice_that_is_named(tmp_path: Path) -> None:
+    """A slice that is unpacked later than one that was asked for after it says nothing any more."""
+    made = result()
+    made.stack.maps[0], made.stack.maps[1], made.stack.maps[2] = 0, 0.25, 1
+    write_page(made, tmp_path / "x.html", "x")
+    said = browsed(
+        tmp_path / "x.html",
+        """
+        const late = Response.prototype, unpack = late.arrayBuffer;
+        kept.clear();
+        let asked = 0;
+        late.arrayBuffer = async function () {
+          if (asked++ < 2) await new Promise((done) => setTimeout(done, 300));
+          return unpack.call(this);
+        };
+        go(2);
+        const place = view.getBoundingClientRect();
+        view.dispatchEvent(new PointerEvent("pointermove", { clientX: place.left + 9, clientY: place.top + 9 }));
+        setTimeout(() => go(0), 50);
+        setTimeout(() => tell(at("readout").textContent), 700);
+        """,
+    )
+    assert said.splitlines()[0].endswith(",1")
+    assert "soft map 0.00" in said

@@ -255,3 +255,32 @@ def test_what_is_read_is_of_the_slice_that_is_named(tmp_path: Path) -> None:
     )
     assert said.splitlines()[0].endswith(",1")
     assert "soft map 0.00" in said
+
+
+def test_a_wheel_and_keys_turn_slices_one_by_one(tmp_path: Path) -> None:
+    """A notch is a slice, and so are ten small events of a touchpad; the browser's zoom and shortcuts stay its own; a slider says the slice's number."""
+    write_page(result((9, 9, 32)), tmp_path / "x.html", "x")
+    said = browsed(
+        tmp_path / "x.html",
+        """
+        const found = [], sent = (what) => found.push(!view.dispatchEvent(what), index - 15);
+        const wheel = (deltaY, more) => new WheelEvent("wheel", { deltaY, cancelable: true, ...more });
+        const key = (more) => new KeyboardEvent("keydown", { key: "ArrowUp", bubbles: true, cancelable: true, ...more });
+        go(15);
+        sent(wheel(100));
+        for (let k = 0; k < 9; k++) view.dispatchEvent(wheel(4));
+        sent(wheel(4));
+        sent(wheel(-100));
+        sent(wheel(3, { deltaMode: 1 }));
+        sent(wheel(100, { ctrlKey: true }));
+        sent(key());
+        sent(key({ altKey: true }));
+        setTimeout(() => tell(JSON.stringify([found, at("slice").getAttribute("aria-valuetext"), data.numbers[index]])), 300);
+        """,
+    )
+    found, value, number = json.loads(said)
+    assert found == [True, 1, True, 2, True, 1, True, 2, False, 2, True, 3, False, 3]
+    assert value == f"slice {number}"
+    write_page(result((9, 9)), tmp_path / "y.html", "y")
+    one = 'new WheelEvent("wheel", { deltaY: 100, cancelable: true })'
+    assert browsed(tmp_path / "y.html", f"tell(view.dispatchEvent({one}))") == "true"

@@ -284,3 +284,30 @@ def test_a_wheel_and_keys_turn_slices_one_by_one(tmp_path: Path) -> None:
     write_page(result((9, 9)), tmp_path / "y.html", "y")
     one = 'new WheelEvent("wheel", { deltaY: 100, cancelable: true })'
     assert browsed(tmp_path / "y.html", f"tell(view.dispatchEvent({one}))") == "true"
+
+
+def test_a_browser_that_cannot_draw_says_so(tmp_path: Path) -> None:
+    """The page of one that cannot unpack the slices, or of a picture too large for it, was empty without a word."""
+    write_page(result(), tmp_path / "x.html", "x")
+    script = 'window.DecompressionStream = undefined; kept.clear(); draw(); setTimeout(() => tell(at("failed").textContent), 200);'
+    assert "This browser cannot draw it: TypeError" in browsed(tmp_path / "x.html", script)
+    assert browsed(tmp_path / "x.html", 'tell(at("failed").textContent + "nothing")') == "nothing"
+
+
+def test_a_close_up_is_drawn_from_its_own_pixels_alone(tmp_path: Path) -> None:
+    """Of a large picture all were coloured, and a canvas of its size was wanted, for the few to be seen."""
+    made = result((60, 50, 3))
+    made.stack.maps[:] = 0
+    made.stack.maps[:, :, 20:26, 30:35] = 1
+    write_page(made, tmp_path / "x.html", "x")
+    data, slices = contents(tmp_path / "x.html")
+    script = """
+        at("none").checked = true;
+        await draw();
+        const shown = raster.getContext("2d").getImageData(0, 0, raster.width, raster.height).data;
+        tell(JSON.stringify([raster.height, raster.width, Array.from(shown).filter((_, k) => k % 4 === 0)]));
+    """
+    rows, columns, shown = json.loads(browsed(tmp_path / "x.html", f"(async () => {{{script}}})()"))
+    top, bottom, left, right = data["box"]
+    assert (rows, columns) == (bottom - top, right - left)
+    assert np.array_equal(np.reshape(shown, (rows, columns)), slices[0][0, top:bottom, left:right])

@@ -137,7 +137,7 @@ def held_out(found: DataSet, root: Path, manifest: Manifest) -> list[Case]:
 def may_be_too_good(manifest: Manifest, split: str, count: int) -> str | None:
     """That the cases to score may be those that the model learned from; None unless neither they nor its training name splits.
 
-    Asked where those that the training held out are not found: the data is other, or the bundle of before bundles said which.
+    Asked where those that the training held out are not found: the data is other, or the bundle older than that word.
     """
     if split != "all" or HELD_OUT not in str(_data_of(manifest)):
         return None

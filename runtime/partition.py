@@ -68,7 +68,7 @@ def held_out_of(found: DataSet, root: Path, told: Mapping[str, Any]) -> list[Cas
     try:
         fraction, seed, levels, cases = (told[key] for key in ("val_fraction", "seed", "levels", "cases"))
         split = partition(found, root, fraction, seed, levels)
-    except (KeyError, TypeError, CdiffError):
+    except (KeyError, TypeError, ValueError, OverflowError, CdiffError):  # what is told may come from anywhere
         return []
     return split.val if split.held_out and split.held_out["cases"] == cases else []
 

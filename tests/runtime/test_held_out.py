@@ -62,7 +62,14 @@ def test_other_data_of_the_same_names_is_scored_whole(tmp_path: Path) -> None:
     with pytest.raises(CdiffError, match="no split val"):
         choose_split(found, "val", [])
     root = tmp_path / "a"
-    for told in ({"seed": None}, {"val_fraction": 7}, {"cases": "?"}):
+    for told in (
+        {"seed": None},
+        {"seed": -1},
+        {"seed": "x"},
+        {"val_fraction": 7},
+        {"val_fraction": 1e999},
+        {"cases": "?"},
+    ):
         assert held_out(find_cases(root), root, trained_on(root, **told)) == []
     for training in ({}, {"data": None}, {"data": {"held_out": "yes"}}, {"data": {"held_out": {}}}):
         assert held_out(find_cases(root), root, cast(Manifest, SimpleNamespace(training=training))) == []

@@ -10,7 +10,7 @@ from pathlib import Path
 from cdiff.runtime.case import SPLITS, Entry, arranged, is_output, listed, stem
 from cdiff.runtime.dicom import holds_dicom, holds_images
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.layouts import OWN_MASK, TASK_MASK, Files, Inside, brats_in, cases_in, contents, descend
+from cdiff.runtime.layouts import IMAGE, OWN_MASK, TASK_MASK, Files, Inside, brats_in, cases_in, contents, descend
 from cdiff.runtime.sources import VOLUME_SUFFIXES
 from cdiff.runtime.table import SUFFIXES, read_table
 
@@ -62,11 +62,15 @@ def scans_named(
 ) -> list[NamedScan]:
     """The scans that several paths name, as `scans_at` has each, path by path.
 
-    Of several files those are left out whose names say that they are a benchmark's masks or maps of ours, as in a folder: a shell's
-    `*` takes them too. notes: takes a line on what was left out. Raises CdiffError as `scans_at` does, and where only such files are named.
+    Of several files those are left out whose names say that they are a benchmark's masks or maps of ours, or masks of the case whose
+    image is named with them: a shell's `*` takes them too. notes: takes a line on what was left out. Raises CdiffError as `scans_at` does, and where only such files are named.
     """
     notes = [] if notes is None else notes
-    masks = [path for path in paths if path.is_file() and not _is_scan(path)] if len(paths) > 1 else []
+    files = [path for path in paths if path.is_file()] if len(paths) > 1 else []
+    cases = {path.parent for path in files if IMAGE.match(stem(path) or "")}
+    masks = [
+        path for path in files if not _is_scan(path) or (path.parent in cases and OWN_MASK.match(stem(path) or ""))
+    ]
     if masks:
         notes.append(f"{listed([path.name for path in masks])}: masks or maps by their names, not taken")
     scans: list[NamedScan] = []

@@ -9,7 +9,7 @@ import pytest
 
 from cdiff.runtime.cases import find_cases
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.inputs import scans_at
+from cdiff.runtime.inputs import scans_at, scans_named
 
 
 def _touch(*paths: Path) -> None:
@@ -95,6 +95,17 @@ def test_nothing_there_says_what_was_expected(tmp_path: Path) -> None:
     _touch(tmp_path / "Testing/case01/image.nii.gz")
     with pytest.raises(CdiffError, match=r"name one of them, such as .*Testing"):
         scans_at(tmp_path)
+
+
+def test_masks_named_with_their_image_are_no_scans(tmp_path: Path) -> None:
+    """A shell's * in a case folder; without an image beside it a file called mask is what somebody wants segmented."""
+    files = [tmp_path / name for name in ("image.nii.gz", "mask_anna.nii.gz", "mask2.nii.gz", "other.nii.gz")]
+    _touch(*files, tmp_path / "b/masked.nii.gz")
+    notes: list[str] = []
+    found = scans_named([*files, tmp_path / "b/masked.nii.gz"], notes=notes)
+    assert [scan.name for scan in found] == ["image", "other", "masked"]
+    assert notes == ["mask_anna.nii.gz, mask2.nii.gz: masks or maps by their names, not taken"]
+    assert [scan.name for scan in scans_named(files[1:3])] == ["mask_anna", "mask2"]
 
 
 def test_folders_whose_scans_are_passed_over_are_told(tmp_path: Path) -> None:

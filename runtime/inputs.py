@@ -62,7 +62,7 @@ def scans_named(
 ) -> list[NamedScan]:
     """The scans that several paths name, as `scans_at` has each, path by path.
 
-    Of several files those are left out whose names say that they are a benchmark's masks or maps of ours, or masks of the case whose
+    Of several files those are left out whose names say that they are a benchmark's masks or results of ours, or masks of the case whose
     image is named with them: a shell's `*` takes them too. notes: takes a line on what was left out. Raises CdiffError as `scans_at` does, and where only such files are named.
     """
     notes = [] if notes is None else notes
@@ -72,7 +72,7 @@ def scans_named(
         path for path in files if not _is_scan(path) or (path.parent in cases and OWN_MASK.match(stem(path) or ""))
     ]
     if masks:
-        notes.append(f"{listed([path.name for path in masks])}: masks or maps by their names, not taken")
+        notes.append(f"{listed([path.name for path in masks])}: masks or results by their names, not taken")
     scans: list[NamedScan] = []
     for path in paths:
         left: list[Path] = []
@@ -80,7 +80,9 @@ def scans_named(
         if left:
             notes.append(passed_over(path, left))
     if not scans:
-        raise CdiffError(f"only masks or maps are named ({listed([path.name for path in masks])}); name the scan alone")
+        raise CdiffError(
+            f"only masks or results are named ({listed([path.name for path in masks])}); name the scan alone"
+        )
     must_differ(scans)
     return scans
 

@@ -117,10 +117,10 @@ def test_several_scans_and_folders_at_once(tiny_data: Path, tiny_bundle: Path, t
     assert {path.name for path in (tmp_path / "maps").glob("*.json")} == {
         f"{name}.json" for name in ("a", "b", "case01", "case02")
     }
-    assert "task01_seg01.nii.gz: masks or maps by their names, not taken" in result.stderr
+    assert "task01_seg01.nii.gz: masks or results by their names, not taken" in result.stderr
     for names, said in (
         ((one, tiny_data / "Training/case01", tiny_data / "Validation/case01"), "would both write case01_soft.nii.gz"),
-        ((mask, mask.with_name("task01_seg02.nii.gz")), "only masks or maps are named"),
+        ((mask, mask.with_name("task01_seg02.nii.gz")), "only masks or results are named"),
         ((one, two, "--at", "1,1,1"), "2 scans are named; name one of them"),
     ):
         refused = run("segment", *names, "-o", tmp_path / "none", *short, code=2)

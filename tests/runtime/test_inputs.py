@@ -104,8 +104,19 @@ def test_masks_named_with_their_image_are_no_scans(tmp_path: Path) -> None:
     notes: list[str] = []
     found = scans_named([*files, tmp_path / "b/masked.nii.gz"], notes=notes)
     assert [scan.name for scan in found] == ["image", "other", "masked"]
-    assert notes == ["mask_anna.nii.gz, mask2.nii.gz: masks or maps by their names, not taken"]
+    assert notes == ["mask_anna.nii.gz, mask2.nii.gz: masks or results by their names, not taken"]
     assert [scan.name for scan in scans_named(files[1:3])] == ["mask_anna", "mask2"]
+
+
+def test_results_beside_their_scan_are_none(tmp_path: Path) -> None:
+    """A shell's * in a folder that was segmented into itself: not its report, its page or its DICOM either."""
+    own = [tmp_path / f"a{end}" for end in (".json", "_levels.dcm", "_page.html", "_preview.png", "_soft.nii.gz")]
+    scan, other = tmp_path / "a.nii.gz", tmp_path / "b.json"
+    _touch(*own, scan, other)
+    notes: list[str] = []
+    assert [found.path for found in scans_named([*own, scan], notes=notes)] == [scan]
+    assert notes == [f"{', '.join(path.name for path in own)}: masks or results by their names, not taken"]
+    assert [found.name for found in scans_named([scan, other])] == ["a", "b"]
 
 
 def test_folders_whose_scans_are_passed_over_are_told(tmp_path: Path) -> None:

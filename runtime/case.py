@@ -143,7 +143,8 @@ def is_output(path: Path) -> bool:
     """A map, picture, page or report of ours: it ends like one, and the report of its scan, or that one's map, lies beside it."""
     if path.suffix == ".json":
         return path.with_name(f"{path.stem}_soft.nii.gz").is_file()
-    name, endings = (stem(path), OUTPUT_ENDINGS) if stem(path) else (path.name, ("_page.html", "_levels.dcm"))
+    scan = stem(path)
+    name, endings = (scan, OUTPUT_ENDINGS) if scan else (path.name, ("_page.html", "_levels.dcm"))
     return any(
         name.endswith(ending) and (path.parent / f"{name.removesuffix(ending)}.json").is_file() for ending in endings
     )

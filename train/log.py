@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -54,7 +55,8 @@ class Log:
         writer.writeheader()
         writer.writerows(kept)
         write_text(self.path, text.getvalue())
-        self.board = SummaryWriter(str(run / "tensorboard"), purge_step=start + 1)
+        with _room(run):
+            self.board = SummaryWriter(str(run / "tensorboard"), purge_step=start + 1)
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -74,7 +76,8 @@ class Log:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.progress.stop()
-        with suppress(OSError) if error is not None else nullcontext():  # what ended the training is the one to be told
+        # What ended the training is the one to be told.
+        with suppress(CdiffError) if error is not None else nullcontext(), _room(self.path.parent):
             self.board.close()
 
     def step(self, completed: int, total: int) -> None:
@@ -82,22 +85,28 @@ class Log:
 
     def row(self, row: dict[str, Any]) -> None:
         """One line of the log; a missing field stays empty. Raises CdiffError where there is no room for it."""
-        try:
+        with _room(self.path.parent):
             with self.path.open("a", newline="") as file:
                 csv.DictWriter(file, FIELDS).writerow(row)
             for key in FIELDS[2:]:
                 if key in row:
                     self.board.add_scalar(key, row[key], row["step"])
             self.board.flush()
-        except OSError as error:
-            raise CdiffError(
-                f"cannot write the log in {self.path.parent}: {error.strerror or error}; make room there, then --resume goes on from "
-                "the last checkpoint"
-            ) from None
         said = "  ".join(f"{key} {row[key]:.4g}" for key in FIELDS[1:] if key in row)
         self.progress.update(self.task, description=f"loss {row.get('loss', float('nan')):.4f}")
         if not self.quiet and (not self.console.is_terminal or "val_soft_dice_5" in row):
             say(self.console, f"step {row['step']}  {said}")
+
+
+@contextmanager
+def _room(run: Path) -> Iterator[None]:
+    """Within the block a log that cannot be written is a CdiffError."""
+    try:
+        yield
+    except OSError as error:
+        raise CdiffError(
+            f"cannot write the log in {run}: {error.strerror or error}; make room there, then --resume goes on from the last checkpoint"
+        ) from None
 
 
 def read_log(path: Path) -> list[dict[str, str]]:

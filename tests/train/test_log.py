@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from cdiff.runtime.errors import CdiffError
+from cdiff.train import log as module
 from cdiff.train.log import Log, read_log
 
 
@@ -25,3 +26,18 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(CdiffError, match=r"No space left on device; make room"), log:
         log.row({"step": 2, "loss": 0.4})
     assert [row["step"] for row in read_log(tmp_path / "log.csv")] == ["1"]
+
+
+def test_a_disk_that_is_full_at_the_beginning_or_the_end_is_one_line_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    log = Log(tmp_path, Console(), 0, 9, True)
+    log.board.close = full  # type: ignore[method-assign]
+    with pytest.raises(CdiffError, match="No space left on device; make room"), log:
+        pass
+    monkeypatch.setattr(module, "SummaryWriter", full)
+    with pytest.raises(CdiffError, match="No space left on device; make room"):
+        Log(tmp_path, Console(), 0, 9, True)

@@ -65,11 +65,11 @@ def read_beside(path: Path) -> list[PaperRow]:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise CdiffError(f"{path} cannot be read ({error}); give a report of cdiff evaluate, or a CSV") from None
-    if path.suffix.lower() == ".csv":
-        return _published(text, path)
     try:
+        if path.suffix.lower() == ".csv":
+            return _published(text, path)
         return _rows_of(json.loads(text), f"computed before, {path.name}")
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, csv.Error):
         raise CdiffError(
             f"{path} is no report of cdiff evaluate; give its scores.json, or a .csv with the columns {', '.join(COLUMNS)}"
         ) from None
@@ -85,6 +85,8 @@ def _published(text: str, path: Path) -> list[PaperRow]:
     rows = []
     for line in lines:
         where = f"{path}, line {lines.line_num}"
+        if None in line:
+            raise CdiffError(f"{where} has more cells than columns; put a cell that holds a comma in quotes")
         empty = [name for name in COLUMNS if not (line[name] or "").strip()]
         if empty:
             raise CdiffError(

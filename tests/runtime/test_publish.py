@@ -195,6 +195,9 @@ def test_other_reports_and_published_numbers_stand_beside(report: dict[str, Any]
     [
         ("a.csv", "table,whose,percent\n1,x,3\n", "data, source"),
         ("a.csv", "table,whose,data,percent,source\n1,x,kidney,90,\n", "line 2: source is empty"),
+        ("a.csv", "table,whose,data,percent,source\n1,x,kidney,96,5,X\n", "line 2 has more cells than columns"),
+        ("a.csv", f"table,whose,data,percent,source\n1,x,kidney,96,{'X' * 200_000}\n", "is no report"),
+        ("a.json", "[" * 100_000, "is no report"),
         ("a.csv", "table,whose,data,percent,source\n1,x,kidney,90%,y\n", "line 2: .*90%"),
         ("a.csv", "table,whose,data,percent,source\n1,x,kidney,0.9,y\n4,x,kidney,90,y\n", "line 3 is out of range"),
         ("a.csv", "table,whose,data,percent,source\n1,x,kidney,nan,y\n", "line 2 is out of range"),

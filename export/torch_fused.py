@@ -28,7 +28,6 @@ class FusedDenoiser:
         self.device, self.dtype = torch.device(device), dtype
         self.blocks: list[_Block] = []
         self.first = _Conv(denoiser.first, self)
-        self.by_block = denoiser.by_block
         self.down = _stages(denoiser.down, self)
         self.middle = [_stage(stage, self) for stage in denoiser.middle]
         self.up = _stages(denoiser.up, self)

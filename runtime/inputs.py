@@ -62,15 +62,12 @@ def scans_named(
 ) -> list[NamedScan]:
     """The scans that several paths name, as `scans_at` has each, path by path.
 
-    Of several files those are left out whose names say that they are a benchmark's masks or results of ours, or masks of the case whose
-    image is named with them: a shell's `*` takes them too. notes: takes a line on what was left out. Raises CdiffError as `scans_at` does, and where only such files are named.
+    Of several those are left out whose names say that they are a benchmark's masks or results of ours (or a folder of these alone), or
+    masks of the case whose image is named with them: a shell's `*` takes them too. notes: takes a line on what was left out. Raises CdiffError as `scans_at` does, and where only such files are named.
     """
     notes = [] if notes is None else notes
-    files = [path for path in paths if path.is_file()] if len(paths) > 1 else []
-    cases = {path.parent for path in files if IMAGE.match(stem(path) or "")}
-    masks = [
-        path for path in files if not _is_scan(path) or (path.parent in cases and OWN_MASK.match(stem(path) or ""))
-    ]
+    cases = {path.parent for path in paths if IMAGE.match(stem(path) or "")}
+    masks = [path for path in paths if _is_no_scan(path, cases)] if len(paths) > 1 else []
     if masks:
         notes.append(f"{listed([path.name for path in masks])}: masks or results by their names, not taken")
     scans: list[NamedScan] = []
@@ -142,6 +139,17 @@ def _scans_in(root: Path, channels: int, modalities: Sequence[str], left: list[P
 def _is_scan(path: Path) -> bool:
     """Whether a file of a scan's suffix is one, by its name: no mask of a benchmark's and no map of ours."""
     return not TASK_MASK.match(stem(path) or "") and not is_output(path)
+
+
+def _is_no_scan(path: Path, cases: set[Path]) -> bool:
+    """Whether a file or folder that was named is one of masks or results. cases: the folders of the cases whose images were named."""
+    if path.is_file():
+        return not _is_scan(path) or (path.parent in cases and OWN_MASK.match(stem(path) or "") is not None)
+    try:
+        inside = [found for found in path.iterdir() if not found.name.startswith(".")]
+    except OSError:  # `scans_at` says why
+        return False
+    return bool(inside) and all(found.is_file() and is_output(found) for found in inside)
 
 
 def _is_one_scan(entry: Entry, files: Files, channels: int, modalities: Sequence[str], *, below: bool) -> bool:

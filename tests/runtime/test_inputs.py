@@ -109,7 +109,7 @@ def test_masks_named_with_their_image_are_no_scans(tmp_path: Path) -> None:
 
 
 def test_results_beside_their_scan_are_none(tmp_path: Path) -> None:
-    """A shell's * in a folder that was segmented into itself: not its report, its page or its DICOM either."""
+    """A shell's * in a folder that was segmented into itself, or a folder in it: not its report, its page or its DICOM either."""
     own = [tmp_path / f"a{end}" for end in (".json", "_levels.dcm", "_page.html", "_preview.png", "_soft.nii.gz")]
     scan, other = tmp_path / "a.nii.gz", tmp_path / "b.json"
     _touch(*own, scan, other)
@@ -117,6 +117,10 @@ def test_results_beside_their_scan_are_none(tmp_path: Path) -> None:
     assert [found.path for found in scans_named([*own, scan], notes=notes)] == [scan]
     assert notes == [f"{', '.join(path.name for path in own)}: masks or results by their names, not taken"]
     assert [found.name for found in scans_named([scan, other])] == ["a", "b"]
+    _touch(tmp_path / "maps/c.json", tmp_path / "maps/c_soft.nii.gz")
+    assert [found.path for found in scans_named([scan, tmp_path / "maps"])] == [scan]
+    with pytest.raises(CdiffError, match="no scan in"):
+        scans_named([tmp_path / "maps"])
 
 
 def test_folders_whose_scans_are_passed_over_are_told(tmp_path: Path) -> None:

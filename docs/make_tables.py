@@ -7,59 +7,29 @@ A table stands between `<!-- table: NAME -->` and `<!-- end -->`. Run `python do
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+
+from peer_tables import ANY, FOUR, peers_full_table, peers_table, seeds_table
+from table_cells import (
+    GED,
+    NOT_MEASURED,
+    Scores,
+    difference,
+    distance,
+    interval,
+    markdown,
+    mean,
+    read,
+    read_peer,
+    unmeasured,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 REGION = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-NOT_MEASURED = "not measured"
-
-Scores = Mapping[str, Any]
-
-
-def read(name: str, results: Path) -> Scores | None:
-    """One result file, or None when it was not measured yet."""
-    path = results / f"{name}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
-def read_peer(name: str, peer: str, results: Path) -> Scores | None:
-    """One peer's entry of a result of `cdiff.benchmarks.peers`, or None when it is not there."""
-    report = read(name, results)
-    return None if report is None else report["peers"].get(peer)
-
-
-def interval(score: Mapping[str, float] | None) -> str:
-    """A mean with its 95 % interval."""
-    if score is None or score.get("mean") is None:
-        return "-"
-    return f"{score['mean']:.3f} ({score['low']:.3f} - {score['high']:.3f})"
-
-
-def difference(score: Mapping[str, float] | None) -> str:
-    """A difference with its 95 % interval, signed."""
-    if score is None:
-        return NOT_MEASURED
-    return f"{score['mean']:+.3f} ({score['low']:+.3f} to {score['high']:+.3f})"
-
-
-def markdown(header: list[str], rows: list[list[str]], words: int = 1) -> str:
-    """A Markdown table; the first `words` columns hold words, the others numbers."""
-    lines = [header, [*["---"] * words, *["--:"] * (len(header) - words)], *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def distance(scores: Scores) -> str:
-    """The energy distance with the number of the model's masks, which it depends on."""
-    return f"{mean(scores['ged'])} ({scores['ged_samples']['model']})"
-
-
-GED = "GED (samples)"
 SOFT_UNET = "unet-soft"
 """The peer beside the shipped model."""
 READERS = "_annotators"
@@ -191,112 +161,6 @@ def speed_setting(report: Scores) -> str:
         f"{'x'.join(map(str, model['image_size']))}, {model['levels']} levels x {protocol['runs']} runs x "
         f"{protocol['steps']} steps a slice, {model['precision']}; medians of {protocol['repeats']} rounds."
     )
-
-
-PEERS = {  # as in `cdiff.benchmarks.peers`
-    "consensus": "consensus diffusion (Amit et al.)",
-    "annotator": "diffusion, one map an annotator",
-    "no-annotator": "diffusion, a random annotator",
-    "soft-label": "diffusion, soft label",
-    "implicit-ensemble": "implicit ensemble (Wolleb et al.)",
-    "unet-majority": "U-Net, majority vote",
-    "unet-soft": "U-Net, soft label",
-    "unet-random": "U-Net, a random annotator",
-    "unet-heads": "U-Net, one head an annotator",
-    "unet-dropout": "U-Net, MC dropout",
-    "unet-probabilistic": "probabilistic U-Net (Kohl et al.)",
-}
-FOUR, ANY, SECOND = "peers_testing_all_raters", "peers_testing_marked", "peers_testing_all_raters_seed_1"
-
-
-def best_first(result: str, results: Path) -> list[tuple[str, Scores | None]]:
-    """Every peer's words and scores, the best soft Dice first; those that were not measured last."""
-    found = [(words, read_peer(result, name, results)) for name, words in PEERS.items()]
-    return sorted(found, key=lambda row: -row[1]["soft_dice_5"]["mean"] if row[1] else 0.0)
-
-
-def peer_words(words: str, peer: Scores) -> str:
-    """A peer's words, with a diffusion peer's number of steps, and how far it came where it was scored before its end."""
-    share, steps = peer["share_of_budget"], peer["protocol"].get("steps")
-    if steps:
-        words += f", {steps} step{'s' * (steps > 1)}"
-    return words if share >= 1 else f"{words} ({share:.0%} of its budget)"
-
-
-def mean(score: Scores) -> str:
-    """A mean alone."""
-    return "-" if score["mean"] is None else f"{score['mean']:.3f}"
-
-
-def scale_cells(peer: Scores) -> list[str]:
-    """What all tables of the peers show: soft Dice, energy distance with the number of samples, calibration."""
-    dice = [interval(peer["soft_dice_5"]), interval(peer["soft_dice_9"])]
-    return [*dice, distance(peer), mean(peer["ece_near"]), mean(peer["brier_near"])]
-
-
-SCALE = ["soft Dice, 5", "soft Dice, 9", GED, "ECE near", "Brier near"]
-
-
-def peers_table(results: Path) -> str:
-    """The peers in short: scores on the slices that all four readers marked, and the reader's own as a reference."""
-    header = ["trained with equal data and time", *SCALE, "CPU s a slice"]
-    rows = []
-    for words, peer in best_first(FOUR, results):
-        cells = [*scale_cells(peer), f"{peer['cpu_seconds_a_slice']:.2f}"] if peer else unmeasured(header)
-        rows.append([peer_words(words, peer) if peer else words, *cells])
-    return markdown(header, [*rows, *reader_row(FOUR, results, len(header))])
-
-
-def peers_full_table(result: str, results: Path) -> str:
-    """The peers with everything: size, training, scores, each level."""
-    training = ["M parameters", "training steps", "CPU min"]
-    header = ["peer", *SCALE, *[f"level {c}" for c in range(1, 5)], *training, "CPU s a slice"]
-    rows = []
-    for words, peer in best_first(result, results):
-        if peer is None:
-            rows.append([words, *unmeasured(header)])
-            continue
-        run = peer["training"]
-        cpu = run.get("cpu_seconds")
-        levels = [mean(level) for level in peer["dice_per_level"]]
-        steps, minutes = str(run.get("steps", "-")), "-" if cpu is None else f"{cpu / 60:.0f}"
-        spent = [f"{run['parameters'] / 1e6:.2f}", steps, minutes, f"{peer['cpu_seconds_a_slice']:.2f}"]
-        rows.append([peer_words(words, peer), *scale_cells(peer), *levels, *spent])
-    return markdown(header, [*rows, *reader_row(result, results, len(header))])
-
-
-SEEDED = {"soft_dice_5": "soft Dice, 5", "ged": "GED", "ece_near": "ECE near"}
-
-
-def seeds_table(results: Path) -> str:
-    """The peers that were trained a second time, with another seed: each score of both trainings, and how far apart these are."""
-    scores = [f"{words}, {which}" for words in SEEDED.values() for which in ("first", "second", "apart")]
-    header = ["peer", "training steps", *scores]
-    rows = []
-    for words, first in best_first(FOUR, results):
-        second = read_peer(SECOND, next(name for name, one in PEERS.items() if one == words), results)
-        if first is None or second is None:
-            continue
-        pairs = [(first[key]["mean"], second[key]["mean"]) for key in SEEDED]
-        steps = f"{first['training']['steps']}, {second['training']['steps']}"
-        cells = [cell for a, b in pairs for cell in (f"{a:.3f}", f"{b:.3f}", f"{abs(a - b):.3f}")]
-        rows.append([words, steps, *cells])
-    return markdown(header, rows or [unmeasured([*header, ""])])
-
-
-def unmeasured(header: list[str]) -> list[str]:
-    """The cells after a name of whatever was not measured."""
-    return [NOT_MEASURED, *["-"] * (len(header) - 2)]
-
-
-def reader_row(result: str, results: Path, columns: int) -> list[list[str]]:
-    """A reader against the other three, from any peer's scores: the same for all."""
-    report = read(result, results)
-    if report is None or not report["peers"]:
-        return []
-    scores = next(iter(report["peers"].values()))
-    cells = [interval(scores[f"soft_dice_{n}_annotators"]) for n in (5, 9)]
-    return [["a radiologist against the other three", *cells, *["-"] * (columns - 3)]]
 
 
 PAIRED = {  # columns: what was compared with the U-Net, the output of `cdiff.benchmarks.paired`

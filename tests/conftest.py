@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import signal
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -88,10 +89,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def tables() -> ModuleType:
-    """The script that fills the pages' tables, which is in no package."""
+    """The script that fills the pages' tables, which is in no package, with what lies beside it on the path as where it is run."""
     spec = importlib.util.spec_from_file_location("make_tables", REPOSITORY / "docs" / "make_tables.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(REPOSITORY / "docs"))
+        spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def peer_tables(tables: ModuleType) -> ModuleType:
+    """What `tables` has the rivals' tables from."""
+    return sys.modules["peer_tables"]

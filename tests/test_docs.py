@@ -165,8 +165,10 @@ def test_the_comparison_with_the_unet_claims_what_its_intervals_allow(tables: Mo
     assert "better on the level of all four where all four marked" in (REPOSITORY / "README.md").read_text("utf-8")
 
 
-def test_what_a_second_training_of_the_peers_tells_is_what_was_measured(tables: ModuleType) -> None:
-    first, second = (tables.read(name, tables.RESULTS)["peers"] for name in (tables.FOUR, tables.SECOND))
+def test_what_a_second_training_of_the_peers_tells_is_what_was_measured(
+    tables: ModuleType, peer_tables: ModuleType
+) -> None:
+    first, second = (tables.read(name, tables.RESULTS)["peers"] for name in (peer_tables.FOUR, peer_tables.SECOND))
     top = sorted(first, key=lambda name: -first[name]["soft_dice_5"]["mean"])[:7]
     assert set(second) == set(top), "the first seven of the first round"
 

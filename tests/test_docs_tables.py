@@ -81,10 +81,12 @@ def test_the_reader_and_the_panel_stand_beside_the_model(tables: ModuleType, tmp
     assert [tables.NOT_MEASURED in row for row in validation] == [True, True]
 
 
-def test_the_peers_stand_best_first_and_all_have_a_row(tables: ModuleType, tmp_path: Path) -> None:
+def test_the_peers_stand_best_first_and_all_have_a_row(
+    tables: ModuleType, peer_tables: ModuleType, tmp_path: Path
+) -> None:
     from cdiff.benchmarks.peers.__main__ import NAMES
 
-    assert set(tables.PEERS) == set(NAMES)
+    assert set(peer_tables.PEERS) == set(NAMES)
     for table in ("peers", "peers-four", "peers-any"):
         rows = tables.TABLES[table](tmp_path).splitlines()[2:]
         assert len(rows) == len(NAMES)
@@ -113,7 +115,7 @@ def test_the_peers_stand_best_first_and_all_have_a_row(tables: ModuleType, tmp_p
     (tmp_path / "peers_testing_all_raters.json").write_text(json.dumps(found))
     rows = tables.TABLES["peers-four"](tmp_path).splitlines()[2:]
     names = [row.split("|")[1].strip() for row in rows]
-    heads, soft, consensus = (tables.PEERS[name] for name in ("unet-heads", "unet-soft", "consensus"))
+    heads, soft, consensus = (peer_tables.PEERS[name] for name in ("unet-heads", "unet-soft", "consensus"))
     assert names[:3] == [f"{heads} (50% of its budget)", soft, f"{consensus}, 1 step"]
     assert tables.NOT_MEASURED in rows[3]
     assert names[-1] == "a radiologist against the other three"

@@ -24,14 +24,16 @@ def evaluate(*arguments: object) -> tuple[int, str, str]:
 
 
 def test_a_report_with_everything(tiny_data: Path, tiny_bundle: Path, tmp_path: Path) -> None:
-    folder, copy = tmp_path / "report", tmp_path / "scores.json"
+    folder, copy, numbers = tmp_path / "report", tmp_path / "scores.json", tmp_path / "numbers.csv"
+    numbers.write_text("table,whose,data,percent,source\n2,somebody else,kidney,87.65,Table 2 of theirs\n")
     command = (
         *("--data", tiny_data, "--model", tiny_bundle, "--runs", 3, "--steps", 2, "--sampler", "ddim", "--seed", 7),
         *("--levels", "vote", "--no-mirror", "--report", folder, "--json", copy, "--steps-curve", "3,1,2"),
-        *("--group", "case0[0-9]", "--paper-table", "--worst", 2),
+        *("--group", "case0[0-9]", "--paper-table", "--beside", numbers, "--worst", 2),
     )
     code, printed, said = evaluate(*command)
     assert code == 0, said
+    assert re.search(r"somebody else.*kidney.*87\.65", printed)
     names = {path.name for path in folder.iterdir()}
     tables = {f"{name}.csv" for name in ("scores", "cases", "slices", "reliability", "runs", "steps")}
     assert names == tables | {"scores.json", "reliability.png", "runs.png", "steps.png", "steps", "worst.png"}
@@ -163,3 +165,21 @@ def test_the_labels_of_the_masks_come_from_the_bundle(tiny_data: Path, tiny_bund
     stated, asked, other = reports
     assert stated["data"]["labels"] == asked["data"]["labels"] == [2]
     assert stated["pairwise_dice_annotators"] == asked["pairwise_dice_annotators"] != other["pairwise_dice_annotators"]
+
+
+def test_what_stands_beside_is_read_before_any_work(tiny_data: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    command = (
+        "--data",
+        tiny_data,
+        "--model",
+        tiny_bundle,
+        "--json",
+        tmp_path / "out.json",
+        "--beside",
+        tmp_path / "none.csv",
+    )
+    code, _, said = evaluate(*command)
+    assert (code, "add --paper-table" in said) == (2, True), said
+    code, _, said = evaluate(*command, "--paper-table")
+    assert (code, "none.csv cannot be read" in said) == (2, True), said
+    assert not list(tmp_path.iterdir())

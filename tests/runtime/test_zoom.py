@@ -14,6 +14,7 @@ from cdiff.runtime.engines.base import Binding, Engine, HostBinding
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.framing import Framing, resize
 from cdiff.runtime.manifest import Manifest
+from cdiff.runtime.noise import Noise
 from cdiff.runtime.segmenter import Segmenter
 from cdiff.runtime.sums import SliceResult
 from cdiff.runtime.zoom import APART, numbered, shared_out, together
@@ -78,6 +79,21 @@ def test_each_zoom_has_noise_of_its_own() -> None:
     zooms = [0.5, 0.8, 1, 1.001, 1.25, 4]
     assert len({numbered([3], zoom)[0] for zoom in zooms}) == len(zooms)
     assert max(numbered([2**31], 4)) < 2**63
+
+
+def test_no_two_runs_of_a_scan_draw_the_same_noise(model: Segmenter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every row's key, as the noise is asked for it: of two zooms, three slices and five runs none comes twice."""
+    asked: list[tuple[int, ...]] = []
+    fill = Noise.fill
+
+    def watched(self: Noise, out: Any, **key: Any) -> None:
+        asked.append(tuple(key[name] for name in ("slice_", "level", "run", "step")))
+        fill(self, out, **key)
+
+    monkeypatch.setattr(Noise, "fill", watched)
+    model.segment(volume(32, 32, 3), runs=5, zooms=(1, 1.25), **STEPS)
+    assert len(asked) >= 5 * 3 * model.manifest.levels
+    assert len(set(asked)) == len(asked)
 
 
 def test_all_runs_together_are_what_their_maps_say(model: Segmenter) -> None:

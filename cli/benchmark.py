@@ -75,7 +75,7 @@ def benchmark(
     """
     if model and run:
         raise CdiffError("--model and --run both name what to measure; give one of them")
-    with needs("train", "the comparison with PyTorch"):
+    with needs("the comparison with PyTorch"):
         import torch  # noqa: F401 - the contenders import it in processes of their own: say now if it is not here
 
         from cdiff.benchmarks.benchmark import benchmark as measure

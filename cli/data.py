@@ -37,7 +37,7 @@ def check(
         ),
     ],
     task: options.TaskOption = None,
-    layout: options.LayoutOption = options.Layout.auto,
+    layout: options.LayoutOption = "auto",
     labels: options.LabelsOption = None,
     slice_axis: Annotated[
         int, typer.Option("--slice-axis", metavar="0|1|2", min=0, max=2, help="Axis that volumes are cut along.")

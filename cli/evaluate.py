@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -12,22 +11,6 @@ from cdiff.cli import options
 from cdiff.cli.console import Meter, out, say, warn
 from cdiff.cli.score_tables import paper_tables, score_tables
 from cdiff.runtime.errors import CdiffError
-
-
-class Split(StrEnum):
-    """The splits that find_cases knows."""
-
-    train = "train"
-    val = "val"
-    test = "test"
-    all = "all"
-
-
-class Raters(StrEnum):
-    """What happens to a case whose number of annotators is not the model's."""
-
-    skip = "skip"
-    use = "use"
 
 
 @options.spread
@@ -108,7 +91,7 @@ def evaluate(
         ),
     ] = None,
     split: Annotated[
-        Split | None,
+        Literal["train", "val", "test", "all"] | None,
         typer.Option(
             "--split",
             metavar="train|val|test|all",
@@ -118,7 +101,7 @@ def evaluate(
         ),
     ] = None,
     task: options.TaskOption = None,
-    layout: options.LayoutOption = options.Layout.auto,
+    layout: options.LayoutOption = "auto",
     labels: Annotated[
         str | None,
         typer.Option(
@@ -169,7 +152,7 @@ def evaluate(
         ),
     ] = None,
     raters: Annotated[
-        Raters,
+        Literal["skip", "use"],
         typer.Option(
             "--raters",
             metavar="skip|use",
@@ -177,7 +160,7 @@ def evaluate(
             "level c of C read as the share c/C of its annotators.",
             rich_help_panel=options.DATA,
         ),
-    ] = Raters.skip,
+    ] = "skip",
     group: Annotated[
         str | None,
         typer.Option(
@@ -235,7 +218,7 @@ def evaluate(
         all_raters=all_raters,
         all_slices=all_slices,
         slices_per_case=slices_per_case,
-        raters=raters.value,
+        raters=raters,
     )
     found = find_cases(data, task, layout=layout, labels=asked)
     for note in found.notes:

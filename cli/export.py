@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -14,32 +13,7 @@ from cdiff.cli.extras import needs
 from cdiff.cli.options import parse_zooms
 from cdiff.runtime.errors import CdiffError
 
-if TYPE_CHECKING:
-    from cdiff.runtime.engines.trt import Flavour
-
 ENGINES = "Engines for a GPU"
-
-
-class Build(StrEnum):
-    """What a bundle is exported for: its ONNX graphs alone, or engines in its cache too."""
-
-    onnx = "onnx"
-    tensorrt = "tensorrt"
-    tensorrt_rtx = "tensorrt-rtx"
-
-
-FLAVOURS: dict[Build, Flavour | None] = {
-    Build.onnx: None,
-    Build.tensorrt: "tensorrt",
-    Build.tensorrt_rtx: "tensorrt-rtx",
-}
-
-
-class Hardware(StrEnum):
-    """How widely a TensorRT engine runs, besides on the GPU that builds it."""
-
-    ampere = "ampere+"
-    same = "same-capability"
 
 
 def export(
@@ -86,14 +60,14 @@ def export(
         ),
     ] = None,
     engine: Annotated[
-        Build,
+        Literal["onnx", "tensorrt", "tensorrt-rtx"],
         typer.Option(
             "--engine",
             metavar="NAME",
             help="onnx (any machine), tensorrt (built on the GPU that it is for) or tensorrt-rtx (built anywhere, for GeForce RTX and RTX PRO).",
             rich_help_panel=ENGINES,
         ),
-    ] = Build.onnx,
+    ] = "onnx",
     runs: Annotated[
         int,
         typer.Option("--runs", metavar="R", min=1, help="Runs that a batch is made for.", rich_help_panel=ENGINES),
@@ -142,7 +116,7 @@ def export(
         ),
     ] = False,
     hardware_compatible: Annotated[
-        Hardware | None,
+        Literal["ampere+", "same-capability"] | None,
         typer.Option(
             "--hardware-compatible",
             metavar="HOW",
@@ -181,9 +155,9 @@ def export(
         workspace_bytes=None if workspace is None else int(workspace * 2**30),
         refit=refit,
         version_compatible=version_compatible,
-        hardware_compatible=None if hardware_compatible is None else hardware_compatible.value,
+        hardware_compatible=hardware_compatible,
     )
-    flavour = FLAVOURS[engine]
+    flavour = None if engine == "onnx" else engine
     check(flavour, options, rows, capability or [])  # before the graphs, which take longer
     if triton is not None:
         must_take_files(triton)
@@ -199,7 +173,7 @@ def export(
             if not source.is_dir():
                 raise CdiffError(f"{source} is not a folder; give the one that `cdiff train` wrote, or a bundle")
             raise CdiffError(f"no bundle is named to write to; try: cdiff export {source} --out BUNDLE")
-        with needs("train", "export"):
+        with needs("export"):
             from cdiff.export.exporter import export_run
 
         with Meter(f"export {source.name}", quiet) as meter:

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from cdiff.cli.console import out, say, warn
 from cdiff.cli.extras import needs
 from cdiff.runtime.errors import CdiffError
-
-
-class Source(StrEnum):
-    """The published codes that train.imported knows."""
-
-    consensus = "consensus"
-    implicit = "implicit-ensemble"
 
 
 def import_(
@@ -43,7 +35,7 @@ def import_(
         ),
     ] = None,
     source: Annotated[
-        Source | None,
+        Literal["consensus", "implicit-ensemble"] | None,
         typer.Option(
             "--from",
             metavar="CODE",
@@ -98,13 +90,13 @@ def import_(
     cdiff import logs/ema.pt --out runs/kidney --images data/kidney/train
     cdiff export runs/kidney --out bundles/kidney
     """
-    with needs("train", "importing"):
+    with needs("importing"):
         from cdiff.train.imported.importer import import_checkpoint
 
     done = import_checkpoint(
         checkpoint,
         output,
-        source=source.value if source else None,
+        source=source,
         args=args,
         settings=settings,
         image_size=image_size,

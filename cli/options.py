@@ -6,9 +6,8 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
 
@@ -18,30 +17,6 @@ from cdiff.runtime.errors import CdiffError
 
 if TYPE_CHECKING:
     from cdiff.runtime.segmenter import Segmenter
-
-
-class Sampler(StrEnum):
-    """The reverse chains that runtime.sampler knows."""
-
-    ddpm = "ddpm"
-    ddim = "ddim"
-    dpm2m = "dpm++2m"
-
-
-class Layout(StrEnum):
-    """The ways of laying out data that runtime.layouts knows."""
-
-    auto = "auto"
-    cases = "cases"
-    brats = "brats"
-    table = "table"
-
-
-class Combine(StrEnum):
-    """How the runs of a level become its map."""
-
-    mean = "mean"
-    vote = "vote"
 
 
 DATA = "Data"
@@ -97,7 +72,7 @@ StepsOption = Annotated[
     ),
 ]
 SamplerOption = Annotated[
-    Sampler | None,
+    Literal["ddpm", "ddim", "dpm++2m"] | None,
     typer.Option(
         "--sampler",
         metavar="NAME",
@@ -116,7 +91,7 @@ FastOption = Annotated[
     ),
 ]
 CombineOption = Annotated[
-    Combine,
+    Literal["mean", "vote"],
     typer.Option(
         "--levels",
         metavar="vote|mean",
@@ -163,7 +138,7 @@ TaskOption = Annotated[
     ),
 ]
 LayoutOption = Annotated[
-    Layout,
+    Literal["auto", "cases", "brats", "table"],
     typer.Option(
         "--layout",
         metavar="NAME",
@@ -224,19 +199,19 @@ class Chain:
     steps: StepsOption = None
     sampler: SamplerOption = None
     fast: FastOption = False
-    levels: CombineOption = Combine.mean
+    levels: CombineOption = "mean"
     mirror: MirrorOption = None
     zooms: ZoomsOption = None
     seed: SeedOption = 0
 
     def arguments(self) -> dict[str, Any]:
-        """The same as keyword arguments of `Segmenter.segment`, in plain types."""
+        """The same as keyword arguments of `Segmenter.segment`."""
         return {
             "runs": self.runs,
             "steps": self.steps,
-            "sampler": None if self.sampler is None else self.sampler.value,
+            "sampler": self.sampler,
             "fast": self.fast,
-            "combine": self.levels.value,
+            "combine": self.levels,
             "mirror": self.mirror,
             "zooms": None if self.zooms is None else parse_zooms(self.zooms),
             "seed": self.seed,

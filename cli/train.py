@@ -28,7 +28,7 @@ def train(
         typer.Option("--out", "-o", metavar="RUN", help="The run folder: checkpoints and logs.", show_default=False),
     ],
     task: options.TaskOption = None,
-    layout: options.LayoutOption = options.Layout.auto,
+    layout: options.LayoutOption = "auto",
     labels: options.LabelsOption = None,
     preset: Annotated[
         str | None,
@@ -94,7 +94,7 @@ def train(
     cdiff train --data my_data --out runs/mine --resume
     torchrun --nproc-per-node 4 --no-python cdiff train ...
     """
-    with needs("train", "training"):
+    with needs("training"):
         from cdiff.train.checkpoint import read_config
         from cdiff.train.config import Config
         from cdiff.train.data import fit_to_data
@@ -143,11 +143,11 @@ def train(
     out.print(str(result.out), soft_wrap=True)
 
 
-def _data_settings(task: str | None, layout: options.Layout, labels: str | None) -> list[str]:
+def _data_settings(task: str | None, layout: str, labels: str | None) -> list[str]:
     """The options that other commands share, as the settings that the run keeps."""
     settings = [f"task={task}"] if task else []
-    if layout is not options.Layout.auto:
-        settings.append(f"layout={layout.value}")
+    if layout != "auto":
+        settings.append(f"layout={layout}")
     if inside := options.parse_labels(labels):
         settings.append(f"labels={list(inside)}")
     return settings

@@ -159,7 +159,9 @@ def _real_slices(run: Path, channels: int) -> Float32 | None:
         with np.load(path, allow_pickle=False) as samples:
             slices = np.asarray(samples["images"], dtype=np.float32)
         if slices.ndim != 4 or slices.shape[1] != channels:
-            raise ValueError(f"its images have the shape {list(slices.shape)}, and the network takes [S, {channels}, h, w]")
+            raise ValueError(
+                f"its images have the shape {list(slices.shape)}, and the network takes [S, {channels}, h, w]"
+            )
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise CdiffError(f"{path} cannot be read ({error}); remove it, or train again to have it written") from None
     return slices

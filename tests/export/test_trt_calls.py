@@ -107,7 +107,7 @@ def test_rtx_is_told_its_targets_and_keeps_no_timings(bundle: Bundle, monkeypatc
 
 
 @pytest.mark.parametrize(
-    "options", [{"version_compatible": True}, {"hardware_compatible": "ampere+"}, {"level": 6}, {"workspace_bytes": 0}]
+    "options", [{"version_compatible": True}, {"hardware_compatible": "ampere+"}, {"workspace_bytes": 0}]
 )
 def test_options_that_are_not_to_be_had(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]

@@ -16,7 +16,6 @@ import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -26,10 +25,10 @@ from cdiff.benchmarks.contenders import COMPILED, EXPORTED, PUBLISHED, PYTORCH
 from cdiff.benchmarks.tables import summary
 from cdiff.runtime.batching import rows_per_batch
 from cdiff.runtime.bundle import open_bundle
-from cdiff.runtime.engines.cores import physical_cores
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import sha256
 from cdiff.runtime.framing import Framing
+from cdiff.runtime.host import physical_cores
 from cdiff.runtime.manifest import NAME as MANIFEST
 from cdiff.runtime.scan import parse_slices, read_scan
 
@@ -76,9 +75,7 @@ class Worker:
     def __enter__(self) -> Worker:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         if error is not None:
             self._process.kill()
         self._process.communicate()

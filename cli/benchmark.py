@@ -6,8 +6,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
 
-import typer
-
 from cdiff.cli import options
 from cdiff.cli.console import Meter, out, warn
 from cdiff.cli.extras import needs
@@ -18,48 +16,29 @@ def benchmark(
     model: options.ModelOption = None,
     run: Annotated[
         Path | None,
-        typer.Option(
-            "--run",
-            metavar="RUN",
-            help="A folder that `cdiff train` wrote, in place of a bundle: it is exported for this measurement.",
-            show_default=False,
-            rich_help_panel=options.MODEL,
+        options.option(
+            "--run RUN",
+            "A folder that `cdiff train` wrote, in place of a bundle: it is exported for this measurement.",
+            panel=options.MODEL,
         ),
     ] = None,
     engine: options.EngineOption = "auto",
     device: options.DeviceOption = "cpu",
     scan: Annotated[
-        Path | None,
-        typer.Option("--scan", metavar="SCAN", help="What to segment end to end.", show_default="the demo scan"),
+        Path | None, options.option("--scan SCAN", "What to segment end to end.", default="the demo scan")
     ] = None,
-    slices: Annotated[
-        str | None, typer.Option("--slices", metavar="A:B", help="Slices of it.", show_default="its middle one")
-    ] = None,
-    batch: Annotated[
-        str, typer.Option("--batch", metavar="B,B,...", help="Batch sizes to time one denoiser call at.")
-    ] = "1,8,32",
-    runs: Annotated[int, typer.Option("--runs", metavar="R", min=1, help="Chains a slice and level.")] = 4,
-    steps: Annotated[
-        int | None, typer.Option("--steps", metavar="N", min=1, help="Steps a chain.", show_default="all T")
-    ] = None,
-    repeats: Annotated[int, typer.Option("--repeats", metavar="K", min=1, help="Rounds; medians are shown.")] = 3,
+    slices: Annotated[str | None, options.option("--slices A:B", "Slices of it.", default="its middle one")] = None,
+    batch: Annotated[str, options.option("--batch B,B,...", "Batch sizes to time one denoiser call at.")] = "1,8,32",
+    runs: Annotated[int, options.option("--runs R", "Chains a slice and level.", min=1)] = 4,
+    steps: Annotated[int | None, options.option("--steps N", "Steps a chain.", default="all T", min=1)] = None,
+    repeats: Annotated[int, options.option("--repeats K", "Rounds; medians are shown.", min=1)] = 3,
     threads: Annotated[
-        int | None,
-        typer.Option("--threads", metavar="N", min=1, help="Of every contender.", show_default="the physical cores"),
+        int | None, options.option("--threads N", "Of every contender.", default="the physical cores", min=1)
     ] = None,
     compiled: Annotated[
-        bool, typer.Option("--compile", help="Time torch.compile as well; compiling takes minutes.")
+        bool, options.option("--compile", "Time torch.compile as well; compiling takes minutes.")
     ] = False,
-    json_: Annotated[
-        Path | None,
-        typer.Option(
-            "--json",
-            metavar="OUT",
-            help="Write everything here.",
-            show_default=False,
-            rich_help_panel=options.OUTPUT,
-        ),
-    ] = None,
+    json_: Annotated[Path | None, options.option("--json OUT", "Write everything here.", panel=options.OUTPUT)] = None,
     quiet: options.QuietOption = False,
 ) -> None:
     """Time the exported engine and PyTorch with the same weights, and the machine's floor, in one run.
@@ -75,7 +54,7 @@ def benchmark(
     """
     if model and run:
         raise CdiffError("--model and --run both name what to measure; give one of them")
-    with needs("train", "the comparison with PyTorch"):
+    with needs("the comparison with PyTorch"):
         import torch  # noqa: F401 - the contenders import it in processes of their own: say now if it is not here
 
         from cdiff.benchmarks.benchmark import benchmark as measure

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterable
-from types import TracebackType
 from typing import ClassVar
 
 from rich.console import Console
@@ -97,9 +96,7 @@ class Meter:
                 Meter._on_screen = self._bar
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             with Meter._lock:
                 self._bar.stop()

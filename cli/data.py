@@ -37,34 +37,25 @@ def check(
         ),
     ],
     task: options.TaskOption = None,
-    layout: options.LayoutOption = options.Layout.auto,
+    layout: options.LayoutOption = "auto",
     labels: options.LabelsOption = None,
     slice_axis: Annotated[
-        int, typer.Option("--slice-axis", metavar="0|1|2", min=0, max=2, help="Axis that volumes are cut along.")
+        int, options.option("--slice-axis 0|1|2", "Axis that volumes are cut along.", min=0, max=2)
     ] = 2,
     json_: Annotated[
         Path | None,
-        typer.Option(
-            "--json",
-            metavar="OUT",
-            help="Write everything here: each case and each finding.",
-            show_default=False,
-            rich_help_panel=options.OUTPUT,
-        ),
+        options.option("--json OUT", "Write everything here: each case and each finding.", panel=options.OUTPUT),
     ] = None,
     sheet: Annotated[
         Path | None,
-        typer.Option(
-            "--sheet",
-            metavar="OUT.png",
-            help="The contact sheet: image, outlines and soft label of up to 12 cases.",
-            show_default="NAME_sheet.png in the current folder",
-            rich_help_panel=options.OUTPUT,
+        options.option(
+            "--sheet OUT.png",
+            "The contact sheet: image, outlines and soft label of up to 12 cases.",
+            default="NAME_sheet.png in the current folder",
+            panel=options.OUTPUT,
         ),
     ] = None,
-    no_sheet: Annotated[
-        bool, typer.Option("--no-sheet", help="Write no contact sheet.", rich_help_panel=options.OUTPUT)
-    ] = False,
+    no_sheet: Annotated[bool, options.option("--no-sheet", "Write no contact sheet.", panel=options.OUTPUT)] = False,
     quiet: options.QuietOption = False,
 ) -> None:
     """Report what a data set holds and what is wrong with it, and draw a contact sheet.

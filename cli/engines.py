@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,16 +12,12 @@ from cdiff.runtime.errors import CdiffError
 if TYPE_CHECKING:
     from cdiff.export.tensorrt import BuildOptions
     from cdiff.runtime.bundle import Bundle
-    from cdiff.runtime.engines.trt import BuildEngines, Flavour, Gpu, Profile
+    from cdiff.runtime.engines.trt import BuildEngines, Flavour, Profile
 
 
 def builder(quiet: bool) -> BuildEngines:
     """What `cdiff.load` calls for a GPU that the bundle has no engines for: builds them with a bar on the terminal."""
-
-    def build(bundle: Bundle, flavour: Flavour, gpu: Gpu, profile: Profile) -> tuple[Path, Path]:
-        return _build(bundle, flavour, gpu, profile, None, quiet)
-
-    return build
+    return partial(_build, options=None, quiet=quiet)
 
 
 def check(flavour: Flavour | None, options: BuildOptions, rows: int | None, capabilities: list[str]) -> None:

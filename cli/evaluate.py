@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Annotated, Any, Literal
 
 from cdiff.cli import options
 from cdiff.cli.console import Meter, out, say, warn
@@ -14,179 +11,140 @@ from cdiff.cli.score_tables import paper_tables, score_tables
 from cdiff.runtime.errors import CdiffError
 
 
-class Split(StrEnum):
-    """The splits that find_cases knows."""
-
-    train = "train"
-    val = "val"
-    test = "test"
-    all = "all"
-
-
-class Raters(StrEnum):
-    """What happens to a case whose number of annotators is not the model's."""
-
-    skip = "skip"
-    use = "use"
-
-
 @options.spread
 def evaluate(
     data: Annotated[
         Path,
-        typer.Option(
-            "--data",
-            metavar="DIR",
-            help="Case folders with image.nii.gz and task01_seg01.nii.gz ..., a folder that holds "
+        options.option(
+            "--data DIR",
+            "Case folders with image.nii.gz and task01_seg01.nii.gz ..., a folder that holds "
             "Training/Validation/Testing or train/val/test of them, or a table (.csv).",
-            show_default=False,
-            rich_help_panel=options.DATA,
+            panel=options.DATA,
         ),
     ],
     json_: Annotated[
         Path | None,
-        typer.Option(
-            "--json",
-            metavar="OUT",
-            help="Write everything here: scores, intervals, protocol, each case. Until it is whole, finished cases are "
+        options.option(
+            "--json OUT",
+            "Write everything here: scores, intervals, protocol, each case. Until it is whole, finished cases are "
             "kept in NAME.partial.jsonl beside it and an interrupted evaluation goes on from there.",
-            show_default=False,
-            rich_help_panel=options.OUTPUT,
+            panel=options.OUTPUT,
         ),
     ] = None,
     report_: Annotated[
         Path | None,
-        typer.Option(
-            "--report",
-            metavar="DIR",
-            help="Write scores.json, tables (CSV: scores, cases, slices) and plots (reliability, soft Dice against the "
+        options.option(
+            "--report DIR",
+            "Write scores.json, tables (CSV: scores, cases, slices) and plots (reliability, soft Dice against the "
             "number of runs) into this folder.",
-            show_default=False,
-            rich_help_panel=options.OUTPUT,
+            panel=options.OUTPUT,
         ),
     ] = None,
     steps_curve: Annotated[
         str | None,
-        typer.Option(
-            "--steps-curve",
-            metavar="N,N...",
-            help="Evaluate again with each of these numbers of steps and add soft Dice against them to the report, as "
+        options.option(
+            "--steps-curve N,N...",
+            "Evaluate again with each of these numbers of steps and add soft Dice against them to the report, as "
             "1,2,5,10,25.",
-            show_default=False,
-            rich_help_panel=options.OUTPUT,
+            panel=options.OUTPUT,
         ),
     ] = None,
     worst: Annotated[
         int | None,
-        typer.Option(
-            "--worst",
-            metavar="N",
+        options.option(
+            "--worst N",
+            "Segment again the worst slice of each of the N cases with the lowest soft Dice, and draw them beside what "
+            "the annotators drew, into the report's worst.png.",
+            default="none",
             min=1,
             max=40,
-            help="Segment again the worst slice of each of the N cases with the lowest soft Dice, and draw them beside what "
-            "the annotators drew, into the report's worst.png.",
-            show_default="none",
-            rich_help_panel=options.OUTPUT,
+            panel=options.OUTPUT,
         ),
     ] = None,
     paper_table: Annotated[
         bool,
-        typer.Option(
+        options.option(
             "--paper-table",
-            help="Print Tables 1 to 3 of Amit et al. 2023 for this data, beside the published numbers known here.",
-            rich_help_panel=options.OUTPUT,
+            "Print Tables 1 to 3 of Amit et al. 2023 for this data, beside the published numbers known here.",
+            panel=options.OUTPUT,
         ),
     ] = False,
     beside: Annotated[
         list[Path] | None,
-        typer.Option(
-            "--beside",
-            metavar="FILE",
-            help="For --paper-table, and as often as wanted: another evaluation's report (.json), to compare variants, or published "
+        options.option(
+            "--beside FILE",
+            "For --paper-table, and as often as wanted: another evaluation's report (.json), to compare variants, or published "
             "numbers (.csv with the columns table, whose, data, percent, source).",
-            rich_help_panel=options.OUTPUT,
+            panel=options.OUTPUT,
         ),
     ] = None,
     split: Annotated[
-        Split | None,
-        typer.Option(
-            "--split",
-            metavar="train|val|test|all",
-            help="Which split to score.",
-            show_default="test, else val, else all",
-            rich_help_panel=options.DATA,
+        Literal["train", "val", "test", "all"] | None,
+        options.option(
+            "--split train|val|test|all",
+            "Which split to score.",
+            default="test, else val, else all",
+            panel=options.DATA,
         ),
     ] = None,
     task: options.TaskOption = None,
-    layout: options.LayoutOption = options.Layout.auto,
+    layout: options.LayoutOption = "auto",
     labels: Annotated[
         str | None,
-        typer.Option(
-            "--labels",
-            metavar="N,N,...",
-            help="Which values of the masks are inside, such as 1,4 of a label map.",
-            show_default="as the model was trained",
-            rich_help_panel=options.DATA,
+        options.option(
+            "--labels N,N,...",
+            "Which values of the masks are inside, such as 1,4 of a label map.",
+            default="as the model was trained",
+            panel=options.DATA,
         ),
     ] = None,
     limit: Annotated[
-        int | None,
-        typer.Option(
-            "--limit",
-            metavar="N",
-            min=1,
-            help="Only the first N cases.",
-            show_default="all",
-            rich_help_panel=options.DATA,
-        ),
+        int | None, options.option("--limit N", "Only the first N cases.", default="all", min=1, panel=options.DATA)
     ] = None,
     all_raters: Annotated[
         bool,
-        typer.Option(
+        options.option(
             "--all-raters",
-            help="Only slices that all annotators marked, instead of those that at least one marked.",
-            rich_help_panel=options.DATA,
+            "Only slices that all annotators marked, instead of those that at least one marked.",
+            panel=options.DATA,
         ),
     ] = False,
     all_slices: Annotated[
         bool,
-        typer.Option(
+        options.option(
             "--all-slices",
-            help="Also slices that nobody marked: what the model marks there counts in the scores of whole cases. Not with "
+            "Also slices that nobody marked: what the model marks there counts in the scores of whole cases. Not with "
             "--all-raters.",
-            rich_help_panel=options.DATA,
+            panel=options.DATA,
         ),
     ] = False,
     slices_per_case: Annotated[
         int | None,
-        typer.Option(
-            "--slices-per-case",
-            metavar="N",
+        options.option(
+            "--slices-per-case N",
+            "Only N of a case's slices, spread evenly (1: the middle one), for a protocol that takes too long on all.",
+            default="all",
             min=1,
-            help="Only N of a case's slices, spread evenly (1: the middle one), for a protocol that takes too long on all.",
-            show_default="all",
-            rich_help_panel=options.DATA,
+            panel=options.DATA,
         ),
     ] = None,
     raters: Annotated[
-        Raters,
-        typer.Option(
-            "--raters",
-            metavar="skip|use",
-            help="A case with another number of annotators than the model has levels: leave it out, or score it with "
+        Literal["skip", "use"],
+        options.option(
+            "--raters skip|use",
+            "A case with another number of annotators than the model has levels: leave it out, or score it with "
             "level c of C read as the share c/C of its annotators.",
-            rich_help_panel=options.DATA,
+            panel=options.DATA,
         ),
-    ] = Raters.skip,
+    ] = "skip",
     group: Annotated[
         str | None,
-        typer.Option(
-            "--group",
-            metavar="REGEX",
-            help="Intervals over groups of cases, patients say: what this finds in a case's name (its first bracket, if "
+        options.option(
+            "--group REGEX",
+            "Intervals over groups of cases, patients say: what this finds in a case's name (its first bracket, if "
             "it has one) is the group.",
-            show_default="cases",
-            rich_help_panel=options.DATA,
+            default="cases",
+            panel=options.DATA,
         ),
     ] = None,
     *,
@@ -235,7 +193,7 @@ def evaluate(
         all_raters=all_raters,
         all_slices=all_slices,
         slices_per_case=slices_per_case,
-        raters=raters.value,
+        raters=raters,
     )
     found = find_cases(data, task, layout=layout, labels=asked)
     for note in found.notes:

@@ -2,44 +2,18 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from cdiff.cli.console import Meter, out
 from cdiff.cli.engines import build_ahead, check
 from cdiff.cli.extras import needs
-from cdiff.cli.options import parse_zooms
+from cdiff.cli.options import option, parse_zooms
 from cdiff.runtime.errors import CdiffError
 
-if TYPE_CHECKING:
-    from cdiff.runtime.engines.trt import Flavour
-
 ENGINES = "Engines for a GPU"
-
-
-class Build(StrEnum):
-    """What a bundle is exported for: its ONNX graphs alone, or engines in its cache too."""
-
-    onnx = "onnx"
-    tensorrt = "tensorrt"
-    tensorrt_rtx = "tensorrt-rtx"
-
-
-FLAVOURS: dict[Build, Flavour | None] = {
-    Build.onnx: None,
-    Build.tensorrt: "tensorrt",
-    Build.tensorrt_rtx: "tensorrt-rtx",
-}
-
-
-class Hardware(StrEnum):
-    """How widely a TensorRT engine runs, besides on the GPU that builds it."""
-
-    ampere = "ampere+"
-    same = "same-capability"
 
 
 def export(
@@ -52,115 +26,84 @@ def export(
         ),
     ],
     output: Annotated[
-        Path | None,
-        typer.Option(
-            "--out",
-            "-o",
-            metavar="BUNDLE",
-            help="The bundle's folder, written whole or not at all.",
-            show_default=False,
-        ),
+        Path | None, option("--out -o BUNDLE", "The bundle's folder, written whole or not at all.")
     ] = None,
     fp16: Annotated[
-        bool,
-        typer.Option("--fp16", help="Half-precision graphs, or an error; sums and normalisation stay float32."),
+        bool, option("--fp16", "Half-precision graphs, or an error; sums and normalisation stay float32.")
     ] = False,
     fast_steps: Annotated[
         int | None,
-        typer.Option(
-            "--fast-steps",
-            metavar="N",
+        option(
+            "--fast-steps N",
+            "Steps that --fast means for this bundle; `cdiff evaluate --fast --steps-curve` on Validation shows how many are best.",
+            default="those that the run was validated with",
             min=1,
-            help="Steps that --fast means for this bundle; `cdiff evaluate --fast --steps-curve` on Validation shows how many are best.",
-            show_default="those that the run was validated with",
         ),
     ] = None,
     zooms: Annotated[
         str | None,
-        typer.Option(
-            "--zooms",
-            metavar="Z,Z",
-            help="At which multiples of its size runs see the slice, in turn, such as 1,1.25; for models of the framing centre. `cdiff "
+        option(
+            "--zooms Z,Z",
+            "At which multiples of its size runs see the slice, in turn, such as 1,1.25; for models of the framing centre. `cdiff "
             "evaluate --zooms` on Validation shows whether it helps.",
-            show_default="1",
+            default="1",
         ),
     ] = None,
     engine: Annotated[
-        Build,
-        typer.Option(
-            "--engine",
-            metavar="NAME",
-            help="onnx (any machine), tensorrt (built on the GPU that it is for) or tensorrt-rtx (built anywhere, for GeForce RTX and RTX PRO).",
-            rich_help_panel=ENGINES,
+        Literal["onnx", "tensorrt", "tensorrt-rtx"],
+        option(
+            "--engine NAME",
+            "onnx (any machine), tensorrt (built on the GPU that it is for) or tensorrt-rtx (built anywhere, for GeForce RTX and RTX PRO).",
+            panel=ENGINES,
         ),
-    ] = Build.onnx,
-    runs: Annotated[
-        int,
-        typer.Option("--runs", metavar="R", min=1, help="Runs that a batch is made for.", rich_help_panel=ENGINES),
-    ] = 25,
+    ] = "onnx",
+    runs: Annotated[int, option("--runs R", "Runs that a batch is made for.", min=1, panel=ENGINES)] = 25,
     rows: Annotated[
         int | None,
-        typer.Option(
-            "--rows",
-            metavar="N",
-            min=1,
-            help="Most rows (levels x runs) in a batch.",
-            show_default="what the memory holds",
-            rich_help_panel=ENGINES,
+        option(
+            "--rows N", "Most rows (levels x runs) in a batch.", default="what the memory holds", min=1, panel=ENGINES
         ),
     ] = None,
     capability: Annotated[
         list[str] | None,
-        typer.Option(
-            "--capability",
-            metavar="X.Y",
-            help="tensorrt-rtx: a compute capability to build for; may be given several times.",
-            show_default="all it knows",
-            rich_help_panel=ENGINES,
+        option(
+            "--capability X.Y",
+            "tensorrt-rtx: a compute capability to build for; may be given several times.",
+            default="all it knows",
+            panel=ENGINES,
         ),
     ] = None,
     workspace: Annotated[
         float | None,
-        typer.Option(
-            "--workspace",
-            metavar="GIB",
+        option(
+            "--workspace GIB",
+            "Most scratch memory a layer may use, in GiB.",
+            default="no limit",
             min=0.001,
-            help="Most scratch memory a layer may use, in GiB.",
-            show_default="no limit",
-            rich_help_panel=ENGINES,
+            panel=ENGINES,
         ),
     ] = None,
-    refit: Annotated[
-        bool, typer.Option("--refit", help="Weights can be replaced in the engine.", rich_help_panel=ENGINES)
-    ] = False,
+    refit: Annotated[bool, option("--refit", "Weights can be replaced in the engine.", panel=ENGINES)] = False,
     version_compatible: Annotated[
         bool,
-        typer.Option(
-            "--version-compatible",
-            help="tensorrt: later versions of the same major one load the engine.",
-            rich_help_panel=ENGINES,
+        option(
+            "--version-compatible", "tensorrt: later versions of the same major one load the engine.", panel=ENGINES
         ),
     ] = False,
     hardware_compatible: Annotated[
-        Hardware | None,
-        typer.Option(
-            "--hardware-compatible",
-            metavar="HOW",
-            help="tensorrt: ampere+ runs on compute capability 8.0 and newer, same-capability on other GPUs of this one's; slower.",
-            show_default="this GPU only",
-            rich_help_panel=ENGINES,
+        Literal["ampere+", "same-capability"] | None,
+        option(
+            "--hardware-compatible HOW",
+            "tensorrt: ampere+ runs on compute capability 8.0 and newer, same-capability on other GPUs of this one's; slower.",
+            default="this GPU only",
+            panel=ENGINES,
         ),
     ] = None,
     triton: Annotated[
         Path | None,
-        typer.Option(
-            "--triton",
-            metavar="DIR",
-            help="Also write a Triton Inference Server model repository that serves the whole loop.",
-            show_default=False,
-        ),
+        option("--triton DIR", "Also write a Triton Inference Server model repository that serves the whole loop."),
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors only.")] = False,
+    quiet: Annotated[bool, option("--quiet -q", "Print results and errors only.")] = False,
 ) -> None:
     """Write a trained model as a bundle of ONNX graphs, checked against PyTorch.
 
@@ -181,9 +124,9 @@ def export(
         workspace_bytes=None if workspace is None else int(workspace * 2**30),
         refit=refit,
         version_compatible=version_compatible,
-        hardware_compatible=None if hardware_compatible is None else hardware_compatible.value,
+        hardware_compatible=hardware_compatible,
     )
-    flavour = FLAVOURS[engine]
+    flavour = None if engine == "onnx" else engine
     check(flavour, options, rows, capability or [])  # before the graphs, which take longer
     if triton is not None:
         must_take_files(triton)
@@ -199,7 +142,7 @@ def export(
             if not source.is_dir():
                 raise CdiffError(f"{source} is not a folder; give the one that `cdiff train` wrote, or a bundle")
             raise CdiffError(f"no bundle is named to write to; try: cdiff export {source} --out BUNDLE")
-        with needs("train", "export"):
+        with needs("export"):
             from cdiff.export.exporter import export_run
 
         with Meter(f"export {source.name}", quiet) as meter:

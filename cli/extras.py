@@ -9,8 +9,8 @@ from cdiff.runtime.errors import CdiffError
 
 
 @contextmanager
-def needs(extra: str, what: str) -> Iterator[None]:
-    """Around lazy imports: a package that is not installed is a CdiffError naming the extra that brings it."""
+def needs(what: str) -> Iterator[None]:
+    """Around lazy imports of PyTorch and what goes with it: a package that is not installed is a CdiffError naming the extra `train`."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -18,5 +18,5 @@ def needs(extra: str, what: str) -> Iterator[None]:
         if package in ("", "cdiff"):
             raise
         raise CdiffError(
-            f"{what} needs {package}, which is not installed; try: pip install '.[{extra}]' in cdiff's clone"
+            f"{what} needs {package}, which is not installed; try: pip install '.[train]' in cdiff's clone"
         ) from None

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from cdiff.cli.console import out, say, warn
 from cdiff.cli.extras import needs
+from cdiff.cli.options import option
 from cdiff.runtime.errors import CdiffError
-
-
-class Source(StrEnum):
-    """The published codes that train.imported knows."""
-
-    consensus = "consensus"
-    implicit = "implicit-ensemble"
 
 
 def import_(
@@ -27,67 +20,40 @@ def import_(
             metavar="CHECKPOINT", help="A .pt file of the published code; best ema*.pt.", show_default=False
         ),
     ],
-    output: Annotated[
-        Path,
-        typer.Option(
-            "--out", "-o", metavar="RUN", help="The run folder, written whole or not at all.", show_default=False
-        ),
-    ],
+    output: Annotated[Path, option("--out -o RUN", "The run folder, written whole or not at all.")],
     args: Annotated[
-        Path | None,
-        typer.Option(
-            "--args",
-            metavar="FILE",
-            help="The args.json of its training.",
-            show_default="args.json beside CHECKPOINT",
-        ),
+        Path | None, option("--args FILE", "The args.json of its training.", default="args.json beside CHECKPOINT")
     ] = None,
     source: Annotated[
-        Source | None,
-        typer.Option(
-            "--from",
-            metavar="CODE",
-            help="consensus (Amit et al. 2023) or implicit-ensemble (Wolleb et al. 2022).",
-            show_default="told by the tensors",
+        Literal["consensus", "implicit-ensemble"] | None,
+        option(
+            "--from CODE",
+            "consensus (Amit et al. 2023) or implicit-ensemble (Wolleb et al. 2022).",
+            default="told by the tensors",
         ),
     ] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option(
-            "--option",
-            metavar="NAME=VALUE",
-            help="One of the published code's own options, over args.json, such as num_heads=1. May be repeated.",
-            show_default=False,
+        option(
+            "--option NAME=VALUE",
+            "One of the published code's own options, over args.json, such as num_heads=1. May be repeated.",
         ),
     ] = None,
     images: Annotated[
         Path | None,
-        typer.Option(
-            "--images",
-            metavar="DIR",
-            help="Its training cases: their mean and standard deviation normalise, as in the published code.",
-            show_default=False,
+        option(
+            "--images DIR", "Its training cases: their mean and standard deviation normalise, as in the published code."
         ),
     ] = None,
-    mean: Annotated[
-        str | None,
-        typer.Option("--mean", metavar="M,...", help="The same by numbers, one a channel.", show_default=False),
-    ] = None,
-    std: Annotated[
-        str | None,
-        typer.Option("--std", metavar="S,...", help="The standard deviations to --mean.", show_default=False),
-    ] = None,
+    mean: Annotated[str | None, option("--mean M,...", "The same by numbers, one a channel.")] = None,
+    std: Annotated[str | None, option("--std S,...", "The standard deviations to --mean.")] = None,
     image_size: Annotated[
         int | None,
-        typer.Option(
-            "--image-size",
-            metavar="N",
-            min=1,
-            help="Pixels a side that exported graphs will take.",
-            show_default="the published code's",
+        option(
+            "--image-size N", "Pixels a side that exported graphs will take.", default="the published code's", min=1
         ),
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors only.")] = False,
+    quiet: Annotated[bool, option("--quiet -q", "Print results and errors only.")] = False,
 ) -> None:
     """Turn a checkpoint of the published code into a run of ours.
 
@@ -98,13 +64,13 @@ def import_(
     cdiff import logs/ema.pt --out runs/kidney --images data/kidney/train
     cdiff export runs/kidney --out bundles/kidney
     """
-    with needs("train", "importing"):
+    with needs("importing"):
         from cdiff.train.imported.importer import import_checkpoint
 
     done = import_checkpoint(
         checkpoint,
         output,
-        source=source.value if source else None,
+        source=source,
         args=args,
         settings=settings,
         image_size=image_size,

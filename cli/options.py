@@ -6,9 +6,8 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
 
@@ -20,165 +19,66 @@ if TYPE_CHECKING:
     from cdiff.runtime.segmenter import Segmenter
 
 
-class Sampler(StrEnum):
-    """The reverse chains that runtime.sampler knows."""
-
-    ddpm = "ddpm"
-    ddim = "ddim"
-    dpm2m = "dpm++2m"
-
-
-class Layout(StrEnum):
-    """The ways of laying out data that runtime.layouts knows."""
-
-    auto = "auto"
-    cases = "cases"
-    brats = "brats"
-    table = "table"
-
-
-class Combine(StrEnum):
-    """How the runs of a level become its map."""
-
-    mean = "mean"
-    vote = "vote"
-
-
 DATA = "Data"
 MODEL = "Model"
 CHAIN = "Sampling"
 OUTPUT = "Output"
 
+
+def option(words: str, help: str, *, default: str | None = None, panel: str | None = None, **limits: float) -> Any:
+    """An option by what a page calls it: `--out -o BUNDLE` are its names and what stands for its value, which a switch has not.
+
+    default: what --help says of it where the value in the signature does not; limits: min, max.
+    """
+    *names, value = words.split()
+    if value.startswith("-"):
+        names, value = [*names, value], ""
+    shown = {} if default is None else {"show_default": default}
+    more: dict[str, Any] = {**shown, **limits}
+    return typer.Option(*names, metavar=value or None, help=help, rich_help_panel=panel, **more)
+
+
 ModelOption = Annotated[
     Path | None,
-    typer.Option(
-        "--model",
-        metavar="BUNDLE",
-        help="A folder that `cdiff export` wrote.",
-        show_default="the model that comes with cdiff",
-        rich_help_panel=MODEL,
+    option(
+        "--model BUNDLE", "A folder that `cdiff export` wrote.", default="the model that comes with cdiff", panel=MODEL
     ),
 ]
 EngineOption = Annotated[
     str,
-    typer.Option(
-        "--engine",
-        metavar="NAME",
-        help="auto, or an engine that `cdiff doctor` lists. One that is asked for and cannot run is an error.",
-        rich_help_panel=MODEL,
+    option(
+        "--engine NAME",
+        "auto, or an engine that `cdiff doctor` lists. One that is asked for and cannot run is an error.",
+        panel=MODEL,
     ),
 ]
-DeviceOption = Annotated[
-    str,
-    typer.Option(
-        "--device", metavar="DEVICE", help="cpu, cuda:0, or several GPUs: cuda:0,cuda:1", rich_help_panel=MODEL
-    ),
-]
-RunsOption = Annotated[
-    int | None,
-    typer.Option(
-        "--runs",
-        metavar="R",
-        min=1,
-        help="Chains a slice and level, averaged.",
-        show_default="25; with --fast the bundle's, 4",
-        rich_help_panel=CHAIN,
-    ),
-]
-StepsOption = Annotated[
-    int | None,
-    typer.Option(
-        "--steps",
-        metavar="N",
-        min=1,
-        help="Steps a chain.",
-        show_default="all T; with --fast the bundle's",
-        rich_help_panel=CHAIN,
-    ),
-]
-SamplerOption = Annotated[
-    Sampler | None,
-    typer.Option(
-        "--sampler",
-        metavar="NAME",
-        help="ddpm (the papers'), ddim or dpm++2m (both good in few steps).",
-        show_default="ddpm; with --fast the bundle's",
-        rich_help_panel=CHAIN,
-    ),
-]
-FastOption = Annotated[
-    bool,
-    typer.Option(
-        "--fast",
-        help="Few steps and runs, as the bundle states them: many times faster. "
-        "--runs, --steps and --sampler still count when given.",
-        rich_help_panel=CHAIN,
-    ),
-]
-CombineOption = Annotated[
-    Combine,
-    typer.Option(
-        "--levels",
-        metavar="vote|mean",
-        help="How runs become a level's map: their mean, or each level rounded at one half as the published code does.",
-        rich_help_panel=CHAIN,
-    ),
-]
-MirrorOption = Annotated[
-    bool | None,
-    typer.Option(
-        "--mirror/--no-mirror",
-        help="Let the runs see the slice as it is and mirrored, in turn.",
-        show_default="yes where the model was trained on mirrored images",
-        rich_help_panel=CHAIN,
-    ),
-]
-ZoomsOption = Annotated[
-    str | None,
-    typer.Option(
-        "--zooms",
-        metavar="Z,Z",
-        help="Let the runs see the slice at these multiples of its size, in turn, such as 1,1.25; for models that look at the structure "
-        "alone.",
-        show_default="what the bundle states",
-        rich_help_panel=CHAIN,
-    ),
-]
-SeedOption = Annotated[
-    int,
-    typer.Option("--seed", metavar="K", min=0, help="The same seed gives the same maps.", rich_help_panel=CHAIN),
-]
-QuietOption = Annotated[
-    bool, typer.Option("--quiet", "-q", help="Print results and errors only.", rich_help_panel=OUTPUT)
-]
+DeviceOption = Annotated[str, option("--device DEVICE", "cpu, cuda:0, or several GPUs: cuda:0,cuda:1", panel=MODEL)]
+QuietOption = Annotated[bool, option("--quiet -q", "Print results and errors only.", panel=OUTPUT)]
 TaskOption = Annotated[
     str | None,
-    typer.Option(
-        "--task",
-        metavar="taskNN",
-        help="Which structure, when the masks carry several; in a benchmark's folder which data set (prostate), or both "
+    option(
+        "--task taskNN",
+        "Which structure, when the masks carry several; in a benchmark's folder which data set (prostate), or both "
         "(prostate/task01).",
-        show_default="the only one",
-        rich_help_panel=DATA,
+        default="the only one",
+        panel=DATA,
     ),
 ]
 LayoutOption = Annotated[
-    Layout,
-    typer.Option(
-        "--layout",
-        metavar="NAME",
-        help="How the data lies: cases (folders with image and masks, QUBIQ's too), brats (its slices or volumes) or table (CSV).",
-        rich_help_panel=DATA,
+    Literal["auto", "cases", "brats", "table"],
+    option(
+        "--layout NAME",
+        "How the data lies: cases (folders with image and masks, QUBIQ's too), brats (its slices or volumes) or table (CSV).",
+        panel=DATA,
     ),
 ]
 LabelsOption = Annotated[
     str | None,
-    typer.Option(
-        "--labels",
-        metavar="N,N,...",
-        help="Which values of the masks are inside, such as 1,4 of a label map.",
-        show_default="above half of the largest; brats: the whole tumour",
-        rich_help_panel=DATA,
+    option(
+        "--labels N,N,...",
+        "Which values of the masks are inside, such as 1,4 of a label map.",
+        default="above half of the largest; brats: the whole tumour",
+        panel=DATA,
     ),
 ]
 
@@ -220,23 +120,74 @@ class Model:
 class Chain:
     """How maps are drawn: --runs, --steps, --sampler, --fast, --levels, --mirror, --zooms, --seed."""
 
-    runs: RunsOption = None
-    steps: StepsOption = None
-    sampler: SamplerOption = None
-    fast: FastOption = False
-    levels: CombineOption = Combine.mean
-    mirror: MirrorOption = None
-    zooms: ZoomsOption = None
-    seed: SeedOption = 0
+    runs: Annotated[
+        int | None,
+        option(
+            "--runs R",
+            "Chains a slice and level, averaged.",
+            default="25; with --fast the bundle's, 4",
+            min=1,
+            panel=CHAIN,
+        ),
+    ] = None
+    steps: Annotated[
+        int | None, option("--steps N", "Steps a chain.", default="all T; with --fast the bundle's", min=1, panel=CHAIN)
+    ] = None
+    sampler: Annotated[
+        Literal["ddpm", "ddim", "dpm++2m"] | None,
+        option(
+            "--sampler NAME",
+            "ddpm (the papers'), ddim or dpm++2m (both good in few steps).",
+            default="ddpm; with --fast the bundle's",
+            panel=CHAIN,
+        ),
+    ] = None
+    fast: Annotated[
+        bool,
+        option(
+            "--fast",
+            "Few steps and runs, as the bundle states them: many times faster. "
+            "--runs, --steps and --sampler still count when given.",
+            panel=CHAIN,
+        ),
+    ] = False
+    levels: Annotated[
+        Literal["mean", "vote"],
+        option(
+            "--levels vote|mean",
+            "How runs become a level's map: their mean, or each level rounded at one half as the published code does.",
+            panel=CHAIN,
+        ),
+    ] = "mean"
+    mirror: Annotated[
+        bool | None,
+        option(
+            "--mirror/--no-mirror",
+            "Let the runs see the slice as it is and mirrored, in turn.",
+            default="yes where the model was trained on mirrored images",
+            panel=CHAIN,
+        ),
+    ] = None
+    zooms: Annotated[
+        str | None,
+        option(
+            "--zooms Z,Z",
+            "Let the runs see the slice at these multiples of its size, in turn, such as 1,1.25; for models that look at the structure "
+            "alone.",
+            default="what the bundle states",
+            panel=CHAIN,
+        ),
+    ] = None
+    seed: Annotated[int, option("--seed K", "The same seed gives the same maps.", min=0, panel=CHAIN)] = 0
 
     def arguments(self) -> dict[str, Any]:
-        """The same as keyword arguments of `Segmenter.segment`, in plain types."""
+        """The same as keyword arguments of `Segmenter.segment`."""
         return {
             "runs": self.runs,
             "steps": self.steps,
-            "sampler": None if self.sampler is None else self.sampler.value,
+            "sampler": self.sampler,
             "fast": self.fast,
-            "combine": self.levels.value,
+            "combine": self.levels,
             "mirror": self.mirror,
             "zooms": None if self.zooms is None else parse_zooms(self.zooms),
             "seed": self.seed,

@@ -29,92 +29,68 @@ def segment(
             show_default=False,
         ),
     ] = None,
-    input_: Annotated[
-        Path | None,
-        typer.Option("--input", "-i", metavar="SCAN", help="The same as SCAN, for those used to -i."),
-    ] = None,
+    input_: Annotated[Path | None, options.option("--input -i SCAN", "The same as SCAN, for those used to -i.")] = None,
     output: Annotated[
-        Path,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="OUT",
-            help="Folder for what is written; made if need be.",
-            rich_help_panel=options.OUTPUT,
-        ),
+        Path, options.option("--output -o OUT", "Folder for what is written; made if need be.", panel=options.OUTPUT)
     ] = Path("cdiff_output"),
     slices: Annotated[
         str | None,
-        typer.Option(
-            "--slices",
-            metavar="A:B",
-            help="Only slices A to B-1, counted from 0; A or B may be left out.",
-            show_default="all",
-        ),
+        options.option("--slices A:B", "Only slices A to B-1, counted from 0; A or B may be left out.", default="all"),
     ] = None,
     slice_axis: Annotated[
         int | None,
-        typer.Option(
-            "--slice-axis",
-            metavar="AXIS",
+        options.option(
+            "--slice-axis AXIS",
+            "Which axis of the array as stored to cut slices along.",
+            default="as the model was trained",
             min=0,
             max=2,
-            help="Which axis of the array as stored to cut slices along.",
-            show_default="as the model was trained",
         ),
     ] = None,
     at: Annotated[
         str | None,
-        typer.Option(
-            "--at",
-            metavar="I,J,K",
-            help="Where the structure is, in a scan larger than the crops that a model was trained on: a voxel, counted from 0 "
+        options.option(
+            "--at I,J,K",
+            "Where the structure is, in a scan larger than the crops that a model was trained on: a voxel, counted from 0 "
             "along the axes of the array as stored; ROW,COLUMN of a picture; or a point in space as a viewer shows it, in mm, "
             "such as L30,P20,S50. Without --slices its slice alone.",
-            show_default="the middle of each slice",
+            default="the middle of each slice",
         ),
     ] = None,
     shrink: Annotated[
         int | None,
-        typer.Option(
-            "--shrink",
-            metavar="F",
-            min=1,
-            help="With --at, for a structure that fills the model's window or more: the model sees F times as much along either "
+        options.option(
+            "--shrink F",
+            "With --at, for a structure that fills the model's window or more: the model sees F times as much along either "
             "axis, F pixels as one.",
-            show_default="1",
+            default="1",
+            min=1,
         ),
     ] = None,
     series: Annotated[
         int | None,
-        typer.Option(
-            "--series",
-            metavar="NUMBER",
-            help="Which DICOM series of a folder that holds several.",
-            show_default="the only one",
-        ),
+        options.option("--series NUMBER", "Which DICOM series of a folder that holds several.", default="the only one"),
     ] = None,
     *,
     model: options.Model,
     chain: options.Chain,
     preview: Annotated[
-        bool,
-        typer.Option("--preview/--no-preview", help="Write a picture too.", rich_help_panel=options.OUTPUT),
+        bool, options.option("--preview/--no-preview", "Write a picture too.", panel=options.OUTPUT)
     ] = True,
     page: Annotated[
         bool,
-        typer.Option(
+        options.option(
             "--page",
-            help="Write a page too, NAME_page.html: the slices and maps to leaf through in a browser, in one file that loads nothing.",
-            rich_help_panel=options.OUTPUT,
+            "Write a page too, NAME_page.html: the slices and maps to leaf through in a browser, in one file that loads nothing.",
+            panel=options.OUTPUT,
         ),
     ] = False,
     dicom_seg: Annotated[
         bool,
-        typer.Option(
+        options.option(
             "--dicom-seg",
-            help="Write the levels as a DICOM segmentation too, NAME_levels.dcm; for scans that are DICOM.",
-            rich_help_panel=options.OUTPUT,
+            "Write the levels as a DICOM segmentation too, NAME_levels.dcm; for scans that are DICOM.",
+            panel=options.OUTPUT,
         ),
     ] = False,
     quiet: options.QuietOption = False,

@@ -15,76 +15,57 @@ from cdiff.cli.extras import needs
 def train(
     data: Annotated[
         Path,
-        typer.Option(
-            "--data",
-            metavar="DIR",
-            help="Case folders with image.nii.gz and task01_seg01.nii.gz, task01_seg02.nii.gz ...; with or without "
+        options.option(
+            "--data DIR",
+            "Case folders with image.nii.gz and task01_seg01.nii.gz, task01_seg02.nii.gz ...; with or without "
             "the folders Training and Validation above them; or a table (.csv) of files.",
-            show_default=False,
         ),
     ],
-    output: Annotated[
-        Path,
-        typer.Option("--out", "-o", metavar="RUN", help="The run folder: checkpoints and logs.", show_default=False),
-    ],
+    output: Annotated[Path, options.option("--out -o RUN", "The run folder: checkpoints and logs.")],
     task: options.TaskOption = None,
-    layout: options.LayoutOption = options.Layout.auto,
+    layout: options.LayoutOption = "auto",
     labels: options.LabelsOption = None,
     preset: Annotated[
         str | None,
-        typer.Option(
-            "--preset",
-            metavar="NAME",
-            help="small (modest machines), lidc (the shipped model: crops centred on the structure), paper or implicit-ensemble "
+        options.option(
+            "--preset NAME",
+            "small (modest machines), lidc (the shipped model: crops centred on the structure), paper or implicit-ensemble "
             "(as published, a large GPU), or tiny (a look, a minute).",
-            show_default="small; with --resume what RUN has",
+            default="small; with --resume what RUN has",
         ),
     ] = None,
     variant: Annotated[
         str | None,
-        typer.Option(
-            "--variant",
-            metavar="NAME",
-            help="What the network learns to draw: consensus (levels of agreement), annotator (each annotator's mask), no-annotator "
+        options.option(
+            "--variant NAME",
+            "What the network learns to draw: consensus (levels of agreement), annotator (each annotator's mask), no-annotator "
             "(a random one's), soft-label (the fraction) or implicit-ensemble. The same as --set variant=NAME.",
-            show_default="the preset's, mostly consensus",
+            default="the preset's, mostly consensus",
         ),
     ] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="Change one value of the preset, such as batch=8. May be repeated; a wrong KEY lists them all.",
-            show_default=False,
+        options.option(
+            "--set KEY=VALUE",
+            "Change one value of the preset, such as batch=8. May be repeated; a wrong KEY lists them all.",
         ),
     ] = None,
     max_steps: Annotated[
-        int | None,
-        typer.Option("--max-steps", metavar="N", min=1, help="Stop after N steps in all.", show_default="the preset's"),
+        int | None, options.option("--max-steps N", "Stop after N steps in all.", default="the preset's", min=1)
     ] = None,
     resume: Annotated[
-        bool,
-        typer.Option("--resume", help="Go on where the run in RUN stopped; exact, also after a kill."),
+        bool, options.option("--resume", "Go on where the run in RUN stopped; exact, also after a kill.")
     ] = False,
     init: Annotated[
-        Path | None,
-        typer.Option(
-            "--init",
-            metavar="RUN",
-            help="Start a new run from the weights of another or of a bundle.",
-            show_default=False,
-        ),
+        Path | None, options.option("--init RUN", "Start a new run from the weights of another or of a bundle.")
     ] = None,
     dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Read the data, take one step, say what was found, write nothing."),
+        bool, options.option("--dry-run", "Read the data, take one step, say what was found, write nothing.")
     ] = False,
     device: Annotated[
-        str,
-        typer.Option("--device", metavar="DEVICE", help="auto (a GPU if PyTorch sees one), cpu, cuda, cuda:1 ..."),
+        str, options.option("--device DEVICE", "auto (a GPU if PyTorch sees one), cpu, cuda, cuda:1 ...")
     ] = "auto",
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors only.")] = False,
+    quiet: Annotated[bool, options.option("--quiet -q", "Print results and errors only.")] = False,
 ) -> None:
     """Train a model on several annotators' masks.
 
@@ -94,7 +75,7 @@ def train(
     cdiff train --data my_data --out runs/mine --resume
     torchrun --nproc-per-node 4 --no-python cdiff train ...
     """
-    with needs("train", "training"):
+    with needs("training"):
         from cdiff.train.checkpoint import read_config
         from cdiff.train.config import Config
         from cdiff.train.data import fit_to_data
@@ -102,11 +83,7 @@ def train(
         from cdiff.train.presets import preset as named
         from cdiff.train.trainer import train as run
 
-    changes = [
-        *(settings or []),
-        *_data_settings(task, layout, labels),
-        *([f"variant={variant}"] if variant else []),
-    ]
+    changes = [*(settings or []), *_data_settings(task, layout, labels), *([f"variant={variant}"] if variant else [])]
 
     def configure() -> Config:
         if resume and preset is None:
@@ -143,11 +120,11 @@ def train(
     out.print(str(result.out), soft_wrap=True)
 
 
-def _data_settings(task: str | None, layout: options.Layout, labels: str | None) -> list[str]:
+def _data_settings(task: str | None, layout: str, labels: str | None) -> list[str]:
     """The options that other commands share, as the settings that the run keeps."""
     settings = [f"task={task}"] if task else []
-    if layout is not options.Layout.auto:
-        settings.append(f"layout={layout.value}")
+    if layout != "auto":
+        settings.append(f"layout={layout}")
     if inside := options.parse_labels(labels):
         settings.append(f"labels={list(inside)}")
     return settings

@@ -6,7 +6,6 @@ import os
 import signal
 import threading
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any
 
 ASKING = (signal.SIGINT, signal.SIGTERM)
@@ -38,9 +37,7 @@ class Cancel:
             ]
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for undo in self._undo:
             undo()
 

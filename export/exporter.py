@@ -41,20 +41,17 @@ def export_run(
     out: Path,
     *,
     fp16: bool = False,
-    which: str = "best",
-    card: Card | None = None,
-    real_slices: Float32 | None = None,
     replace: bool = False,
     opset: int | None = None,
     fast_steps: int | None = None,
     zooms: Sequence[float] | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
-    """Export the averaged weights of a run's "best" or "last" checkpoint to the bundle folder `out`.
+    """Export the averaged weights of a run's best checkpoint to the bundle folder `out`.
 
-    fp16: convolutions and products in float16 or an error. card: the author's part of the model card, RUN/card.json unless given.
-    real_slices: float32 [S, channels, h, w], normalised as in training, to compare the graphs on; the run's own validation samples
-    unless given. replace: an older bundle in `out` gives way. opset: `graphs.OPSETS` unless given.
+    The author's part of the model card is RUN/card.json, where it is there; the graphs are compared on random images, and on the
+    validation samples that the trainer left in RUN. fp16: convolutions and products in float16 or an error. replace: an older bundle in
+    `out` gives way. opset: `graphs.OPSETS` unless given.
     fast_steps: DDIM steps that `--fast` means for this bundle, 1..T; those that the run was validated with unless given.
     zooms: the multiples of a slice's size at which runs see it in turn; its own alone unless given. progress:
     called as progress(done, total), in parts of the work.
@@ -65,18 +62,12 @@ def export_run(
         raise CdiffError(
             "export compares its graphs by ONNX Runtime, which is not here: pip install '.[train,cpu]' in cdiff's clone"
         )
-    loaded = load_run(run, which)
+    loaded = load_run(run)
     fast_steps = min(loaded.config.training.val_steps, loaded.config.network.T) if fast_steps is None else fast_steps
     kept_timesteps(loaded.config.network.T, fast_steps)  # an error now, not after the graphs
     sizes = ONE_ZOOM if zooms is None else check_zooms(zooms, loaded.config.data.framing)
-    if card is None:
-        card = Card.read(run / "card.json") if (run / "card.json").exists() else Card()
-    slices = _real_slices(run, loaded) if real_slices is None else real_slices
-    if slices is not None and (slices.ndim != 4 or slices.shape[1] != loaded.config.network.image_channels):
-        raise CdiffError(
-            f"the real slices have the shape {list(slices.shape)}, and the network takes [S, "
-            f"{loaded.config.network.image_channels}, h, w]; pass slices of the kind that it was trained on"
-        )
+    card = Card.read(run / "card.json") if (run / "card.json").exists() else Card()
+    slices = _real_slices(run, loaded.config.network.image_channels)
     report = progress or (lambda done, total: None)
 
     def build(folder: Path) -> Manifest:
@@ -159,13 +150,18 @@ def _manifest(loaded: LoadedRun, card: Card, name: str, folder: Path, fp16: bool
     )
 
 
-def _real_slices(run: Path, loaded: LoadedRun) -> Float32 | None:
-    """The validation slices that the trainer kept, or None for a run without them."""
+def _real_slices(run: Path, channels: int) -> Float32 | None:
+    """The validation slices [S, channels, h, w] that the trainer kept, normalised; None for a run without them."""
     path = run / "samples.npz"
     if not path.exists():
         return None
     try:
         with np.load(path, allow_pickle=False) as samples:
-            return np.asarray(samples["images"], dtype=np.float32)
+            slices = np.asarray(samples["images"], dtype=np.float32)
+        if slices.ndim != 4 or slices.shape[1] != channels:
+            raise ValueError(
+                f"its images have the shape {list(slices.shape)}, and the network takes [S, {channels}, h, w]"
+            )
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise CdiffError(f"{path} cannot be read ({error}); remove it, or train again to have it written") from None
+    return slices

@@ -56,14 +56,13 @@ class BuildOptions:
 
     workspace_bytes: most memory for one layer's scratch, all of the GPU's unless given. refit: weights can be replaced in the built engine.
     version_compatible: later TensorRT versions of the same major one load it. hardware_compatible: "ampere+" runs on compute
-    capability 8.0 and newer, "same-capability" on every GPU of this one's. level: 0..5, how long the builder searches, 3 unless given.
+    capability 8.0 and newer, "same-capability" on every GPU of this one's.
     """
 
     workspace_bytes: int | None = None
     refit: bool = False
     version_compatible: bool = False
     hardware_compatible: str | None = None
-    level: int | None = None
 
     def words(self, flavour: Flavour) -> tuple[str, ...]:
         """The options in force, as an engine's key has them. Raises CdiffError for one that the flavour does not have."""
@@ -83,14 +82,11 @@ class BuildOptions:
             )
         if self.workspace_bytes is not None and self.workspace_bytes < 1:
             raise CdiffError(f"a workspace of {self.workspace_bytes} bytes is none; leave it out for all of the memory")
-        if self.level is not None and not 0 <= self.level <= 5:
-            raise CdiffError(f"optimisation level {self.level} is out of range; TensorRT has 0 to 5")
         words = {
             "refit": self.refit,
             VERSION_COMPATIBLE: self.version_compatible,
             f"hardware-{self.hardware_compatible}": bool(self.hardware_compatible),
             f"workspace-{self.workspace_bytes}": self.workspace_bytes is not None,
-            f"level-{self.level}": self.level is not None,
         }
         return tuple(sorted(word for word, on in words.items() if on))
 
@@ -175,7 +171,6 @@ def _build(
         flags=options.flags,
         hardware=HARDWARE[options.hardware_compatible] if options.hardware_compatible else None,
         workspace_bytes=options.workspace_bytes,
-        level=options.level,
         timing_cache=None if timings is None else timings.read_bytes() if timings.is_file() else b"",
     )
     built = serialise(trt, request, progress)

@@ -23,41 +23,26 @@ __all__ = ["TritonPythonModel"]
 '''
 
 
-def write_repository(
-    bundle: Bundle,
-    folder: Path,
-    *,
-    name: str | None = None,
-    engine: str = "auto",
-    device: str = "cuda",
-    instances: int = 1,
-    replace: bool = False,
-) -> Path:
-    """Write FOLDER/NAME/config.pbtxt, 1/model.py and 1/bundle, whole or not at all; returns FOLDER/NAME.
+def write_repository(bundle: Bundle, folder: Path, device: str = "cuda") -> Path:
+    """Write FOLDER/NAME/config.pbtxt, 1/model.py and 1/bundle, whole or not at all; returns FOLDER/NAME. NAME is the bundle's own.
 
-    name: the model's in the server, the bundle's own unless given. device: "cuda" makes instances on every GPU that the server sees,
-    "cpu" on the processor; `instances` of them for each. replace: an older model of that name gives way.
-    Raises CdiffError for a name that Triton or a folder cannot have, an unknown engine, or a folder that cannot be written.
+    device: "cuda" makes an instance on every GPU that the server sees, "cpu" one on the processor.
+    Raises CdiffError for a name that Triton or a folder cannot have, a model of that name that is there, or a folder that cannot be
+    written.
     """
-    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", bundle.manifest.name) if name is None else name
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", bundle.manifest.name)
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
         raise CdiffError(f"the model's name {name!r} must be letters, digits, '_', '-' and '.', such as lidc")
-    if engine not in ("auto", *NAMES):
-        raise CdiffError(f"engine {engine!r} is not known; use one of auto, {', '.join(NAMES)}")
-    if device not in KINDS:
-        raise CdiffError(f"device {device!r} is not known; a model repository is for cuda or cpu")
-    if instances < 1:
-        raise CdiffError(f"{instances} instances cannot serve; at least one is needed")
     model = folder / name
-    with atomic_folder(model, replace=replace) as stage:
+    with atomic_folder(model) as stage:
         version = stage / VERSION
         shutil.copytree(bundle.path, version / BUNDLE)
         (version / "model.py").write_text(MODEL, encoding="utf-8")
-        (stage / "config.pbtxt").write_text(config(bundle, name, engine, device, instances), encoding="utf-8")
+        (stage / "config.pbtxt").write_text(config(bundle, name, device), encoding="utf-8")
     return model
 
 
-def config(bundle: Bundle, name: str, engine: str, device: str, instances: int) -> str:
+def config(bundle: Bundle, name: str, device: str) -> str:
     """config.pbtxt: a ModelConfig in protobuf's text form. No batching by the server: the rows of one slice fill the device."""
     manifest, draws = bundle.manifest, bundle.manifest.draws
     inputs = [
@@ -86,10 +71,10 @@ output [
 {_joined(outputs)}
 ]
 
-instance_group [ {{ kind: {KINDS[device]} count: {instances} }} ]
+instance_group [ {{ kind: {KINDS[device]} count: 1 }} ]
 
 # engine: auto, {", ".join(NAMES)}. sampler: ddpm unless named (ddim, dpm++2m). fast: the bundle's quick choice. batch: rows at once.
-parameters {{ key: "engine" value {{ string_value: "{engine}" }} }}
+parameters {{ key: "engine" value {{ string_value: "auto" }} }}
 parameters {{ key: "sampler" value {{ string_value: "" }} }}
 parameters {{ key: "fast" value {{ string_value: "false" }} }}
 parameters {{ key: "batch" value {{ string_value: "" }} }}

@@ -22,8 +22,8 @@ class Request:
     """What to build. free_axes: for each input the (least, best, most) length of its first axis, the only free one.
 
     capabilities: TensorRT for RTX's targets such as "8.9", empty for TensorRT, which builds for the current GPU. flags: names of
-    `BuilderFlag`, hardware: a name of `HardwareCompatibilityLevel`. level: 0..5, how hard the builder searches. timing_cache: what an earlier build left; None
-    where there is none to keep.
+    `BuilderFlag`, hardware: a name of `HardwareCompatibilityLevel`. timing_cache: what an earlier build left; None where there is none
+    to keep.
     """
 
     graph: Path
@@ -32,7 +32,6 @@ class Request:
     flags: tuple[str, ...] = ()
     hardware: str | None = None
     workspace_bytes: int | None = None
-    level: int | None = None
     timing_cache: bytes | None = None
 
 
@@ -118,8 +117,6 @@ def _configure(trt: Any, builder: Any, network: Any, config: Any, request: Reque
         config.hardware_compatibility_level = getattr(trt.HardwareCompatibilityLevel, request.hardware)
     if request.workspace_bytes is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request.workspace_bytes)
-    if request.level is not None:
-        config.builder_optimization_level = request.level
     if request.capabilities:
         _target(trt, config, request.capabilities)
     profile = builder.create_optimization_profile()

@@ -161,12 +161,13 @@ def _training(found: DataSet, root: Path, looks: list[Look], C: int, channels: i
     seen = {id(look.case): look for look in looks}
     reasons = []
     if found.problems:
-        number = f"{len(found.problems)} case{'s' * (len(found.problems) > 1)}"
-        reasons.append(f"{number} cannot be used as the files lie (named in the findings)")
+        reasons.append(
+            f"{several(len(found.problems), 'case')} cannot be used as the files lie (named in the findings)"
+        )
     blocked = sum(f.severity == "error" for look in looks for f in look.findings)
     if blocked:
         reasons.append(
-            f"{blocked} file{'s' * (blocked > 1)} of training or validation cases cannot be used (named in the findings)"
+            f"{several(blocked, 'file')} of training or validation cases cannot be used (named in the findings)"
         )
     try:
         training_cases(found, root)

@@ -122,7 +122,7 @@ def laid(image: nib.Nifti1Image, planes: Planes, where: str) -> tuple[nib.Nifti1
     if len(planes.known) < planes.count:
         lost = planes.count - len(planes.known)
         raise CdiffError(f"{where} {lost} of {planes.count} images do not say where they lie; leave them out")
-    affine = _lps(image)
+    affine = lps_of(image.header)
     axis, at = _places(affine, shape, planes.known, where)
     if len(planes.known) != shape[axis]:
         raise CdiffError(
@@ -176,10 +176,6 @@ def lps_of(header: nib.Nifti1Header) -> Float64:
     affine = np.array(header.get_best_affine(), dtype=np.float64)
     affine[:3] = LPS_TO_RAS @ affine[:3]
     return affine
-
-
-def _lps(image: nib.Nifti1Image) -> Float64:
-    return lps_of(image.header)
 
 
 def _frames(header: Any) -> int:

@@ -76,9 +76,15 @@ def show_image(
 
     light: below 1 dims the picture, so that a map over it is not taken for it.
     """
-    low, high = window
-    scaled = light * np.clip((image[box] - low) / max(high - low, 1e-12), 0, 1)
+    scaled = light * grey(image[box], window)
     axes.imshow(scaled, cmap="gray", vmin=0, vmax=1, interpolation="bicubic", aspect=_aspect(view))
+
+
+def grey(image: Float32, window: tuple[float, float]) -> Float32:
+    """The picture's values as 0 to 1 between the two of `window`, and no further."""
+    low, high = window
+    scaled: Float32 = np.clip((image - low) / max(high - low, 1e-12), 0, 1)
+    return scaled
 
 
 def window_of(image: Float32) -> tuple[float, float]:

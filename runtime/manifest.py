@@ -248,14 +248,14 @@ def _typed(key: str, value: Any, source: str) -> Any:
     if key == "files":
         _check_files(value, source)
         return value
-    kind: Any = _KINDS[key]
+    kind, words = _KINDS[_ANNOTATED[key]]
     if kind is float and type(value) is int:
         try:
             return float(value)
         except OverflowError:
             _refuse(source, f"key {key!r} is too large a number")
     if type(value) is not kind:
-        _refuse(source, f"key {key!r} must be {_WORDS[kind]}, not {value!r}")
+        _refuse(source, f"key {key!r} must be {words}, not {value!r}")
     return value
 
 
@@ -263,21 +263,13 @@ def _is_size(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(type(v) is int and v > 0 for v in value)
 
 
-_KINDS: dict[str, type] = {
-    **dict.fromkeys(("name", "task", "variant", "target", "variance", "framing", "precision"), str),
-    **dict.fromkeys(
-        ("levels", "T", "image_channels", "slice_axis", "opset", "features_channels", "outside", "format_version"), int
-    ),
-    **dict.fromkeys(("schedule", "intensity", "fast", "training", "scores", "verification"), dict),
-    "tile_overlap": float,
-    "mirror": bool,
-}
-_WORDS: dict[type, str] = {
-    bool: "true or false",
-    str: "a text",
-    int: "a whole number",
-    float: "a number",
-    dict: "an object",
+_ANNOTATED = {part.name: part.type for part in dataclasses.fields(Manifest)}
+_KINDS: dict[Any, tuple[type, str]] = {
+    "bool": (bool, "true or false"),
+    "str": (str, "a text"),
+    "int": (int, "a whole number"),
+    "float": (float, "a number"),
+    "dict[str, Any]": (dict, "an object"),
 }
 
 

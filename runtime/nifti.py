@@ -18,7 +18,7 @@ from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.shapes import by, check_kind, check_size, one_line, spatial_axes
+from cdiff.runtime.shapes import check_kind, check_size, one_line, spatial_axes
 
 GZIP = b"\x1f\x8b"
 MOST_BEFORE_VOXELS = 2**30
@@ -82,8 +82,6 @@ def _begin(file: Any, path: Path) -> tuple[bytes, type[nib.Nifti1Image], nib.Nif
 def check_header(header: nib.Nifti1Header, where: str, channels: int) -> None:
     """Shape, data type, spacing and affine of a header as it stands in the file."""
     shape = header.get_data_shape()
-    if not shape or min(shape) < 1:
-        raise CdiffError(f"{where} has shape {by(shape)}, so it holds no voxel; export the scan again")
     check_size(shape, where)
     try:
         check_kind(header.get_data_dtype(), where)

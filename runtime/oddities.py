@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from cdiff.runtime.case import Case, listed
 from cdiff.runtime.grid import Grid
 from cdiff.runtime.masks import Mask, counted
-from cdiff.runtime.shapes import by
+from cdiff.runtime.shapes import by, several
 
 PLACE = "masks whose headers put them elsewhere than their image"
 VALUES = "masks that hold more than 0 and one other value"
@@ -39,7 +39,7 @@ class Oddities:
     def told(self) -> list[str]:
         """A line for each kind, with the cases and where to look."""
         return [
-            f"{kind}, in {len(names)} case{'s' * (len(names) > 1)} ({listed(names)}): {self._first[kind]}. They are used as "
+            f"{kind}, in {several(len(names), 'case')} ({listed(names)}): {self._first[kind]}. They are used as "
             "they are; look at them with cdiff data check"
             for kind, names in self._cases.items()
         ]

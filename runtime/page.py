@@ -52,7 +52,7 @@ def _contents(result: Result, name: str) -> dict[str, Any]:
     best = int(np.argmin(abs(kept - fullest(soft))))
     top = 0.25 if variant.spread == "variance" else 0.5  # the largest that values between 0 and 1 can have
     slices = [
-        _packed([*_grey(picture, window), soft[i], spread[i], *outlines[i]])
+        _packed([*np.atleast_3d(drawing.grey(picture, window)).transpose(2, 0, 1), soft[i], spread[i], *outlines[i]])
         for i, picture in zip(kept, pictures, strict=True)
     ]
     return {
@@ -110,13 +110,6 @@ def _kept(soft: Float32) -> tuple[NDArray[np.intp], str]:
     around = every[max(held[0] - 2, 0) : held[-1] + 3] if held.size else every
     chosen = np.unique(np.linspace(around[0], around[-1], min(MOST, len(around))).round().astype(np.intp))
     return chosen, f"; this page holds {len(chosen)} of them"
-
-
-def _grey(picture: Float32, window: tuple[float, float]) -> list[Float32]:
-    """A picture [rows, columns] or [rows, columns, 3] as its channels, 0 to 1 between the two values of `window`."""
-    low, high = window
-    scaled = np.clip((picture - low) / max(high - low, 1e-12), 0, 1)
-    return [scaled] if scaled.ndim == 2 else list(np.moveaxis(scaled, -1, 0))
 
 
 def _packed(channels: list[Float32]) -> str:

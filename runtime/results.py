@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import time
@@ -173,10 +172,6 @@ class Result:
             report = {**self.report, "timings": timings, "outputs": outputs}
             stage(f"{name}.json").write_text(dump_json(report), encoding="utf-8")
         return report
-
-    def with_report(self, report: dict[str, Any]) -> Result:
-        """The same maps with a report."""
-        return dataclasses.replace(self, report=report)
 
 
 def _kinds(variant: Variant) -> dict[str, tuple[str, str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -277,7 +277,7 @@ class Segmenter:
                 raise CdiffError(f"another scan is called {result.name} too and was written to {save_to}; rename one")
             names.add(result.name)
             report = result.save(Path(save_to), preview=preview, page=page, dicom_seg=dicom_seg)
-            return result.with_report(report)
+            return replace(result, report=report)
 
         def work(scan: ScanInput, ready: Prepared) -> Result:
             return self.segment(ready, progress=None if progress is None else partial(progress, scan), **options)

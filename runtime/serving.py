@@ -20,7 +20,7 @@ from cdiff.runtime.segmenter import Segmenter
 
 BUNDLE = "bundle"
 """The bundle's folder inside the model's version folder."""
-INPUTS, OPTIONAL = ("image",), ("seed", "runs", "steps")
+OPTIONAL = ("seed", "runs", "steps")
 OUTPUTS = ("soft", "levels", "uncertainty")
 
 

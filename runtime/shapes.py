@@ -29,7 +29,7 @@ def spatial_axes(shape: tuple[int, ...], channels: int, where: str) -> tuple[int
 
 def check_size(shape: tuple[int, ...], where: str) -> None:
     """Raise CdiffError for a shape without a voxel, or of more than MAX_VOXELS."""
-    if math.prod(shape) < 1:
+    if min(shape, default=0) < 1:
         raise CdiffError(f"{where} has shape {by(shape)}, so it holds no voxel; export the scan again")
     if math.prod(shape) > MAX_VOXELS:
         raise CdiffError(

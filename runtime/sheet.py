@@ -15,6 +15,7 @@ from cdiff.runtime.case import natural
 from cdiff.runtime.cases import read_masks
 from cdiff.runtime.files import atomic_path
 from cdiff.runtime.scan import read_scan
+from cdiff.runtime.shapes import several
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -142,7 +143,7 @@ def _block(
     soft = masks.mean(axis=0, dtype=np.float32)
     near = drawing.close_up(np.concatenate([masks.astype(np.float32), soft[None]]), view)
     slices = f" · slice {look.best_slice} of 0 to {look.row['slices'] - 1}" if look.row["slices"] > 1 else ""
-    title = f"{short(look.case.name)} · {look.split}{slices} · {len(masks)} mask{'s' * (len(masks) > 1)}"
+    title = f"{short(look.case.name)} · {look.split}{slices} · {several(len(masks), 'mask')}"
     in_colour = channels == 3 and not look.case.modalities
     picture, (outlined, labelled) = begin_block(figure, places, title, image, near, view, in_colour)
     window = drawing.window_of(picture[near])
@@ -168,10 +169,7 @@ def _read(
 def _mosaic(image: NDArray[np.float32]) -> NDArray[np.float32]:
     """[channels, h, w] side by side in a square, each in its own grey window, 0 to 1."""
     side = math.ceil(math.sqrt(len(image)))
-    tiles = []
-    for channel in image:
-        low, high = drawing.window_of(channel)
-        tiles.append(np.clip((channel - low) / max(high - low, 1e-12), 0, 1))
+    tiles = [drawing.grey(channel, drawing.window_of(channel)) for channel in image]
     tiles += [np.zeros_like(tiles[0])] * (side * math.ceil(len(image) / side) - len(tiles))
     return np.block([tiles[start : start + side] for start in range(0, len(tiles), side)])
 

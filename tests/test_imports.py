@@ -15,24 +15,31 @@ from tests.conftest import REPOSITORY
 LAYERS = ("runtime", "train", "export", "benchmarks", "cli")  # bottom first: a layer imports those before it
 HEAVY = {"torch", "lightning_fabric", "onnx", "onnxscript", "safetensors", "tensorboard", "diffusers"}
 
-# Runs a command in a Python where importing PyTorch, the training code or the exporter is an error.
-WITHOUT_TORCH = f"""
+# Runs a command in a Python where importing what its first argument names, the training code or the exporter is an error.
+WITHOUT = """
 import sys
 from importlib.machinery import ModuleSpec
 
+refused = sys.argv[1].split(",")
+sys.argv = ["cdiff", *sys.argv[2:]]
+
 class Refuse:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {sorted(HEAVY)!r} or name.startswith(("cdiff.train", "cdiff.export")):
+        if name.split(".")[0] in refused or name.startswith(("cdiff.train", "cdiff.export")):
             return ModuleSpec(name, self)
 
     def create_module(self, spec):
-        raise ImportError(f"this must not import {{spec.name}}")
+        raise ImportError(f"this must not import {spec.name}")
 
 sys.meta_path.insert(0, Refuse())
 from cdiff.cli import main
-sys.argv = ["cdiff", *sys.argv[1:]]
 main()
 """
+
+
+def without(refused: set[str], command: list[str]) -> subprocess.CompletedProcess[str]:
+    given = [sys.executable, "-c", WITHOUT, ",".join(refused), *command]
+    return subprocess.run(given, capture_output=True, text=True, check=False)
 
 
 def imported_by(path: Path) -> set[str]:
@@ -66,17 +73,16 @@ def test_runtime_never_names_what_segmenting_does_without() -> None:
 def test_segmenting_imports_no_torch(tiny_bundle: Path, tiny_data: Path, tmp_path: Path) -> None:
     scan = tiny_data / "Validation" / "case01" / "image.nii.gz"
     arguments = ["segment", str(scan), "--model", str(tiny_bundle), "--fast", "--runs", "2", "-o", str(tmp_path)]
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_TORCH, *arguments], capture_output=True, text=True, check=False
-    )
+    done = without(HEAVY, arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     assert list(tmp_path.glob("*_soft.nii.gz"))
 
 
-@pytest.mark.parametrize("command", [["--help"], ["--version"], ["doctor"], ["segment", "--help"]])
-def test_small_commands_import_no_torch(command: list[str]) -> None:
-    done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, *command], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+@pytest.mark.parametrize("command", ["--help", "--version", "doctor", "segment --help", "segment nowhere.nii.gz"])
+def test_small_commands_import_neither_torch_nor_matplotlib(command: str) -> None:
+    done = without(HEAVY | {"matplotlib"}, command.split())
+    assert done.returncode == (2 if "nowhere" in command else 0), done.stdout + done.stderr
+    assert "must not import" not in done.stderr
 
 
 def test_tests_that_need_a_gpu_need_no_reader_of_scans() -> None:

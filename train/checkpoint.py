@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.errors import CdiffError, first_line
 from cdiff.runtime.files import atomic_folder, write_json
 from cdiff.runtime.intensity import Intensity
 from cdiff.runtime.schedule import NoiseSchedule
@@ -139,8 +139,7 @@ def read_state(path: Path, device: torch.device) -> dict[str, Any]:
         state = torch.load(path, map_location=device, weights_only=True)
         return {part: state[part] for part in ("optimiser", "scaler")}
     except Exception as error:  # a damaged file fails in the archive, the pickle or the storages, each in its own way
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise CdiffError(f"{path} cannot be read ({reason}); the checkpoint is damaged") from error
+        raise CdiffError(f"{path} cannot be read ({first_line(error)}); the checkpoint is damaged") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from lightning_fabric.strategies import DDPStrategy, SingleDeviceStrategy, Strat
 from torch import Tensor
 
 from cdiff.runtime.device.gpu import parse_device
-from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.errors import CdiffError, first_line
 
 logging.getLogger("lightning_fabric").setLevel(
     logging.WARNING
@@ -134,9 +134,8 @@ def joined(cuda: bool) -> Iterator[Fabric]:
         fabric.launch()
         store = dist.TCPStore(host, int(port), is_master=False, wait_for_workers=False)  # type: ignore[attr-defined]
     except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
         raise CdiffError(
-            f"the processes could not meet at {host}:{port} ({reason}); check torchrun's addresses"
+            f"the processes could not meet at {host}:{port} ({first_line(error)}); check torchrun's addresses"
         ) from None
     try:
         yield fabric

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console
@@ -31,9 +30,7 @@ class NoLog:
     def __enter__(self) -> NoLog:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         pass
 
     def step(self, completed: int, total: int) -> None:
@@ -49,12 +46,7 @@ class Log:
     def __init__(self, run: Path, console: Console, start: int, total: int, quiet: bool) -> None:
         self.console, self.quiet = console, quiet
         self.path = run / "log.csv"
-        kept = [row for row in read_log(self.path) if int(row["step"]) <= start]
-        text = io.StringIO()
-        writer = csv.DictWriter(text, FIELDS)
-        writer.writeheader()
-        writer.writerows(kept)
-        write_text(self.path, text.getvalue())
+        begin_log(self.path, FIELDS, start)
         with _room(run):
             self.board = SummaryWriter(str(run / "tensorboard"), purge_step=start + 1)
         self.progress = Progress(
@@ -72,9 +64,7 @@ class Log:
         self.progress.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         self.progress.stop()
         # What ended the training is the one to be told.
         with suppress(CdiffError) if error is not None else nullcontext(), _room(self.path.parent):
@@ -107,6 +97,15 @@ def _room(run: Path) -> Iterator[None]:
         raise CdiffError(
             f"cannot write the log in {run}: {error.strerror or error}; make room there, then --resume goes on from the last checkpoint"
         ) from None
+
+
+def begin_log(path: Path, fields: Sequence[str], step: int) -> None:
+    """Write the log's header and, of the rows that are there, those up to `step`: a resumed run takes the later steps again."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fields, extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(row for row in read_log(path) if int(row["step"]) <= step)
+    write_text(path, text.getvalue())
 
 
 def read_log(path: Path) -> list[dict[str, str]]:

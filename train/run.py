@@ -15,7 +15,7 @@ import torch
 from lightning_fabric import Fabric
 from rich.console import Console
 
-from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.errors import CdiffError, first_line
 from cdiff.runtime.files import atomic_path
 from cdiff.train import pace
 from cdiff.train.checkpoint import checkpoint_folder, checkpoint_name, origin, read_json, save_checkpoint
@@ -237,5 +237,4 @@ def _enough_memory(when: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        reason = str(error).splitlines()[0]
-        raise CdiffError(f"the GPU's memory is not enough {when} ({reason}); {remedy}") from None
+        raise CdiffError(f"the GPU's memory is not enough {when} ({first_line(error)}); {remedy}") from None

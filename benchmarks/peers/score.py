@@ -112,8 +112,7 @@ def share(name: str, run: Path) -> float:
     if not (run / "last.pt").is_file() or not (run / "best.safetensors").is_file():
         return 0.0
     state = read_state(run / "last.pt")
-    # A state without its budget is of a run whose budget only its command knew.
-    budget = state.get("budget", {"steps": 0, "minutes": float("inf"), "clock": "cpu"})
+    budget = state["budget"]
     used = state["step"] / budget["steps"] if budget["steps"] else state[budget["clock"]] / (60 * budget["minutes"])
     return float(min(max(used, 0.001), 0.999))
 

@@ -9,7 +9,6 @@ RUN/run.json           written at the end: a run that has one is finished
 from __future__ import annotations
 
 import csv
-import io
 import math
 import sys
 import time
@@ -26,13 +25,16 @@ from cdiff.benchmarks.peers.draws import draw_runs, mixed
 from cdiff.benchmarks.peers.slices import Slices, augmented_batch, read_slices
 from cdiff.benchmarks.peers.unets import UNetPeer
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.files import atomic_path, make_folder, write_json, write_text
+from cdiff.runtime.files import atomic_path, make_folder, write_json
 from cdiff.runtime.metrics import FIVE, soft_dice
 from cdiff.train.checkpoint import load_weights
 from cdiff.train.interrupt import Interrupt
+from cdiff.train.log import begin_log
 from cdiff.train.machine import describe_machine
 
 LOG_FIELDS = ("step", "seconds", "cpu_seconds", "size", "lr", "loss", "val_soft_dice_5")
+STATE = ("network", "average", "optimiser", "step", "best", "validated", "wall", "cpu", "budget")
+"""What last.pt holds."""
 SUMMARY = "run.json"
 VAL_RUNS = 1
 """Draws a slice when validating a peer that samples: more would take its training time, and the other peers validate with one too."""
@@ -132,9 +134,10 @@ class Training:
         """Take up the last save, where there is one. Raises CdiffError when it is another peer's, or of another budget."""
         last = self.out / "last.pt"
         if not last.exists():
+            begin_log(self.out / "log.csv", LOG_FIELDS, 0)
             return
         state = read_state(last)
-        there, now = state.get("budget") or asdict(self.budget), asdict(self.budget)
+        there, now = state["budget"], asdict(self.budget)
         if differ := [f"{key}: {there[key]} there, {now[key]} now" for key in now if there.get(key) != now[key]]:
             raise CdiffError(f"{self.out} holds a run of another budget ({'; '.join(differ)}); go on with its own")
         load_weights(self.network, state["network"], last)
@@ -142,7 +145,7 @@ class Training:
         self.optimiser.load_state_dict(state["optimiser"])
         self.done, self.best, self.validated = state["step"], state["best"], state["validated"]
         self.clock = Clock(state["wall"], state["cpu"])
-        drop_rows_after(self.out / "log.csv", self.done)
+        begin_log(self.out / "log.csv", LOG_FIELDS, self.done)
 
     def save(self) -> None:
         """Everything that a resumed run needs."""
@@ -258,7 +261,8 @@ def train_unet(peer: UNetPeer, data: Path, out: Path, budget: Budget) -> bool:
 def read_state(last: Path) -> dict[str, Any]:
     """What a run's last.pt holds. Raises CdiffError for a file that is damaged or something else."""
     try:
-        return dict(torch.load(last, weights_only=True))
+        state = dict(torch.load(last, weights_only=True))
+        return {key: state[key] for key in STATE}
     except Exception as error:  # torch raises many kinds for a file that is not one of its own
         raise CdiffError(
             f"{last} cannot be read ({type(error).__name__}); remove {last.parent} to train anew"
@@ -266,23 +270,6 @@ def read_state(last: Path) -> dict[str, Any]:
 
 
 def append_row(path: Path, row: tuple[Any, ...]) -> None:
-    """One line of the log; the header is written with the first."""
-    fresh = not path.exists()
+    """One line of the log."""
     with path.open("a", newline="") as file:
-        writer = csv.writer(file)
-        if fresh:
-            writer.writerow(LOG_FIELDS)
-        writer.writerow(["" if v is None else round(v, 6) if isinstance(v, float) else v for v in row])
-
-
-def drop_rows_after(path: Path, step: int) -> None:
-    """Leave out the log's rows after `step`, which a resumed run takes again, and one that a kill cut short."""
-    if not path.exists():
-        return
-    with path.open(newline="") as file:
-        rows = [row for row in csv.reader(file) if len(row) == len(LOG_FIELDS) and row[0].isdigit()]
-    text = io.StringIO()
-    writer = csv.writer(text)
-    writer.writerow(LOG_FIELDS)
-    writer.writerows(row for row in rows if int(row[0]) <= step)
-    write_text(path, text.getvalue())
+        csv.writer(file).writerow(["" if v is None else round(v, 6) if isinstance(v, float) else v for v in row])

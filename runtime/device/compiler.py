@@ -8,9 +8,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from cdiff.runtime.device.cuda import first_line, need
+from cdiff.runtime.device.cuda import need
 from cdiff.runtime.engines.trt import user_cache
-from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.errors import CdiffError, first_line
 from cdiff.runtime.files import write_bytes
 
 SOURCE = Path(__file__).with_name("kernels.cu")

@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 from typing import Any
 
-from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.errors import CdiffError, first_line
 
 INSTALL = "pip install '.[gpu]' in cdiff's clone (see docs/gpu.md for what goes together)"
 PACKAGES = {
@@ -73,9 +73,3 @@ def driver_call(function: str, *arguments: Any) -> Any:
     if status == module.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
         raise OutOfMemory(f"{function}: the GPU is out of memory; use a smaller batch")
     raise CdiffError(f"{function} failed: {words} ({getattr(status, 'name', status)})")
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's text, or its class's name where it has none."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

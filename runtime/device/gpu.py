@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cdiff.runtime.device.cuda import OutOfMemory, first_line, need
-from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.device.cuda import OutOfMemory, need
+from cdiff.runtime.errors import CdiffError, first_line
 
 NON_BLOCKING = 1
 """CU_STREAM_NON_BLOCKING: does not wait for the default stream, which other libraries in the process may use."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from cdiff.runtime.device.cuda import driver_call, first_line, need
-from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.device.cuda import driver_call, need
+from cdiff.runtime.errors import CdiffError, first_line
 
 
 class Graph:

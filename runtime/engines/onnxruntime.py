@@ -15,8 +15,8 @@ from cdiff import TELEMETRY_OFF
 from cdiff.runtime.device.cuda import OutOfMemory
 from cdiff.runtime.device.gpu import parse_device
 from cdiff.runtime.engines.base import Binding, Float32, HostBinding, Int64, Prediction
-from cdiff.runtime.engines.cores import physical_cores
-from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.errors import CdiffError, first_line
+from cdiff.runtime.host import physical_cores
 
 if os.environ.get(TELEMETRY_OFF) == "1":
     ort.disable_telemetry_events()  # the variable came too late where a program had imported ONNX Runtime before cdiff
@@ -130,5 +130,4 @@ def failure(what: str, error: Exception) -> CdiffError:
 
 def error_line(error: Exception) -> str:
     """The first line of an exception's text, without ONNX Runtime's status code in front."""
-    text = str(error).strip() or type(error).__name__
-    return re.sub(r"^\[ONNXRuntimeError\] : \d+ : ", "", text.splitlines()[0])
+    return re.sub(r"^\[ONNXRuntimeError\] : \d+ : ", "", first_line(error))

@@ -40,11 +40,6 @@ class EngineStatus:
     devices: tuple[str, ...]
     missing: str
 
-    @property
-    def available(self) -> bool:
-        """Whether it can run at all here."""
-        return bool(self.devices)
-
 
 def available_engines() -> list[EngineStatus]:
     """The state of every engine in `NAMES`, in that order; imports no torch and raises nothing."""

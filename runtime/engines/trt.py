@@ -20,6 +20,7 @@ from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import sha256
 from cdiff.runtime.manifest import DENOISER, ENCODER, Manifest
 from cdiff.runtime.mirror import VIEWS
+from cdiff.runtime.shapes import one_line
 
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
 Graph = Literal["encoder", "denoiser"]
@@ -201,8 +202,9 @@ def load_trt(flavour: Flavour) -> Any:
                     f"{flavour}: {name} is installed but lacks {error.name}; {INSTALL[flavour]}"
                 ) from error
         except Exception as error:  # a missing library, or a wheel that stands in for one and says so in its own way
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise CdiffError(f"{flavour} is installed but does not load ({reason}); {INSTALL[flavour]}") from error
+            raise CdiffError(
+                f"{flavour} is installed but does not load ({one_line(error)}); {INSTALL[flavour]}"
+            ) from error
     raise CdiffError(f"{flavour} is not installed: {INSTALL[flavour]}")
 
 
@@ -271,7 +273,6 @@ def open_or_build(
     gpu: Gpu,
     profile: Profile,
     build: BuildEngines | None = None,
-    say: Say | None = None,
 ) -> EnginePair:
     """Both engines for this GPU from the cache, or built now by `build`.
 
@@ -279,10 +280,10 @@ def open_or_build(
     """
     version = trt_version(flavour)
     keys = {graph: engine_key(bundle, graph, flavour, version, gpu, profile) for graph in FILES}
-    found = {graph: _find(bundle, graph, key, say) for graph, key in keys.items()}
+    found = {graph: _find(bundle, graph, key) for graph, key in keys.items()}
     if not all(found.values()) and build is not None:
         build(bundle, flavour, gpu, profile)
-        found = {graph: _find(bundle, graph, key, say) for graph, key in keys.items()}
+        found = {graph: _find(bundle, graph, key) for graph, key in keys.items()}
     encoder, denoiser = found["encoder"], found["denoiser"]
     if encoder is None or denoiser is None:
         raise CdiffError(
@@ -294,7 +295,7 @@ def open_or_build(
 
 
 def _find(
-    bundle: Bundle, graph: Graph, wanted: EngineKey, say: Say | None, exact: bool = False
+    bundle: Bundle, graph: Graph, wanted: EngineKey, say: Say | None = None, exact: bool = False
 ) -> tuple[Path, EngineKey] | None:
     tell = say or _warn
     serving: list[tuple[tuple[bool, int, int], Path, EngineKey, str]] = []

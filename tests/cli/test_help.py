@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from importlib.metadata import version
 
 import pytest
@@ -82,14 +80,3 @@ def test_no_command_shows_help() -> None:
     result = CliRunner().invoke(app, [])
     assert result.exit_code in (0, 2)
     assert "segment" in result.output
-
-
-@pytest.mark.parametrize("arguments", [["--help"], ["segment", "--help"], ["doctor"], ["segment", "nowhere.nii.gz"]])
-def test_commands_without_training_import_no_torch(arguments: list[str]) -> None:
-    code = (
-        "import sys\nfrom cdiff.cli.app import app\n"
-        f"try:\n    app({arguments!r})\nexcept SystemExit:\n    pass\n"
-        "assert not {'torch', 'onnx', 'matplotlib'} & set(sys.modules), 'more was imported than needed'"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr

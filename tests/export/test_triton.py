@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -72,7 +73,7 @@ def model_config() -> Any:
 @pytest.fixture(scope="module")
 def repository(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("repository")
-    return write_repository(open_bundle(tiny_bundle), folder, name="tiny", device="cpu")
+    return write_repository(open_bundle(tiny_bundle), folder, "cpu")
 
 
 def read_config(repository: Path) -> Any:
@@ -100,36 +101,17 @@ def test_the_check_itself_refuses_what_triton_would(repository: Path) -> None:
 
 
 def test_a_repository_for_gpus(tiny_bundle: Path, tmp_path: Path) -> None:
-    model = write_repository(open_bundle(tiny_bundle), tmp_path, name="a", engine="tensorrt", instances=2)
+    model = write_repository(open_bundle(tiny_bundle), tmp_path)
     found = read_config(model)
-    assert [(group.kind, group.count) for group in found.instance_group] == [(1, 2)]
-    assert found.parameters["engine"].string_value == "tensorrt"
+    assert [(group.kind, group.count) for group in found.instance_group] == [(1, 1)]
     assert open_bundle(model / "1" / "bundle").manifest == open_bundle(tiny_bundle).manifest
 
 
-@pytest.mark.parametrize(
-    ("wrong", "said"),
-    [
-        ({"name": "a/b"}, "must be letters"),
-        ({"engine": "fast"}, "not known"),
-        ({"device": "tpu"}, "cuda or cpu"),
-        ({"instances": 0}, "at least one"),
-    ],
-    ids=["name", "engine", "device", "instances"],
-)
-def test_bad_arguments_leave_nothing(tiny_bundle: Path, tmp_path: Path, wrong: dict[str, Any], said: str) -> None:
-    with pytest.raises(CdiffError, match=said):
-        write_repository(open_bundle(tiny_bundle), tmp_path, **wrong)
-    assert not list(tmp_path.iterdir())
-
-
-def test_an_older_model_stays_unless_replaced(tiny_bundle: Path, tmp_path: Path) -> None:
+def test_a_name_that_triton_cannot_have_leaves_nothing(tiny_bundle: Path, tmp_path: Path) -> None:
     bundle = open_bundle(tiny_bundle)
-    write_repository(bundle, tmp_path, name="a")
-    with pytest.raises(CdiffError, match="already exists"):
-        write_repository(bundle, tmp_path, name="a", instances=2)
-    write_repository(bundle, tmp_path, name="a", instances=2, replace=True)
-    assert read_config(tmp_path / "a").instance_group[0].count == 2
+    with pytest.raises(CdiffError, match="must be letters"):
+        write_repository(replace(bundle, manifest=replace(bundle.manifest, name=".a")), tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 class Tensor:
@@ -295,7 +277,7 @@ def test_a_request_whose_client_has_gone_is_not_finished(served: Any, monkeypatc
 @pytest.mark.parametrize("variant", ["implicit-ensemble", "annotator"])
 def test_the_uncertainty_is_the_variants(variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = make_bundle(tmp_path / "bundle", variant=variant)
-    repository = write_repository(open_bundle(bundle), tmp_path / "models", name="a", device="cpu")
+    repository = write_repository(open_bundle(bundle), tmp_path / "models", "cpu")
     image = np.random.default_rng(6).uniform(0, 200, (1, 16, 16)).astype(np.float32)
     request = Request(image=image, runs=np.array([3], np.int32), steps=np.array([2], np.int32))
     (response,) = load(repository, monkeypatch).execute([request])

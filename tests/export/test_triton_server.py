@@ -35,7 +35,7 @@ def free_port() -> int:
 def server(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a server that has loaded the tiny bundle as `tiny`."""
     folder = tmp_path_factory.mktemp("models")
-    write_repository(open_bundle(tiny_bundle), folder, name="tiny", device="cpu")
+    write_repository(open_bundle(tiny_bundle), folder, "cpu")
     port, log = free_port(), folder.parent / f"{folder.name}.log"
     command = [str(SERVER), "--model-repository", str(folder), "--http-port", str(port)]
     with log.open("wb") as told:

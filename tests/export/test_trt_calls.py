@@ -86,19 +86,11 @@ def test_the_shapes_of_both_graphs(bundle: Bundle, double: Double) -> None:
 
 
 def test_options_reach_the_builder(bundle: Bundle, native: Double) -> None:
-    build(
-        bundle,
-        native,
-        refit=True,
-        version_compatible=True,
-        hardware_compatible="ampere+",
-        workspace_bytes=1 << 30,
-        level=5,
-    )
+    asked = {"refit": True, "version_compatible": True, "hardware_compatible": "ampere+", "workspace_bytes": 1 << 30}
+    build(bundle, native, **asked)
     assert native.called("set_flag") == [("STRICT_NANS",), ("REFIT",), ("VERSION_COMPATIBLE",)] * 2
     assert native.called("set_memory_pool_limit") == [("WORKSPACE", 1 << 30)] * 2
     assert ("set", "hardware_compatibility_level", native.HardwareCompatibilityLevel.AMPERE_PLUS) in native.calls
-    assert ("set", "builder_optimization_level", 5) in native.calls
 
 
 def test_rtx_is_told_its_targets_and_keeps_no_timings(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +107,7 @@ def test_rtx_is_told_its_targets_and_keeps_no_timings(bundle: Bundle, monkeypatc
 
 
 @pytest.mark.parametrize(
-    "options", [{"version_compatible": True}, {"hardware_compatible": "ampere+"}, {"level": 6}, {"workspace_bytes": 0}]
+    "options", [{"version_compatible": True}, {"hardware_compatible": "ampere+"}, {"workspace_bytes": 0}]
 )
 def test_options_that_are_not_to_be_had(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
@@ -139,7 +131,7 @@ def test_timings_that_do_not_fit_are_made_anew(bundle: Bundle, native: Double) -
     build(bundle, native)
     native.calls.clear()
     native.cache_fits = False
-    build(bundle, native, level=4)
+    build(bundle, native, refit=True)
     used = native.called("set_timing_cache")
     assert used[0][0] != b""
     assert used[1] == (b"", False)

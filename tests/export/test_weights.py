@@ -48,6 +48,6 @@ def test_the_shipped_weights_keep_their_size_when_written_again(tmp_path: Path) 
 def test_two_exports_of_one_run_are_the_same_files(tiny_run: Path, tmp_path: Path) -> None:
     from cdiff.export.exporter import export_run
 
-    first, second = (export_run(tiny_run, tmp_path / name, card=None).path for name in ("a", "b"))
+    first, second = (export_run(tiny_run, tmp_path / name).path for name in ("a", "b"))
     for name in ("encoder.onnx", "denoiser.onnx", WEIGHTS):
         assert sha256(first / name) == sha256(second / name), name

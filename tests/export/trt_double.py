@@ -43,7 +43,6 @@ SAME_IN_ALL = {
 CONFIG = {
     "profiling_verbosity",
     "hardware_compatibility_level",
-    "builder_optimization_level",
     "progress_monitor",
 }
 """The attributes of IBuilderConfig that may be set; TensorRT for RTX has one more."""

@@ -15,10 +15,10 @@ from onnx.reference import ReferenceEvaluator
 from cdiff.runtime.bundle import Bundle
 from cdiff.runtime.device.cuda import OutOfMemory
 from cdiff.runtime.device.gpu import parse_device
-from cdiff.runtime.engines.cores import physical_cores
 from cdiff.runtime.engines.onnxruntime import OnnxRuntimeEngine, failure
 from cdiff.runtime.engines.registry import available_engines, open_engine
 from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.host import physical_cores
 from tests.runtime.graphs import L, write_pair
 
 CUDA_HERE = any("cuda" in state.devices for state in available_engines())

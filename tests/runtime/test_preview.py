@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -208,5 +209,5 @@ def test_importing_the_runtime_draws_in_nothing_heavy() -> None:
 
 @pytest.mark.parametrize(("steps", "runs", "told"), [(1, 4, "1 step × 4 runs"), (2, 1, "2 steps × 1 run,")])
 def test_the_chain_is_told_in_words_that_count(steps: int, runs: int, told: str) -> None:
-    shown = KINDS["tiny"].with_report(KINDS["tiny"].report | {"steps": steps, "runs": runs})
+    shown = replace(KINDS["tiny"], report=KINDS["tiny"].report | {"steps": steps, "runs": runs})
     assert any(told in text.get_text() for text in drawn_texts(preview_figure(shown, "x")))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.errors import CdiffError, first_line
 from cdiff.train.imported.mapping import Link
 from cdiff.train.imported.options import CONSENSUS, IMPLICIT, Options
 
@@ -53,8 +53,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             f"{path} is not a PyTorch checkpoint; give the .pt file that the published code saved"
         ) from None
     except Exception as error:  # a damaged file fails in the archive, the pickle or the storages, each in its own way
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CdiffError(f"{path} cannot be read ({reason}); it is damaged: copy it again") from None
+        raise CdiffError(f"{path} cannot be read ({first_line(error)}); it is damaged: copy it again") from None
     if not isinstance(loaded, dict) or not loaded:
         raise CdiffError(f"{path} holds a {type(loaded).__name__}, not named tensors; give the network's state_dict")
     if {"state", "param_groups"} <= set(loaded):

@@ -116,7 +116,10 @@ class Learner:
         value, size = torch.stack([summed(fabric, total), norm]).tolist()  # the step's one wait for the device
         for what, result in (("loss", value), ("gradient", 0.0 if self.scaled else size)):
             if not math.isfinite(result):
-                raise CdiffError(f"the {what} became {result} at step {k + 1}; lower lr (now {lr:.3g}) and resume")
+                raise CdiffError(
+                    f"the {what} became {result} at step {k + 1}; start a new run with a lower lr (now {lr:.3g}), anew or from this one's last "
+                    "checkpoint (--init); --resume takes the same lr again"
+                )
         return value, size
 
     def loss(self, rows: Rows) -> Tensor:

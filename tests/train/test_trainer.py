@@ -209,7 +209,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny_data: Path, tmp_path: Path
     run = Run(preset("tiny"), read_data(tiny_data, preset("tiny")), fabric_on(torch.device("cpu")), tmp_path)
     with torch.no_grad():
         run.learner.network.denoiser.last.bias.fill_(float("nan"))  # type: ignore[union-attr]
-    with pytest.raises(CdiffError, match="the loss became nan at step 1; lower lr"):
+    with pytest.raises(CdiffError, match="the loss became nan at step 1; start a new run with a lower lr"):
         run.step(0)
 
 
@@ -218,7 +218,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(tiny_data: Path, tmp_path: 
     run = Run(preset("tiny"), read_data(tiny_data, preset("tiny")), fabric_on(torch.device("cpu")), tmp_path)
     with torch.no_grad():
         run.learner.network.denoiser.last.weight.fill_(1e12)  # type: ignore[union-attr]
-    with pytest.raises(CdiffError, match="the gradient became inf at step 1; lower lr"):
+    with pytest.raises(CdiffError, match="the gradient became inf at step 1; start a new run with a lower lr"):
         run.step(0)
 
 

@@ -84,16 +84,16 @@ def checkpoint_name(step: int) -> str:
 def save_checkpoint(
     run: Path, *, network: dict[str, Tensor], ema: dict[str, Tensor], optimiser: dict[str, Any], info: dict[str, Any]
 ) -> None:
-    """Write the checkpoint of info["step"] whole, then point last.json (and best.json, if info["is_best"]) at it."""
+    """Write the checkpoint of info["step"] whole, then point best.json (if info["is_best"]) and last.json at it."""
     folder = run / "checkpoints" / checkpoint_name(info["step"])
     with atomic_folder(folder, replace=True) as stage:
         save_file(network, stage / "model.safetensors")
         save_file(ema, stage / "ema.safetensors")
         torch.save(optimiser, stage / "optimiser.pt")
         write_json(stage / "checkpoint.json", info)
-    write_json(run / "last.json", {"checkpoint": folder.name})
-    if info["is_best"]:
-        write_json(run / "best.json", {"checkpoint": folder.name})
+    # Last comes last: a run killed between the two resumes before this step, comes here again, and loses no best one.
+    for which in ("best", "last") if info["is_best"] else ("last",):
+        write_json(run / f"{which}.json", {"checkpoint": folder.name})
     kept = {checkpoint_folder(run, which) for which in ("last", "best")}
     for old in (run / "checkpoints").iterdir():
         if old not in kept:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import struct
 from contextlib import ExitStack
@@ -233,6 +234,19 @@ def test_a_loss_scale_that_is_too_large_for_fp16_leaves_the_step_out(tiny_data: 
     assert (np.isfinite(loss), np.isfinite(norm)) == (True, False)
     assert all(torch.equal(a, b) for a, b in zip(before, run.learner.network.parameters(), strict=True))
     assert precision.state_dict()["scale"] == 2.0**99
+
+
+def test_a_gradient_that_no_loss_scale_helps_stops_an_fp16_run(tiny_data: Path, tmp_path: Path) -> None:
+    """Else every step to the end of the run would be left out, and nothing said."""
+    config = preset("tiny").with_values({"amp": "fp16"})
+    fabric = fabric_on(torch.device("cpu"), "fp16")
+    run = Run(config, read_data(tiny_data, config), fabric, tmp_path)
+    run.learner.network.denoiser.last.weight.register_hook(lambda gradient: gradient * math.inf)  # type: ignore[union-attr]
+    precision = fabric.strategy.precision
+    precision.load_state_dict(precision.state_dict() | {"scale": 4.0})
+    run.step(0)
+    with pytest.raises(CdiffError, match=r"the gradient became (nan|inf) at step 2"):
+        run.step(1)
 
 
 def test_warm_up_decay_and_windows_follow_the_progress(tiny_data: Path, tmp_path: Path) -> None:

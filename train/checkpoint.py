@@ -104,14 +104,18 @@ def save_checkpoint(
             shutil.rmtree(old, ignore_errors=True)
 
 
-def load_weights(network: torch.nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+def load_weights(
+    network: torch.nn.Module, tensors: dict[str, Tensor], path: Path, what: str = "its configuration"
+) -> None:
     """Fill the network. Raises CdiffError as check_weights does."""
-    check_weights(network, tensors, path)
+    check_weights(network, tensors, path, what)
     network.load_state_dict(tensors)
 
 
-def check_weights(network: torch.nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    """Raise CdiffError naming each tensor of `path` that the network has not, or lacks, or has in another shape."""
+def check_weights(
+    network: torch.nn.Module, tensors: dict[str, Tensor], path: Path, what: str = "its configuration"
+) -> None:
+    """Raise CdiffError naming each tensor of `path` that the network has not, or lacks, or has in another shape. what: whose network."""
     wanted = network.state_dict()
     wrong = [f"missing {name}" for name in wanted if name not in tensors]
     wrong += [f"unexpected {name}" for name in tensors if name not in wanted]
@@ -121,7 +125,7 @@ def check_weights(network: torch.nn.Module, tensors: dict[str, Tensor], path: Pa
         if name in tensors and tensors[name].shape != wanted[name].shape
     ]
     if wrong:
-        raise CdiffError(f"{path} does not fit its configuration: {', '.join(wrong[:5])} ({len(wrong)} in all)")
+        raise CdiffError(f"{path} does not fit {what}: {', '.join(wrong[:5])} ({len(wrong)} in all)")
 
 
 def origin(info: dict[str, Any]) -> dict[str, Any]:

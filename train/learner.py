@@ -81,7 +81,7 @@ class Learner:
         path = init / "model.safetensors" if folder is None else folder / "ema.safetensors"
         if not path.exists():
             raise CdiffError(f"{init} holds no weights to start from; give the folder of a training run or of a bundle")
-        load_weights(self.network, read_tensors(path), path)
+        load_weights(self.network, read_tensors(path), path, "the new run's settings, which must give the same network")
         self.ema = {name: value.detach().clone() for name, value in self.network.state_dict().items()}
         before = (
             read_json(init / "manifest.json").get("training", {})

@@ -50,6 +50,23 @@ def test_every_setting_that_the_pages_name_exists() -> None:
             Config().with_settings([setting])
 
 
+def test_every_setting_stands_in_the_page_of_settings_with_the_values_of_its_presets() -> None:
+    from cdiff.train.presets import preset
+
+    page = (REPOSITORY / "docs" / "settings.md").read_text(encoding="utf-8")
+    table = [
+        [re.findall(r"`([^`]+)`", cell) for cell in line.split("|")[1:4]]
+        for line in page.splitlines()
+        if line.startswith("| `")
+    ]
+    for column, name in enumerate(("small", "paper"), 1):
+        config = preset(name)
+        stated = [f"{key}={value}" for row in table for key, value in zip(row[0], row[column], strict=True)]
+        assert len(stated) == sum(len(section) for section in config.to_json().values())
+        assert config.with_settings(stated) == config
+        assert len({setting.partition("=")[0] for setting in stated}) == len(stated)
+
+
 def test_the_command_that_lists_every_setting_does() -> None:
     from cdiff.cli.app import app
 

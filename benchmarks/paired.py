@@ -28,6 +28,7 @@ SCORES: dict[str, Take] = {
     "soft_dice_5": lambda row: row["soft_dice_5"],
     "soft_dice_9": lambda row: row["soft_dice_9"],
     "ged": lambda row: row["ged"],
+    "ged_no_diagonal": lambda row: row.get("ged_no_diagonal"),
     "brier_near": lambda row: row["brier_near"],
 }
 """What is compared besides every level's Dice."""

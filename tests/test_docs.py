@@ -185,6 +185,20 @@ def test_the_energy_distances_that_are_compared_are_of_equally_many_masks_or_it_
     assert "without the diagonal the difference is within chance everywhere" in page
 
 
+def test_how_much_of_the_largest_nodules_is_missed_is_what_was_measured(tables: ModuleType) -> None:
+    cases = tables.read("lidc_testing_all_raters_fast", tables.RESULTS)["cases"]
+    size = [sum(case["volumes"]["true_voxels"]) / len(case["slices"]) for case in cases]
+    largest = [cases[i]["volumes"] for i in np.array_split(np.argsort(size, kind="stable"), 3)[-1]]
+    drawn, true = (np.array([one[f"{whose}_voxels"][0] for one in largest]) for whose in ("predicted", "true"))
+    share = bootstrap_over_cases([[missed] for missed in (true - drawn) / true])
+    assert share.mean is not None
+    assert share.low is not None
+    assert share.high is not None
+    page = " ".join((REPOSITORY / "docs" / "model.md").read_text(encoding="utf-8").split())
+    told = f"by {100 * share.mean:.0f} % of its volume on average ({100 * share.low:.0f} to {100 * share.high:.0f} %; all together by"
+    assert f"{told} {100 * (1 - drawn.sum() / true.sum()):.0f} %" in page
+
+
 def test_what_training_slices_score_is_told_with_the_chance_in_it(tables: ModuleType) -> None:
     """Of other cases than Validation's: each side drawn by itself."""
     rng = np.random.default_rng(0)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import signal
 import sys
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -73,8 +75,19 @@ app.command("doctor", rich_help_panel="This machine")(doctor.doctor)
 app.command("benchmark", rich_help_panel="This machine")(benchmark.benchmark)
 
 
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """As Ctrl-C does. Once: timeout(1) and batch systems send the same signal twice, and the second would cut the cleaning up short."""
+    signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 def main(name: str | None = None) -> None:
     """The entry point of the `cdiff` command. name: what the help calls it, unless it is the file that was started."""
+    # Batch systems, containers and a terminal that is closed end a process so; by default unfinished files would stay, and as a
+    # container's first process it would not even end. What is ignored already (nohup) stays ignored.
+    for ending in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, ending) and signal.getsignal(number := getattr(signal, ending)) == signal.SIG_DFL:
+            signal.signal(number, _interrupt)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # a path that is not UTF-8 is printed as the bytes that it is
     app(prog_name=name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import signal
 import sys
 from types import FrameType
@@ -90,4 +91,7 @@ def main(name: str | None = None) -> None:
             signal.signal(number, _interrupt)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # a path that is not UTF-8 is printed as the bytes that it is
+    logging.getLogger("matplotlib").setLevel(
+        logging.ERROR
+    )  # its home, when that cannot be written to, is not the user's business
     app(prog_name=name)

@@ -38,7 +38,7 @@ def test_what_is_ignored_stays_ignored(tmp_path: Path) -> None:
     with subprocess.Popen(
         [*SEGMENT, "-o", tmp_path],
         stdout=subprocess.DEVNULL,
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),  # noqa: PLW1509  no threads in this process
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
     ) as process:
         while not any(tmp_path.glob(f"{PART}*")):
             assert process.poll() is None

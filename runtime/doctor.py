@@ -14,11 +14,12 @@ from pathlib import Path
 
 from cdiff import __version__
 from cdiff.runtime.bundle import open_bundle, shipped_bundle
+from cdiff.runtime.engines.cores import physical_cores
 from cdiff.runtime.engines.registry import available_engines
 from cdiff.runtime.engines.trt import MODULES, trt_version
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.gpus import visible_gpus
-from cdiff.runtime.host import logical_cores, processor
+from cdiff.runtime.host import processor
 
 TRAIN_EXTRA = "pip install '.[train]' in cdiff's clone"
 FORMATS_EXTRA = "pip install '.[formats]' in cdiff's clone"
@@ -151,7 +152,7 @@ def _machine() -> list[Check]:
         Check("cdiff", None, __version__),
         Check("Python", None, f"{platform.python_version()} ({platform.python_implementation()})"),
         Check("system", None, f"{platform.system()} {platform.release()}, {platform.machine()}"),
-        Check("processor", None, f"{processor()}, {logical_cores()} cores to use"),
+        Check("processor", None, f"{processor()}, {physical_cores()} cores to use"),
         Check("memory", None, _memory()),
     ]
 

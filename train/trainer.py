@@ -10,6 +10,7 @@ import torch
 from lightning_fabric import Fabric
 from rich.console import Console
 
+from cdiff.runtime.engines.cores import quota
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import make_folder, write_json
 from cdiff.train.checkpoint import read_config
@@ -88,6 +89,10 @@ def _start(config: Config, data: Path, out: Path, init: Path | None, fabric: Fab
     """The run before its first step, the same in every process."""
     if config.training.threads:
         torch.set_num_threads(config.training.threads)
+    elif (
+        quota() < torch.get_num_threads()
+    ):  # PyTorch counts processors; threads beyond a container's quota only wait for each other
+        torch.set_num_threads(quota())
     with together(fabric):
         found = read_data(data, config)
         if resume:

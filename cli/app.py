@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import errno
 import io
 import logging
 import signal
@@ -31,6 +33,13 @@ class Commands(TyperGroup):
             return super().invoke(ctx)
         except CdiffError as error:
             fail(str(error))
+            raise typer.Exit(USER_ERROR) from None
+        except OSError as error:  # files say where they lie; stdout does not
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            fail(
+                "there is no room where stdout (or a temporary file) is written to; make some, and run the command again"
+            )
             raise typer.Exit(USER_ERROR) from None
         except KeyboardInterrupt:
             fail("interrupted")
@@ -82,6 +91,14 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
+def _as_it_is(error: UnicodeError) -> tuple[str | bytes, int]:
+    """For stdout: a path that is not UTF-8 as the bytes that it is, and what stdout's encoding has no sign for as its number."""
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeEncodeError:
+        return codecs.lookup_error("backslashreplace")(error)
+
+
 def main(name: str | None = None) -> None:
     """The entry point of the `cdiff` command. name: what the help calls it, unless it is the file that was started."""
     # Batch systems, containers and a terminal that is closed end a process so; by default unfinished files would stay, and as a
@@ -90,7 +107,8 @@ def main(name: str | None = None) -> None:
         if hasattr(signal, ending) and signal.getsignal(number := getattr(signal, ending)) == signal.SIG_DFL:
             signal.signal(number, _interrupt)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="surrogateescape")  # a path that is not UTF-8 is printed as the bytes that it is
+        codecs.register_error("cdiff", _as_it_is)
+        sys.stdout.reconfigure(errors="cdiff")
     logging.getLogger("matplotlib").setLevel(
         logging.ERROR
     )  # its home, when that cannot be written to, is not the user's business

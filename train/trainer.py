@@ -89,9 +89,7 @@ def _start(config: Config, data: Path, out: Path, init: Path | None, fabric: Fab
     """The run before its first step, the same in every process."""
     if config.training.threads:
         torch.set_num_threads(config.training.threads)
-    elif (
-        quota() < torch.get_num_threads()
-    ):  # PyTorch counts processors; threads beyond a container's quota only wait for each other
+    elif quota() < torch.get_num_threads():  # PyTorch counts processors, whatever share of them a container has
         torch.set_num_threads(quota())
     with together(fabric):
         found = read_data(data, config)

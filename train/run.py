@@ -37,7 +37,7 @@ class TrainResult:
     """How a run ended: the step it reached, its last loss (NaN without a step), the best validation score (None before the first) and
     seconds of training, over all calls.
 
-    out: the run folder. parameters: the network's. data: what was found (Data.summary). interrupted: whether Ctrl-C or SIGTERM ended
+    out: the run folder. parameters: the network's. data: what was found (Data.summary). interrupted: whether Ctrl-C, SIGTERM or SIGHUP ended
     it. first: whether this is the process that should tell, of those that trained together.
     """
 

@@ -18,6 +18,7 @@ from cdiff.cli.app import app
 from tests.synthetic import write_synthetic_dataset
 
 CDIFF = Path(sys.executable).with_name("cdiff")
+MODULE = [sys.executable, "-m", "cdiff.cli"]
 
 
 def fails(code: int, *arguments: object) -> str:
@@ -147,7 +148,7 @@ def test_a_name_in_another_encoding_is_told_and_no_crash(tmp_path: Path) -> None
     except OSError:
         pytest.skip("this file system takes no such name")
     done = subprocess.run(
-        [sys.executable, "-m", "cdiff.cli", "data", "check", data, "--no-sheet", "--json", tmp_path / "check.json"],
+        [*MODULE, "data", "check", data, "--no-sheet", "--json", tmp_path / "check.json"],
         capture_output=True,
         env=os.environ | {"PYTHONIOENCODING": "utf-8:strict", "COLUMNS": "200"},
     )
@@ -176,3 +177,27 @@ def test_ctrl_c_leaves_nothing_half_written(tiny_bundle: Path, tmp_path: Path) -
     assert process.returncode == 130
     assert rest.strip().endswith("error: interrupted")
     assert not maps.exists() or list(maps.iterdir()) == []
+
+
+def test_a_disk_that_is_full_where_stdout_goes_is_one_line() -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*MODULE, "info", "--json"], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: there is no room where stdout")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("encoding", "name"), [("latin-1", b"M\xfcller \\u2603"), ("ascii", b"M\\xfcller \\u2603")])
+def test_a_name_that_the_locale_has_no_signs_for_is_no_crash(tmp_path: Path, encoding: str, name: bytes) -> None:
+    write_synthetic_dataset(tmp_path / "data", 1, raters=1, shape=(8, 8, 2))
+    (tmp_path / "data/case01").rename(tmp_path / "data/Müller ☃")
+    done = subprocess.run(
+        [*MODULE, "segment", tmp_path / "data", "-o", tmp_path / "maps", "--fast", "--runs", "1", "--no-preview", "-q"],
+        capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": encoding},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert name + b"_soft.nii.gz" in done.stdout

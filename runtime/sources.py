@@ -28,6 +28,19 @@ def read_bytes(path: Path) -> bytes:
     return any_bytes(path)
 
 
+def is_there(path: Path) -> bool:
+    """Whether there is such a file or folder. Raises CdiffError where a folder above it lets this user not see."""
+    try:
+        path.stat()
+    except PermissionError:
+        raise CdiffError(
+            f"{path} cannot be seen: permission denied; check the permissions of the folders that it lies in"
+        ) from None
+    except (OSError, ValueError):  # nothing, a link to nothing, a loop of links; a name that cannot be one
+        return False
+    return True
+
+
 def must_be_text(path: Path) -> None:
     """Raise CdiffError where the path is no text that a report could hold."""
     named = os.fsencode(path).decode("utf-8", "backslashreplace")

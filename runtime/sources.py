@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,10 @@ def must_be_text(path: Path) -> None:
     """Raise CdiffError where the path is no text that a report could hold."""
     named = os.fsencode(path).decode("utf-8", "backslashreplace")
     if named != str(path):
+        if os.fsencode(path) == named.encode():  # it is text, and the locale has Python read it in another encoding
+            raise CdiffError(
+                f"{named} has signs that this locale ({sys.getfilesystemencoding()}) does not read as they are; set PYTHONUTF8=1"
+            )
         raise CdiffError(f"{named} has a name that is not UTF-8; rename the file, or the folder that has such a name")
 
 

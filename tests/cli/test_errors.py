@@ -239,3 +239,14 @@ def test_a_scan_in_a_closed_folder_does_not_stop_the_others(closed: Path, tiny_b
     first, second = model.segment_many([closed / "a.nii.gz", scan], runs=1, steps=1)
     assert "cannot be seen: permission denied" in str(first.error)
     assert second.error is None
+
+
+def test_a_locale_that_is_not_utf8_is_told_as_that(tmp_path: Path) -> None:
+    """It was told that the file's name is not UTF-8, which it is."""
+    (tmp_path / "Müller.nii.gz").write_bytes(b"read later")
+    command = [*MODULE, "segment", tmp_path / "Müller.nii.gz", "-o", tmp_path / "maps", "-q"]
+    old = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(command, capture_output=True, env=os.environ | old, text=True, check=False)
+    assert done.returncode == 2
+    assert "does not read as they are; set PYTHONUTF8=1" in done.stderr
+    assert done.stderr.count("\n") == 1

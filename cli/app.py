@@ -6,6 +6,7 @@ import codecs
 import errno
 import io
 import logging
+import os
 import signal
 import sys
 from types import FrameType
@@ -25,6 +26,10 @@ EPILOG = (
 )
 
 
+ENVIRONMENT = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE)
+"""Refusals of the system that may come anywhere: permissions, disks that are full, failing or gone."""
+
+
 class Commands(TyperGroup):
     """The group of all commands; the one place where errors that a user can mend end."""
 
@@ -34,12 +39,11 @@ class Commands(TyperGroup):
         except CdiffError as error:
             fail(str(error))
             raise typer.Exit(USER_ERROR) from None
-        except OSError as error:  # files say where they lie; stdout does not
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        except OSError as error:
+            if error.errno not in ENVIRONMENT:
                 raise
-            fail(
-                "there is no room where stdout (or a temporary file) is written to; make some, and run the command again"
-            )
+            where = os.fsdecode(error.filename or "stdout or a temporary file")  # what is printed has no name
+            fail(f"{where}: {os.strerror(error.errno).lower()}; check the space and the permissions there")
             raise typer.Exit(USER_ERROR) from None
         except KeyboardInterrupt:
             fail("interrupted")

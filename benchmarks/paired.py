@@ -12,7 +12,6 @@ import json
 import math
 import sys
 from collections.abc import Callable, Sequence
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +20,27 @@ import numpy as np
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import write_json
 from cdiff.runtime.metrics import bootstrap_over_cases
+from cdiff.runtime.summary import group_names
 
 Row = dict[str, Any]
 Take = Callable[[Row], float | None]
-SCORES = ("soft_dice_5", "soft_dice_9", "ged", "brier_near")
+SCORES: dict[str, Take] = {
+    "soft_dice_5": lambda row: row["soft_dice_5"],
+    "soft_dice_9": lambda row: row["soft_dice_9"],
+    "ged": lambda row: row["ged"],
+    "ged_no_diagonal": lambda row: row.get("ged_no_diagonal"),
+    "brier_near": lambda row: row["brier_near"],
+}
 """What is compared besides every level's Dice."""
 BY_SIZE = ("smallest third", "middle third", "largest third")
 
 
-def compare(a: Row, b: Row) -> Row:
+def compare(a: Row, b: Row, group: str | None = None) -> Row:
     """Differences B - A of two reports: the mean over slices with a 95 % interval by bootstrap over cases, in all and by size.
 
-    The size of a case is what the annotators' levels hold on average, in voxels a scored slice. Raises CdiffError when the reports
-    are not of the same slices of the same files.
+    group: a regular expression, as in `summary.group_names`; cases of one group, a patient's say, are then drawn together. The size
+    of a case is what the annotators' levels hold on average, in voxels a scored slice. Raises CdiffError when the reports are not of
+    the same slices of the same files, and for a group that cannot be found.
     """
     for which, report in (("first", a), ("second", b)):
         if not report.get("cases"):
@@ -45,19 +52,24 @@ def compare(a: Row, b: Row) -> Row:
         )
     pairs = list(zip(a["cases"], b["cases"], strict=True))
     levels = len(pairs[0][0]["slices"][0]["dice_per_level"])
-    takes: dict[str, Take] = {name: itemgetter(name) for name in SCORES}
-    takes |= {f"dice_level_{c}": _level(c) for c in range(1, levels + 1)}
+    takes = SCORES | {f"dice_level_{c}": _level(c) for c in range(1, levels + 1)}
     sizes = [float(np.mean(case["volumes"]["true_voxels"])) / len(case["slices"]) for case, _ in pairs]
     thirds = np.array_split(np.argsort(sizes, kind="stable"), len(BY_SIZE))
+    groups = group_names([case["case"] for case, _ in pairs], group) if group else None
+
+    def part(places: Sequence[int]) -> Row:
+        return _differences([pairs[i] for i in places], takes, [groups[i] for i in places] if groups else None)
+
     return {
         "a": a.get("model", {}),
         "b": b.get("model", {}),
         "difference": "b - a",
-        "all": _differences(pairs, takes),
+        **({"group": group} if group else {}),
+        "all": part(range(len(pairs))),
         "by_size": {
             name: {
                 "voxels_a_slice": [round(min(sizes[i] for i in third), 1), round(max(sizes[i] for i in third), 1)],
-                **_differences([pairs[i] for i in third], takes),
+                **part(third.tolist()),
             }
             for name, third in zip(BY_SIZE, thirds, strict=True)
             if len(third)
@@ -69,16 +81,20 @@ def _level(c: int) -> Take:
     return lambda row: row["dice_per_level"][c - 1]
 
 
-def _differences(pairs: Sequence[tuple[Row, Row]], takes: dict[str, Take]) -> Row:
+def _differences(pairs: Sequence[tuple[Row, Row]], takes: dict[str, Take], groups: Sequence[str] | None) -> Row:
+    """Of each score: A's and B's means over the slices where both have it, the difference with its interval, their number."""
     found: Row = {"n_cases": len(pairs), "n_slices": sum(len(first["slices"]) for first, _ in pairs)}
+    found |= {"n_groups": len(set(groups))} if groups else {}
     for name, take in takes.items():
         both = [
             [(_number(take(x)), _number(take(y))) for x, y in zip(first["slices"], second["slices"], strict=True)]
             for first, second in pairs
         ]
-        apart = bootstrap_over_cases([[y - x for x, y in case] for case in both])
-        mean_a, mean_b = np.nanmean([pair for case in both for pair in case], axis=0)
-        found[name] = {"a": float(mean_a), "b": float(mean_b)} | apart.to_json()
+        apart = bootstrap_over_cases([[y - x for x, y in case] for case in both], groups=groups)
+        # Both means over the same slices: else they would not differ by the difference beside them.
+        scored = [pair for case in both for pair in case if not any(map(math.isnan, pair))]
+        mean_a, mean_b = np.mean(scored, axis=0).tolist() if scored else (None, None)
+        found[name] = {"a": mean_a, "b": mean_b} | apart.to_json()
     return found
 
 
@@ -93,14 +109,17 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("a", type=Path, help="a whole report")
     parser.add_argument("b", type=Path, help="another, of the same slices")
+    parser.add_argument(
+        "--group", metavar="REGEX", help="draw groups of cases, named as cdiff evaluate --group names them, not cases"
+    )
     parser.add_argument("--json", type=Path, metavar="OUT", help="where to write the differences")
     options = parser.parse_args(argv)
     try:
-        report = compare(_read(options.a), _read(options.b))
+        report = compare(_read(options.a), _read(options.b), options.group)
         for part, found in {"all": report["all"], **report["by_size"]}.items():
             print(f"{part}: {found['n_cases']} cases, {found['n_slices']} slices")
             for name, score in found.items():
-                if isinstance(score, dict):
+                if isinstance(score, dict) and score["n_slices"]:
                     interval = "" if score["low"] is None else f" ({score['low']:+.3f} to {score['high']:+.3f})"
                     print(f"  {name:14} {score['a']:.3f} {score['b']:.3f}  {score['mean']:+.3f}{interval}")
         if options.json:

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
+import errno
 import io
+import logging
+import os
+import signal
 import sys
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -20,6 +26,10 @@ EPILOG = (
 )
 
 
+ENVIRONMENT = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE)
+"""Refusals of the system that may come anywhere: permissions, disks that are full, failing or gone."""
+
+
 class Commands(TyperGroup):
     """The group of all commands; the one place where errors that a user can mend end."""
 
@@ -28,6 +38,12 @@ class Commands(TyperGroup):
             return super().invoke(ctx)
         except CdiffError as error:
             fail(str(error))
+            raise typer.Exit(USER_ERROR) from None
+        except OSError as error:
+            if error.errno not in ENVIRONMENT:
+                raise
+            where = os.fsdecode(error.filename or "stdout or a temporary file")  # what is printed has no name
+            fail(f"{where}: {os.strerror(error.errno).lower()}; check the space and the permissions there")
             raise typer.Exit(USER_ERROR) from None
         except KeyboardInterrupt:
             fail("interrupted")
@@ -73,8 +89,31 @@ app.command("doctor", rich_help_panel="This machine")(doctor.doctor)
 app.command("benchmark", rich_help_panel="This machine")(benchmark.benchmark)
 
 
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """As Ctrl-C does. Once: timeout(1) and batch systems send the same signal twice, and the second would cut the cleaning up short."""
+    signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def _as_it_is(error: UnicodeError) -> tuple[str | bytes, int]:
+    """For stdout: a path that is not UTF-8 as the bytes that it is, and what stdout's encoding has no sign for as its number."""
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeEncodeError:
+        return codecs.lookup_error("backslashreplace")(error)
+
+
 def main(name: str | None = None) -> None:
     """The entry point of the `cdiff` command. name: what the help calls it, unless it is the file that was started."""
+    # Batch systems, containers and a terminal that is closed end a process so; by default unfinished files would stay, and as a
+    # container's first process it would not even end. What is ignored already (nohup) stays ignored.
+    for ending in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, ending) and signal.getsignal(number := getattr(signal, ending)) == signal.SIG_DFL:
+            signal.signal(number, _interrupt)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="surrogateescape")  # a path that is not UTF-8 is printed as the bytes that it is
+        codecs.register_error("cdiff", _as_it_is)
+        sys.stdout.reconfigure(errors="cdiff")
+    logging.getLogger("matplotlib").setLevel(
+        logging.ERROR
+    )  # its home, when that cannot be written to, is not the user's business
     app(prog_name=name)

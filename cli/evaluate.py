@@ -145,6 +145,7 @@ def evaluate(
     cdiff evaluate --data my_data --group "patient[0-9]+" --paper-table --beside annotator.json
     """
     from cdiff.runtime.cases import find_cases
+    from cdiff.runtime.drawing import must_draw
     from cdiff.runtime.evaluate import (
         Protocol,
         choose_split,
@@ -167,6 +168,8 @@ def evaluate(
         raise CdiffError("--worst needs a folder to draw into; add --report DIR")
     if beside and not paper_table:
         raise CdiffError("--beside adds rows to the paper's tables; add --paper-table")
+    if report_:
+        must_draw()
     others = [row for path in beside or () for row in read_beside(path)]  # before hours are spent
     asked = options.parse_labels(labels)
     protocol = Protocol(

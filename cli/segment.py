@@ -115,6 +115,7 @@ def segment(
     cdiff segment dicom_folder --series 4 --at L30,P20,S50 --dicom-seg
     """
     from cdiff.runtime.dicom_seg import must_allow_dicom_seg
+    from cdiff.runtime.drawing import must_draw
     from cdiff.runtime.files import must_take_files
     from cdiff.runtime.inputs import must_exist, scans_named
     from cdiff.runtime.overlap import overlapped
@@ -122,6 +123,8 @@ def segment(
 
     paths = [must_exist(path) for path in _named(named or [], input_)]
     must_take_files(output)
+    if preview or page:
+        must_draw()
     segmenter = model.load(quiet)
     if hint := chain.hint(segmenter):
         say(hint, quiet)

@@ -174,6 +174,7 @@ PAIRED_ROWS = {
     "soft_dice_9": "soft Dice, 9",
     **{f"dice_level_{c}": f"level {c}" for c in range(1, 5)},
     "ged": "GED (less is better)",
+    "ged_no_diagonal": "GED without the diagonal (less is better)",
     "brier_near": "Brier near the structure (less is better)",
 }
 
@@ -195,12 +196,16 @@ ZOOMS = {  # columns: where two sizes were compared with one
 
 
 def paired_table(corner: str, columns: Mapping[str, str], results: Path) -> str:
-    """Differences slice by slice, with intervals. `columns`: words to the result file of `cdiff.benchmarks.paired`."""
+    """Differences slice by slice, with intervals. `columns`: words to the result file of `cdiff.benchmarks.paired`.
+
+    A score that no file has, as the energy distance without the diagonal where one side has a single mask, has no row.
+    """
     found = {words: read(name, results) for words, name in columns.items()}
     rows = []
     for key, words in PAIRED_ROWS.items():
-        scores = [report["all"][key] if report else None for report in found.values()]
-        rows.append([words, *map(difference, scores)])
+        scores = [report["all"].get(key) if report else None for report in found.values()]
+        if any(score and score["mean"] is not None for score in scores) or not any(found.values()):
+            rows.append([words, *map(difference, scores)])
     return markdown([corner, *found], rows)
 
 

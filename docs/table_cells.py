@@ -32,9 +32,11 @@ def interval(score: Mapping[str, float] | None) -> str:
 
 
 def difference(score: Mapping[str, float] | None) -> str:
-    """A difference with its 95 % interval, signed."""
+    """A difference with its 95 % interval, signed; "-" where it is not defined."""
     if score is None:
         return NOT_MEASURED
+    if score["mean"] is None:
+        return "-"
     return f"{score['mean']:+.3f} ({score['low']:+.3f} to {score['high']:+.3f})"
 
 

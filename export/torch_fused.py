@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from cdiff.export.torch_kernels import Features, joined, measured, normed, on
+from cdiff.export.torch_kernels import Features, joined, measured, normed, normed_conv, on
 from cdiff.train.network import Attention, Denoiser, ResidualBlock, Stage
 
 
@@ -59,7 +59,8 @@ class FusedDenoiser:
                     h = stage((h, skips.pop()), told)
                 if depth < len(self.grow):
                     h = self.grow[depth](h, told)
-            return self.last.with_bias(self.norm((h,), act=True, dtype=torch.float32))
+            norm, last = self.norm, self.last
+            return normed_conv(h, norm.groups, norm.gain, norm.offset, last.weight, last.bias, eps=norm.eps)
 
     def _resampling(self, part: nn.Module) -> Callable[[Features, Tensor], Features]:
         if isinstance(part, ResidualBlock):
@@ -68,8 +69,8 @@ class FusedDenoiser:
         assert isinstance(part, nn.Conv2d)
         conv = _Conv(part, self)
         if conv.stride > 1:
-            return lambda h, told: measured(conv.with_bias(h.x))
-        return lambda h, told: measured(conv.with_bias(nnf.interpolate(h.x, scale_factor=2.0, mode="nearest")))
+            return lambda h, told: joined(conv(h.x), None, conv.bias)
+        return lambda h, told: joined(conv(nnf.interpolate(h.x, scale_factor=2.0, mode="nearest")), None, conv.bias)
 
 
 class _Conv:
@@ -96,7 +97,7 @@ class _Conv:
         flat = out.permute(0, 2, 3, 1).reshape(-1, out.shape[1])
         for one, weight in zip(sources[1:], parts[1:], strict=True):
             pixels = one.x.permute(0, 2, 3, 1).reshape(-1, one.x.shape[1])
-            flat = torch.addmm(flat, pixels, weight.flatten(1).t())
+            flat.addmm_(pixels, weight.flatten(1).t())  # in place: else the sum so far is copied first
         rows, _, height, width = out.shape
         return flat.reshape(rows, height, width, -1).permute(0, 3, 1, 2)
 
@@ -116,10 +117,9 @@ class _Norm:
         added: Tensor | None = None,
         gain: Tensor | None = None,
         offset: Tensor | None = None,
-        dtype: torch.dtype | None = None,
     ) -> Tensor:
         gain, offset = self.gain if gain is None else gain, self.offset if offset is None else offset
-        return normed(sources, self.groups, gain, offset, eps=self.eps, act=act, added=added, dtype=dtype)
+        return normed(sources, self.groups, gain, offset, eps=self.eps, act=act, added=added)
 
 
 class _Block:

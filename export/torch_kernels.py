@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as nnf
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -29,9 +30,9 @@ MOST_CHUNKS = 64
 @triton.jit
 def _measure(
     x, other, bias, slot, out, mean, m2, pixels, channels, chunk,
-    SUM: tl.constexpr, GATHER: tl.constexpr, BIAS: tl.constexpr, TILE: tl.constexpr, WIDE: tl.constexpr,
+    SUM: tl.constexpr, OTHER: tl.constexpr, GATHER: tl.constexpr, BIAS: tl.constexpr, TILE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Moments of a row's chunk of pixels, channel by channel; with SUM, of x + other + bias, which is written to `out`.
+    """Moments of a row's chunk of pixels, channel by channel; with SUM, of x + other (with OTHER) + bias, which is written to `out`.
 
     x, other, out [B,pixels,channels]; GATHER: `other` [S,pixels,channels] is taken at slot [B]. bias [channels].
     mean, m2 [B,chunks,channels]: mean, and sum of squared differences from it.
@@ -40,7 +41,7 @@ def _measure(
     c = tl.arange(0, WIDE)
     here = x + row.to(tl.int64) * pixels * channels
     there = other
-    if SUM:
+    if OTHER:
         which = tl.load(slot + row) if GATHER else row
         there = other + which.to(tl.int64) * pixels * channels
     # Differences from the chunk's first pixel: squares of the values themselves would cancel where the mean is large.
@@ -49,8 +50,9 @@ def _measure(
     added = tl.zeros((WIDE,), tl.float32)
     if BIAS:
         added = tl.load(bias + c, mask=c < channels, other=0.0).to(tl.float32)
-    if SUM:
-        near += tl.load(there + first * channels + c, mask=c < channels, other=0.0).to(tl.float32) + added
+    if OTHER:
+        near += tl.load(there + first * channels + c, mask=c < channels, other=0.0).to(tl.float32)
+    near += added
     sums = tl.zeros((TILE, WIDE), tl.float32)
     squares = tl.zeros((TILE, WIDE), tl.float32)
     last = tl.minimum(first + chunk, pixels)
@@ -60,8 +62,10 @@ def _measure(
         inside = (pixel[:, None] < last) & (c[None, :] < channels)
         value = tl.load(here + at, mask=inside, other=0.0)
         if SUM:
-            whole = value.to(tl.float32) + tl.load(there + at, mask=inside, other=0.0).to(tl.float32) + added[None, :]
-            value = whole.to(out.dtype.element_ty)
+            whole = value.to(tl.float32)
+            if OTHER:
+                whole += tl.load(there + at, mask=inside, other=0.0).to(tl.float32)
+            value = (whole + added[None, :]).to(out.dtype.element_ty)
             tl.store(out + row.to(tl.int64) * pixels * channels + at, value, mask=inside)
         apart = tl.where(inside, value.to(tl.float32) - near[None, :], 0.0)
         sums += apart
@@ -123,6 +127,26 @@ def _apply(
 
 
 @triton.jit
+def _give(
+    x, scale, shift, taps, out, pixels, channels, TAPS: tl.constexpr, TILE: tl.constexpr, WIDE: tl.constexpr
+):  # fmt: skip
+    """out [B,TAPS,pixels]: the sum over channels of SiLU(x scale + shift) times each of taps [TAPS,channels]."""
+    row = tl.program_id(1)
+    c, pixel = tl.arange(0, WIDE), tl.program_id(0) * TILE + tl.arange(0, TILE)
+    own = c < channels
+    inside = (pixel[:, None] < pixels) & own[None, :]
+    times = tl.load(scale + row * channels + c, mask=own, other=0.0)
+    plus = tl.load(shift + row * channels + c, mask=own, other=0.0)
+    at = row.to(tl.int64) * pixels * channels + pixel[:, None] * channels + c[None, :]
+    y = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) * times[None, :] + plus[None, :]
+    y = y * tl.sigmoid(y)
+    for tap in tl.static_range(TAPS):
+        weight = tl.load(taps + tap * channels + c, mask=own, other=0.0)
+        to = out + (row.to(tl.int64) * TAPS + tap) * pixels + pixel
+        tl.store(to, tl.sum(y * weight[None, :], axis=1), mask=pixel < pixels)
+
+
+@triton.jit
 def _draw(
     seed, slice_, level, run, step, origin, out, height, width, stride, pairs,
     M0: tl.constexpr, M1: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, ROUNDS: tl.constexpr, TILE: tl.constexpr,
@@ -174,17 +198,17 @@ def measured(x: Tensor) -> Features:
     """Features [B,C,H,W] with their moments; put channels last where they are not."""
     x = x.contiguous(memory_format=torch.channels_last)
     mean, m2 = _moments_for(x)
-    _launch_measure(x, x, None, None, x, mean, m2, total=False)
+    _launch_measure(x, None, None, None, x, mean, m2, total=False)
     return Features(x, mean, m2)
 
 
-def joined(x: Tensor, other: Tensor, bias: Tensor | None = None, slot: Tensor | None = None) -> Features:
+def joined(x: Tensor, other: Tensor | None, bias: Tensor | None = None, slot: Tensor | None = None) -> Features:
     """x + other + bias in the type of x, with its moments, in one pass. x [B,C,H,W], channels last; bias [C] float32.
 
-    other is like x or, with slot int64 [B], [S,H,W,C] of which row b takes other[slot[b]].
+    other is like x or None or, with slot int64 [B], [S,H,W,C] of which row b takes other[slot[b]].
     """
     x = x.contiguous(memory_format=torch.channels_last)
-    if slot is None:
+    if other is not None and slot is None:
         other = other.contiguous(memory_format=torch.channels_last)
     out = torch.empty_like(x, memory_format=torch.channels_last)
     mean, m2 = _moments_for(x)
@@ -201,27 +225,18 @@ def normed(
     eps: float,
     act: bool,
     added: Tensor | None = None,
-    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """GroupNorm of the sources, one after another along the channels, plus `added`; then SiLU with `act`. [B,C,H,W], channels last.
 
-    gain, offset and added: float32 [C], or [B,C] for each row its own; gain and offset alike, and each row in one piece. dtype: of the result, the sources' unless given.
+    gain, offset and added: float32 [C], or [B,C] for each row its own; gain and offset alike, and each row in one piece.
     """
     first = sources[0].x
     rows, _, height, width = first.shape
-    pixels, channels = height * width, sum(one.x.shape[1] for one in sources)
-    mean, m2 = (sources[0].mean, sources[0].m2) if len(sources) == 1 else _side_by_side(sources)
-    chunk, chunks = _shared_out(pixels, sources)
-    scale, shift = torch.empty((2, rows, channels), dtype=torch.float32, device=first.device).unbind(0)
-    per = channels // groups
-    _weigh[(rows, groups)](
-        mean, m2, gain if added is None else added, gain, offset, scale, shift, pixels, channels, chunk, chunks,
-        gain.stride(0) if gain.ndim == 2 else 0, added.stride(0) if added is not None and added.ndim == 2 else 0, eps,
-        ADDED=added is not None, CHUNKS=triton.next_power_of_2(chunks), PER=per, WIDE=triton.next_power_of_2(per), num_warps=1,
-    )  # fmt: skip
+    scale, shift = _weighed(sources, groups, gain, offset, eps, added)
+    pixels, channels = height * width, scale.shape[1]
     out = torch.empty(
         (rows, channels, height, width),
-        dtype=dtype or first.dtype,
+        dtype=first.dtype,
         device=first.device,
         memory_format=torch.channels_last,
     )
@@ -234,6 +249,26 @@ def normed(
         )
         before += own
     return out
+
+
+def normed_conv(
+    source: Features, groups: int, gain: Tensor, offset: Tensor, weight: Tensor, bias: Tensor, *, eps: float
+) -> Tensor:
+    """The 3x3 convolution, padded by 1, of SiLU of `normed`: float32 [B,O,H,W], as it was added up.
+
+    source [B,C,H,W]; weight [O,C,3,3] with few O, else it is slow, and bias [O], float32. What each pixel gives to its nine neighbours is
+    summed over the channels where the pixel is normalised, and only then added up: no map of C channels is written.
+    """
+    rows, channels, height, width = source.x.shape
+    scale, shift = _weighed((source,), groups, gain, offset, eps, None)
+    # What lies above a neighbour lies below from where it is seen: `fold` adds up what pixels give, a convolution what they take.
+    taps = weight.flip(2, 3).permute(0, 2, 3, 1).reshape(-1, channels).contiguous()
+    given = torch.empty((rows, len(taps), height * width), dtype=torch.float32, device=source.x.device)
+    tile, wide = _tile(channels)
+    _give[(triton.cdiv(height * width, tile), rows)](
+        source.x, scale, shift, taps, given, height * width, channels, TAPS=len(taps), TILE=tile, WIDE=wide
+    )
+    return nnf.fold(given, (height, width), 3, padding=1) + bias[:, None, None]
 
 
 def drawn(
@@ -269,17 +304,21 @@ def try_out(device: str) -> None:
     with on(where):
         x = torch.ones((1, 4, 2, 2), dtype=torch.float16, device=where).contiguous(memory_format=torch.channels_last)
         weights, number = torch.ones(4, device=where), torch.ones(1, dtype=torch.int64, device=where)
-        found = normed((joined(x, x, weights),), 2, weights, weights, eps=1e-5, act=False)
+        even = joined(x, x, weights)
+        found = normed((even,), 2, weights, weights, eps=1e-5, act=False)
+        ended = normed_conv(even, 2, weights, weights, torch.ones((1, 4, 3, 3), device=where), weights[:1], eps=1e-5)
+        sixteen = 16 * nnf.silu(weights[:1]) + 1  # four channels of the four pixels, and the bias
         corner = number.expand(1, 2).contiguous()
         noise = drawn(number, number, number, number, number, corner, (4, 6), (8, 8))
         expected = normals(number, number, number, number, number, corner, (4, 6), (8, 8))
-        if not (torch.equal(found, torch.ones_like(found)) and torch.allclose(noise, expected, atol=1e-5)):
+        right = torch.equal(found, torch.ones_like(found)) and torch.allclose(ended, sixteen.expand_as(ended))
+        if not (right and torch.allclose(noise, expected, atol=1e-5)):
             raise RuntimeError("they give wrong numbers")
 
 
 def _launch_measure(
     x: Tensor,
-    other: Tensor,
+    other: Tensor | None,
     bias: Tensor | None,
     slot: Tensor | None,
     out: Tensor,
@@ -291,9 +330,27 @@ def _launch_measure(
     tile, wide = _tile(channels)
     chunk, chunks = _chunks(height * width)
     _measure[(rows, chunks)](
-        x, other, mean if bias is None else bias, mean if slot is None else slot, out, mean, m2, height * width, channels, chunk,
-        SUM=total, GATHER=slot is not None, BIAS=bias is not None, TILE=tile, WIDE=wide,
+        x, x if other is None else other, mean if bias is None else bias, mean if slot is None else slot, out, mean, m2,
+        height * width, channels, chunk, SUM=total, OTHER=other is not None, GATHER=slot is not None, BIAS=bias is not None, TILE=tile, WIDE=wide,
     )  # fmt: skip
+
+
+def _weighed(
+    sources: tuple[Features, ...], groups: int, gain: Tensor, offset: Tensor, eps: float, added: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """scale and shift, float32 [B,C] each, with which `normed` is x scale + shift."""
+    rows, _, height, width = sources[0].x.shape
+    pixels, channels = height * width, sum(one.x.shape[1] for one in sources)
+    mean, m2 = (sources[0].mean, sources[0].m2) if len(sources) == 1 else _side_by_side(sources)
+    chunk, chunks = _shared_out(pixels, sources)
+    scale, shift = torch.empty((2, rows, channels), dtype=torch.float32, device=mean.device).unbind(0)
+    per = channels // groups
+    _weigh[(rows, groups)](
+        mean, m2, gain if added is None else added, gain, offset, scale, shift, pixels, channels, chunk, chunks,
+        gain.stride(0) if gain.ndim == 2 else 0, added.stride(0) if added is not None and added.ndim == 2 else 0, eps,
+        ADDED=added is not None, CHUNKS=triton.next_power_of_2(chunks), PER=per, WIDE=triton.next_power_of_2(per), num_warps=1,
+    )  # fmt: skip
+    return scale, shift
 
 
 def _moments_for(x: Tensor) -> tuple[Tensor, Tensor]:

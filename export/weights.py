@@ -7,10 +7,10 @@ import struct
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from cdiff.runtime.errors import CdiffError
+from cdiff.train.checkpoint import write_tensors
 
 LENGTH = struct.Struct("<Q")
 """The file begins with the length of its head, which is JSON padded with spaces; the tensors' bytes follow (safetensors' README, Format)."""
@@ -20,11 +20,10 @@ def write_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """Write tensors and metadata to `path`, readable for others than the owner too.
 
     safetensors takes the metadata in an order that differs from process to process, so two exports of one run would differ in their
-    hashes: it is sorted here, in place. Raises CdiffError if the sorted head does not fit its place, which cannot happen with
+    hashes: it is sorted here, in place. Raises CdiffError where the file cannot be written, and if the sorted head does not fit its place, which cannot happen with
     the heads that safetensors writes.
     """
-    save_file(dict(tensors), path, dict(metadata))
-    path.chmod(0o644)  # safetensors makes it private, and a bundle is shared
+    write_tensors(path, dict(tensors), dict(metadata))
     with open(path, "r+b") as file:
         (length,) = LENGTH.unpack(file.read(LENGTH.size))
         head = json.loads(file.read(length))

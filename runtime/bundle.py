@@ -12,6 +12,7 @@ from cdiff.runtime import manifest as names
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import atomic_folder, sha256, write_json
 from cdiff.runtime.manifest import FileEntry, Manifest
+from cdiff.runtime.sources import is_there
 
 ENGINES = "engines"
 """Folder of the cache of built engines inside a bundle; not listed in the manifest, its entries carry their own keys."""
@@ -50,8 +51,9 @@ def open_bundle(path: str | Path) -> Bundle:
     Nothing is unpickled or run. Raises CdiffError, naming the file, when the folder is no bundle or a file is missing or differs.
     """
     folder = Path(path)
+    there = is_there(folder)
     if not folder.is_dir():
-        what = "is a file" if folder.exists() else "does not exist"
+        what = "is a file" if there else "does not exist"
         raise CdiffError(f"{folder} {what}; a bundle is the folder that `cdiff export` wrote")
     if not (folder / names.NAME).is_file():
         raise CdiffError(

@@ -56,12 +56,14 @@ def ece(table: Float64) -> NDArray[np.float64]:
 def auroc(score: NDArray[Any], wanted: NDArray[np.bool_]) -> float:
     """Area under the ROC curve: the chance that a wanted pixel's score is above another pixel's, ties counting one half.
 
-    score, wanted: of one shape. NaN when no pixel, or every pixel, is wanted.
+    score, wanted: of one shape. Scores within SLACK are a tie: the entropies of 1/3 and of 2/3 are equal, but in single
+    precision neither fraction is exact. NaN when no pixel, or every pixel, is wanted.
     """
-    hits = np.asarray(score)[np.asarray(wanted, bool)]
-    others = np.sort(np.asarray(score)[~np.asarray(wanted, bool)])
+    values = np.asarray(score, np.float64)
+    hits = values[np.asarray(wanted, bool)]
+    others = np.sort(values[~np.asarray(wanted, bool)])
     if not hits.size or not others.size:
         return float("nan")
-    below = np.searchsorted(others, hits, "left").sum(dtype=np.float64)
-    up_to = np.searchsorted(others, hits, "right").sum(dtype=np.float64)
+    below = np.searchsorted(others, hits - SLACK, "left").sum(dtype=np.float64)
+    up_to = np.searchsorted(others, hits + SLACK, "right").sum(dtype=np.float64)
     return float((below + up_to) / 2 / (hits.size * others.size))

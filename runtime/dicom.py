@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import subprocess
-import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from cdiff.runtime.case import is_output, listed, natural
 from cdiff.runtime.dicom_planes import TAGS as PLACE
 from cdiff.runtime.dicom_planes import laid, planes_of
 from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.files import temporary_folder
 from cdiff.runtime.nifti import parse_nifti
 from cdiff.runtime.shapes import one_line
 from cdiff.runtime.sources import PICTURE_SUFFIXES, VOLUME_SUFFIXES, any_bytes, must_be_text, optional
@@ -131,9 +131,9 @@ def read_dicom(path: Path, channels: int = 1, series: int | None = None) -> Conv
         planes = planes_of([header for file, header in zip(chosen.files, chosen.headers, strict=True) if file in kept])
     except CdiffError as error:
         raise CdiffError(f"{where} {error}") from None
-    with tempfile.TemporaryDirectory(prefix="cdiff-") as folder:
+    with temporary_folder() as folder:
         # Of these files alone: dcm2niix says of everything in a folder what is wrong with it.
-        source, made = Path(folder) / "source", Path(folder) / "made"
+        source, made = folder / "source", folder / "made"
         source.mkdir()
         made.mkdir()
         for file in kept:

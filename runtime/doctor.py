@@ -18,7 +18,7 @@ from cdiff.runtime.engines.registry import available_engines
 from cdiff.runtime.engines.trt import MODULES, trt_version
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.gpus import visible_gpus
-from cdiff.runtime.host import logical_cores, processor
+from cdiff.runtime.host import physical_cores, processor
 
 TRAIN_EXTRA = "pip install '.[train]' in cdiff's clone"
 FORMATS_EXTRA = "pip install '.[formats]' in cdiff's clone"
@@ -151,7 +151,7 @@ def _machine() -> list[Check]:
         Check("cdiff", None, __version__),
         Check("Python", None, f"{platform.python_version()} ({platform.python_implementation()})"),
         Check("system", None, f"{platform.system()} {platform.release()}, {platform.machine()}"),
-        Check("processor", None, f"{processor()}, {logical_cores()} cores to use"),
+        Check("processor", None, f"{processor()}, {physical_cores()} cores to use"),
         Check("memory", None, _memory()),
     ]
 
@@ -167,7 +167,7 @@ def _memory() -> str:
 def _gpu() -> list[Check]:
     checks = [_driver()]
     for name in LIBRARIES:
-        where = ctypes.util.find_library(name) or _in_wheels(name)
+        where = _in_system(name) or _in_wheels(name)
         checks.append(Check(f"lib{name}", None, where or "not found"))
     return checks
 
@@ -186,6 +186,14 @@ def _driver() -> Check:
         said = " ".join((answer.stderr or answer.stdout).split()) or "no device listed"
         return Check("NVIDIA GPU", False, "", f"nvidia-smi: {said}")
     return Check("NVIDIA GPU", True, "; ".join(lines))
+
+
+def _in_system(name: str) -> str | None:
+    """A library that the system's loader or compiler finds. Python asks the compiler by way of a temporary file."""
+    try:
+        return ctypes.util.find_library(name)
+    except OSError:  # a read-only system, with no folder for one
+        return None
 
 
 def _in_wheels(name: str) -> str | None:

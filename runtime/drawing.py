@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cdiff.runtime.errors import CdiffError
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -31,8 +33,20 @@ MARGIN = 0.6
 READER_COLOURS = ("#4cc9f0", "#f9c74f", "#f94178", "#80ed99", "#c77dff", "#ff9f1c", "#ffffff")
 
 
+def must_draw() -> None:
+    """Raise CdiffError where matplotlib cannot be imported for want of a folder for its cache: worth knowing before long work."""
+    try:
+        import matplotlib as _  # noqa: F401
+    except OSError:
+        raise CdiffError(
+            "no picture can be drawn: matplotlib needs a folder for its cache, and neither the home nor one for temporary files can be "
+            "written to; set TMPDIR to a folder that can, or ask for no picture"
+        ) from None
+
+
 def new_figure(width: float, height: float) -> Figure:
-    """A dark page of so many inches, on the Agg canvas: no display, no global state of pyplot."""
+    """A dark page of so many inches, on the Agg canvas: no display, no global state of pyplot. Raises CdiffError as `must_draw`."""
+    must_draw()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -8,6 +8,7 @@ import json
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,6 +52,19 @@ def must_take_files(folder: Path) -> None:
         raise CdiffError(f"{folder} is not a folder, or lies below a file; give another place to write to")
     if not os.access(there, os.W_OK | os.X_OK):
         raise _cannot_write(folder, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+
+
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """A folder that is there for the block alone. Raises `CdiffError` where none can be made."""
+    try:
+        made = tempfile.TemporaryDirectory(prefix="cdiff-")
+    except OSError as error:
+        raise CdiffError(
+            f"no temporary folder can be made ({error.strerror}); set TMPDIR to a folder that can be written to"
+        ) from None
+    with made as folder:
+        yield Path(folder)
 
 
 @contextmanager

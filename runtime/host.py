@@ -7,7 +7,9 @@ import platform
 from pathlib import Path
 
 CPUS = Path("/sys/devices/system/cpu")
-QUOTA = Path("/sys/fs/cgroup/cpu.max")
+CGROUPS = Path("/sys/fs/cgroup")
+OWN_CGROUPS = Path("/proc/self/cgroup")
+NO_QUOTA = 2**30
 
 
 def processor() -> str:
@@ -24,8 +26,8 @@ def logical_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def physical_cores(cpus: Path = CPUS, quota: Path = QUOTA) -> int:
-    """Physical cores available: those of the affinity mask, hyper-threads counted once, no more than a container's quota.
+def physical_cores(cpus: Path = CPUS, cgroups: Path = CGROUPS, own: Path = OWN_CGROUPS) -> int:
+    """Physical cores available: those of the affinity mask, hyper-threads counted once, no more than `quota`.
 
     Two threads of one core share its arithmetic units, so a matrix product gains nothing from the second. Where the system
     does not tell (not Linux), the number of logical processors.
@@ -33,7 +35,30 @@ def physical_cores(cpus: Path = CPUS, quota: Path = QUOTA) -> int:
     if not hasattr(os, "sched_getaffinity"):
         return logical_cores()
     cores = {_core(cpus, cpu) for cpu in os.sched_getaffinity(0)}
-    return max(1, min(len(cores), _quota(quota)))
+    return max(1, min(len(cores), quota(cgroups, own)))
+
+
+def quota(cgroups: Path = CGROUPS, own: Path = OWN_CGROUPS) -> int:
+    """Whole cores in the tightest CPU quota of this process's control groups and those above them, rounded up; NO_QUOTA where none has one.
+
+    A container sees its own group as the uppermost or by its path on the host; a service's or batch job's group lies deeper.
+    """
+    try:
+        lines = own.read_text().splitlines()
+    except OSError:
+        lines = ["0::/"]
+    found = [NO_QUOTA]
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:  # version 2
+            root, files = cgroups, ["cpu.max"]
+        elif "cpu" in controllers.split(","):
+            root, files = cgroups / controllers, ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
+        else:
+            continue
+        group = Path(path.lstrip("/"))
+        found += [_limit([root / above / file for file in files]) for above in (group, *group.parents)]
+    return min(found)
 
 
 def _core(cpus: Path, cpu: int) -> str:
@@ -44,10 +69,10 @@ def _core(cpus: Path, cpu: int) -> str:
         return str(cpu)
 
 
-def _quota(path: Path) -> int:
-    """Whole cores in a container's CPU quota (cgroup v2: `max 100000` or `200000 100000`), rounded up."""
+def _limit(files: list[Path]) -> int:
+    """Of one group: `200000 100000`, `max 100000` or, in version 1's two files, -1 and 100000."""
     try:
-        limit, period = path.read_text().split()
+        limit, period = " ".join(file.read_text() for file in files).split()
+        return NO_QUOTA if limit in ("max", "-1") else -(-int(limit) // int(period))
     except (OSError, ValueError):
-        limit, period = "max", "1"
-    return 2**30 if limit == "max" else -(-int(limit) // int(period))
+        return NO_QUOTA

@@ -11,7 +11,7 @@ from cdiff.runtime.case import SPLITS, Entry, arranged, is_output, listed, stem
 from cdiff.runtime.dicom import holds_dicom, holds_images
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.layouts import IMAGE, OWN_MASK, TASK_MASK, Files, Inside, brats_in, cases_in, contents, descend
-from cdiff.runtime.sources import VOLUME_SUFFIXES
+from cdiff.runtime.sources import VOLUME_SUFFIXES, is_there
 from cdiff.runtime.table import SUFFIXES, read_table
 
 
@@ -25,7 +25,7 @@ class NamedScan:
 
 def must_exist(path: Path) -> Path:
     """`path`. Raises CdiffError when nothing is there: worth knowing before a model is loaded."""
-    if not path.exists():
+    if not is_there(path):
         raise CdiffError(f"{path} does not exist; give a scan (.nii.gz, .nii, .png ...) or a folder of them")
     return path
 

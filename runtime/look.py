@@ -167,6 +167,10 @@ def _measure(look: Look, masks: NDArray[np.bool_]) -> None:
         look.tell("note", "empty", f"{', '.join(empty)} marked nothing")
     if equal:
         look.tell("warning", "duplicated", f"identical masks: {'; '.join(' and '.join(pair) for pair in equal)}")
+    if around := [rater for i, rater in enumerate(raters) if _marks_the_background(masks[:, i])]:
+        verb = "marks" if len(around) == 1 else "mark"
+        text = f"{', '.join(around)} {verb} the corners of every slice and most of it: is what was drawn 0 there, and the rest not?"
+        look.tell("warning", "inverted", text)
     votes = masks.sum(axis=1)
     look.at_least = np.array([np.count_nonzero(votes >= c, axis=(1, 2)).sum() for c in range(1, n + 1)]) / votes.size
     look.best_slice = int(votes.sum(axis=(1, 2)).argmax()) if len(marked) else len(votes) // 2
@@ -185,3 +189,9 @@ def _measure(look: Look, masks: NDArray[np.bool_]) -> None:
         "empty": empty,
         "identical": [list(pair) for pair in equal],
     }
+
+
+def _marks_the_background(mask: NDArray[np.bool_]) -> bool:
+    """Whether a mask [S, H, W] looks like one whose values are exchanged, as black drawn on white; not one that marks all."""
+    corners = mask[:, :: max(mask.shape[1] - 1, 1), :: max(mask.shape[2] - 1, 1)]
+    return bool(corners.all() and 0.5 < mask.mean() < 1)

@@ -153,7 +153,9 @@ class Manifest:
         if missing := [key for key in keys if key not in data]:
             _refuse(source, f"key {missing[0]!r} is missing")
         if unknown := [key for key in data if key not in keys]:
-            _refuse(source, f"key {unknown[0]!r} is not known")
+            raise CdiffError(
+                f"{source}: key {unknown[0]!r} is not known to this cdiff; install the one that wrote it, which is newer, or correct the key"
+            )
         manifest = cls(**{key: _typed(key, data[key], source) for key in keys})
         manifest._check(source)
         return manifest

@@ -58,8 +58,8 @@ def read_beside(path: Path) -> list[PaperRow]:
     """What a file adds to the tables: a report of `cdiff evaluate` (.json) its own rows, a table (.csv) one published number a line.
 
     The CSV has the COLUMNS: the number of the paper's table (1, 2 or 3), whose number it is, on which data, the number in
-    percent, and where it can be read. Raises CdiffError for a file that is neither, a column or a cell that is missing, and a
-    number out of range; it names the line.
+    percent, and where it can be read. Raises CdiffError for a file that is neither, a column or a cell that is missing, a
+    number out of range, and one outside its own interval; it names the line.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -99,6 +99,8 @@ def _published(text: str, path: Path) -> list[PaperRow]:
             raise CdiffError(f"{where}: {error}; table is 1, 2 or 3, and the others are numbers in percent") from None
         if table not in TITLES or not all(0 <= number <= 100 for number in (percent, low, high) if number is not None):
             raise CdiffError(f"{where} is out of range; table is 1, 2 or 3, and the numbers are percent, from 0 to 100")
+        if percent is not None and ((low is not None and low > percent) or (high is not None and high < percent)):
+            raise CdiffError(f"{where}: percent {percent:g} lies outside its own interval; look at low and high")
         rows.append(PaperRow(table, line["whose"], line["data"], percent, low, high, line["source"]))
     return rows
 

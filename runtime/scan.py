@@ -20,7 +20,7 @@ from cdiff.runtime.grid import Grid
 from cdiff.runtime.nifti import check_header, nifti_voxels
 from cdiff.runtime.picture import read_picture
 from cdiff.runtime.shapes import check_kind, check_size, spatial_axes
-from cdiff.runtime.sources import ITK_SUFFIXES, PICTURE_SUFFIXES, VOLUME_SUFFIXES, read_bytes
+from cdiff.runtime.sources import ITK_SUFFIXES, PICTURE_SUFFIXES, VOLUME_SUFFIXES, is_there, read_bytes
 from cdiff.runtime.volume import parse_volume
 
 OneScan = str | os.PathLike[str] | NDArray[Any] | nib.Nifti1Image
@@ -145,6 +145,7 @@ def _load(scan: OneScan, channels: int, series: int | None) -> _Loaded:
 
 
 def _from_path(path: Path, channels: int, series: int | None) -> _Loaded:
+    is_there(path)  # or where it lies is closed to us, of which what follows would not speak in a line
     if path.name.lower() == INDEX.lower() and path.is_file():
         raise CdiffError(
             f"{path} lists what lies on a disc and holds no image; name the folder that it is in, or that of a series"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,27 @@ def read_bytes(path: Path) -> bytes:
     return any_bytes(path)
 
 
+def is_there(path: Path) -> bool:
+    """Whether there is such a file or folder. Raises CdiffError where a folder above it lets this user not see."""
+    try:
+        path.stat()
+    except PermissionError:
+        raise CdiffError(
+            f"{path} cannot be seen: permission denied; check the permissions of the folders that it lies in"
+        ) from None
+    except (OSError, ValueError):  # nothing, a link to nothing, a loop of links; a name that cannot be one
+        return False
+    return True
+
+
 def must_be_text(path: Path) -> None:
     """Raise CdiffError where the path is no text that a report could hold."""
     named = os.fsencode(path).decode("utf-8", "backslashreplace")
     if named != str(path):
+        if os.fsencode(path) == named.encode():  # it is text, and the locale has Python read it in another encoding
+            raise CdiffError(
+                f"{named} has signs that this locale ({sys.getfilesystemencoding()}) does not read as they are; set PYTHONUTF8=1"
+            )
         raise CdiffError(f"{named} has a name that is not UTF-8; rename the file, or the folder that has such a name")
 
 

@@ -50,8 +50,9 @@ def together(
     """The results of each zoom's runs as those of all runs.
 
     found: for each zoom its slices. runs: how many each had. covered: bool [h,w], the pixels that its window covers: at the others
-    it has no opinion, and the rest decide. The spread is that of all runs about their common mean. Kept runs follow one another, zoom
-    by zoom; where a window does not reach, a run shows what the first zoom's run of its number does.
+    it has no opinion, and the rest decide. The spread is that of all runs about their common mean. Kept runs are in turn of each zoom,
+    as `shared_out` deals them, so that the first r are what r runs would be; where a window does not reach, a run shows what the first
+    zoom's run of its number does.
     """
     if len(found) == 1:
         return list(found[0])
@@ -77,9 +78,9 @@ def _one(
     joined = None
     if kept:
         first = kept[0]
-        joined = np.concatenate(
-            [np.where(seen, one, first[:, : one.shape[1]]) for one, seen in zip(kept, covered, strict=True)], axis=1
-        )
+        joined = np.empty((len(first), sum(one.shape[1] for one in kept), *first.shape[2:]), np.uint8)
+        for turn, (one, seen) in enumerate(zip(kept, covered, strict=True)):
+            joined[:, turn :: len(kept)] = np.where(seen, one, first[:, : one.shape[1]])
     return replace(
         parts[0],
         level_means=np.asarray(means, np.float32),

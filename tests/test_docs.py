@@ -50,6 +50,23 @@ def test_every_setting_that_the_pages_name_exists() -> None:
             Config().with_settings([setting])
 
 
+def test_every_setting_stands_in_the_page_of_settings_with_the_values_of_its_presets() -> None:
+    from cdiff.train.presets import preset
+
+    page = (REPOSITORY / "docs" / "settings.md").read_text(encoding="utf-8")
+    table = [
+        [re.findall(r"`([^`]+)`", cell) for cell in line.split("|")[1:4]]
+        for line in page.splitlines()
+        if line.startswith("| `")
+    ]
+    for column, name in enumerate(("small", "paper"), 1):
+        config = preset(name)
+        stated = [f"{key}={value}" for row in table for key, value in zip(row[0], row[column], strict=True)]
+        assert len(stated) == sum(len(section) for section in config.to_json().values())
+        assert config.with_settings(stated) == config
+        assert len({setting.partition("=")[0] for setting in stated}) == len(stated)
+
+
 def test_the_command_that_lists_every_setting_does() -> None:
     from cdiff.cli.app import app
 
@@ -165,6 +182,62 @@ def test_the_comparison_with_the_unet_claims_what_its_intervals_allow(tables: Mo
     assert "better on the level of all four where all four marked" in (REPOSITORY / "README.md").read_text("utf-8")
 
 
+def test_the_energy_distances_that_are_compared_are_of_equally_many_masks_or_it_is_said(tables: ModuleType) -> None:
+    page = " ".join((REPOSITORY / "docs" / "model.md").read_text(encoding="utf-8").split())
+    found = tables.read("ged_by_masks", tables.RESULTS)["ged"]
+    one, levels, runs, readers = (found[name] for name in ("one_mask", "levels_of_the_map", "levels_of_every_run", "annotators_majority"))  # fmt: skip
+    unet = tables.read_peer("unet_testing_all_raters", "unet-soft", tables.RESULTS)["ged"]["mean"]
+    assert one["low"] < unet < one["high"], "as far as the U-Net's"
+    assert (
+        f"is at {one['mean']:.3f} ({one['low']:.3f} to {one['high']:.3f}), as far as the U-Net's ({unet:.3f})" in page
+    )
+    assert f"its four levels at {levels['mean']:.3f}, next to the {runs['mean']:.3f} of every run's levels" in page
+    assert f"the readers' majority, is {readers['mean']:.3f}." in page
+    same = tables.read("lidc_testing_all_raters_fast", tables.RESULTS)["ged"]["mean"]
+    assert runs["mean"] == pytest.approx(same, abs=1e-6)
+    for name in tables.ZOOMS.values():
+        between = tables.read(name, tables.RESULTS)["all"]
+        assert between["ged_no_diagonal"]["low"] < 0 < between["ged_no_diagonal"]["high"]
+        assert between["ged"]["high"] < 0
+    assert "without the diagonal the difference is within chance everywhere" in page
+
+
+def test_how_much_of_the_largest_nodules_is_missed_is_what_was_measured(tables: ModuleType) -> None:
+    cases = tables.read("lidc_testing_all_raters_fast", tables.RESULTS)["cases"]
+    size = [sum(case["volumes"]["true_voxels"]) / len(case["slices"]) for case in cases]
+    largest = [cases[i]["volumes"] for i in np.array_split(np.argsort(size, kind="stable"), 3)[-1]]
+    drawn, true = (np.array([one[f"{whose}_voxels"][0] for one in largest]) for whose in ("predicted", "true"))
+    share = bootstrap_over_cases([[missed] for missed in (true - drawn) / true])
+    assert share.mean is not None
+    assert share.low is not None
+    assert share.high is not None
+    page = " ".join((REPOSITORY / "docs" / "model.md").read_text(encoding="utf-8").split())
+    told = f"by {100 * share.mean:.0f} % of its volume on average ({100 * share.low:.0f} to {100 * share.high:.0f} %; all together by"
+    assert f"{told} {100 * (1 - drawn.sum() / true.sum()):.0f} %" in page
+
+
+def test_what_training_slices_score_is_told_with_the_chance_in_it(tables: ModuleType) -> None:
+    """Of other cases than Validation's: each side drawn by itself."""
+    rng = np.random.default_rng(0)
+    draws, means, counts = [], [], []
+    for name in ("lidc_training_25_fast", "lidc_validation_all_raters_fast"):
+        cases = tables.read(name, tables.RESULTS)["cases"][:25]
+        scores = [[row["soft_dice_5"] for row in case["slices"]] for case in cases]
+        sums, sizes = (np.array([fold(values) for values in scores]) for fold in (sum, len))
+        drawn = rng.integers(0, 25, (100_000, 25))
+        draws.append(sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1))
+        means.append(sums.sum() / sizes.sum())
+        counts.append(sizes.sum())
+    page = " ".join((REPOSITORY / "docs" / "model.md").read_text(encoding="utf-8").split())
+    assert f"soft Dice {means[0]:.3f}" in page
+    assert f"against {means[1]:.3f} " in page
+    assert f"on the {counts[0]} that" in page
+    assert f"on the {counts[1]} of Validation's first 25" in page
+    low, high = np.quantile(draws[0] - draws[1], [0.025, 0.975])
+    told = re.findall(r"first 25, \+(0\.\d+) \((-0\.\d+) to \+(0\.\d+);", page)
+    assert [float(number) for number in told[0]] == pytest.approx([means[0] - means[1], low, high], abs=0.0015)
+
+
 def test_what_a_second_training_of_the_peers_tells_is_what_was_measured(
     tables: ModuleType, peer_tables: ModuleType
 ) -> None:
@@ -221,9 +294,10 @@ def test_what_mirroring_does_is_what_was_measured(tables: ModuleType) -> None:
 
 def test_the_page_says_what_intervals_over_patients_would_be(tables: ModuleType) -> None:
     page = " ".join((REPOSITORY / "docs" / "model.md").read_text(encoding="utf-8").split())
-    pattern = re.findall(r"Drawn by patient \(`--group \"(.+?)\"`\)", page)[0]
+    pattern = re.findall(r"Drawn by patient \(`--group \"(.+?)\"`", page)[0]
     wider: dict[str, list[float]] = {"": [], "_annotators": []}
-    for name, count in (("all_raters_fast", 44), ("all_raters_fast_vote", 44), ("validation", 53)):
+    protocols = [f"all_raters_{sizes}{rounded}" for sizes in ("fast", "zooms") for rounded in ("", "_vote")]
+    for name, count in (*((name, 44) for name in protocols), ("validation", 53)):
         validation = name == "validation"
         cases = tables.read(
             "lidc_validation_all_raters_fast" if validation else f"lidc_testing_{name}", tables.RESULTS

@@ -198,3 +198,20 @@ def test_whole_nodules_stand_beside_the_reader(tables: ModuleType, tmp_path: Pat
     assert vote[2] == tables.NOT_MEASURED
     assert one_size[2] == tables.NOT_MEASURED
     assert [row[2] for row in anybody] == [tables.NOT_MEASURED] * 5
+
+
+def test_a_difference_that_no_comparison_has_gets_no_row(tables: ModuleType, tmp_path: Path) -> None:
+    """The energy distance without the diagonal is not there for a model of one mask, nor in files older than it."""
+    columns = {"one": "first", "two": "second"}
+    score = {"mean": 0.25, "low": -0.125, "high": 0.5}
+    every = dict.fromkeys(tables.PAIRED_ROWS, score)
+    old = {key: value for key, value in every.items() if key != "ged_no_diagonal"}
+    (tmp_path / "first.json").write_text(json.dumps({"all": old}))
+    undefined = dict.fromkeys(score)
+    (tmp_path / "second.json").write_text(json.dumps({"all": old | {"ged_no_diagonal": undefined}}))
+    assert "without the diagonal" not in tables.paired_table("", columns, tmp_path)
+    (tmp_path / "second.json").write_text(json.dumps({"all": every}))
+    (row,) = [line for line in tables.paired_table("", columns, tmp_path).splitlines() if "diagonal" in line]
+    assert [cell.strip() for cell in row.split("|")[2:-1]] == [tables.NOT_MEASURED, "+0.250 (-0.125 to +0.500)"]
+    (tmp_path / "first.json").write_text(json.dumps({"all": old | {"ged_no_diagonal": undefined}}))
+    assert "| - | +0.250" in tables.paired_table("", columns, tmp_path)

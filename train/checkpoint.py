@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -84,30 +87,35 @@ def checkpoint_name(step: int) -> str:
 def save_checkpoint(
     run: Path, *, network: dict[str, Tensor], ema: dict[str, Tensor], optimiser: dict[str, Any], info: dict[str, Any]
 ) -> None:
-    """Write the checkpoint of info["step"] whole, then point last.json (and best.json, if info["is_best"]) at it."""
+    """Write the checkpoint of info["step"] whole, then point best.json (if info["is_best"]) and last.json at it."""
     folder = run / "checkpoints" / checkpoint_name(info["step"])
     with atomic_folder(folder, replace=True) as stage:
-        save_file(network, stage / "model.safetensors")
-        save_file(ema, stage / "ema.safetensors")
-        torch.save(optimiser, stage / "optimiser.pt")
+        write_tensors(stage / "model.safetensors", network)
+        write_tensors(stage / "ema.safetensors", ema)
+        with _room(stage / "optimiser.pt"):
+            torch.save(optimiser, stage / "optimiser.pt")
         write_json(stage / "checkpoint.json", info)
-    write_json(run / "last.json", {"checkpoint": folder.name})
-    if info["is_best"]:
-        write_json(run / "best.json", {"checkpoint": folder.name})
+    # Last comes last: a run killed between the two resumes before this step, comes here again, and loses no best one.
+    for which in ("best", "last") if info["is_best"] else ("last",):
+        write_json(run / f"{which}.json", {"checkpoint": folder.name})
     kept = {checkpoint_folder(run, which) for which in ("last", "best")}
     for old in (run / "checkpoints").iterdir():
         if old not in kept:
             shutil.rmtree(old, ignore_errors=True)
 
 
-def load_weights(network: torch.nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+def load_weights(
+    network: torch.nn.Module, tensors: dict[str, Tensor], path: Path, what: str = "its configuration"
+) -> None:
     """Fill the network. Raises CdiffError as check_weights does."""
-    check_weights(network, tensors, path)
+    check_weights(network, tensors, path, what)
     network.load_state_dict(tensors)
 
 
-def check_weights(network: torch.nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    """Raise CdiffError naming each tensor of `path` that the network has not, or lacks, or has in another shape."""
+def check_weights(
+    network: torch.nn.Module, tensors: dict[str, Tensor], path: Path, what: str = "its configuration"
+) -> None:
+    """Raise CdiffError naming each tensor of `path` that the network has not, or lacks, or has in another shape. what: whose network."""
     wanted = network.state_dict()
     wrong = [f"missing {name}" for name in wanted if name not in tensors]
     wrong += [f"unexpected {name}" for name in tensors if name not in wanted]
@@ -117,12 +125,30 @@ def check_weights(network: torch.nn.Module, tensors: dict[str, Tensor], path: Pa
         if name in tensors and tensors[name].shape != wanted[name].shape
     ]
     if wrong:
-        raise CdiffError(f"{path} does not fit its configuration: {', '.join(wrong[:5])} ({len(wrong)} in all)")
+        raise CdiffError(f"{path} does not fit {what}: {', '.join(wrong[:5])} ({len(wrong)} in all)")
 
 
 def origin(info: dict[str, Any]) -> dict[str, Any]:
     """What a checkpoint's `info`, or a bundle's account of its training, says of where the weights came from; empty where they began here."""
     return {key: info[key] for key in ORIGIN if key in info}
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file, readable for others than the owner too. Raises CdiffError where it cannot be written."""
+    with _room(path):
+        save_file(tensors, path, metadata)
+        path.chmod(0o644)  # safetensors makes it private, and runs and bundles are shared
+
+
+@contextmanager
+def _room(path: Path) -> Iterator[None]:
+    """Within the block a file that cannot be written, as on a full disk, is a CdiffError."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError is PyTorch's
+        raise CdiffError(
+            f"cannot write {path.name} into {path.parent.parent} ({str(error).splitlines()[0]}); check the space there"
+        ) from None
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

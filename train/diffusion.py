@@ -83,9 +83,11 @@ class Diffusion:
             _column(values[i]) for values, i in ((self.abar, t), (self.abar, t - 1), (self.beta, t))
         )
         tilde = beta * (1 - previous) / (1 - abar)
-        # beta tilde is 0 at t = 1; its neighbour stands in, as in the published code, so that the logarithm exists.
-        second = torch.tensor(2 if self.schedule.T > 1 else 1, device=t.device)
-        floor = self.beta[second] * (1 - self.abar[second - 1]) / (1 - self.abar[second])
+        # beta tilde is 0 at t = 1; its neighbour stands in, as in the published code, so that the logarithm exists. With T = 1, which
+        # has no neighbour, beta does, as in the sampler's table.
+        floor = self.beta[1]
+        if self.schedule.T > 1:
+            floor = self.beta[2] * (1 - self.abar[1]) / (1 - self.abar[2])
         log_tilde = torch.log(torch.where(_column(t) == 1, floor, tilde)).float()
         fraction = (mix + 1) / 2
         log_variance = fraction * torch.log(beta).float() + (1 - fraction) * log_tilde

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a run between two steps, never inside one, so that what is saved is a state that training passed through."""
+"""Ctrl-C, SIGTERM and SIGHUP end a run between two steps, never inside one, so that what is saved is a state that training passed through."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from types import FrameType
 
 
 class Interrupt:
-    """As a context manager, turns the first SIGINT or SIGTERM into `.asked`; a second one interrupts at once, unsaved."""
+    """As a context manager, turns the first SIGINT, SIGTERM or SIGHUP into `.asked`; a second one interrupts at once, unsaved.
+
+    What is ignored stays so: SIGHUP under nohup, SIGINT of what a script started in the background.
+    """
 
     def __init__(self) -> None:
         self.asked = False
@@ -16,8 +19,10 @@ class Interrupt:
 
     def __enter__(self) -> Interrupt:
         if threading.current_thread() is threading.main_thread():  # only there may handlers be set
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._ask)
+            for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # not every system has the last
+                number = getattr(signal, name, None)
+                if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._ask)
         return self
 
     def _ask(self, number: int, frame: FrameType | None) -> None:

@@ -62,9 +62,11 @@ class Learner:
         self.ema = {name: value.detach().clone() for name, value in self.network.state_dict().items()}
 
     @property
-    def scaled(self) -> bool:
-        """Whether the loss is scaled against the underflow of its gradients in fp16."""
-        return isinstance(precision := self.fabric.strategy.precision, MixedPrecision) and precision.scaler is not None
+    def loss_scale(self) -> float:
+        """By how much fp16's loss is scaled against the underflow of its gradients, at the next step; 1 where it is not scaled."""
+        precision = self.fabric.strategy.precision
+        scaler = precision.scaler if isinstance(precision, MixedPrecision) else None
+        return 1.0 if scaler is None else float(scaler.get_scale())
 
     @property
     def parameters(self) -> int:
@@ -79,7 +81,7 @@ class Learner:
         path = init / "model.safetensors" if folder is None else folder / "ema.safetensors"
         if not path.exists():
             raise CdiffError(f"{init} holds no weights to start from; give the folder of a training run or of a bundle")
-        load_weights(self.network, read_tensors(path), path)
+        load_weights(self.network, read_tensors(path), path, "the new run's settings, which must give the same network")
         self.ema = {name: value.detach().clone() for name, value in self.network.state_dict().items()}
         before = (
             read_json(init / "manifest.json").get("training", {})
@@ -92,7 +94,8 @@ class Learner:
         """Optimiser step k (from 0) on this process's parts of it, at the learning rate `lr`.
 
         Returns the loss over all rows of the step and the gradient's norm before clipping. Raises CdiffError when one of them is not
-        finite; but with fp16 an infinite norm only means that the loss scale was too large, and that AdamW left the step out.
+        finite; but with fp16 such a norm only means that the loss scale was too large, and that AdamW left the step out, until the scale
+        has fallen to 1: then the gradient itself overflows, and every further step would be left out.
         """
         for group in self.optimiser.param_groups:
             group["lr"] = lr
@@ -114,9 +117,12 @@ class Learner:
         self._average(k)
         assert norm is not None  # with max_norm there is one
         value, size = torch.stack([summed(fabric, total), norm]).tolist()  # the step's one wait for the device
-        for what, result in (("loss", value), ("gradient", 0.0 if self.scaled else size)):
-            if not math.isfinite(result):
-                raise CdiffError(f"the {what} became {result} at step {k + 1}; lower lr (now {lr:.3g}) and resume")
+        for what, result in (("loss", value), ("gradient", size)):
+            if not math.isfinite(result) and (what == "loss" or self.loss_scale <= 1):
+                raise CdiffError(
+                    f"the {what} became {result} at step {k + 1}; start a new run with a lower lr (now {lr:.3g}), anew or from this one's last "
+                    "checkpoint (--init); --resume takes the same lr again"
+                )
         return value, size
 
     def loss(self, rows: Rows) -> Tensor:

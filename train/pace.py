@@ -22,7 +22,7 @@ def progress(config: Config, done: int, seconds: float) -> float:
 
 def window_size(config: Config, progress: float) -> int:
     """The side of a step's windows, pixels: `crop`, then image_size for the last `late` share of the run."""
-    late = progress >= 1 - config.data.late
+    late = config.data.late > 0 and progress >= 1 - config.data.late  # also where the last validation is made, at 1
     return config.network.image_size if late else config.crop
 
 

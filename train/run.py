@@ -37,7 +37,7 @@ class TrainResult:
     """How a run ended: the step it reached, its last loss (NaN without a step), the best validation score (None before the first) and
     seconds of training, over all calls.
 
-    out: the run folder. parameters: the network's. data: what was found (Data.summary). interrupted: whether Ctrl-C or SIGTERM ended
+    out: the run folder. parameters: the network's. data: what was found (Data.summary). interrupted: whether Ctrl-C, SIGTERM or SIGHUP ended
     it. first: whether this is the process that should tell, of those that trained together.
     """
 
@@ -99,9 +99,9 @@ class Run:
         parts = draw_rows(self.data.train, self.config, k, window, self.fabric.global_rank, self.fabric.world_size)
         return [part.pinned() for part in parts] if self.learner.device.type == "cuda" else parts
 
-    def validate(self) -> float:
-        """Soft Dice of the averaged weights on central windows of the size that training sees now."""
-        settings, window = self.config.training, self.window()
+    def validate(self, window: int) -> float:
+        """Soft Dice of the averaged weights on central windows of `window` pixels, the size that training sees now."""
+        settings = self.config.training
         if window not in self.val_batches:
             batch = centre_windows(self.data.val, self.val_chosen, window)
             self.val_batches[window] = batch.to(self.learner.device)
@@ -128,6 +128,7 @@ class Run:
         with Interrupt() as interrupt, self.feed, to as log:
             while self.done < end and self.progress() < 1 and not stop:
                 began, window, entered = pace.now(self.config), self.window(), time.monotonic()
+                lr = self.lr()
                 loss, norm = self.step(self.done)
                 self.utilisation.add(window, time.monotonic() - entered)
                 self.done += 1
@@ -135,15 +136,15 @@ class Run:
                 log.step(self.done, settings.steps)
                 finished = self.done == settings.steps or self.progress() >= 1
                 row: dict[str, Any] = {"step": self.done, "seconds": round(self.seconds, 1)}
-                row |= {"loss": loss, "lr": self.lr(), "grad_norm": norm, "window": self.window()}
+                row |= {"loss": loss, "lr": lr, "grad_norm": norm, "window": self.window()}
                 if finished or self.done % settings.val_every == 0 or self.done % settings.log_every == 0:
                     row |= self.utilisation.take()
                 if self.done % settings.val_every == 0 or finished:
-                    began = pace.now(self.config)
-                    row["val_soft_dice_5"] = value = self.validate()
+                    began, window = pace.now(self.config), self.window()
+                    row["val_soft_dice_5"] = value = self.validate(window)
                     stop = self._settle(began, interrupt)
                     log.row(row)
-                    self.save(value)
+                    self.save(value, window)
                     saved = time.monotonic()
                     continue
                 if self.done % settings.log_every == 0:
@@ -187,12 +188,12 @@ class Run:
                 f"{folder / 'checkpoint.json'} does not say how far the run is ({error!r}); the checkpoint is damaged"
             ) from error
 
-    def save(self, value: float | None) -> None:
-        """Write a checkpoint, in the first process; value: the score of a validation just made.
+    def save(self, value: float | None, window: int = 0) -> None:
+        """Write a checkpoint, in the first process; value: the score of a validation just made, on windows of `window` pixels, which by
+        the clock may have grown since.
 
         Scores of small windows and of whole ones do not compare: the best starts anew with the larger.
         """
-        window = self.window()
         is_best = value is not None and math.isfinite(value) and (window != self.best_window or value > self.best)
         if is_best and value is not None:
             self.best, self.best_window = value, window
@@ -204,13 +205,13 @@ class Run:
             "best": self.best if math.isfinite(self.best) else None,
             "best_window": self.best_window,
             "is_best": is_best,
-            "val_soft_dice_5": value,
+            "val_soft_dice_5": value if value is not None and math.isfinite(value) else None,
             "val_protocol": {
                 "sampler": "ddim",
                 "steps": self.config.training.val_steps,
                 "runs": self.config.training.val_runs,
                 "slices": len(self.val_chosen),
-                "window": window,
+                "window": window or self.window(),
             },
             "parameters": self.learner.parameters,
             "precision": self.precision,

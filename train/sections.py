@@ -229,8 +229,8 @@ class TrainingConfig:
     number of processes changes what a step learns from: learning rate, warm-up and EMA count optimiser steps.
     checkpointing: compute activations again for the gradient instead of keeping them. compile: torch.compile. deterministic: only
     algorithms that give the same result each time, or an error. prefetch: steps prepared ahead in threads; -1: 2 for a GPU, 0 for a CPU.
-    threads: that PyTorch computes with on a CPU; 0: its own choice. peak_tflops: what a device can do at best, for the MFU in the log;
-    0: from a table of GPUs (train/mfu.py).
+    threads: that PyTorch computes with on a CPU; 0: its own choice, within a container's quota. peak_tflops: what a device can do at best, for
+    the MFU in the log; 0: from a table of GPUs (train/mfu.py).
     """
 
     steps: int = 60_000

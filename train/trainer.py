@@ -12,6 +12,7 @@ from rich.console import Console
 
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import make_folder, write_json
+from cdiff.runtime.host import quota
 from cdiff.train.checkpoint import read_config
 from cdiff.train.config import HOW, Config
 from cdiff.train.data import read_data
@@ -88,6 +89,8 @@ def _start(config: Config, data: Path, out: Path, init: Path | None, fabric: Fab
     """The run before its first step, the same in every process."""
     if config.training.threads:
         torch.set_num_threads(config.training.threads)
+    elif quota() < torch.get_num_threads():  # PyTorch counts processors, whatever share of them a container has
+        torch.set_num_threads(quota())
     with together(fabric):
         found = read_data(data, config)
         if resume:

@@ -234,11 +234,21 @@ def engine_key(
     return EngineKey(graph, flavour, version, name, capabilities, precision, profile, digest, tuple(sorted(options)))
 
 
+NO_HOME = Path("/nonexistent")
+"""The home, on Debian, of users who have none."""
+
+
 def user_cache() -> Path:
     """The user's folder of engines, for bundles that cannot be written to: $CDIFF_CACHE, $XDG_CACHE_HOME/cdiff or ~/.cache/cdiff."""
     if named := os.environ.get("CDIFF_CACHE"):
         return Path(named) / "engines"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cdiff" / "engines"
+    try:
+        home = Path.home()
+    except (
+        RuntimeError
+    ):  # a container's user without a name or $HOME: nothing is found there, and what would be written says where
+        home = NO_HOME
+    return Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "cdiff" / "engines"
 
 
 def writable_cache(bundle: Bundle) -> Path:

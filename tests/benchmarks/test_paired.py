@@ -28,7 +28,8 @@ def report(scores: list[list[float]], sizes: list[int], ged: float | None = 0.5)
             for k, value in enumerate(slices)
         ]
         volumes = {"true_voxels": [size * len(slices), size * len(slices)]}
-        cases.append({"inputs": f"hash{number}", "slices": rows, "volumes": volumes})
+        name = f"patient-{number // 2}_nodule-{number}"
+        cases.append({"case": name, "inputs": f"hash{number}", "slices": rows, "volumes": volumes})
     return {"model": {"name": "one"}, "cases": cases}
 
 
@@ -65,6 +66,35 @@ def test_a_slice_without_a_score_in_one_report_is_left_out() -> None:
     b = report([[0.6, 0.8], [0.7], [1.0]], [30, 10, 20], ged=0.2)
     b["cases"][0]["slices"][0]["ged"] = None
     assert compare(A, b)["all"]["ged"]["n_slices"] == 3
+
+
+def test_both_means_are_of_the_slices_of_the_difference() -> None:
+    a, b = report([[0.5, 0.7], [0.9]], [30, 10]), report([[0.5, 0.8], [0.9]], [30, 10])
+    b["cases"][1]["slices"][0]["soft_dice_5"] = None
+    found = compare(a, b)["all"]["soft_dice_5"]
+    assert [found[key] for key in ("a", "b", "mean")] == pytest.approx([0.6, 0.65, 0.05])
+
+
+def test_the_cases_of_a_group_are_drawn_together() -> None:
+    a = report([[0.5], [0.5], [0.5], [0.5]], [1, 2, 3, 4])
+    b = report([[0.4], [0.6], [0.4], [0.6]], [1, 2, 3, 4])
+    alone, together = compare(a, b)["all"], compare(a, b, "patient-[0-9]+")["all"]
+    assert alone["soft_dice_5"]["low"] < -0.01 < 0.01 < alone["soft_dice_5"]["high"]
+    # Both patients differ by 0 on average, so every draw of patients does.
+    assert together["n_groups"] == 2
+    assert [together["soft_dice_5"][key] for key in ("mean", "low", "high")] == pytest.approx([0, 0, 0])
+
+
+def test_a_size_without_a_scored_slice_is_written_without_numbers(tmp_path: Path) -> None:
+    """As a case that nobody marked has it, scored with --all-slices."""
+    one, out = tmp_path / "a.json", tmp_path / "out.json"
+    a = report([[0.5, 0.7], [0.6], [0.9]], [30, 0, 20])
+    a["cases"][1]["slices"][0] |= dict.fromkeys(("soft_dice_5", "soft_dice_9", "ged", "brier_near"))
+    a["cases"][1]["slices"][0]["dice_per_level"] = [None, None]
+    one.write_text(json.dumps(a))
+    assert main([str(one), str(one), "--json", str(out)]) == 0
+    smallest = json.loads(out.read_text())["by_size"]["smallest third"]["soft_dice_5"]
+    assert smallest == {"a": None, "b": None, "mean": None, "low": None, "high": None, "n_slices": 0}
 
 
 @pytest.mark.parametrize("other", [report([[0.5, 0.7], [0.6]], [30, 10]), report([[0.5], [0.6], [0.9]], [30, 10, 20])])

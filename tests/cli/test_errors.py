@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -14,10 +15,12 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+import cdiff
 from cdiff.cli.app import app
 from tests.synthetic import write_synthetic_dataset
 
 CDIFF = Path(sys.executable).with_name("cdiff")
+MODULE = [sys.executable, "-m", "cdiff.cli"]
 
 
 def fails(code: int, *arguments: object) -> str:
@@ -147,7 +150,7 @@ def test_a_name_in_another_encoding_is_told_and_no_crash(tmp_path: Path) -> None
     except OSError:
         pytest.skip("this file system takes no such name")
     done = subprocess.run(
-        [sys.executable, "-m", "cdiff.cli", "data", "check", data, "--no-sheet", "--json", tmp_path / "check.json"],
+        [*MODULE, "data", "check", data, "--no-sheet", "--json", tmp_path / "check.json"],
         capture_output=True,
         env=os.environ | {"PYTHONIOENCODING": "utf-8:strict", "COLUMNS": "200"},
     )
@@ -176,3 +179,74 @@ def test_ctrl_c_leaves_nothing_half_written(tiny_bundle: Path, tmp_path: Path) -
     assert process.returncode == 130
     assert rest.strip().endswith("error: interrupted")
     assert not maps.exists() or list(maps.iterdir()) == []
+
+
+def test_a_disk_that_is_full_where_stdout_goes_is_one_line() -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*MODULE, "info", "--json"], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: stdout or a temporary file: no space left on device; ")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("encoding", "name"), [("latin-1", b"M\xfcller \\u2603"), ("ascii", b"M\\xfcller \\u2603")])
+def test_a_name_that_the_locale_has_no_signs_for_is_no_crash(tmp_path: Path, encoding: str, name: bytes) -> None:
+    write_synthetic_dataset(tmp_path / "data", 1, raters=1, shape=(8, 8, 2))
+    (tmp_path / "data/case01").rename(tmp_path / "data/Müller ☃")
+    done = subprocess.run(
+        [*MODULE, "segment", tmp_path / "data", "-o", tmp_path / "maps", "--fast", "--runs", "1", "--no-preview", "-q"],
+        capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": encoding},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert name + b"_soft.nii.gz" in done.stdout
+
+
+@pytest.fixture
+def closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in which nothing may be seen, by the superuser either."""
+    folder = tmp_path / "closed"
+    see = os.stat
+
+    def look(path: object, **how: bool) -> os.stat_result:
+        if isinstance(path, str | Path) and folder in Path(path).parents:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return see(path, **how)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "stat", look)
+    return folder
+
+
+def test_what_lies_in_a_closed_folder_is_one_line(closed: Path, tiny_data: Path) -> None:
+    scan = tiny_data / "Validation/case01/image.nii.gz"
+    for command in (
+        ("segment", closed / "a.nii.gz"),
+        ("segment", scan, "--model", closed / "bundle"),
+        ("info", closed / "bundle"),
+        ("train", "--data", tiny_data, "--preset", "tiny", "--out", closed / "run"),
+    ):
+        line = one_line(*command).lower()
+        assert str(closed) in line
+        assert "permission denied" in line
+
+
+def test_a_scan_in_a_closed_folder_does_not_stop_the_others(closed: Path, tiny_bundle: Path, tiny_data: Path) -> None:
+    scan = tiny_data / "Validation/case01/image.nii.gz"
+    model = cdiff.load(tiny_bundle)
+    first, second = model.segment_many([closed / "a.nii.gz", scan], runs=1, steps=1)
+    assert "cannot be seen: permission denied" in str(first.error)
+    assert second.error is None
+
+
+def test_a_locale_that_is_not_utf8_is_told_as_that(tmp_path: Path) -> None:
+    """It was told that the file's name is not UTF-8, which it is."""
+    (tmp_path / "Müller.nii.gz").write_bytes(b"read later")
+    command = [*MODULE, "segment", tmp_path / "Müller.nii.gz", "-o", tmp_path / "maps", "-q"]
+    old = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(command, capture_output=True, env=os.environ | old, text=True, check=False)
+    assert done.returncode == 2
+    assert "does not read as they are; set PYTHONUTF8=1" in done.stderr
+    assert done.stderr.count("\n") == 1

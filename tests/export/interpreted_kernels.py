@@ -58,6 +58,30 @@ def test_a_sum_and_its_groupnorm_are_pytorchs_in_float64(shape: tuple[int, ...],
     assert found.is_contiguous(memory_format=LAST)
 
 
+def test_a_bias_alone_is_added_in_the_pass_that_measures() -> None:
+    x, bias = features((2, 12, 7, 5), seed=1), torch.arange(12.0)
+    found = kernels.joined(x, None, bias)
+    torch.testing.assert_close(found.x, x + bias[:, None, None], rtol=0, atol=2e-6)
+    torch.testing.assert_close(found.mean[:, 0], found.x.mean(dim=(2, 3)), rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 32, 9, 6), (3, 12, 7, 5), (1, 5, 1, 1), (1, 128, 36, 36)])
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_the_last_convolution_is_pytorchs_in_float64(shape: tuple[int, ...], outputs: int) -> None:
+    """Lines of odd length and a single pixel: a neighbour beyond the border gives nothing, and none comes from the next line."""
+    C = shape[1]
+    generator = torch.Generator().manual_seed(3)
+    gain, offset, bias = (torch.randn(size, generator=generator) for size in (C, C, outputs))
+    weight = torch.randn((outputs, C, 3, 3), generator=generator)
+    groups = next(g for g in (32, 4, 1) if C % g == 0)
+    x = features(shape, seed=1)
+    found = kernels.normed_conv(kernels.measured(x), groups, gain, offset, weight, bias, eps=1e-5)
+    active = nnf.silu(nnf.group_norm(x.double(), groups, gain.double(), offset.double(), 1e-5))
+    torch.testing.assert_close(
+        found.double(), nnf.conv2d(active, weight.double(), bias.double(), padding=1), rtol=1e-5, atol=2e-4
+    )
+
+
 def test_a_large_mean_does_not_cancel_the_variance() -> None:
     """A sum of squares about 0 would lose it: of 1024 squared float32's last digit is a hundredth of the variance."""
     x = features((2, 8, 24, 24), mean=1024.0)

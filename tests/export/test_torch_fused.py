@@ -65,6 +65,24 @@ def test_who_asked_for_other_ways_gets_them(options: Options, monkeypatch: pytes
     assert engine._fused(random_network(BASE)) is None
 
 
+def test_a_skip_over_two_sources_is_summed_where_its_first_part_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each copy would be two more passes over a map at full size."""
+    pytest.importorskip("triton", reason="Triton is not installed: it comes for Linux on x86-64 alone")
+    fused, kernels = importlib.import_module(FUSED), importlib.import_module(KERNELS)
+    denoiser = random_network(BASE).denoiser
+    skip: Any = denoiser.up[0][0].block.skip  # type: ignore[index, union-attr]
+    widths = (skip.in_channels - 4, 4)
+    x = [torch.randn(2, width, 3, 5).contiguous(memory_format=torch.channels_last) for width in widths]
+    made, plain = [], torch.nn.functional.conv2d
+    monkeypatch.setattr(fused.nnf, "conv2d", lambda *args: made.append(plain(*args)) or made[-1])
+    conv = fused._Conv(skip, fused.FusedDenoiser(denoiser, "cpu", torch.float32))
+    with torch.inference_mode():
+        found = conv.of_several(tuple(kernels.Features(one, one, one) for one in x))
+        assert found.data_ptr() == made[0].data_ptr()
+        expected = plain(torch.cat(x, dim=1), skip.weight)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 class Recorder:
     """Stands where a kernel does and keeps what it was launched with."""
 
@@ -78,7 +96,7 @@ class Recorder:
 def launches(network: NetworkConfig, patch: pytest.MonkeyPatch) -> list[Any]:
     """Every kernel with every set of constants that one step launches, once each."""
     module, calls = importlib.import_module(KERNELS), []  # type: ignore[var-annotated]
-    for name in ("_measure", "_weigh", "_apply", "_draw"):
+    for name in ("_measure", "_weigh", "_apply", "_give", "_draw"):
         patch.setattr(module, name, Recorder(getattr(module, name), calls))
     denoiser = random_network(network).denoiser
     made = importlib.import_module(FUSED).FusedDenoiser(denoiser, "cpu")

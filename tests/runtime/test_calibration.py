@@ -7,6 +7,7 @@ import pytest
 from scipy.stats import mannwhitneyu
 
 from cdiff.runtime.calibration import BINS, auroc, brier, crps, ece, reliability
+from cdiff.runtime.results import entropy
 from cdiff.runtime.scores import true_levels
 
 
@@ -92,6 +93,15 @@ def test_auroc_by_hand() -> None:
     assert auroc(score, score > 0.5) == 1
     assert auroc(-score, score > 0.5) == 0
     assert auroc(np.zeros(4), np.array([True, False, True, False])) == 0.5
+
+
+@pytest.mark.parametrize("parts", [3, 10, 25])
+def test_fractions_as_far_from_one_half_on_either_side_are_a_tie(parts: int) -> None:
+    """k and n - k of n are equally uncertain, however single precision rounds them."""
+    few = np.arange(1, (parts + 1) // 2)
+    entropies = entropy((np.concatenate([few, parts - few]) / parts).astype(np.float32)).reshape(2, -1)
+    for below, above in entropies.T:
+        assert auroc(np.array([below, above]), np.array([True, False])) == 0.5
 
 
 def test_auroc_is_mann_whitneys_u() -> None:

@@ -83,6 +83,31 @@ def test_qubiqs_oddities(tmp_path: Path) -> None:
     assert check.report["training"]["train"] == {"cases": 4, "cases_found": 5, "slices": 4}
 
 
+def test_black_drawn_on_white_is_told(tmp_path: Path) -> None:
+    """Of one annotator, or of all; a structure that fills most of a slice, or reaches a corner, is none."""
+    shape = (16, 16, 2)
+    drawn = np.zeros(shape, bool)
+    drawn[5:9, 5:9] = True
+    large, cut = np.zeros(shape, bool), np.ones(shape, bool)
+    large[1:15, 1:] = True
+    cut[12:, 12:, 0] = False
+    cases = {
+        "one": (drawn, ~drawn),
+        "all": (~drawn, ~drawn[::-1, ::-1]),
+        "none": (large, drawn),
+        "corner": (cut, drawn),
+    }
+    for name, masks in cases.items():
+        save(tmp_path / name / "image.nii.gz", np.random.default_rng(0).normal(size=shape), None)
+        for k, mask in enumerate(masks, start=1):
+            save(tmp_path / name / f"task01_seg{k:02d}.nii.gz", mask, None)
+    text = "the corners of every slice and most of it: is what was drawn 0 there, and the rest not?"
+    assert said(check_data(tmp_path), "inverted") == [
+        ("warning", "all", f"seg01, seg02 mark {text}"),
+        ("warning", "one", f"seg02 marks {text}"),
+    ]
+
+
 def test_bad_files_are_named_and_the_others_are_checked(tmp_path: Path) -> None:
     root = write_qubiq(tmp_path, {"Training": 4, "Validation": 1, "Testing": 1})
     truncated = root / "Training/case01/task01_seg02.nii.gz"

@@ -164,7 +164,7 @@ def test_another_version_is_refused(version: Any) -> None:
 
 
 def test_an_unknown_key_is_refused() -> None:
-    with pytest.raises(CdiffError, match="'colour' is not known"):
+    with pytest.raises(CdiffError, match="'colour' is not known to this cdiff; install the one that wrote it"):
         Manifest.from_json(example().to_json() | {"colour": "red"})
 
 

@@ -286,6 +286,38 @@ def test_a_wheel_and_keys_turn_slices_one_by_one(tmp_path: Path) -> None:
     assert browsed(tmp_path / "y.html", f"tell(view.dispatchEvent({one}))") == "true"
 
 
+def test_keys_go_from_pixel_to_pixel(tmp_path: Path) -> None:
+    """For who has no pointer: the first key begins in the middle, none leaves the picture, and what is read is said aloud."""
+    made = result((9, 7, 4))
+    write_page(made, tmp_path / "x.html", "x")
+    said = browsed(
+        tmp_path / "x.html",
+        """
+        const found = [], sent = (key, times, more) => {
+          for (let k = 0; k < times; k++) view.dispatchEvent(new KeyboardEvent("keydown", { key, shiftKey: true, bubbles: true, ...more }));
+          found.push(pointer && [...pointer]);
+        };
+        const of = (held) => [index, keyed, at("readout").getAttribute("aria-live"), held];
+        sent("ArrowUp", 1, { ctrlKey: true });
+        sent("ArrowUp", 1); sent("ArrowUp", 2); sent("ArrowLeft", 9); sent("ArrowDown", 99); sent("ArrowRight", 1);
+        view.dispatchEvent(new PointerEvent("pointerleave"));
+        setTimeout(() => {
+          found.push(of(at("readout").textContent));
+          view.dispatchEvent(new PointerEvent("pointermove", { clientX: -99, clientY: -99 }));
+          setTimeout(() => { found.push(of(pointer)); tell(JSON.stringify(found)); }, 100);
+        }, 300);
+        """,
+    )
+    rows, columns = made.grid.view(made.stack.soft[0]).shape
+    *moved, read, left = json.loads(said)
+    middle = [rows // 2, columns // 2]
+    assert moved == [None, middle, [middle[0] - 2, middle[1]], [middle[0] - 2, 0], [rows - 1, 0], [rows - 1, 1]]
+    assert read[1:3] == [True, "polite"]
+    soft = made.grid.view(made.stack.soft[read[0]])[rows - 1, 1]
+    assert float(re.findall(r"soft map (\d\.\d\d)", read[3])[0]) == pytest.approx(soft, abs=0.008)
+    assert left[1:] == [False, "off", None]
+
+
 def test_a_browser_that_cannot_draw_says_so(tmp_path: Path) -> None:
     """The page of one that cannot unpack the slices, or of a picture too large for it, was empty without a word."""
     write_page(result(), tmp_path / "x.html", "x")

@@ -201,6 +201,12 @@ def test_other_reports_and_published_numbers_stand_beside(report: dict[str, Any]
         ("a.csv", "table,whose,data,percent,source\n1,x,kidney,90%,y\n", "line 2: .*90%"),
         ("a.csv", "table,whose,data,percent,source\n1,x,kidney,0.9,y\n4,x,kidney,90,y\n", "line 3 is out of range"),
         ("a.csv", "table,whose,data,percent,source\n1,x,kidney,nan,y\n", "line 2 is out of range"),
+        (
+            "a.csv",
+            "table,whose,data,percent,source,low,high\n1,x,kidney,93,y,95,99\n",
+            "line 2: percent 93 lies outside",
+        ),
+        ("a.csv", "table,whose,data,percent,source,high\n1,x,kidney,93,y,9.5\n", "line 2: percent 93 lies outside"),
         ("a.json", "{}", "no report of cdiff evaluate"),
         ("a.json", "[1", "no report of cdiff evaluate"),
         ("a.xlsx", "PK", "no report of cdiff evaluate"),

@@ -13,6 +13,7 @@ import pytest
 from cdiff.runtime.batching import most_rows, rows_per_batch
 from cdiff.runtime.bundle import Bundle, write_bundle
 from cdiff.runtime.engines.trt import (
+    NO_HOME,
     RECORD,
     RECORD_FORMAT,
     EngineKey,
@@ -315,3 +316,14 @@ def test_a_broken_installation_says_how(
     monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
     with pytest.raises(CdiffError, match=reason):
         load_trt("tensorrt")
+
+
+def test_a_user_without_a_home_has_a_cache_in_which_nothing_is_found(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container that runs as a number which its passwd does not have: looking for engines ended in a traceback."""
+    for name in ("HOME", "CDIFF_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.getuid", lambda: 2**31 - 2)
+    assert user_cache() == NO_HOME / ".cache/cdiff/engines"
+    assert cached_engine(bundle, "denoiser", key(bundle)) is None

@@ -118,12 +118,23 @@ def test_all_runs_together_are_what_their_maps_say(model: Segmenter) -> None:
             getattr(both.stack, name)[..., only], getattr(plain.stack, name)[..., only], atol=1e-6
         )
     assert not both.stack.maps[..., ~far].any()
-    np.testing.assert_array_equal(both.stack.runs[:, :, :3], plain.stack.runs)
-    np.testing.assert_array_equal(both.stack.runs[:, :, 3:, near], large.stack.runs[..., near])
-    np.testing.assert_array_equal(both.stack.runs[:, :, 3:, only], plain.stack.runs[:, :, :2, only])
+    np.testing.assert_array_equal(both.stack.runs[:, :, ::2], plain.stack.runs)
+    np.testing.assert_array_equal(both.stack.runs[:, :, 1::2, near], large.stack.runs[..., near])
+    np.testing.assert_array_equal(both.stack.runs[:, :, 1::2, only], plain.stack.runs[:, :, :2, only])
     assert both.report["zooms"] == [1, 1.25]
     assert both.report["runs"] == 5
     assert "zooms" not in plain.report
+
+
+@pytest.mark.parametrize("fewer", [2, 3, 4])
+def test_the_first_runs_are_those_that_fewer_runs_would_be(model: Segmenter, fewer: int) -> None:
+    """So a curve over the number of runs shows what that number gives, each size in turn."""
+    chain: dict[str, Any] = {"zooms": (1, 1.25, 1.5), "keep_runs": True, **STEPS}
+    array = volume(32, 32, 1)
+    all_runs, first = (model.segment(array, runs=n, **chain).stack.runs for n in (5, fewer))
+    assert all_runs is not None
+    assert first is not None
+    np.testing.assert_array_equal(all_runs[:, :, :fewer], first)
 
 
 class OnGpu:

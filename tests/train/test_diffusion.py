@@ -98,6 +98,18 @@ def test_the_bound_is_the_kl_of_two_normals() -> None:
     assert got - mse == pytest.approx(slow * 100 / 1000, rel=1e-4)
 
 
+@pytest.mark.parametrize("target", ["eps", "x0", "v"])
+def test_a_single_timestep_has_a_bound(target: str) -> None:
+    """beta tilde is 0 there; the variance is beta, as in the sampler's table, and the bound the likelihood of M under it."""
+    schedule = NoiseSchedule(T=1, kind="cosine")
+    diffusion = Diffusion(schedule, target)
+    m, noise, when = example([1])
+    x = diffusion.noised(m, noise, when)
+    perfect = torch.cat([diffusion.aim(m, noise, when), torch.full_like(m, 0.3)], dim=1)
+    nll = 0.5 * math.log2(2 * math.pi * schedule.betas[1])
+    assert diffusion.loss(perfect, m, noise, x, when).item() == pytest.approx(nll / 1000, rel=1e-3)
+
+
 def test_the_bound_does_not_move_the_mean() -> None:
     diffusion = Diffusion(SCHEDULE, "x0")
     m, noise, when = example([30])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import struct
 from contextlib import ExitStack
@@ -209,7 +210,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny_data: Path, tmp_path: Path
     run = Run(preset("tiny"), read_data(tiny_data, preset("tiny")), fabric_on(torch.device("cpu")), tmp_path)
     with torch.no_grad():
         run.learner.network.denoiser.last.bias.fill_(float("nan"))  # type: ignore[union-attr]
-    with pytest.raises(CdiffError, match="the loss became nan at step 1; lower lr"):
+    with pytest.raises(CdiffError, match="the loss became nan at step 1; start a new run with a lower lr"):
         run.step(0)
 
 
@@ -218,7 +219,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(tiny_data: Path, tmp_path: 
     run = Run(preset("tiny"), read_data(tiny_data, preset("tiny")), fabric_on(torch.device("cpu")), tmp_path)
     with torch.no_grad():
         run.learner.network.denoiser.last.weight.fill_(1e12)  # type: ignore[union-attr]
-    with pytest.raises(CdiffError, match="the gradient became inf at step 1; lower lr"):
+    with pytest.raises(CdiffError, match="the gradient became inf at step 1; start a new run with a lower lr"):
         run.step(0)
 
 
@@ -233,6 +234,19 @@ def test_a_loss_scale_that_is_too_large_for_fp16_leaves_the_step_out(tiny_data: 
     assert (np.isfinite(loss), np.isfinite(norm)) == (True, False)
     assert all(torch.equal(a, b) for a, b in zip(before, run.learner.network.parameters(), strict=True))
     assert precision.state_dict()["scale"] == 2.0**99
+
+
+def test_a_gradient_that_no_loss_scale_helps_stops_an_fp16_run(tiny_data: Path, tmp_path: Path) -> None:
+    """Else every step to the end of the run would be left out, and nothing said."""
+    config = preset("tiny").with_values({"amp": "fp16"})
+    fabric = fabric_on(torch.device("cpu"), "fp16")
+    run = Run(config, read_data(tiny_data, config), fabric, tmp_path)
+    run.learner.network.denoiser.last.weight.register_hook(lambda gradient: gradient * math.inf)  # type: ignore[union-attr]
+    precision = fabric.strategy.precision
+    precision.load_state_dict(precision.state_dict() | {"scale": 4.0})
+    run.step(0)
+    with pytest.raises(CdiffError, match=r"the gradient became (nan|inf) at step 2"):
+        run.step(1)
 
 
 def test_warm_up_decay_and_windows_follow_the_progress(tiny_data: Path, tmp_path: Path) -> None:
@@ -271,7 +285,9 @@ def test_a_run_can_start_from_anothers_averaged_weights(tiny_run: Path, tiny_dat
         train(config, tiny_data, tmp_path / "run", init=tiny_run, resume=True, quiet=True)
     with pytest.raises(CdiffError, match="no weights to start from"):
         train(config, tiny_data, tmp_path / "other", init=tmp_path, quiet=True)
-    with pytest.raises(CdiffError, match="does not fit"):
+    with pytest.raises(
+        CdiffError, match="does not fit the new run's settings, which must give the same network: encoder"
+    ):
         train(config.with_values({"base_channels": 16}), tiny_data, tmp_path / "third", init=tiny_run, quiet=True)
     assert not (tmp_path / "third").exists()
 
@@ -344,3 +360,17 @@ def test_what_is_said_is_neither_wrapped_nor_taken_for_markup(tmp_path: Path) ->
 def test_resuming_what_was_never_begun_says_so(tiny_data: Path, tmp_path: Path) -> None:
     with pytest.raises(CdiffError, match=r"run/config\.json is not there; is this the folder of a training run\?$"):
         load_run(tmp_path / "run")
+
+
+def test_training_takes_no_more_threads_than_a_container_may_use(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cdiff.train.trainer.quota", lambda: 2)
+    before = torch.get_num_threads()
+    try:
+        for had, takes in ((3, 2), (1, 1)):
+            torch.set_num_threads(had)
+            train(preset("tiny"), tiny_data, tmp_path / "run", dry_run=True, quiet=True)
+            assert torch.get_num_threads() == takes
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,54 @@
+"""One model's maps as one mask, as the levels of its soft map, and as the levels of its runs: which masks, and their distances."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+import cdiff
+from cdiff.benchmarks.ged_by_masks import PROTOCOL, main, readings
+from cdiff.runtime.cases import Case, read_case
+from cdiff.runtime.metrics import ged
+from cdiff.runtime.results import Stack
+from tests.conftest import REPOSITORY
+
+DEMO = REPOSITORY / "cdiff" / "demo"
+
+
+def test_the_readings_by_hand() -> None:
+    # Two levels, two runs, four pixels: the soft map is 1, 3/4, 1/4 and 0.
+    runs = np.array([[[1, 1, 1, 0], [1, 1, 0, 0]], [[1, 1, 0, 0], [1, 0, 0, 0]]], np.uint8)[None, :, :, None, :]
+    stack = Stack(runs.mean(axis=2).astype(np.float32), np.zeros((1, 1, 4), np.float32), runs * 255)
+    drawn = np.array([[1, 1, 0, 0], [1, 0, 0, 1], [0, 0, 0, 1]], bool)[:, None]
+    found = {name: masks[:, 0].astype(int).tolist() for name, masks in readings(stack, 0, drawn).items()}
+    assert found == {
+        "one_mask": [[1, 1, 0, 0]],
+        "levels_of_the_map": [[1, 1, 1, 0], [1, 1, 0, 0]],
+        "levels_of_every_run": [[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 0, 0], [1, 0, 0, 0]],
+        "annotators_majority": [[1, 0, 0, 1]],
+    }
+
+
+def test_the_command_measures_the_slices_that_all_marked(tmp_path: Path) -> None:
+    case = tmp_path / "data" / "Testing" / "demo"
+    case.mkdir(parents=True)
+    for file in DEMO.glob("*.nii.gz"):
+        nib.save(nib.load(file).slicer[:, :, 2:4], case / file.name)
+    assert main(["--data", str(tmp_path / "data"), "--json", str(tmp_path / "out.json")]) == 0
+    found = json.loads((tmp_path / "out.json").read_text())["ged"]
+    masks = read_case(Case("demo", case / "image.nii.gz", tuple(sorted(case.glob("task01_seg*")))))[1]
+    chosen = np.flatnonzero(masks.any(axis=(2, 3)).all(axis=1))
+    assert chosen.size
+    soft = cdiff.load().segment(case / "image.nii.gz", **PROTOCOL.chain).stack.soft
+    assert found["one_mask"]["mean"] == pytest.approx(np.mean([ged((soft[i] >= 0.5)[None], masks[i]) for i in chosen]))
+    assert [one["masks"] for one in found.values()] == [1, 4, 16, 1]
+    assert {one["n_slices"] for one in found.values()} == {len(chosen)}
+
+
+def test_data_without_a_slice_that_all_marked_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--data", str(tmp_path)]) == 2
+    assert "error" in capsys.readouterr().err

@@ -1,0 +1,64 @@
+"""What ends a command from outside: Ctrl-C, and the signals of batch systems, containers and closed terminals."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import cdiff
+from cdiff.runtime.files import PART
+from cdiff.train.interrupt import Interrupt
+
+SCAN = Path(cdiff.__file__).parent / "demo" / "image.nii.gz"
+SEGMENT = [sys.executable, "-m", "cdiff.cli", "segment", SCAN, "--fast", "--runs", "1", "--slices", "3:4"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_process_that_is_ended_leaves_no_unfinished_file(tmp_path: Path, number: signal.Signals) -> None:
+    with subprocess.Popen([*SEGMENT, "-o", tmp_path], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        while not any(tmp_path.glob(f"{PART}*")):  # the picture alone takes far longer than a look at the folder
+            assert process.poll() is None
+            time.sleep(0.005)
+        process.send_signal(number)
+        if number != signal.SIGINT:
+            process.send_signal(number)  # as timeout(1) does
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert b"error: interrupted" in said
+    assert list(tmp_path.glob(f"{PART}*")) == []
+
+
+def test_what_is_ignored_stays_ignored(tmp_path: Path) -> None:
+    """As under nohup, whose work goes on when the terminal is closed."""
+    with subprocess.Popen(
+        [*SEGMENT, "-o", tmp_path],
+        stdout=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+    ) as process:
+        while not any(tmp_path.glob(f"{PART}*")):
+            assert process.poll() is None
+            time.sleep(0.005)
+        process.send_signal(signal.SIGHUP)
+        assert process.wait(timeout=60) == 0
+    assert (tmp_path / "image.json").is_file()
+
+
+def test_a_training_saves_at_each_of_them_but_not_under_nohup() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        before = signal.signal(number, signal.SIG_DFL)
+        try:
+            with Interrupt() as interrupt:
+                signal.raise_signal(number)
+            assert interrupt.asked
+            assert signal.getsignal(number) == signal.SIG_DFL
+            signal.signal(number, signal.SIG_IGN)
+            with Interrupt() as interrupt:
+                signal.raise_signal(number)
+            assert not interrupt.asked
+        finally:
+            signal.signal(number, before)

@@ -1,0 +1,54 @@
+"""Checkpoints where there is no room for them, and for whom they are."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from cdiff.runtime.errors import CdiffError
+from cdiff.train.checkpoint import checkpoint_folder, save_checkpoint
+from cdiff.train.presets import preset
+from cdiff.train.trainer import train
+
+
+@contextmanager
+def no_file_above(size: int) -> Iterator[None]:
+    """The system refuses to make a file larger than `size` bytes, as a full disk does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimiser.pt"])
+def test_a_disk_that_is_full_is_one_line_and_the_checkpoint_before_stays(tmp_path: Path, file: str) -> None:
+    def save(step: int, values: int) -> None:
+        weights = {"a": torch.zeros(values if file == "model.safetensors" else 1)}
+        info = {"step": step, "is_best": False}
+        save_checkpoint(tmp_path, network=weights, ema=weights, optimiser={"state": torch.zeros(values)}, info=info)
+
+    save(1, 10)
+    with (
+        no_file_above(20_000),
+        pytest.raises(CdiffError, match=f"cannot write {file} into .*; check the space") as caught,
+    ):
+        save(2, 100_000)
+    assert "\n" not in str(caught.value)
+    assert checkpoint_folder(tmp_path, "last") == tmp_path / "checkpoints" / "step-0000001"
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-0000001"]
+
+
+def test_others_may_read_a_run(tiny_data: Path, tmp_path: Path) -> None:
+    """Whoever exports it need not be who trained it."""
+    train(preset("tiny"), tiny_data, tmp_path / "run", max_steps=1, quiet=True)
+    folder = checkpoint_folder(tmp_path / "run", "last")
+    assert folder is not None
+    modes = {path.name: path.stat().st_mode & 0o044 for path in folder.iterdir()}
+    assert modes["model.safetensors"] == modes["ema.safetensors"] == 0o044

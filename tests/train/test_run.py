@@ -1,0 +1,96 @@
+"""What a run writes when it is killed, when its clock runs on, and when a validation scores nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from cdiff.runtime.files import write_json
+from cdiff.train import checkpoint
+from cdiff.train.checkpoint import checkpoint_folder, load_run, read_json
+from cdiff.train.data import read_data
+from cdiff.train.fabric import fabric_on
+from cdiff.train.log import read_log
+from cdiff.train.presets import preset
+from cdiff.train.run import Run
+from cdiff.train.trainer import train
+
+GROWING = {"framing": "tile", "crop": 16}
+
+
+@pytest.mark.parametrize("pointer", ["best", "last"])
+def test_a_kill_before_either_pointer_loses_no_best_checkpoint(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pointer: str
+) -> None:
+    run, config = tmp_path / "run", preset("tiny").with_values({"steps": 2, "val_every": 1})
+
+    def killed(path: Path, value: object) -> None:
+        if path.name == f"{pointer}.json":
+            raise KeyboardInterrupt
+        write_json(path, value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_json", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, tiny_data, run, quiet=True)
+    result = train(config, tiny_data, run, resume=True, quiet=True)
+    best = json.loads((run / "best.json").read_text())["checkpoint"]
+    assert (run / "checkpoints" / best).is_dir()
+    assert load_run(run).info["val_soft_dice_5"] == result.best
+
+
+def test_a_validation_that_scores_nothing_is_no_best_and_ends_nothing(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cdiff.train.run.score", lambda *_, **__: math.nan)
+    config = preset("tiny").with_values({"steps": 2, "val_every": 1})
+    result = train(config, tiny_data, tmp_path / "run", quiet=True)
+    assert (result.step, result.best) == (2, None)
+    assert checkpoint_folder(tmp_path / "run", "best") is None
+    assert [row["val_soft_dice_5"] for row in read_log(tmp_path / "run" / "log.csv")] == ["nan", "nan"]
+
+
+def test_without_a_late_phase_no_window_is_larger(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the last checkpoint, validated on windows that training never saw, would be the best whatever it scores."""
+    scores = iter([0.5, 0.4])
+    monkeypatch.setattr("cdiff.train.run.score", lambda *_, **__: next(scores))
+    config = preset("tiny").with_values({**GROWING, "late": 0.0, "steps": 2, "val_every": 1})
+    assert train(config, tiny_data, tmp_path / "run", quiet=True).best == 0.5
+    assert load_run(tmp_path / "run").info["step"] == 1
+
+
+def test_a_score_belongs_to_the_windows_that_it_was_made_on(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the clock windows may grow while a validation runs; its score must not stand against those of larger ones."""
+    config = preset("tiny").with_values({**GROWING, "late": 0.5, "steps": 1000, "val_every": 1, "minutes": 1.0})
+    run = Run(config, read_data(tiny_data, config), fabric_on(torch.device("cpu")), tmp_path)
+    seen = []
+
+    def slow(*_: object, **__: object) -> float:
+        seen.append(next(iter(run.val_batches)))
+        clock[0] += 31.0  # beyond half of the minute
+        return 0.9
+
+    clock = [0.0]
+    monkeypatch.setattr("cdiff.train.run.score", slow)
+    monkeypatch.setattr("cdiff.train.pace.now", lambda config: clock[0])
+    run.loop(1, Console(), quiet=True)
+    assert (seen, run.window()) == ([16], 32)
+    assert run.best_window == 16
+    folder = checkpoint_folder(tmp_path, "best")
+    assert folder is not None
+    assert read_json(folder / "checkpoint.json")["val_protocol"]["window"] == 16
+
+
+def test_the_log_s_learning_rate_is_the_step_s(tiny_data: Path, tmp_path: Path) -> None:
+    config = preset("tiny").with_values({"steps": 2, "val_every": 2, "log_every": 1, "warmup": 2, "lr": 2e-3})
+    train(config, tiny_data, tmp_path / "run", quiet=True)
+    assert [float(row["lr"]) for row in read_log(tmp_path / "run" / "log.csv")] == [1e-3, 2e-3]

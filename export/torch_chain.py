@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cdiff.runtime.device.cuda import OutOfMemory
 from cdiff.runtime.engines.base import Float32, Int64, Prediction, Rows, features_not_finite
-from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.errors import CdiffError, first_line
 from cdiff.runtime.noise import INITIAL
 from cdiff.runtime.sampler import SamplerTable
 
@@ -49,7 +49,7 @@ def within_memory(function: Callable[P, R]) -> Callable[P, R]:
         try:
             return function(*args, **kwargs)
         except torch.OutOfMemoryError as error:
-            said = _line(error)
+            said = first_line(error)
         # Outside of the block, or the new error would hold on to the old one's frames, and these to the tensors in them.
         raise OutOfMemory(f"PyTorch has no room on the GPU ({said}); use a smaller batch")
 
@@ -244,7 +244,7 @@ def captured(step: Callable[[], None], device: str, earlier: Captured | None = N
             raise
         except RuntimeError as error:
             raise CdiffError(
-                f"a step could not be captured as a CUDA graph ({_line(error)}); run without capture"
+                f"a step could not be captured as a CUDA graph ({first_line(error)}); run without capture"
             ) from error
     return Captured(graph, aside)
 
@@ -266,7 +266,3 @@ def wait(device: str) -> None:
     """Until all that was queued on the device is done."""
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
-
-
-def _line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

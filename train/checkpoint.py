@@ -147,7 +147,7 @@ def _room(path: Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError is PyTorch's
         raise CdiffError(
-            f"cannot write {path.name} into {path.parent.parent} ({str(error).splitlines()[0]}); check the space there"
+            f"cannot write {path.name} into {path.parent.parent} ({first_line(error)}); check the space there"
         ) from None
 
 

@@ -307,7 +307,7 @@ def open_or_build(
 def _find(
     bundle: Bundle, graph: Graph, wanted: EngineKey, say: Say | None = None, exact: bool = False
 ) -> tuple[Path, EngineKey] | None:
-    tell = say or _warn
+    tell = say or warnings.warn
     serving: list[tuple[tuple[bool, int, int], Path, EngineKey, str]] = []
     for path, key, digest in _records(bundle, graph, tell):
         if key == wanted or (not exact and key.serves(wanted)):
@@ -339,10 +339,6 @@ def _records(bundle: Bundle, graph: Graph, tell: Say) -> Iterator[tuple[Path, En
                 continue
             if folder == bundle.engines or key.graph_sha256 == bundle.manifest.files[FILES[graph]]["sha256"]:
                 yield record.parent / f"{graph}.engine", key, digest
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, UserWarning, stacklevel=2)
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -83,8 +83,8 @@ def evaluate(
             metavar="N",
             min=1,
             max=40,
-            help="Segment again the worst slice of each of the N cases with the lowest soft Dice, and draw them beside what "
-            "the annotators drew, into the report's worst.png.",
+            help="Of each case take the slice with the lowest soft Dice, segment the N lowest of these again, and draw them beside "
+            "what the annotators drew, into the report's worst.png.",
             show_default="none",
             rich_help_panel=options.OUTPUT,
         ),

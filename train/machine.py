@@ -26,12 +26,15 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 
 @contextmanager
-def arithmetic(deterministic: bool) -> Iterator[None]:
-    """PyTorch's choice of algorithms during a run: the same ones each time, or whichever cuDNN finds fastest for these shapes.
+def arithmetic(deterministic: bool, threads: int = 0) -> Iterator[None]:
+    """PyTorch's choice of algorithms during a run: the same ones each time, or whichever cuDNN finds fastest for these shapes; and how many
+    threads compute on a CPU (0: as many as before). All is given back after it.
 
     With `deterministic`, an operation that has no deterministic form raises RuntimeError.
     """
-    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark, torch.get_num_threads()
+    if threads:
+        torch.set_num_threads(threads)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when the GPU is first used
         torch.use_deterministic_algorithms(True)
@@ -41,3 +44,5 @@ def arithmetic(deterministic: bool) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0])
         torch.backends.cudnn.benchmark = before[1]
+        if threads:
+            torch.set_num_threads(before[2])

@@ -62,7 +62,7 @@ def train(
             if resume or not dry_run:
                 check_out(out, chosen, resume)
             where = find_device(device, meeting)
-        with arithmetic(chosen.training.deterministic), ExitStack() as stack:
+        with arithmetic(chosen.training.deterministic, chosen.training.threads), ExitStack() as stack:
             fabric = fabric_on(where, chosen.training.amp)
             fabric.launch()
             writes = fabric.is_global_zero and not dry_run
@@ -86,8 +86,6 @@ def train(
 
 def _start(config: Config, data: Path, out: Path, init: Path | None, fabric: Fabric, resume: bool) -> Run:
     """The run before its first step, the same in every process."""
-    if config.training.threads:
-        torch.set_num_threads(config.training.threads)
     with together(fabric):
         found = read_data(data, config)
         if resume:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from cdiff.runtime.errors import CdiffError
-from cdiff.train.checkpoint import checkpoint_folder, read_config
+from cdiff.train.checkpoint import checkpoint_folder, load_run, read_config
 from cdiff.train.config import Config
 from cdiff.train.data import Data, read_data
 from cdiff.train.fabric import fabric_on
@@ -213,6 +213,15 @@ def test_deterministic_algorithms_are_asked_for_and_given_back() -> None:
     with arithmetic(deterministic=False):
         assert torch.backends.cudnn.benchmark
     assert torch.are_deterministic_algorithms_enabled() == before
+
+
+def test_threads_are_set_for_a_run_and_given_back(tiny_data: Path, tmp_path: Path) -> None:
+    """Whoever trains from Python goes on with as many as before."""
+    before = torch.get_num_threads()
+    config = preset("tiny").with_values({"threads": before + 1})
+    train(config, tiny_data, tmp_path / "run", max_steps=1, quiet=True)
+    assert load_run(tmp_path / "run").info["machine"]["threads"] == before + 1
+    assert torch.get_num_threads() == before
 
 
 def test_model_flops_by_hand() -> None:

@@ -16,10 +16,8 @@ def benchmark(
     model: options.ModelOption = None,
     run: Annotated[
         Path | None,
-        options.option(
-            "--run RUN",
-            "A folder that `cdiff train` wrote, in place of a bundle: it is exported for this measurement.",
-            panel=options.MODEL,
+        options.model_option(
+            "--run RUN", "A folder that `cdiff train` wrote, in place of a bundle: it is exported for this measurement."
         ),
     ] = None,
     engine: options.EngineOption = "auto",
@@ -38,7 +36,7 @@ def benchmark(
     compiled: Annotated[
         bool, options.option("--compile", "Time torch.compile as well; compiling takes minutes.")
     ] = False,
-    json_: Annotated[Path | None, options.option("--json OUT", "Write everything here.", panel=options.OUTPUT)] = None,
+    json_: Annotated[Path | None, options.output_option("--json OUT", "Write everything here.")] = None,
     quiet: options.QuietOption = False,
 ) -> None:
     """Time the exported engine and PyTorch with the same weights, and the machine's floor, in one run.

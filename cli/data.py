@@ -44,18 +44,17 @@ def check(
     ] = 2,
     json_: Annotated[
         Path | None,
-        options.option("--json OUT", "Write everything here: each case and each finding.", panel=options.OUTPUT),
+        options.output_option("--json OUT", "Write everything here: each case and each finding."),
     ] = None,
     sheet: Annotated[
         Path | None,
-        options.option(
+        options.output_option(
             "--sheet OUT.png",
             "The contact sheet: image, outlines and soft label of up to 12 cases.",
             default="NAME_sheet.png in the current folder",
-            panel=options.OUTPUT,
         ),
     ] = None,
-    no_sheet: Annotated[bool, options.option("--no-sheet", "Write no contact sheet.", panel=options.OUTPUT)] = False,
+    no_sheet: Annotated[bool, options.output_option("--no-sheet", "Write no contact sheet.")] = False,
     quiet: options.QuietOption = False,
 ) -> None:
     """Report what a data set holds and what is wrong with it, and draw a contact sheet.

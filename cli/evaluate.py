@@ -15,136 +15,117 @@ from cdiff.runtime.errors import CdiffError
 def evaluate(
     data: Annotated[
         Path,
-        options.option(
+        options.data_option(
             "--data DIR",
             "Case folders with image.nii.gz and task01_seg01.nii.gz ..., a folder that holds "
             "Training/Validation/Testing or train/val/test of them, or a table (.csv).",
-            panel=options.DATA,
         ),
     ],
     json_: Annotated[
         Path | None,
-        options.option(
+        options.output_option(
             "--json OUT",
             "Write everything here: scores, intervals, protocol, each case. Until it is whole, finished cases are "
             "kept in NAME.partial.jsonl beside it and an interrupted evaluation goes on from there.",
-            panel=options.OUTPUT,
         ),
     ] = None,
     report_: Annotated[
         Path | None,
-        options.option(
+        options.output_option(
             "--report DIR",
             "Write scores.json, tables (CSV: scores, cases, slices) and plots (reliability, soft Dice against the "
             "number of runs) into this folder.",
-            panel=options.OUTPUT,
         ),
     ] = None,
     steps_curve: Annotated[
         str | None,
-        options.option(
+        options.output_option(
             "--steps-curve N,N...",
             "Evaluate again with each of these numbers of steps and add soft Dice against them to the report, as "
             "1,2,5,10,25.",
-            panel=options.OUTPUT,
         ),
     ] = None,
     worst: Annotated[
         int | None,
-        options.option(
+        options.output_option(
             "--worst N",
             "Of each case take the slice with the lowest soft Dice, segment the N lowest of these again, and draw them beside what "
             "the annotators drew, into the report's worst.png.",
             default="none",
             min=1,
             max=40,
-            panel=options.OUTPUT,
         ),
     ] = None,
     paper_table: Annotated[
         bool,
-        options.option(
+        options.output_option(
             "--paper-table",
             "Print Tables 1 to 3 of Amit et al. 2023 for this data, beside the published numbers known here.",
-            panel=options.OUTPUT,
         ),
     ] = False,
     beside: Annotated[
         list[Path] | None,
-        options.option(
+        options.output_option(
             "--beside FILE",
             "For --paper-table, and as often as wanted: another evaluation's report (.json), to compare variants, or published "
             "numbers (.csv with the columns table, whose, data, percent, source).",
-            panel=options.OUTPUT,
         ),
     ] = None,
     split: Annotated[
         Literal["train", "val", "test", "all"] | None,
-        options.option(
-            "--split train|val|test|all",
-            "Which split to score.",
-            default="test, else val, else all",
-            panel=options.DATA,
-        ),
+        options.data_option("--split train|val|test|all", "Which split to score.", default="test, else val, else all"),
     ] = None,
     task: options.TaskOption = None,
     layout: options.LayoutOption = "auto",
     labels: Annotated[
         str | None,
-        options.option(
+        options.data_option(
             "--labels N,N,...",
             "Which values of the masks are inside, such as 1,4 of a label map.",
             default="as the model was trained",
-            panel=options.DATA,
         ),
     ] = None,
     limit: Annotated[
-        int | None, options.option("--limit N", "Only the first N cases.", default="all", min=1, panel=options.DATA)
+        int | None, options.data_option("--limit N", "Only the first N cases.", default="all", min=1)
     ] = None,
     all_raters: Annotated[
         bool,
-        options.option(
-            "--all-raters",
-            "Only slices that all annotators marked, instead of those that at least one marked.",
-            panel=options.DATA,
+        options.data_option(
+            "--all-raters", "Only slices that all annotators marked, instead of those that at least one marked."
         ),
     ] = False,
     all_slices: Annotated[
         bool,
-        options.option(
+        options.data_option(
             "--all-slices",
             "Also slices that nobody marked: what the model marks there counts in the scores of whole cases. Not with "
             "--all-raters.",
-            panel=options.DATA,
         ),
     ] = False,
     slices_per_case: Annotated[
         int | None,
-        options.option(
+        options.data_option(
             "--slices-per-case N",
             "Only N of a case's slices, spread evenly (1: the middle one), for a protocol that takes too long on all.",
             default="all",
             min=1,
-            panel=options.DATA,
         ),
     ] = None,
     raters: Annotated[
         Literal["skip", "use"],
-        options.option(
+        options.data_option(
             "--raters skip|use",
             "A case with another number of annotators than the model has levels: leave it out, or score it with "
             "level c of C read as the share c/C of its annotators.",
-            panel=options.DATA,
         ),
     ] = "skip",
     group: Annotated[
         str | None,
-        options.option(
+        options.data_option(
             "--group REGEX",
             "Intervals over groups of cases, patients say: what this finds in a case's name (its first bracket, if "
             "it has one) is the group.",
             default="cases",
-            panel=options.DATA,
         ),
     ] = None,
     *,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,7 +14,7 @@ from cdiff.cli.extras import needs
 from cdiff.cli.options import option, parse_zooms
 from cdiff.runtime.errors import CdiffError
 
-ENGINES = "Engines for a GPU"
+engine_option = functools.partial(option, panel="Engines for a GPU")
 
 
 def export(
@@ -51,52 +52,39 @@ def export(
     ] = None,
     engine: Annotated[
         Literal["onnx", "tensorrt", "tensorrt-rtx"],
-        option(
+        engine_option(
             "--engine NAME",
             "onnx (any machine), tensorrt (built on the GPU that it is for) or tensorrt-rtx (built anywhere, for GeForce RTX and RTX PRO).",
-            panel=ENGINES,
         ),
     ] = "onnx",
-    runs: Annotated[int, option("--runs R", "Runs that a batch is made for.", min=1, panel=ENGINES)] = 25,
+    runs: Annotated[int, engine_option("--runs R", "Runs that a batch is made for.", min=1)] = 25,
     rows: Annotated[
         int | None,
-        option(
-            "--rows N", "Most rows (levels x runs) in a batch.", default="what the memory holds", min=1, panel=ENGINES
-        ),
+        engine_option("--rows N", "Most rows (levels x runs) in a batch.", default="what the memory holds", min=1),
     ] = None,
     capability: Annotated[
         list[str] | None,
-        option(
+        engine_option(
             "--capability X.Y",
             "tensorrt-rtx: a compute capability to build for; may be given several times.",
             default="all it knows",
-            panel=ENGINES,
         ),
     ] = None,
     workspace: Annotated[
         float | None,
-        option(
-            "--workspace GIB",
-            "Most scratch memory a layer may use, in GiB.",
-            default="no limit",
-            min=0.001,
-            panel=ENGINES,
-        ),
+        engine_option("--workspace GIB", "Most scratch memory a layer may use, in GiB.", default="no limit", min=0.001),
     ] = None,
-    refit: Annotated[bool, option("--refit", "Weights can be replaced in the engine.", panel=ENGINES)] = False,
+    refit: Annotated[bool, engine_option("--refit", "Weights can be replaced in the engine.")] = False,
     version_compatible: Annotated[
         bool,
-        option(
-            "--version-compatible", "tensorrt: later versions of the same major one load the engine.", panel=ENGINES
-        ),
+        engine_option("--version-compatible", "tensorrt: later versions of the same major one load the engine."),
     ] = False,
     hardware_compatible: Annotated[
         Literal["ampere+", "same-capability"] | None,
-        option(
+        engine_option(
             "--hardware-compatible HOW",
             "tensorrt: ampere+ runs on compute capability 8.0 and newer, same-capability on other GPUs of this one's; slower.",
             default="this GPU only",
-            panel=ENGINES,
         ),
     ] = None,
     triton: Annotated[

@@ -19,12 +19,6 @@ if TYPE_CHECKING:
     from cdiff.runtime.segmenter import Segmenter
 
 
-DATA = "Data"
-MODEL = "Model"
-CHAIN = "Sampling"
-OUTPUT = "Output"
-
-
 def option(words: str, help: str, *, default: str | None = None, panel: str | None = None, **limits: float) -> Any:
     """An option by what a page calls it: `--out -o BUNDLE` are its names and what stands for its value, which a switch has not.
 
@@ -38,47 +32,47 @@ def option(words: str, help: str, *, default: str | None = None, panel: str | No
     return typer.Option(*names, metavar=value or None, help=help, rich_help_panel=panel, **more)
 
 
+# By the panel of --help in which an option stands.
+data_option = functools.partial(option, panel="Data")
+model_option = functools.partial(option, panel="Model")
+chain_option = functools.partial(option, panel="Sampling")
+output_option = functools.partial(option, panel="Output")
+
 ModelOption = Annotated[
     Path | None,
-    option(
-        "--model BUNDLE", "A folder that `cdiff export` wrote.", default="the model that comes with cdiff", panel=MODEL
-    ),
+    model_option("--model BUNDLE", "A folder that `cdiff export` wrote.", default="the model that comes with cdiff"),
 ]
 EngineOption = Annotated[
     str,
-    option(
+    model_option(
         "--engine NAME",
         "auto, or an engine that `cdiff doctor` lists. One that is asked for and cannot run is an error.",
-        panel=MODEL,
     ),
 ]
-DeviceOption = Annotated[str, option("--device DEVICE", "cpu, cuda:0, or several GPUs: cuda:0,cuda:1", panel=MODEL)]
-QuietOption = Annotated[bool, option("--quiet -q", "Print results and errors only.", panel=OUTPUT)]
+DeviceOption = Annotated[str, model_option("--device DEVICE", "cpu, cuda:0, or several GPUs: cuda:0,cuda:1")]
+QuietOption = Annotated[bool, output_option("--quiet -q", "Print results and errors only.")]
 TaskOption = Annotated[
     str | None,
-    option(
+    data_option(
         "--task taskNN",
         "Which structure, when the masks carry several; in a benchmark's folder which data set (prostate), or both "
         "(prostate/task01).",
         default="the only one",
-        panel=DATA,
     ),
 ]
 LayoutOption = Annotated[
     Literal["auto", "cases", "brats", "table"],
-    option(
+    data_option(
         "--layout NAME",
         "How the data lies: cases (folders with image and masks, QUBIQ's too), brats (its slices or volumes) or table (CSV).",
-        panel=DATA,
     ),
 ]
 LabelsOption = Annotated[
     str | None,
-    option(
+    data_option(
         "--labels N,N,...",
         "Which values of the masks are inside, such as 1,4 of a label map.",
         default="above half of the largest; brats: the whole tumour",
-        panel=DATA,
     ),
 ]
 
@@ -122,63 +116,54 @@ class Chain:
 
     runs: Annotated[
         int | None,
-        option(
-            "--runs R",
-            "Chains a slice and level, averaged.",
-            default="25; with --fast the bundle's, 4",
-            min=1,
-            panel=CHAIN,
+        chain_option(
+            "--runs R", "Chains a slice and level, averaged.", default="25; with --fast the bundle's, 4", min=1
         ),
     ] = None
     steps: Annotated[
-        int | None, option("--steps N", "Steps a chain.", default="all T; with --fast the bundle's", min=1, panel=CHAIN)
+        int | None, chain_option("--steps N", "Steps a chain.", default="all T; with --fast the bundle's", min=1)
     ] = None
     sampler: Annotated[
         Literal["ddpm", "ddim", "dpm++2m"] | None,
-        option(
+        chain_option(
             "--sampler NAME",
             "ddpm (the papers'), ddim or dpm++2m (both good in few steps).",
             default="ddpm; with --fast the bundle's",
-            panel=CHAIN,
         ),
     ] = None
     fast: Annotated[
         bool,
-        option(
+        chain_option(
             "--fast",
             "Few steps and runs, as the bundle states them: many times faster. "
             "--runs, --steps and --sampler still count when given.",
-            panel=CHAIN,
         ),
     ] = False
     levels: Annotated[
         Literal["mean", "vote"],
-        option(
+        chain_option(
             "--levels vote|mean",
             "How runs become a level's map: their mean, or each level rounded at one half as the published code does.",
-            panel=CHAIN,
         ),
     ] = "mean"
     mirror: Annotated[
         bool | None,
-        option(
+        chain_option(
             "--mirror/--no-mirror",
             "Let the runs see the slice as it is and mirrored, in turn.",
             default="yes where the model was trained on mirrored images",
-            panel=CHAIN,
         ),
     ] = None
     zooms: Annotated[
         str | None,
-        option(
+        chain_option(
             "--zooms Z,Z",
             "Let the runs see the slice at these multiples of its size, in turn, such as 1,1.25; for models that look at the structure "
             "alone.",
             default="what the bundle states",
-            panel=CHAIN,
         ),
     ] = None
-    seed: Annotated[int, option("--seed K", "The same seed gives the same maps.", min=0, panel=CHAIN)] = 0
+    seed: Annotated[int, chain_option("--seed K", "The same seed gives the same maps.", min=0)] = 0
 
     def arguments(self) -> dict[str, Any]:
         """The same as keyword arguments of `Segmenter.segment`."""

@@ -31,7 +31,7 @@ def segment(
     ] = None,
     input_: Annotated[Path | None, options.option("--input -i SCAN", "The same as SCAN, for those used to -i.")] = None,
     output: Annotated[
-        Path, options.option("--output -o OUT", "Folder for what is written; made if need be.", panel=options.OUTPUT)
+        Path, options.output_option("--output -o OUT", "Folder for what is written; made if need be.")
     ] = Path("cdiff_output"),
     slices: Annotated[
         str | None,
@@ -74,23 +74,18 @@ def segment(
     *,
     model: options.Model,
     chain: options.Chain,
-    preview: Annotated[
-        bool, options.option("--preview/--no-preview", "Write a picture too.", panel=options.OUTPUT)
-    ] = True,
+    preview: Annotated[bool, options.output_option("--preview/--no-preview", "Write a picture too.")] = True,
     page: Annotated[
         bool,
-        options.option(
+        options.output_option(
             "--page",
             "Write a page too, NAME_page.html: the slices and maps to leaf through in a browser, in one file that loads nothing.",
-            panel=options.OUTPUT,
         ),
     ] = False,
     dicom_seg: Annotated[
         bool,
-        options.option(
-            "--dicom-seg",
-            "Write the levels as a DICOM segmentation too, NAME_levels.dcm; for scans that are DICOM.",
-            panel=options.OUTPUT,
+        options.output_option(
+            "--dicom-seg", "Write the levels as a DICOM segmentation too, NAME_levels.dcm; for scans that are DICOM."
         ),
     ] = False,
     quiet: options.QuietOption = False,

@@ -83,4 +83,4 @@ def test_a_variant_that_does_not_exist_is_one_line(data: Path, tmp_path: Path) -
         app, ["train", "--data", str(data), "--out", str(tmp_path / "r"), "--variant", "majority"]
     )
     assert result.exit_code == 2
-    assert "variant='majority' is not known; use consensus, annotator" in " ".join(result.output.split())
+    assert "variant='majority' is not known; use consensus, annotator, no-annotator" in " ".join(result.output.split())

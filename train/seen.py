@@ -26,7 +26,7 @@ class Seen:
     """A case as it was read, before it is resampled or normalised; nothing that moving its folder changes.
 
     masks: how many. shape: slices, rows, columns. marked: pixels that are marked, over all masks. mean: of the image's values.
-    drawn: SHA-256 of the masks' pixels, a bit each; empty for a run of an older cdiff.
+    drawn: SHA-256 of the masks' pixels, a bit each.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Seen:
     shape: tuple[int, int, int]
     marked: int
     mean: float
-    drawn: str = ""
+    drawn: str
 
     @classmethod
     def of(cls, name: str, image: NDArray[np.float32], masks: NDArray[np.bool_]) -> Seen:
@@ -52,7 +52,7 @@ class Seen:
             return f"is {_size(self.shape)} and was {_size(then.shape)}"
         if self.marked != then.marked:
             return f"has {self.marked} pixels marked and had {then.marked}"
-        if self.drawn != then.drawn and self.drawn and then.drawn:
+        if self.drawn != then.drawn:
             return "has other pixels marked, or others' masks in another order"
         # Sums in another order, as on another machine, differ in their last digits.
         same = math.isclose(self.mean, then.mean, rel_tol=1e-5, abs_tol=1e-6)
@@ -71,7 +71,7 @@ def write_seen(run: Path, seen: dict[str, list[Seen]]) -> None:
 def check_seen(run: Path, seen: dict[str, list[Seen]], data: Path) -> None:
     """Raise CdiffError, in one line, where the run began with other cases than `seen`, those of `data`.
 
-    Does nothing for a run that does not say: one of an older cdiff, or an imported one.
+    Does nothing for a run that does not say: an imported one.
     """
     if not (run / NAME).exists():
         return

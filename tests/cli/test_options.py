@@ -30,21 +30,7 @@ def test_the_options_stand_where_the_block_stood() -> None:
 def test_what_was_given_reaches_the_command() -> None:
     app = typer.Typer()
     app.command()(command)
-    given = [
-        "s.nii",
-        "--device",
-        "cuda:1",
-        "--sampler",
-        "dpm++2m",
-        "--levels",
-        "vote",
-        "--no-mirror",
-        "--zooms",
-        "1,1.25",
-        "--seed",
-        "3",
-        "-q",
-    ]
+    given = "s.nii --device cuda:1 --sampler dpm++2m --levels vote --no-mirror --zooms 1,1.25 --seed 3 -q"
     result = CliRunner().invoke(app, given)
     assert result.exit_code == 0, result.output
     scan, model, chain, quiet = seen

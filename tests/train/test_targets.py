@@ -181,8 +181,6 @@ def test_a_variant_resumes_to_the_same_weights(tiny_data: Path, tmp_path: Path, 
 
 
 def test_settings_of_a_variant() -> None:
-    with pytest.raises(CdiffError, match="variant='majority' is not known; use consensus, annotator, no-annotator"):
-        preset("tiny").with_settings(["variant=majority"])
     brought = preset("tiny").with_settings(["variant=implicit-ensemble"]).network
     assert (brought.rrdbs, brought.conditions, brought.levels) == (0, 1, 3)
     with pytest.raises(CdiffError, match="set rrdbs=0, not 2"):

@@ -80,6 +80,8 @@ def open_path(path: str, model: Subject, settings: Settings, **options: Any) -> 
         wanted = {**TORCH_PATHS[path], **options}
         if settings.device == "cpu":  # Triton has no CPU
             wanted["fused"] = False
+        elif wanted.get("compiled"):
+            triton_compiles(settings.device)
         chosen = Options(half=settings.half, **wanted)
         return TorchChainEngine(model.network(), model.schedule, settings.device, chosen)
     name, device = ("onnxruntime", "cpu") if path == "onnxruntime-cpu" else (path, settings.device)
@@ -94,6 +96,18 @@ def open_path(path: str, model: Subject, settings: Settings, **options: Any) -> 
         # TensorRT makes an engine fastest for the rows that are first asked for: those of the runtime, and not of a comparison's single call.
         engine.bind(usual_batch(engine, model), 1)
     return engine
+
+
+def triton_compiles(device: str) -> None:
+    """Raises CdiffError where Triton cannot compile on this machine: torch.compile, which writes its kernels in it, would break there too."""
+    from cdiff.export.torch_kernels import try_out
+
+    try:
+        try_out(device)
+    except Exception as error:
+        raise CdiffError(
+            f"torch.compile needs Triton, which needs a C compiler and Python's headers ({one_line(error)})"
+        ) from error
 
 
 def largest_batch(engine: Engine, model: Subject) -> int:

@@ -1,6 +1,6 @@
 """What the GPU suite measures with: the shipped model, the paper's network with random weights, and their bundles.
 
-Imports nothing but NumPy, PyTorch and cdiff; safetensors, onnx and onnxscript only where a file is read or written with them.
+Imports nothing but NumPy, PyTorch and cdiff; onnx and onnxscript only where a graph is written with them.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from cdiff.train.presets import preset
 
 SHIPPED, PAPER = "shipped", "paper"
 SEED = 20230609
+NUMBERS = {"F32": "float32", "F16": "float16"}
 TYPES = {2: "u1", 4: "<i2", 8: "<i4", 16: "<f4", 512: "<u2"}
 
 
@@ -50,9 +51,7 @@ class Subject:
     def network(self) -> Any:
         """The `ConsensusNet` in float32 on the CPU: the shipped weights, or random ones of a fixed seed."""
         if self.trained:
-            from cdiff.export.reference import load_network
-
-            return load_network(open_bundle(shipped_bundle()))
+            return shipped_network()
         return random_network(self.config)
 
     def images(self) -> dict[str, Float32]:
@@ -78,10 +77,32 @@ def subject(name: str, small: bool) -> Subject:
 
 def shipped_config() -> Config:
     """The configuration that the shipped weights carry, read from the head of model.safetensors: its length, then JSON."""
-    with open_bundle(shipped_bundle()).file(WEIGHTS).open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        metadata = json.loads(file.read(length))["__metadata__"]
-    return Config.from_json(json.loads(metadata["config"]))
+    return Config.from_json(json.loads(shipped_weights()[0]["__metadata__"]["config"]))
+
+
+def shipped_weights() -> tuple[dict[str, Any], bytearray]:
+    """The head of the shipped model.safetensors, and the numbers that follow it, of which the head tells where each tensor's are."""
+    data = open_bundle(shipped_bundle()).file(WEIGHTS).read_bytes()
+    (length,) = struct.unpack_from("<Q", data)
+    return json.loads(data[8 : 8 + length]), bytearray(data[8 + length :])
+
+
+def shipped_network() -> Any:
+    """The shipped network in evaluation mode, what `export.reference.load_network` gives, read without the package safetensors."""
+    import torch
+
+    from cdiff.train.network import ConsensusNet
+
+    head, numbers = shipped_weights()
+    network = ConsensusNet(shipped_config().network)
+    state = {}
+    for name, about in head.items():
+        if name != "__metadata__":
+            first, end = about["data_offsets"]
+            flat = torch.frombuffer(numbers[first:end], dtype=getattr(torch, NUMBERS[about["dtype"]]))
+            state[name] = flat.reshape(about["shape"])
+    network.load_state_dict(state)
+    return network.eval().requires_grad_(False)
 
 
 def random_network(config: Config) -> Any:

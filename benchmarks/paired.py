@@ -12,6 +12,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Sequence
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,7 @@ from cdiff.runtime.summary import group_names
 
 Row = dict[str, Any]
 Take = Callable[[Row], float | None]
-SCORES: dict[str, Take] = {
-    "soft_dice_5": lambda row: row["soft_dice_5"],
-    "soft_dice_9": lambda row: row["soft_dice_9"],
-    "ged": lambda row: row["ged"],
-    "ged_no_diagonal": lambda row: row.get("ged_no_diagonal"),
-    "brier_near": lambda row: row["brier_near"],
-}
+SCORES = ("soft_dice_5", "soft_dice_9", "ged", "ged_no_diagonal", "brier_near")
 """What is compared besides every level's Dice."""
 BY_SIZE = ("smallest third", "middle third", "largest third")
 
@@ -52,7 +47,8 @@ def compare(a: Row, b: Row, group: str | None = None) -> Row:
         )
     pairs = list(zip(a["cases"], b["cases"], strict=True))
     levels = len(pairs[0][0]["slices"][0]["dice_per_level"])
-    takes = SCORES | {f"dice_level_{c}": _level(c) for c in range(1, levels + 1)}
+    takes: dict[str, Take] = {name: methodcaller("get", name) for name in SCORES}
+    takes |= {f"dice_level_{c}": _level(c) for c in range(1, levels + 1)}
     sizes = [float(np.mean(case["volumes"]["true_voxels"])) / len(case["slices"]) for case, _ in pairs]
     thirds = np.array_split(np.argsort(sizes, kind="stable"), len(BY_SIZE))
     groups = group_names([case["case"] for case, _ in pairs], group) if group else None

@@ -49,7 +49,7 @@ def evaluate(
         int | None,
         options.output_option(
             "--worst N",
-            "Segment again the worst slice of each of the N cases with the lowest soft Dice, and draw them beside what "
+            "Of each case take the slice with the lowest soft Dice, segment the N lowest of these again, and draw them beside what "
             "the annotators drew, into the report's worst.png.",
             default="none",
             min=1,

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from peer_tables import ANY, FOUR, peers_table, seeds_table
+from peer_tables import ANY, FOUR, peers_full_table, peers_table, seeds_table
 from table_cells import (
     GED,
     NOT_MEASURED,
@@ -272,8 +272,9 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "steps": lambda results: paired_table("1 step -", STEPS, results),
     "zooms": lambda results: paired_table("two sizes - one", ZOOMS, results),
     "whole": lambda results: paired_table("4 runs x 1 step -", WHOLE, results),
-    "peers-four": lambda results: peers_table(FOUR, results),
-    "peers-any": lambda results: peers_table(ANY, results),
+    "peers": peers_table,
+    "peers-four": lambda results: peers_full_table(FOUR, results),
+    "peers-any": lambda results: peers_full_table(ANY, results),
     "seeds": seeds_table,
     "scans": scans_table,
 }

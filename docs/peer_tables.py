@@ -36,11 +36,29 @@ def peer_words(words: str, peer: Scores) -> str:
     return words if share >= 1 else f"{words} ({share:.0%} of its budget)"
 
 
-def peers_table(result: str, results: Path) -> str:
-    """The peers, the best first: scores, each level, size and training; and the reader's own as a reference."""
-    scores = ["soft Dice, 5", "soft Dice, 9", GED, "ECE near", "Brier near"]
+def scale_cells(peer: Scores) -> list[str]:
+    """What all tables of the peers show: soft Dice, energy distance with the number of samples, calibration."""
+    dice = [interval(peer["soft_dice_5"]), interval(peer["soft_dice_9"])]
+    return [*dice, distance(peer), mean(peer["ece_near"]), mean(peer["brier_near"])]
+
+
+SCALE = ["soft Dice, 5", "soft Dice, 9", GED, "ECE near", "Brier near"]
+
+
+def peers_table(results: Path) -> str:
+    """The peers in short: scores on the slices that all four readers marked, and the reader's own as a reference."""
+    header = ["trained with equal data and time", *SCALE, "CPU s a slice"]
+    rows = []
+    for words, peer in best_first(FOUR, results):
+        cells = [*scale_cells(peer), f"{peer['cpu_seconds_a_slice']:.2f}"] if peer else unmeasured(header)
+        rows.append([peer_words(words, peer) if peer else words, *cells])
+    return markdown(header, [*rows, *reader_row(FOUR, results, len(header))])
+
+
+def peers_full_table(result: str, results: Path) -> str:
+    """The peers with everything: size, training, scores, each level."""
     training = ["M parameters", "training steps", "CPU min"]
-    header = ["peer", *scores, *[f"level {c}" for c in range(1, 5)], *training, "CPU s a slice"]
+    header = ["peer", *SCALE, *[f"level {c}" for c in range(1, 5)], *training, "CPU s a slice"]
     rows = []
     for words, peer in best_first(result, results):
         if peer is None:
@@ -48,11 +66,10 @@ def peers_table(result: str, results: Path) -> str:
             continue
         run = peer["training"]
         cpu = run.get("cpu_seconds")
-        dice = [interval(peer["soft_dice_5"]), interval(peer["soft_dice_9"])]
-        others = [distance(peer), *map(mean, (peer["ece_near"], peer["brier_near"], *peer["dice_per_level"]))]
+        levels = [mean(level) for level in peer["dice_per_level"]]
         steps, minutes = str(run.get("steps", "-")), "-" if cpu is None else f"{cpu / 60:.0f}"
         spent = [f"{run['parameters'] / 1e6:.2f}", steps, minutes, f"{peer['cpu_seconds_a_slice']:.2f}"]
-        rows.append([peer_words(words, peer), *dice, *others, *spent])
+        rows.append([peer_words(words, peer), *scale_cells(peer), *levels, *spent])
     return markdown(header, [*rows, *reader_row(result, results, len(header))])
 
 

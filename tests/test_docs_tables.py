@@ -87,7 +87,7 @@ def test_the_peers_stand_best_first_and_all_have_a_row(
     from cdiff.benchmarks.peers.__main__ import NAMES
 
     assert set(peer_tables.PEERS) == set(NAMES)
-    for table in ("peers-four", "peers-any"):
+    for table in ("peers", "peers-four", "peers-any"):
         rows = tables.TABLES[table](tmp_path).splitlines()[2:]
         assert len(rows) == len(NAMES)
         assert all(tables.NOT_MEASURED in row for row in rows)

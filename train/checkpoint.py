@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from cdiff.runtime.errors import CdiffError, first_line
@@ -134,10 +134,9 @@ def origin(info: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """A safetensors file, readable for others than the owner too. Raises CdiffError where it cannot be written."""
+    """A safetensors file, for whom the umask lets read it. Raises CdiffError where it cannot be written."""
     with _room(path):
-        save_file(tensors, path, metadata)
-        path.chmod(0o644)  # safetensors makes it private, and runs and bundles are shared
+        path.write_bytes(save(tensors, metadata))  # safetensors' own files are private, and runs and bundles are shared
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from cdiff.runtime.host import logical_cores, processor
+from cdiff.runtime.host import logical_cores, processor, quota
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
@@ -26,12 +26,15 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 
 @contextmanager
-def arithmetic(deterministic: bool) -> Iterator[None]:
-    """PyTorch's choice of algorithms during a run: the same ones each time, or whichever cuDNN finds fastest for these shapes.
+def arithmetic(deterministic: bool, threads: int = 0) -> Iterator[None]:
+    """PyTorch's choice of algorithms during a run: the same ones each time, or whichever cuDNN finds fastest for these shapes; and how many
+    threads compute on a CPU (0: as many as before, but no more than a container's quota, for PyTorch counts processors, whatever share of them
+    that is). All is given back after it.
 
     With `deterministic`, an operation that has no deterministic form raises RuntimeError.
     """
-    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark, torch.get_num_threads()
+    torch.set_num_threads(threads or min(before[2], quota()))
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when the GPU is first used
         torch.use_deterministic_algorithms(True)
@@ -41,3 +44,4 @@ def arithmetic(deterministic: bool) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0])
         torch.backends.cudnn.benchmark = before[1]
+        torch.set_num_threads(before[2])

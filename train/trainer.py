@@ -12,7 +12,6 @@ from rich.console import Console
 
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import make_folder, write_json
-from cdiff.runtime.host import quota
 from cdiff.train.checkpoint import read_config
 from cdiff.train.config import HOW, Config
 from cdiff.train.data import read_data
@@ -63,7 +62,7 @@ def train(
             if resume or not dry_run:
                 check_out(out, chosen, resume)
             where = find_device(device, meeting)
-        with arithmetic(chosen.training.deterministic), ExitStack() as stack:
+        with arithmetic(chosen.training.deterministic, chosen.training.threads), ExitStack() as stack:
             fabric = fabric_on(where, chosen.training.amp)
             fabric.launch()
             writes = fabric.is_global_zero and not dry_run
@@ -87,10 +86,6 @@ def train(
 
 def _start(config: Config, data: Path, out: Path, init: Path | None, fabric: Fabric, resume: bool) -> Run:
     """The run before its first step, the same in every process."""
-    if config.training.threads:
-        torch.set_num_threads(config.training.threads)
-    elif quota() < torch.get_num_threads():  # PyTorch counts processors, whatever share of them a container has
-        torch.set_num_threads(quota())
     with together(fabric):
         found = read_data(data, config)
         if resume:

@@ -15,7 +15,7 @@ from cdiff.train.diffusion import Diffusion
 from cdiff.train.fabric import summed
 from cdiff.train.network import ConsensusNet
 
-ROWS = 64  # rows a network call; bounds the memory
+ROWS = 64  # rows a network call at most; bounds the memory
 
 
 @torch.inference_mode()
@@ -44,14 +44,19 @@ def sample_soft_maps(
         noise = torch.randn(len(part) * per_slice, 1, *image.shape[-2:], generator=generator)
         if fabric is not None and call % fabric.world_size != fabric.global_rank:
             continue
-        features = network.encoder(part).repeat_interleave(per_slice, 0)
-        level = torch.arange(1, K + 1, device=image.device).repeat(len(part) * runs)
-        x = noise.to(image.device)
-        for t, a, b in zip(table.t, table.a, table.b, strict=True):
-            when = torch.full_like(level, int(t))
-            x0 = diffusion.to_x0(network.denoiser(x, features, when, level), x, when)
-            x = float(a) * x + float(b) * x0
-        soft = diffusion.fraction(x).reshape(len(part), per_slice, *image.shape[-2:]).mean(dim=1)
+        features = network.encoder(part)
+        row = torch.arange(len(noise), device=image.device)
+        drawn = []
+        for first in range(0, len(noise), ROWS):
+            here = row[first : first + ROWS]
+            level = here % K + 1
+            x, shared = noise[first : first + ROWS].to(image.device), features[here // per_slice]
+            for t, a, b in zip(table.t, table.a, table.b, strict=True):
+                when = torch.full_like(level, int(t))
+                x0 = diffusion.to_x0(network.denoiser(x, shared, when, level), x, when)
+                x = float(a) * x + float(b) * x0
+            drawn.append(diffusion.fraction(x))
+        soft = torch.cat(drawn).reshape(len(part), per_slice, *image.shape[-2:]).mean(dim=1)
         total[start : start + len(part)] = soft.cpu()
     return total if fabric is None else summed(fabric, total).cpu()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,12 +15,33 @@ from cdiff.benchmarks.gpu_checks import Settings
 from cdiff.benchmarks.gpu_measure import DeviceMemory, noise_of, published, step_seconds, usual_batch, whole_protocol
 from cdiff.benchmarks.gpu_parity import call_errors, map_errors
 from cdiff.benchmarks.gpu_report import markdown
-from cdiff.benchmarks.gpu_subjects import PAPER, subject
-from cdiff.export.reference import TorchEngine
+from cdiff.benchmarks.gpu_subjects import PAPER, SHIPPED, subject
+from cdiff.export.reference import TorchEngine, load_network
 from cdiff.export.torch_engine import TorchChainEngine
+from cdiff.runtime.bundle import open_bundle, shipped_bundle
 from cdiff.runtime.device.cuda import OutOfMemory
 from cdiff.runtime.errors import CdiffError
 from tests.benchmarks.tiny import CPU, TINY
+
+
+def test_the_shipped_network_is_read_without_safetensors() -> None:
+    expected = load_network(open_bundle(shipped_bundle())).state_dict()
+    found = subject(SHIPPED, small=False).network()
+    assert not found.training
+    assert not any(parameter.requires_grad for parameter in found.parameters())
+    assert found.state_dict().keys() == expected.keys()
+    for name, weight in found.state_dict().items():
+        assert torch.equal(weight, expected[name]), name
+
+
+def test_without_a_compiler_torch_compile_is_refused_and_not_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(device: str) -> None:
+        raise RuntimeError("Failed to find C compiler.")
+
+    kernels = SimpleNamespace(try_out=none)
+    monkeypatch.setitem(sys.modules, "cdiff.export.torch_kernels", kernels)
+    found = gpu_checks.run_check("protocol:compiled:paper", Settings("cuda:0", small=True))
+    assert (found["status"], "C compiler and Python's headers" in found["message"]) == ("refused", True), found
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,8 +13,6 @@ import torch
 
 from cdiff.runtime.errors import CdiffError
 from cdiff.train.checkpoint import checkpoint_folder, save_checkpoint
-from cdiff.train.presets import preset
-from cdiff.train.trainer import train
 
 
 @contextmanager
@@ -45,10 +44,15 @@ def test_a_disk_that_is_full_is_one_line_and_the_checkpoint_before_stays(tmp_pat
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-0000001"]
 
 
-def test_others_may_read_a_run(tiny_data: Path, tmp_path: Path) -> None:
-    """Whoever exports it need not be who trained it."""
-    train(preset("tiny"), tiny_data, tmp_path / "run", max_steps=1, quiet=True)
-    folder = checkpoint_folder(tmp_path / "run", "last")
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_a_run_may_be_read_by_whom_the_umask_lets(umask: int, mode: int, tmp_path: Path) -> None:
+    """Whoever exports it need not be who trained it, unless that one wants it so."""
+    weights, info = {"w": torch.zeros(3)}, {"step": 1, "is_best": True}
+    before = os.umask(umask)
+    try:
+        save_checkpoint(tmp_path, network=weights, ema=weights, optimiser={}, info=info)
+    finally:
+        os.umask(before)
+    folder = checkpoint_folder(tmp_path, "last")
     assert folder is not None
-    modes = {path.name: path.stat().st_mode & 0o044 for path in folder.iterdir()}
-    assert modes["model.safetensors"] == modes["ema.safetensors"] == 0o044
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {mode}

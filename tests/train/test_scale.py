@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from cdiff.runtime.errors import CdiffError
-from cdiff.train.checkpoint import checkpoint_folder, read_config
+from cdiff.train.checkpoint import checkpoint_folder, load_run, read_config
 from cdiff.train.config import Config
 from cdiff.train.data import Data, read_data
 from cdiff.train.fabric import fabric_on
@@ -213,6 +213,22 @@ def test_deterministic_algorithms_are_asked_for_and_given_back() -> None:
     with arithmetic(deterministic=False):
         assert torch.backends.cudnn.benchmark
     assert torch.are_deterministic_algorithms_enabled() == before
+
+
+@pytest.mark.parametrize(("had", "asked", "takes"), [(3, 0, 2), (1, 0, 1), (1, 3, 3)])
+def test_threads_are_set_for_a_run_and_given_back(
+    had: int, asked: int, takes: int, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that are asked for, or PyTorch's, of which a container with a quota of two cores uses no more than two."""
+    monkeypatch.setattr("cdiff.train.machine.quota", lambda: 2)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(had)
+        train(preset("tiny").with_values({"threads": asked}), tiny_data, tmp_path / "run", max_steps=1, quiet=True)
+        assert torch.get_num_threads() == had
+    finally:
+        torch.set_num_threads(before)
+    assert load_run(tmp_path / "run").info["machine"]["threads"] == takes
 
 
 def test_model_flops_by_hand() -> None:

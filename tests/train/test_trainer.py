@@ -360,17 +360,3 @@ def test_what_is_said_is_neither_wrapped_nor_taken_for_markup(tmp_path: Path) ->
 def test_resuming_what_was_never_begun_says_so(tiny_data: Path, tmp_path: Path) -> None:
     with pytest.raises(CdiffError, match=r"run/config\.json is not there; is this the folder of a training run\?$"):
         load_run(tmp_path / "run")
-
-
-def test_training_takes_no_more_threads_than_a_container_may_use(
-    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("cdiff.train.trainer.quota", lambda: 2)
-    before = torch.get_num_threads()
-    try:
-        for had, takes in ((3, 2), (1, 1)):
-            torch.set_num_threads(had)
-            train(preset("tiny"), tiny_data, tmp_path / "run", dry_run=True, quiet=True)
-            assert torch.get_num_threads() == takes
-    finally:
-        torch.set_num_threads(before)

@@ -1,0 +1,38 @@
+"""Validation by sampling, in bounded memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cdiff.train import validate
+from cdiff.train.config import Config
+from cdiff.train.diffusion import Diffusion
+from cdiff.train.network import ConsensusNet
+from cdiff.train.presets import preset
+from cdiff.train.validate import sample_soft_maps
+
+
+@pytest.mark.parametrize("slices", [1, 3])
+def test_no_call_has_more_rows_than_are_allowed(slices: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where one slice's levels and runs are more: the maps are those of one call a slice."""
+    config: Config = preset("tiny").with_values({"levels": 5, "rrdbs": 0})
+    torch.manual_seed(0)
+    network = ConsensusNet(config.network).eval()
+    for weight in network.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+    diffusion = Diffusion(config.schedule, "x0")
+    images = torch.randn(slices, 1, 32, 32)
+    calls: list[int] = []
+    network.denoiser.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
+
+    def sampled() -> torch.Tensor:
+        calls.clear()
+        return sample_soft_maps(network, diffusion, images, steps=2, runs=4, seed=0)
+
+    whole = sampled()
+    assert max(calls) >= 20
+    monkeypatch.setattr(validate, "ROWS", 8)
+    torch.testing.assert_close(sampled(), whole, rtol=0, atol=1e-5)
+    assert max(calls) == 8
+    assert whole.std() > 0.01

@@ -23,14 +23,14 @@ import numpy as np
 from cdiff import __version__
 from cdiff.benchmarks.contenders import COMPILED, EXPORTED, PUBLISHED, PYTORCH
 from cdiff.benchmarks.tables import summary
-from cdiff.runtime.batching import rows_per_batch
 from cdiff.runtime.bundle import open_bundle
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import sha256
-from cdiff.runtime.framing import Framing
 from cdiff.runtime.host import physical_cores
 from cdiff.runtime.manifest import NAME as MANIFEST
-from cdiff.runtime.scan import parse_slices, read_scan
+from cdiff.runtime.sampling.batching import rows_per_batch
+from cdiff.runtime.sampling.framing import Framing
+from cdiff.runtime.scans.scan import parse_slices, read_scan
 
 __all__ = ["benchmark", "summary"]
 

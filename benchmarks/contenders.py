@@ -17,13 +17,13 @@ import numpy as np
 
 from cdiff.benchmarks.memory import peak_memory
 from cdiff.runtime.bundle import Bundle, open_bundle
-from cdiff.runtime.chain import Timings
 from cdiff.runtime.engines.base import Engine
 from cdiff.runtime.engines.registry import open_engine
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.framing import Framing
-from cdiff.runtime.sampler import sampler_table
-from cdiff.runtime.scan import parse_slices, read_scan
+from cdiff.runtime.sampling.chain import Timings
+from cdiff.runtime.sampling.framing import Framing
+from cdiff.runtime.sampling.sampler import sampler_table
+from cdiff.runtime.scans.scan import parse_slices, read_scan
 from cdiff.runtime.segmenter import Segmenter
 
 PUBLISHED, PYTORCH, COMPILED, EXPORTED = "published", "pytorch", "compiled", "exported"

@@ -27,14 +27,14 @@ from cdiff.export import half
 from cdiff.export.graphs import DenoiserGraph, EncoderGraph, export_graph, write_denoiser, write_encoder
 from cdiff.export.reference import TorchEngine
 from cdiff.export.verify import SEED
-from cdiff.runtime.batching import segment_windows
 from cdiff.runtime.engines.base import Float32
 from cdiff.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import write_json
-from cdiff.runtime.framing import Framing
-from cdiff.runtime.sampler import sampler_table
-from cdiff.runtime.schedule import NoiseSchedule
+from cdiff.runtime.sampling.batching import segment_windows
+from cdiff.runtime.sampling.framing import Framing
+from cdiff.runtime.sampling.sampler import sampler_table
+from cdiff.runtime.sampling.schedule import NoiseSchedule
 from cdiff.train.checkpoint import load_run
 from cdiff.train.network import ConsensusNet, ResidualBlock
 from cdiff.train.presets import preset

@@ -16,13 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 import cdiff
-from cdiff.runtime.cases import Case, find_cases, read_masks
+from cdiff.runtime.data.cases import Case, find_cases, read_masks
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.evaluate import Protocol, choose_split
 from cdiff.runtime.files import write_json
-from cdiff.runtime.metrics import at_least, bootstrap_over_cases, ged
 from cdiff.runtime.results import Stack
-from cdiff.runtime.scan import read_scan
+from cdiff.runtime.scans.scan import read_scan
+from cdiff.runtime.scoring.evaluate import Protocol, choose_split
+from cdiff.runtime.scoring.metrics import at_least, bootstrap_over_cases, ged
 from cdiff.runtime.segmenter import Segmenter
 from cdiff.runtime.variants import NO_ANNOTATOR
 

@@ -14,13 +14,13 @@ from cdiff.benchmarks.gpu_subjects import SEED, Subject
 from cdiff.benchmarks.memory import peak_memory
 from cdiff.benchmarks.plain_loop import plain_loop
 from cdiff.export.torch_chain import wait
-from cdiff.runtime.batching import most_rows_of, rows_per_batch, segment_windows
-from cdiff.runtime.chain import Chain, Timings
 from cdiff.runtime.engines.base import ChainBinding, Engine, Float32, Rows
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.framing import Framing, Windows
-from cdiff.runtime.noise import INITIAL, Noise, normal
-from cdiff.runtime.sampler import SamplerTable, sampler_table
+from cdiff.runtime.sampling.batching import most_rows_of, rows_per_batch, segment_windows
+from cdiff.runtime.sampling.chain import Chain, Timings
+from cdiff.runtime.sampling.framing import Framing, Windows
+from cdiff.runtime.sampling.noise import INITIAL, Noise, normal
+from cdiff.runtime.sampling.sampler import SamplerTable, sampler_table
 from cdiff.train.diffusion import Diffusion
 
 FEW, MORE = 2, 6

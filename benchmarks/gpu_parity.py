@@ -8,11 +8,11 @@ import numpy as np
 
 from cdiff.benchmarks.gpu_measure import evened, table_of, windows_of
 from cdiff.benchmarks.gpu_subjects import SEED, Subject
-from cdiff.runtime.batching import segment_windows
 from cdiff.runtime.engines.base import Engine, Float32
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.metrics import at_least, dice
-from cdiff.runtime.noise import normal
+from cdiff.runtime.sampling.batching import segment_windows
+from cdiff.runtime.sampling.noise import normal
+from cdiff.runtime.scoring.metrics import at_least, dice
 
 ROWS = 4
 

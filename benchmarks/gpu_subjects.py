@@ -17,10 +17,10 @@ import numpy as np
 
 from cdiff.runtime.bundle import Bundle, open_bundle, shipped_bundle, write_bundle
 from cdiff.runtime.engines.base import Float32
-from cdiff.runtime.framing import Framing
-from cdiff.runtime.intensity import Intensity
 from cdiff.runtime.manifest import DENOISER, ENCODER, WEIGHTS, Manifest
-from cdiff.runtime.schedule import NoiseSchedule
+from cdiff.runtime.sampling.framing import Framing
+from cdiff.runtime.sampling.schedule import NoiseSchedule
+from cdiff.runtime.scans.intensity import Intensity
 from cdiff.train.config import Config
 from cdiff.train.presets import preset
 

@@ -20,8 +20,8 @@ import numpy as np
 
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import write_json
-from cdiff.runtime.metrics import bootstrap_over_cases
-from cdiff.runtime.summary import group_names
+from cdiff.runtime.scoring.metrics import bootstrap_over_cases
+from cdiff.runtime.scoring.summary import group_names
 
 Row = dict[str, Any]
 Take = Callable[[Row], float | None]

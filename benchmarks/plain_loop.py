@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cdiff.runtime.chain import Timings
 from cdiff.runtime.engines.base import Float32
-from cdiff.runtime.framing import Windows
-from cdiff.runtime.noise import INITIAL
-from cdiff.runtime.sampler import SamplerTable
+from cdiff.runtime.sampling.chain import Timings
+from cdiff.runtime.sampling.framing import Windows
+from cdiff.runtime.sampling.noise import INITIAL
+from cdiff.runtime.sampling.sampler import SamplerTable
 from cdiff.train.diffusion import Diffusion
 from cdiff.train.network import ConsensusNet
 

@@ -16,11 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 import cdiff
+from cdiff.runtime.data.masks import inside, read_mask
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import write_json
-from cdiff.runtime.masks import inside, read_mask
-from cdiff.runtime.metrics import dice
-from cdiff.runtime.scan import read_scan
+from cdiff.runtime.scans.scan import read_scan
+from cdiff.runtime.scoring.metrics import dice
 from cdiff.runtime.segmenter import Segmenter
 
 SCANS = ("lung1", "lung2")

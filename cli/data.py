@@ -14,7 +14,7 @@ from cdiff.cli import options
 from cdiff.cli.console import USER_ERROR, Meter, facts, fail, out
 
 if TYPE_CHECKING:
-    from cdiff.runtime.datacheck import Check
+    from cdiff.runtime.data.datacheck import Check
 
 app = typer.Typer(no_args_is_help=True, help="Look at several annotators' masks before training on them.")
 COLOURS = {"error": "bold red", "warning": "yellow", "note": "dim"}
@@ -67,7 +67,7 @@ def check(
 
     cdiff data check my_data --json check.json --sheet check.png
     """
-    from cdiff.runtime.datacheck import check_data
+    from cdiff.runtime.data.datacheck import check_data
     from cdiff.runtime.files import write_json
 
     with Meter("data check", quiet) as meter:
@@ -84,7 +84,7 @@ def check(
         write_json(json_, checked.report)
         out.print(str(json_), soft_wrap=True)
     if not no_sheet and any(look.readable for look in checked.looks):
-        from cdiff.runtime.sheet import write_sheet
+        from cdiff.runtime.pictures.sheet import write_sheet
 
         name = data.resolve().name.removesuffix(data.suffix if data.is_file() else "")
         target = sheet or Path(f"{name}_sheet.png")

@@ -144,9 +144,10 @@ def evaluate(
     cdiff evaluate --data my_data --report scores --worst 12
     cdiff evaluate --data my_data --group "patient[0-9]+" --paper-table --beside annotator.json
     """
-    from cdiff.runtime.cases import find_cases
-    from cdiff.runtime.drawing import must_draw
-    from cdiff.runtime.evaluate import (
+    from cdiff.runtime.data.cases import find_cases
+    from cdiff.runtime.files import write_json
+    from cdiff.runtime.pictures.drawing import must_draw
+    from cdiff.runtime.scoring.evaluate import (
         Protocol,
         choose_split,
         held_out,
@@ -154,12 +155,11 @@ def evaluate(
         may_be_too_good,
         trained_task,
     )
-    from cdiff.runtime.evaluate import evaluate as score
-    from cdiff.runtime.files import write_json
-    from cdiff.runtime.paper import read_beside
-    from cdiff.runtime.publish import SCORES, check_steps, sweep_steps, write_report
-    from cdiff.runtime.shapes import several
-    from cdiff.runtime.worst import WORST, worst_slices, write_worst
+    from cdiff.runtime.scoring.evaluate import evaluate as score
+    from cdiff.runtime.scoring.paper import read_beside
+    from cdiff.runtime.scoring.publish import SCORES, check_steps, sweep_steps, write_report
+    from cdiff.runtime.scoring.worst import WORST, worst_slices, write_worst
+    from cdiff.runtime.words import several
 
     steps = None if steps_curve is None else options.whole_numbers("--steps-curve", steps_curve, "1,2,5,10,25")
     if steps and report_ is None:

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from cdiff.runtime.paper import PaperRow
+    from cdiff.runtime.scoring.paper import PaperRow
 
 MODEL_SCORES = (
     ("soft Dice, five thresholds", "soft_dice_5"),
@@ -46,7 +46,7 @@ def score_tables(report: Mapping[str, Any]) -> RenderableType:
 
 def paper_tables(report: Mapping[str, Any], beside: Iterable[PaperRow]) -> RenderableType:
     """Tables 1 to 3 of Amit et al. 2023 for the data at hand beside other numbers, and what to know of them."""
-    from cdiff.runtime.paper import TITLES, paper_notes, paper_rows
+    from cdiff.runtime.scoring.paper import TITLES, paper_notes, paper_rows
 
     rows = paper_rows(report, beside)
     sources = list(dict.fromkeys(row.source for row in rows))

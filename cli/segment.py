@@ -13,9 +13,9 @@ from cdiff.cli.console import SOME_FAILED, Meter, fail, say, warn
 from cdiff.runtime.errors import CdiffError
 
 if TYPE_CHECKING:
-    from cdiff.runtime.inputs import NamedScan
     from cdiff.runtime.prepared import Prepared
     from cdiff.runtime.results import Result
+    from cdiff.runtime.scans.inputs import NamedScan
 
 
 @options.spread
@@ -115,11 +115,11 @@ def segment(
     cdiff segment dicom_folder --series 4 --at L30,P20,S50 --dicom-seg
     """
     from cdiff.runtime.dicom_seg import must_allow_dicom_seg
-    from cdiff.runtime.drawing import must_draw
     from cdiff.runtime.files import must_take_files
-    from cdiff.runtime.inputs import must_exist, scans_named
     from cdiff.runtime.overlap import overlapped
+    from cdiff.runtime.pictures.drawing import must_draw
     from cdiff.runtime.results import must_be_free
+    from cdiff.runtime.scans.inputs import must_exist, scans_named
 
     paths = [must_exist(path) for path in _named(named or [], input_)]
     must_take_files(output)

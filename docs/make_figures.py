@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 import cdiff
-from cdiff.runtime.cases import Case, read_case
-from cdiff.runtime.preview import reader_figure
+from cdiff.runtime.data.cases import Case, read_case
+from cdiff.runtime.pictures.preview import reader_figure
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "cdiff" / "demo"

@@ -11,7 +11,7 @@ from typing import Any
 
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.manifest import ONE_ZOOM, Manifest
-from cdiff.runtime.schedule import NoiseSchedule
+from cdiff.runtime.sampling.schedule import NoiseSchedule
 from cdiff.train.config import Config
 from cdiff.train.presets import PRESETS
 

@@ -26,9 +26,9 @@ from cdiff.runtime.engines.base import Float32
 from cdiff.runtime.engines.registry import available_engines
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.manifest import CARD, DENOISER, ENCODER, ONE_ZOOM, WEIGHTS, Manifest
-from cdiff.runtime.mirror import VIEWS
-from cdiff.runtime.sampler import kept_timesteps
-from cdiff.runtime.zoom import check_zooms
+from cdiff.runtime.sampling.mirror import VIEWS
+from cdiff.runtime.sampling.sampler import kept_timesteps
+from cdiff.runtime.sampling.zoom import check_zooms
 from cdiff.train.checkpoint import ORIGIN, LoadedRun, load_run
 
 Progress = Callable[[int, int], None]

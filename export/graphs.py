@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.manifest import DENOISER, ENCODER
-from cdiff.runtime.schedule import NoiseSchedule
+from cdiff.runtime.sampling.schedule import NoiseSchedule
 from cdiff.train.network import Denoiser, Encoder
 from cdiff.train.sections import NetworkConfig
 

@@ -13,7 +13,7 @@ from cdiff.runtime.bundle import Bundle
 from cdiff.runtime.engines.base import Binding, Float32, HostBinding, Int64, Prediction
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.manifest import WEIGHTS
-from cdiff.runtime.schedule import NoiseSchedule
+from cdiff.runtime.sampling.schedule import NoiseSchedule
 from cdiff.train.config import Config
 from cdiff.train.network import ConsensusNet
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from cdiff.runtime.device.cuda import OutOfMemory
 from cdiff.runtime.engines.base import Float32, Int64, Prediction, Rows, features_not_finite
 from cdiff.runtime.errors import CdiffError, first_line
-from cdiff.runtime.noise import INITIAL
-from cdiff.runtime.sampler import SamplerTable
+from cdiff.runtime.sampling.noise import INITIAL
+from cdiff.runtime.sampling.sampler import SamplerTable
 
 if TYPE_CHECKING:
     from cdiff.export.torch_engine import TorchChainEngine

@@ -25,7 +25,7 @@ from cdiff.runtime.bundle import Bundle
 from cdiff.runtime.device.gpu import parse_device
 from cdiff.runtime.engines.base import Float32, Int64, Prediction
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.schedule import NoiseSchedule
+from cdiff.runtime.sampling.schedule import NoiseSchedule
 from cdiff.train.network import ConsensusNet
 
 if TYPE_CHECKING:

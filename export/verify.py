@@ -11,15 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cdiff.export.reference import TorchEngine
-from cdiff.runtime.batching import segment_windows
 from cdiff.runtime.bundle import Bundle
 from cdiff.runtime.engines.base import Engine, Float32
 from cdiff.runtime.engines.registry import open_engine
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.framing import Framing
-from cdiff.runtime.noise import normal
-from cdiff.runtime.sampler import sampler_table
-from cdiff.runtime.schedule import NoiseSchedule
+from cdiff.runtime.sampling.batching import segment_windows
+from cdiff.runtime.sampling.framing import Framing
+from cdiff.runtime.sampling.noise import normal
+from cdiff.runtime.sampling.sampler import sampler_table
+from cdiff.runtime.sampling.schedule import NoiseSchedule
 
 BOUNDS: dict[str, dict[str, float]] = {
     "float32": {"encoder": 1e-4, "denoiser": 1e-3, "maps": 1e-4},

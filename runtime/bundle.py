@@ -12,7 +12,7 @@ from cdiff.runtime import manifest as names
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import atomic_folder, sha256, write_json
 from cdiff.runtime.manifest import FileEntry, Manifest
-from cdiff.runtime.sources import is_there
+from cdiff.runtime.scans.sources import is_there
 
 ENGINES = "engines"
 """Folder of the cache of built engines inside a bundle; not listed in the manifest, its entries carry their own keys."""

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cdiff import __version__
-from cdiff.runtime.dicom_planes import lps_of, planes_of, taken_from
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.shapes import one_line
-from cdiff.runtime.sources import optional
+from cdiff.runtime.scans.dicom_planes import lps_of, planes_of, taken_from
+from cdiff.runtime.scans.sources import optional
+from cdiff.runtime.words import one_line
 
 if TYPE_CHECKING:
-    from cdiff.runtime.grid import Grid
     from cdiff.runtime.results import Result
-    from cdiff.runtime.scan import Scan
+    from cdiff.runtime.scans.grid import Grid
+    from cdiff.runtime.scans.scan import Scan
 
 SCHEME = "99CDIFF"
 """Of codes that are no standard's; DICOM has private schemes begin with 99 (PS3.16, section 8)."""

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, NoReturn, TypedDict, get_args
 
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.framing import FramingMode
-from cdiff.runtime.intensity import Intensity
-from cdiff.runtime.sampler import SAMPLERS
-from cdiff.runtime.schedule import NoiseSchedule
-from cdiff.runtime.shapes import by
+from cdiff.runtime.sampling.framing import FramingMode
+from cdiff.runtime.sampling.sampler import SAMPLERS
+from cdiff.runtime.sampling.schedule import NoiseSchedule
+from cdiff.runtime.scans.intensity import Intensity
 from cdiff.runtime.variants import VARIANTS, Variant
+from cdiff.runtime.words import by
 
 FORMAT_VERSION = 1
 NAME = "manifest.json"

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from cdiff.runtime.grid import Grid
+from cdiff.runtime.scans.grid import Grid
 
 BLOCK = 2**20
 """Bytes that are deflated for themselves."""

@@ -6,15 +6,15 @@ import os
 import time
 from dataclasses import dataclass, replace
 
-from cdiff.runtime.case import must_be_in_order
+from cdiff.runtime.data.case import must_be_in_order
+from cdiff.runtime.data.oddities import better_axis
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.framing import Box, Framing, Windows
 from cdiff.runtime.manifest import Manifest
-from cdiff.runtime.oddities import better_axis
-from cdiff.runtime.place import At, Place, find_place, must_take_a_place
 from cdiff.runtime.results import Float32
-from cdiff.runtime.scan import Scan, ScanInput, parse_slices, read_scan
-from cdiff.runtime.shapes import by
+from cdiff.runtime.sampling.framing import Box, Framing, Windows
+from cdiff.runtime.scans.place import At, Place, find_place, must_take_a_place
+from cdiff.runtime.scans.scan import Scan, ScanInput, parse_slices, read_scan
+from cdiff.runtime.words import by
 
 Slices = str | slice | tuple[int, int] | range | None
 MUCH_LARGER = 1.25

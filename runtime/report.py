@@ -13,9 +13,9 @@ import numpy as np
 from cdiff import __version__
 
 if TYPE_CHECKING:
-    from cdiff.runtime.grid import Grid
     from cdiff.runtime.results import Float32, Stack
-    from cdiff.runtime.scan import Scan
+    from cdiff.runtime.scans.grid import Grid
+    from cdiff.runtime.scans.scan import Scan
     from cdiff.runtime.variants import Variant
 
 NOTICE = "Research use only. Not a medical device."

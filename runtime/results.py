@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import PART, dump_json, sha256, staged
-from cdiff.runtime.framing import Box
-from cdiff.runtime.grid import Grid
 from cdiff.runtime.map_file import write_map
+from cdiff.runtime.sampling.framing import Box
+from cdiff.runtime.scans.grid import Grid
 from cdiff.runtime.variants import CONSENSUS, Variant
 
 Float32 = NDArray[np.float32]
@@ -150,12 +150,12 @@ class Result:
             for part, (attribute, intent) in zip(parts.values(), kinds.values(), strict=True):
                 write_map(part, self.grid, self.slices, getattr(self.stack, attribute), intent)
             if preview:
-                from cdiff.runtime.preview import write_preview
+                from cdiff.runtime.pictures.preview import write_preview
 
                 parts[f"{name}_preview.png"] = stage(f"{name}_preview.png")
                 write_preview(self, parts[f"{name}_preview.png"], name)
             if page:
-                from cdiff.runtime.page import write_page
+                from cdiff.runtime.pictures.page import write_page
 
                 parts[f"{name}_page.html"] = stage(f"{name}_page.html")
                 write_page(self, parts[f"{name}_page.html"], name)

@@ -12,7 +12,6 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from cdiff.runtime.batching import Progress, Timings, most_rows_of, rows_per_batch
 from cdiff.runtime.bundle import Bundle, open_bundle
 from cdiff.runtime.device.cuda import OutOfMemory
 from cdiff.runtime.device.gpu import parse_device
@@ -21,20 +20,21 @@ from cdiff.runtime.engines.registry import open_engine
 from cdiff.runtime.engines.trt import BuildEngines
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import sha256
-from cdiff.runtime.framing import Windows
 from cdiff.runtime.manifest import NAME as MANIFEST
 from cdiff.runtime.manifest import ONE_ZOOM, Manifest
 from cdiff.runtime.overlap import Outcome, overlapped
-from cdiff.runtime.place import At
 from cdiff.runtime.prepared import Clock, Prepared, Slices, missed, notes, prepare
 from cdiff.runtime.report import build_report, describe_input, meaning, volumes
 from cdiff.runtime.results import Result, Stack
-from cdiff.runtime.sampler import SamplerTable, sampler_table
-from cdiff.runtime.scan import Scan, ScanInput
+from cdiff.runtime.sampling.batching import Progress, Timings, most_rows_of, rows_per_batch
+from cdiff.runtime.sampling.framing import Windows
+from cdiff.runtime.sampling.sampler import SamplerTable, sampler_table
+from cdiff.runtime.sampling.sums import SliceResult
+from cdiff.runtime.sampling.zoom import check_zooms, numbered, shared_out, together
+from cdiff.runtime.scans.place import At
+from cdiff.runtime.scans.scan import Scan, ScanInput
 from cdiff.runtime.sharing import segment_shared
-from cdiff.runtime.sums import SliceResult
 from cdiff.runtime.variants import Variant
-from cdiff.runtime.zoom import check_zooms, numbered, shared_out, together
 
 LOG = logging.getLogger("cdiff")
 Combine = Literal["mean", "vote"]

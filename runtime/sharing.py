@@ -8,11 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
-from cdiff.runtime.batching import Progress, Timings, segment_windows
 from cdiff.runtime.engines.base import Engine
-from cdiff.runtime.framing import Windows
-from cdiff.runtime.sampler import SamplerTable
-from cdiff.runtime.sums import SliceResult
+from cdiff.runtime.sampling.batching import Progress, Timings, segment_windows
+from cdiff.runtime.sampling.framing import Windows
+from cdiff.runtime.sampling.sampler import SamplerTable
+from cdiff.runtime.sampling.sums import SliceResult
 
 
 def segment_shared(

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.metrics import at_least
+from cdiff.runtime.scoring.metrics import at_least
 
 Float32 = NDArray[np.float32]
 Masks = NDArray[np.bool_]

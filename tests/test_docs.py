@@ -15,8 +15,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from cdiff.runtime.metrics import bootstrap_over_cases
-from cdiff.runtime.summary import group_names
+from cdiff.runtime.scoring.metrics import bootstrap_over_cases
+from cdiff.runtime.scoring.summary import group_names
 from tests.conftest import REPOSITORY
 
 PAGES = sorted([REPOSITORY / "README.md", REPOSITORY / "cdiff/demo/README.md", *(REPOSITORY / "docs").glob("*.md")])

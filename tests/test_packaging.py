@@ -105,8 +105,8 @@ def test_python_started_in_the_clone_finds_every_package() -> None:
     program = (
         "import sys\n"
         "sys.meta_path[:] = [finder for finder in sys.meta_path if 'Editable' not in getattr(finder, '__name__', '')]\n"
-        "import cdiff.runtime.schedule, cdiff.cli\n"
-        "print(cdiff.runtime.schedule.__file__)\n"
+        "import cdiff.runtime.sampling.schedule, cdiff.cli\n"
+        "print(cdiff.runtime.sampling.schedule.__file__)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from cdiff.runtime.errors import CdiffError, first_line
 from cdiff.runtime.files import atomic_folder, write_json
-from cdiff.runtime.intensity import Intensity
-from cdiff.runtime.schedule import NoiseSchedule
+from cdiff.runtime.sampling.schedule import NoiseSchedule
+from cdiff.runtime.scans.intensity import Intensity
 from cdiff.train.config import Config
 from cdiff.train.network import ConsensusNet
 

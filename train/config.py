@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.schedule import NoiseSchedule
+from cdiff.runtime.sampling.schedule import NoiseSchedule
 from cdiff.runtime.variants import ANNOTATOR, IMPLICIT_ENSEMBLE
 from cdiff.train.sections import DataConfig, DiffusionConfig, NetworkConfig, TrainingConfig, check_size
 

@@ -12,14 +12,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cdiff.runtime import partition
-from cdiff.runtime.case import natural
-from cdiff.runtime.cases import Case, DataSet, find_cases, read_case
+from cdiff.runtime.data import partition
+from cdiff.runtime.data.case import natural
+from cdiff.runtime.data.cases import Case, DataSet, find_cases, read_case
+from cdiff.runtime.data.oddities import Oddities
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.framing import resize
-from cdiff.runtime.oddities import Oddities
-from cdiff.runtime.shapes import several
+from cdiff.runtime.sampling.framing import resize
 from cdiff.runtime.variants import ANNOTATOR, variant_called
+from cdiff.runtime.words import several
 from cdiff.train.augment import Window, cut, random_window, recoloured
 from cdiff.train.config import Config
 from cdiff.train.seen import Seen

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.framing import FramingMode
-from cdiff.runtime.intensity import Intensity
 from cdiff.runtime.manifest import LONGEST_SIDE, TARGETS, VARIANCES
+from cdiff.runtime.sampling.framing import FramingMode
+from cdiff.runtime.scans.intensity import Intensity
 from cdiff.runtime.variants import IMPLICIT_ENSEMBLE, variant_called
 from cdiff.train.ranges import PUBLISHED, Ranges
 

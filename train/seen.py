@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cdiff.runtime.case import listed
+from cdiff.runtime.data.case import listed
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import write_json
-from cdiff.runtime.shapes import several
+from cdiff.runtime.words import several
 from cdiff.train.checkpoint import read_json
 
 NAME = "data.json"

@@ -7,8 +7,8 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from cdiff.runtime.metrics import FIVE, soft_dice
-from cdiff.runtime.sampler import sampler_table
+from cdiff.runtime.sampling.sampler import sampler_table
+from cdiff.runtime.scoring.metrics import FIVE, soft_dice
 from cdiff.runtime.variants import CONSENSUS
 from cdiff.train.data import Batch
 from cdiff.train.diffusion import Diffusion

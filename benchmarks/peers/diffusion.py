@@ -12,10 +12,10 @@ from rich.console import Console
 from cdiff.benchmarks.peers.training import Budget
 from cdiff.export.exporter import export_run
 from cdiff.runtime.bundle import Bundle, open_bundle
-from cdiff.runtime.cases import Case
+from cdiff.runtime.data.cases import Case
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.evaluate import Protocol, evaluate
 from cdiff.runtime.manifest import NAME as MANIFEST
+from cdiff.runtime.scoring.evaluate import Protocol, evaluate
 from cdiff.runtime.segmenter import Segmenter
 from cdiff.runtime.variants import VARIANTS
 from cdiff.train import pace

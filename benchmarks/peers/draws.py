@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from cdiff.benchmarks.peers.unets import UNetPeer
-from cdiff.runtime.mirror import VIEWS, view_of
+from cdiff.runtime.sampling.mirror import VIEWS, view_of
 
 Float32 = NDArray[np.float32]
 

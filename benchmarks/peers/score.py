@@ -19,17 +19,17 @@ from cdiff.benchmarks.peers.draws import Float32, draw_runs, mixed
 from cdiff.benchmarks.peers.slices import INTENSITY
 from cdiff.benchmarks.peers.training import SAY_EVERY, SUMMARY, read_state
 from cdiff.benchmarks.peers.unets import UNETS, UNetPeer
-from cdiff.runtime.cases import Case, find_cases, read_masks
+from cdiff.runtime.data.cases import Case, find_cases, read_masks
 from cdiff.runtime.engines.registry import open_engine
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.evaluate import FORMAT, Protocol, case_sha256, choose_split, evaluate
 from cdiff.runtime.files import sha256, write_json
-from cdiff.runtime.journal import Journal, fingerprint
 from cdiff.runtime.results import Stack
-from cdiff.runtime.scan import read_scan
-from cdiff.runtime.scores import CaseTally
+from cdiff.runtime.scans.scan import read_scan
+from cdiff.runtime.scoring.evaluate import FORMAT, Protocol, case_sha256, choose_split, evaluate
+from cdiff.runtime.scoring.journal import Journal, fingerprint
+from cdiff.runtime.scoring.scores import CaseTally
+from cdiff.runtime.scoring.summary import ROW_KEYS, Row, summarise
 from cdiff.runtime.segmenter import Segmenter
-from cdiff.runtime.summary import ROW_KEYS, Row, summarise
 from cdiff.runtime.variants import VARIANTS, Variant
 from cdiff.train.checkpoint import load_weights, read_json, read_tensors
 from cdiff.train.machine import describe_machine

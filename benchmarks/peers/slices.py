@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from cdiff.runtime.cases import find_cases, read_case
+from cdiff.runtime.data.cases import find_cases, read_case
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.intensity import Intensity
+from cdiff.runtime.scans.intensity import Intensity
 
 INTENSITY = Intensity("slice", 0.5, 99.5)
 """The diffusion presets' own."""

@@ -26,7 +26,7 @@ from cdiff.benchmarks.peers.slices import Slices, augmented_batch, read_slices
 from cdiff.benchmarks.peers.unets import UNetPeer
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import atomic_path, make_folder, write_json
-from cdiff.runtime.metrics import FIVE, soft_dice
+from cdiff.runtime.scoring.metrics import FIVE, soft_dice
 from cdiff.train.checkpoint import load_weights
 from cdiff.train.interrupt import Interrupt
 from cdiff.train.log import begin_log

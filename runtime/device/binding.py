@@ -17,7 +17,7 @@ from cdiff.runtime.device.gpu import Gpu
 from cdiff.runtime.device.pending import DeviceSums, check_features, check_state
 from cdiff.runtime.device.spec import Arena, Connector, GraphSpec
 from cdiff.runtime.engines.base import Float32, Int64, Pending, Prediction, Rows, SumLayout
-from cdiff.runtime.sampler import SamplerTable
+from cdiff.runtime.sampling.sampler import SamplerTable
 
 IMAGES = 16
 """Most windows in pinned memory on their way to the encoder."""

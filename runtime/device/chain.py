@@ -21,7 +21,7 @@ from cdiff.runtime.device.layout import GOOD, STATE, STEP, BatchBlock, step_tabl
 from cdiff.runtime.device.spec import Arena, Tensor
 from cdiff.runtime.engines.base import Rows
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.sampler import SamplerTable
+from cdiff.runtime.sampling.sampler import SamplerTable
 
 LOG = logging.getLogger("cdiff")
 WARM_UPS = 2

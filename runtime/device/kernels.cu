@@ -1,4 +1,4 @@
-// The chain's arithmetic on the GPU: the noise of runtime/noise.py, the update of runtime/chain.py, the sums of runtime/sums.py.
+// The chain's arithmetic on the GPU: the noise of runtime/sampling/noise.py, the update of runtime/sampling/chain.py, the sums of runtime/sampling/sums.py.
 //
 // Compiled by NVRTC, so nothing is included. -fmad=false: every product and sum is rounded on its own, as in the NumPy form.
 // The structs are those of runtime/device/layout.py, field by field. No thread waits for another, so a plain loop over all

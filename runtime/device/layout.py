@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cdiff.runtime.engines.base import Rows
-from cdiff.runtime.sampler import SamplerTable
+from cdiff.runtime.sampling.sampler import SamplerTable
 
 JOB = np.dtype(
     [("seed", "<u8"), ("canvas_width", "<i4"), ("valid", "<i4"), ("steps", "<i4"), ("multistep", "<i4")], align=True

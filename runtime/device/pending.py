@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cdiff.runtime.chain import not_finite
 from cdiff.runtime.device.gpu import Buffer, Gpu
 from cdiff.runtime.device.layout import GOOD, STATE, place_of_bad
 from cdiff.runtime.engines.base import Rows, SumLayout, WindowSums, features_not_finite
-from cdiff.runtime.sampler import SamplerTable
+from cdiff.runtime.sampling.chain import not_finite
+from cdiff.runtime.sampling.sampler import SamplerTable
 
 POLL = 5e-4
 """Seconds between two looks at an event. Python's own sleep lets Ctrl-C through, which a wait inside the driver does not."""

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from cdiff.runtime.errors import CdiffError
 
 if TYPE_CHECKING:
-    from cdiff.runtime.sampler import SamplerTable
+    from cdiff.runtime.sampling.sampler import SamplerTable
 
 Float32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]

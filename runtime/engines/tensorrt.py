@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from cdiff.runtime.batching import most_rows
 from cdiff.runtime.bundle import Bundle
 from cdiff.runtime.device.cuda import OutOfMemory
 from cdiff.runtime.device.gpu import Buffer
@@ -33,6 +32,7 @@ from cdiff.runtime.engines.trt import (
     profile_for,
 )
 from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.sampling.batching import most_rows
 
 LOG = logging.getLogger("cdiff")
 RUNS = 25

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from cdiff.runtime.batching import most_rows
 from cdiff.runtime.bundle import Bundle
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import sha256
 from cdiff.runtime.manifest import DENOISER, ENCODER, Manifest
-from cdiff.runtime.mirror import VIEWS
-from cdiff.runtime.shapes import one_line
+from cdiff.runtime.sampling.batching import most_rows
+from cdiff.runtime.sampling.mirror import VIEWS
+from cdiff.runtime.words import one_line
 
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
 Graph = Literal["encoder", "denoiser"]

@@ -19,15 +19,15 @@ from cdiff.benchmarks.benchmark import Worker, benchmark, versions
 from cdiff.benchmarks.floor import count_flop
 from cdiff.benchmarks.plain_loop import Row, plain_loop
 from cdiff.export.reference import TorchEngine, load_network
-from cdiff.runtime.batching import segment_windows
 from cdiff.runtime.bundle import open_bundle
-from cdiff.runtime.chain import Timings
 from cdiff.runtime.engines.registry import open_engine
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.framing import Framing
-from cdiff.runtime.noise import normal
-from cdiff.runtime.sampler import sampler_table
-from cdiff.runtime.schedule import NoiseSchedule
+from cdiff.runtime.sampling.batching import segment_windows
+from cdiff.runtime.sampling.chain import Timings
+from cdiff.runtime.sampling.framing import Framing
+from cdiff.runtime.sampling.noise import normal
+from cdiff.runtime.sampling.sampler import sampler_table
+from cdiff.runtime.sampling.schedule import NoiseSchedule
 from cdiff.train.diffusion import Diffusion
 from cdiff.train.network import ConsensusNet
 from cdiff.train.presets import preset

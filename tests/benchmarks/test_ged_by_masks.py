@@ -11,9 +11,9 @@ import pytest
 
 import cdiff
 from cdiff.benchmarks.ged_by_masks import PROTOCOL, main, readings
-from cdiff.runtime.cases import Case, read_case
-from cdiff.runtime.metrics import ged
+from cdiff.runtime.data.cases import Case, read_case
 from cdiff.runtime.results import Stack
+from cdiff.runtime.scoring.metrics import ged
 from tests.conftest import REPOSITORY
 
 DEMO = REPOSITORY / "cdiff" / "demo"

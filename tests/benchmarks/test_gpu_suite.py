@@ -26,7 +26,7 @@ from cdiff.benchmarks.gpu_subjects import PAPER, demo_slices, shipped_config, su
 from cdiff.benchmarks.gpu_suite import Check, Suite, chosen, in_a_process, main, plan
 from cdiff.runtime.bundle import open_bundle, shipped_bundle
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.scan import read_scan
+from cdiff.runtime.scans.scan import read_scan
 from tests.benchmarks.tiny import CPU
 from tests.conftest import REPOSITORY
 

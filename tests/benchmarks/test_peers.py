@@ -23,8 +23,8 @@ from cdiff.benchmarks.peers.unets import (
     soft_loss,
 )
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.metrics import FIVE, soft_dice
-from cdiff.runtime.mirror import view_of
+from cdiff.runtime.sampling.mirror import view_of
+from cdiff.runtime.scoring.metrics import FIVE, soft_dice
 from cdiff.train import targets
 
 

@@ -15,9 +15,9 @@ from cdiff.benchmarks.peers import diffusion
 from cdiff.benchmarks.peers.__main__ import main
 from cdiff.benchmarks.peers.diffusion import DIFFUSION, configuration
 from cdiff.benchmarks.peers.training import Budget
-from cdiff.runtime.cases import Case
+from cdiff.runtime.data.cases import Case
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.evaluate import Protocol, evaluate
+from cdiff.runtime.scoring.evaluate import Protocol, evaluate
 from cdiff.runtime.segmenter import Segmenter
 from cdiff.train.learner import Learner
 from cdiff.train.presets import PRESETS, preset
@@ -126,7 +126,7 @@ def test_from_training_to_scores(
 
     assert main([*score, "--json", f"{tmp_path / 'scores.json'}"]) == 0
     found = json.loads((tmp_path / "scores.json").read_text())["peers"]["no-annotator"]
-    from cdiff.runtime.cases import find_cases
+    from cdiff.runtime.data.cases import find_cases
 
     cases, segmenter = find_cases(data), Segmenter.open(run / "bundle")
     tried = found["training"]["steps_on_validation"]

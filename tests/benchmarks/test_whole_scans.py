@@ -12,7 +12,7 @@ import SimpleITK as sitk
 
 import cdiff
 from cdiff.benchmarks.whole_scans import main, place_in
-from cdiff.runtime.metrics import dice
+from cdiff.runtime.scoring.metrics import dice
 from tests.conftest import REPOSITORY
 
 DEMO = REPOSITORY / "cdiff" / "demo"

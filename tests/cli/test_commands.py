@@ -155,7 +155,7 @@ def test_evaluate_prints_and_writes_the_scores(tiny_data: Path, tiny_bundle: Pat
 
 def test_evaluate_agrees_with_the_files_that_segment_writes(tiny_data: Path, tiny_bundle: Path, tmp_path: Path) -> None:
     """The same seed and options: the score is that of the map on disk."""
-    from cdiff.runtime.metrics import soft_dice
+    from cdiff.runtime.scoring.metrics import soft_dice
 
     case = tiny_data / "Validation/case01"
     run("segment", case, "-o", tmp_path, "--model", tiny_bundle, *SHORT, "--no-preview", "-q")

@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 
 from cdiff.cli.app import app
 from cdiff.export.reference import TorchEngine
-from cdiff.runtime.batching import segment_windows
-from cdiff.runtime.framing import Framing
-from cdiff.runtime.sampler import sampler_table
+from cdiff.runtime.sampling.batching import segment_windows
+from cdiff.runtime.sampling.framing import Framing
+from cdiff.runtime.sampling.sampler import sampler_table
 from cdiff.train.checkpoint import load_run, read_config
 from tests.synthetic import write_synthetic_dataset
 from tests.train.published import Recorded, recorded

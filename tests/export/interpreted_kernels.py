@@ -18,11 +18,11 @@ from cdiff.export import torch_kernels as kernels
 from cdiff.export.reference import TorchEngine
 from cdiff.export.torch_engine import Options, TorchChainEngine, half_precision
 from cdiff.export.torch_fused import FusedDenoiser
-from cdiff.runtime.batching import segment_windows
-from cdiff.runtime.framing import Framing
-from cdiff.runtime.noise import normal
-from cdiff.runtime.sampler import sampler_table
-from cdiff.runtime.schedule import NoiseSchedule
+from cdiff.runtime.sampling.batching import segment_windows
+from cdiff.runtime.sampling.framing import Framing
+from cdiff.runtime.sampling.noise import normal
+from cdiff.runtime.sampling.sampler import sampler_table
+from cdiff.runtime.sampling.schedule import NoiseSchedule
 from tests.export.networks import BASE, random_network
 
 LAST = torch.channels_last

@@ -18,7 +18,7 @@ from cdiff.export.reference import TorchEngine
 from cdiff.export.verify import BOUNDS, verify
 from cdiff.runtime.bundle import Bundle, open_bundle
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.schedule import NoiseSchedule
+from cdiff.runtime.sampling.schedule import NoiseSchedule
 from cdiff.train.config import Config
 from cdiff.train.sections import DataConfig
 from tests.export.networks import BASE, random_network, random_run

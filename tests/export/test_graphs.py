@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from cdiff.export.graphs import DenoiserGraph, EncoderGraph, write_denoiser, write_encoder, x0_coefficients
-from cdiff.runtime.schedule import NoiseSchedule
+from cdiff.runtime.sampling.schedule import NoiseSchedule
 from cdiff.train.diffusion import Diffusion
 from cdiff.train.network import ConsensusNet
 from cdiff.train.sections import NetworkConfig

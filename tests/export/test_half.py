@@ -15,7 +15,7 @@ import torch
 from cdiff.export.graphs import DenoiserGraph, EncoderGraph, write_denoiser, write_encoder
 from cdiff.export.half import check_half, half_network, half_share
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.schedule import NoiseSchedule
+from cdiff.runtime.sampling.schedule import NoiseSchedule
 from cdiff.train.network import ConsensusNet
 from tests.export.networks import BASE, random_network
 from tests.export.test_graphs import inputs

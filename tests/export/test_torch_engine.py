@@ -15,14 +15,14 @@ import cdiff
 from cdiff.export.reference import TorchEngine
 from cdiff.export.torch_engine import Options, TorchChainEngine
 from cdiff.export.torch_noise import normals, words
-from cdiff.runtime.batching import segment_windows
 from cdiff.runtime.device.cuda import OutOfMemory
 from cdiff.runtime.engines.base import ChainBinding, Engine
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.framing import Framing, Windows
-from cdiff.runtime.noise import normal
-from cdiff.runtime.sampler import sampler_table
-from cdiff.runtime.schedule import NoiseSchedule
+from cdiff.runtime.sampling.batching import segment_windows
+from cdiff.runtime.sampling.framing import Framing, Windows
+from cdiff.runtime.sampling.noise import normal
+from cdiff.runtime.sampling.sampler import sampler_table
+from cdiff.runtime.sampling.schedule import NoiseSchedule
 from cdiff.train.sections import NetworkConfig
 from tests.export.networks import BASE, random_network
 

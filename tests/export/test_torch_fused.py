@@ -18,7 +18,7 @@ from torch import Tensor
 from cdiff.export import torch_engine
 from cdiff.export.torch_engine import Options, TorchChainEngine
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.schedule import NoiseSchedule
+from cdiff.runtime.sampling.schedule import NoiseSchedule
 from cdiff.train.sections import NetworkConfig
 from tests.export.networks import BASE, random_network
 

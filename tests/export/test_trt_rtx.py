@@ -28,7 +28,7 @@ from cdiff.runtime.bundle import Bundle, open_bundle, shipped_bundle, write_bund
 from cdiff.runtime.engines.trt import LAYERS, RECORD, RTX_CAPABILITIES, Gpu, Profile, open_or_build, profile_for
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.manifest import Manifest
-from cdiff.runtime.schedule import NoiseSchedule
+from cdiff.runtime.sampling.schedule import NoiseSchedule
 from cdiff.train.config import Config
 from cdiff.train.network import ConsensusNet
 from cdiff.train.presets import preset

@@ -9,11 +9,11 @@ from typing import Any, cast
 
 import numpy as np
 
-from cdiff.runtime.cases import Case, read_case
-from cdiff.runtime.evaluate import Protocol, evaluate
+from cdiff.runtime.data.cases import Case, read_case
 from cdiff.runtime.results import Stack
-from cdiff.runtime.scan import Scan
-from cdiff.runtime.scores import true_levels
+from cdiff.runtime.scans.scan import Scan
+from cdiff.runtime.scoring.evaluate import Protocol, evaluate
+from cdiff.runtime.scoring.scores import true_levels
 from cdiff.runtime.segmenter import Segmenter
 
 

@@ -13,9 +13,9 @@ import pytest
 
 from cdiff.runtime.dicom_seg import must_allow_dicom_seg, write_dicom_seg
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.inputs import scans_at
 from cdiff.runtime.results import Result, Stack
-from cdiff.runtime.scan import read_scan
+from cdiff.runtime.scans.inputs import scans_at
+from cdiff.runtime.scans.scan import read_scan
 from cdiff.runtime.segmenter import Segmenter
 from tests.runtime.dicom_files import moved, orthogonal, upright, write_multiframe, write_series
 from tests.runtime.test_segmenter import QUICK, make_bundle

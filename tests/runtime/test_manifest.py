@@ -10,9 +10,9 @@ import pytest
 
 from cdiff.runtime.bundle import shipped_bundle
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.intensity import Intensity
 from cdiff.runtime.manifest import Manifest
-from cdiff.runtime.schedule import NoiseSchedule
+from cdiff.runtime.sampling.schedule import NoiseSchedule
+from cdiff.runtime.scans.intensity import Intensity
 
 
 def example(**changes: Any) -> Manifest:

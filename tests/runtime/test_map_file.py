@@ -15,8 +15,8 @@ import pytest
 from numpy.typing import NDArray
 
 from cdiff.runtime import map_file
-from cdiff.runtime.grid import Grid
 from cdiff.runtime.map_file import BLOCK, write_gzip, write_map
+from cdiff.runtime.scans.grid import Grid
 
 RNG = np.random.default_rng(0)
 

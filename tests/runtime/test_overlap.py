@@ -15,7 +15,7 @@ from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.overlap import Outcome, overlapped
 from cdiff.runtime.prepared import Prepared
 from cdiff.runtime.results import Result
-from cdiff.runtime.scan import read_scan
+from cdiff.runtime.scans.scan import read_scan
 from cdiff.runtime.segmenter import Segmenter
 from tests.runtime.test_segmenter import QUICK, SIZE, C, make_bundle, saved, volume
 

@@ -18,7 +18,7 @@ from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import sha256
 from cdiff.runtime.report import build_report, volumes
 from cdiff.runtime.results import Result, Stack, entropy
-from cdiff.runtime.scan import read_scan
+from cdiff.runtime.scans.scan import read_scan
 
 ROOT = Path(__file__).resolve().parents[2]
 C = 3

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 
 import cdiff
-from cdiff.runtime.batching import segment_windows
 from cdiff.runtime.bundle import open_bundle, write_bundle
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.framing import Framing
-from cdiff.runtime.intensity import Intensity
 from cdiff.runtime.manifest import Manifest
-from cdiff.runtime.sampler import sampler_table
-from cdiff.runtime.schedule import NoiseSchedule
+from cdiff.runtime.sampling.batching import segment_windows
+from cdiff.runtime.sampling.framing import Framing
+from cdiff.runtime.sampling.sampler import sampler_table
+from cdiff.runtime.sampling.schedule import NoiseSchedule
+from cdiff.runtime.scans.intensity import Intensity
 from cdiff.runtime.segmenter import Segmenter
 from tests.runtime.graphs import write_pair
 from tests.runtime.test_manifest import example

@@ -9,17 +9,17 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from cdiff.runtime import batching
 from cdiff.runtime import segmenter as loop
-from cdiff.runtime.batching import Timings
 from cdiff.runtime.bundle import Bundle, open_bundle
 from cdiff.runtime.device.cuda import OutOfMemory
 from cdiff.runtime.engines.base import Binding
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.sampler import sampler_table
+from cdiff.runtime.sampling import batching
+from cdiff.runtime.sampling.batching import Timings
+from cdiff.runtime.sampling.sampler import sampler_table
 from cdiff.runtime.segmenter import Segmenter
 from cdiff.runtime.sharing import segment_shared
-from tests.runtime.test_batching import SCHEDULE, SIZE, BrokenEngine, C, FakeEngine, R, framed, run, scan
+from tests.runtime.sampling.test_batching import SCHEDULE, SIZE, BrokenEngine, C, FakeEngine, R, framed, run, scan
 from tests.runtime.test_segmenter import make_bundle
 
 

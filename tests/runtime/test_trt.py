@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from cdiff.runtime.batching import most_rows, rows_per_batch
 from cdiff.runtime.bundle import Bundle, write_bundle
 from cdiff.runtime.engines.trt import (
     NO_HOME,
@@ -32,7 +31,8 @@ from cdiff.runtime.engines.trt import (
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import sha256, write_json
 from cdiff.runtime.manifest import Manifest
-from cdiff.runtime.mirror import VIEWS
+from cdiff.runtime.sampling.batching import most_rows, rows_per_batch
+from cdiff.runtime.sampling.mirror import VIEWS
 from tests.runtime.test_manifest import example
 
 GPU = Gpu("NVIDIA RTX A6000", "8.6", 48 << 30)

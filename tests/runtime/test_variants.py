@@ -12,20 +12,20 @@ import pytest
 
 import cdiff
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.inputs import scans_at
-from cdiff.runtime.intensity import Intensity
 from cdiff.runtime.manifest import Manifest
-from cdiff.runtime.metrics import ged, soft_dice
-from cdiff.runtime.noise import INITIAL, normal
-from cdiff.runtime.preview import preview_figure
+from cdiff.runtime.pictures.preview import preview_figure
 from cdiff.runtime.results import Result, Stack, entropy
-from cdiff.runtime.sampler import sampler_table
-from cdiff.runtime.scan import read_scan
-from cdiff.runtime.scores import CaseTally
+from cdiff.runtime.sampling.noise import INITIAL, normal
+from cdiff.runtime.sampling.sampler import sampler_table
+from cdiff.runtime.scans.inputs import scans_at
+from cdiff.runtime.scans.intensity import Intensity
+from cdiff.runtime.scans.scan import read_scan
+from cdiff.runtime.scoring.metrics import ged, soft_dice
+from cdiff.runtime.scoring.scores import CaseTally
 from cdiff.runtime.variants import VARIANTS, variant_called
 from tests.runtime.graphs import write_pair
+from tests.runtime.pictures.test_preview import drawn_texts
 from tests.runtime.test_manifest import example
-from tests.runtime.test_preview import drawn_texts
 from tests.runtime.test_segmenter import SIZE, T, make_bundle
 
 C, R = 3, 4

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from cdiff.runtime.cases import find_cases
+from cdiff.runtime.data.cases import find_cases
+from cdiff.runtime.data.partition import held_out_of
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.partition import held_out_of
 from cdiff.train.config import Config
 from cdiff.train.data import centre_windows, fit_to_data, read_data, training_batch
 from cdiff.train.presets import preset

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from cdiff.runtime.schedule import NoiseSchedule
+from cdiff.runtime.sampling.schedule import NoiseSchedule
 from cdiff.train.diffusion import Diffusion
 
 SCHEDULE = NoiseSchedule(T=100)

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from cdiff.export.reference import TorchEngine
-from cdiff.runtime.batching import segment_windows
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.framing import Framing
-from cdiff.runtime.intensity import Intensity
-from cdiff.runtime.sampler import sampler_table
+from cdiff.runtime.sampling.batching import segment_windows
+from cdiff.runtime.sampling.framing import Framing
+from cdiff.runtime.sampling.sampler import sampler_table
+from cdiff.runtime.scans.intensity import Intensity
 from cdiff.train.checkpoint import load_run
 from cdiff.train.imported.importer import Imported, import_checkpoint
 from cdiff.train.imported.mapping import links

@@ -8,7 +8,7 @@ import nibabel as nib
 import numpy as np
 
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.intensity import Intensity
+from cdiff.runtime.scans.intensity import Intensity
 from cdiff.train.imported.options import IMPLICIT
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.intensity import Intensity
+from cdiff.runtime.scans.intensity import Intensity
 from cdiff.train.config import Config
 from cdiff.train.sections import DataConfig, DiffusionConfig, NetworkConfig, TrainingConfig
 

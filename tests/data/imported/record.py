@@ -28,7 +28,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
-from cdiff.runtime.noise import INITIAL, normal
+from cdiff.runtime.sampling.noise import INITIAL, normal
 from tests.train.published import CHAIN_SEED, FOLDER, inputs, weight
 
 STAND_INS = ("mpi4py", "visdom", "torchvision", "torchvision.utils", "blobfile", "matplotlib", "kornia", "git", "cv2")

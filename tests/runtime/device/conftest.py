@@ -14,7 +14,7 @@ from cdiff.runtime.engines import tensorrt
 from cdiff.runtime.engines.trt import EnginePair, Profile
 from tests.runtime.device import fake_tensorrt
 from tests.runtime.device.fake_cuda import World, install
-from tests.runtime.test_batching import SIZE, FakeEngine
+from tests.runtime.sampling.test_batching import SIZE, FakeEngine
 
 
 class Setup:

@@ -10,20 +10,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cdiff.runtime.batching import SliceResult, Timings, segment_windows
-from cdiff.runtime.chain import Chain
 from cdiff.runtime.device.chain import WARM_UPS
 from cdiff.runtime.device.cuda import OutOfMemory
 from cdiff.runtime.engines import tensorrt
 from cdiff.runtime.engines.base import ChainBinding, SumBinding, SumLayout
 from cdiff.runtime.engines.trt import EnginePair, Profile
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.framing import Framing
-from cdiff.runtime.noise import Noise
-from cdiff.runtime.sampler import SAMPLERS, sampler_table
+from cdiff.runtime.sampling.batching import SliceResult, Timings, segment_windows
+from cdiff.runtime.sampling.chain import Chain
+from cdiff.runtime.sampling.framing import Framing
+from cdiff.runtime.sampling.noise import Noise
+from cdiff.runtime.sampling.sampler import SAMPLERS, sampler_table
 from tests.runtime.device.fake_cuda import Function
 from tests.runtime.device.test_kernels import rows_of
-from tests.runtime.test_batching import SCHEDULE, SIZE, BrokenEngine, C, FakeEngine, R, framed, run, scan
+from tests.runtime.sampling.test_batching import SCHEDULE, SIZE, BrokenEngine, C, FakeEngine, R, framed, run, scan
 
 
 def same(got: list[SliceResult], want: list[SliceResult], atol: float = 2e-6) -> None:

@@ -15,8 +15,8 @@ from cdiff.runtime.engines.hostcode import TRUST, must_be_trusted, note_own
 from cdiff.runtime.engines.jit import JitFile
 from cdiff.runtime.engines.trt import user_cache
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.sampler import sampler_table
-from tests.runtime.test_batching import SCHEDULE, SIZE, FakeEngine, framed, run, scan
+from cdiff.runtime.sampling.sampler import sampler_table
+from tests.runtime.sampling.test_batching import SCHEDULE, SIZE, FakeEngine, framed, run, scan
 
 TABLE = sampler_table("ddpm", SCHEDULE, 3)
 

@@ -1,4 +1,4 @@
-"""The CUDA source run on the host: the noise is runtime/noise.py's, the update runtime/chain.py's, the sums runtime/sums.py's."""
+"""The CUDA source run on the host: the noise is runtime/sampling/noise.py's, the update runtime/sampling/chain.py's, the sums runtime/sampling/sums.py's."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cdiff.runtime.chain import Chain, Timings
 from cdiff.runtime.device.kernels import THREADS
 from cdiff.runtime.device.layout import GOOD, JOB, ROW, STATE, BatchBlock, place_of_bad, spans_of, step_table
 from cdiff.runtime.engines.base import Rows
-from cdiff.runtime.mirror import view_of
-from cdiff.runtime.noise import INITIAL, Noise, normal
-from cdiff.runtime.sampler import SAMPLERS, SamplerTable, sampler_table
-from cdiff.runtime.schedule import NoiseSchedule
+from cdiff.runtime.sampling.chain import Chain, Timings
+from cdiff.runtime.sampling.mirror import view_of
+from cdiff.runtime.sampling.noise import INITIAL, Noise, normal
+from cdiff.runtime.sampling.sampler import SAMPLERS, SamplerTable, sampler_table
+from cdiff.runtime.sampling.schedule import NoiseSchedule
 from tests.runtime.device.host_kernels import launch, philox
 
 SCHEDULE = NoiseSchedule(T=20, beta_end=1e-2)

@@ -15,11 +15,11 @@ from cdiff.runtime.device.kernels import Kernels
 from cdiff.runtime.device.layout import BatchBlock
 from cdiff.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from cdiff.runtime.engines.registry import engine_status
-from cdiff.runtime.noise import INITIAL, normal
-from cdiff.runtime.sampler import sampler_table
+from cdiff.runtime.sampling.noise import INITIAL, normal
+from cdiff.runtime.sampling.sampler import sampler_table
 from tests.runtime.device.test_kernels import rows_of, ulps
 from tests.runtime.graphs import write_pair
-from tests.runtime.test_batching import SCHEDULE, SIZE, C, framed, run, scan
+from tests.runtime.sampling.test_batching import SCHEDULE, SIZE, C, framed, run, scan
 
 pytestmark = pytest.mark.gpu
 

@@ -19,11 +19,11 @@ from cdiff.runtime.engines import onnxruntime_gpu
 from cdiff.runtime.engines.onnxruntime import OnnxRuntimeEngine, open_session
 from cdiff.runtime.engines.onnxruntime_gpu import OnnxRuntimeGpuEngine
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.sampler import sampler_table
+from cdiff.runtime.sampling.sampler import sampler_table
 from tests.runtime.device.fake_cuda import World, install
 from tests.runtime.device.fake_tensorrt import view
 from tests.runtime.graphs import write_pair
-from tests.runtime.test_batching import SCHEDULE, SIZE, C, framed, run, scan
+from tests.runtime.sampling.test_batching import SCHEDULE, SIZE, C, framed, run, scan
 
 
 class Bound:

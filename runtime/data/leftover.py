@@ -1,0 +1,55 @@
+"""What a walk over case folders passes over: nothing of a user's data is left out in silence."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cdiff.runtime.data.case import Entry, is_output, listed
+
+
+@dataclass
+class Leftover:
+    """Collected folder by folder; `told` says it.
+
+    masks: folders that hold masks and no image. files: names of files beside a case's. folders: those of scans that are no
+    case. below: folders of cases inside a case's. strays: images without masks above cases that have some. links: to folders or files
+    that are not there.
+    """
+
+    masks: list[Path] = field(default_factory=list)
+    files: Counter[str] = field(default_factory=Counter)
+    folders: list[Path] = field(default_factory=list)
+    below: list[Path] = field(default_factory=list)
+    strays: list[Path] = field(default_factory=list)
+    links: list[Path] = field(default_factory=list)
+    _above: set[Path] = field(default_factory=set)
+
+    def see(self, folder: Path, files: Sequence[Path], entries: Sequence[Entry], *, masks: bool) -> None:
+        """Note one folder of the walk. files: its scans by name; entries: the cases in it; masks: whether some are masks."""
+        if entries:
+            self._above.update((folder, *folder.parents))
+            used = {path for entry in entries for path in entry.files}
+            self.files.update(path.name for path in files if path not in used and not is_output(path))
+        elif masks:
+            self.masks.append(folder)
+        elif not all(map(is_output, files)):
+            self.folders.append(folder)
+
+    def told(self, root: Path) -> list[str]:
+        """A line for each kind of it. Folders above the cases hold pictures of a data set, not scans."""
+        notes = [f"{folder} has masks but no image.nii.gz: left out" for folder in self.masks]
+        if self.files:
+            names = [name if n == 1 else f"{name} (in {n} folders)" for name, n in self.files.most_common()]
+            notes.append(f"files beside those of a case, not used: {listed(names)}")
+        for what, paths in (
+            ("folders with scans that are no case", [path for path in self.folders if path not in self._above]),
+            ("folders of cases inside a case's folder", self.below),
+            ("images without masks above folders of cases", self.strays),
+            ("links to what is not there", self.links),
+        ):
+            if paths:
+                notes.append(f"{what}, left out: {listed([path.relative_to(root).as_posix() for path in paths])}")
+        return notes

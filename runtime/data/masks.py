@@ -1,0 +1,85 @@
+"""One annotator's mask: a volume or a picture to what is inside, on the image's grid."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from numpy.typing import NDArray
+
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.scans.grid import Grid
+from cdiff.runtime.scans.nifti import nifti_voxels
+from cdiff.runtime.scans.picture import opened
+from cdiff.runtime.scans.sources import PICTURE_SUFFIXES, read_bytes
+from cdiff.runtime.scans.volume import parse_volume
+from cdiff.runtime.words import by
+
+
+@dataclass(frozen=True)
+class Mask:
+    """A mask's values as stored, [H, W] or three axes, and its header where the file has one."""
+
+    values: NDArray[Any]
+    header: nib.Nifti1Header | None = None
+
+
+def read_mask(path: Path) -> Mask:
+    """Read a mask's file: NIfTI, NRRD, MetaImage, PNG, TIFF or JPEG. A picture with a palette gives the palette's numbers, which are labels.
+
+    Raises CdiffError for a file that cannot be read, or that holds NaN.
+    """
+    data = read_bytes(path)
+    if path.name.lower().endswith(PICTURE_SUFFIXES):
+        return Mask(_pixels(data, path))
+    image = parse_volume(data, path, channels=1)
+    values = nifti_voxels(image, str(path))
+    if not np.isfinite(values).all():
+        raise CdiffError(f"{path} holds NaN or infinite values; a mask has numbers only: repair or remove it")
+    return Mask(values, image.header)
+
+
+def _pixels(data: bytes, path: Path) -> NDArray[Any]:
+    with opened(data, path) as (picture, _):
+        pixels, mode = np.asarray(picture), picture.mode
+    if mode in ("LA", "RGBA", "PA"):  # transparency is not an opinion
+        pixels = pixels[..., :-1]
+    return pixels if pixels.ndim == 2 else np.asarray(pixels.max(axis=-1))
+
+
+def inside(values: NDArray[Any], labels: tuple[int, ...] = ()) -> NDArray[np.bool_]:
+    """What a mask's values put inside: those among `labels`, or, none given, those above half of the largest value.
+
+    So 0 and 1, 0 and 255, and fractions are all read as meant; a file of zeros is an annotator who saw nothing.
+    """
+    if labels:
+        return np.isin(np.rint(values), labels)
+    return np.asarray(values > 0.5 * max(float(values.max(initial=0)), 1e-6))
+
+
+def mask_slices(mask: Mask, grid: Grid, labels: tuple[int, ...], path: str, image: str) -> NDArray[np.bool_]:
+    """A mask on its image's grid as slices, bool [S, H, W]. Axes of length one after the second do not count.
+
+    Raises CdiffError when the shapes differ.
+    """
+    shape, wanted = mask.values.shape, grid.spatial
+    if counted(shape) != counted(wanted):
+        hint = ""
+        if len(wanted) == 3 and counted(shape) == counted(wanted[:2]):
+            hint = f"; if the image's last axis holds channels, say so (image_channels={wanted[2]})"
+        elif len(wanted) == 3 and counted(shape) == wanted[1:]:
+            hint = "; channels, or a single slice's axis, are read from the end: move the image's first axis there"
+        raise CdiffError(
+            f"{path} has shape {by(shape)} but its image {image} {by(wanted)}; they must be on one grid{hint}"
+        )
+    return grid.cut(inside(mask.values, labels).reshape(wanted)[..., None])[:, 0]
+
+
+def counted(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape without axes of length one after its second."""
+    while len(shape) > 2 and shape[-1] == 1:
+        shape = shape[:-1]
+    return shape

@@ -1,0 +1,80 @@
+"""What is odd in masks while they are read: training and evaluation say what a check of the data would, a line for each kind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cdiff.runtime.data.case import Case, listed
+from cdiff.runtime.data.masks import Mask, counted
+from cdiff.runtime.scans.grid import Grid
+from cdiff.runtime.words import by, several
+
+PLACE = "masks whose headers put them elsewhere than their image"
+VALUES = "masks that hold more than 0 and one other value"
+AXIS = "volumes that are cut into strips"
+
+
+class Oddities:
+    """Collected case by case: of each kind the cases, and the first in words. `told` gives the lines."""
+
+    def __init__(self) -> None:
+        self._cases: dict[str, list[str]] = {}
+        self._first: dict[str, str] = {}
+
+    def see_grid(self, case: Case, grid: Grid) -> None:
+        """Note a volume whose slices seem to lie along another axis."""
+        if (axis := better_axis(grid.spatial, grid.slice_axis)) is not None:
+            self._add(AXIS, case, f"{by(grid.spatial)}, whose slices seem to lie along axis {axis}")
+
+    def see_mask(self, case: Case, path: Path, mask: Mask, grid: Grid) -> None:
+        """Note a mask that lies elsewhere than its image, or whose values had to be read by a rule."""
+        if reason := misplaced(mask, grid):
+            self._add(PLACE, case, f"{path.name} and its image {reason}")
+        if not case.labels and not is_plain(mask.values):
+            self._add(VALUES, case, f"of {path.name} what is above half of its largest value counts as inside")
+
+    def told(self) -> list[str]:
+        """A line for each kind, with the cases and where to look."""
+        return [
+            f"{kind}, in {several(len(names), 'case')} ({listed(names)}): {self._first[kind]}. They are used as "
+            "they are; look at them with cdiff data check"
+            for kind, names in self._cases.items()
+        ]
+
+    def _add(self, kind: str, case: Case, text: str) -> None:
+        names = self._cases.setdefault(kind, [])
+        if case.name not in names:
+            names.append(case.name)
+        self._first.setdefault(kind, f"{case.name}: {text}")
+
+
+def misplaced(mask: Mask, grid: Grid) -> str | None:
+    """In words how a mask's header contradicts its image's, or None; axes of length one after the second do not count."""
+    if mask.header is None or grid.header is None or counted(mask.values.shape) != counted(grid.spatial):
+        return None
+    shape = counted(grid.spatial)
+    axis = grid.slice_axis if len(shape) == 3 else None
+    return Grid(shape, axis, grid.header).differs_from(Grid(shape, axis, mask.header), ones_count=True)
+
+
+def is_plain(values: NDArray[np.generic]) -> bool:
+    """Whether a mask holds nothing but 0 and one other value, so that no rule decides what is inside."""
+    largest = values.max(initial=0)
+    return bool(((values == 0) | (values == largest)).all())
+
+
+def better_axis(shape: tuple[int, ...], slice_axis: int | None) -> int | None:
+    """The axis that a volume's slices seem to lie along where those of `slice_axis` are strips; else None."""
+    if len(shape) != 3 or slice_axis is None:
+        return None
+    thin = int(np.argmin(shape))
+    return thin if thin != slice_axis and _is_strip(shape, slice_axis) and not _is_strip(shape, thin) else None
+
+
+def _is_strip(shape: tuple[int, ...], axis: int) -> bool:
+    """Whether the slices along an axis are more than twice as long as wide."""
+    sides = shape[:axis] + shape[axis + 1 :]
+    return max(sides) > 2 * min(sides)

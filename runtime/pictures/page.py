@@ -1,0 +1,177 @@
+"""The page of a result: one HTML file with its slices and maps, to leaf through in a browser; nothing is loaded and nothing sent."""
+
+from __future__ import annotations
+
+import base64
+import json
+import zlib
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cdiff.runtime.pictures import drawing
+from cdiff.runtime.pictures.preview import close_up_of, displayable, fullest, how
+from cdiff.runtime.report import NOTICE
+from cdiff.runtime.scans.grid import MM
+
+if TYPE_CHECKING:
+    from cdiff.runtime.results import Float32, Result
+    from cdiff.runtime.scans.grid import Grid
+    from cdiff.runtime.variants import Variant
+
+MOST = 120
+"""Most slices that a page holds: 512 x 512 pixels of a CT take about a fifth of a megabyte each."""
+SEEN = 0.1
+
+
+def write_page(result: Result, path: Path, name: str) -> None:
+    """Write the page of `result` to `path`, an HTML file that needs nothing beside it.
+
+    It holds 8 bits of each slice and map: a reading differs from the NIfTI file's by at most 0.002. Of more than MOST slices it
+    holds those with agreement, and of these MOST, evenly. Raises OSError when it cannot be written.
+    """
+    template = resources.files("cdiff.runtime.pictures").joinpath("page.html").read_text(encoding="utf-8")
+    # In a script element only "<" could end it.
+    text = json.dumps(_contents(result, name), ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
+    path.write_text(template.replace("__DATA__", text), encoding="utf-8")
+
+
+def _contents(result: Result, name: str) -> dict[str, Any]:
+    """All that the page's script reads."""
+    view, stack, grid, variant = result.grid.view, result.stack, result.grid, result.stack.variant
+    soft, spread = view(stack.soft), view(stack.spread)
+    outlines = view(getattr(stack, variant.outlines))
+    kept, some = _kept(soft)
+    pictures = [displayable(result, result.slices[i]) for i in kept]
+    box = close_up_of(result, soft)
+    window = drawing.window_of(np.stack([picture[box] for picture in pictures]))
+    rows, columns = soft.shape[1:]
+    best = int(np.argmin(abs(kept - fullest(soft))))
+    top = 0.25 if variant.spread == "variance" else 0.5  # the largest that values between 0 and 1 can have
+    slices = [
+        _packed([*np.atleast_3d(drawing.grey(picture, window)).transpose(2, 0, 1), soft[i], spread[i], *outlines[i]])
+        for i, picture in zip(kept, pictures, strict=True)
+    ]
+    return {
+        "name": name,
+        "how": how(result.report),
+        "notice": NOTICE,
+        "warnings": result.report.get("warnings", []),
+        "size": [rows, columns],
+        "aspect": 1.0 if view.spacing is None else view.spacing[0] / view.spacing[1],
+        "edges": view.edges,
+        "axis": grid.slice_axis,
+        "voxel": _as_stored(result),
+        "affine": _affine(grid),
+        "box": None
+        if box == (slice(0, rows), slice(0, columns))
+        else [end for part in box for end in (part.start, part.stop)],
+        "first": best,
+        "start": result.slices.start,
+        "of": len(result.image),
+        "numbers": [int(result.slices[i]) for i in kept],
+        "some": some,
+        "areas": np.count_nonzero(outlines >= 0.5, axis=(2, 3)).tolist(),
+        "slices": slices,
+        "channels": 3 if pictures[0].ndim == 3 else 1,
+        "palettes": {"soft": _palette(drawing.SOFT_MAP), "entropy": _palette(drawing.entropy_shades())},
+        "spread_top": top if np.any(spread > 0) else 0,
+        "names": {"soft": "soft map" if variant.of_annotators else "mean", "spread": f"{variant.spread} over runs"},
+        "labels": {
+            "soft": drawing.SOFT_LABEL if variant.of_annotators else drawing.RUNS_LABEL,
+            "entropy": drawing.ENTROPY_LABEL,
+            "spread": f"{variant.spread} over runs",
+        },
+        "outline_title": variant.outline_title,
+        "outlines": [
+            {
+                "name": _name(variant, c),
+                "label": f"{variant.outline_key}: {c}",
+                "colour": _rgb(colour),
+            }
+            for c, colour in enumerate(
+                drawing.outline_colours(outlines.shape[1], readers=variant.told == "annotator"), start=1
+            )
+        ],
+        "size_title": "Sizes" if len(grid.spatial) == 3 else "Areas",
+        "sizes": _sizes(result),
+    }
+
+
+def _kept(soft: Float32) -> tuple[NDArray[np.intp], str]:
+    """Which of the slices [n,h,w] the page holds, and what it says where that is not all of them."""
+    every = np.arange(len(soft))
+    if len(soft) <= MOST:
+        return every, ""
+    held = np.flatnonzero(soft.max(axis=(1, 2)) >= SEEN)
+    around = every[max(held[0] - 2, 0) : held[-1] + 3] if held.size else every
+    chosen = np.unique(np.linspace(around[0], around[-1], min(MOST, len(around))).round().astype(np.intp))
+    return chosen, f"; this page holds {len(chosen)} of them"
+
+
+def _packed(channels: list[Float32]) -> str:
+    """Channels of 0 to 1, all [rows, columns], as bytes: deflated, in base64."""
+    raw = np.rint(255 * np.stack(channels)).astype(np.uint8)
+    return _text(zlib.compress(raw.tobytes(), 6))
+
+
+def _text(raw: bytes) -> str:
+    return base64.b64encode(raw).decode("ascii")
+
+
+def _palette(colours: Any) -> str:
+    """256 colours, three bytes each."""
+    from matplotlib import colormaps
+
+    shades = colormaps[colours] if isinstance(colours, str) else colours
+    return _text((shades(np.arange(256))[:, :3] * 255).round().astype(np.uint8).tobytes())
+
+
+def _rgb(colour: Any) -> list[int]:
+    from matplotlib.colors import to_rgb
+
+    return [round(255 * part) for part in to_rgb(colour)]
+
+
+def _name(variant: Variant, c: int) -> str:
+    """What an outlined map is called."""
+    if not variant.of_annotators:
+        return "mask"
+    return f"annotator {c}" if variant.told == "annotator" else f"at least {c}"
+
+
+def _as_stored(result: Result) -> list[list[int]]:
+    """For each in-plane axis as stored, its index as a linear function of the picture's row and column: [start, a row, a column]."""
+    height, width = result.image.shape[-2:]
+    functions = []
+    for index in np.meshgrid(np.arange(height), np.arange(width), indexing="ij"):
+        turned = result.grid.view(index)
+        start = int(turned[0, 0])
+        functions.append([start, *(int(n[0]) - start if n.size else 0 for n in (turned[1:2, 0], turned[0, 1:2]))])
+    return functions
+
+
+def _affine(grid: Grid) -> list[list[float]] | None:
+    """Voxel to millimetres in NIfTI's space (right, anterior, superior), three rows; None where the header does not say."""
+    if grid.header is None or not grid.has_orientation:
+        return None
+    return [[float(x) * MM.get(grid.unit, 1.0) for x in row] for row in grid.header.get_best_affine()[:3]]
+
+
+def _sizes(result: Result) -> list[list[str]]:
+    volumes = result.report.get("volumes")
+    if not volumes:
+        return []
+    parts = (
+        [(f"at least {one['level']}", one) for one in volumes["levels"]] if result.stack.variant.of_annotators else []
+    )
+    parts += [("mask, at least half", volumes["mask"]), ("expected", volumes["expected"])]
+    unit = next((unit for unit in ("ml", "mm2") if unit in volumes["mask"] and "unreliable" not in volumes), None)
+    sizes = []
+    for name, part in parts:
+        cells = [name, f"{part['voxels']:,.0f} {'voxels' if len(result.grid.spatial) == 3 else 'pixels'}"]
+        sizes.append([*cells, f"{part[unit]:.3g} {unit.replace('2', '²')}"] if unit else cells)
+    return sizes

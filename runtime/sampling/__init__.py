@@ -1,0 +1,1 @@
+"""The reverse chain: schedule, sampler, noise, windows, batches and the running sums."""

@@ -1,0 +1,1 @@
+"""A scan of any format to slices on a grid, and where in it to look."""

@@ -1,0 +1,324 @@
+"""A DICOM series as a NIfTI image in memory, converted by dcm2niix: the same voxels and axes as the files that it makes for training."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+
+from cdiff.runtime.data.case import is_output, listed, natural
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.files import temporary_folder
+from cdiff.runtime.scans.dicom_planes import TAGS as PLACE
+from cdiff.runtime.scans.dicom_planes import laid, planes_of
+from cdiff.runtime.scans.nifti import parse_nifti
+from cdiff.runtime.scans.sources import PICTURE_SUFFIXES, VOLUME_SUFFIXES, any_bytes, must_be_text, optional
+from cdiff.runtime.words import one_line
+
+BY_HAND = "convert it with dcm2niix (dcm2niix -z y -o OUT FOLDER) and segment the image that you mean"
+MARK = b"DICM"
+MARK_AT = 128
+"""Where a DICOM file has its mark (DICOM PS3.10, 7.1)."""
+SUFFIX = ".dcm"
+INDEX = "DICOMDIR"
+"""A list of what lies on a disc; it holds no image."""
+TAGS = [
+    *PLACE, "BitsAllocated", "Modality", "PhotometricInterpretation", "PixelRepresentation", "SOPClassUID", "SamplesPerPixel",
+    "SeriesDescription", "SeriesInstanceUID", "SeriesNumber",
+]  # fmt: skip
+INVERTED = "MONOCHROME1"
+PALETTE = "PALETTE COLOR"
+SEGMENTATION = "SEG"
+"""The modality of masks, which lie beside the images that they are of."""
+UNEVEN = "Interslice distance varies"
+TILTED = "gantry tilt of"
+MISSING = "Missing images?"
+"""Of dcm2niix's messages those that say that its volume is not what it seems."""
+TROUBLE = re.compile(r"error|unable|unsupported|fail|corrupt|varies|not large enough|too large|no valid", re.IGNORECASE)
+"""What dcm2niix's reasons for making no image have in them, and its other messages have not."""
+OVERLAYS = "image_ROI*"
+"""What dcm2niix calls a volume of marks that were drawn on the images (60xx,3000)."""
+
+
+@dataclass(frozen=True)
+class Converted:
+    """One series as dcm2niix converted it.
+
+    files: the series'. sha256: of their hashes, one after another, in the order of the files' names. reader: the converter's version
+    and the series. notes: what a reader of the result should know.
+    """
+
+    image: nib.Nifti1Image
+    files: tuple[Path, ...]
+    sha256: str
+    reader: str
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Series:
+    """The images of one series in a folder: its number (0020,0011) where it has one, its description, its files and their headers."""
+
+    number: str
+    description: str
+    files: tuple[Path, ...]
+    headers: tuple[Any, ...]
+
+    def __str__(self) -> str:
+        images = f"{len(self.files)} image{'s' if len(self.files) > 1 else ''}"
+        return f"{self.number} ({f'{self.description}, ' if self.description else ''}{images})"
+
+
+def is_dicom(path: Path) -> bool:
+    """Whether a file is DICOM's, by the mark in it or by its suffix; a disc's index is not."""
+    name = path.name.lower()
+    if name == INDEX.lower() or name.endswith(VOLUME_SUFFIXES + PICTURE_SUFFIXES) or not path.is_file():
+        return False
+    return name.endswith(SUFFIX) or _beginning(path)[MARK_AT:] == MARK
+
+
+def _beginning(path: Path) -> bytes:
+    """A file's bytes up to the end of DICOM's mark; none where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return file.read(MARK_AT + len(MARK))
+    except OSError:
+        return b""
+
+
+def holds_dicom(folder: Path) -> bool:
+    """Whether DICOM files lie in a folder, and no NIfTI, NRRD or MetaImage file that may be the same scan; our own maps are not."""
+    files = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    volumes = (path for path in files if path.name.lower().endswith(VOLUME_SUFFIXES) and not is_output(path))
+    return not any(volumes) and any(map(is_dicom, files))
+
+
+def holds_images(folder: Path) -> bool:
+    """Whether one of the DICOM files in a folder is an image; reports, contours and our own segmentations have folders of their own too.
+
+    Also where that cannot be told, so that reading the folder says why.
+    """
+    try:
+        return any(_is_image(_header(path)) for path in sorted(folder.iterdir()) if _may_be_image(path))
+    except CdiffError:
+        return True
+
+
+def read_dicom(path: Path, channels: int = 1, series: int | None = None) -> Converted:
+    """Convert the series in a folder (not in those below it), or in one file.
+
+    series: its number, for a folder that holds several.
+    Raises CdiffError when dcm2niix or pydicom is missing, a file is empty or damaged, no image or several series are there and none
+    of them is named, and for a series that is not one even volume: slices that are missing, a tilted gantry, several echoes.
+    """
+    program = _program(path)
+    chosen = _choose(series_at(path), path, series)
+    where = f"{path}, series {chosen}:"
+    _must_be_grey(chosen, where)
+    files: dict[bytes, Path] = {}
+    for file in chosen.files:  # a copy of one would be a second image at its place
+        files.setdefault(hashlib.sha256(any_bytes(file)).digest(), file)
+    kept = set(files.values())
+    try:
+        planes = planes_of([header for file, header in zip(chosen.files, chosen.headers, strict=True) if file in kept])
+    except CdiffError as error:
+        raise CdiffError(f"{where} {error}") from None
+    with temporary_folder() as folder:
+        # Of these files alone: dcm2niix says of everything in a folder what is wrong with it.
+        source, made = folder / "source", folder / "made"
+        source.mkdir()
+        made.mkdir()
+        for file in kept:
+            (source / file.name).symlink_to(file.absolute())
+        # Neither compression nor sidecars, and not as a file of defaults at the user's home says; errors join the other messages.
+        command = [program, "-g", "i", "-d", "0", "-z", "n", "-b", "n", "-f", "image", "-o", str(made), str(source)]
+        done = subprocess.run(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            errors="replace",
+        )
+        said = done.stdout.replace(str(source), str(path if path.is_dir() else path.parent))
+        overlays = set(made.glob(OVERLAYS))
+        images = sorted(set(made.glob("*.nii")) - overlays)
+        if done.returncode < 0:
+            raise CdiffError(f"{where} dcm2niix crashed (signal {-done.returncode}); look for damaged files")
+        _must_be_one(images, said, where)
+        image, laid_notes = laid(parse_nifti(images[0].read_bytes(), path, channels), planes, where)
+    version = re.search(r"\bv[\d.]+", said)
+    notes = [
+        f"dcm2niix says: {line.strip().removeprefix('Warning: ')}" for line in said.splitlines() if MISSING in line
+    ]
+    if len(files) < len(chosen.files):
+        notes.append(
+            f"{len(chosen.files) - len(files)} of {len(chosen.files)} DICOM files are copies of others: left out"
+        )
+    if below := _below(path):
+        notes.append(
+            f"DICOM images in folders below {path} were not read: {listed(below)}; name those folders for theirs"
+        )
+    if any(header.get("PhotometricInterpretation") == INVERTED for header in chosen.headers):
+        notes.append(f"the DICOM images are {INVERTED}, low values bright: values are as stored, not turned round")
+    return Converted(
+        image,
+        tuple(files.values()),
+        hashlib.sha256(b"".join(files)).hexdigest(),
+        " ".join(["dcm2niix", *([version.group()] if version else []), "series", chosen.number]),
+        (*notes, *laid_notes),
+    )
+
+
+def series_at(path: Path) -> list[Series]:
+    """The series in a folder, or of one file, in the order of their numbers; what holds no image (reports, contours, segmentations) is left out.
+
+    Raises CdiffError where a file is empty or damaged, and where pydicom is missing.
+    """
+    found: dict[str, tuple[str, str, list[Path], list[Any]]] = {}
+    for file in [path] if path.is_file() else sorted(one for one in path.iterdir() if _may_be_image(one)):
+        header = _header(file)
+        if _is_image(header):
+            number = "" if header.get("SeriesNumber") is None else _plain(str(header.SeriesNumber))
+            described = _plain(str(header.get("SeriesDescription") or ""))
+            one = found.setdefault(str(header.get("SeriesInstanceUID")), (number, described, [], []))
+            one[2].append(file)
+            one[3].append(header)
+        elif "Rows" not in header:
+            _must_be_no_image(header, file)
+    if not found:
+        raise CdiffError(f"{path} holds no DICOM image; name the folder of a series")
+    series = [
+        Series(number or "without a number", described, tuple(files), tuple(headers))
+        for number, described, files, headers in found.values()
+    ]
+    return sorted(series, key=lambda one: natural(one.number))
+
+
+def _is_image(header: Any) -> bool:
+    return "Rows" in header and header.get("Modality") != SEGMENTATION
+
+
+def _may_be_image(file: Path) -> bool:
+    """Whether a file in a series' folder is one of its images, or was meant to be: empty, all zeros, a link to what is not there.
+
+    Those may be a slice whose absence nothing else would show.
+    """
+    if file.name.startswith(".") or file.name.lower() == INDEX.lower():
+        return False
+    other = file.name.lower().endswith(VOLUME_SUFFIXES + PICTURE_SUFFIXES)
+    if file.is_symlink() and not file.exists():
+        return not other
+    if not file.is_file():
+        return False
+    # Zeros where the mark should be: a copy that was broken off may have its full length.
+    blank = not other and _beginning(file) == bytes(MARK_AT + len(MARK))
+    return is_dicom(file) or file.stat().st_size == 0 or blank
+
+
+def _below(path: Path) -> list[str]:
+    """The folders in a series' that hold DICOM images too."""
+    folders = (
+        sorted(one for one in path.iterdir() if one.is_dir() and not one.name.startswith(".")) if path.is_dir() else []
+    )
+    return [one.name for one in folders if os.access(one, os.R_OK | os.X_OK) and holds_dicom(one) and holds_images(one)]
+
+
+def _plain(text: str) -> str:
+    """Text of a header as it may be shown on a terminal."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def _must_be_no_image(header: Any, file: Path) -> None:
+    """Raise CdiffError for a header that ends before it says how large the image is."""
+    try:
+        kind = header.get("SOPClassUID") or getattr(header, "file_meta", {}).get("MediaStorageSOPClassUID")
+    except Exception:  # a library's own kinds too
+        kind = None
+    if kind is None or "Image Storage" in getattr(kind, "name", ""):
+        raise CdiffError(f"{file} is truncated or damaged (its DICOM header ends early); copy it again")
+
+
+def _must_be_grey(chosen: Series, where: str) -> None:
+    """Raise CdiffError for colours, which are no intensities, and for what dcm2niix takes for other numbers than it holds."""
+    for file, header in zip(chosen.files, chosen.headers, strict=True):
+        kind = str(header.get("PhotometricInterpretation") or "")
+        if (header.get("SamplesPerPixel") or 1) != 1 or kind == PALETTE:
+            raise CdiffError(
+                f"{where} {file.name} is in colours ({kind}), and DICOM is read in grey alone; export it as PNG, or name a grey series"
+            )
+        if header.get("BitsAllocated") == 8 and header.get("PixelRepresentation") == 1:
+            raise CdiffError(
+                f"{where} {file.name} holds signed bytes, which dcm2niix takes for unsigned; save it with 16 bits a pixel"
+            )
+
+
+def _header(file: Path) -> Any:
+    """What pydicom reads of a file without its pixels."""
+    pydicom = optional("pydicom", "pydicom", file, "DICOM")
+    must_be_text(file)
+    any_bytes(file)
+    try:
+        with warnings.catch_warnings():
+            # Of values that the standard does not allow; what cannot be used is refused where it is.
+            warnings.simplefilter("ignore")
+            header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=TAGS)
+            # pydicom reads a value when it is asked for, and repeats what is wrong with it.
+            for tag in TAGS:
+                try:
+                    header.get(tag)
+                except Exception:  # a library's own kinds too
+                    del header[tag]
+            return header
+    except Exception as error:  # a library's own kinds too
+        raise CdiffError(
+            f"{file} is not a DICOM file that can be read ({one_line(error)[:200]}); copy it again"
+        ) from None
+
+
+def _program(path: Path) -> str:
+    """dcm2niix, the system's or that of its Python package."""
+    if found := shutil.which("dcm2niix"):
+        return found
+    return str(optional("dcm2niix", "dcm2niix", path, "DICOM").bin)
+
+
+def _choose(found: list[Series], path: Path, series: int | None) -> Series:
+    """The one series that is there, or the one that is named."""
+    wanted = found if series is None else [one for one in found if one.number == str(series)]
+    if len(wanted) == 1:
+        return wanted[0]
+    there = ", ".join(map(str, found))
+    if not wanted:
+        raise CdiffError(f"{path} has no series {series}; it holds {there}")
+    if len({one.number for one in wanted}) == len(wanted):
+        raise CdiffError(
+            f"{path} holds {len(found)} DICOM series: {there}; name one with --series NUMBER (in Python, series)"
+        )
+    raise CdiffError(f"{path} holds several series of one number: {there}; give each a folder")
+
+
+def _must_be_one(made: list[Path], said: str, where: str) -> None:
+    """Raise CdiffError where dcm2niix did not make one volume that is what it seems."""
+    if TILTED in said:
+        raise CdiffError(f"{where} the gantry was tilted; {BY_HAND} (its name ends in _Tilt_1 or _Tilt_Eq_1)")
+    if UNEVEN in said:
+        raise CdiffError(
+            f"{where} the distance between slices varies: one may be missing; copy them again, or {BY_HAND}"
+        )
+    if not made:
+        # Of the maker's name it is unable to say something of nearly every image.
+        told = [line.strip() for line in said.splitlines() if TROUBLE.search(line) and "manufacturer" not in line]
+        raise CdiffError(f"{where} it cannot be converted ({told[0] if told else 'dcm2niix does not say why'})")
+    if len(made) > 1:
+        raise CdiffError(
+            f"{where} dcm2niix makes {len(made)} images of it, as of several echoes or orientations; {BY_HAND}"
+        )

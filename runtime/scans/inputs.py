@@ -1,0 +1,192 @@
+"""Which scans a path names - a file, a folder of scans or of case folders, a table - and what each is called."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cdiff.runtime.data.case import SPLITS, Entry, arranged, is_output, listed, stem
+from cdiff.runtime.data.layouts import IMAGE, OWN_MASK, TASK_MASK, Files, Inside, brats_in, cases_in, contents, descend
+from cdiff.runtime.data.table import SUFFIXES, read_table
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.scans.dicom import holds_dicom, holds_images
+from cdiff.runtime.scans.sources import VOLUME_SUFFIXES, is_there
+
+
+@dataclass(frozen=True)
+class NamedScan:
+    """A scan's file (or folder of DICOM), or files when each holds a modality, and the name that its outputs begin with."""
+
+    name: str
+    path: Path | tuple[Path, ...]
+
+
+def must_exist(path: Path) -> Path:
+    """`path`. Raises CdiffError when nothing is there: worth knowing before a model is loaded."""
+    if not is_there(path):
+        raise CdiffError(f"{path} does not exist; give a scan (.nii.gz, .nii, .png ...) or a folder of them")
+    return path
+
+
+def scans_at(
+    path: Path, channels: int = 1, modalities: Sequence[str] = (), left: list[Path] | None = None
+) -> list[NamedScan]:
+    """The scans that `path` names, in the order of their names.
+
+    A file is taken whatever its suffix (reading it says what is wrong with it) and is called by its own name. In a folder:
+    every volume's file or picture, called by its name, and every case folder with an image or folder of DICOM files, called by the
+    folder's name, with those above it where it lies deeper (patient7_scan1). A table (CSV): its images, called as their cases are. Annotators' masks and what an earlier `cdiff segment` wrote there are
+    left out. channels: what the model takes; with more than one, a case's `image_t1`, `image_t2` ... or BraTS's files are one
+    scan, its modalities in the order of `modalities` (what the model was trained on) where that is known.
+    left: takes the folders below `path` whose scans are passed over, since they are no case's.
+    Raises CdiffError when nothing is there, a modality is missing, or two scans would write the same files.
+    """
+    if path.is_file() and path.suffix.lower() in SUFFIXES:
+        scans = [_scan(entry, entry.name.replace("/", "_"), modalities) for entry in read_table(path, [], masks=False)]
+    elif path.is_file():
+        return [NamedScan(stem(path) or path.stem, path)]
+    else:
+        must_exist(path)
+        left = [] if left is None else left
+        scans = list(_scans_in(path, channels, modalities, left))
+        if not scans:
+            raise CdiffError(_nothing_in(path, left))
+    must_differ(scans)
+    return scans
+
+
+def scans_named(
+    paths: Sequence[Path], channels: int = 1, modalities: Sequence[str] = (), notes: list[str] | None = None
+) -> list[NamedScan]:
+    """The scans that several paths name, as `scans_at` has each, path by path.
+
+    Of several those are left out whose names say that they are a benchmark's masks or results of ours (or a folder of these alone), or
+    masks of the case whose image is named with them: a shell's `*` takes them too. notes: takes a line on what was left out. Raises CdiffError as `scans_at` does, and where only such files are named.
+    """
+    notes = [] if notes is None else notes
+    cases = {path.parent for path in paths if IMAGE.match(stem(path) or "")}
+    masks = [path for path in paths if _is_no_scan(path, cases)] if len(paths) > 1 else []
+    if masks:
+        notes.append(f"{listed([path.name for path in masks])}: masks or results by their names, not taken")
+    scans: list[NamedScan] = []
+    for path in paths:
+        left: list[Path] = []
+        scans += [] if path in masks else scans_at(path, channels, modalities, left)
+        if left:
+            notes.append(passed_over(path, left))
+    if not scans:
+        raise CdiffError(
+            f"only masks or results are named ({listed([path.name for path in masks])}); name the scan alone"
+        )
+    must_differ(scans)
+    return scans
+
+
+def must_differ(scans: Iterable[NamedScan]) -> None:
+    """Raise CdiffError when two scans would write the same files."""
+    seen: dict[str, NamedScan] = {}
+    for scan in scans:
+        if scan.name in seen:
+            raise CdiffError(
+                f"{_first(seen[scan.name])} and {_first(scan)} would both write {scan.name}_soft.nii.gz; rename one"
+            )
+        seen[scan.name] = scan
+
+
+def passed_over(root: Path, left: Sequence[Path]) -> str:
+    """That the scans of some folders below `root` are not taken, and how to have them taken."""
+    names = listed([path.relative_to(root).as_posix() for path in left])
+    return f"scans in folders below {root} that are not called image.nii.gz were not taken ({names}); name such a folder, or a table"
+
+
+def _scans_in(root: Path, channels: int, modalities: Sequence[str], left: list[Path]) -> Iterator[NamedScan]:
+    """The scan of a case folder; where `root` is none, its files and the cases in the folders below.
+
+    A split's folder is not gone into: which one is meant has to be said. Other folders whose scans are not taken go to `left`.
+    """
+
+    def cases(folder: Path, parts: tuple[str, ...], inside: Inside) -> list[NamedScan]:
+        """The scan of a case folder or of DICOM files, or several where BraTS slices lie together; none when it is no such folder."""
+        files = inside.files
+        entries = cases_in(folder, files) or (brats_in(folder, files) if modalities or channels > 1 else [])
+        # An export has folders of reports, and a disc a report above the series.
+        if not entries and holds_dicom(folder) and holds_images(folder):
+            return [NamedScan("_".join(parts) or Path(os.path.abspath(folder)).name, folder)]
+        found = [
+            _scan(entry, "_".join((*parts[:-1], entry.name)), modalities)
+            for entry in entries
+            if _is_one_scan(entry, files, channels, modalities, below=bool(parts))
+        ]
+        others = [path for path in files if _is_scan(path) and not OWN_MASK.match(stem(path) or "")]
+        if parts and others and not found and not any(part.lower() in SPLITS for part in parts):
+            left.append(folder)
+        return found
+
+    if here := cases(root, (), contents(root)):
+        yield from here
+        return
+    for entry in sorted(root.iterdir()):
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            yield from descend(entry, cases, (entry.name,), SPLITS)
+        elif (name := stem(entry)) and _is_scan(entry):
+            yield NamedScan(name, entry)
+
+
+def _is_scan(path: Path) -> bool:
+    """Whether a file of a scan's suffix is one, by its name: no mask of a benchmark's and no map of ours."""
+    return not TASK_MASK.match(stem(path) or "") and not is_output(path)
+
+
+def _is_no_scan(path: Path, cases: set[Path]) -> bool:
+    """Whether a file or folder that was named is one of masks or results. cases: the folders of the cases whose images were named."""
+    if path.is_file():
+        return not _is_scan(path) or (path.parent in cases and OWN_MASK.match(stem(path) or "") is not None)
+    try:
+        inside = [found for found in path.iterdir() if not found.name.startswith(".")]
+    except OSError:  # `scans_at` says why
+        return False
+    return bool(inside) and all(found.is_file() and is_output(found) for found in inside)
+
+
+def _is_one_scan(entry: Entry, files: Files, channels: int, modalities: Sequence[str], *, below: bool) -> bool:
+    """Whether a folder's images are one scan, rather than scans that lie in one folder.
+
+    Several files are, where the model was trained on such files, or they are as many volumes as it has channels. below: the
+    folder lies in the one that was named, where pictures of other names (a thumbnail) are no scans.
+    """
+    images = list(entry.images.values())
+    if len(images) > 1 or "" not in entry.images:
+        as_many = len(images) == channels > 1 and all(i.name.lower().endswith(VOLUME_SUFFIXES) for i in images)
+        return bool(modalities) or as_many
+    if images[0].name.lower().endswith(VOLUME_SUFFIXES):
+        return True
+    others = [path for path in files if path != images[0] and not is_output(path)]
+    if any(TASK_MASK.match(name := stem(path) or "") or OWN_MASK.match(name) for path in others):
+        return True
+    # Without masks image.png beside other scans is one of them.
+    return not any(path.name.lower().startswith("image") or not below for path in others)
+
+
+def _scan(entry: Entry, name: str, modalities: Sequence[str]) -> NamedScan:
+    images = entry.images
+    files = arranged(images, modalities, entry.name) if modalities and all(images) else tuple(images.values())
+    return NamedScan(name, files if len(files) > 1 else files[0])
+
+
+def _first(scan: NamedScan) -> Path:
+    return scan.path if isinstance(scan.path, Path) else scan.path[0]
+
+
+def _nothing_in(folder: Path, left: Sequence[Path]) -> str:
+    splits = list(
+        descend(folder, lambda _, parts, inside: ["/".join(parts)] if parts and parts[-1].lower() in SPLITS else [])
+    )
+    if splits:
+        return f"{folder} holds the splits {listed(splits)}; name one of them, such as {folder / splits[0]}"
+    if left:
+        return passed_over(folder, left)
+    return f"no scan in {folder}: expected .nii.gz, .nrrd, .png ... files, folders of DICOM files, or case folders with image.nii.gz"

@@ -1,0 +1,132 @@
+"""NIfTI bytes to a header that can be trusted and voxels, or one line that says what is wrong (promise 6)."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import math
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
+from numpy.typing import NDArray
+
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.scans.shapes import check_kind, check_size, spatial_axes
+from cdiff.runtime.words import one_line
+
+GZIP = b"\x1f\x8b"
+MOST_BEFORE_VOXELS = 2**30
+"""Bytes of header and extensions in a file that is not damaged."""
+
+
+def parse_nifti(data: bytes, path: Path, channels: int) -> nib.Nifti1Image:
+    """The NIfTI image in `data`, its header checked before nibabel can mend it in silence (it makes a zero spacing 1)."""
+    packed = data.startswith(GZIP)
+    with _unpacked(data, path) as file:
+        start, kind, header = _begin(file, path)
+        check_header(header, str(path), channels)
+        size = math.prod(header.get_data_shape()) * header.get_data_dtype().itemsize
+        end = int(header["vox_offset"]) + size
+        # Deflate packs at most about 1032 to 1: a header that promises more than that lies, and is not given memory. Nor is one
+        # whose voxels lie behind more than extensions ever take.
+        if max(size, end) > (1032 if packed else 1) * len(data) or end - size > MOST_BEFORE_VOXELS:
+            raise CdiffError(
+                f"{path} holds less than its header promises ({size} bytes of voxels); it is truncated or damaged: copy it again"
+            )
+        raw = start + file.read(max(0, end - len(start)))
+        while file.read(2**20):  # to the end, for gzip to check its sum; nothing of it is kept
+            pass
+        return kind.from_bytes(raw)
+
+
+def nifti_shape(data: bytes, path: Path) -> tuple[int, ...]:
+    """The shape that the header of the NIfTI file in `data` gives. Raises CdiffError when there is no such header."""
+    with _unpacked(data, path) as file:
+        return tuple(_begin(file, path)[2].get_data_shape())
+
+
+@contextmanager
+def _unpacked(data: bytes, path: Path) -> Iterator[Any]:
+    """A file's bytes, unpacked as they are read. Raises CdiffError for what goes wrong in the block."""
+    try:
+        with gzip.open(io.BytesIO(data)) if data.startswith(GZIP) else io.BytesIO(data) as file:
+            yield file
+    except (EOFError, OSError, zlib.error) as error:
+        raise CdiffError(f"{path} is truncated or damaged ({one_line(error)}); copy it again") from None
+    except (ImageFileError, HeaderDataError, ValueError, OverflowError) as error:
+        raise CdiffError(f"{path} is not a valid NIfTI file ({one_line(error)}); convert it again") from None
+    except MemoryError:
+        raise CdiffError(f"{path} needs more memory than there is; crop the scan first") from None
+
+
+def _begin(file: Any, path: Path) -> tuple[bytes, type[nib.Nifti1Image], nib.Nifti1Header]:
+    """What a file begins with, nibabel's class of images for it, and the header as it stands there."""
+    start = file.read(540)
+    kind = {b"n+1": nib.Nifti1Image, b"n+2": nib.Nifti2Image}.get(
+        start[344:347] if start[344:347] == b"n+1" else start[4:7]
+    )
+    if kind is None:
+        raise CdiffError(f"{path} is not a NIfTI file (no NIfTI mark in its header); convert it, e.g. with dcm2niix")
+    size = kind.header_class.template_dtype.itemsize
+    if len(start) < size:
+        raise EOFError("it ends within its header")
+    return start, kind, kind.header_class(start[:size], check=False)
+
+
+def check_header(header: nib.Nifti1Header, where: str, channels: int) -> None:
+    """Shape, data type, spacing and affine of a header as it stands in the file."""
+    shape = header.get_data_shape()
+    check_size(shape, where)
+    try:
+        check_kind(header.get_data_dtype(), where)
+    except (KeyError, HeaderDataError):
+        raise CdiffError(
+            f"{where} has data type {int(header['datatype'])}, which NIfTI does not know; convert it again"
+        ) from None
+    axes = len(spatial_axes(shape, channels, where))
+    zooms = [float(zoom) for zoom in header["pixdim"][1 : 1 + axes]]
+    if not all(math.isfinite(zoom) and zoom > 0 for zoom in zooms):
+        listed = " x ".join(f"{zoom:g}" for zoom in zooms)
+        raise CdiffError(
+            f"{where} has the spacing {listed} in its header; every one must be above zero: correct the header"
+        )
+    for form, code in (("sform", header["sform_code"]), ("qform", header["qform_code"])):
+        if int(code) <= 0:
+            continue
+        if not _spans(header, form, axes):
+            raise CdiffError(
+                f"{where} has a singular or non-finite {form} (its axes do not span space); correct the header"
+            )
+
+
+def _spans(header: nib.Nifti1Header, form: str, axes: int) -> bool:
+    """Whether the first `axes` columns of the affine are finite and independent."""
+    if header["pixdim"][0] == 0:  # which nibabel's get_qform refuses; to NIfTI it is 1, and so it is read afterwards
+        header = header.copy()
+        header["pixdim"][0] = 1
+    try:
+        matrix = header.get_sform() if form == "sform" else header.get_qform()
+    except (HeaderDataError, ValueError):  # a quaternion longer than 1
+        return False
+    columns = matrix[:3, :axes]
+    lengths = np.linalg.norm(columns, axis=0)
+    if not np.isfinite(matrix).all() or not (lengths > 0).all():
+        return False
+    return bool(np.linalg.matrix_rank(columns / lengths, 1e-5) == axes)
+
+
+def nifti_voxels(image: nib.Nifti1Pair, where: str) -> NDArray[np.float32]:
+    """The image's values, scaled as its header says. Raises CdiffError when the file ends early."""
+    try:
+        return np.asarray(image.get_fdata(dtype=np.float32, caching="unchanged"))
+    except (EOFError, OSError, ValueError, zlib.error) as error:
+        raise CdiffError(f"{where} is truncated or damaged ({one_line(error)}); copy it again") from None
+    except MemoryError:
+        raise CdiffError(f"{where} needs more memory than there is; crop the scan first") from None

@@ -1,0 +1,109 @@
+"""A PNG, TIFF or JPEG as the pixels that a model takes: grey for one channel, colours for three."""
+
+from __future__ import annotations
+
+import io
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.words import one_line
+
+BITS_PER_SAMPLE = 258
+"""TIFF's tag (TIFF 6.0, section 8): one number a channel."""
+ORIENTATION = 274
+"""EXIF's tag, and TIFF's: 1 as stored, 2 to 8 mirrored or turned."""
+PNG_DEPTH = 24
+"""Where the bit depth stands in a PNG file: after the signature, the chunk's length and name, width and height (PNG 1.2, 11.2.2)."""
+CONVERTED = {"1": "L", "P": "RGB", "PA": "RGBA", "CMYK": "RGB", "YCbCr": "RGB"}
+"""Pillow's modes that are none of grey or colours, and what they become."""
+DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
+"""Pillow's modes of more than 8 bits; all are grey."""
+
+
+def check_depth(picture: Any, data: bytes, path: Path) -> None:
+    """Raise CdiffError for a picture, opened by Pillow, of which it would keep only the upper 8 bits: colours or transparency of 16."""
+    bits = 8
+    if picture.format == "PNG":
+        bits = data[PNG_DEPTH]
+    elif picture.format == "TIFF":
+        bits = max(picture.tag_v2.get(BITS_PER_SAMPLE, (1,)))
+    if bits > 8 and picture.mode not in DEEP_MODES:
+        raise CdiffError(
+            f"{path} has several channels of {bits} bits, and only grey pictures are read with more than 8: save it in 16-bit grey, "
+            "one file a channel, or as NIfTI"
+        )
+
+
+def upright(picture: Any) -> tuple[Any, bool]:
+    """The picture, opened by Pillow, turned as its EXIF orientation says, and whether that changed anything.
+
+    Viewers and annotation tools show it so. Pillow itself does it for TIFF alone, when the pixels are loaded.
+    """
+    from PIL import ImageOps
+
+    try:
+        turned = picture.getexif().get(ORIENTATION, 1) in range(2, 9)
+    except (SyntaxError, ValueError, KeyError, TypeError, OSError, struct.error):  # damaged EXIF says nothing
+        turned = False
+    picture.load()
+    return (ImageOps.exif_transpose(picture) if turned and picture.format != "TIFF" else picture), turned
+
+
+@contextmanager
+def opened(data: bytes, path: Path) -> Iterator[tuple[Any, bool]]:
+    """The one picture in a file's bytes, by Pillow and `upright`, and whether it was turned.
+
+    Raises CdiffError for several pictures, for more bits than Pillow keeps, and for what goes wrong in the block.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(io.BytesIO(data)) as picture:
+            if getattr(picture, "n_frames", 1) > 1:
+                raise CdiffError(f"{path} holds {picture.n_frames} pictures; save one, or convert them to NIfTI")  # type: ignore[attr-defined]
+            check_depth(picture, data, path)
+            yield upright(picture)
+    except UnidentifiedImageError:
+        raise CdiffError(f"{path} is not a picture that can be read; save it again as PNG") from None
+    except (OSError, EOFError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:
+        raise CdiffError(f"{path} cannot be read as a picture ({one_line(error)}); save it again as PNG") from None
+
+
+def read_picture(data: bytes, path: Path, channels: int) -> tuple[NDArray[np.float32], list[str]]:
+    """Pixels [H, W] where one channel is needed, [H, W, 3] where three are."""
+    if channels not in (1, 3):
+        raise CdiffError(
+            f"{path} is a picture, of one channel or three, and {channels} are needed; give a NIfTI with them on its last axis"
+        )
+    notes = []
+    with opened(data, path) as (picture, turned):
+        if turned:
+            notes.append("the picture was turned as its EXIF orientation says: the maps lie on it as viewers show it")
+        if picture.mode in ("LAB", "HSV"):
+            raise CdiffError(f"{path} has {picture.mode} colours; save it again as RGB")
+        if picture.mode in CONVERTED:
+            see_through = picture.mode == "P" and "transparency" in picture.info
+            picture = picture.convert("RGBA" if see_through else CONVERTED[picture.mode])
+        pixels = np.asarray(picture, dtype=np.float32)
+        mode = picture.mode
+    if mode in ("LA", "RGBA"):
+        if (pixels[..., -1] != pixels[..., -1].max()).any():
+            notes.append("the picture's transparency was ignored")
+        pixels = pixels[..., 0] if mode == "LA" else pixels[..., :3]
+    if channels == 1 and pixels.ndim == 3:
+        if (pixels != pixels[..., :1]).any():
+            notes.append("the picture's colours were turned to grey (ITU-R 601 luma): one channel is needed")
+            pixels = pixels @ np.array([0.299, 0.587, 0.114], np.float32)
+        else:
+            pixels = pixels[..., 0]
+    elif channels == 3 and pixels.ndim == 2:
+        notes.append("the grey picture was taken for each of the three channels")
+        pixels = np.repeat(pixels[..., None], 3, axis=2)
+    return pixels, notes

@@ -1,0 +1,1 @@
+"""Maps against what annotators drew: scores, their report, tables and plots."""

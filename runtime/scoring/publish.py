@@ -1,0 +1,112 @@
+"""A folder with everything that an evaluation found: JSON, CSV and plots; and the same against the number of steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cdiff.runtime.data.cases import Case
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.files import dump_json, staged
+from cdiff.runtime.scoring.evaluate import Notice, Progress, Protocol, evaluate
+from cdiff.runtime.scoring.tables import (
+    cases_table,
+    csv_text,
+    reliability_table,
+    runs_table,
+    scores_table,
+    slices_table,
+    steps_table,
+)
+
+if TYPE_CHECKING:
+    from cdiff.runtime.segmenter import Segmenter
+
+SCORES = "scores.json"
+
+
+def write_report(path: Path, report: dict[str, Any]) -> None:
+    """Write `path` (scores.json) and, beside it, its tables and plots; all of them, `path` last, or none.
+
+    scores.csv, cases.csv, slices.csv, reliability.csv and .png, runs.csv and, for more than one run, runs.png. Raises
+    CdiffError when the folder cannot be written.
+    """
+    from cdiff.runtime.scoring.plots import write_curve, write_reliability
+
+    tables = {
+        "scores": scores_table(report),
+        "cases": cases_table(report),
+        "slices": slices_table(report),
+        "reliability": reliability_table(report),
+        "runs": runs_table(report),
+    }
+    with staged(path.parent) as stage:
+        for name, table in tables.items():
+            stage(f"{name}.csv").write_text(csv_text(table), encoding="utf-8")
+        write_reliability(report, stage("reliability.png"))
+        if len(tables["runs"]) > 1:
+            write_curve(tables["runs"], "runs", "runs, the first so many of each slice", stage("runs.png"))
+        else:
+            stage.replaces("runs.png")
+        stage(path.name).write_text(dump_json(report), encoding="utf-8")
+
+
+def check_steps(segmenter: Segmenter, protocol: Protocol, steps: Sequence[int]) -> list[int]:
+    """The numbers of steps in order, each once. Raises CdiffError when the model's sampler cannot take one of them."""
+    for number in steps:
+        segmenter.sampling(steps=number, sampler=protocol.sampler, fast=protocol.fast)
+    if not steps:
+        raise CdiffError("no number of steps is given; write --steps-curve 1,2,5,10,25")
+    return sorted(set(steps))
+
+
+def sweep_steps(
+    segmenter: Segmenter,
+    cases: list[Case],
+    protocol: Protocol,
+    steps: Sequence[int],
+    folder: Path,
+    *,
+    data: Mapping[str, Any] | None = None,
+    group: str | None = None,
+    known: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+    notice: Notice | None = None,
+) -> list[dict[str, Any]]:
+    """Evaluate the cases once for each number of steps, everything else as in `protocol`; returns the reports in order.
+
+    Each report is folder/steps/NNNN.json, so that an interrupted sweep goes on; folder/steps.csv and .png show them all.
+    known: the report of an evaluation of the same, which serves for its own number of steps. The other arguments: `evaluate`.
+    """
+    from cdiff.runtime.scoring.plots import write_curve
+
+    numbers = check_steps(segmenter, protocol, steps)
+    reports = []
+    for place, number in enumerate(numbers):
+        if known and known["protocol"]["steps"] == number:
+            reports.append(dict(known))
+            continue
+        # A step costs what a step costs: the bar's whole is the sum of the steps.
+        within = _share(progress, sum(numbers[:place]), number, sum(numbers))
+        out = folder / "steps" / f"{number:04d}.json"
+        chain = replace(protocol, steps=number)
+        reports.append(
+            evaluate(segmenter, cases, chain, data=data, group=group, out=out, progress=within, notice=notice)
+        )
+    table = steps_table(reports)
+    with staged(folder) as stage:
+        stage("steps.csv").write_text(csv_text(table), encoding="utf-8")
+        if len(table) > 1:
+            write_curve(table, "steps", f"steps of {table[0]['sampler']}", stage("steps.png"))
+        else:
+            stage.replaces("steps.png")
+    return reports
+
+
+def _share(progress: Progress | None, before: int, part: int, whole: int) -> Callable[[int, int], None] | None:
+    """Progress of one part as progress of the whole, in thousandths of a step."""
+    if progress is None:
+        return None
+    return lambda done, total: progress(1000 * before + 1000 * part * done // max(total, 1), 1000 * whole)

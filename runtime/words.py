@@ -1,0 +1,18 @@
+"""Shapes, numbers and errors in words, for messages and reports."""
+
+from __future__ import annotations
+
+
+def by(shape: tuple[int, ...]) -> str:
+    """A shape in words: 64 x 64."""
+    return " x ".join(str(int(length)) for length in shape) or "()"
+
+
+def several(number: int, word: str) -> str:
+    """1 case, 2 cases."""
+    return f"{number} {word}" if number == 1 else f"{number} {word}s"
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, on one line; its kind where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,83 @@
+"""Which cases are scored where the data has no validation split: those that the training of the model held out of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from cdiff.runtime.data.cases import find_cases
+from cdiff.runtime.data.partition import partition
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.manifest import Manifest
+from cdiff.runtime.scoring.evaluate import choose_split, held_out
+
+
+def folder_of(root: Path, count: int = 6) -> Path:
+    """Cases without split folders; their masks differ in length, as no two of real data are alike."""
+    for number in range(count):
+        case = root / f"case{number:02d}"
+        case.mkdir(parents=True)
+        for name in ("image", "task01_seg01", "task01_seg02"):
+            (case / f"{name}.nii.gz").write_bytes(b"x" * (10 + number))
+    return root
+
+
+def trained_on(root: Path, **change: Any) -> Manifest:
+    """A bundle's word on a training on `root`."""
+    split = partition(find_cases(root), root, 0.3, 5, 2)
+    assert split.held_out is not None
+    data = {"notes": list(split.notes), "held_out": {**split.held_out, **change}}
+    return cast(Manifest, SimpleNamespace(training={"data": data}))
+
+
+def test_what_a_training_held_out_is_scored_and_nothing_else(tmp_path: Path) -> None:
+    """Also where the data has moved; asked for or not. All of it only by that word."""
+    root = folder_of(tmp_path / "a")
+    manifest = trained_on(root)
+    expected = [case.name for case in partition(find_cases(root), root, 0.3, 5, 2).val]
+    moved = root.rename(tmp_path / "moved")
+    found = find_cases(moved)
+    held = held_out(found, moved, manifest)
+    assert [case.name for case in held] == expected
+    assert 0 < len(held) < 6
+    assert choose_split(found, None, held) == ("val", held)
+    assert choose_split(found, "val", held) == ("val", held)
+    assert len(choose_split(found, "all", held)[1]) == 6
+
+
+def test_other_data_of_the_same_names_is_scored_whole(tmp_path: Path) -> None:
+    """One case more, one less, other files under the same names, or a bundle that does not say: nothing is left out of the scores."""
+    manifest = trained_on(folder_of(tmp_path / "a"))
+    for count in (5, 7):
+        root = folder_of(tmp_path / f"{count}", count)
+        assert held_out(find_cases(root), root, manifest) == []
+    root = folder_of(tmp_path / "b")
+    (root / "case03" / "image.nii.gz").write_bytes(b"other")
+    found = find_cases(root)
+    assert held_out(found, root, manifest) == []
+    assert choose_split(found, None, [])[0] == "all"
+    with pytest.raises(CdiffError, match="no split val"):
+        choose_split(found, "val", [])
+    root = tmp_path / "a"
+    for told in (
+        {"seed": None},
+        {"seed": -1},
+        {"seed": "x"},
+        {"val_fraction": 7},
+        {"val_fraction": 1e999},
+        {"cases": "?"},
+    ):
+        assert held_out(find_cases(root), root, trained_on(root, **told)) == []
+    for training in ({}, {"data": None}, {"data": {"held_out": "yes"}}, {"data": {"held_out": {}}}):
+        assert held_out(find_cases(root), root, cast(Manifest, SimpleNamespace(training=training))) == []
+
+
+def test_a_validation_split_of_its_own_stays(tmp_path: Path) -> None:
+    root = folder_of(tmp_path / "a")
+    manifest = trained_on(root)
+    folder_of(tmp_path / "b" / "Training")
+    folder_of(tmp_path / "b" / "Validation", 2)
+    assert held_out(find_cases(tmp_path / "b"), tmp_path / "b", manifest) == []

@@ -1,0 +1,129 @@
+"""What a check of the data warns of, training and evaluation say too; and two files for one place are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from cdiff.runtime.data.cases import find_cases
+from cdiff.runtime.data.datacheck import check_data
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.scoring.evaluate import Protocol, choose_split, evaluate, trained_task
+from cdiff.runtime.segmenter import Segmenter
+from cdiff.train.data import fit_to_data, read_data
+from cdiff.train.presets import preset
+from tests.layouts import disc, noisy, save, write_qubiq
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return write_qubiq(tmp_path / "data", {"Training": 3, "Validation": 1}, spacing=(0.5, 0.6, 3.0))
+
+
+def training_notes(root: Path, *settings: str) -> list[str]:
+    return read_data(root, fit_to_data(preset("tiny"), root, list(settings))).notes
+
+
+def move(path: Path, millimetres: float) -> None:
+    """Store a mask with another place in its header."""
+    image = nib.load(path)
+    affine = image.affine.copy()
+    affine[0, 3] += millimetres
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj), affine, image.header), path)
+
+
+def test_clean_data_is_read_without_a_word(data: Path) -> None:
+    assert training_notes(data) == []
+
+
+def test_masks_elsewhere_than_their_image_are_told_once_with_their_cases(
+    data: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    for case in ("case01", "case02"):
+        move(data / f"Training/{case}/task01_seg02.nii.gz", 30.0)
+    (note,) = training_notes(data)
+    assert "elsewhere than their image, in 2 cases (case01, case02): case01: task01_seg02.nii.gz" in note
+    said: list[str] = []
+    cases = find_cases(data)["train"]
+    evaluate(Segmenter.open(tiny_bundle), cases, Protocol(runs=1, steps=1, raters="use"), notice=said.append)
+    assert note in said
+
+
+def test_a_flat_mask_beside_an_image_with_a_last_axis_of_one_is_compared_too(data: Path) -> None:
+    path = data / "Training/case01/task01_seg01.nii.gz"
+    image = nib.load(path)
+    affine = image.affine.copy()
+    affine[0, 3] += 30.0
+    flat = nib.Nifti1Image(np.asarray(image.dataobj)[..., 0], affine)
+    flat.header.set_xyzt_units("mm")
+    nib.save(flat, path)
+    assert any("elsewhere" in note for note in training_notes(data))
+    (found,) = [f for f in check_data(data).report["findings"] if f["kind"] == "grid"]
+    assert (found["severity"], found["case"]) == ("warning", "case01")
+
+
+def test_values_that_a_rule_decides_are_told_unless_labels_are_named(data: Path) -> None:
+    path = data / "Training/case02/task01_seg01.nii.gz"
+    save(path, disc((32, 32, 1)).astype(np.uint8) + disc((32, 32, 1), -0.5))
+    (note,) = training_notes(data)
+    assert "in 1 case (case02)" in note
+    assert "above half of its largest value" in note
+    assert training_notes(data, "labels=[1,2]") == []
+
+
+def test_volumes_in_strips_are_told_to_training(tmp_path: Path) -> None:
+    write_qubiq(tmp_path, {"Training": 2, "Validation": 1}, shapes=[(3, 32, 32)])
+    assert any("strips" in note and "along axis 0" in note for note in training_notes(tmp_path))
+    assert training_notes(tmp_path, "slice_axis=0") == []
+
+
+@pytest.mark.parametrize("name", ["image", "task01_seg01"])
+def test_two_files_for_one_place_are_refused(data: Path, name: str) -> None:
+    save(data / f"Training/case01/{name}.nii", noisy(disc((32, 32, 1))))
+    with pytest.raises(
+        CdiffError, match=rf"{name}.nii and {name}.nii.gz in .*case01 are both .*; remove or rename one"
+    ):
+        find_cases(data)
+    assert find_cases(data, strict=False).problems[0].case == "case01"
+
+
+def test_a_structure_is_not_refused_for_the_files_of_another(data: Path) -> None:
+    for name in ("task02_seg01.nii", "task02_seg01.nii.gz"):
+        save(data / "Training/case01" / name, disc((32, 32, 1)))
+    assert len(find_cases(data, "task01")["train"]) == 3
+    with pytest.raises(CdiffError, match="one annotator's mask"):
+        find_cases(data, "task02")
+
+
+def test_cases_of_one_name_in_two_splits_are_told_apart(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        write_qubiq(tmp_path / split, {split: 2})
+    found = {split: find_cases(tmp_path / split)[split] for split in ("train", "val")}
+    assert [case.name for case in choose_split(found, "all")[1]] == [
+        "train/case01",
+        "train/case02",
+        "val/case01",
+        "val/case02",
+    ]
+    assert [case.name for case in choose_split(found, "val")[1]] == ["case01", "case02"]
+
+
+def test_a_model_names_its_structure_only_where_its_task_is_one(tiny_bundle: Path) -> None:
+    from dataclasses import replace
+
+    manifest = Segmenter.open(tiny_bundle).manifest
+    assert trained_task(replace(manifest, task="brain-tumor/task02")) == "task02"
+    assert trained_task(replace(manifest, task="task01")) == "task01"
+    assert trained_task(replace(manifest, task="lung nodule on CT, four radiologists")) is None
+
+
+def test_a_report_of_another_protocol_is_replaced_with_a_word(data: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    segmenter, cases, said = Segmenter.open(tiny_bundle), find_cases(data)["val"], list[str]()
+    out = tmp_path / "scores.json"
+    for seed in (0, 0, 1):
+        said.clear()
+        evaluate(segmenter, cases, Protocol(runs=1, steps=1, seed=seed, raters="use"), out=out, notice=said.append)
+    assert any(f"{out} is there, of another model, protocol or data" in line for line in said)

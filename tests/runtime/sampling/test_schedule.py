@@ -1,0 +1,37 @@
+"""The noise schedules are the published ones, with diffusers' as the oracle."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from diffusers import DDPMScheduler
+
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.sampling.sampler import SAMPLERS, sampler_table
+from cdiff.runtime.sampling.schedule import NoiseSchedule
+
+
+@pytest.mark.parametrize("T", [10, 100, 1000])
+def test_cosine_is_nichol_and_dhariwal_s(T: int) -> None:
+    schedule = NoiseSchedule(T, kind="cosine")
+    oracle = DDPMScheduler(num_train_timesteps=T, beta_schedule="squaredcos_cap_v2")
+    np.testing.assert_allclose(schedule.betas[1:], oracle.betas.double().numpy(), rtol=1e-6)
+    assert schedule.abar[0] == 1
+    assert schedule.betas.max() == 0.999
+    assert NoiseSchedule.from_json(schedule.to_json()) == schedule
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_sampler_has_a_finite_table_for_it(name: str) -> None:
+    table = sampler_table(name, NoiseSchedule(1000, kind="cosine"), 20)
+    assert all(np.isfinite(column).all() for column in (table.a, table.b, table.c, table.d))
+
+
+def test_linear_is_ho_s_for_a_thousand_steps() -> None:
+    oracle = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
+    np.testing.assert_allclose(NoiseSchedule(1000).betas[1:], oracle.betas.double().numpy(), rtol=1e-6)
+
+
+def test_unknown_kinds_are_refused() -> None:
+    with pytest.raises(CdiffError, match="use 'linear' or 'cosine'"):
+        NoiseSchedule(100, kind="sigmoid")

@@ -1,0 +1,221 @@
+"""Where the volume lies that a series becomes: where its headers say, image for image, or it is refused; what the reader is told."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydicom
+import pytest
+from pydicom.dataset import FileDataset
+
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.scans.scan import Scan, read_scan
+from tests.runtime.dicom_files import moved, orthogonal, upright, write_multiframe, write_series
+
+AXIAL = np.array([[0.7, 0.0, 0.0, -90.0], [0.0, 0.8, 0.0, -120.0], [0.0, 0.0, 0.625, 40.0]])
+
+
+def scan_voxels(slices: int = 5) -> Any:
+    return np.random.default_rng(8).integers(-1000, 1500, (24, 20, slices)).astype(np.int16)
+
+
+def furthest(scan: Scan, voxels: Any, lps: Any) -> float:
+    """How many mm the voxels (all different) lie from where `lps` has them; the values must be the same."""
+    assert scan.grid.header is not None
+    affine, stored = scan.grid.header.get_best_affine(), scan.grid.restore(scan.slices)[..., 0]
+    assert sorted(stored.ravel()) == sorted(voxels.ravel())
+    found, wanted = ({value: ijk for ijk, value in np.ndenumerate(array)} for array in (stored, voxels))
+    values = list(wanted)
+    here = np.array([found[value] for value in values]) @ affine[:3, :3].T + affine[:3, 3]
+    there = np.array([wanted[value] for value in values]) @ lps[:, :3].T + lps[:, 3]
+    return float(np.linalg.norm(here * [-1, -1, 1] - there, axis=1).max())
+
+
+def different(slices: int, columns: int = 6, rows: int = 5) -> Any:
+    """[columns, rows, slices] that are all different."""
+    count = columns * rows * slices
+    return np.random.default_rng(9).permutation(count).reshape(columns, rows, slices).astype(np.int16)
+
+
+def test_rounded_positions_do_not_add_up(tmp_path: Path) -> None:
+    """Slices 0.625 mm apart whose headers say 0.6 and 0.7 in turn: by the first distance alone the last would lie 2.5 mm off and more."""
+    voxels = different(100)
+
+    def rounded(k: int, file: FileDataset) -> None:
+        file.ImagePositionPatient = [-90, -120, round(40 + 0.625 * k, 1)]
+
+    scan = read_scan(write_series(tmp_path / "a", voxels, AXIAL, change=rounded))
+    assert furthest(scan, voxels, AXIAL) < 0.06
+    assert scan.grid.spacing == pytest.approx((0.7, 0.8, 0.625), rel=1e-3)
+    assert any("slices are taken to be 0.625 mm apart, the mean" in note for note in scan.warnings)
+
+
+def test_even_slices_stay_as_dcm2niix_has_them(tmp_path: Path) -> None:
+    voxels = different(9)
+    scan = read_scan(write_series(tmp_path / "a", voxels, orthogonal()))
+    assert furthest(scan, voxels, orthogonal()) < 1e-3
+    assert scan.warnings == ()
+
+
+@pytest.mark.parametrize("sense", [1, -1])
+def test_a_series_that_dcm2niix_turns_upright_is_where_it_was(sense: int, tmp_path: Path) -> None:
+    voxels = different(4)
+    lps = np.array([[0, 0, 2.5 * sense, 10], [0.7, 0, 0, 20], [0, -0.8, 0, 30]], dtype=float)
+    scan = read_scan(write_series(tmp_path / "a", voxels, lps, change=lambda _, file: upright(file)))
+    assert scan.grid.shape == (4, 6, 5), "it is no longer turned: then this tests nothing"
+    assert furthest(scan, voxels, lps) < 1e-3
+
+
+@pytest.mark.parametrize("order", [None, (3, 0, 4, 1, 2)])
+def test_frames_are_images(order: tuple[int, ...] | None, tmp_path: Path) -> None:
+    voxels = different(5)
+    scan = read_scan(write_multiframe(tmp_path / "a", voxels, orthogonal(), order=order))
+    assert furthest(scan, voxels, orthogonal()) < 1e-3
+
+
+def test_frames_that_are_numbered_as_they_do_not_lie(tmp_path: Path) -> None:
+    """dcm2niix goes by the numbers: a slice would lie where another is."""
+
+    def by_time(number: int, content: Any) -> None:
+        content.DimensionIndexValues = [1, content.InStackPositionNumber, number]
+
+    def in_another_order(number: int, content: Any) -> None:
+        content.InStackPositionNumber, content.DimensionIndexValues = number, [1, number]
+
+    def all_alike(_: int, content: Any) -> None:
+        content.DimensionIndexValues = [1, 1]
+
+    for name, change in (("time", by_time), ("order", in_another_order), ("alike", all_alike)):
+        folder = write_multiframe(tmp_path / name, scan_voxels(), orthogonal(), order=(3, 0, 4, 1, 2), change=change)
+        with pytest.raises(CdiffError, match="its frames are numbered in another order than they lie in"):
+            read_scan(folder)
+
+
+def test_a_value_deep_in_a_header_that_is_none(tmp_path: Path) -> None:
+    """pydicom reads it when it is asked for, long after the file."""
+    for old, new in (
+        (b"\x20\x00\x57\x90UL\x04", b"\x20\x00\x57\x90UL\x03"),
+        (b"\x20\x00\x57\x90UL", b"\x20\x00\x57\x90KL"),
+    ):
+        folder = write_multiframe(tmp_path / f"{new[-1]}", scan_voxels(), orthogonal())
+        data = (folder / "IM0000").read_bytes()
+        assert old in data
+        (folder / "IM0000").write_bytes(data.replace(old, new))
+        with pytest.raises(CdiffError):
+            read_scan(folder)
+
+
+def test_copies_of_an_image_are_left_out(tmp_path: Path) -> None:
+    folder = write_series(tmp_path / "a", scan_voxels(), orthogonal())
+    alone = read_scan(folder)
+    shutil.copy(folder / "IM0014", folder / "IM0014 (1)")
+    scan = read_scan(folder)
+    np.testing.assert_array_equal(scan.slices, alone.slices)
+    assert scan.sha256 == alone.sha256
+    assert len(scan.dicom) == 5
+    assert scan.warnings == ("1 of 6 DICOM files are copies of others: left out",)
+
+
+def bad_spacing(folder: Path) -> None:
+    """Half of the images are of another field of view."""
+
+    def other(k: int, file: FileDataset) -> None:
+        file.PixelSpacing = [0.8, 0.7] if k < 3 else [0.4, 0.35]
+
+    write_series(folder, scan_voxels(), orthogonal(), change=other)
+
+
+def bad_step(folder: Path) -> None:
+    """So little that dcm2niix says nothing: 4 %."""
+    up = AXIAL[:, 2]
+    write_series(folder, scan_voxels(60), AXIAL, change=lambda k, file: moved(file, 0.04 * max(k - 30, 0) * up))
+
+
+def bad_one_nowhere(folder: Path) -> None:
+    write_series(
+        folder, scan_voxels(), orthogonal(), change=lambda k, file: k == 2 and file.pop("ImagePositionPatient")
+    )
+
+
+def bad_frame_lost(folder: Path) -> None:
+    write_multiframe(folder, scan_voxels(), orthogonal(), order=(0, 1, 3, 4))
+
+
+def bad_frame_twice(folder: Path) -> None:
+    write_multiframe(folder, scan_voxels(), orthogonal(), order=(0, 1, 2, 2, 3, 4))
+
+
+BAD: dict[str, tuple[Callable[[Path], None], str]] = {
+    "another pixel spacing": (bad_spacing, r"series 3 \(chest, 5 images\): its images do not lie on one grid"),
+    "another distance": (bad_step, "the distance between slices varies"),
+    "an image without a position": (bad_one_nowhere, "1 of 5 images do not say where they lie"),
+    "a frame is missing": (bad_frame_lost, "the distance between slices varies"),
+    "a frame is there twice": (bad_frame_twice, "the distance between slices varies"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_what_does_not_lie_on_one_grid_is_refused(what: str, tmp_path: Path) -> None:
+    make, message = BAD[what]
+    make(tmp_path / "bad")
+    with pytest.raises(CdiffError, match=message) as error:
+        read_scan(tmp_path / "bad")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("keyword", "text"),
+    [
+        ("ImagePositionPatient", ""),
+        ("ImageOrientationPatient", ""),
+        ("PixelSpacing", ""),
+        ("ImagePositionPatient", "a\\b\\c "),
+    ],
+)
+def test_what_the_headers_do_not_say_is_not_made_up(keyword: str, text: str, tmp_path: Path) -> None:
+    """dcm2niix takes an image without an orientation for an axial one."""
+
+    def broken(_: int, file: FileDataset) -> None:
+        tag = pydicom.tag.Tag(pydicom.datadict.tag_for_keyword(keyword))
+        file[tag] = pydicom.dataelem.RawDataElement(tag, "DS", len(text), text.encode(), 0, False, True)
+
+    scan = read_scan(write_series(tmp_path / "a", scan_voxels(), orthogonal(), change=broken))
+    assert len(scan.slices) == 5
+    assert not scan.grid.has_orientation
+    assert any("do not say where the images lie: their order" in note for note in scan.warnings)
+
+
+def test_low_values_that_are_bright_are_told(tmp_path: Path) -> None:
+    def inverted(_: int, file: FileDataset) -> None:
+        file.PhotometricInterpretation = "MONOCHROME1"
+
+    scan = read_scan(write_series(tmp_path / "a", scan_voxels(), orthogonal(), change=inverted))
+    assert [note for note in scan.warnings if "MONOCHROME1, low values bright" in note]
+
+
+def test_marks_drawn_on_the_images_are_no_second_scan(tmp_path: Path) -> None:
+    """dcm2niix makes a volume of them (60xx,3000)."""
+
+    def drawn(_: int, file: FileDataset) -> None:
+        for tag, value in ((0x60000010, 20), (0x60000011, 24), (0x60000100, 1), (0x60000102, 0)):
+            file.add_new(tag, "US", value)
+        file.add_new(0x60000040, "CS", "G")
+        file.add_new(0x60000050, "SS", [1, 1])
+        file.add_new(0x60003000, "OW", b"\x0f\xf0" * 30)
+
+    voxels = scan_voxels(1)
+    scan = read_scan(write_series(tmp_path / "a", voxels, orthogonal(), change=drawn))
+    np.testing.assert_array_equal(np.sort(scan.slices.ravel()), np.sort(voxels.ravel()))
+
+
+def test_a_description_is_shown_as_text(tmp_path: Path) -> None:
+    """Two series are listed on a terminal, which escapes would paint."""
+    folder = write_series(tmp_path / "a", scan_voxels(2), orthogonal(), description="\x1b[31mred\x07")
+    for file in write_series(tmp_path / "b", scan_voxels(2), orthogonal(), number=4).iterdir():
+        shutil.copy(file, folder / f"B{file.name}")
+    with pytest.raises(CdiffError, match=r"3 \(\[31mred, 2 images\)"):
+        read_scan(folder)

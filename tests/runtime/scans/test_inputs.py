@@ -1,0 +1,226 @@
+"""Which scans a path names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cdiff.runtime.data.cases import find_cases
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.scans.inputs import scans_at, scans_named
+
+
+def _touch(*paths: Path) -> None:
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
+def _names(path: Path) -> dict[str, str]:
+    return {scan.name: scan.path.relative_to(path).as_posix() for scan in scans_at(path)}
+
+
+def test_one_file_is_called_by_its_name(tmp_path: Path) -> None:
+    for file, name in (("a.b.nii.gz", "a.b"), ("c.nii", "c"), ("d.PNG", "d"), ("e.txt", "e")):
+        _touch(tmp_path / file)
+        (scan,) = scans_at(tmp_path / file)
+        assert (scan.name, scan.path) == (name, tmp_path / file)
+
+
+def test_a_folder_of_scans_and_cases(tmp_path: Path) -> None:
+    _touch(tmp_path / "b.nii.gz", tmp_path / "a.png", tmp_path / "notes.txt", tmp_path / ".part-1.nii.gz")
+    _touch(tmp_path / "case01/image.nii.gz", tmp_path / "case01/task01_seg01.nii.gz", tmp_path / "empty/readme")
+    assert _names(tmp_path) == {"a": "a.png", "b": "b.nii.gz", "case01": "case01/image.nii.gz"}
+
+
+def test_cases_in_a_folder_for_each_patient(tmp_path: Path) -> None:
+    """As training takes them below a split folder; a split is not gone into unasked."""
+    _touch(tmp_path / "p1/a/image.nii.gz", tmp_path / "p1/b/image.nii.gz", tmp_path / "p2/a/image.nii.gz")
+    _touch(tmp_path / "p3/image.nii.gz", tmp_path / ".cache/a/image.nii.gz", tmp_path / "Training/c/image.nii.gz")
+    assert list(_names(tmp_path)) == ["p1_a", "p1_b", "p2_a", "p3"]
+    _touch(
+        tmp_path / "p2/.trash/image.nii.gz",
+        tmp_path / "q/r/s/t/u/image.nii.gz",
+        tmp_path / "q/r/s/t/u1/v/w/x/y/image.nii.gz",
+    )
+    assert list(_names(tmp_path)) == ["p1_a", "p1_b", "p2_a", "p3", "q_r_s_t_u"], (
+        "nothing hidden, and no deeper than eight folders"
+    )
+
+
+def test_a_folder_that_cannot_be_listed_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By segmenting as by training, which look for cases in the same way."""
+    _touch(tmp_path / "p1/a/image.nii.gz", tmp_path / "p2/a/image.nii.gz")
+    listed = Path.iterdir
+
+    def refused(self: Path) -> Iterator[Path]:
+        if self.name == "p2":
+            raise PermissionError(13, "Permission denied")
+        return iter(listed(self))
+
+    monkeypatch.setattr(Path, "iterdir", refused)
+    for read in (scans_at, find_cases):
+        with pytest.raises(CdiffError, match=r"p2 cannot be listed \(Permission denied\)"):
+            read(tmp_path)
+
+
+def test_a_case_folder_is_one_scan(tmp_path: Path) -> None:
+    _touch(tmp_path / "case07/image.nii", tmp_path / "case07/task01_seg01.nii.gz", tmp_path / "case07/task02_seg03.nii")
+    assert _names(tmp_path / "case07") == {"case07": "image.nii"}
+
+
+def test_outputs_in_the_folder_are_not_scans(tmp_path: Path) -> None:
+    """Running twice with OUT in the scans' folder; a scan that merely ends like an output has no report beside it."""
+    _touch(tmp_path / "a.nii.gz", tmp_path / "b_mask.nii.gz", tmp_path / "a.json")
+    _touch(
+        *(tmp_path / f"a_{kind}.nii.gz" for kind in ("soft", "levels", "uncertainty", "mask")),
+        tmp_path / "a_preview.png",
+    )
+    assert list(_names(tmp_path)) == ["a", "b_mask"]
+
+
+def test_two_scans_of_one_name_are_refused(tmp_path: Path) -> None:
+    _touch(tmp_path / "a.nii.gz", tmp_path / "a.png")
+    with pytest.raises(CdiffError, match="a_soft"):
+        scans_at(tmp_path)
+
+
+def test_nothing_there_says_what_was_expected(tmp_path: Path) -> None:
+    with pytest.raises(CdiffError, match="does not exist"):
+        scans_at(tmp_path / "nowhere")
+    with pytest.raises(CdiffError, match=r"no scan in .*image\.nii\.gz"):
+        scans_at(tmp_path)
+    _touch(tmp_path / "Testing/case01/image.nii.gz")
+    with pytest.raises(CdiffError, match=r"name one of them, such as .*Testing"):
+        scans_at(tmp_path)
+
+
+def test_masks_named_with_their_image_are_no_scans(tmp_path: Path) -> None:
+    """A shell's * in a case folder; without an image beside it a file called mask is what somebody wants segmented."""
+    files = [tmp_path / name for name in ("image.nii.gz", "mask_anna.nii.gz", "mask2.nii.gz", "other.nii.gz")]
+    _touch(*files, tmp_path / "b/masked.nii.gz")
+    notes: list[str] = []
+    found = scans_named([*files, tmp_path / "b/masked.nii.gz"], notes=notes)
+    assert [scan.name for scan in found] == ["image", "other", "masked"]
+    assert notes == ["mask_anna.nii.gz, mask2.nii.gz: masks or results by their names, not taken"]
+    assert [scan.name for scan in scans_named(files[1:3])] == ["mask_anna", "mask2"]
+
+
+def test_results_beside_their_scan_are_none(tmp_path: Path) -> None:
+    """A shell's * in a folder that was segmented into itself, or a folder in it: not its report, its page or its DICOM either."""
+    own = [tmp_path / f"a{end}" for end in (".json", "_levels.dcm", "_page.html", "_preview.png", "_soft.nii.gz")]
+    scan, other = tmp_path / "a.nii.gz", tmp_path / "b.json"
+    _touch(*own, scan, other)
+    notes: list[str] = []
+    assert [found.path for found in scans_named([*own, scan], notes=notes)] == [scan]
+    assert notes == [f"{', '.join(path.name for path in own)}: masks or results by their names, not taken"]
+    assert [found.name for found in scans_named([scan, other])] == ["a", "b"]
+    _touch(tmp_path / "maps/c.json", tmp_path / "maps/c_soft.nii.gz")
+    assert [found.path for found in scans_named([scan, tmp_path / "maps"])] == [scan]
+    with pytest.raises(CdiffError, match="no scan in"):
+        scans_named([tmp_path / "maps"])
+
+
+def test_folders_whose_scans_are_passed_over_are_told(tmp_path: Path) -> None:
+    """A folder for each patient with a scan of any name in it: neither a case nor a scan of the folder that was named."""
+    _touch(
+        tmp_path / "p1/scan.nii.gz",
+        tmp_path / "p2/t/a.png",
+        tmp_path / "labels/mask_anna.png",
+        tmp_path / "Testing/b.png",
+    )
+    with pytest.raises(CdiffError, match=r"Testing; name one of them|holds the splits Testing"):
+        scans_at(tmp_path)
+    (tmp_path / "Testing/b.png").unlink()
+    (tmp_path / "Testing").rmdir()
+    with pytest.raises(
+        CdiffError, match=r"not called image\.nii\.gz were not taken \(p1, p2/t\); name such a folder, or a table"
+    ):
+        scans_at(tmp_path)
+    _touch(tmp_path / "own.nii.gz", tmp_path / "p3/image.nii.gz", tmp_path / "p3/thumbnail.png")
+    _touch(tmp_path / "maps/own_soft.nii.gz", tmp_path / "maps/own.json", tmp_path / "p4/task01_seg01.nii.gz")
+    left: list[Path] = []
+    assert [scan.name for scan in scans_at(tmp_path, left=left)] == ["own", "p3"]
+    assert left == [tmp_path / "p1", tmp_path / "p2/t"]
+
+
+def test_splits_deeper_down_are_named_too(tmp_path: Path) -> None:
+    """A benchmark's folder, which training and data check take with --task, holds its splits below each data set's."""
+    _touch(tmp_path / "b/kidney/Validation/case01/image.nii.gz", tmp_path / "a/kidney/Training/case01/image.nii.gz")
+    with pytest.raises(CdiffError, match=r"the splits a/kidney/Training, b/kidney/Validation; name one .*/Training$"):
+        scans_at(tmp_path)
+
+
+def test_a_model_of_several_channels_takes_a_case_folders_files_as_one_scan(tmp_path: Path) -> None:
+    _touch(*(tmp_path / f"case01/image_{name}.nii.gz" for name in ("t2", "t1")), tmp_path / "case01/mask_anna.nii.gz")
+    for place in (tmp_path, tmp_path / "case01"):
+        (scan,) = scans_at(place, channels=2)
+        assert scan.name == "case01"
+        assert scan.path == (tmp_path / "case01/image_t1.nii.gz", tmp_path / "case01/image_t2.nii.gz")
+    (scan,) = scans_at(tmp_path, channels=2, modalities=("t2", "t1"))
+    assert [path.name for path in scan.path if isinstance(scan.path, tuple)] == ["image_t2.nii.gz", "image_t1.nii.gz"]
+    with pytest.raises(CdiffError, match=r"case01 has no flair \(it has t1, t2\); the model was trained on t1, flair"):
+        scans_at(tmp_path, channels=2, modalities=("t1", "flair"))
+
+
+def test_brats_files_are_one_scan_for_four_channels_and_files_for_one(tmp_path: Path) -> None:
+    names = [f"brats_train_006_{kind}_080_w.nii.gz" for kind in ("flair", "t1", "t1ce", "t2", "seg")]
+    _touch(*(tmp_path / "000246" / name for name in names))
+    (scan,) = scans_at(tmp_path, channels=4)
+    assert scan.name == "000246"
+    assert isinstance(scan.path, tuple)
+    assert [path.name.split("_")[3] for path in scan.path] == ["t1", "t1ce", "t2", "flair"]
+    assert len(scans_at(tmp_path / "000246")) == 5
+
+
+def test_a_tables_images(tmp_path: Path) -> None:
+    _touch(tmp_path / "a.png", tmp_path / "b.png", tmp_path / "cases.csv")
+    (tmp_path / "cases.csv").write_text("image\na.png\nb.png\n")
+    assert [(scan.name, scan.path) for scan in scans_at(tmp_path / "cases.csv")] == [
+        ("a", tmp_path / "a.png"),
+        ("b", tmp_path / "b.png"),
+    ]
+
+
+def test_pictures_of_one_folder_stay_scans_of_their_own(tmp_path: Path) -> None:
+    """Colour pictures that somebody numbered, or called image, are not the channels of one. What a Mac hides beside each is no picture."""
+    _touch(*(tmp_path / f"numbered/image_{k:03d}.png" for k in (1, 2, 3)))
+    _touch(tmp_path / "named/image.png", tmp_path / "named/image2.png")
+    _touch(tmp_path / "case/image.png", tmp_path / "case/._image.png", tmp_path / "case/mask_anna.png")
+    for channels in (1, 3):
+        assert [scan.name for scan in scans_at(tmp_path / "numbered", channels)] == [
+            "image_001",
+            "image_002",
+            "image_003",
+        ]
+        assert [scan.name for scan in scans_at(tmp_path / "named", channels)] == ["image", "image2"]
+        assert [scan.name for scan in scans_at(tmp_path / "case", channels)] == ["case"]
+
+
+def test_a_pictures_case_folder_is_a_case_whatever_else_lies_in_it(tmp_path: Path) -> None:
+    """As for training: with masks beside it image.png is the scan, and so it is once its outputs lie there."""
+    _touch(*(tmp_path / "marked" / name for name in ("image.png", "mask_anna.png", "thumbnail.png")))
+    for name in ("plain", "both"):
+        _touch(tmp_path / name / "image.png", tmp_path / f"{name}/{name}.json")
+        _touch(tmp_path / f"{name}/{name}_soft.nii.gz", tmp_path / f"{name}/{name}_preview.png")
+    _touch(tmp_path / "both/task01_seg01.png")
+    wanted = {name: f"{name}/image.png" for name in ("both", "marked", "plain")}
+    assert _names(tmp_path) == wanted
+    for name in wanted:
+        assert _names(tmp_path / name) == {name: "image.png"}
+
+
+def test_another_picture_does_not_hide_a_case_in_a_folder_of_cases(tmp_path: Path) -> None:
+    """Training reads such cases; but several images without masks are none."""
+    for name in ("case01/image.png", "case02/image.png", "case02/sketch.png", "photos/image.png", "photos/image2.png"):
+        _touch(tmp_path / name)
+    assert _names(tmp_path) == {"case01": "case01/image.png", "case02": "case02/image.png"}
+    assert _names(tmp_path / "case02") == {"image": "image.png", "sketch": "sketch.png"}
+
+
+def test_a_lone_named_modality(tmp_path: Path) -> None:
+    _touch(tmp_path / "case01/image_t1.nii.gz")
+    (scan,) = scans_at(tmp_path, 1, ("t1",))
+    assert (scan.name, scan.path) == ("case01", tmp_path / "case01/image_t1.nii.gz")

@@ -1,0 +1,79 @@
+"""Intensities: what goes in, what comes out, and that the record of it comes back the same."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.scans.intensity import Intensity
+
+IMAGE = np.random.default_rng(0).gamma(2, 30, (3, 2, 16, 12))  # [S, channels, H, W]
+
+
+def test_percentiles_go_to_minus_and_plus_one() -> None:
+    found = Intensity("volume", 10, 90).apply(IMAGE)
+    assert found.dtype == np.float32
+    for channel in range(2):
+        assert np.mean(found[:, channel] <= -1) == pytest.approx(0.1, abs=0.01)
+        assert np.mean(found[:, channel] >= 1) == pytest.approx(0.1, abs=0.01)
+    assert np.abs(found).max() == 1
+
+
+def test_an_image_s_own_mean_and_deviation() -> None:
+    slices = Intensity("slice", method="standard").apply(IMAGE)
+    np.testing.assert_allclose(slices.mean(axis=(2, 3)), 0, atol=1e-6)
+    np.testing.assert_allclose(slices.std(axis=(2, 3)), 1, atol=1e-6)
+    volume = Intensity("volume", method="standard").apply(IMAGE)
+    np.testing.assert_allclose(volume.std(axis=(0, 2, 3)), 1, atol=1e-6)
+    assert np.abs(volume.mean(axis=(2, 3))).max() > 1e-3
+    constant = Intensity("slice", method="standard").apply(np.full((1, 1, 4, 4), 7.0))
+    assert not constant.any()
+
+
+def test_given_numbers_do_not_depend_on_the_image() -> None:
+    intensity = Intensity(method="standard", mean=(60.0, 50.0), std=(10.0, 20.0))
+    wanted = (IMAGE - np.array([60, 50])[:, None, None]) / np.array([10, 20])[:, None, None]
+    np.testing.assert_allclose(intensity.apply(IMAGE), wanted, rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(intensity.apply(IMAGE[:1]), intensity.apply(IMAGE)[:1])
+    as_stored = Intensity(method="standard", mean=(0.0,), std=(1.0,))
+    np.testing.assert_array_equal(as_stored.apply(IMAGE), IMAGE.astype(np.float32))
+    with pytest.raises(CdiffError, match="2 means, and the image 1 channels"):
+        intensity.apply(IMAGE[:, :1])
+
+
+@pytest.mark.parametrize(
+    ("intensity", "says"),
+    [
+        (Intensity("volume", 1, 99), "percentiles 1 and 99 of each volume to -1 and 1"),
+        (Intensity(method="standard"), "mean and standard deviation of each slice to 0 and 1"),
+        (Intensity(method="standard", mean=(3.5,), std=(2.0,)), "minus 3.5, divided by 2"),
+        (Intensity(method="standard", mean=(0.0,), std=(1.0,)), "none: values as stored"),
+    ],
+)
+def test_the_record_comes_back_and_reads_well(intensity: Intensity, says: str) -> None:
+    assert Intensity.from_json(json.loads(json.dumps(intensity.to_json()))) == intensity
+    assert intensity.describe() == says
+
+
+def test_the_record_of_percentiles_is_what_older_bundles_hold() -> None:
+    assert Intensity("slice", 1.0, 99.0).to_json() == {"scope": "slice", "lower": 1.0, "upper": 99.0}
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"method": "histogram"}, "'percentile' or 'standard'"),
+        ({"method": "standard", "mean": (1.0,)}, "as many numbers"),
+        ({"method": "standard", "mean": (1.0,), "std": (0.0,)}, "each std positive"),
+        ({"method": "standard", "mean": (float("nan"),), "std": (1.0,)}, "as many numbers"),
+        ({"mean": (1.0,), "std": (1.0,)}, "need the method 'standard'"),
+        ({"scope": "patient"}, "'slice' or 'volume'"),
+        ({"lower": 90, "upper": 10}, "0 <= lower < upper"),
+    ],
+)
+def test_impossible_intensities_are_refused(values: dict[str, object], says: str) -> None:
+    with pytest.raises(CdiffError, match=says):
+        Intensity(**values)  # type: ignore[arg-type]

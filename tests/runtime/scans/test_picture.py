@@ -1,0 +1,142 @@
+"""Pictures of 16 bits: grey ones are read to the last bit, colours are refused and never read with 8."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cdiff.runtime.data.masks import read_mask
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.scans.picture import read_picture
+from cdiff.runtime.scans.scan import read_scan
+
+GREY, COLOURS, GREY_ALPHA, COLOURS_ALPHA = 0, 2, 4, 6
+"""PNG's colour types."""
+CHANNELS = {GREY: 1, COLOURS: 3, GREY_ALPHA: 2, COLOURS_ALPHA: 4}
+
+
+def pixels(channels: int) -> Any:
+    shape = (5, 6) if channels == 1 else (5, 6, channels)
+    return np.random.default_rng(0).integers(0, 2**16, shape).astype(np.uint16)
+
+
+def write_png(path: Path, array: Any, kind: int) -> Path:
+    """A PNG of 16 bits as its specification has it; Pillow writes none in colour."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in array)
+    head = struct.pack(">IIBBBBB", array.shape[1], array.shape[0], 16, kind, 0, 0, 0)
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+    )
+    return path
+
+
+def write_tiff(path: Path, array: Any, order: str = "<") -> Path:
+    """An uncompressed TIFF of 16 bits and one or three channels."""
+    channels = 1 if array.ndim == 2 else array.shape[2]
+    pixel_data = array.astype(f"{order}u2").tobytes()
+    after = 8 + len(pixel_data)  # where the bits of each channel are listed, then the directory
+    bits = struct.pack(f"{order}{channels}H", *[16] * channels) if channels > 1 else b""
+    SHORT, LONG = 3, 4
+    tags = [
+        (256, LONG, 1, array.shape[1]), (257, LONG, 1, array.shape[0]),
+        (258, SHORT, channels, after if channels > 1 else 16), (259, SHORT, 1, 1), (262, SHORT, 1, 2 if channels > 1 else 1),
+        (273, LONG, 1, 8), (277, SHORT, 1, channels), (278, LONG, 1, array.shape[0]), (279, LONG, 1, len(pixel_data)),
+    ]  # fmt: skip
+
+    def entry(tag: int, kind: int, count: int, value: int) -> bytes:
+        head = struct.pack(f"{order}HHI", tag, kind, count)
+        short = kind == SHORT and count == 1
+        return head + (struct.pack(f"{order}HH", value, 0) if short else struct.pack(f"{order}I", value))
+
+    directory = struct.pack(f"{order}H", len(tags)) + b"".join(entry(*tag) for tag in tags) + bytes(4)
+    mark = b"II*\0" if order == "<" else b"MM\0*"
+    path.write_bytes(mark + struct.pack(f"{order}I", after + len(bits)) + pixel_data + bits + directory)
+    return path
+
+
+def test_grey_of_16_bits_keeps_every_bit(tmp_path: Path) -> None:
+    array = pixels(1)
+    Image.fromarray(array).save(tmp_path / "pillow.png")
+    Image.fromarray(array).save(tmp_path / "pillow.tif")
+    files = [
+        tmp_path / "pillow.png", tmp_path / "pillow.tif", write_png(tmp_path / "a.png", array, GREY),
+        write_tiff(tmp_path / "little.tif", array), write_tiff(tmp_path / "big.tif", array, ">"),
+    ]  # fmt: skip
+    for path in files:
+        np.testing.assert_array_equal(read_scan(path).slices[0, 0], array, str(path))
+        np.testing.assert_array_equal(read_scan(path, channels=3).slices[0, 1], array, str(path))
+        np.testing.assert_array_equal(read_mask(path).values, array, str(path))
+
+
+@pytest.mark.parametrize("kind", [COLOURS, GREY_ALPHA, COLOURS_ALPHA, "little", "big"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_colours_of_16_bits_are_refused_in_one_line(tmp_path: Path, kind: Any, channels: int) -> None:
+    if isinstance(kind, str):
+        path = write_tiff(tmp_path / "a.tif", pixels(3), "<" if kind == "little" else ">")
+    else:
+        path = write_png(tmp_path / "a.png", pixels(CHANNELS[kind]), kind)
+    for read in (lambda: read_scan(path, channels=channels), lambda: read_mask(path)):
+        with pytest.raises(CdiffError, match=r"several channels of 16 bits.*save it in 16-bit grey") as caught:
+            read()
+        assert "\n" not in str(caught.value)
+
+
+def test_colours_of_8_bits_are_read_as_before(tmp_path: Path) -> None:
+    array = np.random.default_rng(1).integers(0, 256, (5, 6, 3)).astype(np.uint8)
+    for suffix in ("png", "tif"):
+        Image.fromarray(array).save(tmp_path / f"a.{suffix}")
+        np.testing.assert_array_equal(
+            read_scan(tmp_path / f"a.{suffix}", channels=3).slices[0], np.moveaxis(array, 2, 0)
+        )
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif"])
+def test_a_picture_is_turned_as_viewers_show_it(tmp_path: Path, suffix: str) -> None:
+    """A camera held upright stores the picture lying and says so; an annotator draws on it as it is shown."""
+    stored = np.zeros((16, 24), np.uint8)
+    stored[:8] = 255  # its upper half is to the right once it is turned by 6
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(stored).save(tmp_path / f"x.{suffix}", exif=exif)
+    scan = read_scan(tmp_path / f"x.{suffix}")
+    np.testing.assert_allclose(scan.slices[0, 0], np.rot90(stored, -1), atol=2)
+    np.testing.assert_allclose(read_mask(tmp_path / f"x.{suffix}").values, np.rot90(stored, -1), atol=2)
+    assert any("EXIF" in warning for warning in scan.warnings)
+    Image.fromarray(stored).save(tmp_path / f"y.{suffix}")
+    assert not any("EXIF" in warning for warning in read_scan(tmp_path / f"y.{suffix}").warnings)
+
+
+def test_damaged_exif_turns_nothing(tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((4, 6), np.uint8)).save(tmp_path / "x.jpg", exif=b"Exif\0\0not a directory")
+    assert read_scan(tmp_path / "x.jpg").slices.shape == (1, 1, 4, 6)
+
+
+@pytest.mark.parametrize("palette", [False, True])
+def test_transparency_that_was_ignored_is_said_of_a_palette_too(tmp_path: Path, palette: bool) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (8, 8, 4)).astype(np.uint8)
+    pixels[..., 3] = 255
+    pixels[:4, :, 3] = 0
+    picture = Image.fromarray(pixels, "RGBA")
+    path = tmp_path / "x.png"
+    (picture.quantize(32) if palette else picture).save(path)
+    read, notes = read_picture(path.read_bytes(), path, 3)
+    assert read.shape == (8, 8, 3)
+    assert notes == ["the picture's transparency was ignored"]
+
+
+def test_colours_that_are_no_screens_are_refused(tmp_path: Path) -> None:
+    """Read as red, green and blue they would be another picture."""
+    path = tmp_path / "x.tif"
+    Image.new("LAB", (8, 8)).save(path)
+    with pytest.raises(CdiffError, match="has LAB colours; save it again as RGB"):
+        read_picture(path.read_bytes(), path, 3)

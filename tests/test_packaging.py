@@ -110,7 +110,7 @@ def test_python_started_in_the_clone_finds_every_package() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert Path(done.stdout.strip()) == REPOSITORY / "runtime" / "schedule.py"
+    assert Path(done.stdout.strip()) == REPOSITORY / "runtime" / "sampling" / "schedule.py"
 
 
 # The `cdiff` command in a clone of which nothing was installed: no import hook of an editable install, no metadata.

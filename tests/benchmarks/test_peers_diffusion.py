@@ -85,7 +85,7 @@ def test_minutes_are_counted_on_the_clock_that_was_asked_for(
         return 1.0, 1.0
 
     monkeypatch.setattr(Run, "step", step)
-    monkeypatch.setattr(Run, "validate", lambda self: 0.5)
+    monkeypatch.setattr(Run, "validate", lambda self, window: 0.5)
     config = preset("tiny").with_values({"minutes": 25 / 60, "clock": clock, "steps": 5, "val_every": 100})
     result = train(config, tiny_data, tmp_path / "run", quiet=True)
     assert result.step == (3 if clock == "cpu" else 5)

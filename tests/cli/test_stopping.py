@@ -20,7 +20,12 @@ SEGMENT = [sys.executable, "-m", "cdiff.cli", "segment", SCAN, "--fast", "--runs
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_process_that_is_ended_leaves_no_unfinished_file(tmp_path: Path, number: signal.Signals) -> None:
-    with subprocess.Popen([*SEGMENT, "-o", tmp_path], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        [*SEGMENT, "-o", tmp_path],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # also where the tests run under nohup
+    ) as process:
         while not any(tmp_path.glob(f"{PART}*")):  # the picture alone takes far longer than a look at the folder
             assert process.poll() is None
             time.sleep(0.005)

@@ -113,7 +113,6 @@ def main(name: str | None = None) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         codecs.register_error("cdiff", _as_it_is)
         sys.stdout.reconfigure(errors="cdiff")
-    logging.getLogger("matplotlib").setLevel(
-        logging.ERROR
-    )  # its home, when that cannot be written to, is not the user's business
+    # What it says of its home, where that cannot be written to, is not the user's business.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     app(prog_name=name)

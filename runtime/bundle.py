@@ -12,7 +12,7 @@ from cdiff.runtime import manifest as names
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import atomic_folder, sha256, write_json
 from cdiff.runtime.manifest import FileEntry, Manifest
-from cdiff.runtime.scans.sources import is_there
+from cdiff.runtime.scans.sources import is_there, must_be_text
 
 ENGINES = "engines"
 """Folder of the cache of built engines inside a bundle; not listed in the manifest, its entries carry their own keys."""
@@ -48,9 +48,11 @@ class Bundle:
 def open_bundle(path: str | Path) -> Bundle:
     """Open the bundle in a folder: read the manifest and compare every listed file's size and SHA-256 with it.
 
-    Nothing is unpickled or run. Raises CdiffError, naming the file, when the folder is no bundle or a file is missing or differs.
+    Nothing is unpickled or run. Raises CdiffError, naming the file, when the folder is no bundle, a file is missing or differs, or the
+    folder's path is no text, which ONNX Runtime does not open.
     """
     folder = Path(path)
+    must_be_text(folder)
     there = is_there(folder)
     if not folder.is_dir():
         what = "is a file" if there else "does not exist"

@@ -67,7 +67,7 @@ def held_out_of(found: DataSet, root: Path, told: Mapping[str, Any]) -> list[Cas
     """
     try:
         fraction, seed, levels, cases = (told[key] for key in ("val_fraction", "seed", "levels", "cases"))
-        split = partition(found, root, fraction, seed, levels)
+        split = partition(found, root, fraction, int(seed), levels)  # without a seed NumPy would draw one
     except (KeyError, TypeError, ValueError, OverflowError, CdiffError):  # what is told may come from anywhere
         return []
     return split.val if split.held_out and split.held_out["cases"] == cases else []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -241,10 +242,13 @@ def test_a_scan_in_a_closed_folder_does_not_stop_the_others(closed: Path, tiny_b
     assert second.error is None
 
 
-def test_a_locale_that_is_not_utf8_is_told_as_that(tmp_path: Path) -> None:
-    """It was told that the file's name is not UTF-8, which it is."""
-    (tmp_path / "Müller.nii.gz").write_bytes(b"read later")
-    command = [*MODULE, "segment", tmp_path / "Müller.nii.gz", "-o", tmp_path / "maps", "-q"]
+@pytest.mark.parametrize("named", ["scan", "model"])
+def test_a_locale_that_is_not_utf8_is_told_as_that(named: str, tiny_bundle: Path, tmp_path: Path) -> None:
+    """A file's name was said not to be UTF-8, which it is; a bundle's path gave ONNX Runtime's words on its constructor."""
+    shutil.copytree(tiny_bundle, bundle := tmp_path / ("Müller" if named == "model" else "bundle"))
+    scan = tmp_path / ("Müller.nii.gz" if named == "scan" else "scan.nii.gz")
+    scan.write_bytes(b"read later")
+    command = [*MODULE, "segment", scan, "--model", bundle, "-o", tmp_path / "maps", "-q"]
     old = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     done = subprocess.run(command, capture_output=True, env=os.environ | old, text=True, check=False)
     assert done.returncode == 2

@@ -81,3 +81,10 @@ def test_a_validation_split_of_its_own_stays(tmp_path: Path) -> None:
     folder_of(tmp_path / "b" / "Training")
     folder_of(tmp_path / "b" / "Validation", 2)
     assert held_out(find_cases(tmp_path / "b"), tmp_path / "b", manifest) == []
+
+
+def test_without_a_seed_nothing_is_held_out_whatever_numpy_draws(tmp_path: Path) -> None:
+    """NumPy takes no seed for a new one: of two cases it then held out the right one every other time."""
+    root = folder_of(tmp_path, 2)
+    manifest = trained_on(root, seed=None)
+    assert [held_out(find_cases(root), root, manifest) for _ in range(40)] == [[]] * 40

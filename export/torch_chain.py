@@ -15,9 +15,10 @@ from torch import Tensor
 
 from cdiff.runtime.device.cuda import OutOfMemory
 from cdiff.runtime.engines.base import Float32, Int64, Prediction, Rows, features_not_finite
-from cdiff.runtime.errors import CdiffError, first_line
+from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.sampling.noise import INITIAL
 from cdiff.runtime.sampling.sampler import SamplerTable
+from cdiff.runtime.words import first_line
 
 if TYPE_CHECKING:
     from cdiff.export.torch_engine import TorchChainEngine

@@ -5,9 +5,3 @@ from __future__ import annotations
 
 class CdiffError(Exception):
     """Something a user can mend. Its text is one line: what is wrong, where, and what to do about it."""
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's text, or its class's name where it has none."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

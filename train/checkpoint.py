@@ -21,10 +21,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from cdiff.runtime.errors import CdiffError, first_line
+from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import atomic_folder, write_json
 from cdiff.runtime.sampling.schedule import NoiseSchedule
 from cdiff.runtime.scans.intensity import Intensity
+from cdiff.runtime.words import first_line
 from cdiff.train.config import Config
 from cdiff.train.network import ConsensusNet
 

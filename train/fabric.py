@@ -26,7 +26,8 @@ from lightning_fabric.strategies import DDPStrategy, SingleDeviceStrategy, Strat
 from torch import Tensor
 
 from cdiff.runtime.device.gpu import parse_device
-from cdiff.runtime.errors import CdiffError, first_line
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.words import first_line
 
 logging.getLogger("lightning_fabric").setLevel(
     logging.WARNING

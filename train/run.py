@@ -15,8 +15,9 @@ import torch
 from lightning_fabric import Fabric
 from rich.console import Console
 
-from cdiff.runtime.errors import CdiffError, first_line
+from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import atomic_path
+from cdiff.runtime.words import first_line
 from cdiff.train import pace
 from cdiff.train.checkpoint import checkpoint_folder, checkpoint_name, origin, read_json, save_checkpoint
 from cdiff.train.config import Config

@@ -10,8 +10,9 @@ from typing import Any
 
 from cdiff.runtime.device.cuda import need
 from cdiff.runtime.engines.trt import user_cache
-from cdiff.runtime.errors import CdiffError, first_line
+from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import write_bytes
+from cdiff.runtime.words import first_line
 
 SOURCE = Path(__file__).with_name("kernels.cu")
 OPTIONS = ("--std=c++17", "-fmad=false")

@@ -7,7 +7,8 @@ import importlib
 import importlib.util
 from typing import Any
 
-from cdiff.runtime.errors import CdiffError, first_line
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.words import first_line
 
 INSTALL = "pip install '.[gpu]' in cdiff's clone (see docs/gpu.md for what goes together)"
 PACKAGES = {

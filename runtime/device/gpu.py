@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cdiff.runtime.device.cuda import OutOfMemory, need
-from cdiff.runtime.errors import CdiffError, first_line
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.words import first_line
 
 NON_BLOCKING = 1
 """CU_STREAM_NON_BLOCKING: does not wait for the default stream, which other libraries in the process may use."""

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from cdiff.runtime.device.cuda import driver_call, need
-from cdiff.runtime.errors import CdiffError, first_line
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.words import first_line
 
 
 class Graph:

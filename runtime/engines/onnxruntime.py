@@ -15,8 +15,9 @@ from cdiff import TELEMETRY_OFF
 from cdiff.runtime.device.cuda import OutOfMemory
 from cdiff.runtime.device.gpu import parse_device
 from cdiff.runtime.engines.base import Binding, Float32, HostBinding, Int64, Prediction
-from cdiff.runtime.errors import CdiffError, first_line
+from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.host import physical_cores
+from cdiff.runtime.words import first_line
 
 if os.environ.get(TELEMETRY_OFF) == "1":
     ort.disable_telemetry_events()  # the variable came too late where a program had imported ONNX Runtime before cdiff

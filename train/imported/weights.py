@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cdiff.runtime.errors import CdiffError, first_line
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.words import first_line
 from cdiff.train.imported.mapping import Link
 from cdiff.train.imported.options import CONSENSUS, IMPLICIT, Options
 

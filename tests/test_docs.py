@@ -177,13 +177,13 @@ def test_the_comparison_with_the_unet_claims_what_its_intervals_allow(tables: Mo
     assert not any(differ(one[f"dice_level_{c}"]) for one in (four, anybody) for c in (1, 2, 3))
     assert differ(vote["soft_dice_5"])
     assert differ(whole["soft_dice_5"])
-    page = (REPOSITORY / "docs" / "model.md").read_text(encoding="utf-8")
+    page = (REPOSITORY / "docs" / "choices.md").read_text(encoding="utf-8")
     assert f"cdiff is {-whole['soft_dice_5']['mean']:.3f} behind on the middle slices" in page
     assert "better on the level of all four where all four marked" in (REPOSITORY / "README.md").read_text("utf-8")
 
 
 def test_the_energy_distances_that_are_compared_are_of_equally_many_masks_or_it_is_said(tables: ModuleType) -> None:
-    page = " ".join((REPOSITORY / "docs" / "model.md").read_text(encoding="utf-8").split())
+    page = " ".join((REPOSITORY / "docs" / "choices.md").read_text(encoding="utf-8").split())
     found = tables.read("ged_by_masks", tables.RESULTS)["ged"]
     one, levels, runs, readers = (found[name] for name in ("one_mask", "levels_of_the_map", "levels_of_every_run", "annotators_majority"))  # fmt: skip
     unet = tables.read_peer("unet_testing_all_raters", "unet-soft", tables.RESULTS)["ged"]["mean"]
@@ -211,7 +211,7 @@ def test_how_much_of_the_largest_nodules_is_missed_is_what_was_measured(tables: 
     assert share.mean is not None
     assert share.low is not None
     assert share.high is not None
-    page = " ".join((REPOSITORY / "docs" / "model.md").read_text(encoding="utf-8").split())
+    page = " ".join((REPOSITORY / "docs" / "choices.md").read_text(encoding="utf-8").split())
     told = f"by {100 * share.mean:.0f} % of its volume on average ({100 * share.low:.0f} to {100 * share.high:.0f} %; all together by"
     assert f"{told} {100 * (1 - drawn.sum() / true.sum()):.0f} %" in page
 
@@ -228,7 +228,7 @@ def test_what_training_slices_score_is_told_with_the_chance_in_it(tables: Module
         draws.append(sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1))
         means.append(sums.sum() / sizes.sum())
         counts.append(sizes.sum())
-    page = " ".join((REPOSITORY / "docs" / "model.md").read_text(encoding="utf-8").split())
+    page = " ".join((REPOSITORY / "docs" / "choices.md").read_text(encoding="utf-8").split())
     assert f"soft Dice {means[0]:.3f}" in page
     assert f"against {means[1]:.3f} " in page
     assert f"on the {counts[0]} that" in page

@@ -94,7 +94,7 @@ PRESETS: dict[str, Config] = {
         data=DataConfig(framing="centre", jitter=6),
         training=dataclasses.replace(
             SMALL.training, dice_weight=1.0, val_steps=1
-        ),  # docs/model.md: more steps were no better
+        ),  # docs/choices.md: more steps were no better
     ),
     "tiny": Config(
         network=NetworkConfig(

@@ -22,3 +22,8 @@ def first_line(error: BaseException) -> str:
     """The first line of an exception's text, or its class's name where it has none."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
+
+
+def three_digits(value: float) -> str:
+    """A size of three significant digits, or of all before its point, never with an exponent: 0.240, 98.8, 1,520; a whole number as it is."""
+    return f"{value:,.0f}" if value >= 100 or float(value).is_integer() else f"{value:#.3g}"

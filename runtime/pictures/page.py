@@ -16,6 +16,7 @@ from cdiff.runtime.pictures import drawing
 from cdiff.runtime.pictures.preview import close_up_of, displayable, fullest, how
 from cdiff.runtime.report import NOTICE
 from cdiff.runtime.scans.grid import MM
+from cdiff.runtime.words import three_digits
 
 if TYPE_CHECKING:
     from cdiff.runtime.results import Float32, Result
@@ -173,5 +174,5 @@ def _sizes(result: Result) -> list[list[str]]:
     sizes = []
     for name, part in parts:
         cells = [name, f"{part['voxels']:,.0f} {'voxels' if len(result.grid.spatial) == 3 else 'pixels'}"]
-        sizes.append([*cells, f"{part[unit]:.3g} {unit.replace('2', '²')}"] if unit else cells)
+        sizes.append([*cells, f"{three_digits(part[unit])} {unit.replace('2', '²')}"] if unit else cells)
     return sizes

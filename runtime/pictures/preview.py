@@ -13,7 +13,7 @@ from cdiff.runtime.pictures import drawing
 from cdiff.runtime.report import NOTICE
 from cdiff.runtime.results import entropy
 from cdiff.runtime.scans.grid import View
-from cdiff.runtime.words import several
+from cdiff.runtime.words import several, three_digits
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -252,23 +252,22 @@ def _sizes(volumes: dict[str, Any], count: str, of_annotators: bool) -> list[tup
         every, one, half, word = 1000 * every, 1000 * one, 1000 * half, "mm³"
     if not of_annotators:
         return [
-            (f"the ensemble's mask: {_number(half)} {word}" if half else "the ensemble's mask is empty", drawing.INK)
+            (
+                f"the ensemble's mask: {three_digits(half)} {word}" if half else "the ensemble's mask is empty",
+                drawing.INK,
+            )
         ]
     if not half:
-        return [("nowhere do half agree", drawing.INK), (f"at least one on {_number(one)} {word}", drawing.FAINT)]
+        return [("nowhere do half agree", drawing.INK), (f"at least one on {three_digits(one)} {word}", drawing.FAINT)]
     return [
-        (f"at least half agree on {_number(half)} {word}", drawing.INK),
-        (f"all on {_number(every)}, at least one on {_number(one)} {word}", drawing.FAINT),
+        (f"at least half agree on {three_digits(half)} {word}", drawing.INK),
+        (f"all on {three_digits(every)}, at least one on {three_digits(one)} {word}", drawing.FAINT),
     ]
 
 
 def _short(text: str, most: int) -> str:
     """`text` with its middle left out when it is longer than `most` characters."""
     return text if len(text) <= most else f"{text[: most // 2]}…{text[1 - most // 2 :]}"
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _footing(figure: Figure, view: View, width: float) -> None:

@@ -135,6 +135,19 @@ def test_the_page_loads_nothing(tmp_path: Path) -> None:
     assert not re.search(r"https?:|//[a-z]+\.[a-z]|fetch\(|XMLHttp|import\(", text)
 
 
+def test_sizes_of_any_magnitude_are_read_without_an_exponent(tmp_path: Path) -> None:
+    made = result()
+    part = {"voxels": 1, "ml": 1520.4}
+    made.report["volumes"] = {
+        "levels": [{"level": c, "voxels": 1, "ml": ml} for c, ml in enumerate((98.765, 0.3, 0.000125), start=1)],
+        "mask": part,
+        "expected": part,
+    }
+    write_page(made, tmp_path / "x.html", "x")
+    shown = [row[-1] for row in contents(tmp_path / "x.html")[0]["sizes"]]
+    assert shown == ["98.8 ml", "0.300 ml", "0.000125 ml", "1,520 ml", "1,520 ml"]
+
+
 def test_a_long_scan_keeps_what_is_found(tmp_path: Path) -> None:
     """Of more slices than it may hold: those around what was found; of more of these, evenly, first and last among them."""
     made = result((8, 8, 402))

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from cdiff.cli.console import facts
+from cdiff.cli.options import option
 
 
 def info(
@@ -19,7 +20,7 @@ def info(
             show_default="the model that comes with cdiff",
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as it is.")] = False,
+    as_json: Annotated[bool, option("--json", "Print the manifest as it is.")] = False,
 ) -> None:
     """Check a bundle's files and print what it is, how it was trained and how it scored."""
     from cdiff.runtime.bundle import open_bundle, shipped_bundle

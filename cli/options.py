@@ -29,7 +29,8 @@ def option(words: str, help: str, *, default: str | None = None, panel: str | No
         names, value = [*names, value], ""
     shown = {} if default is None else {"show_default": default}
     more: dict[str, Any] = {**shown, **limits}
-    return typer.Option(*names, metavar=value or None, help=help, rich_help_panel=panel, **more)
+    # "" and not None for a switch: Typer would write <bool> there, as if `--page true` were meant.
+    return typer.Option(*names, metavar=value, help=help, rich_help_panel=panel, **more)
 
 
 # By the panel of --help in which an option stands.

@@ -15,7 +15,7 @@ def info(
     bundle: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[BUNDLE]",
+            metavar="BUNDLE",
             help="A folder that `cdiff export` wrote.",
             show_default="the model that comes with cdiff",
         ),

@@ -26,7 +26,7 @@ class Seen:
     """A case as it was read, before it is resampled or normalised; nothing that moving its folder changes.
 
     masks: how many. shape: slices, rows, columns. marked: pixels that are marked, over all masks. mean: of the image's values.
-    drawn: SHA-256 of the masks' pixels, a bit each.
+    drawn: SHA-256 of the masks' pixels, a bit each. values: SHA-256 of the image's, float32; empty in a run of before it was kept.
     """
 
     name: str
@@ -35,6 +35,7 @@ class Seen:
     marked: int
     mean: float
     drawn: str
+    values: str = ""
 
     @classmethod
     def of(cls, name: str, image: NDArray[np.float32], masks: NDArray[np.bool_]) -> Seen:
@@ -42,7 +43,8 @@ class Seen:
         slices, _, rows, columns = image.shape
         mean = float(image.mean(dtype=np.float64))
         drawn = hashlib.sha256(np.packbits(masks).tobytes()).hexdigest()
-        return cls(name, masks.shape[1], (slices, rows, columns), int(masks.sum()), mean, drawn)
+        values = hashlib.sha256(np.ascontiguousarray(image, "<f4").data).hexdigest()
+        return cls(name, masks.shape[1], (slices, rows, columns), int(masks.sum()), mean, drawn, values)
 
     def differs(self, then: Seen) -> str:
         """What is not as it was `then`, in words; nothing where a training sees the same. The name alone is no difference."""
@@ -55,8 +57,10 @@ class Seen:
         if self.drawn != then.drawn:
             return "has other pixels marked, or others' masks in another order"
         # Sums in another order, as on another machine, differ in their last digits.
-        same = math.isclose(self.mean, then.mean, rel_tol=1e-5, abs_tol=1e-6)
-        return "" if same else f"has a mean of {self.mean:.6g} and had {then.mean:.6g}"
+        if not math.isclose(self.mean, then.mean, rel_tol=1e-5, abs_tol=1e-6):
+            return f"has a mean of {self.mean:.6g} and had {then.mean:.6g}"
+        other = then.values and self.values != then.values
+        return f"has an image of the same mean, {self.mean:.6g}, with other values" if other else ""
 
 
 def _size(shape: tuple[int, ...]) -> str:

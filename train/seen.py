@@ -19,6 +19,8 @@ from cdiff.train.checkpoint import read_json
 
 NAME = "data.json"
 PARTS = {"train": "to train on", "val": "to validate on"}
+BEFORE = "before"
+"""The part that holds what the weights had learned from when the run began: the cases of the run that they are from (--init)."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,26 @@ def _size(shape: tuple[int, ...]) -> str:
 
 
 def write_seen(run: Path, seen: dict[str, list[Seen]]) -> None:
-    """Keep with the run which cases it trains on ("train") and validates on ("val"), in the order in which they are numbered."""
-    write_json(run / NAME, {part: [asdict(case) for case in seen[part]] for part in PARTS})
+    """Keep with the run which cases it trains on ("train") and validates on ("val"), in the order in which they are numbered, and BEFORE."""
+    write_json(run / NAME, {part: [asdict(case) for case in cases] for part, cases in seen.items()})
+
+
+def seen_before(run: Path) -> list[Seen]:
+    """What the weights of `run` had learned from when it began; nothing where it does not say."""
+    return _read(run / NAME)[BEFORE] if (run / NAME).exists() else []
+
+
+def learned_from(run: Path) -> list[Seen]:
+    """What the weights of `run` have learned from by now, each case once; nothing where it does not say, as no bundle does."""
+    if not (run / NAME).exists():
+        return []
+    began = _read(run / NAME)
+    return list(dict.fromkeys([*began["train"], *began[BEFORE]]))
+
+
+def again(val: list[Seen], before: list[Seen]) -> list[str]:
+    """The names of those cases to validate on that weights learned from before."""
+    return [case.name for case in val if any(not case.differs(one) for one in before)]
 
 
 def check_seen(run: Path, seen: dict[str, list[Seen]], data: Path) -> None:
@@ -106,7 +126,10 @@ def _differences(now: list[Seen], then: list[Seen]) -> str:
 def _read(path: Path) -> dict[str, list[Seen]]:
     data: dict[str, Any] = read_json(path)
     try:
-        return {part: [Seen(**case | {"shape": tuple(case["shape"])}) for case in data[part]] for part in PARTS}
+        parts = {part: data[part] for part in PARTS} | {BEFORE: data.get(BEFORE, [])}
+        return {
+            part: [Seen(**case | {"shape": tuple(case["shape"])}) for case in cases] for part, cases in parts.items()
+        }
     except (KeyError, TypeError) as error:
         raise CdiffError(
             f"{path} does not say which cases the run began with ({error!r}); it is damaged: remove it to resume without comparing"

@@ -68,9 +68,8 @@ class Card:
 
 def training_command(config: Config) -> str:
     """The `cdiff train` line that gives this configuration: the nearest preset and what differs from it."""
-    there = _flat(config.to_json())
     changes = {
-        name: {key: value for key, value in there.items() if _flat(preset.to_json()).get(key) != value}
+        name: {key: value for key, value in config.values().items() if preset.values()[key] != value}
         for name, preset in PRESETS.items()
     }
     nearest = min(changes, key=lambda name: len(changes[name]))
@@ -242,10 +241,6 @@ def _table(rows: dict[str, str]) -> str:
 
 def _paragraphs(*texts: str) -> str:
     return "\n\n".join(text for text in texts if text)
-
-
-def _flat(tree: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for section in tree.values() for key, value in section.items()}
 
 
 def _setting(key: str, value: Any) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,10 +9,8 @@ from torch import Tensor
 from cdiff.export.graphs import DenoiserGraph
 from cdiff.runtime.bundle import Bundle
 from cdiff.runtime.engines.base import Binding, Float32, HostBinding, Int64, Prediction
-from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.manifest import WEIGHTS
 from cdiff.runtime.sampling.schedule import NoiseSchedule
-from cdiff.train.config import Config
 from cdiff.train.network import ConsensusNet
 
 
@@ -55,15 +51,9 @@ def load_network(bundle: Bundle, device: str = "cpu") -> ConsensusNet:
 
     Raises CdiffError when the bundle lists no weights, they cannot be read, or do not say which network they belong to.
     """
-    from safetensors import safe_open
-
-    from cdiff.train.checkpoint import load_weights, read_tensors
+    from cdiff.train.checkpoint import config_of_weights, load_weights, read_tensors
 
     path = bundle.file(WEIGHTS)
-    with safe_open(path, "pt") as file:
-        config = (file.metadata() or {}).get("config")
-    if config is None:
-        raise CdiffError(f"{path} does not say which network it belongs to; export the bundle again")
-    network = ConsensusNet(Config.from_json(json.loads(config)).network)
+    network = ConsensusNet(config_of_weights(path).network)
     load_weights(network, read_tensors(path), path)
     return network.to(device).eval().requires_grad_(False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -88,16 +89,28 @@ def _engines() -> list[Check]:
 
 
 def _torch() -> Check:
-    """PyTorch as an engine, which is never picked unasked. A build for the CPU says so in its version."""
+    """PyTorch as an engine, which is never picked unasked."""
     missing = [name for name in ("torch", "safetensors") if find_spec(name) is None]
     if missing:
         return Check("torch", False, *_ready(missing))
     found = _version("torch") or "?"
-    if found.endswith("+cpu"):
+    if not _for_cuda():
         return Check("torch", True, f"{found} on cpu", "for cuda: a CUDA build of PyTorch")
     gpu = bool(visible_gpus())
     where = "cpu, cuda" if gpu else "cpu"
     return Check("torch", True, f"{found} on {where}", "" if gpu else "for cuda: no NVIDIA GPU is to be seen here")
+
+
+def _for_cuda() -> bool:
+    """Whether PyTorch was built for CUDA. Its version need not say so; the file that it reads its own from does."""
+    spec = find_spec("torch")
+    for root in (spec.submodule_search_locations or []) if spec else []:
+        try:
+            said = (Path(root) / "version.py").read_text(encoding="utf-8")
+        except OSError:
+            continue
+        return re.search(r"^cuda\b.*=\s*['\"]", said, re.MULTILINE) is not None
+    return True
 
 
 def _commands() -> list[Check]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -68,6 +68,18 @@ def load_run(run: Path, which: str = "best") -> LoadedRun:
 
 def read_config(run: Path) -> Config:
     return Config.from_json(read_json(run / "config.json"))
+
+
+def config_of_weights(path: Path) -> Config:
+    """The configuration that a bundle's weights were trained with. Raises CdiffError if the file is damaged or does not say."""
+    try:
+        with safe_open(path, "pt") as file:
+            config = (file.metadata() or {}).get("config")
+    except (OSError, SafetensorError) as error:
+        raise _damaged(path, error) from error
+    if config is None:
+        raise CdiffError(f"{path} does not say which network it belongs to; export the bundle again")
+    return Config.from_json(json.loads(config))
 
 
 def checkpoint_folder(run: Path, which: str) -> Path | None:
@@ -156,7 +168,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except Exception as error:  # safetensors raises its own SafetensorError, OSError or ValueError
-        raise CdiffError(f"{path} cannot be read ({error}); the checkpoint is damaged") from error
+        raise _damaged(path, error) from error
 
 
 def read_state(path: Path, device: torch.device) -> dict[str, Any]:
@@ -165,7 +177,11 @@ def read_state(path: Path, device: torch.device) -> dict[str, Any]:
         state = torch.load(path, map_location=device, weights_only=True)
         return {part: state[part] for part in ("optimiser", "scaler")}
     except Exception as error:  # a damaged file fails in the archive, the pickle or the storages, each in its own way
-        raise CdiffError(f"{path} cannot be read ({first_line(error)}); the checkpoint is damaged") from error
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> CdiffError:
+    return CdiffError(f"{path} cannot be read ({first_line(error)}); the checkpoint is damaged")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -60,6 +60,10 @@ class Config:
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
+    def values(self) -> dict[str, Any]:
+        """Every setting by its name, which is unique over the sections."""
+        return {key: value for section in self.to_json().values() for key, value in section.items()}
+
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Config:
         """The inverse of to_json (JSON's lists become tuples). Raises CdiffError for a key that does not exist, or a value of another type."""

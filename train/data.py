@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cdiff.runtime.data import partition
-from cdiff.runtime.data.case import natural
+from cdiff.runtime.data.case import listed, natural
 from cdiff.runtime.data.cases import Case, DataSet, find_cases, read_case
 from cdiff.runtime.data.oddities import Oddities
 from cdiff.runtime.errors import CdiffError
@@ -22,7 +22,7 @@ from cdiff.runtime.variants import ANNOTATOR, variant_called
 from cdiff.runtime.words import several
 from cdiff.train.augment import Window, cut, random_window, recoloured
 from cdiff.train.config import Config
-from cdiff.train.seen import Seen
+from cdiff.train.seen import BEFORE, Seen, again
 
 BACKGROUND = 0.1  # the share of windows drawn anywhere, so that a network trained on windows has seen plain background
 
@@ -55,17 +55,31 @@ class Slices:
 
 @dataclass
 class Data:
-    """What a training run learns from and is validated on, with `summary` saying what was found and left out."""
+    """What a training run learns from and is validated on, with `summary` saying what was found and left out.
+
+    before: the cases that the first weights had learned from.
+    """
 
     train: Slices
     val: Slices
     summary: dict[str, Any]
     notes: list[str]
+    before: list[Seen] = field(default_factory=list)
 
     @property
     def seen(self) -> dict[str, list[Seen]]:
-        """The cases that were read for "train" and "val": what a resumed run must find again."""
-        return {"train": self.train.seen, "val": self.val.seen}
+        """The cases that were read for "train" and "val", what a resumed run must find again, and those of `before`."""
+        return {"train": self.train.seen, "val": self.val.seen, BEFORE: self.before}
+
+    def learned_before(self, before: list[Seen]) -> None:
+        """The first weights had learned from these cases: where it validates on some of them, say so, and claim of none that it was unseen."""
+        self.before = before
+        if known := again(self.val.seen, before):
+            self.notes.append(
+                f"the weights that this run starts from learned from {len(known)} of the {len(self.val.seen)} cases to validate on "
+                f"({listed(known)}): its scores there are too good"
+            )
+            self.summary.pop("held_out", None)
 
 
 def read_data(root: Path, config: Config) -> Data:
@@ -101,7 +115,7 @@ def read_data(root: Path, config: Config) -> Data:
     # Resampled slices no longer have the size that they came in.
     if len(sizes) == 1 and config.data.framing != "resize":
         summary["slice_size"] = list(sizes.pop())
-    summary["notes"] = notes
+    summary["notes"] = notes  # the same list, for what is noted later
     return Data(train_slices, val_slices, summary, notes)
 
 

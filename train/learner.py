@@ -18,19 +18,11 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.files import sha256
-from cdiff.train.checkpoint import (
-    check_weights,
-    checkpoint_folder,
-    load_weights,
-    origin,
-    read_json,
-    read_state,
-    read_tensors,
-)
+from cdiff.train.checkpoint import check_weights, load_weights, read_state, read_tensors
 from cdiff.train.config import Config
 from cdiff.train.diffusion import Diffusion
 from cdiff.train.fabric import summed
+from cdiff.train.initial import Initial
 from cdiff.train.network import ConsensusNet, recompute_activations
 from cdiff.train.rows import Rows
 from cdiff.train.targets import TARGETS
@@ -72,23 +64,13 @@ class Learner:
     def parameters(self) -> int:
         return sum(p.numel() for p in self.network.parameters())
 
-    def start_from(self, init: Path) -> dict[str, Any]:
-        """Take the averaged weights of the last checkpoint of the run `init`, or those of the bundle `init`, as the first ones.
-
-        Returns what to say of them: the folder's name, the SHA-256 of the file, and where they came from in turn.
-        """
-        folder = checkpoint_folder(init, "last")
-        path = init / "model.safetensors" if folder is None else folder / "ema.safetensors"
-        if not path.exists():
-            raise CdiffError(f"{init} holds no weights to start from; give the folder of a training run or of a bundle")
-        load_weights(self.network, read_tensors(path), path, "the new run's settings, which must give the same network")
-        self.ema = {name: value.detach().clone() for name, value in self.network.state_dict().items()}
-        before = (
-            read_json(init / "manifest.json").get("training", {})
-            if folder is None
-            else read_json(folder / "checkpoint.json")
+    def start_from(self, initial: Initial) -> None:
+        """Take these weights as the first ones. Raises CdiffError where they do not fit, or would be another function here."""
+        load_weights(
+            self.network, initial.tensors, initial.path, "the new run's settings, which must give the same network"
         )
-        return {"name": init.resolve().name, "sha256": sha256(path)} | origin(before)
+        initial.check_function(self.config)
+        self.ema = {name: value.detach().clone() for name, value in self.network.state_dict().items()}
 
     def step(self, k: int, parts: Sequence[Rows], lr: float) -> tuple[float, float]:
         """Optimiser step k (from 0) on this process's parts of it, at the learning rate `lr`.

@@ -54,11 +54,12 @@ class TrainResult:
 
 
 class Run:
-    """The state of a training run: what learns, how far it is, its best score."""
+    """The state of a training run: what learns, how far it is, its best score. notes: what a user should know before it begins."""
 
     def __init__(self, config: Config, data: Data, fabric: Fabric, out: Path) -> None:
         check_parts(config, fabric.world_size)
         self.config, self.data, self.out, self.fabric = config, data, out, fabric
+        self.notes = list(data.notes)
         self.learner, device = Learner(config, fabric), fabric.device
         ahead = config.training.prefetch
         self.feed = Feed(self._prepare, (2 if device.type == "cuda" else 0) if ahead < 0 else ahead)

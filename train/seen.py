@@ -19,6 +19,8 @@ from cdiff.train.checkpoint import read_json
 
 NAME = "data.json"
 PARTS = {"train": "to train on", "val": "to validate on"}
+BEFORE = "before"
+"""The part that holds what the weights had learned from when the run began: the cases of the run that they are from (--init)."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Seen:
     """A case as it was read, before it is resampled or normalised; nothing that moving its folder changes.
 
     masks: how many. shape: slices, rows, columns. marked: pixels that are marked, over all masks. mean: of the image's values.
-    drawn: SHA-256 of the masks' pixels, a bit each.
+    drawn: SHA-256 of the masks' pixels, a bit each. values: SHA-256 of the image's, float32; empty in a run of before it was kept.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Seen:
     marked: int
     mean: float
     drawn: str
+    values: str = ""
 
     @classmethod
     def of(cls, name: str, image: NDArray[np.float32], masks: NDArray[np.bool_]) -> Seen:
@@ -42,7 +45,8 @@ class Seen:
         slices, _, rows, columns = image.shape
         mean = float(image.mean(dtype=np.float64))
         drawn = hashlib.sha256(np.packbits(masks).tobytes()).hexdigest()
-        return cls(name, masks.shape[1], (slices, rows, columns), int(masks.sum()), mean, drawn)
+        values = hashlib.sha256(np.ascontiguousarray(image, "<f4").data).hexdigest()
+        return cls(name, masks.shape[1], (slices, rows, columns), int(masks.sum()), mean, drawn, values)
 
     def differs(self, then: Seen) -> str:
         """What is not as it was `then`, in words; nothing where a training sees the same. The name alone is no difference."""
@@ -55,8 +59,10 @@ class Seen:
         if self.drawn != then.drawn:
             return "has other pixels marked, or others' masks in another order"
         # Sums in another order, as on another machine, differ in their last digits.
-        same = math.isclose(self.mean, then.mean, rel_tol=1e-5, abs_tol=1e-6)
-        return "" if same else f"has a mean of {self.mean:.6g} and had {then.mean:.6g}"
+        if not math.isclose(self.mean, then.mean, rel_tol=1e-5, abs_tol=1e-6):
+            return f"has a mean of {self.mean:.6g} and had {then.mean:.6g}"
+        other = then.values and self.values != then.values
+        return f"has an image of the same mean, {self.mean:.6g}, with other values" if other else ""
 
 
 def _size(shape: tuple[int, ...]) -> str:
@@ -64,8 +70,26 @@ def _size(shape: tuple[int, ...]) -> str:
 
 
 def write_seen(run: Path, seen: dict[str, list[Seen]]) -> None:
-    """Keep with the run which cases it trains on ("train") and validates on ("val"), in the order in which they are numbered."""
-    write_json(run / NAME, {part: [asdict(case) for case in seen[part]] for part in PARTS})
+    """Keep with the run which cases it trains on ("train") and validates on ("val"), in the order in which they are numbered, and BEFORE."""
+    write_json(run / NAME, {part: [asdict(case) for case in cases] for part, cases in seen.items()})
+
+
+def seen_before(run: Path) -> list[Seen]:
+    """What the weights of `run` had learned from when it began; nothing where it does not say."""
+    return _read(run / NAME)[BEFORE] if (run / NAME).exists() else []
+
+
+def learned_from(run: Path) -> list[Seen]:
+    """What the weights of `run` have learned from by now, each case once; nothing where it does not say, as no bundle does."""
+    if not (run / NAME).exists():
+        return []
+    began = _read(run / NAME)
+    return list(dict.fromkeys([*began["train"], *began[BEFORE]]))
+
+
+def again(val: list[Seen], before: list[Seen]) -> list[str]:
+    """The names of those cases to validate on that weights learned from before."""
+    return [case.name for case in val if any(not case.differs(one) for one in before)]
 
 
 def check_seen(run: Path, seen: dict[str, list[Seen]], data: Path) -> None:
@@ -102,7 +126,10 @@ def _differences(now: list[Seen], then: list[Seen]) -> str:
 def _read(path: Path) -> dict[str, list[Seen]]:
     data: dict[str, Any] = read_json(path)
     try:
-        return {part: [Seen(**case | {"shape": tuple(case["shape"])}) for case in data[part]] for part in PARTS}
+        parts = {part: data[part] for part in PARTS} | {BEFORE: data.get(BEFORE, [])}
+        return {
+            part: [Seen(**case | {"shape": tuple(case["shape"])}) for case in cases] for part, cases in parts.items()
+        }
     except (KeyError, TypeError) as error:
         raise CdiffError(
             f"{path} does not say which cases the run began with ({error!r}); it is damaged: remove it to resume without comparing"

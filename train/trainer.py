@@ -17,10 +17,11 @@ from cdiff.train.config import HOW, Config
 from cdiff.train.data import read_data
 from cdiff.train.fabric import check_same, fabric_on, find_device, joined, precision_of, together
 from cdiff.train.held import held
+from cdiff.train.initial import read_initial
 from cdiff.train.log import say
 from cdiff.train.machine import arithmetic
 from cdiff.train.run import Run, TrainResult
-from cdiff.train.seen import check_seen, write_seen
+from cdiff.train.seen import check_seen, learned_from, seen_before, write_seen
 
 
 def train(
@@ -90,20 +91,25 @@ def _start(config: Config, data: Path, out: Path, init: Path | None, fabric: Fab
         found = read_data(data, config)
         if resume:
             check_seen(out, found.seen, data)
-    settings = {key: value for section in config.to_json().values() for key, value in section.items()}
+            found.learned_before(seen_before(out))
+        elif init is not None:
+            found.learned_before(learned_from(init))
     facts = {"the data": found.summary, "the device": fabric.device.type, "the precision": precision_of(fabric)}
-    check_same(fabric, settings | facts | {"PyTorch": torch.__version__})
+    check_same(fabric, config.values() | facts | {"PyTorch": torch.__version__})
     with together(fabric):
         run = Run(config, found, fabric, out)
         if init is not None:
-            run.origin = {"init": run.learner.start_from(init)}
+            initial = read_initial(init)
+            run.learner.start_from(initial)
+            run.origin = {"init": initial.origin}
+            run.notes += initial.notes(config)
     return run
 
 
 def _train(run: Run, started: bool, max_steps: int | None, dry_run: bool, quiet: bool, console: Console) -> TrainResult:
     """Say what was found, and train; started: whether the weights come from elsewhere."""
     if not quiet:
-        for note in run.data.notes:
+        for note in run.notes:
             say(console, f"note: {note}")
         found, learner = run.data.summary, run.learner
         say(

@@ -100,7 +100,8 @@ def read_picture(data: bytes, path: Path, channels: int) -> tuple[NDArray[np.flo
     if channels == 1 and pixels.ndim == 3:
         if (pixels != pixels[..., :1]).any():
             notes.append("the picture's colours were turned to grey (ITU-R 601 luma): one channel is needed")
-            pixels = pixels @ np.array([0.299, 0.587, 0.114], np.float32)
+            # Pixel by pixel: a matrix product rounds by where a pixel lies, and otherwise on another machine.
+            pixels = 0.299 * pixels[..., 0] + 0.587 * pixels[..., 1] + 0.114 * pixels[..., 2]
         else:
             pixels = pixels[..., 0]
     elif channels == 3 and pixels.ndim == 2:

@@ -42,7 +42,13 @@ class Journal:
                 notice(f"{path} has {len(own)} finished cases of an interrupted evaluation: going on from there")
         elif lines:
             kept = path.with_name(path.name + ".old")
-            os.replace(path, kept)
+            try:
+                os.replace(path, kept)
+            except OSError as error:
+                reason = str(error.strerror).lower()
+                raise CdiffError(
+                    f"cannot rename {path} to {kept.name}: {reason}; remove one of them, or check the permissions"
+                ) from None
             notice(f"{path} was made with {_difference(lines[0], dict(header))}: starting anew, it is now {kept.name}")
         # Written anew: what a kill cut off must not stand in the middle of the file.
         make_folder(path.parent)

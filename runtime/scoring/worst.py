@@ -14,7 +14,7 @@ from cdiff.runtime.files import atomic_path
 from cdiff.runtime.pictures import drawing
 from cdiff.runtime.pictures.sheet import DPI, EDGE, Place, begin_block, new_page, short, soft_key
 from cdiff.runtime.scans.scan import read_scan
-from cdiff.runtime.scoring.evaluate import Progress, Protocol, case_sha256
+from cdiff.runtime.scoring.evaluate import Progress, Protocol
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,24 +39,18 @@ class Worst:
 def worst_slices(report: Mapping[str, Any], cases: Sequence[Case], most: int) -> list[Worst]:
     """The slice of the lowest soft Dice of each scored case; of these the `most` lowest, the lowest first.
 
-    cases: those that the report is of, among others.
+    cases: those that the report is of, among others, each of a name of its own, as `choose_split` gives them.
     """
-    found = []
+    by_name, found = {case.name: case for case in cases}, []
     for row in report["cases"]:
         scored = [one for one in row["slices"] if one["soft_dice_5"] is not None]
         if scored:
             found.append((row, min(scored, key=lambda one: float(one["soft_dice_5"]))))
     found.sort(key=lambda pair: float(pair[1]["soft_dice_5"]))
     return [
-        Worst(_case_of(row, cases), one["slice"], one["soft_dice_5"], one["soft_dice_5_annotators"])
+        Worst(by_name[row["case"]], one["slice"], one["soft_dice_5"], one["soft_dice_5_annotators"])
         for row, one in found[:most]
     ]
-
-
-def _case_of(row: Mapping[str, Any], cases: Sequence[Case]) -> Case:
-    """The case that a row is of: two splits may hold cases of one name."""
-    named = [case for case in cases if case.name == row["case"]]
-    return named[0] if len(named) == 1 else next(case for case in named if case_sha256(case) == row["inputs"])
 
 
 def write_worst(

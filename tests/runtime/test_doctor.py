@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -85,21 +86,33 @@ def test_an_engine_for_a_gpu_that_is_not_there_does_not_run_on_it(monkeypatch: p
 
 
 @pytest.mark.parametrize(
-    ("build", "gpus", "found", "remedy"),
+    ("build", "cuda", "gpus", "found", "remedy"),
     [
-        ("2.13.0+cpu", ["a GPU"], "2.13.0+cpu on cpu", "a CUDA build"),
-        ("2.13.0", ["a GPU"], "2.13.0 on cpu, cuda", ""),
-        ("2.11.0+cu130", [], "2.11.0+cu130 on cpu", "no NVIDIA GPU"),
-        (None, [], "lacks torch", "[train]"),
+        ("2.13.0+cpu", "None", ["a GPU"], "2.13.0+cpu on cpu", "a CUDA build"),
+        ("2.13.0", "None", ["a GPU"], "2.13.0 on cpu", "a CUDA build"),  # conda's, and the index's for some systems
+        ("2.13.0", "'13.0'", ["a GPU"], "2.13.0 on cpu, cuda", ""),
+        ("2.11.0+cu130", "'13.0'", [], "2.11.0+cu130 on cpu", "no NVIDIA GPU"),
+        (None, "", [], "lacks torch", "[train]"),
     ],
 )
 def test_pytorch_is_an_engine_on_what_it_was_built_for(
-    build: str | None, gpus: list[str], found: str, remedy: str, monkeypatch: pytest.MonkeyPatch
+    build: str | None,
+    cuda: str,
+    gpus: list[str],
+    found: str,
+    remedy: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("cdiff.runtime.doctor.visible_gpus", lambda: gpus)
     monkeypatch.setattr("cdiff.runtime.doctor._version", lambda name: build if name == "torch" else None)
-    if build is None:
-        monkeypatch.setattr("cdiff.runtime.doctor.find_spec", lambda name: None if name == "torch" else find_spec(name))
+    # As PyTorch's build writes it.
+    (tmp_path / "version.py").write_text(
+        f"from typing import Optional\n\n__all__ = ['__version__', 'cuda', 'hip']\n__version__ = '{build}'\ndebug = False\n"
+        f"cuda: Optional[str] = {cuda}\ngit_version = 'cf30153c'\nhip: Optional[str] = None\n"
+    )
+    torch = None if build is None else SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr("cdiff.runtime.doctor.find_spec", lambda name: torch if name == "torch" else find_spec(name))
     check = diagnose().sections["Engines"][-1]
     assert (check.name, check.ok, check.found) == ("torch", build is not None, found)
     assert remedy in check.remedy

@@ -67,7 +67,10 @@ def test_changed_values_masks_and_sizes_are_other_data(begun: tuple[Path, Path])
     exchange()
     path = data / "Training" / "case02" / "image.nii.gz"
     image = nib.load(path)
-    nib.save(nib.Nifti1Image(np.asarray(image.dataobj) // 2, image.affine), path)
+    values = np.asarray(image.dataobj)
+    nib.save(nib.Nifti1Image(values[::-1], image.affine), path)
+    assert "cases to train on: case02 has an image of the same mean" in refusal(run, data)
+    nib.save(nib.Nifti1Image(values // 2, image.affine), path)
     assert "cases to train on: case02 has a mean of" in refusal(run, data)
     for file in (data / "Training" / "case02").iterdir():
         image = nib.load(file)

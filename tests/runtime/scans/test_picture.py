@@ -100,6 +100,15 @@ def test_colours_of_8_bits_are_read_as_before(tmp_path: Path) -> None:
         )
 
 
+def test_a_colour_is_the_same_grey_wherever_it_lies(tmp_path: Path) -> None:
+    array = np.random.default_rng(1).integers(0, 256, (37, 53, 3)).astype(np.uint8)
+    Image.fromarray(array).save(tmp_path / "a.png")
+    Image.fromarray(array[:, 5:]).save(tmp_path / "b.png")
+    grey, cut = (read_scan(tmp_path / f"{name}.png").slices[0, 0] for name in "ab")
+    np.testing.assert_allclose(grey, array.astype(float) @ [0.299, 0.587, 0.114], rtol=1e-6)
+    np.testing.assert_array_equal(grey[:, 5:], cut)
+
+
 @pytest.mark.parametrize("suffix", ["png", "jpg", "tif"])
 def test_a_picture_is_turned_as_viewers_show_it(tmp_path: Path, suffix: str) -> None:
     """A camera held upright stores the picture lying and says so; an annotator draws on it as it is shown."""

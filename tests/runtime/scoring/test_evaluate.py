@@ -249,6 +249,19 @@ def test_rows_of_something_else_are_not_used(cases: list[Case], tmp_path: Path, 
         assert (tmp_path / "scores.partial.jsonl.old").exists()
 
 
+def test_a_journal_that_cannot_be_set_aside_is_an_error_in_one_line(cases: list[Case], tmp_path: Path) -> None:
+    out, partial = tmp_path / "scores.json", tmp_path / "scores.partial.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        run(KnownMaps(tmp_path / "b", 3, stop_after=1), cases, out=out)
+    before = partial.read_bytes()
+    (tmp_path / "scores.partial.jsonl.old").mkdir()
+    with pytest.raises(
+        CdiffError, match=r"cannot rename .*scores\.partial\.jsonl to scores\.partial\.jsonl\.old: is a directory"
+    ):
+        run(KnownMaps(tmp_path / "b", 3), cases, Protocol(seed=1), out=out)
+    assert partial.read_bytes() == before
+
+
 def test_what_a_case_holds_is_known_wherever_it_lies(cases: list[Case], tmp_path: Path) -> None:
     """Voxels beside a header that stays as it is, other values that are inside, a folder of DICOM files: none is the case that was scored."""
     itk = pytest.importorskip("SimpleITK")

@@ -12,7 +12,7 @@ from PIL import Image
 
 from cdiff.runtime.data.cases import find_cases
 from cdiff.runtime.scoring import worst as sheet
-from cdiff.runtime.scoring.evaluate import Protocol, case_sha256, evaluate
+from cdiff.runtime.scoring.evaluate import Protocol, choose_split, evaluate
 from cdiff.runtime.scoring.metrics import soft_dice
 from cdiff.runtime.scoring.worst import worst_slices, write_worst
 from cdiff.runtime.segmenter import Segmenter
@@ -33,14 +33,10 @@ def test_each_case_gives_its_worst_slice_and_the_worst_come_first() -> None:
     assert [one.case.name for one in worst_slices(report, cases, 9)] == ["d", "a", "b"], "c has no scored slice"
 
 
-def test_cases_of_one_name_are_told_by_their_files(tiny_data: Path) -> None:
-    train, val = (find_cases(tiny_data)[split] for split in ("train", "val"))
-    first, second = (case.__class__(**{**vars(case), "name": "same"}) for case in (train[0], val[0]))
-    report = report_of(same=[0.5])
-    for case in (first, second):
-        report["cases"][0]["inputs"] = case_sha256(case)
-        (one,) = worst_slices(report, [first, second], 1)
-        assert one.case is case
+def test_cases_of_one_name_in_two_splits_are_told_apart(tiny_data: Path) -> None:
+    _, cases = choose_split(find_cases(tiny_data), "all")
+    found = worst_slices(report_of(**{"val/case01": [0.5], "train/case01": [0.25]}), cases, 2)
+    assert [one.case.image.parts[-3:-1] for one in found] == [("Training", "case01"), ("Validation", "case01")]
 
 
 def test_the_maps_drawn_are_those_that_were_scored(

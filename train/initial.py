@@ -1,0 +1,71 @@
+"""The weights that a new run starts from, another run's or a bundle's: which they are, and whether they mean there what they mean here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.files import sha256
+from cdiff.train.checkpoint import (
+    checkpoint_folder,
+    config_of_weights,
+    origin,
+    read_config,
+    read_json,
+    read_tensors,
+)
+from cdiff.train.config import Config
+
+FUNCTION = ("target", "outside", "groups", "heads", "heads_up", "head_channels")
+"""Settings that no tensor's shape shows, and with others of which the same tensors compute something else."""
+AIM = ("variant", "schedule", "beta_start", "beta_end", "scaled")
+"""Those that only change what the network is to learn: weights of others are a start all the same."""
+
+
+@dataclass(frozen=True)
+class Initial:
+    """The averaged weights of `source`: the file, its tensors, the configuration of their training, and what a run says of its origin."""
+
+    source: Path
+    path: Path
+    tensors: dict[str, Tensor]
+    config: Config
+    origin: dict[str, Any]
+
+    def check_function(self, config: Config) -> None:
+        """Raise CdiffError where a run with `config` would compute something else with these weights than they were trained to."""
+        if other := _other(FUNCTION, self.config, config):
+            words = ", ".join(f"{key}={there} ({here} here)" for key, there, here in other)
+            remedy = " ".join(f"--set {key}={there}" for key, there, _ in other)
+            raise CdiffError(
+                f"{self.source} was trained with {words}: its weights would be another function; add {remedy}, or leave out --init"
+            )
+
+    def notes(self, config: Config) -> list[str]:
+        """What a run with `config` has to turn these weights to, in a line; none where it goes on with what they learned."""
+        words = ", ".join(f"{key}={there} ({here} here)" for key, there, here in _other(AIM, self.config, config))
+        return [f"{self.source} was trained with {words}: its weights are only a start for that"] if words else []
+
+
+def read_initial(init: Path) -> Initial:
+    """The last checkpoint's weights of the run `init`, or those of the bundle `init`. Raises CdiffError where there are none."""
+    folder = checkpoint_folder(init, "last")
+    path = init / "model.safetensors" if folder is None else folder / "ema.safetensors"
+    if not path.exists():
+        raise CdiffError(f"{init} holds no weights to start from; give the folder of a training run or of a bundle")
+    if folder is None:
+        config, before = config_of_weights(path), read_json(init / "manifest.json").get("training", {})
+    else:
+        config, before = read_config(init), read_json(folder / "checkpoint.json")
+    began = {"name": init.resolve().name, "sha256": sha256(path)} | origin(before)
+    return Initial(init, path, read_tensors(path), config, began)
+
+
+def _other(keys: tuple[str, ...], there: Config, here: Config) -> list[tuple[str, Any, Any]]:
+    """Those of the settings that differ, with both values."""
+    old, new = there.values(), here.values()
+    return [(key, old[key], new[key]) for key in keys if old[key] != new[key]]

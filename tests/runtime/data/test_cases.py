@@ -289,5 +289,10 @@ def test_files_that_are_not_there_are_named(tmp_path: Path) -> None:
     with pytest.raises(CdiffError, match=r"p0_m2\.png does not exist"):
         read_case(find_cases(table)["train"][0])
     shutil.rmtree(tmp_path / "files")
-    with pytest.raises(CdiffError, match=r"p0\.png does not exist"):
+    with pytest.raises(CdiffError, match=r"p0\.png does not exist; check the path$"):
+        read_case(find_cases(table)["train"][0])
+    table.write_text(table.read_text().replace("/", "\\"))
+    with pytest.raises(
+        CdiffError, match=r"files\\p0\.png does not exist; check the path: folders are parted by / here$"
+    ):
         read_case(find_cases(table)["train"][0])

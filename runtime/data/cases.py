@@ -276,9 +276,10 @@ def read_masks(case: Case, grid: Grid, odd: Oddities | None = None) -> NDArray[n
     masks = []
     for path in case.masks:
         mask = read_mask(path)
-        masks.append(mask_slices(mask, grid, case.labels, f"{path}", f"{case.image}"))
+        drawn = mask_slices(mask, grid, case.labels, f"{path}", f"{case.image}")
+        masks.append(drawn)
         if odd is not None:
-            odd.see_mask(case, path, mask, grid)
+            odd.see_mask(case, path, mask, drawn, grid)
     if not masks:
         raise CdiffError(f"{case.name} has no mask; add one for each annotator")
     return np.stack(masks, axis=1)

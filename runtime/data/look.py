@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from cdiff.runtime.data.case import Case
 from cdiff.runtime.data.masks import Mask, mask_slices, read_mask
-from cdiff.runtime.data.oddities import misplaced
+from cdiff.runtime.data.oddities import marks_the_background, misplaced
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.scans.scan import Scan, read_scan
 from cdiff.runtime.scoring.metrics import dice
@@ -167,11 +167,16 @@ def _measure(look: Look, masks: NDArray[np.bool_]) -> None:
         look.tell("note", "empty", f"{', '.join(empty)} marked nothing")
     if equal:
         look.tell("warning", "duplicated", f"identical masks: {'; '.join(' and '.join(pair) for pair in equal)}")
-    if around := [rater for i, rater in enumerate(raters) if _marks_the_background(masks[:, i])]:
+    full: NDArray[np.bool_] = np.all(masks, axis=(0, 2, 3))  # which the values tell
+    if around := [rater for i, rater in enumerate(raters) if not full[i] and marks_the_background(masks[:, i])]:
         verb = "marks" if len(around) == 1 else "mark"
         text = f"{', '.join(around)} {verb} the corners of every slice and most of it: is what was drawn 0 there, and the rest not?"
         look.tell("warning", "inverted", text)
     votes = masks.sum(axis=1)
+    if apart := [rater for i, rater in enumerate(raters) if _is_apart(masks[:, i], votes)]:
+        verb = "shares" if len(apart) == 1 else "share"
+        text = f"{', '.join(apart)} {verb} no pixel with any other mask: of this case, and stored as the others are?"
+        look.tell("warning", "apart", text)
     look.at_least = np.array([np.count_nonzero(votes >= c, axis=(1, 2)).sum() for c in range(1, n + 1)]) / votes.size
     look.best_slice = int(votes.sum(axis=(1, 2)).argmax()) if len(marked) else len(votes) // 2
     if pairs:
@@ -191,7 +196,7 @@ def _measure(look: Look, masks: NDArray[np.bool_]) -> None:
     }
 
 
-def _marks_the_background(mask: NDArray[np.bool_]) -> bool:
-    """Whether a mask [S, H, W] looks like one whose values are exchanged, as black drawn on white; not one that marks all."""
-    corners = mask[:, :: max(mask.shape[1] - 1, 1), :: max(mask.shape[2] - 1, 1)]
-    return bool(corners.all() and 0.5 < mask.mean() < 1)
+def _is_apart(mask: NDArray[np.bool_], votes: NDArray[np.int64]) -> bool:
+    """Whether a mask has no pixel in common with what the others drew: another case's, or stored turned. votes: of all, its own too."""
+    others = votes > mask
+    return bool(mask.any() and others.any() and not (mask & others).any())

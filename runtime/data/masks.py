@@ -30,24 +30,34 @@ class Mask:
 def read_mask(path: Path) -> Mask:
     """Read a mask's file: NIfTI, NRRD, MetaImage, PNG, TIFF or JPEG. A picture with a palette gives the palette's numbers, which are labels.
 
-    Raises CdiffError for a file that cannot be read, or that holds NaN.
+    Raises CdiffError for a file that cannot be read, that holds NaN, or whose colours do not say what was drawn.
     """
     data = read_bytes(path)
     if path.name.lower().endswith(PICTURE_SUFFIXES):
-        return Mask(_pixels(data, path))
-    image = parse_volume(data, path, channels=1)
-    values = nifti_voxels(image, str(path))
-    if not np.isfinite(values).all():
+        mask = Mask(_pixels(data, path))
+    else:
+        image = parse_volume(data, path, channels=1)
+        mask = Mask(nifti_voxels(image, str(path)), image.header)
+    if not np.isfinite(mask.values).all():
         raise CdiffError(f"{path} holds NaN or infinite values; a mask has numbers only: repair or remove it")
-    return Mask(values, image.header)
+    return mask
 
 
 def _pixels(data: bytes, path: Path) -> NDArray[Any]:
+    """The largest of each pixel's colours; transparency is not an opinion."""
     with opened(data, path) as (picture, _):
-        pixels, mode = np.asarray(picture), picture.mode
-    if mode in ("LA", "RGBA", "PA"):  # transparency is not an opinion
-        pixels = pixels[..., :-1]
-    return pixels if pixels.ndim == 2 else np.asarray(pixels.max(axis=-1))
+        if picture.mode in ("CMYK", "YCbCr", "LAB", "HSV"):  # whose numbers are not 0 in black and largest in white
+            picture = picture.convert("RGB")
+        stored, mode = np.asarray(picture), picture.mode
+    if stored.ndim == 2:
+        return stored
+    values = np.asarray((stored[..., :-1] if mode in ("LA", "RGBA", "PA") else stored).max(axis=-1))
+    if values.min() == values.max() and (stored != stored[0, 0]).any():
+        raise CdiffError(
+            f"{path} is drawn in transparency alone or in a colour on white, and read by the largest of its colours nothing is "
+            "left of it; save it in white on black"
+        )
+    return values
 
 
 def inside(values: NDArray[Any], labels: tuple[int, ...] = ()) -> NDArray[np.bool_]:

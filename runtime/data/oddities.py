@@ -14,6 +14,7 @@ from cdiff.runtime.words import by, several
 
 PLACE = "masks whose headers put them elsewhere than their image"
 VALUES = "masks that hold more than 0 and one other value"
+BACKGROUND = "masks that mark the background"
 AXIS = "volumes that are cut into strips"
 
 
@@ -29,12 +30,17 @@ class Oddities:
         if (axis := better_axis(grid.spatial, grid.slice_axis)) is not None:
             self._add(AXIS, case, f"{by(grid.spatial)}, whose slices seem to lie along axis {axis}")
 
-    def see_mask(self, case: Case, path: Path, mask: Mask, grid: Grid) -> None:
-        """Note a mask that lies elsewhere than its image, or whose values had to be read by a rule."""
+    def see_mask(self, case: Case, path: Path, mask: Mask, drawn: NDArray[np.bool_], grid: Grid) -> None:
+        """Note a mask that lies elsewhere than its image, whose values had to be read by a rule, or that seems to be black drawn on white.
+
+        drawn: its slices [S, H, W].
+        """
         if reason := misplaced(mask, grid):
             self._add(PLACE, case, f"{path.name} and its image {reason}")
         if not case.labels and not is_plain(mask.values):
             self._add(VALUES, case, f"of {path.name} what is above half of its largest value counts as inside")
+        if marks_the_background(drawn):
+            self._add(BACKGROUND, case, f"{path.name} marks the corners of every slice and most of it")
 
     def told(self) -> list[str]:
         """A line for each kind, with the cases and where to look."""
@@ -64,6 +70,12 @@ def is_plain(values: NDArray[np.generic]) -> bool:
     """Whether a mask holds nothing but 0 and one other value, so that no rule decides what is inside."""
     largest = values.max(initial=0)
     return bool(((values == 0) | (values == largest)).all())
+
+
+def marks_the_background(drawn: NDArray[np.bool_]) -> bool:
+    """Whether a mask [S, H, W] looks like one whose values are exchanged, as black drawn on white, or marks everything."""
+    corners = drawn[:, :: max(drawn.shape[1] - 1, 1), :: max(drawn.shape[2] - 1, 1)]
+    return bool(corners.all() and drawn.mean() > 0.5)
 
 
 def better_axis(shape: tuple[int, ...], slice_axis: int | None) -> int | None:

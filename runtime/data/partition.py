@@ -9,13 +9,13 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cdiff.runtime.data.case import Case
+from cdiff.runtime.data.case import Case, listed
 from cdiff.runtime.data.cases import DataSet
 from cdiff.runtime.data.masks import counted, read_mask
 from cdiff.runtime.errors import CdiffError
@@ -53,10 +53,20 @@ def partition(
     Raises CdiffError without training cases, or with too few to keep one.
     """
     train, val = training_cases(found, root), found.get("val", [])
-    if val:
-        return Partition(train, val)
     why = "the validation cases have no masks" if found.unlabelled.get("val") else "no validation folder"
-    return _hold_out(train, val_fraction, seed, why, levels)
+    split = Partition(train, val) if val else _hold_out(train, val_fraction, seed, why, levels)
+    return replace(split, notes=(*split.notes, *_torn(found)))
+
+
+def _torn(found: DataSet) -> list[str]:
+    """A line on patients whom the data has in several splits, where it names them."""
+    splits = Counter(patient for cases in found.values() for patient in {case.patient for case in cases} if patient)
+    torn = [patient for patient, count in splits.items() if count > 1]
+    return (
+        [f"patients in several splits ({listed(torn)}): if they are the same people, scores are too good"]
+        if torn
+        else []
+    )
 
 
 def held_out_of(found: DataSet, root: Path, told: Mapping[str, Any]) -> list[Case]:

@@ -63,7 +63,8 @@ def any_bytes(path: Path) -> bytes:
     except FileNotFoundError:
         if path.is_symlink():
             raise CdiffError(f"{path} is a link to {path.readlink()}, which does not exist; fetch that file") from None
-        raise CdiffError(f"{path} does not exist; check the path") from None
+        foreign = ": folders are parted by / here" if "\\" in path.name else ""  # as in a table from Windows
+        raise CdiffError(f"{path} does not exist; check the path{foreign}") from None
     except OSError as error:
         raise CdiffError(
             f"{path} cannot be read: {error.strerror or error}; check the file and its permissions"

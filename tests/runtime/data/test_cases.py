@@ -168,6 +168,17 @@ def test_patients_stay_together(tmp_path: Path) -> None:
     assert not {case.patient for case in split.val} & {case.patient for case in split.train}
 
 
+@pytest.mark.parametrize("other", ["Validation", "Testing"])
+def test_a_patient_in_several_splits_is_told(tmp_path: Path, other: str) -> None:
+    for split, patients in (("Training", ("p1", "p2", "p3")), (other, ("p3", "p4"))):
+        for patient in patients:
+            write_qubiq(tmp_path / split / patient, {"": 1})
+    *_, note = partition(find_cases(tmp_path), tmp_path).notes
+    assert note == "patients in several splits (p3): if they are the same people, scores are too good"
+    (tmp_path / other / "p3").rename(tmp_path / other / "p5")
+    assert not any("several splits" in note for note in partition(find_cases(tmp_path), tmp_path).notes)
+
+
 def test_cases_without_masks(tmp_path: Path) -> None:
     """One that nobody drew is told when it is a test case or shows another structure only, and else an error."""
     write_qubiq(tmp_path, {"Training": 3, "Testing": 1}, tasks=2)
@@ -278,5 +289,10 @@ def test_files_that_are_not_there_are_named(tmp_path: Path) -> None:
     with pytest.raises(CdiffError, match=r"p0_m2\.png does not exist"):
         read_case(find_cases(table)["train"][0])
     shutil.rmtree(tmp_path / "files")
-    with pytest.raises(CdiffError, match=r"p0\.png does not exist"):
+    with pytest.raises(CdiffError, match=r"p0\.png does not exist; check the path$"):
+        read_case(find_cases(table)["train"][0])
+    table.write_text(table.read_text().replace("/", "\\"))
+    with pytest.raises(
+        CdiffError, match=r"files\\p0\.png does not exist; check the path: folders are parted by / here$"
+    ):
         read_case(find_cases(table)["train"][0])

@@ -88,7 +88,7 @@ def test_black_drawn_on_white_is_told(tmp_path: Path) -> None:
     shape = (16, 16, 2)
     drawn = np.zeros(shape, bool)
     drawn[5:9, 5:9] = True
-    large, cut = np.zeros(shape, bool), np.ones(shape, bool)
+    large, cut, full = np.zeros(shape, bool), np.ones(shape, bool), np.ones(shape, bool)
     large[1:15, 1:] = True
     cut[12:, 12:, 0] = False
     cases = {
@@ -96,6 +96,7 @@ def test_black_drawn_on_white_is_told(tmp_path: Path) -> None:
         "all": (~drawn, ~drawn[::-1, ::-1]),
         "none": (large, drawn),
         "corner": (cut, drawn),
+        "full": (full, drawn),
     }
     for name, masks in cases.items():
         save(tmp_path / name / "image.nii.gz", np.random.default_rng(0).normal(size=shape), None)
@@ -105,6 +106,30 @@ def test_black_drawn_on_white_is_told(tmp_path: Path) -> None:
     assert said(check_data(tmp_path), "inverted") == [
         ("warning", "all", f"seg01, seg02 mark {text}"),
         ("warning", "one", f"seg02 marks {text}"),
+    ]
+    assert [case for _, case, text in said(check_data(tmp_path), "values") if "everywhere" in text] == ["full"]
+
+
+def test_a_mask_beside_all_others_is_told(tmp_path: Path) -> None:
+    """As of a file that was mistaken for another case's, or that is stored turned; not one that is empty, or stands alone."""
+    shape = (16, 16, 2)
+    here, there, none = (np.zeros(shape, bool) for _ in range(3))
+    here[2:8, 2:8], there[10:14, 2:8] = True, True
+    near = np.roll(here, 5, axis=0)
+    cases = {
+        "one": (here, near, here[::-1, ::-1]),
+        "two": (here, there, none),
+        "none": (here, near, none),
+        "alone": (here, none, none),
+    }
+    for name, masks in cases.items():
+        save(tmp_path / name / "image.nii.gz", np.random.default_rng(0).normal(size=shape), None)
+        for k, mask in enumerate(masks, start=1):
+            save(tmp_path / name / f"task01_seg{k:02d}.nii.gz", mask, None)
+    text = "no pixel with any other mask: of this case, and stored as the others are?"
+    assert said(check_data(tmp_path), "apart") == [
+        ("warning", "one", f"seg03 shares {text}"),
+        ("warning", "two", f"seg01, seg02 share {text}"),
     ]
 
 

@@ -74,6 +74,14 @@ def test_values_that_a_rule_decides_are_told_unless_labels_are_named(data: Path)
     assert training_notes(data, "labels=[1,2]") == []
 
 
+@pytest.mark.parametrize("everything", [False, True])
+def test_black_drawn_on_white_and_masks_of_everything_are_told_to_training(data: Path, everything: bool) -> None:
+    mask = np.ones((32, 32, 1), bool) if everything else ~disc((32, 32, 1))
+    save(data / "Training/case02/task01_seg03.nii.gz", mask, (0.5, 0.6, 3.0))
+    (note,) = training_notes(data)
+    assert "mark the background, in 1 case (case02): case02: task01_seg03.nii.gz marks the corners" in note
+
+
 def test_volumes_in_strips_are_told_to_training(tmp_path: Path) -> None:
     write_qubiq(tmp_path, {"Training": 2, "Validation": 1}, shapes=[(3, 32, 32)])
     assert any("strips" in note and "along axis 0" in note for note in training_notes(tmp_path))

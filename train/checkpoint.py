@@ -37,7 +37,7 @@ ORIGIN = ("init", "imported")
 class LoadedRun:
     """A run's network with its averaged weights, in evaluation mode, and what else an export needs.
 
-    `info`: step, seconds of training, hardware, versions, data summary, validation scores, and the command's settings.
+    `info`: step, seconds of training, hardware, versions, data summary, validation scores, and where the weights came from.
     """
 
     config: Config

@@ -21,7 +21,7 @@ from cdiff.benchmarks.script import parser_of, script
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import write_json
 from cdiff.runtime.scoring.metrics import bootstrap_over_cases
-from cdiff.runtime.scoring.summary import group_names
+from cdiff.runtime.scoring.summary import group_names, joined_twins
 
 Row = dict[str, Any]
 Take = Callable[[Row], float | None]
@@ -109,7 +109,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--json", type=Path, metavar="OUT", help="where to write the differences")
     options = parser.parse_args(argv)
-    report = compare(_read(options.a), _read(options.b), options.group)
+    first = _read(options.a)
+    report = compare(first, _read(options.b), options.group)
+    if doubt := joined_twins([case["case"] for case in first["cases"]], options.group):
+        print(f"note: {doubt}", file=sys.stderr)
     for part, found in {"all": report["all"], **report["by_size"]}.items():
         print(f"{part}: {found['n_cases']} cases, {found['n_slices']} slices")
         for name, score in found.items():

@@ -168,7 +168,7 @@ def test_floor_is_below_what_was_measured(report: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_the_exported_engine_is_measured_without_torch_in_memory(tiny_bundle: Path, report: dict[str, Any]) -> None:
+def test_the_exported_engine_is_measured_without_torch_in_memory(report: dict[str, Any]) -> None:
     memory = {kind: found["loaded_bytes"] for kind, found in report["end_to_end"].items()}
     assert memory["exported"] < memory["pytorch"]
 

@@ -363,6 +363,6 @@ def test_what_is_said_is_neither_wrapped_nor_taken_for_markup(tmp_path: Path) ->
     assert " val_soft_dice_5 0." in step
 
 
-def test_resuming_what_was_never_begun_says_so(tiny_data: Path, tmp_path: Path) -> None:
+def test_resuming_what_was_never_begun_says_so(tmp_path: Path) -> None:
     with pytest.raises(CdiffError, match=r"run/config\.json is not there; is this the folder of a training run\?$"):
         load_run(tmp_path / "run")

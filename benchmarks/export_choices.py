@@ -5,7 +5,6 @@ python -m cdiff.benchmarks.export_choices [--run RUN] [--json OUT]
 
 from __future__ import annotations
 
-import argparse
 import collections
 import copy
 import json
@@ -23,13 +22,13 @@ import onnxruntime as ort
 import torch
 from torch import Tensor, nn
 
+from cdiff.benchmarks.script import parser_of, script
 from cdiff.export import half
 from cdiff.export.graphs import DenoiserGraph, EncoderGraph, export_graph, write_denoiser, write_encoder
 from cdiff.export.reference import TorchEngine
 from cdiff.export.verify import SEED
 from cdiff.runtime.engines.base import Float32
 from cdiff.runtime.engines.onnxruntime import OnnxRuntimeEngine
-from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import write_json
 from cdiff.runtime.sampling.batching import segment_windows
 from cdiff.runtime.sampling.framing import Framing
@@ -285,20 +284,14 @@ def _new(folder: Path) -> Path:
     return Path(tempfile.mkdtemp(dir=folder))
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line; returns 0, or 2 for something to mend."""
-    parser = argparse.ArgumentParser(
-        prog="python -m cdiff.benchmarks.export_choices", description=(__doc__ or "").split("\n")[0]
-    )
+@script
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    parser = parser_of("export_choices", __doc__)
     parser.add_argument("--run", type=Path, help="a training run; without it the preset lidc with random weights")
     parser.add_argument("--json", type=Path, help="where to write the results")
     arguments = parser.parse_args(argv)
-    try:
-        measure(arguments.run, arguments.json)
-    except CdiffError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    measure(arguments.run, arguments.json)
 
 
 def measure(run: Path | None, json_file: Path | None) -> None:

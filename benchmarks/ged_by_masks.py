@@ -7,7 +7,6 @@ What lies between the first two is no merit of a network. The shipped model, fou
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import cdiff
+from cdiff.benchmarks.script import parser_of, script
 from cdiff.runtime.data.cases import Case, find_cases, read_masks
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import write_json
@@ -87,25 +87,19 @@ def measure(model: Segmenter, cases: list[Case]) -> dict[str, Any]:
     }
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line; returns 0, or 2 for something to mend."""
-    parser = argparse.ArgumentParser(
-        prog="python -m cdiff.benchmarks.ged_by_masks", description=(__doc__ or "").split("\n")[0]
-    )
+@script
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    parser = parser_of("ged_by_masks", __doc__)
     parser.add_argument("--data", type=Path, required=True, help="the data that the shipped model was trained on")
     parser.add_argument("--json", type=Path, metavar="OUT", help="where to write the numbers")
     options = parser.parse_args(argv)
-    try:
-        report = measure(cdiff.load(), choose_split(find_cases(options.data), "test")[1])
-        for name, score in report["ged"].items():
-            span = "" if score["low"] is None else f" ({score['low']:.3f} to {score['high']:.3f})"
-            print(f"{name:20} {score['masks']:3} masks  {score['mean']:.3f}{span}")
-        if options.json:
-            write_json(options.json, report)
-    except CdiffError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    report = measure(cdiff.load(), choose_split(find_cases(options.data), "test")[1])
+    for name, score in report["ged"].items():
+        span = "" if score["low"] is None else f" ({score['low']:.3f} to {score['high']:.3f})"
+        print(f"{name:20} {score['masks']:3} masks  {score['mean']:.3f}{span}")
+    if options.json:
+        write_json(options.json, report)
 
 
 if __name__ == "__main__":

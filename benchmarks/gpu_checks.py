@@ -353,11 +353,11 @@ def copy_rate(device: str) -> float:
     return 10 * 2 * source.numel() / least(copies)
 
 
-def least(call: Callable[[], Any], times: int = 3) -> float:
-    """Seconds of the fastest of some calls, after one that does not count. The call must wait for what it does."""
+def least(call: Callable[[], Any]) -> float:
+    """Seconds of the fastest of three calls, after one that does not count. The call must wait for what it does."""
     call()
     spent = []
-    for _ in range(times):
+    for _ in range(3):
         start = time.perf_counter()
         call()
         spent.append(time.perf_counter() - start)

@@ -229,7 +229,7 @@ def noise_of(engine: Engine, model: Subject, image: Float32, batch: int, seed: i
     return {"max": float(np.max(gaps)), "equal_share": equal / total, "values": total}
 
 
-def matmul_rates(device: str, seconds: float = 0.5) -> dict[str, float]:
+def matmul_rates(device: str) -> dict[str, float]:
     """FLOP/s of square matrix products of random numbers, the best size's mean over many: half precision and true float32."""
     sizes = (4096, 8192) if device != "cpu" else (512,)
     kinds = {"float16": torch.float16, "float32": torch.float32} if device != "cpu" else {"float32": torch.float32}
@@ -243,7 +243,7 @@ def matmul_rates(device: str, seconds: float = 0.5) -> dict[str, float]:
                 torch.mm(a, b, out=out)
             wait(device)
             start, times = time.perf_counter(), 0
-            while time.perf_counter() - start < seconds:
+            while time.perf_counter() - start < 0.5:
                 for _ in range(5):
                     torch.mm(a, b, out=out)
                 wait(device)

@@ -28,6 +28,7 @@ from cdiff.benchmarks.gpu_checks import DONE, FAILED, REFUSED, Settings, setting
 from cdiff.benchmarks.gpu_report import markdown
 from cdiff.benchmarks.gpu_subjects import PAPER, SHIPPED
 from cdiff.benchmarks.gpu_targets import targets
+from cdiff.benchmarks.script import parser_of
 from cdiff.runtime.engines.registry import available_engines
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import make_folder, write_bytes, write_json
@@ -274,9 +275,7 @@ def describe(checks: list[Check]) -> str:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m cdiff.benchmarks.gpu_suite", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = parser_of("gpu_suite", __doc__)
     parser.add_argument("--out", type=Path, default=Path("gpu_suite"), help="folder of gpu_suite.json and gpu_suite.md")
     parser.add_argument("--device", default="cuda:0", help="cuda:0; cpu only to try the suite itself, with --small")
     parser.add_argument(

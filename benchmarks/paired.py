@@ -7,7 +7,6 @@ structure's size, in thirds of the cases. A and B are whole reports, with every 
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
@@ -18,10 +17,11 @@ from typing import Any
 
 import numpy as np
 
+from cdiff.benchmarks.script import parser_of, script
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import write_json
 from cdiff.runtime.scoring.metrics import bootstrap_over_cases
-from cdiff.runtime.scoring.summary import group_names
+from cdiff.runtime.scoring.summary import group_names, joined_twins
 
 Row = dict[str, Any]
 Take = Callable[[Row], float | None]
@@ -98,11 +98,10 @@ def _number(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line; returns 0, or 2 for something to mend."""
-    parser = argparse.ArgumentParser(
-        prog="python -m cdiff.benchmarks.paired", description=(__doc__ or "").split("\n")[0]
-    )
+@script
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    parser = parser_of("paired", __doc__)
     parser.add_argument("a", type=Path, help="a whole report")
     parser.add_argument("b", type=Path, help="another, of the same slices")
     parser.add_argument(
@@ -110,20 +109,18 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--json", type=Path, metavar="OUT", help="where to write the differences")
     options = parser.parse_args(argv)
-    try:
-        report = compare(_read(options.a), _read(options.b), options.group)
-        for part, found in {"all": report["all"], **report["by_size"]}.items():
-            print(f"{part}: {found['n_cases']} cases, {found['n_slices']} slices")
-            for name, score in found.items():
-                if isinstance(score, dict) and score["n_slices"]:
-                    interval = "" if score["low"] is None else f" ({score['low']:+.3f} to {score['high']:+.3f})"
-                    print(f"  {name:14} {score['a']:.3f} {score['b']:.3f}  {score['mean']:+.3f}{interval}")
-        if options.json:
-            write_json(options.json, report)
-    except CdiffError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    first = _read(options.a)
+    report = compare(first, _read(options.b), options.group)
+    if doubt := joined_twins([case["case"] for case in first["cases"]], options.group):
+        print(f"note: {doubt}", file=sys.stderr)
+    for part, found in {"all": report["all"], **report["by_size"]}.items():
+        print(f"{part}: {found['n_cases']} cases, {found['n_slices']} slices")
+        for name, score in found.items():
+            if isinstance(score, dict) and score["n_slices"]:
+                interval = "" if score["low"] is None else f" ({score['low']:+.3f} to {score['high']:+.3f})"
+                print(f"  {name:14} {score['a']:.3f} {score['b']:.3f}  {score['mean']:+.3f}{interval}")
+    if options.json:
+        write_json(options.json, report)
 
 
 def _read(path: Path) -> Row:

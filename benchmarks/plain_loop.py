@@ -5,9 +5,6 @@ Amit et al. 2023, algorithm 2, as their code runs it: a batch of one row (slice,
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -15,28 +12,9 @@ from torch import Tensor
 from cdiff.runtime.engines.base import Float32
 from cdiff.runtime.sampling.chain import Timings
 from cdiff.runtime.sampling.framing import Windows
-from cdiff.runtime.sampling.noise import INITIAL
 from cdiff.runtime.sampling.sampler import SamplerTable
 from cdiff.train.diffusion import Diffusion
 from cdiff.train.network import ConsensusNet
-
-
-@dataclass(frozen=True)
-class Row:
-    """One chain: which window, level 1..C and run 0..R-1 it belongs to."""
-
-    window: int
-    level: int
-    run: int
-
-
-Draw = Callable[[Row, int, Tensor], Tensor]
-"""draw(row, step, x) -> standard normals of x's shape; step INITIAL is x_T."""
-
-
-def randn(row: Row, step: int, x: Tensor) -> Tensor:
-    """PyTorch's own generator, as the published code uses it: nothing but the order of the calls decides."""
-    return torch.randn_like(x)
 
 
 @torch.inference_mode()
@@ -47,21 +25,21 @@ def plain_loop(
     table: SamplerTable,
     runs: int,
     timings: Timings,
-    draw: Draw = randn,
 ) -> Float32:
     """Soft maps [S, h, w]: the mean over runs and levels of clip((x + 1)/2, 0, 1), each chain sampled on its own; of x where masks are 0 outside.
+
+    The noise is PyTorch's own, in the order of the windows, runs, levels and steps.
 
     The network and `diffusion` must be on one device; results come back to the host once a chain. `timings` is filled; on a GPU its
     parts other than the sum are only when the work was queued.
     """
     device = next(network.parameters()).device
     levels, maps = network.config.conditions, []
-    for w, image in enumerate(windows):
+    for image in windows:
         total = np.zeros(windows.framing.size, np.float32)
-        for run in range(runs):
+        for _ in range(runs):
             for level in range(1, levels + 1):
-                row, picture = Row(w, level, run), torch.from_numpy(image)[None].to(device)
-                total += _chain(network, diffusion, picture, row, table, timings, draw)
+                total += _chain(network, diffusion, torch.from_numpy(image)[None].to(device), level, table, timings)
         maps.append(total / np.float32(runs * levels))
     soft = windows.unframe(np.stack(maps))
     return soft if diffusion.outside == -1 else np.maximum(2 * soft - 1, 0)
@@ -71,17 +49,16 @@ def _chain(
     network: ConsensusNet,
     diffusion: Diffusion,
     image: Tensor,
-    row: Row,
+    level: int,
     table: SamplerTable,
     timings: Timings,
-    draw: Draw,
 ) -> Float32:
-    """One reverse chain: image [1, ch, H, W] -> fraction [H, W] in 0..1."""
+    """One reverse chain: image [1, ch, H, W], level 1..C -> fraction [H, W] in 0..1."""
     with timings.part("encode"):
         features = network.encoder(image)
     with timings.part("noise"):
-        x = draw(row, INITIAL, image[:, :1])
-    c = torch.full((1,), row.level, dtype=torch.int64, device=x.device)
+        x = torch.randn_like(image[:, :1])
+    c = torch.full((1,), level, dtype=torch.int64, device=x.device)
     x0_prev = torch.zeros_like(x)
     for step in range(len(table)):
         t = torch.full_like(c, int(table.t[step]))
@@ -91,7 +68,7 @@ def _chain(
         z: Tensor | float = 0.0
         if table.d[step] > 0:
             with timings.part("noise"):
-                z = draw(row, step, x)
+                z = torch.randn_like(x)
         with timings.part("update"):
             x0 = diffusion.to_x0(output, x, t)
             x = float(table.a[step]) * x + float(table.b[step]) * x0 + float(table.c[step]) * x0_prev

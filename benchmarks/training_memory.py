@@ -8,7 +8,6 @@ the allocator's gaps, CUDA's own share, and AdamW's temporary copies on a GPU (u
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import weakref
@@ -20,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cdiff.runtime.errors import CdiffError
+from cdiff.benchmarks.script import parser_of, script
 from cdiff.train.config import Config
 from cdiff.train.fabric import fabric_on
 from cdiff.train.learner import Learner
@@ -96,21 +95,15 @@ def _step(learner: Learner) -> None:
     learner.optimiser.zero_grad(set_to_none=True)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line: print the memory of a step as JSON, in bytes. Returns 0, or 2 for something to mend."""
-    parser = argparse.ArgumentParser(
-        prog="python -m cdiff.benchmarks.training_memory", description=(__doc__ or "").split("\n")[0]
-    )
+@script
+def main(argv: list[str] | None = None) -> None:
+    """The command line: print the memory of a step as JSON, in bytes."""
+    parser = parser_of("training_memory", __doc__)
     parser.add_argument("preset", metavar="PRESET", help=", ".join(PRESETS))
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="change one value of it, as cdiff train --set")
     options = parser.parse_args(argv)
-    try:
-        config = preset(options.preset).with_settings(options.settings)
-    except CdiffError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    config = preset(options.preset).with_settings(options.settings)
     print(json.dumps({"preset": options.preset, "settings": options.settings} | asdict(step_memory(config))))
-    return 0
 
 
 if __name__ == "__main__":

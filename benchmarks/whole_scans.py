@@ -7,7 +7,6 @@ slices are the label's; each scan is segmented as it is, and with `--shrink 2` a
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import cdiff
+from cdiff.benchmarks.script import parser_of, script
 from cdiff.runtime.data.masks import inside, read_mask
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import write_json
@@ -28,7 +28,7 @@ FACTORS = (1, 2, 3)
 Row = dict[str, Any]
 
 
-def measure(model: Segmenter, image: Path, label: Path, seed: int = 0) -> Row:
+def measure(model: Segmenter, image: Path, label: Path) -> Row:
     """One scan: its numbers, and for each factor of `FACTORS` and slice of the label the Dice of every level and of the mask with it.
 
     Raises CdiffError when a file cannot be read, or the label is empty or of another shape.
@@ -39,9 +39,7 @@ def measure(model: Segmenter, image: Path, label: Path, seed: int = 0) -> Row:
     place, numbers = place_in(drawn)
     found = []
     for factor in FACTORS:
-        result = model.segment(
-            scan, at=place, shrink=factor, slices=(numbers[0], numbers[-1] + 1), fast=True, seed=seed
-        )
+        result = model.segment(scan, at=place, shrink=factor, slices=(numbers[0], numbers[-1] + 1), fast=True, seed=0)
         rows = [_row(drawn[..., k], result.soft[..., k], result.levels[..., k, :], k) for k in numbers]
         found.append({"shrink": factor, "slices": rows, "warnings": result.report["warnings"]})
     return {
@@ -78,35 +76,26 @@ def _row(drawn: NDArray[np.bool_], soft: Any, levels: Any, k: int) -> Row:
     }
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line; returns 0, or 2 for something to mend."""
-    parser = argparse.ArgumentParser(
-        prog="python -m cdiff.benchmarks.whole_scans", description=(__doc__ or "").split("\n")[0]
-    )
+@script
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    parser = parser_of("whole_scans", __doc__)
     parser.add_argument("folder", type=Path, help="data of PyRadiomics' source distribution")
     parser.add_argument("--json", type=Path, metavar="OUT", help="where to write the numbers")
     options = parser.parse_args(argv)
-    try:
-        model = cdiff.load()
-        found = [
-            measure(model, options.folder / f"{name}_image.nrrd", options.folder / f"{name}_label.nrrd")
-            for name in SCANS
-        ]
-        for scan in found:
-            print(f"{scan['scan']}, {' x '.join(map(str, scan['shape']))}, at {scan['at']}")
-            for part in scan["found"]:
-                print(f"  shrunk by {part['shrink']}")
-                for row in part["slices"]:
-                    levels = " ".join(f"{value:.3f}" for value in row["dice_levels"])
-                    print(
-                        f"    {row['slice']:3}: {row['pixels']:5} pixels, mask {row['dice_mask']:.3f}, levels {levels}"
-                    )
-        if options.json:
-            write_json(options.json, {"model": model.manifest.name, "scans": found})
-    except CdiffError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    model = cdiff.load()
+    found = [
+        measure(model, options.folder / f"{name}_image.nrrd", options.folder / f"{name}_label.nrrd") for name in SCANS
+    ]
+    for scan in found:
+        print(f"{scan['scan']}, {' x '.join(map(str, scan['shape']))}, at {scan['at']}")
+        for part in scan["found"]:
+            print(f"  shrunk by {part['shrink']}")
+            for row in part["slices"]:
+                levels = " ".join(f"{value:.3f}" for value in row["dice_levels"])
+                print(f"    {row['slice']:3}: {row['pixels']:5} pixels, mask {row['dice_mask']:.3f}, levels {levels}")
+    if options.json:
+        write_json(options.json, {"model": model.manifest.name, "scans": found})
 
 
 if __name__ == "__main__":

@@ -280,9 +280,9 @@ TABLES: dict[str, Callable[[Path], str]] = {
 }
 
 
-def filled(text: str, results: Path = RESULTS) -> str:
+def filled(text: str) -> str:
     """A page's text with every marked region rewritten. Raises KeyError for a table that does not exist."""
-    return REGION.sub(lambda m: f"{m[1]}{TABLES[m['name']](results)}{m[3]}", text)
+    return REGION.sub(lambda m: f"{m[1]}{TABLES[m['name']](RESULTS)}{m[3]}", text)
 
 
 def main() -> int:

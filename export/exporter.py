@@ -42,7 +42,6 @@ def export_run(
     *,
     fp16: bool = False,
     replace: bool = False,
-    opset: int | None = None,
     fast_steps: int | None = None,
     zooms: Sequence[float] | None = None,
     progress: Progress | None = None,
@@ -51,7 +50,7 @@ def export_run(
 
     The author's part of the model card is RUN/card.json, where it is there; the graphs are compared on random images, and on the
     validation samples that the trainer left in RUN. fp16: convolutions and products in float16 or an error. replace: an older bundle in
-    `out` gives way. opset: `graphs.OPSETS` unless given.
+    `out` gives way.
     fast_steps: DDIM steps that `--fast` means for this bundle, 1..T; those that the run was validated with unless given.
     zooms: the multiples of a slice's size at which runs see it in turn; its own alone unless given. progress:
     called as progress(done, total), in parts of the work.
@@ -72,7 +71,7 @@ def export_run(
 
     def build(folder: Path) -> Manifest:
         report(0, PARTS)
-        half = _write_graphs(loaded, folder, fp16, opset, report)
+        half = _write_graphs(loaded, folder, fp16, report)
         metadata = {"config": json.dumps(loaded.config.to_json()), "format": "pt"}
         write_weights(folder / WEIGHTS, loaded.network.state_dict(), metadata)
         manifest = _manifest(loaded, card, card.name or out.name, folder, fp16, fast_steps)
@@ -93,14 +92,14 @@ def export_run(
     return bundle
 
 
-def _write_graphs(loaded: LoadedRun, folder: Path, fp16: bool, opset: int | None, report: Progress) -> dict[str, float]:
+def _write_graphs(loaded: LoadedRun, folder: Path, fp16: bool, report: Progress) -> dict[str, float]:
     """Write both graphs; returns the share of half-precision nodes of each when `fp16`."""
     config = loaded.config.network
     network = half_network(loaded.network) if fp16 else loaded.network
     dtype = torch.float16 if fp16 else torch.float32
-    encoder = write_encoder(EncoderGraph(network.encoder, dtype), config, folder, opset)
+    encoder = write_encoder(EncoderGraph(network.encoder, dtype), config, folder)
     report(1, PARTS)
-    denoiser = write_denoiser(DenoiserGraph(network.denoiser, config, loaded.schedule), config, folder, dtype, opset)
+    denoiser = write_denoiser(DenoiserGraph(network.denoiser, config, loaded.schedule), config, folder, dtype)
     report(2, PARTS)
     return {path.stem: check_half(path) for path in (encoder, denoiser)} if fp16 else {}
 

@@ -98,11 +98,11 @@ def x0_coefficients(target: str, schedule: NoiseSchedule) -> tuple[NDArray[np.fl
     return np.zeros_like(signal), np.ones_like(signal)
 
 
-def write_encoder(graph: EncoderGraph, config: NetworkConfig, folder: Path, opset: int | None = None) -> Path:
+def write_encoder(graph: EncoderGraph, config: NetworkConfig, folder: Path) -> Path:
     """Write encoder.onnx into `folder`: any number of slices, fixed image size. Returns its path."""
     image = torch.zeros(2, config.image_channels, config.image_size, config.image_size)
     return export_graph(
-        graph, {"image": image}, {"image": "slices"}, ["features"], folder / ENCODER, opset or OPSETS[graph.dtype]
+        graph, {"image": image}, {"image": "slices"}, ["features"], folder / ENCODER, OPSETS[graph.dtype]
     )
 
 

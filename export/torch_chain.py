@@ -119,7 +119,7 @@ class TorchBinding:
         return np.asarray(self.x.cpu().numpy())
 
     @exact
-    def parts(self, rows: Rows, table: SamplerTable, seed: int, repeats: int = 3) -> dict[str, float]:
+    def parts(self, rows: Rows, table: SamplerTable, seed: int) -> dict[str, float]:
         """Seconds of each part of one step, launched plainly and waited for: noise, denoise, update; and `replay`, the whole step as
         `run_chain` makes it. A measurement: x is left anywhere."""
         step = self._prepare(rows, table, seed)
@@ -131,7 +131,7 @@ class TorchBinding:
             "update": lambda: self._update(x0, mix, z, True),
             "replay": step,
         }
-        return {part: _seconds(call, self.step, self.engine.device, repeats) for part, call in calls.items()}
+        return {part: _seconds(call, self.step, self.engine.device) for part, call in calls.items()}
 
     def _prepare(self, rows: Rows, table: SamplerTable, seed: int) -> Callable[[], None]:
         """Fill the inputs; returns what makes one step."""
@@ -250,10 +250,10 @@ def captured(step: Callable[[], None], device: str, earlier: Captured | None = N
     return Captured(graph, aside)
 
 
-def _seconds(call: Callable[[], Any], step: Tensor, device: str, repeats: int) -> float:
-    """The least of several calls, each waited for; the table's row stays the first one."""
+def _seconds(call: Callable[[], Any], step: Tensor, device: str) -> float:
+    """The least of four calls, each waited for; the table's row stays the first one."""
     best = float("inf")
-    for _ in range(repeats + 1):
+    for _ in range(4):
         step.zero_()
         wait(device)
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""The runtime's noise (`runtime.noise`) in PyTorch, so that a chain on a device draws it there: same words, same normals (section 4)."""
+"""The runtime's noise (`runtime.sampling.noise`) in PyTorch, so that a chain on a device draws it there: same words, same normals (section 4)."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def normals(
     size: tuple[int, int],
     canvas: tuple[int, int],
 ) -> Tensor:
-    """Standard normals float32 [B,1,H,W], what `runtime.noise.Noise.fill` writes for each row.
+    """Standard normals float32 [B,1,H,W], what `runtime.sampling.noise.Noise.fill` writes for each row.
 
     seed and step int64 scalars on the device (step -1 is x_T's), slice_, level and run int64 [B], origin int64 [B,2] of the rows' windows
     of `size` (H, W) in the `canvas` (height, width). The words agree bit for bit; the normals up to the last bits of log, sin and cos.

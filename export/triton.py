@@ -13,7 +13,6 @@ from cdiff.runtime.files import atomic_folder
 from cdiff.runtime.serving import BUNDLE
 
 VERSION = "1"
-KINDS = {"cpu": "KIND_CPU", "cuda": "KIND_GPU"}
 
 MODEL = '''"""Served by cdiff: one request is one slice; config.pbtxt has the inputs and outputs."""
 
@@ -23,10 +22,10 @@ __all__ = ["TritonPythonModel"]
 '''
 
 
-def write_repository(bundle: Bundle, folder: Path, device: str = "cuda") -> Path:
+def write_repository(bundle: Bundle, folder: Path) -> Path:
     """Write FOLDER/NAME/config.pbtxt, 1/model.py and 1/bundle, whole or not at all; returns FOLDER/NAME. NAME is the bundle's own.
 
-    device: "cuda" makes an instance on every GPU that the server sees, "cpu" one on the processor.
+    It makes an instance on every GPU that the server sees, until config.pbtxt is told otherwise (docs/gpu.md).
     Raises CdiffError for a name that Triton or a folder cannot have, a model of that name that is there, or a folder that cannot be
     written.
     """
@@ -38,11 +37,11 @@ def write_repository(bundle: Bundle, folder: Path, device: str = "cuda") -> Path
         version = stage / VERSION
         shutil.copytree(bundle.path, version / BUNDLE)
         (version / "model.py").write_text(MODEL, encoding="utf-8")
-        (stage / "config.pbtxt").write_text(config(bundle, name, device), encoding="utf-8")
+        (stage / "config.pbtxt").write_text(config(bundle, name), encoding="utf-8")
     return model
 
 
-def config(bundle: Bundle, name: str, device: str) -> str:
+def config(bundle: Bundle, name: str) -> str:
     """config.pbtxt: a ModelConfig in protobuf's text form. No batching by the server: the rows of one slice fill the device."""
     manifest, draws = bundle.manifest, bundle.manifest.draws
     inputs = [
@@ -71,7 +70,7 @@ output [
 {_joined(outputs)}
 ]
 
-instance_group [ {{ kind: {KINDS[device]} count: 1 }} ]
+instance_group [ {{ kind: KIND_GPU count: 1 }} ]
 
 # engine: auto, {", ".join(NAMES)}. sampler: ddpm unless named (ddim, dpm++2m). fast: the bundle's quick choice. batch: rows at once.
 parameters {{ key: "engine" value {{ string_value: "auto" }} }}

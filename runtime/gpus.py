@@ -6,17 +6,18 @@ import ctypes
 
 from cdiff.runtime.engines.trt import Gpu
 
+DRIVER = "libcuda.so.1"
 MAJOR, MINOR = 75, 76
 """CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR (CUDA driver API, cuda.h)."""
 
 
-def visible_gpus(library: str = "libcuda.so.1") -> list[Gpu]:
+def visible_gpus() -> list[Gpu]:
     """The GPUs in CUDA's order, those that CUDA_VISIBLE_DEVICES hides left out; empty where there is no driver or no GPU.
 
     Their `free_bytes` is all of the memory: what is free shows only inside a context. Raises nothing.
     """
     try:
-        cuda = ctypes.CDLL(library)
+        cuda = ctypes.CDLL(DRIVER)
         count = ctypes.c_int()
         if cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count)):
             return []

@@ -26,7 +26,7 @@ def logical_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def physical_cores(cpus: Path = CPUS, cgroups: Path = CGROUPS, own: Path = OWN_CGROUPS) -> int:
+def physical_cores() -> int:
     """Physical cores available: those of the affinity mask, hyper-threads counted once, no more than `quota`.
 
     Two threads of one core share its arithmetic units, so a matrix product gains nothing from the second. Where the system
@@ -34,26 +34,26 @@ def physical_cores(cpus: Path = CPUS, cgroups: Path = CGROUPS, own: Path = OWN_C
     """
     if not hasattr(os, "sched_getaffinity"):
         return logical_cores()
-    cores = {_core(cpus, cpu) for cpu in os.sched_getaffinity(0)}
-    return max(1, min(len(cores), quota(cgroups, own)))
+    cores = {_core(cpu) for cpu in os.sched_getaffinity(0)}
+    return max(1, min(len(cores), quota()))
 
 
-def quota(cgroups: Path = CGROUPS, own: Path = OWN_CGROUPS) -> int:
+def quota() -> int:
     """Whole cores in the tightest CPU quota of this process's control groups and those above them, rounded up; NO_QUOTA where none has one.
 
     A container sees its own group as the uppermost or by its path on the host; a service's or batch job's group lies deeper.
     """
     try:
-        lines = own.read_text().splitlines()
+        lines = OWN_CGROUPS.read_text().splitlines()
     except OSError:
         lines = ["0::/"]
     found = [NO_QUOTA]
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if not controllers:  # version 2
-            root, files = cgroups, ["cpu.max"]
+            root, files = CGROUPS, ["cpu.max"]
         elif "cpu" in controllers.split(","):
-            root, files = cgroups / controllers, ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
+            root, files = CGROUPS / controllers, ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
         else:
             continue
         group = Path(path.lstrip("/"))
@@ -61,10 +61,10 @@ def quota(cgroups: Path = CGROUPS, own: Path = OWN_CGROUPS) -> int:
     return min(found)
 
 
-def _core(cpus: Path, cpu: int) -> str:
+def _core(cpu: int) -> str:
     """A name for the core that a logical processor belongs to: the list of its hyper-threads."""
     try:
-        return (cpus / f"cpu{cpu}/topology/thread_siblings_list").read_text().strip()
+        return (CPUS / f"cpu{cpu}/topology/thread_siblings_list").read_text().strip()
     except OSError:
         return str(cpu)
 

@@ -37,7 +37,7 @@ ORIGIN = ("init", "imported")
 class LoadedRun:
     """A run's network with its averaged weights, in evaluation mode, and what else an export needs.
 
-    `info`: step, seconds of training, hardware, versions, data summary, validation scores, and the command's settings.
+    `info`: step, seconds of training, hardware, versions, data summary, validation scores, and where the weights came from.
     """
 
     config: Config
@@ -53,14 +53,12 @@ class LoadedRun:
         return self.config.data.intensity
 
 
-def load_run(run: Path, which: str = "best") -> LoadedRun:
-    """The run's "best" or "last" checkpoint. Raises CdiffError, naming the file, if it is missing or does not fit."""
+def load_run(run: Path) -> LoadedRun:
+    """The run's best checkpoint, or the last where none is validated yet. Raises CdiffError, naming the file, if it is missing or does not fit."""
     config = read_config(run)
-    folder = checkpoint_folder(run, which)
-    if folder is None and which == "best":  # a run that ended before its first validation
-        folder = checkpoint_folder(run, "last")
+    folder = checkpoint_folder(run, "best") or checkpoint_folder(run, "last")
     if folder is None:
-        raise CdiffError(f"{run} holds no {which} checkpoint; train it first (cdiff train --out {run})")
+        raise CdiffError(f"{run} holds no checkpoint; train it first (cdiff train --out {run})")
     network = ConsensusNet(config.network)
     load_weights(network, read_tensors(folder / "ema.safetensors"), folder / "ema.safetensors")
     return LoadedRun(config, network.eval().requires_grad_(False), read_json(folder / "checkpoint.json"))

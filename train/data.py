@@ -77,7 +77,7 @@ class Data:
         if known := again(self.val.seen, before):
             self.notes.append(
                 f"the weights that this run starts from learned from {len(known)} of the {len(self.val.seen)} cases to validate on "
-                f"({listed(known)}): its scores there are too good"
+                f"({listed(known)}): its scores there are too good; validate on others, in a folder Validation"
             )
             self.summary.pop("held_out", None)
 

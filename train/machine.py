@@ -1,4 +1,4 @@
-"""What a run was computed on, for the checkpoint and the model card."""
+"""What a run is computed on, for the checkpoint and the model card; and with which of PyTorch's algorithms and how many threads."""
 
 from __future__ import annotations
 

@@ -151,7 +151,7 @@ class DataConfig:
     the central image_size pixels of a slice, for crops that someone centred on the structure. `crop` is the side of
     the training window under "tile" (0: image_size); small windows make early steps cheap, and the last `late` share of training
     takes windows of image_size. A window that is smaller than its slice is drawn within `jitter` pixels of the structure's centre.
-    intensity_...: how raw intensities become the network's input; see `runtime.intensity.Intensity`.
+    intensity_...: how raw intensities become the network's input; see `runtime.scans.intensity.Intensity`.
     missing_raters: what happens to a case with fewer masks than C: "skip" it, take its masks "as-is" (levels above its
     number of masks are then empty; the other variants learn from the masks there are, and `annotator` cannot), or "error".
     empty_slices: keep slices that no annotator marked. val_fraction: the share of the cases held out where the data has no

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 CASES = 12
 """Most cases on a sheet."""
+LONGEST_NAME = 34
+"""Characters of a case's name that are shown."""
 DPI = 110
 SIDE, GAP, EDGE, BETWEEN = 1.75, 0.08, 0.35, 0.4
 BLOCK = 3 * SIDE + 2 * GAP
@@ -174,6 +176,6 @@ def _mosaic(image: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.block([tiles[start : start + side] for start in range(0, len(tiles), side)])
 
 
-def short(name: str, most: int = 34) -> str:
+def short(name: str) -> str:
     """The name's end where it is long."""
-    return name if len(name) <= most else f"…{name[1 - most :]}"
+    return name if len(name) <= LONGEST_NAME else f"…{name[1 - LONGEST_NAME :]}"

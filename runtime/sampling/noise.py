@@ -97,11 +97,8 @@ def normal(
     run: int,
     step: int,
     shape: tuple[int, int],
-    *,
-    origin: tuple[int, int] = (0, 0),
-    canvas: tuple[int, int] | None = None,
 ) -> Float32:
     """`Noise(seed).fill` into a new array of `shape` [H,W] float32; for a loop keep one `Noise`."""
     out = np.empty(shape, np.float32)
-    Noise(seed).fill(out, slice_=slice_, level=level, run=run, step=step, origin=origin, canvas=canvas)
+    Noise(seed).fill(out, slice_=slice_, level=level, run=run, step=step)
     return out

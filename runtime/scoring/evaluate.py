@@ -28,7 +28,7 @@ from cdiff.runtime.scans.scan import read_scan
 from cdiff.runtime.scans.sources import ITK_SUFFIXES
 from cdiff.runtime.scoring.journal import Journal, fingerprint
 from cdiff.runtime.scoring.scores import CaseTally, evenly, marked_slices
-from cdiff.runtime.scoring.summary import ROW_KEYS, Row, group_names, summarise
+from cdiff.runtime.scoring.summary import ROW_KEYS, Row, joined_twins, summarise
 
 if TYPE_CHECKING:
     from cdiff.runtime.segmenter import Segmenter
@@ -200,11 +200,8 @@ def evaluate(
     """
     tell = notice or (lambda line: None)
     jobs, left_out = _plan(segmenter, cases, protocol, tell)
-    names = [job.case.name for job in jobs]
-    if twins := _joined_twins(names, group_names(names, group) or names):
-        tell(
-            f"--group {group!r} joins cases of one name in several folders ({listed(twins)}); are they of one patient?"
-        )
+    if doubt := joined_twins([job.case.name for job in jobs], group):
+        tell(doubt)
     header = _header(segmenter, protocol, data or {})
     inputs = [case_sha256(job.case) for job in jobs]
     journal = Journal(out, header, ROW_KEYS, inputs, tell) if out else None
@@ -277,12 +274,6 @@ def _notes(other: dict[str, int], empty: list[str], levels: int, protocol: Proto
     if empty:
         by = "all annotators" if protocol.all_raters else "any annotator"
         yield f"{_named(empty)}: no slice marked by {by}; left out"
-
-
-def _joined_twins(names: list[str], groups: list[str]) -> list[str]:
-    """The names, without the folder above, of cases in several folders, as `choose_split` tells them apart, that are in one group."""
-    below = Counter((name.partition("/")[2], group) for name, group in zip(names, groups, strict=True))
-    return [name for (name, _), count in below.items() if name and count > 1]
 
 
 def _named(cases: list[str]) -> str:

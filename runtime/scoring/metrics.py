@@ -77,14 +77,14 @@ def overlap_of_pairs(masks: NDArray[np.bool_]) -> Counts:
     return np.array(pairs, np.int64).reshape(-1, 3)
 
 
-def overlap_of_annotators(masks: NDArray[np.bool_], thresholds: Sequence[float] = NINE) -> Counts:
+def overlap_of_annotators(masks: NDArray[np.bool_]) -> Counts:
     """The human reference: each annotator's mask, as a soft map, against the fraction among the *other* annotators.
 
-    masks: bool [n, ...] -> [n, K, 3] for K thresholds, as in `overlap_by_threshold`; [0, K, 3] of a single annotator.
+    masks: bool [n, ...] -> [n, 9, 3] for the thresholds NINE, as in `overlap_by_threshold`; [0, 9, 3] of a single annotator.
     """
     others, total = len(masks) - 1, masks.sum(axis=0, dtype=np.float64)
-    counts = [overlap_by_threshold(mask, (total - mask) / others, thresholds) for mask in masks if others]
-    return np.array(counts, np.int64).reshape(-1, len(thresholds), 3)
+    counts = [overlap_by_threshold(mask, (total - mask) / others, NINE) for mask in masks if others]
+    return np.array(counts, np.int64).reshape(-1, len(NINE), 3)
 
 
 def overlap_with_each(mask: NDArray[np.bool_], masks: NDArray[np.bool_]) -> Counts:
@@ -174,12 +174,7 @@ class Interval:
         return {"mean": self.mean, "low": self.low, "high": self.high, "n_slices": self.n_slices}
 
 
-def bootstrap_over_cases(
-    scores: Sequence[Sequence[float]],
-    *,
-    groups: Sequence[str] | None = None,
-    resamples: int = RESAMPLES,
-) -> Interval:
+def bootstrap_over_cases(scores: Sequence[Sequence[float]], *, groups: Sequence[str] | None = None) -> Interval:
     """Mean over all slices, with a percentile interval from resampling whole cases (a cluster bootstrap).
 
     scores: for each case, its slices' scores; NaN means undefined there and is left out. Slices of one case resemble
@@ -198,7 +193,7 @@ def bootstrap_over_cases(
     mean = float(sums.sum() / counts.sum())
     if len(kept) < 2:
         return Interval(mean, None, None, int(counts.sum()))
-    draws = resampled(len(kept), resamples)
+    draws = resampled(len(kept))
     low, high = percentile_interval((draws @ sums) / (draws @ counts))
     return Interval(mean, low, high, int(counts.sum()))
 
@@ -211,9 +206,9 @@ def members_of(groups: Sequence[str]) -> list[list[int]]:
     return list(members.values())
 
 
-def resampled(units: int, resamples: int = RESAMPLES) -> NDArray[np.int64]:
-    """How often each unit is in each bootstrap draw: [resamples, units], every row sums to `units`; the same each time."""
-    return np.random.default_rng(SEED).multinomial(units, np.full(units, 1 / units), size=resamples)
+def resampled(units: int) -> NDArray[np.int64]:
+    """How often each unit is in each bootstrap draw: [RESAMPLES, units], every row sums to `units`; the same each time."""
+    return np.random.default_rng(SEED).multinomial(units, np.full(units, 1 / units), size=RESAMPLES)
 
 
 def percentile_interval(values: NDArray[np.float64]) -> tuple[float, float]:

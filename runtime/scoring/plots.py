@@ -85,9 +85,9 @@ def write_curve(table: Table, x: str, label: str, path: Path) -> None:
     save(figure, path, DPI)
 
 
-def _ticks(at: Sequence[int], most: int = 8) -> list[int]:
+def _ticks(at: Sequence[int]) -> list[int]:
     """The values themselves where there are few of them; else the first and the multiples of a round number."""
-    if len(at) <= most:
+    if len(at) <= 8:
         return list(at)
     step = next(k * 10**n for n in range(9) for k in (1, 2, 5) if at[-1] <= 6 * k * 10**n)
     return [at[0], *range(step, at[-1] + 1, step)]

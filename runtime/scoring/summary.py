@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cdiff.runtime.data.case import listed
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.scoring.calibration import BINS, ece
 from cdiff.runtime.scoring.metrics import (
@@ -68,6 +70,19 @@ def group_names(cases: Sequence[str], pattern: str | None) -> list[str] | None:
             raise CdiffError(f"--group {pattern!r} finds nothing in the case name {case!r}; every case needs a group")
         names.append(name)
     return names
+
+
+def joined_twins(cases: Sequence[str], pattern: str | None) -> str | None:
+    """That a pattern for `group_names` puts cases of one name into one group, which lie in several folders and so may be of several patients.
+
+    None where it does not. Raises CdiffError as `group_names` does.
+    """
+    groups = group_names(cases, pattern) or cases
+    below = Counter((name.partition("/")[2], group) for name, group in zip(cases, groups, strict=True))
+    twins = [name for (name, _), count in below.items() if name and count > 1]
+    if not twins:
+        return None
+    return f"--group {pattern!r} joins cases of one name in several folders ({listed(twins)}); are they of one patient?"
 
 
 def summarise(

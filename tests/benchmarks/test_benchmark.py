@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from cdiff import __version__
 from cdiff.benchmarks.benchmark import Worker, benchmark, versions
 from cdiff.benchmarks.floor import count_flop
-from cdiff.benchmarks.plain_loop import Row, plain_loop
+from cdiff.benchmarks.plain_loop import plain_loop
 from cdiff.export.reference import TorchEngine, load_network
 from cdiff.runtime.bundle import open_bundle
 from cdiff.runtime.engines.registry import open_engine
@@ -25,8 +26,8 @@ from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.sampling.batching import segment_windows
 from cdiff.runtime.sampling.chain import Timings
 from cdiff.runtime.sampling.framing import Framing
-from cdiff.runtime.sampling.noise import normal
-from cdiff.runtime.sampling.sampler import sampler_table
+from cdiff.runtime.sampling.noise import INITIAL, normal
+from cdiff.runtime.sampling.sampler import SamplerTable, sampler_table
 from cdiff.runtime.sampling.schedule import NoiseSchedule
 from cdiff.train.diffusion import Diffusion
 from cdiff.train.network import ConsensusNet
@@ -44,8 +45,25 @@ def report(tiny_bundle: Path, scan: Path) -> dict[str, Any]:
     return benchmark(tiny_bundle, scan=scan, batches=(1, 3), runs=2, steps=4, repeats=2, threads=1)
 
 
+def with_the_runtime_s_noise(
+    monkeypatch: pytest.MonkeyPatch, windows: int, levels: int, table: SamplerTable
+) -> Iterator[tuple[int, ...]]:
+    """Let PyTorch draw, in the plain loop's order of two runs, what the runtime draws with the seed 7. Returns the keys still to come."""
+    steps = [INITIAL, *map(int, np.flatnonzero(table.d > 0))]
+    keys = iter(
+        [(w, c, r, step) for w in range(windows) for r in range(2) for c in range(1, levels + 1) for step in steps]
+    )
+
+    def drawn(x: torch.Tensor) -> torch.Tensor:
+        w, c, r, step = next(keys)
+        return torch.from_numpy(normal(7, w, c, r, step, (x.shape[-2], x.shape[-1])))[None, None]
+
+    monkeypatch.setattr(torch, "randn_like", drawn)
+    return keys
+
+
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++2m"])
-def test_plain_loop_is_the_same_method(tiny_bundle: Path, sampler: str) -> None:
+def test_plain_loop_is_the_same_method(tiny_bundle: Path, sampler: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the runtime's noise, one chain after another in PyTorch ends at the maps of the batched exported engine."""
     bundle = open_bundle(tiny_bundle)
     network, schedule = load_network(bundle, "cpu"), bundle.manifest.noise_schedule
@@ -53,36 +71,32 @@ def test_plain_loop_is_the_same_method(tiny_bundle: Path, sampler: str) -> None:
     windows = Framing("resize", (32, 32)).frame(images)
     table = sampler_table(sampler, schedule, 5)
 
-    def draw(row: Row, step: int, x: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(normal(7, row.window, row.level, row.run, step, (32, 32)))[None, None]
-
-    timings = Timings()
-    plain = plain_loop(network, Diffusion(schedule, network.config.target), windows, table, 2, timings, draw)
+    timings, keys = Timings(), with_the_runtime_s_noise(monkeypatch, 2, bundle.manifest.levels, table)
+    plain = plain_loop(network, Diffusion(schedule, network.config.target), windows, table, 2, timings)
     found = segment_windows(open_engine(bundle), windows, table, levels=bundle.manifest.levels, runs=2, seed=7)
     batched = np.stack([one.level_means.mean(axis=0) for one in found])
     assert np.ptp(batched) > 0.01, "a flat map would agree with anything"
     np.testing.assert_allclose(plain, batched, atol=1e-4)
     assert timings.calls == 2 * 2 * bundle.manifest.levels * 5
+    assert next(keys, None) is None
 
 
-def test_plain_loop_s_maps_of_masks_of_zero_and_one_are_the_runtime_s() -> None:
+def test_plain_loop_s_maps_of_masks_of_zero_and_one_are_the_runtime_s(monkeypatch: pytest.MonkeyPatch) -> None:
     config = replace(BASE, levels=1, outside=0)
     network, schedule = random_network(config), NoiseSchedule(config.T)
     images = np.random.default_rng(0).uniform(-1, 1, (2, 1, 16, 16)).astype(np.float32)
     windows, table = Framing("resize", (16, 16)).frame(images), sampler_table("ddim", schedule, 3)
 
-    def draw(row: Row, step: int, x: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(normal(7, row.window, row.level, row.run, step, (16, 16)))[None, None]
-
+    with_the_runtime_s_noise(monkeypatch, 2, 1, table)
     diffusion = Diffusion(schedule, config.target, outside=0)
-    plain = plain_loop(network, diffusion, windows, table, 2, Timings(), draw)
+    plain = plain_loop(network, diffusion, windows, table, 2, Timings())
     found = segment_windows(TorchEngine(network, schedule), windows, table, levels=1, runs=2, seed=7)
     batched = np.stack([one.for_masks_from_zero().level_means[0] for one in found])
     assert 0.1 < np.mean(batched == 0) < 0.9, "x below 0 and above"
     np.testing.assert_allclose(plain, batched, rtol=0, atol=1e-4)
 
 
-def test_plain_loop_interpolates_a_learned_variance_as_the_runtime_does() -> None:
+def test_plain_loop_interpolates_a_learned_variance_as_the_runtime_does(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond its ends too, where the network says so."""
     config = replace(BASE, levels=1, variance="learned")
     network, schedule = random_network(config), NoiseSchedule(config.T)
@@ -90,10 +104,8 @@ def test_plain_loop_interpolates_a_learned_variance_as_the_runtime_does() -> Non
     windows = Framing("resize", (16, 16)).frame(np.zeros((1, 1, 16, 16), np.float32))
     table = sampler_table("ddpm", schedule, 3)
 
-    def draw(row: Row, step: int, x: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(normal(7, row.window, row.level, row.run, step, (16, 16)))[None, None]
-
-    plain = plain_loop(network, Diffusion(schedule, config.target), windows, table, 2, Timings(), draw)
+    with_the_runtime_s_noise(monkeypatch, 1, 1, table)
+    plain = plain_loop(network, Diffusion(schedule, config.target), windows, table, 2, Timings())
     (found,) = segment_windows(TorchEngine(network, schedule), windows, table, levels=1, runs=2, seed=7)
     assert np.ptp(found.level_means) > 0.01
     np.testing.assert_allclose(plain[0], found.level_means[0], rtol=0, atol=1e-4)
@@ -156,7 +168,7 @@ def test_floor_is_below_what_was_measured(report: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_the_exported_engine_is_measured_without_torch_in_memory(tiny_bundle: Path, report: dict[str, Any]) -> None:
+def test_the_exported_engine_is_measured_without_torch_in_memory(report: dict[str, Any]) -> None:
     memory = {kind: found["loaded_bytes"] for kind, found in report["end_to_end"].items()}
     assert memory["exported"] < memory["pytorch"]
 

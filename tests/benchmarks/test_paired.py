@@ -85,6 +85,19 @@ def test_the_cases_of_a_group_are_drawn_together() -> None:
     assert [together["soft_dice_5"][key] for key in ("mean", "low", "high")] == pytest.approx([0, 0, 0])
 
 
+def test_cases_of_one_name_that_are_drawn_together_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, a = tmp_path / "a.json", report([[0.5], [0.5], [0.5]], [1, 2, 3])
+    for case, name in zip(a["cases"], ("train/case01", "val/case01", "val/case02"), strict=True):
+        case["case"] = name
+    one.write_text(json.dumps(a))
+    assert main([str(one), str(one), "--group", r"case\d+"]) == 0
+    line = r"note: --group 'case\\d+' joins cases of one name in several folders (case01); are they of one patient?"
+    assert capsys.readouterr().err == f"{line}\n"
+    for group in ([], ["--group", "^.*$"]):
+        assert main([str(one), str(one), *group]) == 0
+        assert capsys.readouterr().err == ""
+
+
 def test_a_size_without_a_scored_slice_is_written_without_numbers(tmp_path: Path) -> None:
     """As a case that nobody marked has it, scored with --all-slices."""
     one, out = tmp_path / "a.json", tmp_path / "out.json"

@@ -36,11 +36,11 @@ def schedule_of(config: NetworkConfig) -> NoiseSchedule:
     return NoiseSchedule(config.T)
 
 
-def write(network: ConsensusNet, folder: Path, opset: int | None = None) -> None:
+def write(network: ConsensusNet, folder: Path) -> None:
     config = network.config
-    write_encoder(EncoderGraph(network.encoder), config, folder, opset)
+    write_encoder(EncoderGraph(network.encoder), config, folder)
     graph = DenoiserGraph(network.denoiser, config, schedule_of(config))
-    write_denoiser(graph, config, folder, torch.float32, opset)
+    write_denoiser(graph, config, folder, torch.float32)
 
 
 def inputs(config: NetworkConfig, rows: int, slices: int) -> dict[str, np.ndarray[Any, Any]]:

@@ -70,10 +70,18 @@ def model_config() -> Any:
     return message_factory.GetMessageClass(pool.FindMessageTypeByName("inference.ModelConfig"))()
 
 
+def for_the_processor(bundle: Path, folder: Path) -> Path:
+    """A repository for a machine without a GPU, as docs/gpu.md has it."""
+    model = write_repository(open_bundle(bundle), folder)
+    text = (model / "config.pbtxt").read_text()
+    assert text.count("KIND_GPU") == 1
+    (model / "config.pbtxt").write_text(text.replace("KIND_GPU", "KIND_CPU"))
+    return model
+
+
 @pytest.fixture(scope="module")
 def repository(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("repository")
-    return write_repository(open_bundle(tiny_bundle), folder, "cpu")
+    return for_the_processor(tiny_bundle, tmp_path_factory.mktemp("repository"))
 
 
 def read_config(repository: Path) -> Any:
@@ -277,7 +285,7 @@ def test_a_request_whose_client_has_gone_is_not_finished(served: Any, monkeypatc
 @pytest.mark.parametrize("variant", ["implicit-ensemble", "annotator"])
 def test_the_uncertainty_is_the_variants(variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = make_bundle(tmp_path / "bundle", variant=variant)
-    repository = write_repository(open_bundle(bundle), tmp_path / "models", "cpu")
+    repository = for_the_processor(bundle, tmp_path / "models")
     image = np.random.default_rng(6).uniform(0, 200, (1, 16, 16)).astype(np.float32)
     request = Request(image=image, runs=np.array([3], np.int32), steps=np.array([2], np.int32))
     (response,) = load(repository, monkeypatch).execute([request])

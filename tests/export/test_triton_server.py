@@ -17,8 +17,7 @@ import numpy as np
 import pytest
 
 import cdiff
-from cdiff.export.triton import write_repository
-from cdiff.runtime.bundle import open_bundle
+from tests.export.test_triton import for_the_processor
 
 SERVER = shutil.which("tritonserver")
 pytestmark = pytest.mark.skipif(SERVER is None, reason="no tritonserver on the PATH")
@@ -35,7 +34,7 @@ def free_port() -> int:
 def server(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a server that has loaded the tiny bundle as `tiny`."""
     folder = tmp_path_factory.mktemp("models")
-    write_repository(open_bundle(tiny_bundle), folder, "cpu")
+    for_the_processor(tiny_bundle, folder)
     port, log = free_port(), folder.parent / f"{folder.name}.log"
     command = [str(SERVER), "--model-repository", str(folder), "--http-port", str(port)]
     with log.open("wb") as told:

@@ -232,7 +232,7 @@ def test_the_public_face_hands_a_builder_down(bundle: Bundle, double: Double, mo
     assert given["build"] is own
 
 
-def test_ctrl_c_in_a_build_stops_it(bundle: Bundle, double: Double, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_in_a_build_stops_it(bundle: Bundle, double: Double) -> None:
     """The signal reaches a builder that is busy in C++: its next step is told to stop, and nothing is left behind."""
     import os
     import signal

@@ -55,7 +55,7 @@ def test_what_reads_other_formats_is_looked_for(tmp_path: Path, monkeypatch: pyt
     assert formats()["segment: DICOM"].ok
 
 
-def test_every_engine_has_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_engine_has_a_line() -> None:
     from cdiff.runtime.engines.registry import NAMES
 
     found = diagnose()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -18,7 +17,6 @@ from cdiff.runtime.device.gpu import parse_device
 from cdiff.runtime.engines.onnxruntime import OnnxRuntimeEngine, failure
 from cdiff.runtime.engines.registry import available_engines, open_engine
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.host import NO_QUOTA, physical_cores, quota
 from tests.runtime.graphs import L, write_pair
 
 CUDA_HERE = any("cuda" in state.devices for state in available_engines())
@@ -157,44 +155,6 @@ def test_wrong_shapes_are_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("device", "number"), [("cpu", None), ("cuda", 0), ("cuda:3", 3)])
 def test_devices_are_read(device: str, number: int | None) -> None:
     assert parse_device(device) == number
-
-
-def test_hyper_threads_and_quotas_are_counted(tmp_path: Path) -> None:
-    mask = sorted(os.sched_getaffinity(0))
-    for cpu in mask:
-        topology = tmp_path / f"cpu{cpu}" / "topology"
-        topology.mkdir(parents=True)
-        (topology / "thread_siblings_list").write_text("all of them on one core\n")
-    none = tmp_path / "none"
-    assert physical_cores(tmp_path, none) == 1
-    assert physical_cores(tmp_path / "unknown", none) == len(mask)
-    (tmp_path / "cpu.max").write_text("50000 100000\n")
-    assert physical_cores(tmp_path / "unknown", tmp_path, none) == 1
-
-
-@pytest.mark.parametrize(
-    ("own", "files", "cores"),
-    [
-        ("0::/", {"cpu.max": "150000 100000"}, 2),  # a container with a view of its own
-        ("0::/", {"cpu.max": "max 100000"}, NO_QUOTA),
-        # systemd's CPUQuota of what lies above
-        ("0::/a/b", {"a/cpu.max": "300000 100000", "a/b/cpu.max": "max 100000"}, 3),
-        ("0::/not/here", {"cpu.max": "400000 100000"}, 4),  # the host's path, seen from inside
-        ("3:cpu,cpuacct:/job\n0::/", {"cpu,cpuacct/job/cpu.cfs_quota_us": "250000"}, 3),
-        ("3:cpu,cpuacct:/job\n0::/", {"cpu,cpuacct/job/cpu.cfs_quota_us": "-1"}, NO_QUOTA),
-        ("5:cpuset:/job\n3:cpu:/docker/1f", {"cpu/cpu.cfs_quota_us": "50000"}, 1),
-    ],
-)
-def test_quotas_are_found_wherever_a_process_is_put(
-    tmp_path: Path, own: str, files: dict[str, str], cores: int
-) -> None:
-    (tmp_path / "own").write_text(own + "\n")
-    for name, text in files.items():
-        file = tmp_path / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text + "\n")
-        file.with_name("cpu.cfs_period_us").write_text("100000\n")
-    assert quota(tmp_path, tmp_path / "own") == cores
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from cdiff.runtime import gpus
 from cdiff.runtime.engines.trt import Gpu
-from cdiff.runtime.gpus import visible_gpus
 
 # A driver with two GPUs, as far as cdiff asks it.
 DRIVER = """
@@ -34,13 +34,17 @@ def driver(folder: Path, code: str) -> str:
     return str(library)
 
 
-def test_two_gpus(tmp_path: Path) -> None:
-    found = visible_gpus(driver(tmp_path, DRIVER % 0))
-    assert found == [Gpu("GPU 10", "10.9", 10 << 30), Gpu("GPU 11", "11.9", 11 << 30)]
+def test_two_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpus, "DRIVER", driver(tmp_path, DRIVER % 0))
+    assert gpus.visible_gpus() == [Gpu("GPU 10", "10.9", 10 << 30), Gpu("GPU 11", "11.9", 11 << 30)]
 
 
-def test_no_driver_a_failing_one_and_one_too_old(tmp_path: Path) -> None:
-    assert visible_gpus(str(tmp_path / "libcuda.so.1")) == []
-    assert visible_gpus(driver(tmp_path, DRIVER % 999)) == []
-    (tmp_path / "old").mkdir()
-    assert visible_gpus(driver(tmp_path / "old", "int cuInit(unsigned flags) { return 0; }")) == []
+@pytest.mark.parametrize("code", [DRIVER % 999, "int cuInit(unsigned flags) { return 0; }"])
+def test_a_driver_that_fails_and_one_too_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    monkeypatch.setattr(gpus, "DRIVER", driver(tmp_path, code))
+    assert gpus.visible_gpus() == []
+
+
+def test_no_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpus, "DRIVER", str(tmp_path / "libcuda.so.1"))
+    assert gpus.visible_gpus() == []

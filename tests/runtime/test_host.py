@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from cdiff.runtime.host import logical_cores, processor
+from cdiff.runtime import host
+from cdiff.runtime.host import NO_QUOTA, logical_cores, processor
 
 
 def test_the_cores_are_those_of_the_affinity_mask() -> None:
@@ -26,3 +27,47 @@ def test_a_system_without_proc_and_affinity_is_described_too(monkeypatch: pytest
     monkeypatch.delattr(os, "sched_getaffinity")
     assert processor() == "arm"
     assert logical_cores() == os.cpu_count()
+
+
+def test_hyper_threads_and_quotas_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = sorted(os.sched_getaffinity(0))
+    for cpu in mask:
+        topology = tmp_path / f"cpu{cpu}" / "topology"
+        topology.mkdir(parents=True)
+        (topology / "thread_siblings_list").write_text("all of them on one core\n")
+    for place in ("CGROUPS", "OWN_CGROUPS"):
+        monkeypatch.setattr(host, place, tmp_path / "none")
+    monkeypatch.setattr(host, "CPUS", tmp_path)
+    assert host.physical_cores() == 1
+    monkeypatch.setattr(host, "CPUS", tmp_path / "unknown")
+    assert host.physical_cores() == len(mask)
+    (tmp_path / "cpu.max").write_text("50000 100000\n")
+    monkeypatch.setattr(host, "CGROUPS", tmp_path)
+    assert host.physical_cores() == 1
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "cores"),
+    [
+        ("0::/", {"cpu.max": "150000 100000"}, 2),  # a container with a view of its own
+        ("0::/", {"cpu.max": "max 100000"}, NO_QUOTA),
+        # systemd's CPUQuota of what lies above
+        ("0::/a/b", {"a/cpu.max": "300000 100000", "a/b/cpu.max": "max 100000"}, 3),
+        ("0::/not/here", {"cpu.max": "400000 100000"}, 4),  # the host's path, seen from inside
+        ("3:cpu,cpuacct:/job\n0::/", {"cpu,cpuacct/job/cpu.cfs_quota_us": "250000"}, 3),
+        ("3:cpu,cpuacct:/job\n0::/", {"cpu,cpuacct/job/cpu.cfs_quota_us": "-1"}, NO_QUOTA),
+        ("5:cpuset:/job\n3:cpu:/docker/1f", {"cpu/cpu.cfs_quota_us": "50000"}, 1),
+    ],
+)
+def test_quotas_are_found_wherever_a_process_is_put(
+    tmp_path: Path, own: str, files: dict[str, str], cores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own").write_text(own + "\n")
+    for name, text in files.items():
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text + "\n")
+        file.with_name("cpu.cfs_period_us").write_text("100000\n")
+    monkeypatch.setattr(host, "CGROUPS", tmp_path)
+    monkeypatch.setattr(host, "OWN_CGROUPS", tmp_path / "own")
+    assert host.quota() == cores

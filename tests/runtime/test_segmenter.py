@@ -267,7 +267,7 @@ def test_an_open_bundle_can_be_given(bundle: Path) -> None:
     assert Segmenter.open(open_bundle(bundle)).manifest.name == "tiny"
 
 
-def test_masks_of_zero_and_one(tmp_path: Path, segmenter: Segmenter) -> None:
+def test_masks_of_zero_and_one(tmp_path: Path) -> None:
     """The same chains, of which x itself and not (x + 1)/2 is the fraction."""
     other = cdiff.load(make_bundle(tmp_path / "zero", outside=0, variant="implicit-ensemble"))
     usual = cdiff.load(make_bundle(tmp_path / "usual", variant="implicit-ensemble"))

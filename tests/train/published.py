@@ -3,7 +3,7 @@
 tests/data/imported/record.py wrote each NAME.npz by running the published code:
 args (JSON): its options. shapes (JSON): its state_dict's names and shapes. t, level: rows of inputs, ours (t in 1..T). output
 [rows, 1 or 2, H, W]: the network's. chain [levels, H, W], in some: the mean over `chain_runs` reverse chains of clip((x + 1)/2, 0, 1),
-from `runtime.noise.normal` with the seed CHAIN_SEED.
+from `runtime.sampling.noise.normal` with the seed CHAIN_SEED.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -94,6 +95,20 @@ def test_a_run_that_does_not_say_resumes_and_says_from_then_on(begun: tuple[Path
     assert not (run / NAME).exists()
     assert train(CONFIG, other, run, resume=True, quiet=True).step == 2
     assert (run / NAME).exists()
+
+
+def test_a_run_of_before_hashes_were_kept_is_held_to_the_mean(begun: tuple[Path, Path]) -> None:
+    run, data = begun
+    path = data / "Training" / "case02" / "image.nii.gz"
+    image = nib.load(path)
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj)[::-1], image.affine), path)
+    refusal(run, data)
+    kept = json.loads((run / NAME).read_text())
+    for case in [*kept["train"], *kept["val"]]:
+        del case["values"]
+    del kept["before"]
+    (run / NAME).write_text(json.dumps(kept))
+    assert train(CONFIG, data, run, resume=True, quiet=True).step == 2
 
 
 def test_what_differs_is_short_and_a_damaged_file_says_what_to_do(tmp_path: Path) -> None:

@@ -239,7 +239,7 @@ def test_files_of_different_grids_are_no_channels(tmp_path: Path) -> None:
     assert read_scan((first, first), channels=2).slices.shape == (2, 2, 20, 16)
 
 
-def test_the_models_modalities_are_taken_in_its_order(tmp_path: Path) -> None:
+def test_the_models_modalities_are_taken_in_its_order() -> None:
     case = Case("k", Path("a"), (), others=(Path("b"), Path("c")), modalities=("t1", "t2", "flair"))
     assert case.with_modalities(("flair", "t1")).scan == (Path("c"), Path("a"))
     assert case.with_modalities(()) is case

@@ -39,9 +39,7 @@ def test_clean_data_is_read_without_a_word(data: Path) -> None:
     assert training_notes(data) == []
 
 
-def test_masks_elsewhere_than_their_image_are_told_once_with_their_cases(
-    data: Path, tiny_bundle: Path, tmp_path: Path
-) -> None:
+def test_masks_elsewhere_than_their_image_are_told_once_with_their_cases(data: Path, tiny_bundle: Path) -> None:
     for case in ("case01", "case02"):
         move(data / f"Training/{case}/task01_seg02.nii.gz", 30.0)
     (note,) = training_notes(data)

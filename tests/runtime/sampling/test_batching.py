@@ -99,8 +99,8 @@ def plain_segment(
             for r in range(R):
 
                 def z_of(step: int, level: int = level, r: int = r, origin: tuple[int, int] = origin) -> np.ndarray:
-                    where = {"origin": origin, "canvas": windows.canvas}
-                    return normal(9, slice_, level, r, step, (SIZE, SIZE), **where)  # type: ignore[arg-type]
+                    top, left = origin
+                    return normal(9, slice_, level, r, step, windows.canvas)[top : top + SIZE, left : left + SIZE]
 
                 maps[tile, level - 1, r] = np.clip((plain_chain(engine, image, table, z_of, level) + 1) / 2, 0, 1)
     return windows.unframe_slice(maps)

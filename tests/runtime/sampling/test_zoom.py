@@ -59,7 +59,7 @@ def test_a_map_lies_where_the_window_saw_it(zoom: float) -> None:
     assert (seen == (found > 0)).all()
 
 
-def test_other_framings_have_one_size(tmp_path: Path) -> None:
+def test_other_framings_have_one_size() -> None:
     windows = Framing("tile", (16, 16)).frame(np.zeros((1, 1, 32, 32), np.float32))
     assert windows.zoomed(1) is windows
     with pytest.raises(CdiffError, match="framing 'tile' covers the whole slice"):

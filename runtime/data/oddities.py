@@ -14,6 +14,7 @@ from cdiff.runtime.words import by, several
 
 PLACE = "masks whose headers put them elsewhere than their image"
 VALUES = "masks that hold more than 0 and one other value"
+LABELS = "masks of a value above all labels that are inside"
 BACKGROUND = "masks that mark the background"
 AXIS = "volumes that are cut into strips"
 
@@ -39,6 +40,8 @@ class Oddities:
             self._add(PLACE, case, f"{path.name} and its image {reason}")
         if not case.labels and not is_plain(mask.values):
             self._add(VALUES, case, f"of {path.name} what is above half of its largest value counts as inside")
+        if is_above(mask.values, case.labels):
+            self._add(LABELS, case, f"{path.name} holds 0 and {mask.values.max():g}, so nothing of it is inside")
         if marks_the_background(drawn):
             self._add(BACKGROUND, case, f"{path.name} marks the corners of every slice and most of it")
 
@@ -70,6 +73,11 @@ def is_plain(values: NDArray[np.generic]) -> bool:
     """Whether a mask holds nothing but 0 and one other value, so that no rule decides what is inside."""
     largest = values.max(initial=0)
     return bool(((values == 0) | (values == largest)).all())
+
+
+def is_above(values: NDArray[np.generic], labels: tuple[int, ...]) -> bool:
+    """Whether a mask of 0 and one other value, such as 255, is above all labels: rather no label map than one in which they are absent."""
+    return bool(labels) and is_plain(values) and bool(np.rint(values.max(initial=0)) > max(labels))
 
 
 def marks_the_background(drawn: NDArray[np.bool_]) -> bool:

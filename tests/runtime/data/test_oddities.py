@@ -74,6 +74,17 @@ def test_values_that_a_rule_decides_are_told_unless_labels_are_named(data: Path)
     assert training_notes(data, "labels=[1,2]") == []
 
 
+def test_a_mask_of_0_and_255_among_label_maps_is_told(data: Path) -> None:
+    """One annotator's tool writes 255 for 1. A map of 0 and 2 lacks the labels 1 and 4, as of a tumour that does not enhance."""
+    for case, value in (("case01", 255), ("case02", 2)):
+        save(data / f"Training/{case}/task01_seg01.nii.gz", np.uint8(value) * disc((32, 32, 1)), (0.5, 0.6, 3.0))
+    (note,) = training_notes(data, "labels=[1,4]")
+    assert "above all labels that are inside, in 1 case (case01): case01: task01_seg01.nii.gz holds 0 and 255" in note
+    warned = [f for f in check_data(data, labels=(1, 4)).report["findings"] if f["severity"] == "warning"]
+    assert [(f["case"], f["kind"]) for f in warned] == [("case01", "values")]
+    assert "task01_seg01.nii.gz holds 0, 255, and none of the labels that are inside (1, 4)" in warned[0]["text"]
+
+
 @pytest.mark.parametrize("everything", [False, True])
 def test_black_drawn_on_white_and_masks_of_everything_are_told_to_training(data: Path, everything: bool) -> None:
     mask = np.ones((32, 32, 1), bool) if everything else ~disc((32, 32, 1))

@@ -7,6 +7,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from PIL import Image
 
 from cdiff.runtime.data.cases import find_cases
 from cdiff.runtime.data.datacheck import check_data
@@ -63,6 +64,18 @@ def test_a_flat_mask_beside_an_image_with_a_last_axis_of_one_is_compared_too(dat
     assert any("elsewhere" in note for note in training_notes(data))
     (found,) = [f for f in check_data(data).report["findings"] if f["kind"] == "grid"]
     assert (found["severity"], found["case"]) == ("warning", "case01")
+
+
+def test_a_picture_as_the_mask_of_a_nifti_is_told_to_training(data: Path) -> None:
+    """Of a square image both have one shape, whichever way they are stored."""
+    path = data / "Training/case02/task01_seg02.nii.gz"
+    mask = np.asarray(nib.load(path).dataobj)[..., 0]
+    path.unlink()
+    Image.fromarray(mask * 255).save(path.with_name("task01_seg02.png"))
+    (note,) = training_notes(data)
+    assert (
+        "another kind of file than their image, in 1 case (case02): case02: task01_seg02.png and image.nii.gz" in note
+    )
 
 
 def test_values_that_a_rule_decides_are_told_unless_labels_are_named(data: Path) -> None:

@@ -28,8 +28,10 @@ from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import sha256
 from cdiff.runtime.host import physical_cores
 from cdiff.runtime.manifest import NAME as MANIFEST
+from cdiff.runtime.manifest import Manifest
 from cdiff.runtime.sampling.batching import rows_per_batch
 from cdiff.runtime.sampling.framing import Framing
+from cdiff.runtime.scans.inputs import scans_at
 from cdiff.runtime.scans.scan import parse_slices, read_scan
 
 __all__ = ["benchmark", "summary"]
@@ -100,21 +102,21 @@ def benchmark(
 ) -> dict[str, Any]:
     """Measure and return everything, in JSON values; docs/benchmarks.md says what each is.
 
-    scan: a file, by default the demo scan. slices: "A:B" of it, its middle one by default. steps: of ddpm, all T by default.
+    scan: a file, or a case's folder, by default the demo scan. slices: "A:B" of it, its middle one by default. steps: of ddpm, all T by default.
     repeats: rounds of the end-to-end measurement. threads: of every contender, the physical cores by default. Raises CdiffError for a
     bundle, scan or engine that cannot be used, and when a contender's process dies.
     """
     opened = open_bundle(bundle)
     manifest = opened.manifest
     say, tick = notice or (lambda line: None), progress or (lambda done, total: None)
-    threads, path = threads or physical_cores(), Path(scan) if scan is not None else _demo_scan()
-    read = read_scan(path, channels=manifest.image_channels, slice_axis=manifest.slice_axis)
+    threads, files = threads or physical_cores(), scan_files(scan, manifest)
+    read = read_scan(files, channels=manifest.image_channels, slice_axis=manifest.slice_axis)
     middle = len(read.slices) // 2
     chosen = parse_slices(slices or f"{middle}:{middle + 1}", len(read.slices))
     framing = Framing(manifest.framing, manifest.image_size, manifest.tile_overlap)  # type: ignore[arg-type]
     windows = len(framing.frame(read.slices[chosen.start : chosen.stop]))
     spec = {
-        "bundle": str(Path(bundle).resolve()), "scan": str(path.resolve()), "slices": f"{chosen.start}:{chosen.stop}",
+        "bundle": str(Path(bundle).resolve()), "scan": [str(file.resolve()) for file in files], "slices": f"{chosen.start}:{chosen.stop}",
         "runs": runs, "engine": engine, "device": device, "threads": threads,
     }  # fmt: skip
     steps = manifest.T if steps is None else steps
@@ -168,7 +170,7 @@ def benchmark(
             "image_size": list(manifest.image_size), "levels": manifest.levels, "T": manifest.T, "precision": manifest.precision,
         },
         "protocol": {
-            "scan": path.name, "slices": len(chosen), "windows": windows, "runs": runs, "steps": steps, "sampler": "ddpm",
+            "scan": ", ".join(file.name for file in files), "slices": len(chosen), "windows": windows, "runs": runs, "steps": steps, "sampler": "ddpm",
             "repeats": repeats, "batch": rows_per_batch(windows * manifest.conditions * runs, device, manifest.conditions * runs),
         },
         "contenders": {kind: {key: about[kind][key] for key in ("engine", "version", "device")} for kind in kinds},
@@ -233,8 +235,21 @@ def _times(ms: list[float], rows: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _demo_scan() -> Path:
-    """The scan that comes with the package. Raises CdiffError when this installation has none."""
+def scan_files(scan: str | Path | None, manifest: Manifest) -> tuple[Path, ...]:
+    """The scan's file, or one for each modality of the model. Raises CdiffError where not one scan is named."""
+    if scan is None:
+        return (_demo_scan(manifest.image_channels),)
+    found = scans_at(Path(scan), manifest.image_channels, manifest.modalities)
+    if len(found) > 1:
+        raise CdiffError(f"{scan} holds {len(found)} scans; name one of them")
+    path = found[0].path
+    return (path,) if isinstance(path, Path) else path
+
+
+def _demo_scan(channels: int) -> Path:
+    """The scan that comes with the package. Raises CdiffError for a model of several channels, and when this installation has none."""
+    if channels > 1:
+        raise CdiffError(f"the demo scan has one channel and the model takes {channels}; give a scan with --scan")
     path = Path(str(importlib.resources.files("cdiff") / "demo" / "image.nii.gz"))
     if not path.is_file():
         raise CdiffError(f"this installation has no demo scan in {path.parent}; give one with --scan")

@@ -23,7 +23,10 @@ def benchmark(
     engine: options.EngineOption = "auto",
     device: options.DeviceOption = "cpu",
     scan: Annotated[
-        Path | None, options.option("--scan SCAN", "What to segment end to end.", default="the demo scan")
+        Path | None,
+        options.option(
+            "--scan SCAN", "What to segment end to end: a scan, or a case's folder.", default="the demo scan"
+        ),
     ] = None,
     slices: Annotated[str | None, options.option("--slices A:B", "Slices of it.", default="its middle one")] = None,
     batch: Annotated[str, options.option("--batch B,B,...", "Batch sizes to time one denoiser call at.")] = "1,8,32",

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from cdiff.runtime.data.case import Case
 from cdiff.runtime.data.masks import Mask, mask_slices, read_mask
-from cdiff.runtime.data.oddities import marks_the_background, misplaced
+from cdiff.runtime.data.oddities import is_above, marks_the_background, misplaced
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.scans.scan import Scan, read_scan
 from cdiff.runtime.scoring.metrics import dice
@@ -98,7 +98,10 @@ def _values(look: Look, masks: dict[Path, Mask]) -> None:
         values = np.unique(mask.values)
         some = ", ".join(f"{value:g}" for value in values[:SHOWN_VALUES]) + " ..." * (len(values) > SHOWN_VALUES)
         if labels:
-            if not np.isin(np.rint(values), (0, *labels)).all():
+            if is_above(mask.values, labels):
+                text = f"{some}, and none of the labels that are inside ({', '.join(map(str, labels))}): nothing of it counts"
+                odd.setdefault(("warning", text), []).append(path.name)
+            elif not np.isin(np.rint(values), (0, *labels)).all():
                 text = f"{some}; of these {', '.join(map(str, labels))} are inside"
                 odd.setdefault(("note", text), []).append(path.name)
         elif len(values) > 2 or (len(values) == 2 and values[0] != 0):

@@ -54,8 +54,8 @@ def _pixels(data: bytes, path: Path) -> NDArray[Any]:
     values = np.asarray((stored[..., :-1] if mode in ("LA", "RGBA", "PA") else stored).max(axis=-1))
     if values.min() == values.max() and (stored != stored[0, 0]).any():
         raise CdiffError(
-            f"{path} is drawn in transparency alone or in a colour on white, and read by the largest of its colours nothing is "
-            "left of it; save it in white on black"
+            f"{path} is read by the largest of each pixel's colours, which is {values.flat[0]} everywhere: what was drawn is in its "
+            "transparency, or a colour on another as bright; save it in white on black"
         )
     return values
 

@@ -13,7 +13,9 @@ from cdiff.runtime.scans.grid import Grid
 from cdiff.runtime.words import by, several
 
 PLACE = "masks whose headers put them elsewhere than their image"
+KIND = "masks of another kind of file than their image"
 VALUES = "masks that hold more than 0 and one other value"
+LABELS = "masks of a value above all labels that are inside"
 BACKGROUND = "masks that mark the background"
 AXIS = "volumes that are cut into strips"
 
@@ -31,14 +33,18 @@ class Oddities:
             self._add(AXIS, case, f"{by(grid.spatial)}, whose slices seem to lie along axis {axis}")
 
     def see_mask(self, case: Case, path: Path, mask: Mask, drawn: NDArray[np.bool_], grid: Grid) -> None:
-        """Note a mask that lies elsewhere than its image, whose values had to be read by a rule, or that seems to be black drawn on white.
+        """Note what is odd in where a mask lies, in the kind of its file, in its values, and whether it is black drawn on white.
 
         drawn: its slices [S, H, W].
         """
         if reason := misplaced(mask, grid):
             self._add(PLACE, case, f"{path.name} and its image {reason}")
+        if (mask.header is None) != (grid.header is None):
+            self._add(KIND, case, f"{path.name} and {case.image.name} are usually stored turned against each other")
         if not case.labels and not is_plain(mask.values):
             self._add(VALUES, case, f"of {path.name} what is above half of its largest value counts as inside")
+        if is_above(mask.values, case.labels):
+            self._add(LABELS, case, f"{path.name} holds 0 and {mask.values.max():g}, so nothing of it is inside")
         if marks_the_background(drawn):
             self._add(BACKGROUND, case, f"{path.name} marks the corners of every slice and most of it")
 
@@ -70,6 +76,11 @@ def is_plain(values: NDArray[np.generic]) -> bool:
     """Whether a mask holds nothing but 0 and one other value, so that no rule decides what is inside."""
     largest = values.max(initial=0)
     return bool(((values == 0) | (values == largest)).all())
+
+
+def is_above(values: NDArray[np.generic], labels: tuple[int, ...]) -> bool:
+    """Whether a mask of 0 and one other value, such as 255, is above all labels: rather no label map than one in which they are absent."""
+    return bool(labels) and is_plain(values) and bool(np.rint(values.max(initial=0)) > max(labels))
 
 
 def marks_the_background(drawn: NDArray[np.bool_]) -> bool:

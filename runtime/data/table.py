@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,6 +114,11 @@ def read_table(path: Path, notes: list[str], *, masks: bool = True) -> list[Entr
             _add(entries, row, known, path, f"{path}, row {number}")
     if not entries:
         raise CdiffError(f"{path} names no case; below its header there must be a row for each")
+    uses = Counter(file for entry in entries.values() for file in entry.files)
+    if twice := [str(file) for file, count in uses.items() if count > 1]:
+        notes.append(
+            f"{path.name} names more than once: {listed(twice)}; an image is of one case, a mask of one of its annotators"
+        )
     _shorten(entries)
     if len({bool(entry.split) for entry in entries.values()}) > 1:
         without = [entry.name for entry in entries.values() if not entry.split]

@@ -80,10 +80,14 @@ def _stacked(paths: Sequence[str | os.PathLike[str]], channels: int, slice_axis:
         if reason := first.grid.differs_from(part.grid):
             raise CdiffError(f"{first.source} and {part.source} {reason}; resample the modalities to one grid first")
     digest = hashlib.sha256(b"".join(bytes.fromhex(part.sha256) for part in parts))
-    warnings = tuple(dict.fromkeys(warning for part in parts for warning in part.warnings))
+    warnings = [warning for part in parts for warning in part.warnings]
+    if len({part.grid.header is None for part in parts}) > 1:
+        warnings.append("the modalities are pictures and NIfTI, usually stored turned against each other: look at them")
     slices = np.concatenate([part.slices for part in parts], axis=1)
     readers = ", ".join(dict.fromkeys(part.reader for part in parts if part.reader))
-    return Scan(slices, first.grid, names, digest.hexdigest(), first.name, warnings, readers, first.dicom)
+    return Scan(
+        slices, first.grid, names, digest.hexdigest(), first.name, tuple(dict.fromkeys(warnings)), readers, first.dicom
+    )
 
 
 def _one(scan: OneScan, channels: int, slice_axis: int, series: int | None) -> Scan:

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from cdiff import __version__
-from cdiff.benchmarks.benchmark import Worker, benchmark, versions
+from cdiff.benchmarks.benchmark import Worker, benchmark, scan_files, versions
 from cdiff.benchmarks.floor import count_flop
 from cdiff.benchmarks.plain_loop import plain_loop
 from cdiff.export.reference import TorchEngine, load_network
@@ -33,6 +33,7 @@ from cdiff.train.diffusion import Diffusion
 from cdiff.train.network import ConsensusNet
 from cdiff.train.presets import preset
 from tests.export.networks import BASE, random_network
+from tests.layouts import write_brats
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +172,19 @@ def test_floor_is_below_what_was_measured(report: dict[str, Any]) -> None:
 def test_the_exported_engine_is_measured_without_torch_in_memory(report: dict[str, Any]) -> None:
     memory = {kind: found["loaded_bytes"] for kind, found in report["end_to_end"].items()}
     assert memory["exported"] < memory["pytorch"]
+
+
+def test_the_scan_of_a_model_of_several_files_is_a_case(tiny_bundle: Path, tmp_path: Path) -> None:
+    manifest = open_bundle(tiny_bundle).manifest
+    assert scan_files(None, manifest)[0].name == "image.nii.gz"
+    manifest = replace(manifest, image_channels=2, training={"data": {"modalities": ["flair", "t1"]}})
+    root = write_brats(tmp_path, slices=2)
+    files = scan_files(root / "000002", manifest)
+    assert [file.name for file in files] == ["brats_train_001_flair_081_w.nii.gz", "brats_train_001_t1_081_w.nii.gz"]
+    with pytest.raises(CdiffError, match=r"holds 2 scans; name one"):
+        scan_files(root, manifest)
+    with pytest.raises(CdiffError, match=r"one channel and the model takes 2; give a scan with --scan"):
+        scan_files(None, manifest)
 
 
 def test_a_contender_that_dies_is_named(tmp_path: Path, scan: Path) -> None:

@@ -239,6 +239,13 @@ def test_files_of_different_grids_are_no_channels(tmp_path: Path) -> None:
     assert read_scan((first, first), channels=2).slices.shape == (2, 2, 20, 16)
 
 
+def test_modalities_of_which_some_are_pictures_are_told(tmp_path: Path) -> None:
+    flat, picture = save(tmp_path / "t1.nii.gz", noisy(disc((16, 16)))), tmp_path / "t2.png"
+    Image.fromarray(noisy(disc((16, 16))).clip(0, 255).astype(np.uint8)).save(picture)
+    for files, told in (((flat, picture), True), ((flat, flat), False), ((picture, picture), False)):
+        assert any("stored turned" in warning for warning in read_scan(files, channels=2).warnings) is told
+
+
 def test_the_models_modalities_are_taken_in_its_order() -> None:
     case = Case("k", Path("a"), (), others=(Path("b"), Path("c")), modalities=("t1", "t2", "flair"))
     assert case.with_modalities(("flair", "t1")).scan == (Path("c"), Path("a"))

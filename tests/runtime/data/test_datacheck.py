@@ -188,7 +188,9 @@ def test_values_that_are_not_zero_and_one(tmp_path: Path) -> None:
     for rater in (2, 3):
         (tmp_path / f"{rater}").rename(root / f"Training/case02/task01_seg{rater:02d}.nii.gz")
     chosen_ = said(check_data(root, labels=(4,)), "values")
-    assert all("of these 4 are inside" in text for _, _, text in chosen_)
+    above = [(severity, case) for severity, case, text in chosen_ if "none of the labels that are inside (4)" in text]
+    assert above == [("warning", "case02")]
+    assert all("of these 4 are inside" in text for _, case, text in chosen_ if case != "case02")
     for value, path in ((1, "case01/task01_seg01.nii.gz"), (255, "case02/task01_seg02.nii.gz")):
         save(root / "Training" / path, np.full((32, 32, 1), value, np.uint8))
     full = [(severity, text) for severity, _, text in said(check_data(root), "values") if "everywhere" in text]

@@ -52,7 +52,7 @@ def test_a_mask_of_which_the_colours_leave_nothing_is_refused(
 ) -> None:
     path = tmp_path / "mask.png"
     Image.fromarray(picture(ground, ink), mode).save(path)
-    with pytest.raises(CdiffError, match=r"mask.png is drawn in transparency .*save it in white on black"):
+    with pytest.raises(CdiffError, match=r"mask.png is read by .* everywhere: .*; save it in white on black"):
         read_mask(path)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from PIL import Image
 
 from cdiff.runtime.data.cases import find_cases
 from cdiff.runtime.data.datacheck import check_data
@@ -63,6 +64,18 @@ def test_a_flat_mask_beside_an_image_with_a_last_axis_of_one_is_compared_too(dat
     assert (found["severity"], found["case"]) == ("warning", "case01")
 
 
+def test_a_picture_as_the_mask_of_a_nifti_is_told_to_training(data: Path) -> None:
+    """Of a square image both have one shape, whichever way they are stored."""
+    path = data / "Training/case02/task01_seg02.nii.gz"
+    mask = np.asarray(nib.load(path).dataobj)[..., 0]
+    path.unlink()
+    Image.fromarray(mask * 255).save(path.with_name("task01_seg02.png"))
+    (note,) = training_notes(data)
+    assert (
+        "another kind of file than their image, in 1 case (case02): case02: task01_seg02.png and image.nii.gz" in note
+    )
+
+
 def test_values_that_a_rule_decides_are_told_unless_labels_are_named(data: Path) -> None:
     path = data / "Training/case02/task01_seg01.nii.gz"
     save(path, disc((32, 32, 1)).astype(np.uint8) + disc((32, 32, 1), -0.5))
@@ -70,6 +83,17 @@ def test_values_that_a_rule_decides_are_told_unless_labels_are_named(data: Path)
     assert "in 1 case (case02)" in note
     assert "above half of its largest value" in note
     assert training_notes(data, "labels=[1,2]") == []
+
+
+def test_a_mask_of_0_and_255_among_label_maps_is_told(data: Path) -> None:
+    """One annotator's tool writes 255 for 1. A map of 0 and 2 lacks the labels 1 and 4, as of a tumour that does not enhance."""
+    for case, value in (("case01", 255), ("case02", 2)):
+        save(data / f"Training/{case}/task01_seg01.nii.gz", np.uint8(value) * disc((32, 32, 1)), (0.5, 0.6, 3.0))
+    (note,) = training_notes(data, "labels=[1,4]")
+    assert "above all labels that are inside, in 1 case (case01): case01: task01_seg01.nii.gz holds 0 and 255" in note
+    warned = [f for f in check_data(data, labels=(1, 4)).report["findings"] if f["severity"] == "warning"]
+    assert [(f["case"], f["kind"]) for f in warned] == [("case01", "values")]
+    assert "task01_seg01.nii.gz holds 0, 255, and none of the labels that are inside (1, 4)" in warned[0]["text"]
 
 
 @pytest.mark.parametrize("everything", [False, True])

@@ -160,6 +160,16 @@ def test_columns_called_as_images_that_name_no_scan_make_no_table(tmp_path: Path
         assert find_cases(tmp_path / place).layout == layout
 
 
+@pytest.mark.parametrize(("cell", "copied"), [("p1_m2", "p0_m1"), ("p1_m2", "p1_m1"), ("p1", "p0")])
+def test_a_file_that_is_named_twice_is_told(tmp_path: Path, cell: str, copied: str) -> None:
+    """As a row or a cell that was copied and not changed: a mask of another case, or of another annotator, and an image."""
+    table = write_table(tmp_path, 3)
+    assert find_cases(table).notes == []
+    table.write_text(table.read_text().replace(f"/{cell}.png", f"/{copied}.png"))
+    (note,) = find_cases(table).notes
+    assert note.startswith(f"cases.csv names more than once: {tmp_path}/files/{copied}.png; an image is of one case")
+
+
 def test_a_note_with_commas_is_no_mask(tmp_path: Path) -> None:
     (tmp_path / "cases.csv").write_text(",image,mask1,note\na.png,a.png,a1.png,large, round\nb.png,b.png,b1.png,,\n")
     assert [case.raters for case in find_cases(tmp_path)["all"]] == [("1",), ("1",)]

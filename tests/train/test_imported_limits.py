@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.scans.intensity import Intensity
 from cdiff.train.checkpoint import load_run
 from cdiff.train.imported.importer import import_checkpoint
 from cdiff.train.imported.options import Options
+from cdiff.train.imported.weights import check_fit, shown
 from tests.train.published import recorded
 
 
@@ -30,6 +33,63 @@ def test_a_soft_label_checkpoint_without_a_table_takes_its_number_of_annotators(
     assert not any("number_of_annotators" in note for note in told.notes)
     network = load_run(told.path).network.state_dict()
     assert all(torch.equal(value, network[name]) for name, value in load_run(unknown.path).network.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["consensus", "consensus_256", "consensus_224"])
+def test_weights_alone_show_their_network(name: str) -> None:
+    """Without args.json: what a shape shows need not be said, only which training it was and what no tensor shows."""
+    case = recorded(name)
+    tensors = {key: torch.empty(shape, device="meta") for key, shape in case.shapes.items()}
+    alone = Options.read("consensus", shown(tensors, "consensus"), ["consensus_training=True", "dropout=0.1"])
+    told = Options.read("consensus", case.args, ["dropout=0.1"])
+    channels = case.args["condition_input_channel"]
+    networks = [each.config(image_channels=channels, step=0, intensity=Intensity()).network for each in (alone, told)]
+    assert networks[0] == networks[1]
+
+
+def test_weights_alone_are_imported_once_the_training_is_named(tmp_path: Path) -> None:
+    case = recorded("consensus")
+    path = case.save(tmp_path / "given")
+    told = import_checkpoint(path, tmp_path / "told")
+    (path.parent / "args.json").unlink()
+    with pytest.raises(CdiffError, match=r"--option consensus_training=True, or annotators_training, no_annot"):
+        import_checkpoint(path, tmp_path / "run", settings=["number_of_annotators=3"])
+    alone = import_checkpoint(path, tmp_path / "alone", settings=["consensus_training=True"])
+    assert any("taken for granted" in note and "diffusion_steps=100" in note for note in alone.notes)
+    wanted = load_run(told.path).network.state_dict()
+    found = load_run(alone.path).network.state_dict()
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(value, wanted[name]) for name, value in found.items())
+    # What is said goes before what is shown, and is held against it.
+    with pytest.raises(CdiffError, match="the options say num_res_blocks=2, the tensors 1"):
+        import_checkpoint(path, tmp_path / "run", settings=["consensus_training=True", "num_res_blocks=2"])
+    implicit = recorded("implicit")
+    path = implicit.save(tmp_path / "implicit")
+    path.with_name("args.json").unlink()
+    settings = ["channel_mult=1,2", "image_size=32", "num_heads=4"]
+    assert import_checkpoint(path, tmp_path / "ensemble", settings=settings).config.network.base_channels == 32
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"image_size": 256}, "the options say image_size=256, the tensors 32"),
+        ({"use_scale_shift_norm": True}, "the options say use_scale_shift_norm=True, the tensors False"),
+    ],
+)
+def test_options_that_the_shapes_disprove_are_named(change: dict[str, Any], says: str, tmp_path: Path) -> None:
+    case = recorded("consensus")
+    path = dataclasses.replace(case, args=case.args | change).save(tmp_path / "given")
+    with pytest.raises(CdiffError) as caught:
+        import_checkpoint(path, tmp_path / "run")
+    assert says in str(caught.value)
+    # 256, 224 and 128 pixels share their widths: which of them it is the shapes do not say, and so neither does the message.
+    shared = recorded("consensus_256")
+    tensors = {key: torch.empty(shape, device="meta") for key, shape in recorded("consensus_224").shapes.items()}
+    options = Options.read("consensus", shared.args | {"deeper_net": False, "rrdb_blocks": 3}, [])
+    with pytest.raises(CdiffError, match="rrdb_blocks=3, the tensors 10") as caught:
+        check_fit(tensors, [], options, path)
+    assert "image_size" not in str(caught.value)
 
 
 def test_what_no_tensor_shows_is_said_where_nothing_says_it(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from cdiff.train.config import Config
 from cdiff.train.imported.mapping import convert, links
 from cdiff.train.imported.normalisation import intensity_of
 from cdiff.train.imported.options import CONSENSUS, IMPLICIT, REPOSITORIES, UNSEEN, Options
-from cdiff.train.imported.weights import check_fit, read_state_dict, source_of
+from cdiff.train.imported.weights import check_fit, read_state_dict, shown, source_of
 from cdiff.train.network import ConsensusNet
 
 
@@ -48,9 +48,9 @@ def import_checkpoint(
     """Write the network in `checkpoint`, a state_dict saved by published code, as the run folder `out`, whole or not at all.
 
     source: "consensus" or "implicit-ensemble"; told by the tensors' names unless given. args: the args.json of the training, unless
-    given the one beside the checkpoint (the implicit-ensemble code writes none; its README's flags stand in). settings:
-    "name=value" options of the published code, over those of `args`. image_size: the side in pixels that exported graphs will
-    take, unless given the published one. mean, std, images: see `normalisation.intensity_of`.
+    given the one beside the checkpoint; what it leaves out the tensors show, or else the code's defaults stand in (the implicit-ensemble
+    code writes none; its README's flags do). settings: "name=value" options of the published code, over those of `args`. image_size: the
+    side in pixels that exported graphs will take, unless given the published one. mean, std, images: see `normalisation.intensity_of`.
     Raises CdiffError, and writes nothing, when the file is not such a checkpoint, its options and tensors contradict each other
     (the wrong tensors are named), or `out` exists.
     """
@@ -61,7 +61,7 @@ def import_checkpoint(
     theirs = read_state_dict(checkpoint)
     source = source or source_of(theirs, checkpoint)
     said = _read_args(checkpoint, args, source, settings or [])
-    options = Options.read(source, said, settings or []).fitted(theirs)
+    options = Options.read(source, shown(theirs, source) | said, settings or []).fitted(theirs)
     step = _step(checkpoint)
     channels = _image_channels(theirs, options)
     intensity = intensity_of(source, mean, std, images)
@@ -98,10 +98,11 @@ def _read_args(checkpoint: Path, args: Path | None, source: str, settings: list[
         if not args.is_file():
             raise CdiffError(f"{args} is not there; give the args.json that the training wrote")
         return _json(args)
-    if source == CONSENSUS and not settings:
+    trained = {f"{variant}_training" for variant in ("consensus", "annotators", "no_annotator", "soft_label")}
+    if source == CONSENSUS and trained.isdisjoint(setting.partition("=")[0] for setting in settings):
         raise CdiffError(
-            f"there is no args.json beside {checkpoint}: give the one that its training wrote with --args, "
-            "or the options themselves with --option NAME=VALUE"
+            f"there is no args.json beside {checkpoint}: give the one that its training wrote with --args, or say which training it was: "
+            "--option consensus_training=True, or annotators_training, no_annotator_training or soft_label_training"
         )
     return {}
 

@@ -297,6 +297,14 @@ class Options:
         return plain
 
 
+def widths_of(channel_mult: tuple[int, ...]) -> dict[str, Any]:
+    """The options by which the consensus code makes a network of these widths; of several sizes the one that its scripts train with."""
+    if channel_mult == DEEPER_256:
+        return {"image_size": 256, "deeper_net": True}
+    sizes = [size for size, widths in CHANNEL_MULT[CONSENSUS].items() if widths == channel_mult]
+    return {"image_size": 224 if 224 in sizes else sizes[0]} if sizes else {}
+
+
 def _typed(name: str, value: Any, default: Any) -> Any:
     """`value`, from JSON or a command line, as the type of `default`. Raises CdiffError naming the option."""
     kind, text = type(default), str(value).strip()

@@ -14,7 +14,7 @@ from torch import Tensor
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.words import first_line
 from cdiff.train.imported.mapping import Link
-from cdiff.train.imported.options import CONSENSUS, IMPLICIT, Options
+from cdiff.train.imported.options import CONSENSUS, IMPLICIT, Options, widths_of
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 KINDS = ("missing", "extra", "misshapen", "wrong type", "not finite")
@@ -119,27 +119,52 @@ def _named(kind: str, wrong: dict[str, str]) -> list[str]:
     return [*lines[:MOST], f"{kind:10} {more} more"] if more > 1 else lines
 
 
-def _contradictions(tensors: dict[str, Tensor], options: Options) -> list[str]:
-    """Options that the tensors themselves disprove, in words."""
+def shown(tensors: dict[str, Tensor], source: str) -> dict[str, Any]:
+    """The published options that the tensors show by themselves, so that nobody need say them; what they leave open is not in it."""
 
     def size(name: str, axis: int) -> int | None:
         tensor = tensors.get(name)
         return tensor.shape[axis] if tensor is not None and tensor.dim() > axis else None
 
-    def count(prefix: str) -> int:
-        return len({name[len(prefix) :].split(".")[0] for name in tensors if name.startswith(prefix)})
+    channels, rows = size("input_blocks.0.0.weight", 0), size("middle_block.0.emb_layers.1.weight", 0)
+    found: dict[str, Any] = {
+        "num_channels": channels,
+        "learn_sigma": {1: False, 2: True}.get(size("out.2.weight", 0) or 0),
+    }
+    if rows and (width := size("middle_block.0.out_layers.0.weight", 0)):
+        found["use_scale_shift_norm"] = rows == 2 * width
+    # Between two depths stands a convolution of stride 2, or with resblock_updown another residual block, which nothing tells from the others.
+    depths = sum(name.startswith("input_blocks.") and name.endswith(".op.weight") for name in tensors) + 1
+    blocks, rest = divmod(_count(tensors, "input_blocks.") - depths, depths)
+    if depths > 1 and rest == 0 and blocks > 0:
+        found["num_res_blocks"] = blocks
+    if source == CONSENSUS:
+        found["rrdb_blocks"] = _count(tensors, "rrdb.RRDB_trunk.") or None
+        found["condition_input_channel"] = size("rrdb.conv_first.weight", 1)
+        found["number_of_annotators"] = size("label_emb.weight", 0)
+        if channels and "num_res_blocks" in found:
+            firsts = (f"input_blocks.{d * (blocks + 1) + 1}.0.out_layers.3.weight" for d in range(depths))
+            found |= widths_of(tuple((size(name, 0) or 0) // channels for name in firsts))
+    return {name: value for name, value in found.items() if value is not None}
 
-    said: dict[str, tuple[Any, Any]] = {"num_channels": (options["num_channels"], size("input_blocks.0.0.weight", 0))}
-    said["learn_sigma"] = (options["learn_sigma"], {1: False, 2: True}.get(size("out.2.weight", 0) or 0))
+
+def _count(tensors: dict[str, Tensor], prefix: str) -> int:
+    """Different modules of a list of modules."""
+    return len({name[len(prefix) :].split(".")[0] for name in tensors if name.startswith(prefix)})
+
+
+def _contradictions(tensors: dict[str, Tensor], options: Options) -> list[str]:
+    """Options that the tensors themselves disprove, in words."""
+    found = shown(tensors, options.source)
     if options.source == CONSENSUS:
-        said["rrdb_blocks"] = (options["rrdb_blocks"], count("rrdb.RRDB_trunk."))
-        said["condition_input_channel"] = (options["condition_input_channel"], size("rrdb.conv_first.weight", 1))
-        said["number_of_annotators"] = (options.annotators, size("label_emb.weight", 0) or 0)
-    depths = len(options.channel_mult)
-    blocks, rest = divmod(count("input_blocks.") - depths, depths)
-    said["num_res_blocks"] = (options["num_res_blocks"], blocks if rest == 0 else None)
+        found.setdefault("number_of_annotators", 0)
+        drawn = widths_of(
+            options.channel_mult
+        )  # several sizes share their widths: what is said may be right, though not what is shown
+        found = {name: value for name, value in found.items() if drawn.get(name) != value}
+    said = {name: options.annotators if name == "number_of_annotators" else options[name] for name in found}
     return [
-        f"the options say {name}={theirs}, the tensors {found}"
-        for name, (theirs, found) in said.items()
-        if found is not None and theirs != found
+        f"the options say {name}={theirs}, the tensors {found[name]}"
+        for name, theirs in said.items()
+        if theirs != found[name]
     ]

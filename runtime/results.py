@@ -51,7 +51,8 @@ class Stack:
     def soft(self) -> Float32:
         """[n,h,w]: the mean over the maps, a fraction of annotators (from levels: the sum of P(at least c) over c, divided by C)."""
         found = np.empty((len(self.maps), *self.maps.shape[2:]), np.float32)
-        for one, maps in zip(found, self.maps, strict=True):  # slice by slice, or a long scan would lie in memory in float64
+        # Slice by slice, or a long scan would lie in memory in float64.
+        for one, maps in zip(found, self.maps, strict=True):
             one[...] = maps.mean(axis=0, dtype=np.float64)
         return found
 

@@ -123,7 +123,7 @@ def stacked(found: Sequence[SliceResult]) -> tuple[Float32, Float32, NDArray[np.
 
 
 def _on_grid(found: Sequence[SliceResult], maps: Sequence[NDArray[Any]]) -> NDArray[Any]:
-    """One after the other into one array: what stays 0 there takes no memory, which of a long scan is most."""
+    """Each slice's maps in its place of one array, which alone is as large as the scan."""
     whole = np.zeros((len(found), *maps[0].shape[:-2], *found[0].shape), maps[0].dtype)
     for place, one, part in zip(whole, found, maps, strict=True):
         place[..., *one.box] = part

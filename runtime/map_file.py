@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 import zlib
 from collections.abc import Iterable, Iterator
@@ -25,8 +26,8 @@ GZIP_HEADER, LAST = b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x04\xff", b"\x03\x00"
 def write_map(path: Path, grid: Grid, slices: range, maps: NDArray[Any], intent: str) -> None:
     """Write one map [n,h,w] of `slices`, or K of them [n,K,h,w] along a fourth axis, as a compressed NIfTI file of the whole grid.
 
-    Slices that `maps` does not hold are NaN, or 0 in whole numbers. intent: what the header says of the maps. One volume at a time
-    is in memory, however many there are.
+    Slices that `maps` does not hold are NaN, or 0 in whole numbers. intent: what the header says of the maps. Besides them a few slices
+    are in memory at a time, however many there are; where slices are cut along another axis than the last, one volume.
     """
     with path.open("wb") as file:
         write_gzip(file, _parts(grid, slices, maps, intent))
@@ -37,9 +38,25 @@ def _parts(grid: Grid, slices: range, maps: NDArray[Any], intent: str) -> Iterat
     several = maps.ndim == 4
     yield _header(grid, (*grid.spatial, maps.shape[1]) if several else grid.shape, maps.dtype, intent)
     outside = np.nan if maps.dtype.kind == "f" else 0
+    volumes = np.moveaxis(maps, 1, 0) if several else maps[None]
+    if grid.slice_axis == 2:  # there slices lie one after another
+        count, plane = grid.spatial[2], grid.spatial[1::-1]
+        step = max(1, BLOCK // (math.prod(plane) * maps.itemsize))
+        blank = np.full((min(step, count), *plane), outside, maps.dtype)
+        for each in volumes:
+            for first in range(0, count, step):
+                part = blank[: count - first]
+                held = range(max(first, slices.start), min(first + step, slices.stop))
+                if held:
+                    part = part.copy()
+                    part[held.start - first : held.stop - first] = each[
+                        held.start - slices.start : held.stop - slices.start
+                    ].swapaxes(1, 2)
+                yield part
+        return
     volume = np.full(grid.spatial[::-1], outside, maps.dtype)
     planes = volume.T[None] if grid.slice_axis is None else np.moveaxis(volume.T, grid.slice_axis, 0)
-    for each in np.moveaxis(maps, 1, 0) if several else maps[None]:
+    for each in volumes:
         planes[slices.start : slices.stop] = each  # the others stay as they are
         yield volume
 
@@ -57,10 +74,10 @@ def write_gzip(file: BinaryIO, parts: Iterable[NDArray[Any]]) -> None:
     """Write arrays, in C order, one after another as one gzip stream (RFC 1952, a single member).
 
     Each block is deflated for itself and ends on a whole byte, so blocks of one value and length that come again, as those of slices that
-    were not computed, are deflated once.
+    were not computed, are deflated and summed up once.
     """
     crc = size = 0
-    known: dict[tuple[int, int, str], bytes] = {}
+    known: dict[tuple[int, int, str], tuple[bytes, int, int]] = {}
     file.write(GZIP_HEADER)
     for part in parts:
         # As whole numbers, for a NaN equals nothing.
@@ -68,14 +85,17 @@ def write_gzip(file: BinaryIO, parts: Iterable[NDArray[Any]]) -> None:
         step = BLOCK // values.itemsize
         for start in range(0, len(values), step):
             block = values[start : start + step]
-            crc, size = zlib.crc32(block.data, crc), size + block.nbytes
+            size += block.nbytes
             if block[0] == block[-1] and block.min() == block.max():
                 key = (int(block[0]), len(block), block.dtype.str)
                 if key not in known:
-                    known[key] = _deflated(block, 9)
-                file.write(known[key])
+                    known[key] = _deflated(block, 9), zlib.crc32(block.data), _zeros_after(block.nbytes)
+                deflated, own, zeros = known[key]
+                file.write(deflated)
+                crc = _times(crc, zeros) ^ own
             else:
                 file.write(_deflated(block, LEVEL))
+                crc = zlib.crc32(block.data, crc)
     file.write(LAST + struct.pack("<LL", crc, size % 2**32))
 
 
@@ -83,3 +103,26 @@ def _deflated(block: NDArray[Any], level: int) -> bytes:
     """Raw deflate blocks that need nothing of what came before, to the next whole byte."""
     deflate = zlib.compressobj(level, zlib.DEFLATED, -zlib.MAX_WBITS)
     return deflate.compress(block.data) + deflate.flush(zlib.Z_FULL_FLUSH)
+
+
+def _times(a: int, b: int) -> int:
+    """The product of two polynomials over GF(2) modulo that of CRC-32 (RFC 1952, section 8); bit 31 is the constant, bit 0 x^31.
+
+    The CRC of two texts, one after the other, is that of the first times `_zeros_after` the second's length, plus the second's own.
+    """
+    product = 0
+    while a:
+        if a & 0x80000000:
+            product ^= b
+        a, b = a << 1 & 0xFFFFFFFF, b >> 1 ^ (0xEDB88320 if b & 1 else 0)
+    return product
+
+
+def _zeros_after(length: int) -> int:
+    """x^(8 length), which so many bytes after a text multiply its CRC by."""
+    power, square = 1 << 31, 1 << 23
+    while length:
+        if length & 1:
+            power = _times(power, square)
+        square, length = _times(square, square), length >> 1
+    return power

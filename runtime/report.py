@@ -35,14 +35,15 @@ def volumes(stack: Stack, grid: Grid) -> dict[str, Any]:
         return {"voxels": round(voxels, 2), **({unit: round(voxels * size, 6)} if size is not None else {})}
 
     def each(name: str, maps: Float32) -> list[dict[str, Any]]:
-        inside = np.count_nonzero(maps >= 0.5, axis=(0, 2, 3))
+        inside = sum((np.count_nonzero(one >= 0.5, axis=(1, 2)) for one in maps), np.zeros(maps.shape[1], np.int64))
         return [{name: k, **measure(float(count))} for k, count in enumerate(inside, start=1)]
 
+    soft = stack.soft
     return {
         "levels": each("level", stack.levels),
         **({"annotators": each("annotator", stack.maps)} if stack.variant.told == "annotator" else {}),
-        "mask": measure(float(np.count_nonzero(stack.soft >= 0.5))),
-        "expected": measure(float(stack.soft.sum(dtype=np.float64))),
+        "mask": measure(float(np.count_nonzero(soft >= 0.5))),
+        "expected": measure(float(soft.sum(dtype=np.float64))),
         **({"unreliable": f"{unit}: the header's spacing may be a placeholder"} if grid.is_placeholder else {}),
     }
 

@@ -24,10 +24,12 @@ Float32 = NDArray[np.float32]
 
 def entropy(soft: Float32) -> Float32:
     """Entropy in bits of a pixel's yes or no, H(p) = -p log2 p - (1-p) log2 (1-p); 0 where all agree, 1 at p = 1/2."""
-    p = soft.astype(np.float64)
+    found, unsure = np.zeros(soft.shape, np.float32), (soft != 0) & (soft != 1)  # of most maps few pixels are
+    p = soft[unsure].astype(np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
         terms = [np.where(q > 0, -q * np.log2(q), 0.0) for q in (p, 1 - p)]
-    return np.asarray(np.where(np.isnan(p), np.nan, terms[0] + terms[1]), dtype=np.float32)
+    found[unsure] = np.where(np.isnan(p), np.nan, terms[0] + terms[1])
+    return found
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,11 @@ class Stack:
     @property
     def soft(self) -> Float32:
         """[n,h,w]: the mean over the maps, a fraction of annotators (from levels: the sum of P(at least c) over c, divided by C)."""
-        return np.asarray(self.maps.mean(axis=1, dtype=np.float64), dtype=np.float32)
+        found = np.empty((len(self.maps), *self.maps.shape[2:]), np.float32)
+        # Slice by slice, or a long scan would lie in memory in float64.
+        for one, maps in zip(found, self.maps, strict=True):
+            one[...] = maps.mean(axis=0, dtype=np.float64)
+        return found
 
     @property
     def levels(self) -> Float32:
@@ -63,7 +69,10 @@ class Stack:
     @property
     def uncertainty(self) -> Float32:
         """[n,2,h,w]: entropy of the soft map in bits, and `spread`."""
-        return np.stack([entropy(self.soft), self.spread], axis=1)
+        found = np.empty((len(self.maps), 2, *self.maps.shape[2:]), np.float32)
+        for one, soft, spread in zip(found, self.soft, self.spread, strict=True):
+            one[0], one[1] = entropy(soft), spread
+        return found
 
     @property
     def mask(self) -> NDArray[np.uint8]:

@@ -29,7 +29,7 @@ from cdiff.runtime.results import Result, Stack
 from cdiff.runtime.sampling.batching import Progress, Timings, most_rows_of, rows_per_batch
 from cdiff.runtime.sampling.framing import Windows
 from cdiff.runtime.sampling.sampler import SamplerTable, sampler_table
-from cdiff.runtime.sampling.sums import SliceResult
+from cdiff.runtime.sampling.sums import SliceResult, stacked
 from cdiff.runtime.sampling.zoom import check_zooms, numbered, shared_out, together
 from cdiff.runtime.scans.place import At
 from cdiff.runtime.scans.scan import Scan, ScanInput
@@ -191,14 +191,10 @@ class Segmenter:
         finished = together(found, [number for _, number in shares], [view.covered for view in seen])
         if manifest.outside == 0:
             finished = [one.for_masks_from_zero() for one in finished]
-        maps = np.stack([one.level_means for one in finished])
-        stack = Stack(
-            (maps >= 0.5).astype(np.float32) if combine == "vote" else maps,
-            np.stack([one.run_std for one in finished]),
-            np.stack([one.runs for one in finished if one.runs is not None]) if keep_runs else None,
-            variant,
-            manifest.levels,
-        )
+        maps, spread, kept = stacked(finished)
+        if combine == "vote":
+            maps = (maps >= 0.5).astype(np.float32)
+        stack = Stack(maps, spread, kept, variant, manifest.levels)
         clock.lap("segment")
         report = build_report(
             {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -218,7 +219,7 @@ def training_batch(
     chosen, windows, draws = [], [], []
     for position in range(batch):
         epoch, offset = divmod(step * batch + position, n)
-        i = int(np.random.default_rng((seed, 0, epoch)).permutation(n)[offset])
+        i = int(_order(seed, epoch, n)[offset])
         window = random_window(size, _centre(slices, i, size, config, rng), rng, ranges)
         if part is None or position in part:
             chosen.append(i)
@@ -229,6 +230,12 @@ def training_batch(
         return cuts
     images = [recoloured(image, draw, ranges) for image, draw in zip(cuts.image, draws, strict=True)]
     return replace(cuts, image=torch.stack(images))
+
+
+@lru_cache(maxsize=2)  # a step may lie in two epochs
+def _order(seed: int, epoch: int, n: int) -> NDArray[np.int64]:
+    """The order of n slices in an epoch."""
+    return np.random.default_rng((seed, 0, epoch)).permutation(n)
 
 
 def _centre(slices: Slices, i: int, size: int, config: Config, rng: np.random.Generator) -> tuple[float, float]:

@@ -209,7 +209,7 @@ def _draw_strip(
         drawing.show_image(axes, picture, box, view, drawing.window_of(picture[box]))
         drawing.show_soft(axes, soft[index], box, view)
         colour = drawing.INK if index == best else drawing.FAINT
-        axes.set_title(str(result.slices[index]), color=colour, fontsize=9, pad=3)
+        axes.set_title(str(result.slices[index]), color=colour, fontsize=9, pad=3, y=1)
 
 
 def _heading(figure: Figure, result: Result, name: str) -> None:

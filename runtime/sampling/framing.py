@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,6 +54,15 @@ def box_around(shape: tuple[int, int], size: tuple[int, int], point: tuple[int, 
     return rows, columns
 
 
+def placed(values: NDArray[Any], box: Box, shape: tuple[int, int]) -> NDArray[Any]:
+    """Values [..., h, w] of `box`, in a slice of `shape` that is 0 elsewhere; themselves where the box is all of it."""
+    if values.shape[-2:] == shape:
+        return values
+    whole = np.zeros((*values.shape[:-2], *shape), values.dtype)
+    whole[..., *box] = values
+    return whole
+
+
 @dataclass(frozen=True)
 class Shrunk:
     """A part of a slice of `shape` (h, w), of which each `factor` x `factor` pixels become one before the model sees them.
@@ -82,13 +91,6 @@ class Shrunk:
             for one, inner in zip(self.part, box, strict=True)
         )
         return rows, columns
-
-    def restore(self, maps: Float32, box: Box) -> Float32:
-        """Maps [...,*size] on the slice's own grid [...,h,w]: what lies in `box`, resampled; 0 elsewhere."""
-        rows, columns = self.there(box)
-        whole = np.zeros((*maps.shape[:-2], *self.shape), np.float32)
-        whole[..., rows, columns] = resize(maps[..., *box], (rows.stop - rows.start, columns.stop - columns.start))
-        return whole
 
 
 @dataclass(frozen=True)
@@ -224,8 +226,7 @@ class Windows:
         if self.canvas != (height, width):
             below, right = self.canvas[0] - height - top, self.canvas[1] - width - left
             image = np.pad(image, ((0, 0), (top, below), (left, right)), mode="reflect")
-        (y, x), (H, W) = self.origins[tile], self.framing.size
-        return np.ascontiguousarray(image[:, y : y + H, x : x + W], dtype=np.float32)
+        return np.ascontiguousarray(image[:, *self._window(tile)], dtype=np.float32)
 
     def unframe_slice(self, maps: Float32) -> Float32:
         """The maps of one slice's windows [per_slice,...,H,W], put together on the slice's own grid [...,h,w], float32.
@@ -234,47 +235,90 @@ class Windows:
         its middle to its edge; what no window covers is 0. Where no resampling and no blending is needed, the values come
         back unchanged.
         """
-        maps = self._on_slices(maps)
-        return maps if self.shrunk is None else self.shrunk.restore(maps, self.seen)
+        return placed(self.unframe_part(maps), self.reach, self.shape)
+
+    def unframe_part(self, maps: Float32) -> Float32:
+        """`unframe_slice` within `reach` alone: of a large slice `centre` sees little, and the rest need not be gone through."""
+        if self.framing.mode == "resize":
+            return resize(maps[0], self.shape)
+        if self.framing.mode == "tile":
+            return self._blended(maps)
+        found = self._seen_by_one(maps[0])
+        if self.shrunk is None:
+            return found
+        rows, columns = self.reach
+        return resize(found, (rows.stop - rows.start, columns.stop - columns.start))
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width of the slices on whose grid the maps lie."""
+        return self.shrunk.shape if self.shrunk else (self.slices.shape[-2], self.slices.shape[-1])
+
+    @cached_property
+    def reach(self) -> Box:
+        """The part of that grid outside which maps are 0; all of it unless `centre` sees less."""
+        return self.shrunk.there(self.seen) if self.shrunk else self.seen
+
+    @cached_property
     def seen(self) -> Box:
         """The part of each of `slices` that windows cover; all of it unless `centre` sees less."""
-        if self.resized is not None:
-            (top, left), _ = self._corners
-            down, across = (np.flatnonzero(self._weight.max(axis=axis) >= SEEN).tolist() for axis in (1, 0))
-            return slice(top + down[0], top + down[-1] + 1), slice(left + across[0], left + across[-1] + 1)
-        if self.framing.mode != "centre" or self.part is None:
+        if self.framing.mode != "centre":
             height, width = self.slices.shape[-2:]
             return slice(0, height), slice(0, width)
-        ((y, x),), (rows, columns) = self.origins, self.part
-        (H, W), (top, left) = self.framing.size, self._pad
-        return (
-            slice(max(rows.start + y - top, rows.start), min(rows.start + y - top + H, rows.stop)),
-            slice(max(columns.start + x - left, columns.start), min(columns.start + x - left + W, columns.stop)),
+        rows, columns = (
+            slice(start + one.start, start + one.stop)
+            for start, one in zip(self._corners[0], self._seen_of_part, strict=True)
         )
+        return rows, columns
 
-    def _on_slices(self, maps: Float32) -> Float32:
-        """`unframe_slice` on the grid of `slices`."""
-        h, w = self.slices.shape[-2:]
-        if self.framing.mode == "resize":
-            return resize(maps[0], (h, w))
+    @property
+    def _seen_of_part(self) -> Box:
+        """`seen`, counted from the corner of the slice, or of the part of it."""
+        if self.resized is None:
+            return self._held
+        down, across = (np.flatnonzero(self._weight.max(axis=axis) >= SEEN).tolist() for axis in (1, 0))
+        return slice(down[0], down[-1] + 1), slice(across[0], across[-1] + 1)
+
+    @property
+    def _held(self) -> Box:
+        """What the first window holds of the slice, or of the part of it, as it is cut into windows."""
+        rows, columns = (
+            slice(max(one.start - pad, 0), min(one.stop - pad, n))
+            for one, pad, n in zip(self._window(0), self._pad, self._extent, strict=True)
+        )
+        return rows, columns
+
+    def _window(self, tile: int) -> Box:
+        """Where a tile lies in the canvas."""
+        (y, x), (H, W) = self.origins[tile], self.framing.size
+        return slice(y, y + H), slice(x, x + W)
+
+    def _seen_by_one(self, window: Float32) -> Float32:
+        """The maps of the one window of `centre`, [...,H,W], within `seen` of `slices`."""
+        held, box = self._held, self._seen_of_part
+        rows, columns = (
+            slice(one.start + pad - at, one.stop + pad - at)
+            for one, pad, at in zip(held, self._pad, self.origins[0], strict=True)
+        )
+        found = window[..., rows, columns]
+        if self.resized is None:
+            return found
+        # Beyond the window there is nothing to add.
+        down, across = (
+            _weights(n, N)[into, of] for n, N, into, of in zip(self._extent, self._corners[1], box, held, strict=True)
+        )
+        weight = self._weight[box]
+        return np.where(weight >= SEEN, down @ found @ across.T / np.maximum(weight, SEEN), np.float32(0))
+
+    def _blended(self, maps: Float32) -> Float32:
+        """Tiles put together."""
         canvas: Float32 = maps[0]
         if self.canvas != self.framing.size:
-            H, W = self.framing.size
             canvas = np.zeros((*maps.shape[1:-2], *self.canvas), np.float32)
-            for (y, x), weights, tile in zip(self.origins, self._blend, maps, strict=True):
-                canvas[..., y : y + H, x : x + W] += weights * tile
+            for number, (weights, tile) in enumerate(zip(self._blend, maps, strict=True)):
+                canvas[..., *self._window(number)] += weights * tile
         (top, left), (height, width) = self._pad, self._extent
-        found = canvas[..., top : top + height, left : left + width]
-        if self.resized is not None:
-            weight = self._weight
-            found = np.where(weight >= SEEN, resize(found, weight.shape) / np.maximum(weight, SEEN), np.float32(0))
-        if self.part is None:
-            return found
-        whole = np.zeros((*found.shape[:-2], h, w), np.float32)
-        whole[..., *self.part] = found
-        return whole
+        return canvas[..., top : top + height, left : left + width]
 
     def unframe(self, maps: Float32) -> Float32:
         """`unframe_slice` for all slices: maps [S*per_slice,...,H,W] -> [S,...,h,w]."""

@@ -2,32 +2,62 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cdiff.runtime.engines.base import WindowSums
-from cdiff.runtime.sampling.framing import Windows
+from cdiff.runtime.sampling.framing import Box, Windows, placed
 
 Float32 = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class SliceResult:
-    """One finished slice, on its own grid [h, w] (windows already put together).
+    """One finished slice (windows already put together): its maps on the part `box` of its own grid `shape` [h, w], 0 elsewhere.
 
-    `level_means` [C,h,w] float32: at index c-1 the mean over runs of clip((x+1)/2, 0, 1), the fraction of runs that put the
-    pixel in the consensus at level c. `run_std` [h,w] float32: standard deviation over runs (divided by R) of a run's soft
-    map, which is its mean over levels. `runs` [C,R,h,w] uint8, when kept: each run's map, 255 = 1. `index` is the slice's
+    `means` [C,...] float32: at index c-1 the mean over runs of clip((x+1)/2, 0, 1), the fraction of runs that put the
+    pixel in the consensus at level c. `spread` [...] float32: standard deviation over runs (divided by R) of a run's soft
+    map, which is its mean over levels. `kept` [C,R,...] uint8, when kept: each run's map, 255 = 1. `index` is the slice's
     place among those framed, `slice_id` its number in the scan.
     """
 
     index: int
     slice_id: int
-    level_means: Float32
-    run_std: Float32
-    runs: NDArray[np.uint8] | None
+    means: Float32
+    spread: Float32
+    kept: NDArray[np.uint8] | None
+    box: Box
+    shape: tuple[int, int]
+
+    @property
+    def level_means(self) -> Float32:
+        """[C,h,w]: `means` on the whole grid."""
+        return placed(self.means, self.box, self.shape)
+
+    @property
+    def run_std(self) -> Float32:
+        """[h,w]: `spread` on the whole grid."""
+        return placed(self.spread, self.box, self.shape)
+
+    @property
+    def runs(self) -> NDArray[np.uint8] | None:
+        """[C,R,h,w]: `kept` on the whole grid."""
+        return None if self.kept is None else placed(self.kept, self.box, self.shape)
+
+    def within(self, box: Box) -> SliceResult:
+        """The same on a box that holds this one's."""
+        rows, columns = (slice(a.start - b.start, a.stop - b.start) for a, b in zip(self.box, box, strict=True))
+        height, width = (one.stop - one.start for one in box)
+
+        def put(maps: NDArray[Any]) -> NDArray[Any]:
+            return placed(maps, (rows, columns), (height, width))
+
+        kept = None if self.kept is None else put(self.kept)
+        return replace(self, means=put(self.means), spread=put(self.spread), kept=kept, box=box)
 
     def for_masks_from_zero(self) -> SliceResult:
         """The same for a network whose masks are 0 outside and 1 inside: the fractions are of x, not of (x + 1)/2.
@@ -35,8 +65,8 @@ class SliceResult:
         Samplers end with an x in [-1, 1], of which the sums hold (x + 1)/2 unclipped, so the mean and spread of x follow from them.
         What is below 0 in the mean over runs counts as 0.
         """
-        runs = None if self.runs is None else np.maximum(2 * self.runs.astype(np.int16) - 255, 0).astype(np.uint8)
-        return replace(self, level_means=np.maximum(2 * self.level_means - 1, 0), run_std=2 * self.run_std, runs=runs)
+        kept = None if self.kept is None else np.maximum(2 * self.kept.astype(np.int16) - 255, 0).astype(np.uint8)
+        return replace(self, means=np.maximum(2 * self.means - 1, 0), spread=2 * self.spread, kept=kept)
 
 
 class SliceSums:
@@ -69,12 +99,32 @@ class SliceSums:
         kept = None
         if self.kept is not None:
             kept = np.stack(  # one level at a time: only that one becomes float32
-                [np.rint(windows.unframe_slice(self.kept[:, c].astype(np.float32))) for c in range(levels)]
+                [np.rint(windows.unframe_part(self.kept[:, c].astype(np.float32))) for c in range(levels)]
             ).astype(np.uint8)
         return SliceResult(
             index=index,
             slice_id=slice_id,
-            level_means=windows.unframe_slice(self.level / np.float32(runs)),
-            run_std=windows.unframe_slice(self.run / np.float32(levels)).std(axis=0),
-            runs=kept,
+            means=windows.unframe_part(self.level / np.float32(runs)),
+            spread=windows.unframe_part(self.run / np.float32(levels)).std(axis=0),
+            kept=kept,
+            box=windows.reach,
+            shape=windows.shape,
         )
+
+
+def stacked(found: Sequence[SliceResult]) -> tuple[Float32, Float32, NDArray[np.uint8] | None]:
+    """`level_means` [n,C,h,w], `run_std` [n,h,w] and, where they were kept, `runs` [n,C,R,h,w] of slices of one shape."""
+    kept = [one.kept for one in found if one.kept is not None]
+    return (
+        _on_grid(found, [one.means for one in found]),
+        _on_grid(found, [one.spread for one in found]),
+        _on_grid(found, kept) if kept else None,
+    )
+
+
+def _on_grid(found: Sequence[SliceResult], maps: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    """Each slice's maps in its place of one array, which alone is as large as the scan."""
+    whole = np.zeros((len(found), *maps[0].shape[:-2], *found[0].shape), maps[0].dtype)
+    for place, one, part in zip(whole, found, maps, strict=True):
+        place[..., *one.box] = part
+    return whole

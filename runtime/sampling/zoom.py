@@ -56,9 +56,18 @@ def together(
     """
     if len(found) == 1:
         return list(found[0])
-    weights = [n * seen.astype(np.float32) for n, seen in zip(runs, covered, strict=True)]
+    # Around all windows there is nothing, and of a large slice that is most.
+    boxes = [parts[0].box for parts in found]
+    rows, columns = (
+        slice(min(one.start for one in axis), max(one.stop for one in axis)) for axis in zip(*boxes, strict=True)
+    )
+    inside = [seen[rows, columns] for seen in covered]
+    weights = [n * seen.astype(np.float32) for n, seen in zip(runs, inside, strict=True)]
     total = np.maximum(sum(weights, np.zeros_like(weights[0])), 1)
-    return [_one(parts, weights, total, covered) for parts in zip(*found, strict=True)]
+    return [
+        _one([part.within((rows, columns)) for part in parts], weights, total, inside)
+        for parts in zip(*found, strict=True)
+    ]
 
 
 def _one(
@@ -68,13 +77,13 @@ def _one(
     covered: Sequence[NDArray[np.bool_]],
 ) -> SliceResult:
     pairs = list(zip(weights, parts, strict=True))
-    means = sum((w * part.level_means for w, part in pairs), np.zeros_like(parts[0].level_means)) / total
+    means = sum((w * part.means for w, part in pairs), np.zeros_like(parts[0].means)) / total
     # The variance of all runs: that within each zoom, and that of the zooms' means.
     soft = means.mean(axis=0)
     square = sum(
-        (w * (part.run_std**2 + (part.level_means.mean(axis=0) - soft) ** 2) for w, part in pairs), np.zeros_like(soft)
+        (w * (part.spread**2 + (part.means.mean(axis=0) - soft) ** 2) for w, part in pairs), np.zeros_like(soft)
     )
-    kept = [part.runs for part in parts if part.runs is not None]
+    kept = [part.kept for part in parts if part.kept is not None]
     joined = None
     if kept:
         first = kept[0]
@@ -83,7 +92,7 @@ def _one(
             joined[:, turn :: len(kept)] = np.where(seen, one, first[:, : one.shape[1]])
     return replace(
         parts[0],
-        level_means=np.asarray(means, np.float32),
-        run_std=np.asarray(np.sqrt(square / total), np.float32),
-        runs=joined,
+        means=np.asarray(means, np.float32),
+        spread=np.asarray(np.sqrt(square / total), np.float32),
+        kept=joined,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -206,9 +207,12 @@ def members_of(groups: Sequence[str]) -> list[list[int]]:
     return list(members.values())
 
 
+@lru_cache(maxsize=2)  # a report takes some hundred intervals, nearly all over the same number of cases
 def resampled(units: int) -> NDArray[np.int64]:
-    """How often each unit is in each bootstrap draw: [RESAMPLES, units], every row sums to `units`; the same each time."""
-    return np.random.default_rng(SEED).multinomial(units, np.full(units, 1 / units), size=RESAMPLES)
+    """How often each unit is in each bootstrap draw: [RESAMPLES, units], every row sums to `units`; the same each time, read-only."""
+    drawn = np.random.default_rng(SEED).multinomial(units, np.full(units, 1 / units), size=RESAMPLES)
+    drawn.flags.writeable = False
+    return drawn
 
 
 def percentile_interval(values: NDArray[np.float64]) -> tuple[float, float]:

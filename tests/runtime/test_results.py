@@ -125,6 +125,21 @@ def test_entropy_against_its_definition() -> None:
     assert np.isnan(h[4])
 
 
+@pytest.mark.parametrize("name", ["soft", "uncertainty", "mask"])
+def test_maps_of_a_long_scan_are_made_slice_by_slice(name: str) -> None:
+    """In float64 they would take several times as much memory as all that is kept."""
+    maps = np.random.default_rng(0).random((30, 2, 64, 64), dtype=np.float32)
+    stack = Stack(maps, maps[:, 0])
+    tracemalloc.start()
+    made = getattr(stack, name)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    soft = maps[:, 0].nbytes
+    assert peak < made.nbytes + 1.5 * soft
+    np.testing.assert_allclose(stack.soft, (maps[:, 0] + maps[:, 1]) / 2, atol=1e-7)
+    np.testing.assert_array_equal(stack.uncertainty[:, 0], entropy(stack.soft))
+
+
 def test_volumes_counted_by_hand(tmp_path: Path) -> None:
     levels = np.zeros((2, 2, 3, 4), np.float32)
     levels[0, 0, :2] = 0.5  # 8 voxels at level 1

@@ -59,6 +59,26 @@ def test_a_map_lies_where_the_window_saw_it(zoom: float) -> None:
     assert (seen == (found > 0)).all()
 
 
+@pytest.mark.parametrize("zoom", [0.5, 1.25, 2])
+@pytest.mark.parametrize("point", [None, (3, 60), (45, 30)])
+def test_only_what_a_window_saw_is_resampled_and_nothing_is_lost(zoom: float, point: tuple[int, int] | None) -> None:
+    """Against the whole canvas resampled; the part that is held is the window's, however large the slice."""
+    slices, field = np.zeros((1, 1, 90, 70), np.float32), None if point is None else (32, 40)
+    windows = Framing("centre", (16, 16)).frame(slices, point, field).zoomed(zoom)
+    maps = np.random.default_rng(0).random((1, 3, 16, 16), dtype=np.float32)
+    (y, x), size, (rows, columns) = windows.origins[0], windows.resized, windows.part or (slice(0, 90), slice(0, 70))
+    assert size == windows.canvas, "no padding in this test"
+    canvas, seen = np.zeros((3, *size), np.float32), np.zeros(size, np.float32)
+    canvas[:, y : y + 16, x : x + 16], seen[y : y + 16, x : x + 16] = maps[0], 1
+    shape = rows.stop - rows.start, columns.stop - columns.start
+    weight, wanted = resize(seen, shape), np.zeros((3, 90, 70), np.float32)
+    wanted[:, rows, columns] = np.where(weight >= 0.5, resize(canvas, shape) / np.maximum(weight, 0.5), 0)
+    np.testing.assert_allclose(windows.unframe_slice(maps), wanted, rtol=0, atol=1e-6)
+    part = windows.unframe_part(maps)
+    assert max(part.shape[1:]) <= round(16 / zoom) + 1
+    np.testing.assert_array_equal(part, windows.unframe_slice(maps)[..., *windows.reach])
+
+
 def test_other_framings_have_one_size() -> None:
     windows = Framing("tile", (16, 16)).frame(np.zeros((1, 1, 32, 32), np.float32))
     assert windows.zoomed(1) is windows
@@ -161,12 +181,19 @@ def test_on_a_gpu_all_zooms_have_batches_of_one_size(model: Segmenter) -> None:
 
 
 def test_a_larger_window_decides_alone_where_the_first_does_not_reach() -> None:
-    one = SliceResult(0, 0, np.full((2, 1, 2), 0.25, np.float32), np.full((1, 2), 0.5, np.float32), None)
-    two = dataclasses.replace(one, level_means=one.level_means + 0.5, run_std=0 * one.run_std)
-    (found,) = together([[one], [two]], [1, 3], [np.array([[True, False]]), np.array([[True, True]])])
-    np.testing.assert_allclose(found.level_means[0], [[0.625, 0.75]])
+    box, means, spread = (
+        (slice(1, 2), slice(1, 3)),
+        np.full((2, 1, 2), 0.25, np.float32),
+        np.full((1, 2), 0.5, np.float32),
+    )
+    one = SliceResult(0, 0, means, spread, None, box, (2, 3))
+    two = dataclasses.replace(one, means=means + 0.5, spread=0 * spread)
+    seen = np.zeros((2, 2, 3), bool)
+    seen[:, 1, 1] = seen[1, 1, 2] = True
+    (found,) = together([[one], [two]], [1, 3], list(seen))
+    np.testing.assert_allclose(found.level_means[0], [[0, 0, 0], [0, 0.625, 0.75]])
     variance = (0.5**2 + 0.375**2 + 3 * 0.125**2) / 4
-    np.testing.assert_allclose(found.run_std, [[variance**0.5, 0]], atol=1e-7)
+    np.testing.assert_allclose(found.run_std, [[0, 0, 0], [0, variance**0.5, 0]], atol=1e-7)
 
 
 def test_a_crops_maps_wherever_it_lies(model: Segmenter) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -20,6 +21,17 @@ def test_percentiles_go_to_minus_and_plus_one() -> None:
         assert np.mean(found[:, channel] <= -1) == pytest.approx(0.1, abs=0.01)
         assert np.mean(found[:, channel] >= 1) == pytest.approx(0.1, abs=0.01)
     assert np.abs(found).max() == 1
+
+
+def test_a_long_scan_is_normalised_without_a_heap_of_copies() -> None:
+    scan = np.random.default_rng(0).normal(size=(20, 1, 128, 128)).astype(np.float32)
+    before = scan.copy()
+    tracemalloc.start()
+    Intensity().apply(scan)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1.5 * scan.nbytes
+    np.testing.assert_array_equal(scan, before)
 
 
 def test_an_image_s_own_mean_and_deviation() -> None:

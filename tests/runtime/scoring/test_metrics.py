@@ -26,6 +26,7 @@ from cdiff.runtime.scoring.metrics import (
     overlap_of_pairs,
     overlap_of_panels,
     overlap_with_each,
+    resampled,
     soft_dice,
 )
 
@@ -225,6 +226,13 @@ def test_bootstrap_draws_cases_not_slices() -> None:
     often = bootstrap_over_cases([[v] * 10 for v in values])
     assert often.low == pytest.approx(once.low)
     assert often.high == pytest.approx(once.high)
+
+
+def test_the_draws_of_a_report_are_made_once_and_cannot_be_changed() -> None:
+    assert resampled(7) is resampled(7)
+    assert (resampled(7).sum(axis=1) == 7).all()
+    with pytest.raises(ValueError, match="read-only"):
+        resampled(7)[0, 0] = 1
 
 
 def test_groups_are_drawn_together() -> None:

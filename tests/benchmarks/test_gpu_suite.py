@@ -245,6 +245,20 @@ def test_the_packages_are_listed_again_when_one_was_installed_between(
         assert ran == called
 
 
+def test_the_minutes_begin_with_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, given = [0.0], []
+    monkeypatch.setattr(gpu_suite, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(gpu_suite, "gpu_missing", lambda device: now.__setitem__(0, 30.0))
+
+    def run(suite: Suite, checks: list[Check], minutes: float) -> None:
+        given.append(minutes)
+        suite.report["checks"]["machine"] = {"status": "done"}
+
+    monkeypatch.setattr(Suite, "run", run)
+    assert main(["--out", str(tmp_path), "--minutes", "2", "--checks", "machine"]) == 0
+    assert given == [1.5]
+
+
 def test_a_check_that_cannot_end_in_time_leaves_it_to_a_shorter_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -74,7 +74,7 @@ def plan(device: str, small: bool) -> list[Check]:
     add("parity", "graph", PAPER, "calls against PyTorch float32", 60, 15)
     add("protocol", "eager16", PAPER, f"baseline: float16 eager, encoder once: {parts}", 120, 40)
     if kind != "cpu":  # compiling for a CPU takes minutes, and is no baseline for a GPU
-        add("protocol", "compiled", PAPER, f"baseline: torch.compile with CUDA graphs, encoder once: {parts}", 200, 75)
+        add("protocol", "compiled", PAPER, f"baseline: torch.compile with CUDA graphs, encoder once: {parts}", 220, 100)
     add("protocol", "graph-tuned", PAPER, f"our captured chain, cuDNN's algorithms timed: {parts}", 150, 60)
     # Where Triton has no C compiler `graph` is refused, and this is the engine that users get.
     add("protocol", "graph-plain", PAPER, f"the captured chain with PyTorch's own GroupNorm: {parts}", 120, 45)
@@ -86,7 +86,7 @@ def plan(device: str, small: bool) -> list[Check]:
             PAPER,
             f"the chain through torch.compile, cuDNN's algorithms timed, captured by us: {parts}",
             220,
-            115,
+            120,
         )
         for engine in engines:
             add("noise", engine, SHIPPED, "noise drawn by that engine against the NumPy form", 60, 12)

@@ -12,6 +12,7 @@ from types import ModuleType
 import pytest
 
 import cdiff  # noqa: F401  before a test imports ONNX Runtime, whose telemetry is off from here on
+from cdiff.benchmarks.gpu_tests import MARK
 from tests.synthetic import write_synthetic_dataset
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -70,6 +71,12 @@ def tiny_bundle(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     from cdiff.export.exporter import export_run
 
     return export_run(tiny_run, tmp_path_factory.mktemp("bundle") / "tiny").path
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With ``-m gpu`` a file without such a test is not even imported: a machine with a GPU may lack what it needs."""
+    unwanted = config.option.markexpr == "gpu" and collection_path.suffix == ".py"
+    return True if unwanted and not MARK.search(collection_path.read_text(encoding="utf-8")) else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -23,16 +23,17 @@ def test_the_published_way_without_tf32_stands_beside_it() -> None:
     exact = shared | {"seconds_a_slice": 10.0, "tf32_convolutions": False}
     plain = shared | {"seconds_a_slice": 4.0, "tf32_convolutions": True, "without_tf32": exact}
     own = {"seconds_a_slice": 2.0, "share": 1.0, "flop": 1.0, "peak_bytes": 0, "batch": 8, "sweep": {}}
+    # As a run lists them that went on, and measured the baseline last.
     checks = {
-        "published:published:paper": {"status": "done", "result": plain},
         "protocol:graph:paper": {"status": "done", "result": own},
+        "protocol:graph-tuned:paper": {"status": "done", "result": own},
+        "published:published:paper": {"status": "done", "result": plain},
     }
     found = targets(checks, small=False)
-    assert [(one["found"], one["state"]) for one in found if "8 times" in one["target"]] == [
-        ("2.0 times (5.0 times it without TF32)", "missed")
-    ]
+    faster = [(one["found"], one["state"]) for one in found if "8 times" in one["target"]]
+    assert faster == [("2.0 times (5.0 times it without TF32)", "missed")] * 2
     page = markdown({"settings": vars(CPU), "targets": found, "plan": [], "checks": checks})
-    lines = [line for line in page.splitlines() if "encoder for each" in line]
+    lines = page[page.index("## Whole protocol") :].splitlines()[4:6]
     assert [
         "(TF32 in convolutions) | 4.00 | all of it | 1.0 |" in lines[0],
         "(no TF32) | 10.00 | all of it | 0.4 |" in lines[1],

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -106,13 +102,36 @@ def test_without_a_gpu_it_says_so_and_leaves(tmp_path: Path, capsys: pytest.Capt
     assert main(["--checks", "nonsense"]) == 2
 
 
-def test_a_broken_process_costs_one_check(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_process_costs_one_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = replace(CPU, work=str(tmp_path))
     monkeypatch.setattr(gpu_suite, "settings_json", lambda settings: "not json")
-    broken = in_a_process("machine", CPU, 60)
+    broken = in_a_process("machine", settings, 60)
     assert broken["status"] == "failed"
     assert "JSONDecodeError" in broken["message"]
-    ended = in_a_process("machine", CPU, 0.01)
+    ended = in_a_process("machine", settings, 0.01)
     assert "was ended" in ended["message"]
+
+
+def test_a_check_keeps_what_it_compiles_where_the_suite_may_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Home and /tmp may be read-only; who names a folder of the own is heeded."""
+    program = tmp_path / "check"
+    program.write_text(
+        "#!/bin/sh\nfor out; do :; done\n"
+        'printf \'{"status": "done", "found": ["%s", "%s", "%s"]}\' "$TRITON_CACHE_DIR" "$TORCHINDUCTOR_CACHE_DIR" "$TMPDIR" > "$out"\n'
+    )
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TMPDIR"):
+        monkeypatch.delenv(name, raising=False)
+    work = tmp_path / "deep" / "work"
+    found = in_a_process("machine", replace(CPU, work=str(work)), 60)["found"]
+    assert found[:2] == [str(work / "triton"), str(work / "inductor")]
+    assert Path(found[2]).parent == work
+    assert not Path(found[2]).exists()
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/mine")
+    assert in_a_process("machine", replace(CPU, work=str(work)), 60)["found"][0] == "/mine"
 
 
 def test_what_an_engine_refuses_is_an_outcome(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,6 +245,57 @@ def test_the_packages_are_listed_again_when_one_was_installed_between(
         assert ran == called
 
 
+def test_the_minutes_begin_with_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, given = [0.0], []
+    monkeypatch.setattr(gpu_suite, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(gpu_suite, "gpu_missing", lambda device: now.__setitem__(0, 30.0))
+
+    def run(suite: Suite, checks: list[Check], minutes: float) -> None:
+        given.append(minutes)
+        suite.report["checks"]["machine"] = {"status": "done"}
+
+    monkeypatch.setattr(Suite, "run", run)
+    assert main(["--out", str(tmp_path), "--minutes", "2", "--checks", "machine"]) == 0
+    assert given == [1.5]
+
+
+def test_a_check_that_cannot_end_in_time_leaves_it_to_a_shorter_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, ran = [0.0], []
+    monkeypatch.setattr(gpu_suite, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def outcome(name: str, settings: Settings, seconds: float) -> dict[str, Any]:
+        ran.append(name)
+        now[0] += 15
+        return {"status": "done", "result": {"note": "nothing to replay"}, "seconds": 15}
+
+    monkeypatch.setattr(gpu_suite, "in_a_process", outcome)
+    long, short = "replay:graph:paper", "replay:graph:shipped"
+    checks = [Check(long, "", 220, 115), Check(short, "", 60, 15)]
+    Suite(tmp_path, CPU, checks, fresh=False).run(checks, minutes=0.5)
+    assert ran == [short]
+    Suite(tmp_path, CPU, checks, fresh=False).run(checks, minutes=1)
+    assert ran == [short, long], "with more than half of what it should take, it is tried"
+
+
+def test_what_the_targets_need_comes_before_what_compiles() -> None:
+    """One run of eight minutes may be all there is."""
+    names = [check.name for check in plan("cuda:0", False)]
+    needed = (
+        "machine",
+        "published:published:paper",
+        "protocol:graph:paper",
+        "parity:graph:shipped",
+        "scaling:graph:shipped",
+    )
+    assert max(map(names.index, needed)) < min(
+        i for i, name in enumerate(names) if "compiled" in name or "tuned" in name
+    )
+    before = [check.expected for check in plan("cuda:0", False) if names.index(check.name) <= names.index(needed[-1])]
+    assert sum(before) < 240
+
+
 def test_a_check_that_the_suite_cuts_short_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`--minutes` ends a check that did not come to its own limit: nothing broke, and the same command measures it."""
     now = [0.0]
@@ -243,92 +313,6 @@ def test_a_check_that_the_suite_cuts_short_is_not_measured(tmp_path: Path, monke
     assert found["noise:graph:shipped"]["message"] == "took longer than 40 s and was ended"
     assert found["noise:graph:paper"]["status"] == "not measured"
     assert "the time was up" in found["noise:graph:paper"]["message"]
-
-
-def test_ending_the_suite_ends_its_check(tmp_path: Path) -> None:
-    """As by `timeout`: a check left behind would keep the GPU that the next ones are measured on."""
-    check, begun = tmp_path / "check", tmp_path / "pid"
-    check.write_text(f"#!/bin/sh\necho $$ > {begun}.part; mv {begun}.part {begun}; exec sleep 600\n")
-    check.chmod(0o755)
-    program = (
-        f"import sys, runpy; sys.argv[1:] = ['--device', 'cpu', '--small', '--out', {str(tmp_path / 'out')!r}, '--checks', 'machine']\n"
-        f"sys.executable = {str(check)!r}\n"
-        "runpy.run_module('cdiff.benchmarks.gpu_suite', run_name='__main__')\n"
-    )
-    with subprocess.Popen([sys.executable, "-c", program], cwd=REPOSITORY, stderr=subprocess.PIPE, text=True) as suite:
-        while not begun.exists():
-            assert suite.poll() is None
-            time.sleep(0.1)
-        suite.terminate()
-        _, said = suite.communicate()
-    pid = int(begun.read_text())
-    try:
-        assert suite.returncode == 130, said
-        with pytest.raises(ProcessLookupError):
-            os.kill(pid, 0)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's promise to end a process with its parent is Linux's")
-def test_a_suite_that_is_killed_takes_its_check_along(tmp_path: Path) -> None:
-    """As by a caller's limit, which leaves no time to end anything: the check has a session of its own, and nobody else ends it."""
-    check, code, begun = tmp_path / "check", tmp_path / "check.py", tmp_path / "pid"
-    check.write_text(f"#!/bin/sh\nexec '{sys.executable}' '{code}' \"$@\"\n")  # no interpreter's line may hold a space
-    code.write_text(
-        "import os, sys, time\nfrom pathlib import Path\nfrom cdiff.benchmarks import gpu_checks\n"
-        f"def begin(*_):\n    Path({str(begun)!r}).write_text(f'{{os.getpid()}}\\n')\n    time.sleep(600)\n"
-        "gpu_checks.run_check, sys.argv = begin, sys.argv[2:]\ngpu_checks.main()\n"
-    )
-    check.chmod(0o755)
-    program = (
-        "import sys; from cdiff.benchmarks import gpu_suite; from cdiff.benchmarks.gpu_checks import Settings\n"
-        f"sys.executable = {str(check)!r}\n"
-        "gpu_suite.in_a_process('machine', Settings('cpu', True), 600)\n"
-    )
-    assert_ends_with(program, begun)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's promise to end a process with its parent is Linux's")
-def test_a_check_that_is_killed_takes_its_tests_along(tmp_path: Path) -> None:
-    begun, path = tmp_path / "pid", tmp_path / "test_marked.py"
-    path.write_text(
-        "import os, time, pytest\nfrom pathlib import Path\n@pytest.mark.gpu\ndef test_one():\n"
-        f"    Path({str(begun)!r}).write_text(f'{{os.getpid()}}\\n')\n    time.sleep(600)\n"
-    )
-    program = (
-        "from pathlib import Path; from cdiff.benchmarks import gpu_tests\n"
-        f"gpu_tests.marked_files = lambda root: [Path({str(path)!r})]\n"
-        "gpu_tests.run_marked_tests()\n"
-    )
-    assert_ends_with(program, begun)
-
-
-def assert_ends_with(program: str, begun: Path) -> None:
-    """That the process whose number `begun` is given by `program` ends when the program's own is killed."""
-    with subprocess.Popen([sys.executable, "-c", program], cwd=REPOSITORY) as parent:
-        while not (begun.exists() and begun.read_text().endswith("\n")):
-            assert parent.poll() is None
-            time.sleep(0.1)
-        parent.kill()
-    pid = int(begun.read_text())
-    try:
-        end = time.monotonic() + 10
-        while lives(pid) and time.monotonic() < end:
-            time.sleep(0.05)
-        assert not lives(pid)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-
-
-def lives(pid: int) -> bool:
-    """Whether the process runs: one that ended and that nobody waited for does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
 
 
 def test_a_test_that_fails_on_the_gpu_breaks_its_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

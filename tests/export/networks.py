@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from cdiff.runtime.files import write_json
-from cdiff.train.checkpoint import save_checkpoint
 from cdiff.train.config import Config
 from cdiff.train.network import ConsensusNet
 from cdiff.train.presets import preset
@@ -30,6 +29,8 @@ def random_network(config: NetworkConfig, seed: int = 0) -> ConsensusNet:
 
 def random_run(folder: Path, config: Config, seed: int = 0, **info: Any) -> Path:
     """A run folder as the trainer writes it, whose averaged weights are `random_network`'s."""
+    from cdiff.train.checkpoint import save_checkpoint  # needs safetensors, which a machine with a GPU may lack
+
     network = random_network(config.network, seed)
     folder.mkdir()
     write_json(folder / "config.json", config.to_json())

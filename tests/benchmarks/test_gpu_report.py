@@ -56,6 +56,7 @@ def test_targets_are_met_missed_or_not_measured() -> None:
     assert [one["state"] for one in good] == ["met"] * 6
     assert good[2]["found"] == "10.0 times"
     assert good[3]["found"] == "61%"
+    assert targets(checks(0.005, 0.999, 20.0, 0.01, 0.8), small=False)[5]["state"] == "met", "less than 4 times as long"
     bad = targets(checks(0.02, 0.9, 50.0, 0.1, 1.3), small=False)
     assert [one["state"] for one in bad] == ["missed"] * 6
     assert {one["state"] for one in targets(checks(0, 1, 1, 0, 1), small=True)} == {"not measured"}

@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import sys
+import warnings
 from types import FrameType
 from typing import Annotated, Any
 
@@ -19,6 +20,7 @@ import cdiff
 from cdiff.cli import benchmark, data, doctor, evaluate, export, importing, info, segment, train
 from cdiff.cli.console import INTERRUPTED, USER_ERROR, fail
 from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.words import one_line
 
 EPILOG = (
     "Exit codes: 0 done · 1 a crash that should not have happened · 2 something to mend, said in one line · "
@@ -44,6 +46,9 @@ class Commands(TyperGroup):
                 raise
             where = os.fsdecode(error.filename or "stdout or a temporary file")  # what is printed has no name
             fail(f"{where}: {os.strerror(error.errno).lower()}; check the space and the permissions there")
+            raise typer.Exit(USER_ERROR) from None
+        except MemoryError as error:
+            fail(f"the memory is not enough ({one_line(error)}); ask for fewer runs, or a part of the scan (--slices)")
             raise typer.Exit(USER_ERROR) from None
         except KeyboardInterrupt:
             fail("interrupted")
@@ -116,4 +121,6 @@ def main(name: str | None = None) -> None:
         sys.stdout.reconfigure(errors="cdiff")
     # What it says of its home, where that cannot be written to, is not the user's business.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    # Nor, four times a name, that its font has no sign for it (Chinese, say): a box stands there.
+    warnings.filterwarnings("ignore", r"Glyph .* missing from", UserWarning)
     app(prog_name=name)

@@ -7,7 +7,7 @@ from tempfile import TemporaryDirectory
 from typing import Annotated
 
 from cdiff.cli import options
-from cdiff.cli.console import Meter, out, warn
+from cdiff.cli.console import Meter, out, warn, written
 from cdiff.cli.extras import needs
 from cdiff.runtime.errors import CdiffError
 
@@ -84,4 +84,4 @@ def benchmark(
     out.print(summary(report))
     if json_:
         write_json(json_, report)
-        out.print(str(json_), soft_wrap=True)
+        written(json_)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from typing import ClassVar
 
 from rich.console import Console
@@ -22,8 +23,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+out = Console(highlight=False, emoji=False)
+err = Console(stderr=True, highlight=False, emoji=False)
 
 USER_ERROR = 2
 SOME_FAILED = 3
@@ -34,14 +35,25 @@ SPARSE_SECONDS = 30.0
 """Without a terminal: at most one line in this time, so that a log stays readable."""
 
 
+def visible(text: str) -> str:
+    """Text that a terminal shows and does not obey, whatever names of files and bundles hold: all but what is printed, and the ends of
+    lines, is escaped."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def written(path: Path | str) -> None:
+    """A path on stdout, as it is and unwrapped, for a program to read; a terminal gets it `visible`."""
+    print(visible(str(path)) if out.is_terminal else path, file=out.file, flush=True)
+
+
 def fail(message: str) -> None:
     """One red line on stderr, never wrapped so that it can be searched for in a log."""
-    err.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
+    err.print(f"[bold red]error:[/] {escape(visible(message))}", soft_wrap=True)
 
 
 def warn(message: str) -> None:
     """One yellow line on stderr, printed with -q too: what a user must not miss."""
-    err.print(f"[yellow]note:[/] {escape(message)}", soft_wrap=True)
+    err.print(f"[yellow]note:[/] {escape(visible(message))}", soft_wrap=True)
 
 
 def facts(title: str, rows: Iterable[tuple[str | Text, ...]]) -> None:
@@ -50,7 +62,7 @@ def facts(title: str, rows: Iterable[tuple[str | Text, ...]]) -> None:
     for row in rows:
         while len(table.columns) < len(row):
             table.add_column(no_wrap=len(table.columns) < len(row) - 1, overflow="fold")
-        table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
+        table.add_row(*(Text(visible(cell)) if isinstance(cell, str) else cell for cell in row))
     out.print(Text(title, "bold"))
     out.print(Padding(table, (0, 0, 1, 2), expand=False))
 
@@ -58,7 +70,7 @@ def facts(title: str, rows: Iterable[tuple[str | Text, ...]]) -> None:
 def say(message: str, quiet: bool = False) -> None:
     """One line on stderr about the work; nothing with -q."""
     if not quiet:
-        err.print(escape(message), soft_wrap=True)
+        err.print(escape(visible(message)), soft_wrap=True)
 
 
 class Meter:
@@ -104,19 +116,19 @@ class Meter:
 
     @classmethod
     def show(cls, line: str) -> None:
-        """One result on stdout, as it is and unwrapped. A bar steps aside, for beside one rich would send it to stderr."""
+        """A path, as `written` puts it. A bar steps aside, for beside one rich would send it to stderr."""
         with cls._lock:
             if cls._on_screen is not None:
                 cls._on_screen.stop()
-            out.print(line, soft_wrap=True, markup=False)
+            written(line)
             if cls._on_screen is not None:
                 cls._on_screen.start()
 
     def __call__(self, done: int, total: int) -> None:
         if self._bar is not None:
             if self._task is None:
-                self._task = self._bar.add_task(escape(self.label), total=total)
-            self._bar.update(self._task, completed=done, total=total, description=escape(self.label))
+                self._task = self._bar.add_task(escape(visible(self.label)), total=total)
+            self._bar.update(self._task, completed=done, total=total, description=escape(visible(self.label)))
         elif self._sparse and total:
             now = time.monotonic()
             if now - self._said >= SPARSE_SECONDS:

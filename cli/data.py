@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cdiff.cli import options
-from cdiff.cli.console import USER_ERROR, Meter, facts, fail, out
+from cdiff.cli.console import USER_ERROR, Meter, facts, fail, out, written
 
 if TYPE_CHECKING:
     from cdiff.runtime.data.datacheck import Check
@@ -82,7 +82,7 @@ def check(
     _print(checked)
     if json_:
         write_json(json_, checked.report)
-        out.print(str(json_), soft_wrap=True)
+        written(json_)
     if not no_sheet and any(look.readable for look in checked.looks):
         from cdiff.runtime.pictures.sheet import write_sheet
 
@@ -92,7 +92,7 @@ def check(
         first = "; outlines on the first channel" if checked.channels not in (1, 3) else ""
         note = f"{checked.report['layout']} layout; pairwise Dice {_number(dice)}; frame: what the others show{first}"
         write_sheet(target, checked.looks, checked.channels, slice_axis, name, note)
-        out.print(str(target), soft_wrap=True)
+        written(target)
     if not checked.possible:
         fail(f"training cannot start: {'; '.join(checked.report['training']['reasons'])}")
         raise typer.Exit(USER_ERROR)

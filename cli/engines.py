@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cdiff.cli.console import Meter, out, say, warn
+from cdiff.cli.console import Meter, say, warn, written
 from cdiff.runtime.errors import CdiffError
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def build_ahead(
     free = gpus[0].free_bytes if gpus else None
     profile = profile_for(bundle.manifest, runs, free, max_rows=rows)
     for path in _build(bundle, flavour, where, profile, options, quiet):
-        out.print(str(path), soft_wrap=True)
+        written(path)
 
 
 def _build(

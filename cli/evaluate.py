@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cdiff.cli import options
-from cdiff.cli.console import Meter, out, say, warn
+from cdiff.cli.console import Meter, out, say, warn, written
 from cdiff.cli.score_tables import paper_tables, score_tables
 from cdiff.runtime.errors import CdiffError
 
@@ -235,4 +235,4 @@ def evaluate(
         out.print(paper_tables(report, others))
     for path in (json_, report_):
         if path:
-            out.print(str(path), soft_wrap=True)
+            written(path)

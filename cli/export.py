@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from cdiff.cli.console import Meter, out
+from cdiff.cli.console import Meter, written
 from cdiff.cli.engines import build_ahead, check
 from cdiff.cli.extras import needs
 from cdiff.cli.options import option, parse_zooms
@@ -136,10 +136,10 @@ def export(
         with Meter(f"export {source.name}", quiet) as meter:
             sizes = None if zooms is None else parse_zooms(zooms)
             bundle = export_run(source, output, fp16=fp16, fast_steps=fast_steps, zooms=sizes, progress=meter)
-        out.print(str(bundle.path), soft_wrap=True)
+        written(bundle.path)
     if flavour is not None:
         build_ahead(bundle, flavour, runs=runs, rows=rows, capabilities=capability or [], options=options, quiet=quiet)
     if triton is not None:
         from cdiff.export.triton import write_repository
 
-        out.print(str(write_repository(bundle, triton)), soft_wrap=True)
+        written(write_repository(bundle, triton))

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from cdiff.cli.console import out, say, warn
+from cdiff.cli.console import say, warn, written
 from cdiff.cli.extras import needs
 from cdiff.cli.options import option
 from cdiff.runtime.errors import CdiffError
@@ -86,7 +86,7 @@ def import_(
     )
     for note in done.notes:
         warn(note)
-    out.print(str(done.path), soft_wrap=True)
+    written(done.path)
 
 
 def _numbers(name: str, text: str | None) -> tuple[float, ...]:

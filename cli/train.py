@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cdiff.cli import options
-from cdiff.cli.console import INTERRUPTED, USER_ERROR, err, fail, out, say
+from cdiff.cli.console import INTERRUPTED, USER_ERROR, err, fail, say, written
 from cdiff.cli.extras import needs
 
 
@@ -117,7 +117,7 @@ def train(
     if result.interrupted:
         fail(f"interrupted; what was done is saved, and --resume goes on from step {result.step}")
         raise typer.Exit(INTERRUPTED)
-    out.print(str(result.out), soft_wrap=True)
+    written(result.out)
 
 
 def _data_settings(task: str | None, layout: str, labels: str | None) -> list[str]:

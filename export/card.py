@@ -51,7 +51,9 @@ class Card:
         """Read a card.json. Raises CdiffError naming the file and the key if it is not an object of the fields above."""
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            # Of what JSON may hold neither NaN, 1e999 nor half a pair of surrogates can stand in a bundle.
+            json.dumps(values, ensure_ascii=False, allow_nan=False).encode()
+        except (OSError, ValueError, RecursionError) as error:
             raise CdiffError(f"cannot read {path} ({error}); it must be a JSON object in UTF-8") from None
         if not isinstance(values, dict):
             raise CdiffError(f"{path} must hold one JSON object")

@@ -10,6 +10,7 @@ from cdiff.runtime.bundle import Bundle
 from cdiff.runtime.engines.registry import NAMES
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import atomic_folder
+from cdiff.runtime.manifest import NAME
 from cdiff.runtime.serving import BUNDLE
 
 VERSION = "1"
@@ -35,10 +36,24 @@ def write_repository(bundle: Bundle, folder: Path) -> Path:
     model = folder / name
     with atomic_folder(model) as stage:
         version = stage / VERSION
-        shutil.copytree(bundle.path, version / BUNDLE)
+        _copy(bundle, version / BUNDLE)
         (version / "model.py").write_text(MODEL, encoding="utf-8")
         (stage / "config.pbtxt").write_text(config(bundle, name), encoding="utf-8")
     return model
+
+
+def _copy(bundle: Bundle, folder: Path) -> None:
+    """The manifest, what it lists, and the cache of engines; nothing else that lies there, and nothing that a link in the cache leads to."""
+    folder.mkdir(parents=True)
+    for name in (NAME, *bundle.manifest.files):
+        shutil.copy2(bundle.path / name, folder / name)
+
+    def odd(inside: str, names: list[str]) -> list[str]:
+        paths = [Path(inside) / name for name in names]
+        return [path.name for path in paths if path.is_symlink() or not (path.is_file() or path.is_dir())]
+
+    if bundle.engines.is_dir():
+        shutil.copytree(bundle.engines, folder / bundle.engines.name, ignore=odd)
 
 
 def config(bundle: Bundle, name: str) -> str:

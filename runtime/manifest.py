@@ -23,6 +23,10 @@ MOST_RUNS = 1_000_000
 LONGEST_SIDE = 4096
 """Most pixels along a side of what a network sees. Beyond it one slice's features alone fill gigabytes: such a number in a file is a
 slip, and would end in a lack of memory before a graph could refuse it."""
+MOST_LEVELS = 1_000
+"""Largest C; single figures are usual."""
+DEEPEST = 32
+"""How deep the values of a manifest may be nested."""
 OUTSIDE = -1
 """Where a manifest does not say: those written before the key existed need not be written again."""
 ONE_ZOOM = (1.0,)
@@ -164,6 +168,8 @@ class Manifest:
         for key in ("levels", "T", "image_channels", "features_channels", "opset"):
             if getattr(self, key) < 1:
                 _refuse(source, f"key {key!r} must be at least 1, not {getattr(self, key)}")
+        if self.levels > MOST_LEVELS:
+            _refuse(source, f"key 'levels' must be at most {MOST_LEVELS}, not {self.levels}")
         if max(self.image_size) > LONGEST_SIDE:
             _refuse(
                 source,
@@ -220,6 +226,10 @@ class Manifest:
         """Read a manifest file. Raises CdiffError when it cannot be read, is not JSON, or as from_json does."""
         try:
             data = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
+            if _is_deeper(data, DEEPEST):
+                raise ValueError(f"it is nested more than {DEEPEST} deep")
+            # Of what JSON may hold neither 1e999 nor half a pair of surrogates could stand in a report or a picture.
+            json.dumps(data, ensure_ascii=False, allow_nan=False).encode()
         except OSError as error:
             raise CdiffError(
                 f"cannot read {path}: {error.strerror}; export the bundle again or copy it whole"
@@ -259,6 +269,11 @@ def _typed(key: str, value: Any, source: str) -> Any:
     if type(value) is not kind:
         _refuse(source, f"key {key!r} must be {words}, not {value!r}")
     return value
+
+
+def _is_deeper(value: Any, most: int) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return inner is not None and (most == 0 or any(_is_deeper(one, most - 1) for one in inner))
 
 
 def _is_size(value: Any) -> bool:

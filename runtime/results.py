@@ -221,5 +221,5 @@ def _listed(report: Path) -> set[str] | None:
     """The files that an older report says were written; None where there is no report of ours."""
     try:
         return set(json.loads(report.read_text(encoding="utf-8"))["outputs"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None

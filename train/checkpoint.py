@@ -185,7 +185,7 @@ def _damaged(path: Path, error: Exception) -> CdiffError:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises CdiffError if the file is missing or is not one."""
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CdiffError(f"{path} is not there; is this the folder of a training run?") from None
     except (OSError, ValueError, RecursionError) as error:

@@ -185,7 +185,7 @@ class Run:
                 int(info["best_window"]),
             )
             self.best = -math.inf if info["best"] is None else float(info["best"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise CdiffError(
                 f"{folder / 'checkpoint.json'} does not say how far the run is ({error!r}); the checkpoint is damaged"
             ) from error

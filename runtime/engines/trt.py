@@ -334,7 +334,7 @@ def _records(bundle: Bundle, graph: Graph, tell: Say) -> Iterator[tuple[Path, En
                 if data["format"] != RECORD_FORMAT:
                     continue  # another version of cdiff's
                 key, digest = EngineKey.from_json(data["key"]), str(data["sha256"])
-            except (OSError, ValueError, KeyError, TypeError, CdiffError) as error:
+            except (OSError, ValueError, KeyError, TypeError, RecursionError, CdiffError) as error:
                 tell(f"{record} cannot be read ({error}), so its engine is not used; remove {record.parent}")
                 continue
             if folder == bundle.engines or key.graph_sha256 == bundle.manifest.files[FILES[graph]]["sha256"]:

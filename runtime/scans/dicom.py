@@ -38,6 +38,8 @@ INVERTED = "MONOCHROME1"
 PALETTE = "PALETTE COLOR"
 SEGMENTATION = "SEG"
 """The modality of masks, which lie beside the images that they are of."""
+DEFLATED = "1.2.840.10008.1.2.1.99"
+"""The transfer syntax of a file that is packed as a whole (PS3.5, A.5)."""
 UNEVEN = "Interslice distance varies"
 TILTED = "gantry tilt of"
 MISSING = "Missing images?"
@@ -270,6 +272,11 @@ def _header(file: Path) -> Any:
         with warnings.catch_warnings():
             # Of values that the standard does not allow; what cannot be used is refused where it is.
             warnings.simplefilter("ignore")
+            # Which dcm2niix does not read, and pydicom unpacks whole: a thousand times its bytes.
+            if pydicom.filereader.read_file_meta_info(file).get("TransferSyntaxUID") == DEFLATED:
+                raise CdiffError(
+                    f"{file} is deflated as a whole, which is not read here; inflate it: dcmconv +te IN OUT"
+                )
             header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=TAGS)
             # pydicom reads a value when it is asked for, and repeats what is wrong with it.
             for tag in TAGS:
@@ -278,6 +285,8 @@ def _header(file: Path) -> Any:
                 except Exception:  # a library's own kinds too
                     del header[tag]
             return header
+    except CdiffError:
+        raise
     except Exception as error:  # a library's own kinds too
         raise CdiffError(
             f"{file} is not a DICOM file that can be read ({one_line(error)[:200]}); copy it again"

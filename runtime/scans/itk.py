@@ -12,17 +12,20 @@ from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
 from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.scans.detached import must_be_own, voxel_files
 from cdiff.runtime.scans.grid import NIFTI1_LONGEST
-from cdiff.runtime.scans.metaimage import check_metaimage
+from cdiff.runtime.scans.metaimage import check_metaimage, files_of
 from cdiff.runtime.scans.nifti import check_header
 from cdiff.runtime.scans.shapes import check_kind, check_size
-from cdiff.runtime.scans.sources import optional
+from cdiff.runtime.scans.sources import any_bytes, optional
 from cdiff.runtime.words import one_line
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0])
 """ITK's axes point left, back and up, NIfTI's right, front and up."""
-HEADER_ENDS = 2**16
+HEADER_ENDS = 2**20
 """A NRRD's text lies within so many bytes."""
+MOST_AXES = 6
+"""What SimpleITK reads, the components of a voxel being one; NRRDs of 11 and more have it crash."""
 
 
 IN_THE_PATIENT = {
@@ -33,9 +36,9 @@ LENGTHS = {"m", "dm", "cm", "um", "µm", "μm", "micron", "microns", "nm", "in",
 """Units of length that are no millimetres; an axis of a NRRD may have one of another kind, such as seconds."""
 
 
-def itk_shape(path: Path) -> tuple[int, ...]:
+def itk_shape(data: bytes, path: Path) -> tuple[int, ...]:
     """The array's shape, channels last, from the header alone. Raises CdiffError when there is no such header."""
-    reader = _opened(path)
+    reader = _opened(data, path)
     components = reader.GetNumberOfComponents()
     return (*reader.GetSize(), *([components] if components > 1 else []))
 
@@ -46,14 +49,13 @@ def parse_itk(data: bytes, path: Path, channels: int) -> nib.Nifti1Image:
     data: the file's bytes, of which only the text is looked at; SimpleITK reads the file, and the one with the voxels if that is another.
     Raises CdiffError for a damaged file, a size or type that cannot be a scan, and lengths that are not in millimetres.
     """
-    fields = _nrrd_fields(data)
-    _must_be_a_file(fields, path)  # before ITK opens a pipe that never begins
-    shape = itk_shape(path)
+    fields = _nrrd_fields(data, path)
+    shape = itk_shape(data, path)
     check_size(shape, str(path))
     _must_be_in_mm(fields, path)
     if not fields:
         check_metaimage(data, path)
-    image, array = _voxels(path)
+    image, array = _voxels(data, path)
     check_kind(array.dtype, str(path))
     spatial = image.GetDimension()
     voxels = np.transpose(array, (*reversed(range(spatial)), *range(spatial, array.ndim))).astype(np.float32)
@@ -64,23 +66,25 @@ def parse_itk(data: bytes, path: Path, channels: int) -> nib.Nifti1Image:
 
 def itk_bytes(path: Path) -> bytes:
     """The voxels of the file at `path` as they are stored, also where they lie in another. Raises CdiffError for a damaged file."""
-    return bytes(_voxels(path)[1].tobytes())
+    return bytes(_voxels(any_bytes(path), path)[1].tobytes())
 
 
-def _voxels(path: Path) -> tuple[Any, Any]:
+def _voxels(data: bytes, path: Path) -> tuple[Any, Any]:
     """SimpleITK's image, which must outlive its array, the last axis first."""
     try:
-        image = _opened(path).Execute()
+        image = _opened(data, path).Execute()
         return image, optional("SimpleITK", "SimpleITK", path, "NRRD or MetaImage").GetArrayViewFromImage(image)
     except RuntimeError as error:
         raise CdiffError(f"{path} is truncated or damaged ({_reason(error)}); copy it again") from None
 
 
-def _opened(path: Path) -> Any:
-    """A reader that has read the header."""
+def _opened(data: bytes, path: Path) -> Any:
+    """A reader that has read the header, once it is known that ITK may."""
+    _must_be_harmless(data, path)
     itk = optional("SimpleITK", "SimpleITK", path, "NRRD or MetaImage")
     itk.ProcessObject.SetGlobalWarningDisplay(False)
     reader = itk.ImageFileReader()
+    reader.SetImageIO("NrrdImageIO" if _is_nrrd(data) else "MetaImageIO")  # by itself ITK would take any of its formats
     reader.SetFileName(str(path))
     try:
         reader.ReadImageInformation()
@@ -89,12 +93,35 @@ def _opened(path: Path) -> Any:
     return reader
 
 
-def _nrrd_fields(data: bytes) -> dict[str, str]:
+def _must_be_harmless(data: bytes, path: Path) -> None:
+    """Raise CdiffError for a header that ITK should not follow: `detached` says why, and more axes than it bears end the process."""
+    if not _is_nrrd(data):
+        must_be_own(files_of(data, path), path)
+        return
+    fields = _nrrd_fields(data, path)
+    if (axes := fields.get("dimension", "")).isdecimal() and int(axes) > MOST_AXES:
+        raise CdiffError(f"{path} has {int(axes)} axes where 2-D or 3-D is meant; give one volume of it")
+    if named := fields.get("data file", fields.get("datafile")):
+        below = _nrrd_text(data, path).partition(named)[2].split("\n")[1:]
+        must_be_own(voxel_files(named, below, path), path)
+
+
+def _is_nrrd(data: bytes) -> bool:
+    return data.startswith(b"NRRD")
+
+
+def _nrrd_text(data: bytes, path: Path) -> str:
+    """A NRRD's header. Raises CdiffError where it does not end within HEADER_ENDS, for what lies beyond is not looked at here."""
+    text, blank, _ = data[:HEADER_ENDS].replace(b"\r\n", b"\n").partition(b"\n\n")
+    if not blank and len(data) > HEADER_ENDS:
+        raise CdiffError(f"{path} has a header of more than {HEADER_ENDS} bytes; save it again")
+    return text.decode("utf-8", "replace")
+
+
+def _nrrd_fields(data: bytes, path: Path) -> dict[str, str]:
     """The fields of a NRRD's header, their names in lower case; none for another format. What its writer added (key:=value) is none."""
-    if not data.startswith(b"NRRD"):
-        return {}
-    text = data[:HEADER_ENDS].replace(b"\r", b"").partition(b"\n\n")[0].decode("utf-8", "replace")
-    found = (line.partition(": ") for line in text.splitlines() if ":=" not in line.partition(": ")[0])
+    lines = _nrrd_text(data, path).split("\n") if _is_nrrd(data) else []
+    found = (line.partition(": ") for line in lines if ":=" not in line.partition(": ")[0])
     return {name.strip().lower(): value.strip() for name, colon, value in found if colon}
 
 
@@ -109,13 +136,6 @@ def _must_be_in_mm(fields: dict[str, str], path: Path) -> None:
     units |= set(fields.get("units", "").replace('"', " ").lower().split()) & LENGTHS
     if units:
         raise CdiffError(f"{path} gives its lengths in {' '.join(sorted(units))}; save it in millimetres")
-
-
-def _must_be_a_file(fields: dict[str, str], path: Path) -> None:
-    """Raise CdiffError where a NRRD's voxels should come from a device or a pipe."""
-    named = path.parent / fields.get("data file", fields.get("datafile", path.name))
-    if named.exists() and not named.is_file():
-        raise CdiffError(f"{path} has its voxels in {named}, which is no file; copy them into one")
 
 
 def _affine(image: Any) -> NDArray[np.float64] | None:

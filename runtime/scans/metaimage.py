@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 import zlib
 from pathlib import Path
 
 from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.scans.detached import voxel_files
 from cdiff.runtime.scans.sources import any_bytes
 
 TEXT_ENDS = 2**16
@@ -22,67 +24,72 @@ ZLIB_OR_GZIP = 47
 CHUNK = 2**20
 
 
+def header_of(data: bytes, path: Path) -> tuple[dict[str, str], str, int]:
+    """The fields of the MetaImage in `data`, what the last of them names, and where that ends.
+
+    Raises CdiffError where that field stands there twice, or beyond TEXT_ENDS: ITK might take another than is looked at here.
+    """
+    mark = LAST.encode()
+    head, found, rest = data[:TEXT_ENDS].partition(mark)
+    if data.count(mark) > bool(found):
+        raise CdiffError(f"{path} does not name its voxels once, in a short header ({LAST}); save it again")
+    lines = head.decode("latin-1").splitlines()
+    fields = {name.strip(): value.strip() for name, equals, value in (line.partition("=") for line in lines) if equals}
+    line = rest.partition(b"\n")[0]
+    named = re.sub(r"^\s*[=:]", "", line.decode("utf-8", "replace")).strip()
+    return fields, named, len(head) + len(found) + len(line) + 1
+
+
+def files_of(data: bytes, path: Path) -> list[Path]:
+    """The files that the MetaImage in `data` names for its voxels; none where it holds them itself. Raises CdiffError as `voxel_files` does."""
+    _, named, begins = header_of(data, path)
+    if named.upper() in ("", "LOCAL"):
+        return []
+    return voxel_files(named, data[begins:].decode("utf-8", "replace").split("\n"), path)
+
+
 def check_metaimage(data: bytes, path: Path) -> None:
     """Raise CdiffError where the file at `path` does not hold the voxels that its header promises, or has no millimetres.
 
     data: its bytes. What the header does not say, or says as nobody could read it, is left to ITK.
     """
-    head, named, rest = data[:TEXT_ENDS].partition(LAST.encode())
-    lines = head.decode("latin-1").splitlines()
-    fields = {name.strip(): value.strip() for name, equals, value in (line.partition("=") for line in lines) if equals}
+    fields, named, begins = header_of(data, path)
     unit = fields.get("DistanceUnits", "mm").lower()
     if unit not in ("mm", "", "?", "???"):
         raise CdiffError(f"{path} gives its lengths in {unit}; save it in millimetres")
-    if not named or fields.get("BinaryData", "True").lower() in ("false", "0"):
-        return
-    line = rest.partition(b"\n")[0]
-    where = line.partition(b"=")[2].decode("utf-8", "replace").strip()
-    begins = len(head) + len(named) + len(line) + 1
+    words = fields.get("BinaryData", "True").lower() in ("false", "0")
     try:
         sizes = [int(n) for n in fields["DimSize"].split()]
-        share = BYTES[fields["ElementType"].removeprefix("MET_")] * int(fields.get("ElementNumberOfChannels", 1))
+        values = math.prod(sizes) * int(fields.get("ElementNumberOfChannels", 1))
+        # Of numbers in words each has a digit and a space; ITK looks for all that are promised, however soon the file ends.
+        promised = 2 * values - 1 if words else values * BYTES[fields["ElementType"].removeprefix("MET_")]
         skipped, packed_size = int(fields.get("HeaderSize", 0)), int(fields.get("CompressedDataSize", 0))
     except (KeyError, ValueError):
         return
-    promised = math.prod(sizes) * share
-    packed = fields.get("CompressedData", "False").lower() in ("true", "1")
-    if where.upper() == "LOCAL":
+    packed = fields.get("CompressedData", "False").lower() in ("true", "1") and not words
+    files = files_of(data, path)
+    if not files and named:
         if packed and not packed_size:  # which ITK then takes the wrong way
             raise CdiffError(f"{path} does not say how long its packed voxels are (CompressedDataSize); save it again")
         stored = memoryview(data)[begins:]
         _must_hold(promised, stored[:packed_size] if packed else stored, packed, path, path)
-        return
-    files = _files(where, data[begins:], sizes, path)
+    _must_be_as_many(files, named, sizes, path)
     for file in files:
-        if not file.exists():
-            raise CdiffError(f"{path} has its voxels in {file}, which does not exist; copy it too")
         held = any_bytes(file)
         if not packed or len(files) == 1:  # of several that are packed nothing says how long each is
             _must_hold(promised // len(files) + max(skipped, 0) * (not packed), held, packed, file, path)
 
 
-def _files(where: str, rest: bytes, sizes: list[int], path: Path) -> list[Path]:
-    """The files with the voxels. Raises CdiffError where a list of them is not as long as the image.
-
-    where: a name, LIST with how many axes a file has, or a pattern with numbers (s%03d.raw 1 100 1).
-    """
-    words = where.split()
-    try:
-        if words[:1] == ["LIST"]:
-            axes = int(words[1].rstrip("D")) if len(words) > 1 else len(sizes) - 1
-            names = [line.strip() for line in rest.decode("utf-8", "replace").splitlines() if line.strip()]
-        elif "%" in where and len(words) >= 3:
-            axes, step = len(sizes) - 1, int(words[3]) if len(words) > 3 else 1
-            names = [words[0] % n for n in range(int(words[1]), int(words[2]) + 1, step)]
-        else:
-            return [path.parent / where]
-    except (ValueError, TypeError):
-        return [path.parent / where]
-    if len(names) != math.prod(sizes[axes:]) or not names:
+def _must_be_as_many(files: list[Path], named: str, sizes: list[int], path: Path) -> None:
+    """Raise CdiffError where a list or a pattern names more or fewer files than the image has parts, of which ITK says nothing."""
+    kind, *rest = named.split() or [""]
+    axes = len(sizes) - 1
+    if kind == "LIST" and rest and rest[0].rstrip("D").isdecimal():
+        axes = int(rest[0].rstrip("D"))
+    if (kind == "LIST" or "%" in named) and len(files) != math.prod(sizes[axes:]):
         raise CdiffError(
-            f"{path} names {len(names)} files for the voxels of {math.prod(sizes[axes:])}; correct the list"
+            f"{path} names {len(files)} files for the voxels of {math.prod(sizes[axes:])}; correct the list"
         )
-    return [path.parent / name for name in names]
 
 
 def _must_hold(promised: int, stored: bytes | memoryview, packed: bool, file: Path, path: Path) -> None:

@@ -19,6 +19,8 @@ BITS_PER_SAMPLE = 258
 """TIFF's tag (TIFF 6.0, section 8): one number a channel."""
 ORIENTATION = 274
 """EXIF's tag, and TIFF's: 1 as stored, 2 to 8 mirrored or turned."""
+FORMATS = ("PNG", "TIFF", "JPEG")
+"""What is read, whatever a file's suffix: of its own accord Pillow takes a PostScript file, too, and runs Ghostscript on it."""
 PNG_DEPTH = 24
 """Where the bit depth stands in a PNG file: after the signature, the chunk's length and name, width and height (PNG 1.2, 11.2.2)."""
 CONVERTED = {"1": "L", "P": "RGB", "PA": "RGBA", "CMYK": "RGB", "YCbCr": "RGB"}
@@ -65,13 +67,13 @@ def opened(data: bytes, path: Path) -> Iterator[tuple[Any, bool]]:
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(io.BytesIO(data)) as picture:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
             if getattr(picture, "n_frames", 1) > 1:
                 raise CdiffError(f"{path} holds {picture.n_frames} pictures; save one, or convert them to NIfTI")  # type: ignore[attr-defined]
             check_depth(picture, data, path)
             yield upright(picture)
     except UnidentifiedImageError:
-        raise CdiffError(f"{path} is not a picture that can be read; save it again as PNG") from None
+        raise CdiffError(f"{path} is not a PNG, TIFF or JPEG that can be read; save it again as PNG") from None
     except (OSError, EOFError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:
         raise CdiffError(f"{path} cannot be read as a picture ({one_line(error)}); save it again as PNG") from None
 

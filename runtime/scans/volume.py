@@ -20,6 +20,5 @@ def parse_volume(data: bytes, path: Path, channels: int) -> nib.Nifti1Image:
 
 def volume_shape(path: Path) -> tuple[int, ...]:
     """The shape in a file's header. Raises CdiffError when there is no such header."""
-    if path.name.lower().endswith(ITK_SUFFIXES):
-        return itk_shape(path)
-    return nifti_shape(read_bytes(path), path)
+    data = read_bytes(path)
+    return (itk_shape if path.name.lower().endswith(ITK_SUFFIXES) else nifti_shape)(data, path)

@@ -85,7 +85,7 @@ def _finished(
     """
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     if not isinstance(report, dict) or report.get("made_with") != fingerprint(header):
         notice(f"{path} is there, of another model, protocol or data: this evaluation will replace it")
@@ -118,7 +118,7 @@ def _lines(path: Path) -> list[Any]:
     for line in text.splitlines():
         try:
             lines.append(json.loads(line))
-        except ValueError:
+        except (ValueError, RecursionError):
             break
     return lines
 

@@ -22,6 +22,8 @@ from cdiff.runtime.scoring.summary import volume_errors
 Table = list[dict[str, Any]]
 """Rows of one set of columns; None is an empty cell."""
 ENDS = ("mean", "low", "high")
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
+"""What a spreadsheet's formula may begin with."""
 
 
 def csv_text(table: Table) -> str:
@@ -149,4 +151,7 @@ def _times(voxels: Sequence[int], ml: float | None) -> list[float | None]:
 
 
 def _cell(value: Any) -> Any:
+    """A text that a spreadsheet would compute, as a case's name that begins with =, has the ' before it that has it taken for a text."""
+    if isinstance(value, str) and value.startswith(FORMULA):
+        return f"'{value}"
     return f"{value:.9g}" if isinstance(value, float) else "" if value is None else value

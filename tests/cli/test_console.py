@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -26,3 +27,28 @@ def test_a_result_shown_beside_a_bar_goes_to_stdout(
     assert printed.out == "maps/[a]_soft.nii.gz\nafter\n"
     assert "maps" not in printed.err
     assert "segment" in printed.err
+
+
+@pytest.mark.parametrize(
+    "name", ["[/x]", "[bold]b", "a:heart:b", "tab\there", "bell\x07", "two  spaces" * 30, "back\\"]
+)
+def test_a_path_is_printed_as_it_is(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A program reads it: no markup, no emoji, no blanks for a tab, nothing left out."""
+    console.written(Path("maps") / name)
+    console.Meter.show(f"maps/{name}")
+    assert capsys.readouterr().out == f"maps/{name}\n" * 2
+
+
+def test_a_terminal_does_not_obey_a_name(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a file or in a bundle: a title, colours, or a line that runs backwards."""
+    name, seen = "a\x1b]0;x\x07b\u202egnp[/]:heart:\\.", r"a\x1b]0;x\x07b\u202egnp[/]:heart:\."
+    for function in (console.fail, console.warn, console.say):
+        function(name)
+    text = capsys.readouterr().err
+    assert text == f"error: {seen}\nnote: {seen}\n{seen}\n"
+    console.facts("Model", [("name", name)])
+    assert seen in capsys.readouterr().out.replace("\n", "")
+    monkeypatch.setattr(console, "out", Console(force_terminal=True))
+    console.written(name)
+    assert capsys.readouterr().out == f"{seen}\n"
+    assert console.visible("患者 é \U0001f600") == "患者 é \U0001f600"

@@ -47,6 +47,16 @@ def test_a_scan_that_is_not_there(tmp_path: Path) -> None:
     assert "does not exist" in one_line("segment", "-i", tmp_path / "a.nii.gz")
 
 
+def test_more_memory_than_there_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A bundle's `--fast` may have a million runs, and NumPy says how much it lacks."""
+
+    def lacking(*_: object) -> None:
+        raise MemoryError("Unable to allocate 7.63 GiB")
+
+    monkeypatch.setattr("cdiff.runtime.bundle.open_bundle", lacking)
+    assert "the memory is not enough (Unable to allocate 7.63 GiB)" in one_line("info", tmp_path)
+
+
 def test_a_bundle_that_is_none(tmp_path: Path) -> None:
     assert "manifest.json" in one_line("info", tmp_path)
 
@@ -254,3 +264,12 @@ def test_a_locale_that_is_not_utf8_is_told_as_that(named: str, tiny_bundle: Path
     assert done.returncode == 2
     assert "does not read as they are; set PYTHONUTF8=1" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_a_name_that_the_pictures_font_lacks_is_no_trouble(tmp_path: Path) -> None:
+    """matplotlib warned of every sign of it, in two lines each."""
+    Image.fromarray(np.arange(64 * 64, dtype=np.uint8).reshape(64, 64)).save(tmp_path / "患者.png")
+    command = [*MODULE, "segment", str(tmp_path / "患者.png"), "-o", str(tmp_path / "maps"), "--fast", "--quiet"]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=True)
+    assert done.stdout == f"{tmp_path}/maps/患者_preview.png\n"
+    assert done.stderr == ""

@@ -88,6 +88,9 @@ def test_an_unscored_run_says_so() -> None:
     ("text", "word"),
     [
         ("{", "cannot read"),
+        ("[" * 100_000, "cannot read"),
+        ('{"name": "\\ud800"}', "cannot read"),
+        ('{"scores": {"dice": 1e999}}', "cannot read"),
         ("[]", "JSON object"),
         ('{"colour": "red"}', "'colour'"),
         ('{"name": 3}', "'name'"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -113,6 +115,27 @@ def test_a_repository_for_gpus(tiny_bundle: Path, tmp_path: Path) -> None:
     found = read_config(model)
     assert [(group.kind, group.count) for group in found.instance_group] == [(1, 1)]
     assert open_bundle(model / "1" / "bundle").manifest == open_bundle(tiny_bundle).manifest
+
+
+def test_only_what_the_manifest_lists_and_engines_are_served(tiny_bundle: Path, tmp_path: Path) -> None:
+    """A bundle comes from elsewhere: a link in it would put a file of this user's, or what a circle holds, before the server's."""
+    bundle = tmp_path / "bundle"
+    shutil.copytree(tiny_bundle, bundle)
+    (tmp_path / "secret").write_text("a key")
+    engine = bundle / "engines/denoiser_x"
+    engine.mkdir(parents=True)
+    (engine / "denoiser.engine").write_bytes(b"plan")
+    for folder in (bundle, engine):
+        (folder / "notes.txt").symlink_to(tmp_path / "secret")
+        (folder / "circle").symlink_to(bundle)
+        os.mkfifo(folder / "pipe")
+    (bundle / "README.md").rename(tmp_path / "README.md")
+    (bundle / "README.md").symlink_to(tmp_path / "README.md")  # listed, and so checked: as a hub's cache has them
+    served = write_repository(open_bundle(bundle), tmp_path / "served") / "1/bundle"
+    there = {str(path.relative_to(served)) for path in served.rglob("*") if path.is_file()}
+    assert there == {"manifest.json", "engines/denoiser_x/denoiser.engine", *open_bundle(bundle).manifest.files}
+    assert not any(path.is_symlink() or path.is_fifo() for path in served.rglob("*"))
+    open_bundle(served)
 
 
 def test_a_name_that_triton_cannot_have_leaves_nothing(tiny_bundle: Path, tmp_path: Path) -> None:

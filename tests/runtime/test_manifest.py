@@ -91,6 +91,7 @@ def test_every_mistyped_key_is_named(key: str, value: Any) -> None:
     ("key", "value"),
     [
         ("levels", 0),
+        ("levels", 10**30),
         ("variant", "majority"),
         ("target", "noise"),
         ("precision", "int8"),
@@ -174,6 +175,21 @@ def test_a_file_that_is_no_manifest_is_named(tmp_path: Path, text: str) -> None:
     path.write_text(text, encoding="latin-1")
     with pytest.raises(CdiffError, match=r"manifest\.json"):
         Manifest.read(path)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    ["1e999", '"\\ud800"', '{"\\udfff": 1}', '{"a":' * 40 + "1" + "}" * 40, "[" * 900 + "]" * 900],
+    ids=["beyond every number", "half a character", "half a key", "nested", "nested lists"],
+)
+def test_what_no_report_could_hold_is_refused(tmp_path: Path, odd: str) -> None:
+    path = tmp_path / "manifest.json"
+    text = json.dumps(example(scores={"odd": "here"}).to_json())
+    path.write_text(text.replace('"here"', odd))
+    with pytest.raises(CdiffError, match=r"manifest\.json: it is not valid JSON"):
+        Manifest.read(path)
+    path.write_text(text.replace('"here"', '{"a": [{"b": "\\ud83d\\ude00"}]}'))  # a whole pair
+    assert Manifest.read(path).scores == {"odd": {"a": [{"b": "\U0001f600"}]}}
 
 
 def test_an_absent_file_is_named(tmp_path: Path) -> None:

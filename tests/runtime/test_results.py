@@ -191,10 +191,11 @@ def test_a_page_is_listed_and_an_old_one_dropped(tmp_path: Path) -> None:
 def test_what_is_not_ours_is_not_replaced(tmp_path: Path, name: str) -> None:
     """A reader's mask beside the scan, a picture of it, the JSON that dcm2niix writes with a scan."""
     result = segmented(scan_file(tmp_path, (5, 6, 4)))
-    (tmp_path / name).write_text('{"Modality": "CT"}')
-    with pytest.raises(CdiffError, match=name):
-        result.save(tmp_path)
-    assert (tmp_path / name).read_text() == '{"Modality": "CT"}'
+    for theirs in ("[" * 100_000, '{"Modality": "CT"}'):
+        (tmp_path / name).write_text(theirs)
+        with pytest.raises(CdiffError, match=name):
+            result.save(tmp_path)
+        assert (tmp_path / name).read_text() == theirs
     assert {path.name for path in tmp_path.iterdir()} == {"scan.nii.gz", name}
     if name.endswith("png"):
         result.save(tmp_path, preview=False)

@@ -255,6 +255,7 @@ def test_another_model_s_engine_in_the_user_s_cache_is_nobody_s_business(bundle:
         "",
         "{",
         "[]",
+        "[" * 100_000,
         '{"format": 1}',
         '{"format": 1, "sha256": "0", "key": {"graph": "denoiser"}}',
         '{"format": 1, "sha256": "0", "key": 3}',

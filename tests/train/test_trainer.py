@@ -134,6 +134,7 @@ def test_damaged_or_foreign_weights_are_named(tiny_run: Path, tmp_path: Path) ->
         ("optimiser.pt", {"optimiser": {"state": {}, "param_groups": []}, "scaler": {}}, "is of another network"),
         ("ema.safetensors", struct.pack("<Q", 2) + b"{}", r"ema\.safetensors does not fit"),
         ("checkpoint.json", b'{"step": 1}', "does not say how far"),
+        ("checkpoint.json", b'{"step": 1e999, "seconds": 1, "best_window": 0, "best": 0}', "does not say how far"),
         ("../../last.json", b"{}", "names no checkpoint"),
         ("../../last.json", b'{"checkpoint": "../checkpoints/step-0000001"}', "names no checkpoint"),
         ("../../last.json", b"[" * 100_000, r"last\.json cannot be read"),

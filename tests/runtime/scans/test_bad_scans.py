@@ -184,7 +184,7 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "voxels far away": (bad_header(VOX_OFFSET, "<f", 1e9), "less than its header promises"),
     "voxels far away, and zeros up to there": (bad_far, "less than its header promises"),
     "truncated picture": (bad_picture, "picture"),
-    "text for a picture": (bad_picture_text, r"is not a picture that can be read; save"),
+    "text for a picture": (bad_picture_text, r"is not a PNG, TIFF or JPEG that can be read; save"),
     "a picture without a width": (bad_size, "cannot be read as a picture"),
     "several pictures": (bad_pages, "3 pictures"),
 }  # fmt: skip

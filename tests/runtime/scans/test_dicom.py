@@ -253,6 +253,24 @@ def test_what_is_not_one_even_volume_is_refused(what: str, tmp_path: Path) -> No
     assert "\n" not in str(error.value)
 
 
+def test_what_is_packed_as_a_whole_is_refused_before_it_is_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pydicom would take gigabytes for a few megabytes, of a file that dcm2niix then does not read."""
+
+    def deflated(k: int, file: Any) -> None:
+        file.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
+
+    folder = write_series(tmp_path / "x", scan_voxels(), orthogonal(), change=deflated)
+
+    def unpack(*_: object) -> bytes:
+        raise AssertionError("it was unpacked")
+
+    monkeypatch.setattr("zlib.decompress", unpack)
+    with pytest.raises(CdiffError, match=r"x/IM\d+ is deflated as a whole, .* inflate it: dcmconv \+te IN OUT"):
+        read_scan(folder)
+
+
 @pytest.mark.parametrize("package", ["dcm2niix", "pydicom"])
 def test_without_its_readers_it_is_said_what_to_install(
     package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -122,6 +122,20 @@ def test_voxels_in_several_files(tmp_path: Path) -> None:
     for named in (b"LIST\ns0.raw\ns1.raw\ns2.raw", b"s%d.raw 0 2 1"):
         path.write_bytes(text.replace(b"x.raw", named))
         np.testing.assert_array_equal(read_scan(path).grid.restore(read_scan(path).slices)[..., 0], array)
+    path = written(tmp_path / "y.nhdr", image(array, orthogonal()))
+    text = path.read_bytes().replace(b"encoding: gzip", b"encoding: raw")
+    for named in (b"LIST\ns0.raw\ns1.raw\ns2.raw", b"s%01d.raw 0 2 1", b"LIST 2\ns0.raw\ns1.raw\ns2.raw"):
+        path.write_bytes(text.replace(b"y.raw", named))
+        np.testing.assert_array_equal(read_scan(path).grid.restore(read_scan(path).slices)[..., 0], array)
+
+
+def test_a_file_of_another_format_is_not_read_by_its(tmp_path: Path) -> None:
+    """ITK would look for the format by itself, among some twenty."""
+    sitk.WriteImage(sitk.GetImageFromArray(np.zeros((9, 8), np.uint8)), tmp_path / "x.bmp")
+    (tmp_path / "x.bmp").rename(tmp_path / "x.mha")
+    assert sitk.ReadImage(tmp_path / "x.mha").GetSize() == (8, 9)
+    with pytest.raises(CdiffError, match="is not a NRRD or MetaImage file that can be read"):
+        read_scan(tmp_path / "x.mha")
 
 
 def test_axes_that_are_not_at_right_angles_stay_so(tmp_path: Path) -> None:
@@ -257,6 +271,40 @@ def bad_nrrd_pipe(folder: Path) -> Path:
     return edited(path, b"data file: x.raw", b"data file: pipe")
 
 
+def naming(kind: str, named: bytes) -> Callable[[Path], Path]:
+    """A file whose header names its voxels' file otherwise."""
+
+    def bad(folder: Path) -> Path:
+        path = made(folder, kind)
+        return edited(path, b"x.raw", named)
+
+    return bad
+
+
+def bad_twice(folder: Path) -> Path:
+    """ITK takes the last, which a look at the first would not see."""
+    return edited(made(folder, "mhd"), b"NDims", b"Comment = ElementDataFile = x.raw\nNDims")
+
+
+def bad_axes(folder: Path) -> Path:
+    """ITK ends the process over it."""
+    path = folder / "x.nrrd"
+    path.write_bytes(
+        b"NRRD0004\ntype: uint8\ndimension: 16\nsizes: 4 4" + b" 1" * 14 + b"\nencoding: raw\n\n" + bytes(16)
+    )
+    return path
+
+
+def bad_long_header(folder: Path) -> Path:
+    return edited(made(folder, "nrrd"), b"type:", b"# " + b"x" * 2**20 + b"\ntype:")
+
+
+def bad_words(folder: Path) -> Path:
+    """Of which ITK would look for every one of 4 thousand million numbers."""
+    path = edited(made(folder, "mha"), b"BinaryData = True", b"BinaryData = False")
+    return edited(path, b"DimSize = 8 9 3", b"DimSize = 1290 1290 1290")
+
+
 def bad_meta_unit(folder: Path) -> Path:
     return edited(made(folder, "mha"), b"ElementSpacing", b"DistanceUnits = cm\nElementSpacing")
 
@@ -282,8 +330,20 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "packed, its length unknown": (bad_length, "does not say how long its packed voxels are"),
     "a file that ends early": (bad_file, r"x\.raw holds less than the header of x\.mhd promises \(432 bytes of voxels\)"),
     "fewer files than slices": (bad_list, "names 2 files for the voxels of 3; correct the list"),
-    "a pipe": (bad_pipe, "pipe is no file but a device or a pipe"),
+    "a pipe": (bad_pipe, "has its voxels in .*pipe, which is no file"),
     "a pipe for NRRD": (bad_nrrd_pipe, "has its voxels in .*pipe, which is no file"),
+    "a pattern for C's printf": (naming("nhdr", b"%d%n%s 0 2 1"), "is no name with one number in it"),
+    "another one": (naming("mhd", b"%s 0 2 1"), "is no name with one number in it"),
+    "a wide one": (naming("nhdr", b"%999999999d 0 2 1"), "is no name with one number in it"),
+    "files without end": (naming("mhd", b"%d 1 900000000 1"), "in 900000000 files, and at most 100000 are read"),
+    "another folder's file": (naming("nhdr", b"/etc/passwd"), "has its voxels in /etc/passwd, outside its own folder"),
+    "the same by another way": (naming("mhd", b"../x.raw"), r"has its voxels in .*\.\./x\.raw, outside its own folder"),
+    "a list with another folder's file": (naming("nhdr", b"LIST\nx.raw\n/dev/zero"), "in /dev/zero, outside its own folder"),
+    "a name that no file can have": (naming("mhd", b"x" * 5000), "which does not exist"),
+    "voxels named twice": (bad_twice, "does not name its voxels once"),
+    "axes without end": (bad_axes, "has 16 axes where 2-D or 3-D is meant"),
+    "a header without end": (bad_long_header, "has a header of more than 1048576 bytes"),
+    "fewer numbers in words": (bad_words, "holds less than the header of x.mha promises"),
     "MetaImage in centimetres": (bad_meta_unit, "gives its lengths in cm; save it in millimetres"),
     "centimetres without a space": (bad_axis_unit, "gives its lengths in cm; save it in millimetres"),
     "text": (bad_text, "is not a NRRD or MetaImage file that can be read"),

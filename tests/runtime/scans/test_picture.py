@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -149,3 +150,17 @@ def test_colours_that_are_no_screens_are_refused(tmp_path: Path) -> None:
     Image.new("LAB", (8, 8)).save(path)
     with pytest.raises(CdiffError, match="has LAB colours; save it again as RGB"):
         read_picture(path.read_bytes(), path, 3)
+
+
+def test_postscript_is_no_picture_whatever_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow by itself would have Ghostscript run the program that such a file is."""
+    run = tmp_path / "run"
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch '{run}'\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)  # it is looked for once
+    path = tmp_path / "x.png"
+    path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n%%EndComments\nshowpage\n%%EOF\n")
+    with pytest.raises(CdiffError, match="is not a PNG, TIFF or JPEG that can be read"):
+        read_scan(path)
+    assert not run.exists()

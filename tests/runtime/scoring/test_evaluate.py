@@ -62,7 +62,9 @@ def test_a_case_of_any_name_is_gone_on_from(cases: list[Case], tmp_path: Path) -
     assert len(rest.asked) == 2
 
 
-@pytest.mark.parametrize("damage", ["other format", "a row without its scores", "not an object", "not JSON"])
+@pytest.mark.parametrize(
+    "damage", ["other format", "a row without its scores", "not an object", "not JSON", "not ended"]
+)
 def test_a_journal_of_another_shape_is_not_used(cases: list[Case], tmp_path: Path, damage: str) -> None:
     out, partial = tmp_path / "scores.json", tmp_path / "scores.partial.jsonl"
     with pytest.raises(KeyboardInterrupt):
@@ -75,12 +77,15 @@ def test_a_journal_of_another_shape_is_not_used(cases: list[Case], tmp_path: Pat
         del row["by_runs"]
     lines[:2] = [json.dumps(header), json.dumps(row)]
     if damage.startswith("not"):
-        lines[0] = {"not an object": "[1, 2]", "not JSON": "{"}[damage]
+        lines[0] = {"not an object": "[1, 2]", "not JSON": "{", "not ended": "[" * 100_000}[damage]
+        out.write_text(lines[0])
     partial.write_text("\n".join(lines) + "\n")
     rest, told = KnownMaps(tmp_path / "b", 3), list[str]()
     report = run(rest, cases, out=out, notice=told.append)
     assert report["n_cases"] == 4
-    computed = {"other format": 4, "a row without its scores": 3, "not an object": 4, "not JSON": 4}[damage]
+    computed = {"other format": 4, "a row without its scores": 3, "not an object": 4, "not JSON": 4, "not ended": 4}[
+        damage
+    ]
     assert len(rest.asked) == computed
     if damage == "other format":
         assert f"format none (now {FORMAT})" in told[0]

@@ -113,6 +113,9 @@ def test_csv_cells() -> None:
     text = csv_text([{"a": 1 / 3, "b": None, "c": 'say "x, y"'}, {"a": 2, "b": True, "c": ""}])
     assert text == 'a,b,c\n0.333333333,,"say ""x, y"""\n2,True,\n'
     assert csv_text([]) == "\n"
+    # Cases are called as their folders are, and a spreadsheet would compute these; numbers below zero are none of them.
+    for name in ("=1+1", "+1", "-2+3", "@SUM(1)", "\t=1"):
+        assert csv_text([{"case": name, "error": -0.5}]) == f"case,error\n'{name},-0.5\n"
 
 
 def test_a_sweep_over_steps_resumes_and_reuses(cases: list[Case], tmp_path: Path) -> None:

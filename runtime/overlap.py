@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.words import one_line
 
 Item = TypeVar("Item")
 Ready = TypeVar("Ready")
@@ -34,8 +35,8 @@ def overlapped(
     """Read, work on and write every item; yields what became of each, in order, once its own steps are through.
 
     `work` runs in the caller's thread, while one other thread reads the next item and another writes the last. Neither goes
-    further, so that at most three items are in memory, however many there are. An item's CdiffError is its own outcome and
-    the others go on; any other exception ends the whole. However it ends (Ctrl-C, a caller that stops asking), what is being
+    further, so that at most three items are in memory, however many there are. An item's CdiffError is its own outcome, as one for which
+    the memory is not enough is, and the others go on; any other exception ends the whole. However it ends (Ctrl-C, a caller that stops asking), what is being
     written is waited for, so that nothing is left half-written. Close the generator (`contextlib.closing`) to have that at once.
     """
     source = iter(items)
@@ -49,7 +50,7 @@ def overlapped(
             """One item's writing, handed over; or a future that holds the error which came before it."""
             try:
                 return writer.submit(write, item, work(item, reading.result()))
-            except CdiffError as error:
+            except (CdiffError, MemoryError) as error:
                 failed: Future[Value] = Future()
                 failed.set_exception(error)
                 return failed
@@ -75,3 +76,7 @@ def _outcome(item: Item, writing: Future[Value]) -> Outcome[Item, Value]:
         return Outcome(item, value=writing.result())
     except CdiffError as error:
         return Outcome(item, error=error)
+    except MemoryError as error:
+        return Outcome(
+            item, error=CdiffError(f"the memory is not enough ({one_line(error)}); name a part of it with slices")
+        )

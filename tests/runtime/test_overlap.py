@@ -94,6 +94,15 @@ def test_an_error_stays_with_its_item(step: str) -> None:
     assert [number for name, number in steps.begun if name == "write"] == [0, *[1] * (step == "write"), 2, 3]
 
 
+@pytest.mark.parametrize("step", ["read", "work", "write"])
+def test_one_that_the_memory_is_not_enough_for_costs_no_other(step: str) -> None:
+    steps = Steps()
+    steps.errors[step, 1] = MemoryError("Unable to allocate 8 GiB")
+    first, second, third = steps.run(range(3))
+    assert first.error is third.error is None
+    assert "the memory is not enough (Unable to allocate 8 GiB)" in str(second.error)
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), ZeroDivisionError()])
 def test_what_is_being_written_is_finished_whatever_ends_the_work(error: BaseException) -> None:
     steps, finished = Steps(), []

@@ -1,4 +1,4 @@
-"""What an engine is made of, read back from it: its convolutions and products, their precision and tactics (promise 2)."""
+"""What an engine is made of, read back from it: its convolutions and products, their precision and tactics."""
 
 from __future__ import annotations
 

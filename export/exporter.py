@@ -1,4 +1,4 @@
-"""A training run to a verified bundle: graphs, weights, card and manifest, written whole or not at all (design, section 3)."""
+"""A training run to a verified bundle: graphs, weights, card and manifest, written whole or not at all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The two ONNX graphs: the encoder G, run once a slice, and the denoiser, run each step, which returns x0 (design, sections 1 and 4)."""
+"""The two ONNX graphs: the encoder G, run once a slice, and the denoiser, run each step, which returns x0."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The half-precision form of the network: convolutions and matrix products in float16, all else in float32 (design, section 6)."""
+"""The half-precision form of the network: convolutions and matrix products in float16, all else in float32."""
 
 from __future__ import annotations
 

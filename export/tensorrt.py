@@ -1,4 +1,4 @@
-"""A bundle's graphs to TensorRT engines in its cache: options, keys, reports and records (design, sections 3 and 6)."""
+"""A bundle's graphs to TensorRT engines in its cache: options, keys, reports and records."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def build_engines(
     gpu: the current GPU of this thread, or, for TensorRT for RTX on any machine, the compute capabilities to build for. One that is
     there already, whole and for the same key, is kept. progress: called as progress(done, total) over both. Each engine
     appears whole or not at all; Ctrl-C stops the builder. Raises CdiffError when TensorRT is not installed, refuses the
-    graph or an option, or (promise 2) when layers of a half-precision bundle are not in half precision in the engine.
+    graph or an option, or when layers of a half-precision bundle are not in half precision in the engine.
     """
     options = options or BuildOptions()
     words, trt = options.words(flavour), load_trt(flavour)

@@ -1,4 +1,4 @@
-"""The reverse chain of one padded batch in PyTorch on a device: x' = a x + b x0 + c x0_prev + d z, a step replayed as a CUDA graph (section 4)."""
+"""The reverse chain of one padded batch in PyTorch on a device: x' = a x + b x0 + c x0_prev + d z, a step replayed as a CUDA graph."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PyTorch as an engine of its own: half precision, channels last, whole chains on the device, a step replayed as a CUDA graph (section 4).
+"""PyTorch as an engine of its own: half precision, channels last, whole chains on the device, a step replayed as a CUDA graph.
 
 For GPUs without TensorRT, and as the baseline that an engine has to beat. Behind the runtime's protocol, noise included.
 """

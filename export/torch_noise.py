@@ -1,4 +1,4 @@
-"""The runtime's noise (`runtime.sampling.noise`) in PyTorch, so that a chain on a device draws it there: same words, same normals (section 4)."""
+"""The runtime's noise (`runtime.sampling.noise`) in PyTorch, so that a chain on a device draws it there: same words, same normals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""model.safetensors of a bundle, the same bytes for the same weights (design, section 3)."""
+"""model.safetensors of a bundle, the same bytes for the same weights."""
 
 from __future__ import annotations
 

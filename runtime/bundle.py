@@ -1,4 +1,4 @@
-"""Bundles on disk: opened with every hash checked, written whole or not at all (design, section 3)."""
+"""Bundles on disk: opened with every hash checked, written whole or not at all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: temporary name in the same folder, fsync, rename (design, promises 5 and 7)."""
+"""Files that appear whole or not at all: temporary name in the same folder, fsync, rename."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""manifest.json, the description of a bundle that export writes and the runtime reads (design, section 3)."""
+"""manifest.json, the description of a bundle that export writes and the runtime reads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One thing after another in three steps that overlap: the next is read and the last written while the engine works (section 4)."""
+"""One thing after another in three steps that overlap: the next is read and the last written while the engine works."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report of a segmented scan: what was done, with what, how long it took, and the volume at each level (section 4)."""
+"""The report of a segmented scan: what was done, with what, how long it took, and the volume at each level."""
 
 from __future__ import annotations
 

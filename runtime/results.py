@@ -1,4 +1,4 @@
-"""What a scan's segmentation gives: soft map, one map a level, uncertainty, majority mask, report; and its files (section 4)."""
+"""What a scan's segmentation gives: soft map, one map a level, uncertainty, majority mask, report; and its files."""
 
 from __future__ import annotations
 

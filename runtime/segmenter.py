@@ -1,4 +1,4 @@
-"""A bundle and an engine, kept loaded: a scan in, the maps of agreement out (design, section 4)."""
+"""A bundle and an engine, kept loaded: a scan in, the maps of agreement out."""
 
 from __future__ import annotations
 

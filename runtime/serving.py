@@ -1,4 +1,4 @@
-"""What runs inside a Triton Inference Server's Python backend: one request is one slice, and its whole loop (design, section 4).
+"""What runs inside a Triton Inference Server's Python backend: one request is one slice, and its whole loop.
 
 `cdiff export --triton` writes a model repository whose model.py imports `TritonPythonModel` from here.
 """

@@ -1,4 +1,4 @@
-"""A scan's slices shared out among several engines, one thread each: the same maps, sooner (design, section 4)."""
+"""A scan's slices shared out among several engines, one thread each: the same maps, sooner."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A training run: steps, validation by sampling, checkpoints, and exact resume after a kill (design, promise 5)."""
+"""A training run: steps, validation by sampling, checkpoints, and exact resume after a kill."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which cases a run learns from, kept with it as RUN/data.json, so that a resumed run is held to the same (design, promise 5)."""
+"""Which cases a run learns from, kept with it as RUN/data.json, so that a resumed run is held to the same."""
 
 from __future__ import annotations
 

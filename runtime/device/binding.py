@@ -1,4 +1,4 @@
-"""An engine's two graphs tied to one GPU: windows in, whole chains run, finished sums out (design, section 4).
+"""An engine's two graphs tied to one GPU: windows in, whole chains run, finished sums out.
 
 Two streams. The encoder's: upload of a window, encoder, and, once the chains queued so far need the old features no more, their
 copy into a slot. The chain's: upload of a batch's rows, x_T, the steps, the sums. Each waits for the other by events alone.

@@ -1,4 +1,4 @@
-"""The reverse chain of one padded batch on the device: a step is captured as a CUDA graph and replayed (design, section 4).
+"""The reverse chain of one padded batch on the device: a step is captured as a CUDA graph and replayed.
 
 A step is the network, then noise and update in one kernel, then the step's number. Whatever changes from step to step or batch to
 batch is read from device memory, so one graph serves every sampler, seed and slice.

@@ -1,4 +1,4 @@
-"""The running sums on the device, and batches that were queued and come back as finished windows (design, section 4)."""
+"""The running sums on the device, and batches that were queued and come back as finished windows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every engine offers the loop: encode a slice once, denoise a padded batch at every step (design, section 4)."""
+"""What every engine offers the loop: encode a slice once, denoise a padded batch at every step."""
 
 from __future__ import annotations
 

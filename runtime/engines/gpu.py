@@ -1,4 +1,4 @@
-"""What the engines on a GPU share: the streams, one binding kept for the next scan, and single calls with host arrays (section 4)."""
+"""What the engines on a GPU share: the streams, one binding kept for the next scan, and single calls with host arrays."""
 
 from __future__ import annotations
 

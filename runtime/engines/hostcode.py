@@ -1,4 +1,4 @@
-"""Which version-compatible engines may run the program code that they carry: those that this user's own builder made (section 5).
+"""Which version-compatible engines may run the program code that they carry: those that this user's own builder made.
 
 A version-compatible engine holds a part of TensorRT itself, machine code that the processor runs with the user's rights when the engine is
 loaded. TensorRT therefore refuses such an engine unless it is told that the file can be trusted. A bundle may come from anywhere,

@@ -1,4 +1,4 @@
-"""What TensorRT for RTX compiled on a GPU when an engine first ran there, kept beside the engine for the next time (section 3)."""
+"""What TensorRT for RTX compiled on a GPU when an engine first ran there, kept beside the engine for the next time."""
 
 from __future__ import annotations
 

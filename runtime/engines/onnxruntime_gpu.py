@@ -1,4 +1,4 @@
-"""ONNX Runtime's CUDA and TensorRT providers on device pointers by I/O binding, on our streams (design, section 4)."""
+"""ONNX Runtime's CUDA and TensorRT providers on device pointers by I/O binding, on our streams."""
 
 from __future__ import annotations
 

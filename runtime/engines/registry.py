@@ -1,4 +1,4 @@
-"""Which engines exist, which can run here and why not, and opening the one that was asked for (design, section 4)."""
+"""Which engines exist, which can run here and why not, and opening the one that was asked for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TensorRT and TensorRT for RTX: engines from the cache, run by address on our streams (design, section 4).
+"""TensorRT and TensorRT for RTX: engines from the cache, run by address on our streams.
 
 Written for the Python bindings of TensorRT 10.16, 11.4 and TensorRT for RTX 1.7.
 """

@@ -1,4 +1,4 @@
-"""TensorRT's two flavours without TensorRT: which module, which engine for which GPU, and the cache of built ones (design, section 3)."""
+"""TensorRT's two flavours without TensorRT: which module, which engine for which GPU, and the cache of built ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The parts that every picture is made of: a slice, the soft map over it, outlines, keys, a scale bar (design, section 4)."""
+"""The parts that every picture is made of: a slice, the soft map over it, outlines, keys, a scale bar."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every row (slice, level, run) of a scan through the engine, in padded batches of one size, and the running sums (section 4)."""
+"""Every row (slice, level, run) of a scan through the engine, in padded batches of one size, and the running sums."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The reverse chain of one padded batch: x' = a x + b x0 + c x0_prev + d z, the rows of a sampler's table in order (section 4)."""
+"""The reverse chain of one padded batch: x' = a x + b x0 + c x0_prev + d z, the rows of a sampler's table in order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Noise as a function of (seed, slice, level, run, step): counter-based Philox and Box-Muller (design, section 4).
+"""Noise as a function of (seed, slice, level, run, step): counter-based Philox and Box-Muller.
 
 It is the same whatever the batch, the engine or the number of devices, because nothing is drawn in sequence. The layout
 below is all that another implementation (a CUDA kernel) needs.

@@ -1,4 +1,4 @@
-"""A sampler as a table: x' = a x + b x0 + c x0_prev + d z, a float64 row for each step (design, section 4).
+"""A sampler as a table: x' = a x + b x0 + c x0_prev + d z, a float64 row for each step.
 
 Kept timesteps. `steps` of the T timesteps are kept at equal distances counted from the noisy end, t_k = round(T - k T/steps),
 k = 0..steps-1 (diffusers calls it "trailing"). So the first is always T, where the chain starts from N(0, I), and the last

@@ -1,4 +1,4 @@
-"""The running sums of one slice over levels and runs, and the maps that they become (design, section 4)."""
+"""The running sums of one slice over levels and runs, and the maps that they become."""
 
 from __future__ import annotations
 

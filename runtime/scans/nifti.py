@@ -1,4 +1,4 @@
-"""NIfTI bytes to a header that can be trusted and voxels, or one line that says what is wrong (promise 6)."""
+"""NIfTI bytes to a header that can be trusted and voxels, or one line that says what is wrong."""
 
 from __future__ import annotations
 

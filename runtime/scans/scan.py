@@ -1,4 +1,4 @@
-"""Reading a scan (NIfTI, NRRD, DICOM, picture, array) into slices [S, channels, H, W], or saying in one line why not (promise 6)."""
+"""Reading a scan (NIfTI, NRRD, DICOM, picture, array) into slices [S, channels, H, W], or saying in one line why not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which arrays can be a scan: number of axes, channels, size and type of the values (promise 6)."""
+"""Which arrays can be a scan: number of axes, channels, size and type of the values."""
 
 from __future__ import annotations
 

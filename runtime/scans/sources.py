@@ -1,4 +1,4 @@
-"""Which kinds of files hold scans and masks, and a file's bytes, or one line that says why not (promise 6)."""
+"""Which kinds of files hold scans and masks, and a file's bytes, or one line that says why not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One line for every bad input of promise 6."""
+"""One line for every bad scan, and nothing half-written."""
 
 from __future__ import annotations
 

@@ -7,11 +7,16 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.manifest import LONGEST_SIDE, TARGETS, VARIANCES
+from cdiff.runtime.manifest import LONGEST_SIDE, MOST_LEVELS, TARGETS, VARIANCES
 from cdiff.runtime.sampling.framing import FramingMode
 from cdiff.runtime.scans.intensity import Intensity
 from cdiff.runtime.variants import IMPLICIT_ENSEMBLE, variant_called
 from cdiff.train.ranges import PUBLISHED, Ranges
+
+WIDEST = 8192
+"""Most channels of a feature map. The published networks have at most 512: so many more are a slip, and would end in a lack of memory."""
+MOST_BLOCKS = 1000
+"""Most blocks in a row, which would else be made one after another without end."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,10 @@ class NetworkConfig:
         _at_least(self, 1, "image_channels", "levels", "T", "base_channels", "residual_blocks", "heads", "groups")
         _at_least(self, 1, "rrdb_channels", "rrdb_growth")
         _at_least(self, 0, "rrdbs", "heads_up", "head_channels")
+        _at_most(self, levels=MOST_LEVELS, residual_blocks=MOST_BLOCKS, rrdbs=MOST_BLOCKS)
+        _at_most(self, image_channels=WIDEST, rrdb_channels=WIDEST, rrdb_growth=WIDEST)
+        if (widest := self.base_channels * max(self.channel_mult)) > WIDEST:
+            raise CdiffError(f"base_channels * channel_mult = {widest} must be at most {WIDEST}")
         if not 0 <= self.dropout < 1:
             raise CdiffError(f"dropout={self.dropout} must lie in [0, 1)")
         attending = {*self.attention_depths, len(self.channel_mult) - 1}
@@ -111,6 +120,13 @@ def _at_least(section: Any, low: int, *names: str) -> None:
     for name in names:
         if not getattr(section, name) >= low:  # NaN is not
             raise CdiffError(f"{name}={getattr(section, name)} must {'be at least 1' if low else 'not be negative'}")
+
+
+def _at_most(section: Any, **limits: int) -> None:
+    """Raise CdiffError where one of these settings of a section is above its limit."""
+    for name, high in limits.items():
+        if getattr(section, name) > high:
+            raise CdiffError(f"{name}={getattr(section, name)} must be at most {high}")
 
 
 def check_size(size: int, network: NetworkConfig, name: str) -> None:

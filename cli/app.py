@@ -48,7 +48,7 @@ class Commands(TyperGroup):
             fail(f"{where}: {os.strerror(error.errno).lower()}; check the space and the permissions there")
             raise typer.Exit(USER_ERROR) from None
         except MemoryError as error:
-            fail(f"the memory is not enough ({one_line(error)}); ask for fewer runs, or a part of the scan (--slices)")
+            fail(f"the memory is not enough ({one_line(error)}); end what else uses it, or ask for less")
             raise typer.Exit(USER_ERROR) from None
         except KeyboardInterrupt:
             fail("interrupted")

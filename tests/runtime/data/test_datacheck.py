@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
 from cdiff.runtime.data.cases import find_cases
@@ -83,6 +85,14 @@ def test_qubiqs_oddities(tmp_path: Path) -> None:
     assert check.report["training"]["train"] == {"cases": 4, "cases_found": 5, "slices": 4}
 
 
+def save_cases(root: Path, cases: Mapping[str, Sequence[NDArray[np.bool_]]]) -> None:
+    """Each case's masks, beside an image of noise."""
+    for name, masks in cases.items():
+        save(root / name / "image.nii.gz", np.random.default_rng(0).normal(size=masks[0].shape), None)
+        for k, mask in enumerate(masks, start=1):
+            save(root / name / f"task01_seg{k:02d}.nii.gz", mask, None)
+
+
 def test_black_drawn_on_white_is_told(tmp_path: Path) -> None:
     """Of one annotator, or of all; a structure that fills most of a slice, or reaches a corner, is none."""
     shape = (16, 16, 2)
@@ -98,10 +108,7 @@ def test_black_drawn_on_white_is_told(tmp_path: Path) -> None:
         "corner": (cut, drawn),
         "full": (full, drawn),
     }
-    for name, masks in cases.items():
-        save(tmp_path / name / "image.nii.gz", np.random.default_rng(0).normal(size=shape), None)
-        for k, mask in enumerate(masks, start=1):
-            save(tmp_path / name / f"task01_seg{k:02d}.nii.gz", mask, None)
+    save_cases(tmp_path, cases)
     text = "the corners of every slice and most of it: is what was drawn 0 there, and the rest not?"
     assert said(check_data(tmp_path), "inverted") == [
         ("warning", "all", f"seg01, seg02 mark {text}"),
@@ -122,10 +129,7 @@ def test_a_mask_beside_all_others_is_told(tmp_path: Path) -> None:
         "none": (here, near, none),
         "alone": (here, none, none),
     }
-    for name, masks in cases.items():
-        save(tmp_path / name / "image.nii.gz", np.random.default_rng(0).normal(size=shape), None)
-        for k, mask in enumerate(masks, start=1):
-            save(tmp_path / name / f"task01_seg{k:02d}.nii.gz", mask, None)
+    save_cases(tmp_path, cases)
     text = "no pixel with any other mask: of this case, and stored as the others are?"
     assert said(check_data(tmp_path), "apart") == [
         ("warning", "one", f"seg03 shares {text}"),

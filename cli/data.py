@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Look at several annotators' masks before training on them.")
 COLOURS = {"error": "bold red", "warning": "yellow", "note": "dim"}
 MOST = 6
+MOST_NAMES = 12
 
 
 @app.callback()
@@ -109,7 +110,7 @@ def _print(checked: Check) -> None:
     rows = [
         ("folder", report["data"]),
         ("layout", f"{report['layout']}; structure {report['task'] or 'unnamed'}{labels}"),
-        ("annotators", f"{by_number} ({', '.join(raters['names'][:12])})"),
+        ("annotators", f"{by_number} ({', '.join(raters['names'][:MOST_NAMES])})"),
         ("channels", f"{image['channels']} ({names})"),
         ("sizes", _counts(image["sizes"])),
         ("spacing, mm", _counts(image["spacings_mm"])),
@@ -130,6 +131,9 @@ def _print(checked: Check) -> None:
         rows.append(
             ("pairwise Dice", f"{_number(dice['mean'])}{span} over {dice['n_slices']} marked slices{all_marked}")
         )
+        with_others = [f"{rater} {_number(mean)}" for rater, mean in dice["by_annotator"].items()]
+        if 2 < len(with_others) <= MOST_NAMES:
+            rows.append(("each with the others", ", ".join(with_others)))
         rows.append(("averaged", dice["averaged"]))
     facts("Agreement", rows)
     _findings(report["findings"])

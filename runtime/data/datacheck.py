@@ -16,6 +16,7 @@ from cdiff.runtime.data.cases import DataSet, find_cases
 from cdiff.runtime.data.look import SEVERITIES, Finding, Look, look_at
 from cdiff.runtime.data.oddities import better_axis
 from cdiff.runtime.data.partition import count_annotators, count_channels, none_has, partition, training_cases
+from cdiff.runtime.data.turned import how_turned
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.scoring.metrics import bootstrap_over_cases
 from cdiff.runtime.words import by, several
@@ -113,6 +114,10 @@ def _over_cases(looks: list[Look], C: int) -> list[Finding]:
     same = [look for look in looks if look.at_least is not None and len(look.case.masks) == C]
     if same and not any(look.at_least[-1] for look in same if look.at_least is not None) and C > 1:
         out.append(Finding("warning", "classes", "", f"no pixel of any case was marked by all {C} annotators"))
+    for rater in sorted(usual):
+        if how := how_turned([look.turned[rater] for look in looks if rater in look.turned]):
+            text = f"the masks of {rater} would fit the others' better {how}: are they stored as the others are?"
+            out.append(Finding("warning", "turned", "", text))
     if C == 1:
         out.append(Finding("note", "annotators", "", "one annotator: there is no disagreement to learn, and one level"))
     if twice := [name for name, count in Counter(look.case.name for look in looks).items() if count > 1]:
@@ -213,7 +218,10 @@ def _balance(looks: list[Look], C: int) -> dict[str, Any]:
 def _pairwise(looks: list[Look]) -> dict[str, Any]:
     every = bootstrap_over_cases([look.scores for look in looks]).to_json()
     strict = bootstrap_over_cases([look.scores_all for look in looks]).to_json()
-    return {"averaged": AVERAGED, **every, "slices_all_marked": strict}
+    raters = sorted({rater for look in looks for rater in look.with_others if rater in look.case.raters})
+    with_others = {rater: [score for look in looks for score in look.with_others.get(rater, [])] for rater in raters}
+    by_annotator = {rater: float(np.mean(scores)) for rater, scores in with_others.items()}
+    return {"averaged": AVERAGED, **every, "slices_all_marked": strict, "by_annotator": by_annotator}
 
 
 def _counted(values: Iterable[Any]) -> dict[str, int]:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from cdiff.runtime.data.case import Case
 from cdiff.runtime.data.masks import Mask, mask_slices, read_mask
 from cdiff.runtime.data.oddities import is_above, marks_the_background, misplaced
+from cdiff.runtime.data.turned import gains
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.scans.scan import Scan, read_scan
 from cdiff.runtime.scoring.metrics import dice
@@ -40,6 +41,8 @@ class Look:
     """What was seen of one case; `row` is its entry in the report, `shape` its image's, `scores` one number a marked slice.
 
     image: a hash of the image's voxels; empty where it was not read, or has one value everywhere.
+    with_others: of each annotator one number a slice that it or another marked, the mean Dice with the others.
+    turned: of each annotator what `turned.gains` says.
     """
 
     case: Case
@@ -51,6 +54,8 @@ class Look:
     at_least: NDArray[np.float64] | None = None
     scores: list[float] = field(default_factory=list)
     scores_all: list[float] = field(default_factory=list)
+    with_others: dict[str, list[float]] = field(default_factory=dict)
+    turned: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     best_slice: int = 0
 
     @property
@@ -185,10 +190,15 @@ def _measure(look: Look, masks: NDArray[np.bool_]) -> None:
     if pairs:
         whole = set(by_all.tolist())
         for s in marked.tolist():
-            score = float(np.mean([dice(masks[s, i], masks[s, j]) for i, j in pairs]))
+            between = {pair: dice(masks[s, pair[0]], masks[s, pair[1]]) for pair in pairs}
+            score = float(np.mean(list(between.values())))
             look.scores.append(score)
             if s in whole:
                 look.scores_all.append(score)
+            for i, rater in enumerate(raters):
+                mine = float(np.mean([value for pair, value in between.items() if i in pair]))
+                look.with_others.setdefault(rater, []).append(mine)
+        look.turned = dict(zip(raters, gains(masks), strict=True))
     look.row |= {
         "marked_slices": len(marked),
         "slices_all_marked": len(by_all),

@@ -15,9 +15,10 @@ from torch import nn
 
 from cdiff import __version__
 from cdiff.benchmarks.peers import diffusion
+from cdiff.benchmarks.peers.drawn import Drawn
 from cdiff.benchmarks.peers.draws import Float32, draw_runs, mixed
 from cdiff.benchmarks.peers.slices import INTENSITY
-from cdiff.benchmarks.peers.training import SAY_EVERY, SUMMARY, read_state
+from cdiff.benchmarks.peers.training import SAY_EVERY, SUMMARY, WEIGHTS, read_state
 from cdiff.benchmarks.peers.unets import UNETS, UNetPeer
 from cdiff.runtime.data.cases import Case, find_cases, read_masks
 from cdiff.runtime.engines.registry import open_engine
@@ -107,14 +108,21 @@ def share(name: str, run: Path) -> float:
     if name not in UNETS:
         used = diffusion.spent(run)
         return used if used < 1 or diffusion.is_finished(run) else 0.999
-    if (run / SUMMARY).is_file() and (run / "best.safetensors").is_file():
+    if (run / SUMMARY).is_file() and (run / WEIGHTS).is_file():
         return 1.0
-    if not (run / "last.pt").is_file() or not (run / "best.safetensors").is_file():
+    if not (run / "last.pt").is_file() or not (run / WEIGHTS).is_file():
         return 0.0
     state = read_state(run / "last.pt")
     budget = state["budget"]
     used = state["step"] / budget["steps"] if budget["steps"] else state[budget["clock"]] / (60 * budget["minutes"])
     return float(min(max(used, 0.001), 0.999))
+
+
+def load_unet(peer: UNetPeer, run: Path, annotators: int) -> nn.Module:
+    """The network of the U-Net peer in `run`. Raises CdiffError for weights that are not there, or not this peer's."""
+    network = peer.build(annotators)
+    load_weights(network, read_tensors(run / WEIGHTS), run / WEIGHTS)
+    return network
 
 
 def score_unet(
@@ -124,10 +132,9 @@ def score_unet(
 
     Raises CdiffError for a case that is unlike the others and for weights that are not this peer's.
     """
-    peer, weights = UNETS[name], run / "best.safetensors"
+    peer, weights = UNETS[name], run / WEIGHTS
     annotators = len(cases[0].masks)
-    network = peer.build(annotators)
-    load_weights(network, read_tensors(weights), weights)
+    network = load_unet(peer, run, annotators)
     chain = {"runs": scoring.runs if peer.samples else 1, "mirror": scoring.mirror}
     header = {
         "protocol": {
@@ -179,14 +186,13 @@ def score_unet(
     return _entry(report, peer.variant, {"parameters": parameters, **summary}, cpu_seconds_a_slice(cases[0], draw))
 
 
-def score_case(
+def draw_case(
     peer: UNetPeer, network: nn.Module, case: Case, number: int, annotators: int, scoring: Scoring
-) -> Row | None:
-    """A row of the report; None when no slice is marked as asked. `number`, the case's in the split, seeds its draws.
+) -> Drawn | None:
+    """What a U-Net peer draws of a case; None when no slice is marked as asked. `number`, the case's in the split, seeds its draws.
 
     Raises CdiffError for a case with another number of annotators.
     """
-    started = time.monotonic()
     scan = read_scan(case.scan)
     masks = read_masks(case, scan.grid)
     if masks.shape[1] != annotators:
@@ -209,13 +215,22 @@ def score_case(
         )
         for i in chosen
     }
-    runs = np.zeros(
-        (int(chosen[-1]) - first + 1, *drawn[first].shape), np.float32
-    )  # slices between stay empty, unscored
+    runs = np.zeros((int(chosen[-1]) - first + 1, *drawn[first].shape), np.float32)
     for i, maps in drawn.items():
         runs[i - first] = maps
-    tally = CaseTally(masks, chosen, "mean")
-    tally.add(stack_of(runs, peer.variant, annotators), first, scan.grid)
+    return Drawn(scan.grid, masks, chosen, stack_of(runs, peer.variant, annotators))
+
+
+def score_case(
+    peer: UNetPeer, network: nn.Module, case: Case, number: int, annotators: int, scoring: Scoring
+) -> Row | None:
+    """A row of the report of what `draw_case` draws, with what it may raise; None when no slice is marked as asked."""
+    started = time.monotonic()
+    drawn = draw_case(peer, network, case, number, annotators, scoring)
+    if drawn is None:
+        return None
+    tally = CaseTally(drawn.masks, drawn.chosen, "mean")
+    tally.add(drawn.stack, drawn.first, drawn.grid)
     return {
         "case": case.name,
         "annotators": annotators,

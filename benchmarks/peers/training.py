@@ -36,6 +36,7 @@ LOG_FIELDS = ("step", "seconds", "cpu_seconds", "size", "lr", "loss", "val_soft_
 STATE = ("network", "average", "optimiser", "step", "best", "validated", "wall", "cpu", "budget")
 """What last.pt holds."""
 SUMMARY = "run.json"
+WEIGHTS = "best.safetensors"
 VAL_RUNS = 1
 """Draws a slice when validating a peer that samples: more would take its training time, and the other peers validate with one too."""
 SAY_EVERY = 30.0
@@ -197,7 +198,7 @@ class Training:
         if score > self.best:
             self.best = score
             weights = {k: v.contiguous() for k, v in self.average.state_dict().items()}
-            with atomic_path(self.out / "best.safetensors") as part:
+            with atomic_path(self.out / WEIGHTS) as part:
                 save_file(weights, part)
         return score
 

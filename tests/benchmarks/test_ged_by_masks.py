@@ -11,10 +11,12 @@ import pytest
 
 import cdiff
 from cdiff.benchmarks.ged_by_masks import PROTOCOL, main, readings
+from cdiff.benchmarks.peers.__main__ import main as train_peers
 from cdiff.runtime.data.cases import Case, read_case
 from cdiff.runtime.results import Stack
 from cdiff.runtime.scoring.metrics import ged
 from tests.conftest import REPOSITORY
+from tests.synthetic import write_synthetic_dataset
 
 DEMO = REPOSITORY / "cdiff" / "demo"
 
@@ -47,6 +49,30 @@ def test_the_command_measures_the_slices_that_all_marked(tmp_path: Path) -> None
     assert found["one_mask"]["mean"] == pytest.approx(np.mean([ged((soft[i] >= 0.5)[None], masks[i]) for i in chosen]))
     assert [one["masks"] for one in found.values()] == [1, 4, 16, 1]
     assert {one["n_slices"] for one in found.values()} == {len(chosen)}
+
+
+def test_a_unets_map_is_read_as_its_levels_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its one mask has the energy distance that the peers' table gives it; its levels are read where the variants' rule has them."""
+    splits = {"Training": 1, "Validation": 1, "Testing": 2}
+    data = str(write_synthetic_dataset(tmp_path / "data", splits, raters=3, shape=(32, 32, 3)))
+    peers = ["--data", data, "--out", str(tmp_path), "--only", "unet-soft"]
+    command = ["--data", data, "--unet", str(tmp_path / "unet-soft"), "--json", str(tmp_path / "out.json")]
+    assert main(command) == 2
+    assert "holds no finished run of the peer unet-soft" in capsys.readouterr().err
+    assert train_peers([*peers, "--steps", "2", "--batch", "1", "--crop", "32", "--validations", "1"]) == 0
+    assert train_peers([*peers, "--score", "test", "--all-raters", "--json", str(tmp_path / "peers.json")]) == 0
+    assert main(command) == 0
+    found = json.loads((tmp_path / "out.json").read_text())["ged"]
+    scored = json.loads((tmp_path / "peers.json").read_text())["peers"]["unet-soft"]
+    assert found["one_mask"]["mean"] == pytest.approx(scored["ged"]["mean"])
+    assert {name: one["masks"] for name, one in found.items()} == {
+        "one_mask": 1,
+        "levels_of_the_map": 3,
+        "annotators_majority": 1,
+    }
+    assert (
+        found["one_mask"]["n_slices"] == scored["n_slices"] == 4
+    )  # the last of each case's three was not marked by all
 
 
 def test_data_without_a_slice_that_all_marked_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

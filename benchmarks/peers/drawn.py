@@ -1,0 +1,27 @@
+"""What a model drew of a case, beside what its annotators drew: for scores of more than one kind of model (needs no PyTorch)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cdiff.runtime.results import Stack
+from cdiff.runtime.scans.grid import Grid
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """masks: bool [S, n, H, W], the annotators'. chosen: the scored slices among S, one at least. stack: what was drawn of all slices
+    from the first to the last of these; those between may be empty where they are not scored."""
+
+    grid: Grid
+    masks: NDArray[np.bool_]
+    chosen: NDArray[np.intp]
+    stack: Stack
+
+    @property
+    def first(self) -> int:
+        """Which slice the stack begins with."""
+        return int(self.chosen[0])

@@ -10,6 +10,7 @@ import numpy as np
 from pydicom import dcmread
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, EnhancedCTImageStorage, ExplicitVRLittleEndian, MRImageStorage, generate_uid
+from pydicom.valuerep import DSfloat
 
 OBLIQUE = np.array([[0.68, 0.1, 0.3, -90.0], [-0.12, 0.69, 0.2, -120.0], [-0.08, -0.08, 2.46, 40.0]])
 """Millimetres in DICOM's space (left, back, up) of column i, row j and slice k; made orthogonal below."""
@@ -21,6 +22,11 @@ def orthogonal(spacing: Sequence[float] = (0.7, 0.8, 2.5), origin: Sequence[floa
     axes = axes * np.sign(np.diag(axes))
     axes[:, 2] = np.cross(axes[:, 0], axes[:, 1])
     return np.column_stack([axes * np.asarray(spacing), origin])
+
+
+def decimals(*values: float) -> list[DSfloat]:
+    """Numbers as DICOM writes them: decimal strings (DS) of at most 16 characters."""
+    return [DSfloat(float(value), auto_format=True) for value in values]
 
 
 def write_series(
@@ -50,10 +56,10 @@ def write_series(
         file.PatientName, file.PatientID, file.StudyDate, file.StudyTime = "Doe^Jane", "7", "20200102", "101010"
         file.Modality, file.SeriesNumber, file.SeriesDescription, file.InstanceNumber = "CT", number, description, k + 1
         file.Rows, file.Columns = voxels.shape[1], voxels.shape[0]
-        file.PixelSpacing = [float(np.linalg.norm(lps[:, 1])), float(np.linalg.norm(lps[:, 0]))]  # between rows first
-        file.SliceThickness = float(np.linalg.norm(lps[:, 2]))
-        file.ImageOrientationPatient = [float(v) for v in (*across, *down)]
-        file.ImagePositionPatient = [float(v) for v in lps[:, 3] + k * lps[:, 2]]
+        file.PixelSpacing = decimals(np.linalg.norm(lps[:, 1]), np.linalg.norm(lps[:, 0]))  # between rows first
+        file.SliceThickness = decimals(np.linalg.norm(lps[:, 2]))[0]
+        file.ImageOrientationPatient = decimals(*across, *down)
+        file.ImagePositionPatient = decimals(*(lps[:, 3] + k * lps[:, 2]))
         file.SamplesPerPixel, file.PhotometricInterpretation = 1, "MONOCHROME2"
         file.BitsAllocated, file.BitsStored, file.HighBit, file.PixelRepresentation = 16, 16, 15, 1
         file.RescaleIntercept, file.RescaleSlope = -1000, 1
@@ -66,7 +72,7 @@ def write_series(
 
 def moved(file: FileDataset, lps: Sequence[float]) -> None:
     """Move a slice by so many millimetres."""
-    file.ImagePositionPatient = [float(a) + float(b) for a, b in zip(file.ImagePositionPatient, lps, strict=True)]
+    file.ImagePositionPatient = decimals(*np.add(file.ImagePositionPatient, lps, dtype=float))
 
 
 def upright(file: FileDataset) -> None:
@@ -113,7 +119,7 @@ def write_multiframe(
     for number, k in enumerate(order, start=1):
         content, place, frame = Dataset(), Dataset(), Dataset()
         content.StackID, content.InStackPositionNumber, content.DimensionIndexValues = "1", k + 1, [1, k + 1]
-        place.ImagePositionPatient = [float(v) for v in lps[:, 3] + k * lps[:, 2]]
+        place.ImagePositionPatient = decimals(*(lps[:, 3] + k * lps[:, 2]))
         if change is not None:
             change(number, content)
         frame.FrameContentSequence, frame.PlanePositionSequence = [content], [place]

@@ -193,6 +193,15 @@ def test_the_energy_distances_that_are_compared_are_of_equally_many_masks_or_it_
     )
     assert f"its four levels at {levels['mean']:.3f}, next to the {runs['mean']:.3f} of every run's levels" in page
     assert f"the readers' majority, is {readers['mean']:.3f}." in page
+    again = tables.read("ged_by_masks_unet", tables.RESULTS)["ged"]
+    first, four = again["one_mask"], again["levels_of_the_map"]
+    other = tables.read_peer("peers_testing_all_raters", "consensus", tables.RESULTS)["ged"]["mean"]
+    assert f"goes from {first['mean']:.3f} as one mask to {four['mean']:.3f} as its four levels" in page
+    assert f"([{other:.3f}](benchmarks.md#peers))" in page
+    assert four["low"] < other < four["high"], "next to"
+    peers = " ".join((REPOSITORY / "docs" / "benchmarks.md").read_text(encoding="utf-8").split())
+    spans = [f"{one['mean']:.3f} ({one['low']:.3f} to {one['high']:.3f})" for one in (first, four)]
+    assert f"has {spans[0]} as one mask and {spans[1]} as its four levels" in peers
     same = tables.read("lidc_testing_all_raters_fast", tables.RESULTS)["ged"]["mean"]
     assert runs["mean"] == pytest.approx(same, abs=1e-6)
     for name in tables.ZOOMS.values():

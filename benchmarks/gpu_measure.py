@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -227,6 +228,17 @@ def noise_of(engine: Engine, model: Subject, image: Float32, batch: int, seed: i
             equal += int(np.count_nonzero(found[row, 0] == expected))
             total += expected.size
     return {"max": float(np.max(gaps)), "equal_share": equal / total, "values": total}
+
+
+def least(call: Callable[[], Any]) -> float:
+    """Seconds of the fastest of three calls, after one that does not count. The call must wait for what it does."""
+    call()
+    spent = []
+    for _ in range(3):
+        start = time.perf_counter()
+        call()
+        spent.append(time.perf_counter() - start)
+    return min(spent)
 
 
 def matmul_rates(device: str) -> dict[str, float]:

@@ -150,7 +150,7 @@ def test_the_published_way_is_measured_as_pytorch_is_set_and_without_tf32(monkey
 
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     monkeypatch.setattr(gpu_measure, "published", noted)
-    found = gpu_checks.check_published("published", TINY, CPU)
+    found = gpu_checks.check_published("published", TINY, CPU, lambda found: None)
     assert seen == [True, False]
     assert (found["seconds_a_slice"], found["without_tf32"]["seconds_a_slice"]) == (1.0, 2.0)
     assert found["flop"] == found["without_tf32"]["flop"] > 0
@@ -225,7 +225,7 @@ def test_no_batch_is_measured_that_another_engine_would_have_to_be_built_for(mon
         ("onnxruntime-tensorrt", SimpleNamespace(name="onnxruntime", version="0", device="cuda:0"), [88]),
     ):
         monkeypatch.setattr(gpu_checks, "open_path", lambda *_, engine=engine: engine)
-        gpu_checks.check_protocol(path, paper, Settings())
+        gpu_checks.check_protocol(path, paper, Settings(), lambda found: None)
         assert sizes == wanted
         sizes.clear()
 
@@ -268,7 +268,7 @@ def test_scaling_is_a_median_of_the_rounds_that_there_is_time_for(
     monkeypatch.setattr(gpu_measure, "whole_protocol", whole_protocol)
     monkeypatch.setattr(gpu_checks, "open_path", lambda *_: None)
     monkeypatch.setattr(gpu_checks, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    found = gpu_checks.check_scaling("graph", TINY, CPU)
+    found = gpu_checks.check_scaling("graph", TINY, CPU, lambda found: None)
     assert calls == [1, 2, 4] * rounds
     assert found["rounds"] == rounds
     assert found["seconds_a_slice"]["4"] == four

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -34,7 +35,7 @@ ENOUGH, MOST = 1.0, 25
 class DeviceMemory:
     """The most memory in use while a `with` block ran, bytes: on a GPU all of the device's, looked at every 10 ms; else this process's.
 
-    What PyTorch keeps from earlier batch sizes is given back first. No timing belongs into the block: looking costs the driver time.
+    0 where the driver does not tell: no time is lost for want of that. What PyTorch keeps from earlier batch sizes is given back first. No timing belongs into the block: looking costs the driver time.
     """
 
     def __init__(self, device: str) -> None:
@@ -43,8 +44,9 @@ class DeviceMemory:
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def _look(self) -> None:
-        free, total = torch.cuda.mem_get_info(self.device)
-        self.peak = max(self.peak, total - free)
+        with contextlib.suppress(RuntimeError):
+            free, total = torch.cuda.mem_get_info(self.device)
+            self.peak = max(self.peak, total - free)
 
     def _watch(self) -> None:
         while not self._stop.wait(0.01):

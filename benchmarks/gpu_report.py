@@ -6,7 +6,8 @@ import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from cdiff.benchmarks.gpu_plan import WAYS, fault_of
+from cdiff.benchmarks.gpu_checks import WAYS
+from cdiff.benchmarks.gpu_plan import fault_of
 from cdiff.benchmarks.gpu_subjects import PAPER, SHIPPED
 
 NAMES = {
@@ -120,7 +121,7 @@ def _protocol(checks: dict[str, Any], model: str) -> str:
             f"{result['flop'] / result['seconds_a_slice'] / rate:.0%}" if rate else NONE,
             str(batch), _ms(result.get("encoder_seconds")), _ms(steps.get("denoise")), _ms(steps.get("noise")), _ms(steps.get("update")),
             _ms(steps.get("replay")), _ms(result.get("transfer_seconds")), f"{result['host_share']:.1%}" if "host_share" in result else NONE,
-            f"{result['peak_bytes'] / 2**30:.1f}" if "peak_bytes" in result else NONE,
+            f"{result['peak_bytes'] / 2**30:.1f}" if result.get("peak_bytes") else NONE,
         ))  # fmt: skip
     columns = (
         "", "s a slice", "measured", "times the published way", "of the half-precision matmul rate", "rows a batch", "encoder, ms",

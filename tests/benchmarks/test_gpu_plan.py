@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from cdiff.benchmarks import gpu_checks, gpu_measure, gpu_report, gpu_suite
-from cdiff.benchmarks.gpu_checks import TORCH_PATHS
-from cdiff.benchmarks.gpu_plan import WAYS, Check, chosen, next_check, plan
+from cdiff.benchmarks.gpu_checks import TORCH_PATHS, WAYS
+from cdiff.benchmarks.gpu_plan import Check, chosen, next_check, plan
 from cdiff.benchmarks.gpu_report import NAMES, markdown
 from cdiff.benchmarks.gpu_suite import Suite, in_a_process
 from cdiff.benchmarks.gpu_targets import targets

@@ -3,7 +3,7 @@
     python -m cdiff.benchmarks.gpu_suite --out gpu_suite
 
 Each check runs in a process of its own with a time limit; gpu_suite.json and gpu_suite.md are written anew after each, and the same
-command goes on where it stopped, and tries again what was refused. It needs PyTorch and NumPy; what else is missing is said
+command goes on where it stopped, and tries again what was refused or broke. It needs PyTorch and NumPy; what else is missing is said
 in the table.
 """
 
@@ -159,6 +159,7 @@ def in_a_process(name: str, settings: Settings, seconds: float) -> dict[str, Any
     start = time.monotonic()
     with tempfile.TemporaryDirectory(dir=work) as folder:
         environment.setdefault("TMPDIR", folder)
+        environment.setdefault("PYTHONFAULTHANDLER", "1")  # where a crash came from is in the log
         out, log = Path(folder) / "check.json", Path(folder) / "log"
         command = [sys.executable, "-m", "cdiff.benchmarks.gpu_checks", name, settings_json(settings), str(out)]
         with log.open("w") as file:
@@ -176,11 +177,12 @@ def in_a_process(name: str, settings: Settings, seconds: float) -> dict[str, Any
         except (OSError, ValueError):  # it came to nothing before it ended
             outcome = {"status": RUNNING}
     if outcome["status"] == RUNNING:
-        last = said.strip().splitlines()[-1:] or ["it said nothing"]
+        lines = said.strip().splitlines() or ["it said nothing"]
+        last = next((line for line in lines if line.startswith("Fatal Python error")), lines[-1])
         why = (
             f"took longer than {seconds:.0f} s and was ended"
             if code is None
-            else f"its process ended with {code}: {last[0]}"
+            else f"its process ended with {code}: {last}"
         )
         why += "" if ended else "; its process does not end, and may keep the GPU from what comes next"
         outcome |= {"status": FAILED, "message": why, "seconds": round(time.monotonic() - start, 2)}

@@ -258,7 +258,7 @@ def captured(step: Callable[[], None], device: str, earlier: Captured | None = N
             if isinstance(cause, torch.OutOfMemoryError):
                 raise cause from None
             raise CdiffError(
-                f"a step could not be captured as a CUDA graph ({first_line(cause)}); run without capture, in a new process"
+                f"a step could not be captured as a CUDA graph ({first_line(cause)}); name another engine, in a new process"
             ) from error
     return Captured(graph, aside)
 

@@ -153,12 +153,13 @@ def test_what_was_measured_before_a_check_broke_counts(monkeypatch: pytest.Monke
 def test_a_check_that_is_ended_leaves_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = tmp_path / "check"
     program.write_text(
-        '#!/bin/sh\nfor out; do :; done\nprintf \'{"status": "running", "result": {"calls": 1}}\' > "$out"\n[ -e hang ] && exec sleep 600\nexit 3\n'
+        '#!/bin/sh\nfor out; do :; done\nprintf \'{"status": "running", "result": {"calls": 1}}\' > "$out"\n[ -e hang ] && exec sleep 600\n'
+        "echo Fatal Python error: Aborted\necho Extension modules: many\nexit 3\n"
     )
     program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(program))
     monkeypatch.chdir(tmp_path)
-    for message in ("its process ended with 3: it said nothing", "took longer than 2 s and was ended"):
+    for message in ("its process ended with 3: Fatal Python error: Aborted", "took longer than 2 s and was ended"):
         found = in_a_process("parity:graph:shipped", replace(CPU, work=str(tmp_path)), 2)
         assert (found["status"], found["message"], found["result"]) == ("failed", message, {"calls": 1})
         (tmp_path / "hang").touch()

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from cdiff.benchmarks import gpu_checks, gpu_measure, gpu_report, gpu_suite
-from cdiff.benchmarks.gpu_checks import TORCH_PATHS, WAYS
+from cdiff.benchmarks import gpu_checks, gpu_machine, gpu_measure, gpu_report, gpu_suite
+from cdiff.benchmarks.gpu_checks import TORCH_PATHS, WAYS, Settings
 from cdiff.benchmarks.gpu_plan import Check, chosen, next_check, plan
 from cdiff.benchmarks.gpu_report import NAMES, markdown
 from cdiff.benchmarks.gpu_suite import Suite, in_a_process
@@ -148,6 +148,26 @@ def test_what_was_measured_before_a_check_broke_counts(monkeypatch: pytest.Monke
     page = markdown({"settings": vars(CPU), "targets": [], "plan": [], "checks": {"protocol:graph:paper": found}})
     assert "| single steps; all else extrapolated |" in page
     assert "| protocol:graph:paper | failed, measured in part | CUDA error" in page
+
+
+def test_the_matmul_rate_is_known_whatever_breaks_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A target is a share of it; the driver, the copies and the engines are told beside."""
+    about = SimpleNamespace(name="H200", major=9, minor=0, total_memory=2**37, multi_processor_count=132)
+    monkeypatch.setattr(gpu_measure, "matmul_rates", lambda device: {"float16": 7e14})
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: about)
+
+    def breaks(*_: Any) -> Any:
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(gpu_machine, "copy_rate", breaks)
+    for called in ("copy_rate", "driver"):
+        monkeypatch.setattr(gpu_machine, called, breaks)
+        found = gpu_checks.run_check("machine", Settings("cuda:0"))
+        assert (found["status"], found["result"]["matmul_flop_per_s"]) == ("failed", {"float16": 7e14})
+        page = markdown({"settings": vars(CPU), "cdiff": "1", "targets": [], "plan": [], "checks": {"machine": found}})
+        assert ("- H200, compute capability 9.0, 128 GiB" in page) is (called == "copy_rate")
+        assert "- matrix products: float16 700.00 TFLOP/s" in page
+        assert "| machine | failed, measured in part | CUDA error: unspecified launch failure |" in page
 
 
 def test_a_check_that_is_ended_leaves_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,9 @@ from cdiff.benchmarks.gpu_targets import DICE, MAPS
 from cdiff.runtime.engines.registry import available_engines
 from cdiff.runtime.errors import CdiffError
 
+OF_ALL = ("machine", f"published:published:{PAPER}")
+"""The checks that the targets of every way need."""
+
 Outcomes = dict[str, dict[str, Any]]
 """What became of each check, by its name."""
 
@@ -96,6 +99,7 @@ def plan(device: str, small: bool) -> list[Check]:
             90,
             40,
         )
+        add("parity", "graph-tuned", SHIPPED, calls_and_maps, 90, 20)
         add("noise", "graph-plain", SHIPPED, "the noise of PyTorch's own operators against the NumPy form", 60, 12)
     checks.append(Check("tests", "the tests marked gpu", 180, 60))
     if kind != "cpu":  # compiled twice, for a call's rows and for a batch's: last, since it takes longest for one line
@@ -140,8 +144,9 @@ def fault_of(way: str, outcomes: Outcomes) -> str | None:
 def next_check(waiting: list[Check], outcomes: Outcomes, before: Outcomes) -> Check | None:
     """The one to run now; None where nothing is left to do. before: the outcomes that an earlier run left.
 
-    What stands in for ways that have a fault comes first. Last comes what was refused before, which may have what it lacked by now; what
-    broke twice; and what is left of a way that has a fault, which may cost as many limits of time as there are checks.
+    What every way needs, and what stands in for ways that have a fault, comes first. Last comes what was refused before, which may have what it lacked by now; what
+    broke, but for the first try anew of what the targets need; and what is left of a way that has a fault, which may cost as many limits
+    of time as there are checks.
     """
     able = [check for check in waiting if not check.spare or _stands_in(check, outcomes)]
     return min(able, key=lambda check: _turn(check, outcomes, before), default=None)
@@ -150,14 +155,17 @@ def next_check(waiting: list[Check], outcomes: Outcomes, before: Outcomes) -> Ch
 def _turn(check: Check, outcomes: Outcomes, before: Outcomes) -> int:
     if _stands_in(check, outcomes):
         return 0
-    state, own = before.get(check.name, {}).get("status"), check.way in WAYS
+    state, own, shared = before.get(check.name, {}).get("status"), check.way in WAYS, check.name in OF_ALL
     often = any(
         found.get("tries", 0) > 1
         for name, found in outcomes.items()
         if name == check.name or (own and _way(name) == check.way)
     )
-    fault = own and fault_of(check.way, outcomes) is not None
-    return 2 if state == REFUSED or often or (fault and state != FAILED) else 1
+    if often or state == REFUSED or (state == FAILED and not own and not shared):
+        return 2
+    if own and state != FAILED and fault_of(check.way, outcomes):
+        return 2
+    return 0 if shared else 1
 
 
 def _stands_in(check: Check, outcomes: Outcomes) -> bool:

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from cdiff.benchmarks.gpu_checks import WAYS
+from cdiff.benchmarks.gpu_checks import DONE, WAYS
 from cdiff.benchmarks.gpu_plan import fault_of
 from cdiff.benchmarks.gpu_subjects import PAPER, SHIPPED
 
@@ -37,7 +37,7 @@ def markdown(report: dict[str, Any]) -> str:
     parts: list[Callable[[], str]] = [
         lambda: _head(report),
         lambda: small if report["settings"]["small"] else "",
-        lambda: _targets(report["targets"], checks),
+        lambda: _targets(report["targets"], checks, {check["name"] for check in report["plan"]}),
         *(functools.partial(_protocol, checks, model) for model in (PAPER, SHIPPED)),
         *(functools.partial(part, checks) for part in (_parity, _scaling)),
         *(functools.partial(_sweep, checks, model) for model in (PAPER, SHIPPED)),
@@ -85,7 +85,7 @@ def _engines(checks: dict[str, Any]) -> str:
     return _table("Engines", ("engine", "version", "can run on", "what it says"), rows)
 
 
-def _targets(found: list[dict[str, Any]], checks: dict[str, Any]) -> str:
+def _targets(found: list[dict[str, Any]], checks: dict[str, Any], planned: set[str]) -> str:
     """A line for each way, a column for each target; then which way was measured for want of a better one."""
     ways: dict[str, list[dict[str, Any]]] = {}
     for one in found:
@@ -94,11 +94,19 @@ def _targets(found: list[dict[str, Any]], checks: dict[str, Any]) -> str:
     for path, own in ways.items():
         cells = (one["state"] if one["found"] == NONE else f"{one['found']}: **{one['state']}**" for one in own)
         lacking = dict.fromkeys(name for one in own for name in one["lacks"])
-        why = ", ".join(f"{name} {checks.get(name, {}).get('status', 'not run')}" for name in lacking)
+        states = {
+            name: checks[name]["status"] if name in checks else "not run"
+            for name in lacking
+            if name in {*checks, *planned}
+        }
+        why = ", ".join(f"{name} {state}" for name, state in states.items()) or (
+            "no check of it is planned" if lacking else ""
+        )
         rows.append((_name(path), *cells, why))
     columns = ("", *(one["target"] for one in found[: len(found) // max(1, len(ways))]), "not measured because")
     faults = [f"- {_name(way)}: {fault}." for way in WAYS if (fault := fault_of(way, checks))]
-    held = next((way for way in WAYS if f"protocol:{way}:{PAPER}" in checks and not fault_of(way, checks)), None)
+    done = [way for way in WAYS if checks.get(f"protocol:{way}:{PAPER}", {}).get("status") == DONE]
+    held = next((way for way in done if not fault_of(way, checks)), None)
     if faults:
         faults.append(f"- Measured in place of these: {_name(held) if held else 'nothing yet'}.")
     return "\n\n".join(filter(None, [_table("Targets", columns, rows), "\n".join(faults)]))

@@ -61,11 +61,15 @@ def _of(path: str, checks: dict[str, Any]) -> list[Target]:
     beside = f" ({exact['seconds_a_slice'] / seconds:.1f} times it without TF32)" if exact and seconds else ""
     of_peak = share / rate if share and rate else None
     longer = slices["4"] / slices["1"] - 1 if slices else None
+    # Single steps at the best of the sizes that were come to: told, and no whole protocol.
+    steps_alone = protocol.get("share") == 0
 
     def judge(target: str, value: float | None, form: str, good: Callable[[float], bool], **needs: Any) -> Target:
         """needs: what the value is made of, by the names of the checks."""
         if value is None:
             return Target(target, path, "-", UNKNOWN, tuple(name for name, part in needs.items() if not part))
+        if steps_alone and whole in needs:
+            return Target(target, path, f"{form.format(value)} by single steps", UNKNOWN, (whole,))
         return Target(target, path, form.format(value), MET if good(value) else MISSED, ())
 
     return [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cdiff.runtime.device.cuda import OutOfMemory
+from cdiff.runtime.device.graph import nothing_collected
 from cdiff.runtime.engines.base import Float32, Int64, Prediction, Rows, features_not_finite
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.sampling.noise import INITIAL
@@ -238,7 +238,7 @@ def captured(step: Callable[[], None], device: str, earlier: Captured | None = N
             raise
 
     # A capture that breaks leaves PyTorch on the capture's stream: the outer block puts the current one back.
-    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream()), _no_garbage():
+    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream()), nothing_collected():
         aside = torch.cuda.Stream() if earlier is None else earlier.stream  # type: ignore[no-untyped-call]
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
@@ -261,19 +261,6 @@ def captured(step: Callable[[], None], device: str, earlier: Captured | None = N
                 f"a step could not be captured as a CUDA graph ({first_line(cause)}); name another engine, in a new process"
             ) from error
     return Captured(graph, aside)
-
-
-@contextmanager
-def _no_garbage() -> Iterator[None]:
-    """Within the block Python collects none: an older graph or library that went in the middle of a capture could break it."""
-    on = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if on:
-            gc.enable()
 
 
 def _seconds(call: Callable[[], Any], step: Tensor, device: str) -> float:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -33,7 +35,7 @@ ENOUGH, MOST = 1.0, 25
 class DeviceMemory:
     """The most memory in use while a `with` block ran, bytes: on a GPU all of the device's, looked at every 10 ms; else this process's.
 
-    What PyTorch keeps from earlier batch sizes is given back first. No timing belongs into the block: looking costs the driver time.
+    0 where the driver does not tell: no time is lost for want of that. What PyTorch keeps from earlier batch sizes is given back first. No timing belongs into the block: looking costs the driver time.
     """
 
     def __init__(self, device: str) -> None:
@@ -42,8 +44,9 @@ class DeviceMemory:
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def _look(self) -> None:
-        free, total = torch.cuda.mem_get_info(self.device)
-        self.peak = max(self.peak, total - free)
+        with contextlib.suppress(RuntimeError):
+            free, total = torch.cuda.mem_get_info(self.device)
+            self.peak = max(self.peak, total - free)
 
     def _watch(self) -> None:
         while not self._stop.wait(0.01):
@@ -227,6 +230,17 @@ def noise_of(engine: Engine, model: Subject, image: Float32, batch: int, seed: i
             equal += int(np.count_nonzero(found[row, 0] == expected))
             total += expected.size
     return {"max": float(np.max(gaps)), "equal_share": equal / total, "values": total}
+
+
+def least(call: Callable[[], Any]) -> float:
+    """Seconds of the fastest of three calls, after one that does not count. The call must wait for what it does."""
+    call()
+    spent = []
+    for _ in range(3):
+        start = time.perf_counter()
+        call()
+        spent.append(time.perf_counter() - start)
+    return min(spent)
 
 
 def matmul_rates(device: str) -> dict[str, float]:

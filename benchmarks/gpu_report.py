@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
 from typing import Any
 
+from cdiff.benchmarks.gpu_checks import DONE, WAYS
+from cdiff.benchmarks.gpu_plan import fault_of
 from cdiff.benchmarks.gpu_subjects import PAPER, SHIPPED
 
 NAMES = {
@@ -15,6 +18,8 @@ NAMES = {
     "graph-tuned": "cdiff, PyTorch float16, our kernels, algorithms timed, captured",
     "graph-plain": "cdiff, PyTorch float16, its own GroupNorm, captured",
     "graph-compiled": "cdiff, PyTorch float16, compiled, algorithms timed, captured",
+    "launched": "cdiff, PyTorch float16, our kernels, not captured",
+    "launched-plain": "cdiff, PyTorch float16, its own GroupNorm, not captured",
     "onnxruntime": "cdiff, ONNX Runtime CUDA",
     "tensorrt": "cdiff, TensorRT",
     "tensorrt-rtx": "cdiff, TensorRT for RTX",
@@ -28,14 +33,26 @@ NONE = "-"
 def markdown(report: dict[str, Any]) -> str:
     """The page. Everything in it is in the JSON too; what was not measured says so."""
     checks = report["checks"]
-    parts = ["# GPU suite", _head(report)]
-    if report["settings"]["small"]:
-        parts.append("**Tiny networks: this run tried the suite itself. No number here says anything about a GPU.**")
-    parts += [_engines(checks), _targets(report["targets"])]
-    parts += [_protocol(checks, model) for model in (PAPER, SHIPPED)]
-    parts += [_sweep(checks, model) for model in (PAPER, SHIPPED)]
-    parts += [_parity(checks), _noise(checks), _replay(checks), _scaling(checks), _tests(checks), _unmeasured(report)]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    small = "**Tiny networks: this run tried the suite itself. No number here says anything about a GPU.**"
+    parts: list[Callable[[], str]] = [
+        lambda: _head(report),
+        lambda: small if report["settings"]["small"] else "",
+        lambda: _targets(report["targets"], checks, {check["name"] for check in report["plan"]}),
+        *(functools.partial(_protocol, checks, model) for model in (PAPER, SHIPPED)),
+        *(functools.partial(part, checks) for part in (_parity, _scaling)),
+        *(functools.partial(_sweep, checks, model) for model in (PAPER, SHIPPED)),
+        *(functools.partial(part, checks) for part in (_noise, _replay, _tests, _engines)),
+        lambda: _unmeasured(report),
+    ]
+    return "\n\n".join(text for text in ("# GPU suite", *map(_written, parts)) if text) + "\n"
+
+
+def _written(part: Callable[[], str]) -> str:
+    """A part of the page; a line in its place where a number is of a form that nobody foresaw, which must not cost the others."""
+    try:
+        return part()
+    except Exception as error:
+        return f"**A part of this page could not be written ({type(error).__name__}: {error}); its numbers are in gpu_suite.json.**"
 
 
 def _head(report: dict[str, Any]) -> str:
@@ -47,7 +64,8 @@ def _head(report: dict[str, Any]) -> str:
     if gpu:
         lines.append(
             f"- {gpu['name']}, compute capability {gpu['capability']}, {gpu['bytes'] / 2**30:.0f} GiB, driver {gpu['driver'] or 'unknown'}, "
-            f"CUDA {gpu['cuda']}, cuDNN {gpu['cudnn']}, copies {gpu['copy_bytes_per_s'] / 1e12:.2f} TB/s"
+            f"CUDA {gpu['cuda']}, cuDNN {gpu['cudnn']}"
+            + (f", copies {gpu['copy_bytes_per_s'] / 1e12:.2f} TB/s" if "copy_bytes_per_s" in gpu else "")
         )
     lines.append("- matrix products: " + ", ".join(f"{kind} {rate / 1e12:.2f} TFLOP/s" for kind, rate in rates.items()))
     lines.append("- " + ", ".join(f"{name} {number}" for name, number in found["packages"].items()))
@@ -67,9 +85,31 @@ def _engines(checks: dict[str, Any]) -> str:
     return _table("Engines", ("engine", "version", "can run on", "what it says"), rows)
 
 
-def _targets(found: list[dict[str, str]]) -> str:
-    rows = ((one["target"], _name(one["path"]), one["found"], one["state"]) for one in found)
-    return _table("Targets", ("target", "by", "measured", "state"), rows)
+def _targets(found: list[dict[str, Any]], checks: dict[str, Any], planned: set[str]) -> str:
+    """A line for each way, a column for each target; then which way was measured for want of a better one."""
+    ways: dict[str, list[dict[str, Any]]] = {}
+    for one in found:
+        ways.setdefault(one["path"], []).append(one)
+    rows = []
+    for path, own in ways.items():
+        cells = (one["state"] if one["found"] == NONE else f"{one['found']}: **{one['state']}**" for one in own)
+        lacking = dict.fromkeys(name for one in own for name in one["lacks"])
+        states = {
+            name: checks[name]["status"] if name in checks else "not run"
+            for name in lacking
+            if name in {*checks, *planned}
+        }
+        why = ", ".join(f"{name} {state}" for name, state in states.items()) or (
+            "no check of it is planned" if lacking else ""
+        )
+        rows.append((_name(path), *cells, why))
+    columns = ("", *(one["target"] for one in found[: len(found) // max(1, len(ways))]), "not measured because")
+    faults = [f"- {_name(way)}: {fault}." for way in WAYS if (fault := fault_of(way, checks))]
+    done = [way for way in WAYS if checks.get(f"protocol:{way}:{PAPER}", {}).get("status") == DONE]
+    held = next((way for way in done if not fault_of(way, checks)), None)
+    if faults:
+        faults.append(f"- Measured in place of these: {_name(held) if held else 'nothing yet'}.")
+    return "\n\n".join(filter(None, [_table("Targets", columns, rows), "\n".join(faults)]))
 
 
 def _protocol(checks: dict[str, Any], model: str) -> str:
@@ -89,7 +129,7 @@ def _protocol(checks: dict[str, Any], model: str) -> str:
             f"{result['flop'] / result['seconds_a_slice'] / rate:.0%}" if rate else NONE,
             str(batch), _ms(result.get("encoder_seconds")), _ms(steps.get("denoise")), _ms(steps.get("noise")), _ms(steps.get("update")),
             _ms(steps.get("replay")), _ms(result.get("transfer_seconds")), f"{result['host_share']:.1%}" if "host_share" in result else NONE,
-            f"{result['peak_bytes'] / 2**30:.1f}",
+            f"{result['peak_bytes'] / 2**30:.1f}" if result.get("peak_bytes") else NONE,
         ))  # fmt: skip
     columns = (
         "", "s a slice", "measured", "times the published way", "of the half-precision matmul rate", "rows a batch", "encoder, ms",
@@ -107,6 +147,8 @@ def _tf32(result: dict[str, Any]) -> str:
 
 
 def _share(share: float) -> str:
+    if share <= 0:
+        return "single steps; all else extrapolated"
     return "all of it" if share >= 1 else f"{share:.1%} of the steps; the rest extrapolated"
 
 
@@ -214,21 +256,15 @@ def _tests(checks: dict[str, Any]) -> str:
 
 
 def _unmeasured(report: dict[str, Any]) -> str:
-    checks = report["checks"]
-    rows = [
-        (
-            check["name"],
-            checks.get(check["name"], {}).get("status", "not measured"),
-            checks.get(check["name"], {}).get("message", "not run"),
-        )
-        for check in report["plan"]
-        if "result" not in checks.get(check["name"], {})
-    ]
-    rows += [
-        (name, "done but for a step's parts", found["result"]["parts_error"])
-        for name, found in checks.items()
-        if "parts_error" in found.get("result", {})
-    ]
+    rows = []
+    for name, found in report["checks"].items():
+        if "parts_error" in found.get("result", {}):
+            rows.append((name, "done but for a step's parts", found["result"]["parts_error"]))
+        elif "message" in found:
+            state = found["status"] + (", measured in part" if "result" in found else "")
+            rows.append((name, state, found["message"]))
+    planned = (check["name"] for check in report["plan"] if not check["spare"])
+    rows += [(name, "not measured", "not run") for name in planned if name not in report["checks"]]
     return _table("Not measured", ("check", "state", "why"), rows)
 
 

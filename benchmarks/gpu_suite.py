@@ -3,7 +3,7 @@
     python -m cdiff.benchmarks.gpu_suite --out gpu_suite
 
 Each check runs in a process of its own with a time limit; gpu_suite.json and gpu_suite.md are written anew after each, and the same
-command goes on where it stopped, and tries again what was refused. It needs PyTorch and NumPy; what else is missing is said
+command goes on where it stopped, and tries again what was refused or broke. It needs PyTorch and NumPy; what else is missing is said
 in the table.
 """
 
@@ -19,110 +19,24 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+import traceback
 from pathlib import Path
 from typing import Any
 
 import cdiff
-from cdiff.benchmarks.gpu_checks import DONE, FAILED, REFUSED, Settings, settings_json
+from cdiff.benchmarks.gpu_checks import DONE, FAILED, REFUSED, RUNNING, Settings, settings_json
+from cdiff.benchmarks.gpu_plan import Check, chosen, next_check, plan
 from cdiff.benchmarks.gpu_report import markdown
-from cdiff.benchmarks.gpu_subjects import PAPER, SHIPPED
-from cdiff.benchmarks.gpu_targets import targets
+from cdiff.benchmarks.gpu_targets import summary, targets
 from cdiff.benchmarks.script import parser_of
-from cdiff.runtime.engines.registry import available_engines
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import make_folder, must_take_files, write_bytes, write_json
 
 FORMAT = 1
 MINUTES = 7.8
 SKIPPED = "not measured"
-
-
-@dataclass(frozen=True)
-class Check:
-    """One line of the plan: `seconds` is its limit, `expected` what it should take on an H200, guessed and not measured."""
-
-    name: str
-    what: str
-    seconds: int
-    expected: int
-
-
-def plan(device: str, small: bool) -> list[Check]:
-    """Every check for this machine, the most telling first. Engines that cannot run on the device are told by `machine` alone."""
-    kind = device.split(":")[0]
-    engines = [state.name for state in available_engines() if kind in state.devices]
-    checks = [Check("machine", "versions, the GPU, measured rates, the state of every engine", 60, 12)]
-
-    def add(kind: str, path: str, model: str, what: str, seconds: int, expected: int) -> None:
-        checks.append(Check(f"{kind}:{path}:{model}", what, seconds, expected))
-
-    calls_and_maps = "against PyTorch float32: calls and final maps"
-    parts = "sweep, whole protocol, parts"
-    one_by_one = "float32, one chain after another, encoder for each: a share of it"
-    add("noise", "graph", SHIPPED, "noise drawn on the device against the NumPy form", 120, 40)
-    add("published", "published", PAPER, f"baseline: {one_by_one}", 90, 25)
-    add("protocol", "graph", PAPER, f"our captured half-precision chain: {parts}", 150, 60)
-    add("parity", "graph", SHIPPED, calls_and_maps, 90, 20)
-    add("scaling", "graph", SHIPPED, "1, 2 and 4 slices", 90, 30)
-    for engine in engines:
-        add("parity", engine, SHIPPED, calls_and_maps, 120, 30)
-        add("protocol", engine, SHIPPED, parts, 90, 20)
-        add("protocol", engine, PAPER, f"{parts}; exports the graphs first", 200, 110)
-    add("replay", "graph", SHIPPED, "graph replay against plain launches", 60, 15)
-    add("protocol", "graph", SHIPPED, parts, 60, 15)
-    add("published", "published", SHIPPED, f"baseline: {one_by_one}", 60, 15)
-    add("parity", "graph", PAPER, "calls against PyTorch float32", 60, 15)
-    add("protocol", "eager16", PAPER, f"baseline: float16 eager, encoder once: {parts}", 120, 40)
-    if kind != "cpu":  # compiling for a CPU takes minutes, and is no baseline for a GPU
-        add("protocol", "compiled", PAPER, f"baseline: torch.compile with CUDA graphs, encoder once: {parts}", 220, 100)
-    add("protocol", "graph-tuned", PAPER, f"our captured chain, cuDNN's algorithms timed: {parts}", 150, 60)
-    # Where Triton has no C compiler `graph` is refused, and this is the engine that users get.
-    add("protocol", "graph-plain", PAPER, f"the captured chain with PyTorch's own GroupNorm: {parts}", 120, 45)
-    add("parity", "graph-plain", SHIPPED, calls_and_maps, 90, 20)
-    if kind != "cpu":
-        add(
-            "protocol",
-            "graph-compiled",
-            PAPER,
-            f"the chain through torch.compile, cuDNN's algorithms timed, captured by us: {parts}",
-            220,
-            120,
-        )
-        for engine in engines:
-            add("noise", engine, SHIPPED, "noise drawn by that engine against the NumPy form", 60, 12)
-            add("replay", engine, SHIPPED, "graph replay against plain launches", 60, 15)
-            add("scaling", engine, SHIPPED, "1, 2 and 4 slices", 90, 30)
-            add("parity", engine, PAPER, "calls against PyTorch float32", 120, 30)
-        add(
-            "parity",
-            "onnxruntime-cpu",
-            SHIPPED,
-            "ONNX Runtime on the host's processor, against PyTorch float32",
-            90,
-            40,
-        )
-        add("noise", "graph-plain", SHIPPED, "the noise of PyTorch's own operators against the NumPy form", 60, 12)
-        add("scaling", "graph-plain", SHIPPED, "1, 2 and 4 slices", 90, 30)
-    checks.append(Check("tests", "the tests marked gpu", 180, 60))
-    if kind != "cpu":  # compiled twice, for a call's rows and for a batch's: last, since it takes longest for one line
-        add("parity", "graph-compiled", SHIPPED, calls_and_maps, 220, 100)
-    return [dataclasses.replace(c, expected=2, seconds=600) if small else c for c in checks]
-
-
-def chosen(checks: list[Check], wanted: str | None) -> list[Check]:
-    """Those whose name is one of `wanted`, or begins with one of them at a colon. Raises CdiffError for a word that fits none."""
-    if wanted is None:
-        return checks
-    words = [word.strip() for word in wanted.split(",") if word.strip()]
-    for word in words:
-        if not any(fits(check.name, word) for check in checks):
-            raise CdiffError(f"--checks {word}: no check of that name; --dry-run lists them")
-    return [check for check in checks if any(fits(check.name, word) for word in words)]
-
-
-def fits(name: str, word: str) -> bool:
-    return name == word or name.startswith(f"{word}:")
+TO_END = 20.0
+"""Seconds that a killed process is waited for."""
 
 
 def gpu_missing(device: str) -> str | None:
@@ -152,7 +66,7 @@ class Suite:
         self.out, self.settings = make_folder(out), settings
         self.path = out / "gpu_suite.json"
         self.report: dict[str, Any] = {
-            "format": FORMAT, "cdiff": cdiff.__version__, "settings": dataclasses.asdict(settings), "checks": {},
+            "format": FORMAT, "cdiff": cdiff.__version__, "settings": dataclasses.asdict(settings), "checks": {}, "targets": [],
         }  # fmt: skip
         if self.path.exists() and not fresh:
             self._resume()
@@ -164,7 +78,11 @@ class Suite:
             mine = self.report["settings"]
             # Where the graphs lie says nothing of what was measured.
             same = older["format"] == FORMAT and older["settings"] | {"work": mine["work"]} == mine
-            kept = {name: found for name, found in older["checks"].items() if found["status"] not in (FAILED, SKIPPED)}
+            kept = {
+                name: found
+                for name, found in older["checks"].items()
+                if found["status"] != SKIPPED or "result" in found
+            }
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CdiffError(f"{self.path} cannot be gone on with ({error}); give --fresh to start anew") from None
         if not same:
@@ -174,25 +92,27 @@ class Suite:
         self.report["checks"] = kept
 
     def save(self) -> None:
-        """Both files, whole or not at all."""
-        self.report["targets"] = targets(self.report["checks"], self.settings.small)
+        """Both files, whole or not at all. A number of a form that nobody foresaw costs the targets or its part of the page, and no other number."""
+        try:
+            self.report["targets"] = targets(self.report["checks"], self.settings.small)
+        except Exception:
+            traceback.print_exc()
         write_json(self.path, self.report)
         write_bytes(self.out / "gpu_suite.md", markdown(self.report).encode())
 
     def run(self, checks: list[Check], minutes: float) -> None:
-        """Every check that was not done before, while there is time; a line each.
+        """Every check that was not done before, while there is time, in the order of `next_check`; a line each.
 
-        What was refused before is tried again, since what it lacked may be there by now; but last, so that it takes no time from what
-        was never measured, and where no time is left the refusal stays.
+        What was refused before, or broke, is tried again, and where no time is left its outcome stays.
         """
         deadline = time.monotonic() + 60 * minutes
-        done = self.report["checks"]
-        states = {name: found["status"] for name, found in done.items()}
-        for check in sorted(checks, key=lambda check: states.get(check.name) == REFUSED):
-            left, state = deadline - time.monotonic(), states.get(check.name)
+        done, before, waiting = self.report["checks"], dict(self.report["checks"]), list(checks)
+        while check := next_check(waiting, done, before):
+            waiting.remove(check)
+            left, older = deadline - time.monotonic(), before.get(check.name, {})
             # A check that is cut short measures nothing, and one of those after it may be shorter.
             late = left < max(min(10, check.seconds), check.expected / 2)
-            if state == DONE or (state == REFUSED and late):
+            if older.get("status") == DONE or (older.get("status") in (REFUSED, FAILED) and late):
                 print(f"{check.name}: kept from before", flush=True)
                 continue
             found: dict[str, Any] = {
@@ -200,13 +120,17 @@ class Suite:
             }  # fmt: skip
             if not late:
                 outcome = in_a_process(check.name, self.settings, min(check.seconds, left))
+                broke = outcome["status"] == FAILED
                 # Cut short by --minutes, and not by its own limit: nothing broke.
-                cut = outcome["status"] == FAILED and time.monotonic() >= deadline
-                found = found | {"seconds": outcome["seconds"]} if cut else outcome
-            done[check.name] = found
+                cut = broke and time.monotonic() >= deadline
+                found = outcome | (found | {"seconds": outcome["seconds"]} if cut else {})
+                if broke and not cut:
+                    found["tries"] = older.get("tries", 0) + 1
+            # What an earlier try measured before it broke is not lost to a later one that came less far.
+            done[check.name] = {key: older[key] for key in ("result",) if key in older} | found
             print(f"{check.name}: {found['status']} in {found['seconds']:.0f} s{_tail(found)}", flush=True)
             self.save()
-        if any(done[name]["status"] == DONE for name in states if states[name] == REFUSED):
+        if any(done[name]["status"] == DONE for name, found in before.items() if found["status"] == REFUSED):
             self._list_packages_again(checks, deadline)
         self.save()
 
@@ -235,6 +159,7 @@ def in_a_process(name: str, settings: Settings, seconds: float) -> dict[str, Any
     start = time.monotonic()
     with tempfile.TemporaryDirectory(dir=work) as folder:
         environment.setdefault("TMPDIR", folder)
+        environment.setdefault("PYTHONFAULTHANDLER", "1")  # where a crash came from is in the log
         out, log = Path(folder) / "check.json", Path(folder) / "log"
         command = [sys.executable, "-m", "cdiff.benchmarks.gpu_checks", name, settings_json(settings), str(out)]
         with log.open("w") as file:
@@ -245,38 +170,50 @@ def in_a_process(name: str, settings: Settings, seconds: float) -> dict[str, Any
             except subprocess.TimeoutExpired:
                 code = None
             finally:
-                _end(process)
+                ended = _end(process)
         said = log.read_text(encoding="utf-8", errors="replace")[-4000:]
-        spent = round(time.monotonic() - start, 2)
-        if code is None:
-            return {
-                "status": FAILED,
-                "message": f"took longer than {seconds:.0f} s and was ended",
-                "log": said,
-                "seconds": spent,
-            }
-        if out.exists():
+        try:
             outcome: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
-            return outcome | ({"log": said} if outcome["status"] == FAILED else {})
-        last = said.strip().splitlines()[-1:] or ["it said nothing"]
-        return {"status": FAILED, "message": f"its process ended with {code}: {last[0]}", "log": said, "seconds": spent}
+        except (OSError, ValueError):  # it came to nothing before it ended
+            outcome = {"status": RUNNING}
+    if outcome["status"] == RUNNING:
+        lines = said.strip().splitlines() or ["it said nothing"]
+        last = next((line for line in lines if line.startswith("Fatal Python error")), lines[-1])
+        why = (
+            f"took longer than {seconds:.0f} s and was ended"
+            if code is None
+            else f"its process ended with {code}: {last}"
+        )
+        why += "" if ended else "; its process does not end, and may keep the GPU from what comes next"
+        outcome |= {"status": FAILED, "message": why, "seconds": round(time.monotonic() - start, 2)}
+    return outcome | ({"log": said} if outcome["status"] == FAILED else {})
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the process and what it started; the group is its own."""
+def _end(process: subprocess.Popen[bytes]) -> bool:
+    """End the process and what it started; the group is its own. Whether it ended: one that waits for a driver that hangs does not."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    try:
+        process.wait(timeout=TO_END)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
 
 
 def describe(checks: list[Check]) -> str:
     """The plan as text."""
     width = max(len(check.name) for check in checks)
-    lines = [f"{check.name:{width}}  about {check.expected:3d} s  {check.what}" for check in checks]
-    total = sum(check.expected for check in checks)
-    return "\n".join(
-        [*lines, f"{len(checks)} checks, about {total / 60:.1f} minutes on an H200 by guess; --minutes ends it in time"]
+    lines = [
+        f"{check.name:{width}}  "
+        + ("only in need" if check.spare else f"about {check.expected:3d} s ")
+        + f"  {check.what}"
+        for check in checks
+    ]
+    planned = [check.expected for check in checks if not check.spare]
+    total = (
+        f"{len(planned)} checks, about {sum(planned) / 60:.1f} minutes on an H200 by guess; --minutes ends it in time"
     )
+    return "\n".join([*lines, total])
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -325,8 +262,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where it stopped", file=sys.stderr)
         return 130
+    print("\n".join(summary(suite.report["targets"])))
     print(suite.out / "gpu_suite.md")
-    return int(any(suite.report["checks"][check.name]["status"] == FAILED for check in checks))
+    return int(any(suite.report["checks"].get(check.name, {}).get("status") == FAILED for check in checks))
 
 
 if __name__ == "__main__":

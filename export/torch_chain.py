@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cdiff.runtime.device.cuda import OutOfMemory
+from cdiff.runtime.device.graph import nothing_collected
 from cdiff.runtime.engines.base import Float32, Int64, Prediction, Rows, features_not_finite
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.sampling.noise import INITIAL
@@ -227,7 +228,17 @@ def captured(step: Callable[[], None], device: str, earlier: Captured | None = N
     Raises CdiffError, with CUDA's own words, when something in it cannot be captured; what fails in a plain launch before that comes
     through as it is, since it would fail without a capture too.
     """
-    with torch.cuda.device(device):
+    broke: list[Exception] = []
+
+    def told() -> None:
+        try:
+            step()
+        except Exception as error:
+            broke.append(error)
+            raise
+
+    # A capture that breaks leaves PyTorch on the capture's stream: the outer block puts the current one back.
+    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream()), nothing_collected():
         aside = torch.cuda.Stream() if earlier is None else earlier.stream  # type: ignore[no-untyped-call]
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
@@ -240,12 +251,14 @@ def captured(step: Callable[[], None], device: str, earlier: Captured | None = N
             # On a stream of this GPU: PyTorch's own for captures stays on the GPU of the process's first one, and a graph captured there
             # would hold nothing. Only this thread's calls count: another may look at the memory meanwhile.
             with torch.cuda.graph(graph, pool=pool, stream=aside, capture_error_mode="thread_local"):
-                step()
-        except torch.OutOfMemoryError:
-            raise
+                told()
         except RuntimeError as error:
+            # The end of a capture that broke is an error too, and says less than the first one.
+            cause = broke[0] if broke else error
+            if isinstance(cause, torch.OutOfMemoryError):
+                raise cause from None
             raise CdiffError(
-                f"a step could not be captured as a CUDA graph ({first_line(error)}); run without capture"
+                f"a step could not be captured as a CUDA graph ({first_line(cause)}); name another engine, in a new process"
             ) from error
     return Captured(graph, aside)
 

@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from cdiff.runtime.device.cuda import driver_call, need
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.words import first_line
+
+
+@contextmanager
+def nothing_collected() -> Iterator[None]:
+    """Within the block Python collects no garbage; what there is goes before it.
+
+    An older graph or memory of the GPU that nobody holds any more but a cycle of references would be freed wherever the collector strikes,
+    and in the middle of a capture that breaks it.
+    """
+    was_on = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 class Graph:
@@ -22,18 +41,18 @@ class Graph:
     def __init__(self, stream: Any, queue: Callable[[], None]) -> None:
         driver = need("cuda.bindings.driver")
         self._stream = driver.CUstream(stream.handle)
-        driver_call(
-            "cuStreamBeginCapture", self._stream, driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
-        )
-        try:
-            queue()
-        except Exception as error:  # an engine's, or PyCUDA's where a library's call has spoiled the capture
-            self._abandon(driver)
-            raise CdiffError(first_line(error)) from error
-        except BaseException:
-            self._abandon(driver)
-            raise
-        graph = driver_call("cuStreamEndCapture", self._stream)
+        mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        with nothing_collected():
+            driver_call("cuStreamBeginCapture", self._stream, mode)
+            try:
+                queue()
+            except Exception as error:  # an engine's, or PyCUDA's where a library's call has spoiled the capture
+                self._abandon(driver)
+                raise CdiffError(first_line(error)) from error
+            except BaseException:
+                self._abandon(driver)
+                raise
+            graph = driver_call("cuStreamEndCapture", self._stream)
         try:
             self._executable = driver_call("cuGraphInstantiate", graph, 0)
         finally:

@@ -76,7 +76,7 @@ def _onnxruntime_status(name: str) -> EngineStatus:
     try:
         ort: Any = importlib.import_module("onnxruntime")
         providers, version = ort.get_available_providers(), str(ort.__version__)
-    except (ImportError, OSError, AttributeError) as error:
+    except Exception as error:  # what is broken breaks in its own way
         reason = f"onnxruntime is installed but broken ({error}): pip install --force-reinstall onnxruntime"
         return EngineStatus(name, None, (), reason)
     if name == "onnxruntime-tensorrt":

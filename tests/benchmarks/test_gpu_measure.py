@@ -110,6 +110,10 @@ def test_memory_is_looked_at_apart_from_the_clock_and_without_leftovers(
     with DeviceMemory("cuda:0") as memory:
         pass
     assert memory.peak == 10
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (_ for _ in ()).throw(RuntimeError("not supported")))
+    with DeviceMemory("cuda:0") as memory:
+        pass
+    assert memory.peak == 0, "no time is lost for want of it"
 
     class Watch(DeviceMemory):
         def __enter__(self) -> DeviceMemory:
@@ -150,7 +154,7 @@ def test_the_published_way_is_measured_as_pytorch_is_set_and_without_tf32(monkey
 
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     monkeypatch.setattr(gpu_measure, "published", noted)
-    found = gpu_checks.check_published("published", TINY, CPU)
+    found = gpu_checks.check_published("published", TINY, CPU, lambda found: None)
     assert seen == [True, False]
     assert (found["seconds_a_slice"], found["without_tf32"]["seconds_a_slice"]) == (1.0, 2.0)
     assert found["flop"] == found["without_tf32"]["flop"] > 0
@@ -214,9 +218,14 @@ def test_no_batch_is_measured_that_another_engine_would_have_to_be_built_for(mon
         sizes.append(size)
         return 0.1
 
-    done = {"seconds": 1.0}
+    limits: list[float] = []
+
+    def whole_protocol(engine: Any, model: Any, image: Any, batch: int, seconds: float) -> dict[str, Any]:
+        limits.append(seconds)
+        return {"seconds": 1.0}
+
     monkeypatch.setattr(gpu_measure, "step_seconds", step_seconds)
-    monkeypatch.setattr(gpu_measure, "whole_protocol", lambda *_: done)
+    monkeypatch.setattr(gpu_measure, "whole_protocol", whole_protocol)
     monkeypatch.setattr(gpu_checks, "step_parts", lambda *_: {})
     paper = subject(PAPER, small=False)
     for path, engine, wanted in (
@@ -225,9 +234,11 @@ def test_no_batch_is_measured_that_another_engine_would_have_to_be_built_for(mon
         ("onnxruntime-tensorrt", SimpleNamespace(name="onnxruntime", version="0", device="cuda:0"), [88]),
     ):
         monkeypatch.setattr(gpu_checks, "open_path", lambda *_, engine=engine: engine)
-        gpu_checks.check_protocol(path, paper, Settings())
+        gpu_checks.check_protocol(path, paper, Settings(), lambda found: None)
         assert sizes == wanted
         sizes.clear()
+        # What the targets are of is run as a whole where it can be.
+        assert limits.pop() == Settings().seconds * (3 if path == "graph" else 1)
 
 
 def test_no_room_for_the_parts_of_a_step_costs_no_measured_protocol(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,7 +279,7 @@ def test_scaling_is_a_median_of_the_rounds_that_there_is_time_for(
     monkeypatch.setattr(gpu_measure, "whole_protocol", whole_protocol)
     monkeypatch.setattr(gpu_checks, "open_path", lambda *_: None)
     monkeypatch.setattr(gpu_checks, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    found = gpu_checks.check_scaling("graph", TINY, CPU)
+    found = gpu_checks.check_scaling("graph", TINY, CPU, lambda found: None)
     assert calls == [1, 2, 4] * rounds
     assert found["rounds"] == rounds
     assert found["seconds_a_slice"]["4"] == four

@@ -17,9 +17,10 @@ import torch
 from cdiff.benchmarks import gpu_checks, gpu_suite, gpu_tests
 from cdiff.benchmarks.gpu_checks import KINDS, Settings
 from cdiff.benchmarks.gpu_measure import flops
+from cdiff.benchmarks.gpu_plan import Check, chosen, plan
 from cdiff.benchmarks.gpu_report import markdown
 from cdiff.benchmarks.gpu_subjects import PAPER, demo_slices, shipped_config, subject
-from cdiff.benchmarks.gpu_suite import Check, Suite, chosen, in_a_process, main, plan
+from cdiff.benchmarks.gpu_suite import Suite, in_a_process, main
 from cdiff.runtime.bundle import open_bundle, shipped_bundle
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.scans.scan import read_scan
@@ -168,15 +169,15 @@ def test_it_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyP
     ran.clear()
     again = Suite(tmp_path, CPU, checks, fresh=False)
     again.run(checks, minutes=5)
-    assert ran == [name for name in (check.name for check in checks) if "graph" not in name] + [
-        "noise:graph:shipped"
-    ], "what broke is tried again, and after it what was refused"
+    assert ran == [check.name for check in checks], "what broke, if a target needs it, before what was refused"
     page = (tmp_path / "gpu_suite.md").read_text()
     assert "| noise:graph:shipped | refused | no |" in page
     with pytest.raises(CdiffError, match="other settings; give --fresh"):
         Suite(tmp_path, Settings("cpu"), checks, fresh=False)
     elsewhere = Suite(tmp_path, replace(CPU, work="elsewhere"), checks, fresh=False)
-    assert elsewhere.report["checks"].keys() == {"noise:graph:shipped"}, "graphs in another folder measure the same"
+    assert elsewhere.report["checks"].keys() == {check.name for check in checks}, (
+        "graphs in another folder measure the same"
+    )
     (tmp_path / "gpu_suite.json").write_text("{")
     with pytest.raises(CdiffError, match="give --fresh"):
         Suite(tmp_path, CPU, checks, fresh=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import shutil
 import sysconfig
@@ -194,10 +195,15 @@ def test_each_gpu_is_captured_on_a_stream_of_its_own(monkeypatch: pytest.MonkeyP
             shared.append((pool, stream))
 
         def __enter__(self) -> None:
+            assert not gc.isenabled(), "what is collected within a capture can break it"
             capturing.append(self.device)
+            self.before, now["stream"] = now["stream"], "the capture's"
 
-        def __exit__(self, *_: object) -> None:
+        def __exit__(self, broken: object, *_: object) -> None:
             capturing.pop()
+            if broken:  # PyTorch 2.11 and 2.13 raise here before they put the stream back
+                raise RuntimeError("operation failed due to a previous error during capture")
+            now["stream"] = self.before
 
     cuda = SimpleNamespace(
         Stream=stream, current_stream=stream, graph=Graph, CUDAGraph=lambda: SimpleNamespace(pool=lambda: "pool"),
@@ -215,15 +221,18 @@ def test_each_gpu_is_captured_on_a_stream_of_its_own(monkeypatch: pytest.MonkeyP
         captured(lambda: None, device, first)
         assert shared.pop() == ("pool", first.stream), "memory is shared on one stream alone"
 
-    def fails(when: bool) -> Callable[[], None]:
+    def fails(when: bool, error: Exception | None = None) -> Callable[[], None]:
         def step() -> None:
             if bool(capturing) is when:
-                raise RuntimeError("no kernel image is available\nmore")
+                raise error or RuntimeError("no kernel image is available\nmore")
 
         return step
 
     with pytest.raises(CdiffError, match=r"could not be captured as a CUDA graph \(no kernel image is available\)"):
         captured(fails(True), "cuda:0")
+    assert (now["stream"], gc.isenabled()) == ("cuda:0", True)
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        captured(fails(True, torch.OutOfMemoryError("no room")), "cuda:0")
     # A launch that fails without a capture too is not the capture's fault, and to run without it would not help.
     with pytest.raises(RuntimeError, match=r"^no kernel image"):
         captured(fails(False), "cuda:0")

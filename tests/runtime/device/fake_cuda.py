@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import enum
+import gc
 import sys
 import weakref
 from collections.abc import Callable
@@ -297,12 +298,14 @@ def _driver(world: World) -> ModuleType:
     def begin(stream: int, mode: Mode) -> tuple[Result]:
         assert mode == Mode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         assert world.capturing is None, "a capture is begun twice"
+        assert not gc.isenabled(), "an older graph that is collected within a capture breaks it"
         world.note("begin capture", stream)
         world.capturing = world.streams[stream]
         world.capturing.graph, world.capturing.spoiled = [], world.refuse_capture
         return (Result.CUDA_SUCCESS,)
 
     def end(stream: int) -> tuple[Result, Any]:
+        assert not gc.isenabled(), "the capture has not ended yet"
         captured, world.capturing = world.capturing, None
         assert captured is world.streams[stream], "a capture is ended that was not begun"
         world.note("end capture", stream)

@@ -130,3 +130,17 @@ def test_doctor_says_what_each_engine_lacks(machine: Machine, monkeypatch: pytes
     assert lines["tensorrt-rtx"].ok is False
     machine.has()
     assert [state.devices for state in available_engines()] == [("cpu", "cuda"), ("cuda",), (), ("cuda",)]
+
+
+@pytest.mark.parametrize("broken", [OSError("libcublas.so.13"), RuntimeError("compiled against another NumPy")])
+def test_a_library_that_breaks_as_it_is_loaded_costs_its_own_engines(machine: Machine, broken: Exception) -> None:
+    """In whatever way: the list of engines is for every command, and for machines where something is wrong."""
+
+    def load(name: str) -> Any:
+        raise broken
+
+    machine.patch.setattr(registry, "importlib", SimpleNamespace(util=importlib.util, import_module=load))
+    states = {state.name: state for state in available_engines()}
+    assert states["tensorrt"].devices == ("cuda",)
+    assert states["onnxruntime"].devices == ()
+    assert f"onnxruntime is installed but broken ({broken})" in states["onnxruntime"].missing

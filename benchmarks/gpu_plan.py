@@ -1,0 +1,184 @@
+"""The GPU suite's plan: its checks, in which order they are run, and which way is measured where a better one does not hold."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from cdiff.benchmarks.gpu_checks import FAILED, REFUSED, WAYS
+from cdiff.benchmarks.gpu_subjects import PAPER, SHIPPED
+from cdiff.benchmarks.gpu_targets import DICE, MAPS
+from cdiff.runtime.engines.registry import available_engines
+from cdiff.runtime.errors import CdiffError
+
+OF_ALL = ("machine", f"published:published:{PAPER}")
+"""The checks that the targets of every way need."""
+
+Outcomes = dict[str, dict[str, Any]]
+"""What became of each check, by its name."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the plan: `seconds` is its limit, `expected` what it should take on an H200, guessed and not measured.
+
+    spare: run only where every better way has a fault.
+    """
+
+    name: str
+    what: str
+    seconds: int
+    expected: int
+    spare: bool = False
+
+    @property
+    def way(self) -> str:
+        """How the model is run; empty for what no model is run for."""
+        return self.name.split(":")[1] if ":" in self.name else ""
+
+
+def plan(device: str, small: bool) -> list[Check]:
+    """Every check for this machine, the most telling first. Engines that cannot run on the device are told by `machine` alone."""
+    kind = device.split(":")[0]
+    engines = [state.name for state in available_engines() if kind in state.devices]
+    checks = [Check("machine", "versions, the GPU, measured rates, the state of every engine", 120, 12)]
+
+    def add(kind: str, path: str, model: str, what: str, seconds: int, expected: int) -> None:
+        checks.append(Check(f"{kind}:{path}:{model}", what, seconds, expected, path in WAYS[2:]))
+
+    calls_and_maps = "against PyTorch float32: calls and final maps"
+    parts = "sweep, whole protocol, parts"
+    slices = "1, 2 and 4 slices"
+    one_by_one = "float32, one chain after another, encoder for each: a share of it"
+    add("published", "published", PAPER, f"baseline: {one_by_one}", 90, 25)
+    add("protocol", "graph", PAPER, f"our captured half-precision chain: {parts}", 180, 85)
+    add("parity", "graph", SHIPPED, calls_and_maps, 90, 20)
+    add("scaling", "graph", SHIPPED, slices, 90, 30)
+    add("noise", "graph", SHIPPED, "noise drawn on the device against the NumPy form", 90, 15)
+    for engine in engines:
+        add("parity", engine, SHIPPED, calls_and_maps, 120, 30)
+        add("protocol", engine, SHIPPED, parts, 90, 20)
+        add("protocol", engine, PAPER, f"{parts}; exports the graphs first", 200, 110)
+    add("replay", "graph", SHIPPED, "graph replay against plain launches", 60, 15)
+    add("protocol", "graph", SHIPPED, parts, 60, 15)
+    add("published", "published", SHIPPED, f"baseline: {one_by_one}", 60, 15)
+    add("parity", "graph", PAPER, "calls against PyTorch float32", 60, 15)
+    add("protocol", "eager16", PAPER, f"baseline: float16 eager, encoder once: {parts}", 120, 40)
+    add("protocol", "graph-tuned", PAPER, f"our captured chain, cuDNN's algorithms timed: {parts}", 150, 60)
+    if kind != "cpu":  # compiling for a CPU takes minutes, and is no baseline for a GPU
+        add("protocol", "compiled", PAPER, f"baseline: torch.compile with CUDA graphs, encoder once: {parts}", 220, 100)
+    # Where Triton has no C compiler `graph` is refused, and this is the engine that users get.
+    for way, what in (
+        ("graph-plain", "the captured chain with PyTorch's own GroupNorm"),
+        ("launched", "the chain with our kernels, not captured"),
+        ("launched-plain", "the chain with PyTorch's own GroupNorm, not captured"),
+    ):
+        add("protocol", way, PAPER, f"{what}: {parts}", 150, 70)
+        add("parity", way, SHIPPED, calls_and_maps, 90, 20)
+        add("scaling", way, SHIPPED, slices, 90, 30)
+    if kind != "cpu":
+        add(
+            "protocol",
+            "graph-compiled",
+            PAPER,
+            f"the chain through torch.compile, cuDNN's algorithms timed, captured by us: {parts}",
+            220,
+            120,
+        )
+        for engine in engines:
+            add("noise", engine, SHIPPED, "noise drawn by that engine against the NumPy form", 60, 12)
+            add("replay", engine, SHIPPED, "graph replay against plain launches", 60, 15)
+            add("scaling", engine, SHIPPED, slices, 90, 30)
+            add("parity", engine, PAPER, "calls against PyTorch float32", 120, 30)
+        add(
+            "parity",
+            "onnxruntime-cpu",
+            SHIPPED,
+            "ONNX Runtime on the host's processor, against PyTorch float32",
+            90,
+            40,
+        )
+        add("parity", "graph-tuned", SHIPPED, calls_and_maps, 90, 20)
+        add("noise", "graph-plain", SHIPPED, "the noise of PyTorch's own operators against the NumPy form", 60, 12)
+    checks.append(Check("tests", "the tests marked gpu", 180, 60))
+    if kind != "cpu":  # compiled twice, for a call's rows and for a batch's: last, since it takes longest for one line
+        add("parity", "graph-compiled", SHIPPED, calls_and_maps, 220, 100)
+    return [dataclasses.replace(c, expected=2, seconds=600) if small else c for c in checks]
+
+
+def chosen(checks: list[Check], wanted: str | None) -> list[Check]:
+    """Those whose name is one of `wanted`, or begins with one of them at a colon; a spare one is none where its way is named.
+
+    Raises CdiffError for a word that fits none.
+    """
+    if wanted is None:
+        return checks
+    words = [word.strip() for word in wanted.split(",") if word.strip()]
+    for word in words:
+        if not any(_fits(check.name, word) for check in checks):
+            raise CdiffError(f"--checks {word}: no check of that name; --dry-run lists them")
+    return [
+        dataclasses.replace(check, spare=check.spare and not any(_fits(check.name, w) and ":" in w for w in words))
+        for check in checks
+        if any(_fits(check.name, word) for word in words)
+    ]
+
+
+def _fits(name: str, word: str) -> bool:
+    return name == word or name.startswith(f"{word}:")
+
+
+def fault_of(way: str, outcomes: Outcomes) -> str | None:
+    """Why the targets need another way than this one, as far as was tried: a check that they need did not end, or its maps are too far off."""
+    for name in (f"protocol:{way}:{PAPER}", f"parity:{way}:{SHIPPED}"):
+        found = outcomes.get(name, {})
+        if found.get("status") in (REFUSED, FAILED):
+            return f"{name} {found['status']}: {found['message']}"
+    maps = outcomes.get(f"parity:{way}:{SHIPPED}", {}).get("result", {}).get("maps")
+    if maps and not (maps["mean"] <= MAPS and maps["dice"] >= DICE):
+        return f"its maps are too far from PyTorch float32's: {maps['mean']:.2g} on average, Dice {maps['dice']:.4f}"
+    return None
+
+
+def next_check(waiting: list[Check], outcomes: Outcomes, before: Outcomes) -> Check | None:
+    """The one to run now; None where nothing is left to do. before: the outcomes that an earlier run left.
+
+    What every way needs, and what stands in for ways that have a fault, comes first. Last comes what was refused before, which may have what it lacked by now; what
+    broke, but for the first try anew of what the targets need; and what is left of a way that has a fault, which may cost as many limits
+    of time as there are checks.
+    """
+    able = [check for check in waiting if not check.spare or _stands_in(check, outcomes)]
+    return min(able, key=lambda check: _turn(check, outcomes, before), default=None)
+
+
+def _turn(check: Check, outcomes: Outcomes, before: Outcomes) -> int:
+    if _stands_in(check, outcomes):
+        return 0
+    state, own, shared = before.get(check.name, {}).get("status"), check.way in WAYS, check.name in OF_ALL
+    often = any(
+        found.get("tries", 0) > 1
+        for name, found in outcomes.items()
+        if name == check.name or (own and _way(name) == check.way)
+    )
+    if often or state == REFUSED or (state == FAILED and not own and not shared):
+        return 2
+    if own and state != FAILED and fault_of(check.way, outcomes):
+        return 2
+    return 0 if shared else 1
+
+
+def _stands_in(check: Check, outcomes: Outcomes) -> bool:
+    """Whether the targets need it, because every better way has a fault and its own has none yet."""
+    if check.way not in WAYS[1:] or check.name not in _of_targets(check.way):
+        return False
+    better = WAYS[: WAYS.index(check.way)]
+    return all(fault_of(way, outcomes) for way in better) and fault_of(check.way, outcomes) is None
+
+
+def _of_targets(way: str) -> tuple[str, ...]:
+    return f"protocol:{way}:{PAPER}", f"parity:{way}:{SHIPPED}", f"scaling:{way}:{SHIPPED}"
+
+
+def _way(name: str) -> str:
+    return name.split(":")[1] if ":" in name else ""

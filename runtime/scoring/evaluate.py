@@ -21,7 +21,6 @@ from cdiff.runtime.data.oddities import Oddities
 from cdiff.runtime.data.partition import HELD_OUT, held_out_of
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import sha256, write_json
-from cdiff.runtime.manifest import NAME as MANIFEST
 from cdiff.runtime.manifest import Manifest
 from cdiff.runtime.scans.itk import itk_bytes
 from cdiff.runtime.scans.scan import read_scan
@@ -324,7 +323,7 @@ def _header(segmenter: Segmenter, protocol: Protocol, data: Mapping[str, Any]) -
             "name": segmenter.manifest.name,
             "variant": segmenter.manifest.variant,
             "levels": segmenter.manifest.levels,
-            "bundle_sha256": sha256(segmenter.bundle.path / MANIFEST),
+            "bundle_sha256": segmenter.manifest_sha256,
         },
         "engine": {"name": segmenter.engine.name, "device": segmenter.engine.device},
         "data": dict(data),

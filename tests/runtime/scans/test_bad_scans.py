@@ -183,7 +183,7 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "negative size": (bad_header(DIM, "<4h", 3, 4, -5, 6), "no voxel|not a valid"),
     "voxels far away": (bad_header(VOX_OFFSET, "<f", 1e9), "less than its header promises"),
     "voxels far away, and zeros up to there": (bad_far, "less than its header promises"),
-    "truncated picture": (bad_picture, "picture"),
+    "truncated picture": (bad_picture, "fewer pixels than its header promises"),
     "text for a picture": (bad_picture_text, r"is not a PNG, TIFF or JPEG that can be read; save"),
     "a picture without a width": (bad_size, "cannot be read as a picture"),
     "several pictures": (bad_pages, "3 pictures"),

@@ -131,6 +131,47 @@ def test_damaged_exif_turns_nothing(tmp_path: Path) -> None:
     assert read_scan(tmp_path / "x.jpg").slices.shape == (1, 1, 4, 6)
 
 
+@pytest.mark.parametrize("read", [lambda path: read_scan(path), read_mask], ids=["image", "mask"])
+def test_a_png_whose_pixels_are_damaged_is_refused(tmp_path: Path, read: Any) -> None:
+    """Its check sums are there to notice it by; the pixels that Pillow has by then are no picture."""
+    whole = write_png(tmp_path / "x.png", pixels(1), GREY).read_bytes()
+    first = whole.index(b"IDAT") + 4
+    length = int.from_bytes(whole[first - 8 : first - 4])
+    for place in range(first, first + length):
+        (tmp_path / "x.png").write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        with pytest.raises(CdiffError, match=r"cannot be read as a picture|fewer pixels") as error:
+            read(tmp_path / "x.png")
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("interlaced", [False, True])
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "I;16"])
+def test_a_png_without_its_last_rows_is_refused(tmp_path: Path, mode: str, interlaced: bool) -> None:
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    bits, kind = {"1": (1, 0), "L": (8, 0), "P": (8, 3), "RGB": (8, 2), "RGBA": (8, 6), "I;16": (16, 0)}[mode]
+    width, height = 11, 9
+    # Adam7, from the drawing of its passes in the specification: in which pass each pixel of an 8 x 8 square is stored.
+    square = [int(n) for n in "1646264677777777565656567777777736463646777777775656565677777777"]
+    lines = []
+    for part in range(1, 8) if interlaced else [0]:
+        counts = [sum(not part or square[8 * (y % 8) + x % 8] == part for x in range(width)) for y in range(height)]
+        lines += [1 + -(-count * bits * (CHANNELS.get(kind) or 1) // 8) for count in counts if count]
+    head = struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, int(interlaced))
+    palette = chunk(b"PLTE", bytes(768)) if mode == "P" else b""
+    for less, reads in ((0, True), (1, False)):
+        stored = chunk(b"IDAT", zlib.compress(bytes(sum(lines) - less)))
+        (tmp_path / "x.png").write_bytes(
+            b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + palette + stored + chunk(b"IEND", b"")
+        )
+        if reads:
+            assert read_scan(tmp_path / "x.png").grid.shape == (height, width)
+            continue
+        with pytest.raises(CdiffError, match=r"fewer pixels than its header promises \(11 x 9\)"):
+            read_scan(tmp_path / "x.png")
+
+
 @pytest.mark.parametrize("palette", [False, True])
 def test_transparency_that_was_ignored_is_said_of_a_palette_too(tmp_path: Path, palette: bool) -> None:
     pixels = np.random.default_rng(0).integers(0, 255, (8, 8, 4)).astype(np.uint8)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.scans.detached import must_be_own, voxel_files
 from cdiff.runtime.scans.grid import NIFTI1_LONGEST
-from cdiff.runtime.scans.metaimage import check_metaimage, files_of
+from cdiff.runtime.scans.metaimage import MOST_AXES, check_metaimage, files_of, must_be_whole
 from cdiff.runtime.scans.nifti import check_header
 from cdiff.runtime.scans.shapes import check_kind, check_size
 from cdiff.runtime.scans.sources import any_bytes, optional
@@ -24,8 +24,6 @@ LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0])
 """ITK's axes point left, back and up, NIfTI's right, front and up."""
 HEADER_ENDS = 2**20
 """A NRRD's text lies within so many bytes."""
-MOST_AXES = 6
-"""What SimpleITK reads, the components of a voxel being one; NRRDs of 11 and more have it crash."""
 
 
 IN_THE_PATIENT = {
@@ -96,6 +94,7 @@ def _opened(data: bytes, path: Path) -> Any:
 def _must_be_harmless(data: bytes, path: Path) -> None:
     """Raise CdiffError for a header that ITK should not follow: `detached` says why, and more axes than it bears end the process."""
     if not _is_nrrd(data):
+        must_be_whole(data, path)
         must_be_own(files_of(data, path), path)
         return
     fields = _nrrd_fields(data, path)

@@ -318,6 +318,11 @@ def bad_axis_unit(folder: Path) -> Path:
     return path
 
 
+def changed(old: bytes, new: bytes) -> Callable[[Path], Path]:
+    """A MetaImage with other words in its header."""
+    return lambda folder: edited(written(folder / "x.mha", image(voxels(8, 9, 3))), old, new)
+
+
 BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "NRRD that ends early": (lambda folder: cut(made(folder, "nrrd")), "is truncated or damaged"),
     "MetaImage that ends early": (lambda folder: cut(made(folder, "mha")), "is truncated or damaged"),
@@ -341,6 +346,15 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "a list with another folder's file": (naming("nhdr", b"LIST\nx.raw\n/dev/zero"), "in /dev/zero, outside its own folder"),
     "a name that no file can have": (naming("mhd", b"x" * 5000), "which does not exist"),
     "voxels named twice": (bad_twice, "does not name its voxels once"),
+    "MetaImage of axes without end": (changed(b"NDims = 3", b"NDims = 18446744073709551619"), "18446744073709551619 axes of 8 9 3 voxels"),
+    "MetaImage without a size": (changed(b"DimSize = 8 9 3\n", b""), "its header: DimSize does not stand there once"),
+    "MetaImage of two sizes": (changed(b"DimSize = 8 9 3\n", b"DimSize = 8 9 3\n" * 2), "DimSize does not stand there once"),
+    "MetaImage of a size of zero": (changed(b"DimSize = 8 9 3", b"DimSize = 8 0 3"), "its header: 8 0 3 voxels"),
+    "MetaImage of a size too few": (changed(b"DimSize = 8 9 3", b"DimSize = 8 9"), "3 axes of 8 9 voxels"),
+    "MetaImage in another order": (
+        changed(b"NDims = 3\n", b"Offset = 1 2 3\nNDims = 3\n"), "Offset stands before NDims, which says how long it is",
+    ),
+    "MetaImage whose last line is cut": (changed(b"= LOCAL\n", b"= LOCAL\0\1"), r"the voxels are in .LOCAL\\x00\\x01"),
     "axes without end": (bad_axes, "has 16 axes where 2-D or 3-D is meant"),
     "a header without end": (bad_long_header, "has a header of more than 1048576 bytes"),
     "fewer numbers in words": (bad_words, "holds less than the header of x.mha promises"),
@@ -352,18 +366,19 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "centimetres": (bad_unit, "gives its lengths in cm; save it in millimetres"),
     "complex numbers": (bad_complex, "real numbers are needed"),
     "too large": (
-        lambda folder: edited(written(folder / "x.mha", image(voxels(8, 9, 3))), b"DimSize = 8 9 3", b"DimSize = 90000 90000 3"),
+        changed(b"DimSize = 8 9 3", b"DimSize = 90000 90000 3"),
         "claims 90000 x 90000 x 3 voxels",
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_bad_files_are_refused_in_one_line(what: str, tmp_path: Path) -> None:
+def test_bad_files_are_refused_in_one_line(what: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     make, message = BAD[what]
     with pytest.raises(CdiffError, match=message) as error:
         read_scan(make(tmp_path))
     assert "\n" not in str(error.value)
+    assert capfd.readouterr() == ("", ""), "ITK says nothing of its own"
 
 
 def test_without_simpleitk_it_is_said_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from cdiff.runtime.data.case import is_output
 from cdiff.runtime.data.cases import find_cases, read_case
 from cdiff.runtime.data.datacheck import check_data
+from cdiff.runtime.data.table import is_table, read_table
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.scans.inputs import scans_at
 from cdiff.runtime.scans.scan import read_scan
@@ -205,6 +207,16 @@ def test_a_name_that_no_file_can_have_is_told_of_its_case(tmp_path: Path) -> Non
     (scan, *_) = scans_at(table)
     with pytest.raises(CdiffError, match=r"cannot be read: File name too long|does not exist"):
         read_scan(scan.path)
+
+
+def test_a_table_that_never_ends_or_begins_is_none(tmp_path: Path) -> None:
+    """A folder of scans is looked through for tables."""
+    os.mkfifo(tmp_path / "pipe.csv")
+    (tmp_path / "zeros.csv").symlink_to("/dev/zero")
+    for path in (tmp_path / "pipe.csv", tmp_path / "zeros.csv"):
+        assert not is_table(path)
+        with pytest.raises(CdiffError, match="is no file but a device or a pipe"):
+            read_table(path, [])
 
 
 def test_a_report_whose_map_could_have_no_name_is_none_of_ours(tmp_path: Path) -> None:

@@ -14,10 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.words import one_line
+from cdiff.runtime.words import by, one_line
 
 BITS_PER_SAMPLE = 258
 """TIFF's tag (TIFF 6.0, section 8): one number a channel."""
+SIZE = 256, 257
+"""TIFF's tags of width and height."""
+PLANAR, SEPARATE = 284, 2
+"""TIFF's tag of how channels are stored, and its value for one after another."""
 ORIENTATION = 274
 """EXIF's tag, and TIFF's: 1 as stored, 2 to 8 mirrored or turned."""
 FORMATS = ("PNG", "TIFF", "JPEG")
@@ -65,9 +69,23 @@ def check_png(data: bytes, path: Path) -> None:
             rest = inflate.unconsumed_tail
         at += 12 + length
     if held < promised:
-        raise CdiffError(
-            f"{path} holds fewer pixels than its header promises ({width} x {height}); it is truncated or damaged: copy it again"
-        )
+        raise _fewer(path, (width, height))
+
+
+def check_strips(picture: Any, path: Path) -> None:
+    """Raise CdiffError for a TIFF, opened by Pillow, whose strips or tiles do not cover it: Pillow takes what lies between for black."""
+    width, height = (picture.tag_v2[tag] for tag in SIZE)  # the picture's own is that of one turned
+    planes = len(picture.getbands()) if picture.tag_v2.get(PLANAR) == SEPARATE else 1
+    boxes = [tile[1] for tile in picture.tile]
+    held = sum((min(right, width) - left) * (min(low, height) - top) for left, top, right, low in boxes)
+    if held < planes * width * height:
+        raise _fewer(path, (width, height))
+
+
+def _fewer(path: Path, size: tuple[int, int]) -> CdiffError:
+    return CdiffError(
+        f"{path} holds fewer pixels than its header promises ({by(size)}); it is truncated or damaged: copy it again"
+    )
 
 
 def upright(picture: Any) -> tuple[Any, bool]:
@@ -91,7 +109,7 @@ def upright(picture: Any) -> tuple[Any, bool]:
 def opened(data: bytes, path: Path) -> Iterator[tuple[Any, bool]]:
     """The one picture in a file's bytes, by Pillow and `upright`, and whether it was turned.
 
-    Raises CdiffError for several pictures, for more bits than Pillow keeps, for a PNG without all of its pixels, and for what goes wrong in the block.
+    Raises CdiffError for several pictures, for more bits than Pillow keeps, for a picture without all of its pixels, and for what goes wrong in the block.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -102,6 +120,8 @@ def opened(data: bytes, path: Path) -> Iterator[tuple[Any, bool]]:
             check_depth(picture, data, path)
             if picture.format == "PNG":
                 check_png(data, path)
+            elif picture.format == "TIFF":
+                check_strips(picture, path)
             yield upright(picture)
     except UnidentifiedImageError:
         raise CdiffError(f"{path} is not a PNG, TIFF or JPEG that can be read; save it again as PNG") from None

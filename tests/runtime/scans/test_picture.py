@@ -65,6 +65,18 @@ def write_tiff(path: Path, array: Any, order: str = "<") -> Path:
     return path
 
 
+def write_tags(path: Path, tags: list[tuple[int, int, list[int]]], stored: bytes) -> None:
+    """A TIFF of these tags, each with its kind (3: 16 bits, 4: 32) and values; what is stored begins at byte 8."""
+    after, lists, entries = 8 + len(stored), b"", b""
+    for tag, kind, values in tags:
+        packed = struct.pack(f"<{len(values)}{'H' if kind == 3 else 'I'}", *values)
+        entries += struct.pack("<HHI", tag, kind, len(values))
+        entries += packed.ljust(4, b"\0") if len(packed) <= 4 else struct.pack("<I", after + len(lists))
+        lists += packed if len(packed) > 4 else b""
+    directory = struct.pack("<H", len(tags)) + entries + bytes(4)
+    path.write_bytes(b"II*\0" + struct.pack("<I", after + len(lists)) + stored + lists + directory)
+
+
 def test_grey_of_16_bits_keeps_every_bit(tmp_path: Path) -> None:
     array = pixels(1)
     Image.fromarray(array).save(tmp_path / "pillow.png")
@@ -170,6 +182,45 @@ def test_a_png_without_its_last_rows_is_refused(tmp_path: Path, mode: str, inter
             continue
         with pytest.raises(CdiffError, match=r"fewer pixels than its header promises \(11 x 9\)"):
             read_scan(tmp_path / "x.png")
+
+
+@pytest.mark.parametrize("kind", ["grey", "colours", "planes", "tiles"])
+def test_a_tiff_without_its_last_strip_is_refused(tmp_path: Path, kind: str) -> None:
+    """Its strips or tiles of eight rows each, uncompressed, the last of them left out of the lists of places and lengths."""
+    height, width, channels = 24, 16, 1 if kind in ("grey", "tiles") else 3
+    planes = 3 if kind == "planes" else 1
+    count, length = planes * height // 8, 8 * width * channels // planes
+    stored = bytes([7]) * (count * length)
+    for less in (0, 1):
+        places = [8 + length * n for n in range(count - less)]
+        tags = [
+            (256, 3, [width]),
+            (257, 3, [height]),
+            (258, 3, [8] * channels),
+            (259, 3, [1]),
+            (262, 3, [1 if channels == 1 else 2]),
+        ]
+        lists = [
+            (273, 4, places),
+            (277, 3, [channels]),
+            (278, 4, [8]),
+            (279, 4, [length] * len(places)),
+            (284, 3, [1 + (planes > 1)]),
+        ]
+        if kind == "tiles":
+            lists = [
+                (277, 3, [1]),
+                (322, 3, [width]),
+                (323, 3, [8]),
+                (324, 4, places),
+                (325, 4, [length] * len(places)),
+            ]
+        write_tags(tmp_path / "x.tif", [*tags, *lists], stored)
+        if less:
+            with pytest.raises(CdiffError, match=r"fewer pixels than its header promises \(16 x 24\)"):
+                read_scan(tmp_path / "x.tif")
+        else:
+            assert read_scan(tmp_path / "x.tif").slices.min() > 0
 
 
 @pytest.mark.parametrize("palette", [False, True])

@@ -76,6 +76,10 @@ class Segmenter:
             raise CdiffError(f"device {device!r}: give one device, or several different GPUs such as cuda:0,cuda:1")
         return cls(opened, *(open_engine(opened, engine, one, build=build) for one in devices))
 
+    def __repr__(self) -> str:
+        devices = ",".join(engine.device for engine in self.engines)
+        return f"<Segmenter {self.manifest.name}: {self.engine.name} {self.engine.version} on {devices}>"
+
     @property
     def manifest(self) -> Manifest:
         """What the bundle says of its model."""

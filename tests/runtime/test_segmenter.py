@@ -92,6 +92,14 @@ def test_runs_are_mirrored_where_the_bundle_says_so_or_the_caller_does(segmenter
     assert abs(asked.levels - plain.levels).max() > 0.01
 
 
+def test_what_a_notebook_shows_is_a_line(segmenter: Segmenter) -> None:
+    result = segmenter.segment(volume(SIZE, SIZE, 3), **QUICK, slices="1:3")
+    assert repr(result) == f"<Result scan: {SIZE} x {SIZE} x 3, slices 1 to 2, {C} levels>"
+    assert repr(segmenter) == f"<Segmenter tiny: onnxruntime {segmenter.engine.version} on cpu>"
+    assert dir(cdiff) == ["__version__", "load"]
+    assert len(repr(next(segmenter.segment_many([volume(SIZE, SIZE)], **QUICK)).value)) < 100
+
+
 def test_a_bundle_that_is_replaced_while_it_is_opened_is_no_mixture(tmp_path: Path, segmenter: Segmenter) -> None:
     opened = open_bundle(make_bundle(tmp_path / "one"))
     Segmenter(opened, segmenter.engine)

@@ -28,6 +28,7 @@ from cdiff.runtime.scans.sources import ITK_SUFFIXES
 from cdiff.runtime.scoring.journal import Journal, fingerprint
 from cdiff.runtime.scoring.scores import CaseTally, evenly, marked_slices
 from cdiff.runtime.scoring.summary import ROW_KEYS, Row, joined_twins, summarise
+from cdiff.runtime.words import one_line
 
 if TYPE_CHECKING:
     from cdiff.runtime.segmenter import Segmenter
@@ -221,10 +222,18 @@ def evaluate(
         rows.append(row | {"case": job.case.name})
         done += job.work
         tick(done, total)
-    report = summarise(rows, header | {"made_with": fingerprint(header)}, left_out, group)
-    if out and journal:
-        write(out, report)
-        journal.remove()
+    try:
+        report = summarise(rows, header | {"made_with": fingerprint(header)}, left_out, group)
+        if out and journal:
+            write(out, report)
+            journal.remove()
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        if not journal or not known:
+            raise
+        raise CdiffError(
+            f"the cases that were computed before, in {out} or {journal.path}, are damaged ({one_line(error)[:200]}); "
+            "move both away to compute them anew"
+        ) from None
     return report
 
 

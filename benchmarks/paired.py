@@ -22,6 +22,7 @@ from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import write_json
 from cdiff.runtime.scoring.metrics import bootstrap_over_cases
 from cdiff.runtime.scoring.summary import group_names, joined_twins
+from cdiff.runtime.words import one_line
 
 Row = dict[str, Any]
 Take = Callable[[Row], float | None]
@@ -110,7 +111,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, metavar="OUT", help="where to write the differences")
     options = parser.parse_args(argv)
     first = _read(options.a)
-    report = compare(first, _read(options.b), options.group)
+    try:
+        report = compare(first, _read(options.b), options.group)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise CdiffError(
+            f"{options.a} or {options.b} does not hold what cdiff evaluate --json writes ({type(error).__name__}: {one_line(error)}); "
+            "evaluate again"
+        ) from None
     if doubt := joined_twins([case["case"] for case in first["cases"]], options.group):
         print(f"note: {doubt}", file=sys.stderr)
     for part, found in {"all": report["all"], **report["by_size"]}.items():
@@ -126,7 +133,7 @@ def main(argv: list[str] | None = None) -> None:
 def _read(path: Path) -> Row:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CdiffError(
             f"{path} cannot be read as a report ({error}); give what cdiff evaluate --json wrote"
         ) from None

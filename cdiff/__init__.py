@@ -29,6 +29,11 @@ except PackageNotFoundError:  # run from a clone, on a machine where nothing can
 __all__ = ["__version__", "load"]
 
 
+def __dir__() -> list[str]:
+    """What completion offers: not what is imported here."""
+    return __all__
+
+
 def load(
     bundle: str | PathLike[str] | None = None,
     *,

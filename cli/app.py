@@ -121,6 +121,10 @@ def main(name: str | None = None) -> None:
         sys.stdout.reconfigure(errors="cdiff")
     # What it says of its home, where that cannot be written to, is not the user's business.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    # Nor what nibabel mends in a header; what a map hangs on is refused before that.
+    logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)
+    # Nor what Pillow makes of a tag that no pixel hangs on.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     # Nor, four times a name, that its font has no sign for it (Chinese, say): a box stands there.
     warnings.filterwarnings("ignore", r"Glyph .* missing from", UserWarning)
     app(prog_name=name)

@@ -48,12 +48,17 @@ def written(path: Path | str) -> None:
 
 def fail(message: str) -> None:
     """One red line on stderr, never wrapped so that it can be searched for in a log."""
-    err.print(f"[bold red]error:[/] {escape(visible(message))}", soft_wrap=True)
+    err.print(f"[bold red]error:[/] {_line(message)}", soft_wrap=True)
 
 
 def warn(message: str) -> None:
     """One yellow line on stderr, printed with -q too: what a user must not miss."""
-    err.print(f"[yellow]note:[/] {escape(visible(message))}", soft_wrap=True)
+    err.print(f"[yellow]note:[/] {_line(message)}", soft_wrap=True)
+
+
+def _line(message: str) -> str:
+    """The message as one line, whatever a name or a setting that it quotes holds."""
+    return escape(visible(message).replace("\n", "\\n"))
 
 
 def facts(title: str, rows: Iterable[tuple[str | Text, ...]]) -> None:

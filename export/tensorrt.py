@@ -174,6 +174,7 @@ def _build(
         timing_cache=None if timings is None else timings.read_bytes() if timings.is_file() else b"",
     )
     built = serialise(trt, request, progress)
+    bundle.must_be_unchanged()  # the key holds the hash of the graph that was there when the bundle was opened
     report = layer_report(key, built, inspect(trt, built.plan) if isinstance(gpu, Gpu) else "")
     folder = cache / key.folder_name()
     with atomic_folder(folder, replace=True) as part:

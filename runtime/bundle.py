@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.resources
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cdiff.runtime import manifest as names
@@ -17,13 +17,20 @@ from cdiff.runtime.scans.sources import is_there, must_be_text
 ENGINES = "engines"
 """Folder of the cache of built engines inside a bundle; not listed in the manifest, its entries carry their own keys."""
 
+ELSEWHERE = b"location"
+"""The key without which no tensor of an ONNX file names another file (onnx.proto, external_data); none of our graphs holds these bytes."""
+
+Stamp = tuple[int, int]
+"""A file's size in bytes and the time of its last change in ns."""
+
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle: its folder, and the manifest whose files were all found to be as listed."""
+    """An opened bundle: its folder, and the manifest whose files were all found to be as listed, with their stamps from before that."""
 
     path: Path
     manifest: Manifest
+    stamps: Mapping[str, Stamp] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def encoder(self) -> Path:
@@ -44,12 +51,22 @@ class Bundle:
             raise CdiffError(f"{self.path}: the manifest lists no file {name!r}; export the model again")
         return self.path / name
 
+    def must_be_unchanged(self) -> None:
+        """For who has read a file since the bundle was opened, which was then read a second time: CdiffError where one is another now."""
+        for name, stamp in self.stamps.items():
+            try:
+                same = _stamp(self.path / name) == stamp
+            except OSError:
+                same = False
+            if not same:
+                raise CdiffError(f"{self.path / name} has changed since the bundle was opened; open it again")
+
 
 def open_bundle(path: str | Path) -> Bundle:
     """Open the bundle in a folder: read the manifest and compare every listed file's size and SHA-256 with it.
 
-    Nothing is unpickled or run. Raises CdiffError, naming the file, when the folder is no bundle, a file is missing or differs, or the
-    folder's path is no text, which ONNX Runtime does not open.
+    Nothing is unpickled or run. Raises CdiffError, naming the file, when the folder is no bundle, a file is missing or differs, a graph
+    may name a file that is not listed, or the folder's path is no text, which ONNX Runtime does not open.
     """
     folder = Path(path)
     must_be_text(folder)
@@ -61,24 +78,46 @@ def open_bundle(path: str | Path) -> Bundle:
         raise CdiffError(
             f"{folder} is not a bundle: it has no {names.NAME}; `cdiff export RUN --out BUNDLE` writes one"
         )
+    stamps = {names.NAME: _stamp(folder / names.NAME)}
     manifest = Manifest.read(folder / names.NAME)
     for name, entry in manifest.files.items():
-        _check_file(folder / name, entry)
-    return Bundle(folder, manifest)
+        stamps[name] = _check_file(folder / name, entry)
+    return Bundle(folder, manifest, stamps)
 
 
-def _check_file(path: Path, entry: FileEntry) -> None:
+def _stamp(path: Path) -> Stamp:
+    now = path.stat()
+    return now.st_size, now.st_mtime_ns
+
+
+def _check_file(path: Path, entry: FileEntry) -> Stamp:
     remedy = "copy the bundle again or export it again"
     try:
         if not path.is_file():
             raise CdiffError(f"{path} is missing, though the bundle's manifest lists it; {remedy}")
-        size = path.stat().st_size
-        if size != entry["bytes"]:
-            raise CdiffError(f"{path} has {size} bytes where the manifest lists {entry['bytes']}; {remedy}")
+        stamp = _stamp(path)
+        if stamp[0] != entry["bytes"]:
+            raise CdiffError(f"{path} has {stamp[0]} bytes where the manifest lists {entry['bytes']}; {remedy}")
         if sha256(path) != entry["sha256"]:
             raise CdiffError(f"{path} has changed: its SHA-256 is not the one in the manifest; {remedy}")
+        if path.suffix == ".onnx" and _holds(path, ELSEWHERE):
+            raise CdiffError(
+                f"{path} keeps weights in another file, which no engine checks before it reads it; export the model again"
+            )
+        return stamp
     except OSError as error:
         raise CdiffError(f"cannot read {path}: {error.strerror}; {remedy}") from None
+
+
+def _holds(path: Path, word: bytes) -> bool:
+    """Whether these bytes stand in the file, in little memory."""
+    end = b""
+    with open(path, "rb") as file:
+        while part := file.read(1 << 20):
+            if word in end + part:
+                return True
+            end = part[1 - len(word) :]
+    return False
 
 
 def shipped_bundle() -> Path:

@@ -18,6 +18,7 @@ from cdiff.runtime.map_file import write_map
 from cdiff.runtime.sampling.framing import Box
 from cdiff.runtime.scans.grid import Grid
 from cdiff.runtime.variants import CONSENSUS, Variant
+from cdiff.runtime.words import by, several
 
 Float32 = NDArray[np.float32]
 
@@ -98,6 +99,12 @@ class Result:
     report: dict[str, Any] = field(default_factory=dict)
     window: Box | None = None
     dicom: tuple[Path, ...] = ()
+
+    def __repr__(self) -> str:
+        """One line, as a notebook shows it: the arrays would fill pages."""
+        levels = self.stack.annotators or self.stack.maps.shape[1]
+        numbers = f"slices {self.slices.start} to {self.slices.stop - 1}"
+        return f"<Result {self.name}: {by(self.grid.shape)}, {numbers}, {several(levels, 'level')}>"
 
     @property
     def soft(self) -> Float32:

@@ -46,11 +46,12 @@ class Segmenter:
     """`Segmenter.open(folder)` once, then `.segment(scan)` for as many scans as there are."""
 
     def __init__(self, bundle: Bundle, engine: Engine, *more: Engine) -> None:
-        """`more` engines share a scan's slices with the first."""
+        """`more` engines share a scan's slices with the first. Raises CdiffError where the bundle was replaced while they were opened."""
         self.bundle = bundle
         self.engine, self.engines = engine, (engine, *more)
         self._most_rows: int | None = None
-        self._manifest_sha256 = sha256(bundle.path / MANIFEST)
+        self.manifest_sha256 = sha256(bundle.path / MANIFEST)
+        bundle.must_be_unchanged()  # the engines have read the graphs again
 
     @classmethod
     def open(
@@ -74,6 +75,10 @@ class Segmenter:
         if len(devices) > 1 and (len(set(numbers)) < len(numbers) or None in numbers):
             raise CdiffError(f"device {device!r}: give one device, or several different GPUs such as cuda:0,cuda:1")
         return cls(opened, *(open_engine(opened, engine, one, build=build) for one in devices))
+
+    def __repr__(self) -> str:
+        devices = ",".join(engine.device for engine in self.engines)
+        return f"<Segmenter {self.manifest.name}: {self.engine.name} {self.engine.version} on {devices}>"
 
     @property
     def manifest(self) -> Manifest:
@@ -315,7 +320,7 @@ class Segmenter:
         return {
             "bundle": manifest.name,
             "task": manifest.task,
-            "manifest_sha256": self._manifest_sha256,
+            "manifest_sha256": self.manifest_sha256,
             "variant": manifest.variant,
             "levels": manifest.levels,
             "maps": meaning(manifest.draws),

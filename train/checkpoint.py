@@ -77,7 +77,13 @@ def config_of_weights(path: Path) -> Config:
         raise _damaged(path, error) from error
     if config is None:
         raise CdiffError(f"{path} does not say which network it belongs to; export the bundle again")
-    return Config.from_json(json.loads(config))
+    try:
+        values = json.loads(config)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, error) from error
+    if not isinstance(values, dict):
+        raise CdiffError(f"{path} does not say which network it belongs to; export the bundle again")
+    return Config.from_json(values)
 
 
 def checkpoint_folder(run: Path, which: str) -> Path | None:

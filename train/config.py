@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 import types
 import typing
 from dataclasses import dataclass, field
@@ -120,14 +121,16 @@ def _is(kind: Any, value: Any) -> bool:
     """Whether a value, from JSON or of a section, is of a setting's type; whole numbers are floats too."""
     if isinstance(kind, types.GenericAlias):
         return isinstance(value, list | tuple) and all(_is(typing.get_args(kind)[0], item) for item in value)
-    return type(value) in ((int, float) if kind is float else (kind,))
+    if kind is float and type(value) is int:
+        return abs(value) <= sys.float_info.max
+    return type(value) is kind
 
 
 def _parse(key: str, text: str) -> Any:
     kind = typing.get_type_hints(typing.get_type_hints(Config)[_section_of(key)])[key]
     try:
         value = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # no JSON, or a number of thousands of digits, or brackets without end
         value = text
     if _is(kind, value) and not (kind is float and not math.isfinite(value)):
         return tuple(value) if isinstance(value, list) else value

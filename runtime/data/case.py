@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.scans.sources import PICTURE_SUFFIXES, VOLUME_SUFFIXES
+from cdiff.runtime.scans.sources import PICTURE_SUFFIXES, VOLUME_SUFFIXES, is_there
 
 SPLITS = {
     "training": "train", "train": "train",
@@ -142,7 +142,7 @@ def stem(path: Path) -> str | None:
 def is_output(path: Path) -> bool:
     """A map, picture, page or report of ours: it ends like one, and the report of its scan, or that one's map, lies beside it."""
     if path.suffix == ".json":
-        return path.with_name(f"{path.stem}_soft.nii.gz").is_file()
+        return is_there(path.with_name(f"{path.stem}_soft.nii.gz"))
     scan = stem(path)
     name, endings = (scan, OUTPUT_ENDINGS) if scan else (path.name, ("_page.html", "_levels.dcm"))
     return any(

@@ -13,6 +13,7 @@ from pathlib import Path
 from cdiff.runtime.data.case import SPLITS, Entry, listed, stem
 from cdiff.runtime.data.layouts import OWN_TASK
 from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.scans.sources import any_bytes
 
 SUFFIXES = (".csv", ".tsv")
 IMAGE = re.compile(r"image(?:[_ -](?P<name>.+))?$")
@@ -183,9 +184,7 @@ def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
     that is no table of cases is known by its header, whatever lies below.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise CdiffError(f"{path} cannot be read: {error.strerror or error}; check the path") from None
+        text = io.TextIOWrapper(io.BytesIO(any_bytes(path)), "utf-8-sig").read()  # all line ends become one
     except UnicodeDecodeError:
         raise CdiffError(f"{path} is not UTF-8 text; save it as CSV UTF-8") from None
     if "\0" in text:  # UTF-16 without its mark is such text, and no file's name holds that character

@@ -107,7 +107,12 @@ class OnnxRuntimeEngine:
     def denoise(self, x: Float32, features: NDArray[Any], row_slice: Int64, t: Int64, level: Int64) -> Prediction:
         """See `base.Engine.denoise`."""
         feed = {"x": x, "features": features, "row_slice": row_slice, "t": t, "level": level}
-        found = self._run(self._denoiser, feed, ["x0", "mix"] if self.learned_variance else ["x0"])
+        names = ["x0", "mix"] if self.learned_variance else ["x0"]
+        found = self._run(self._denoiser, feed, names)
+        for name, one in zip(names, found, strict=True):
+            if (one.shape, one.dtype) != (x.shape, x.dtype):
+                is_, wanted = (f"{list(array.shape)} {array.dtype}" for array in (one, x))
+                raise CdiffError(f"the denoiser's {name} is {is_}, not {wanted}: export the model again")
         return found[0], (found[1] if self.learned_variance else None)
 
     def bind(self, rows: int, slots: int) -> Binding:

@@ -14,7 +14,7 @@ from cdiff.runtime.bundle import Bundle
 from cdiff.runtime.device.spec import Connector, GraphSpec, Tensor
 from cdiff.runtime.engines.gpu import GpuEngine
 from cdiff.runtime.engines.onnxruntime import CUDA, DENOISER, ENCODER, Provider, cuda_options, failure, open_session
-from cdiff.runtime.engines.trt import load_trt, writable_cache
+from cdiff.runtime.engines.trt import FILES, Graph, load_trt, writable_cache
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import make_folder
 
@@ -56,10 +56,11 @@ class OnnxRuntimeGpuEngine(GpuEngine):
                 since,
             )
         with self.gpu.current():
-            provider = self._tensorrt(bundle, number) if tensorrt else (CUDA, cuda_options(number))
+            cuda = (CUDA, cuda_options(number))
+            encoder, denoiser = (self._tensorrt(bundle, graph, number) if tensorrt else cuda for graph in FILES)
             self._sessions = {
-                "encoder": open_session(bundle.encoder, ENCODER, self._on(provider, self.encoder_stream)),
-                "denoiser": open_session(bundle.denoiser, DENOISER, self._on(provider, self.stream)),
+                "encoder": open_session(bundle.encoder, ENCODER, self._on(encoder, self.encoder_stream)),
+                "denoiser": open_session(bundle.denoiser, DENOISER, self._on(denoiser, self.stream)),
             }
         # Attributes go in the order in which they came, and a session must be closed before the stream that it was opened on.
         self._outliving = self.encoder_stream, self.stream
@@ -78,9 +79,13 @@ class OnnxRuntimeGpuEngine(GpuEngine):
         return provider[0], provider[1] | {"user_compute_stream": str(stream.handle)}
 
     @staticmethod
-    def _tensorrt(bundle: Bundle, number: int) -> Provider:
-        """Without trt_fp16_enable the provider builds a strongly typed network: the graph's own types, as exported."""
-        cache = make_folder(writable_cache(bundle) / "onnxruntime")
+    def _tensorrt(bundle: Bundle, graph: Graph, number: int) -> Provider:
+        """Without trt_fp16_enable the provider builds a strongly typed network: the graph's own types, as exported.
+
+        The provider names an engine by the graph's names and shapes, not by its weights, so each graph has a folder of its own.
+        """
+        digest = bundle.manifest.files[FILES[graph]]["sha256"]
+        cache = make_folder(writable_cache(bundle) / f"onnxruntime_{digest}")
         return TENSORRT, {
             "device_id": str(number),
             "trt_engine_cache_enable": "1",

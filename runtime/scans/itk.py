@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.scans.detached import must_be_own, voxel_files
 from cdiff.runtime.scans.grid import NIFTI1_LONGEST
-from cdiff.runtime.scans.metaimage import check_metaimage, files_of
+from cdiff.runtime.scans.metaimage import MOST_AXES, check_metaimage, files_of, must_be_whole
 from cdiff.runtime.scans.nifti import check_header
 from cdiff.runtime.scans.shapes import check_kind, check_size
 from cdiff.runtime.scans.sources import any_bytes, optional
@@ -24,8 +25,8 @@ LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0])
 """ITK's axes point left, back and up, NIfTI's right, front and up."""
 HEADER_ENDS = 2**20
 """A NRRD's text lies within so many bytes."""
-MOST_AXES = 6
-"""What SimpleITK reads, the components of a voxel being one; NRRDs of 11 and more have it crash."""
+LONGEST = 500
+"""Bytes of a line of a NRRD's header, and of its path: what is wrong with them ITK writes into some thousand bytes, however long they are."""
 
 
 IN_THE_PATIENT = {
@@ -94,10 +95,19 @@ def _opened(data: bytes, path: Path) -> Any:
 
 
 def _must_be_harmless(data: bytes, path: Path) -> None:
-    """Raise CdiffError for a header that ITK should not follow: `detached` says why, and more axes than it bears end the process."""
+    """Raise CdiffError for a header that ITK should not follow: `detached` says why, and what it has no room for ends the process."""
     if not _is_nrrd(data):
+        must_be_whole(data, path)
         must_be_own(files_of(data, path), path)
         return
+    if len(os.fsencode(path)) > LONGEST:
+        raise CdiffError(f"{path} has a path of more than {LONGEST} bytes; move it to one that is shorter")
+    free = ("#", "content: ")
+    lines = [line for line in _nrrd_text(data, path).split("\n") if not line.startswith(free) and not _is_added(line)]
+    if long := [line for line in lines if len(line.encode()) > LONGEST]:
+        raise CdiffError(
+            f"{path} has a line of more than {LONGEST} bytes in its header ({long[0][:50]!r}); it is damaged: copy it again"
+        )
     fields = _nrrd_fields(data, path)
     if (axes := fields.get("dimension", "")).isdecimal() and int(axes) > MOST_AXES:
         raise CdiffError(f"{path} has {int(axes)} axes where 2-D or 3-D is meant; give one volume of it")
@@ -121,8 +131,13 @@ def _nrrd_text(data: bytes, path: Path) -> str:
 def _nrrd_fields(data: bytes, path: Path) -> dict[str, str]:
     """The fields of a NRRD's header, their names in lower case; none for another format. What its writer added (key:=value) is none."""
     lines = _nrrd_text(data, path).split("\n") if _is_nrrd(data) else []
-    found = (line.partition(": ") for line in lines if ":=" not in line.partition(": ")[0])
+    found = (line.partition(": ") for line in lines if not _is_added(line))
     return {name.strip().lower(): value.strip() for name, colon, value in found if colon}
+
+
+def _is_added(line: str) -> bool:
+    """Whether a line of a NRRD's header is one that its writer added, key:=value."""
+    return ":=" in line.partition(": ")[0]
 
 
 def _must_be_in_mm(fields: dict[str, str], path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from cdiff.runtime.errors import CdiffError
@@ -22,6 +23,16 @@ BYTES = {
 ZLIB_OR_GZIP = 47
 """What MetaImage's own reader takes."""
 CHUNK = 2**20
+NEEDED = ("NDims", "DimSize", "ElementType")
+BY_AXIS = {
+    "CenterOfRotation", "DimSize", "ElementSize", "ElementSpacing", "Offset", "Orientation", "Origin", "Position", "Rotation",
+    "TransformMatrix",
+}  # fmt: skip
+"""Fields with a value, or several, for each axis."""
+MOST_AXES = 6
+"""What SimpleITK reads, the components of a voxel being one; of many more both formats have it crash."""
+MOST_VOXELS = 2**31
+"""Along an axis; ITK takes the number as it stands."""
 
 
 def header_of(data: bytes, path: Path) -> tuple[dict[str, str], str, int]:
@@ -33,11 +44,40 @@ def header_of(data: bytes, path: Path) -> tuple[dict[str, str], str, int]:
     head, found, rest = data[:TEXT_ENDS].partition(mark)
     if data.count(mark) > bool(found):
         raise CdiffError(f"{path} does not name its voxels once, in a short header ({LAST}); save it again")
-    lines = head.decode("latin-1").splitlines()
-    fields = {name.strip(): value.strip() for name, equals, value in (line.partition("=") for line in lines) if equals}
+    fields = dict(_said(head))
     line = rest.partition(b"\n")[0]
     named = re.sub(r"^\s*[=:]", "", line.decode("utf-8", "replace")).strip()
     return fields, named, len(head) + len(found) + len(line) + 1
+
+
+def _said(head: bytes) -> Iterator[tuple[str, str]]:
+    """Each field of a header's lines, and its value."""
+    for line in head.decode("latin-1").splitlines():
+        name, sign, value = re.match(r"([^=:]*)([=:]?)(.*)", line, re.DOTALL).groups()  # type: ignore[union-attr]  # it fits all text
+        if sign:
+            yield name.strip(), value.strip()
+
+
+def must_be_whole(data: bytes, path: Path) -> None:
+    """Raise CdiffError for a header that ITK cannot follow: of one without sizes it says three lines more, and many axes end the process."""
+    head = data[:TEXT_ENDS].partition(LAST.encode())[0]
+    names = [name for name, _ in _said(head)]
+    fields, named, _ = header_of(data, path)
+    axes, sizes = fields.get("NDims", ""), fields.get("DimSize", "").split()
+    early = [name for name in names[: names.index("NDims")] if name in BY_AXIS] if "NDims" in names else []
+    wrong = next((f"{name} does not stand there once" for name in NEEDED if names.count(name) != 1), "")
+    if not wrong and (not axes.isdecimal() or not 0 < int(axes) <= MOST_AXES or len(sizes) != int(axes)):
+        wrong = f"{axes[:50]} axes of {fields['DimSize'][:50]} voxels"
+    elif not wrong and not all(size.isdecimal() and 0 < int(size) <= MOST_VOXELS for size in sizes):
+        wrong = f"{fields['DimSize'][:50]} voxels"
+    elif not wrong and early:
+        wrong = f"{early[0]} stands before NDims, which says how long it is"
+    elif not wrong and not (named and named.isprintable()):
+        wrong = f"the voxels are in {named[:50]!r}"
+    if wrong:
+        raise CdiffError(
+            f"{path} is not a NRRD or MetaImage file that can be read (its header: {wrong}); copy or save it again"
+        )
 
 
 def files_of(data: bytes, path: Path) -> list[Path]:

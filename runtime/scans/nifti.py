@@ -22,6 +22,12 @@ from cdiff.runtime.scans.shapes import check_kind, check_size, spatial_axes
 from cdiff.runtime.words import one_line
 
 GZIP = b"\x1f\x8b"
+EXTENDER = 4
+"""Bytes between a header and what follows it, which say whether that is an extension."""
+LINE_ENDS = (13, 10, 26, 10)
+"""What a NIfTI-2 header holds for a change of line ends to show."""
+XFORM_CODES = range(6)
+"""What a qform_code or sform_code can be (nifti1.h, and 5 of NIfTI-2: another template)."""
 MOST_BEFORE_VOXELS = 2**30
 """Bytes of header and extensions in a file that is not damaged."""
 
@@ -33,7 +39,7 @@ def parse_nifti(data: bytes, path: Path, channels: int) -> nib.Nifti1Image:
         start, kind, header = _begin(file, path)
         check_header(header, str(path), channels)
         size = math.prod(header.get_data_shape()) * header.get_data_dtype().itemsize
-        end = int(header["vox_offset"]) + size
+        end = max(int(header["vox_offset"]), header.sizeof_hdr + EXTENDER) + size
         # Deflate packs at most about 1032 to 1: a header that promises more than that lies, and is not given memory. Nor is one
         # whose voxels lie behind more than extensions ever take.
         if max(size, end) > (1032 if packed else 1) * len(data) or end - size > MOST_BEFORE_VOXELS:
@@ -77,7 +83,18 @@ def _begin(file: Any, path: Path) -> tuple[bytes, type[nib.Nifti1Image], nib.Nif
     size = kind.header_class.template_dtype.itemsize
     if len(start) < size:
         raise EOFError("it ends within its header")
-    return start, kind, kind.header_class(start[:size], check=False)
+    header = kind.header_class(start[:size], check=False)
+    # nibabel would mend each of these, in a header that can no longer be relied on.
+    sound = {
+        "sizeof_hdr": header["sizeof_hdr"] == size,
+        "magic": header["magic"].item() in (b"n+1", b"n+2"),
+        "vox_offset": header["vox_offset"] == 0 or header["vox_offset"] >= size + EXTENDER,
+    }
+    if kind is nib.Nifti2Image:
+        sound["eol_check"] = tuple(header["eol_check"]) in (LINE_ENDS, (0, 0, 0, 0))
+    for field in (field for field, fits in sound.items() if not fits):
+        raise CdiffError(f"{path} has {header[field]} as {field} in its header; it is damaged: copy it again")
+    return start, kind, header
 
 
 def check_header(header: nib.Nifti1Header, where: str, channels: int) -> None:
@@ -97,8 +114,10 @@ def check_header(header: nib.Nifti1Header, where: str, channels: int) -> None:
         raise CdiffError(
             f"{where} has the spacing {listed} in its header; every one must be above zero: correct the header"
         )
-    for form, code in (("sform", header["sform_code"]), ("qform", header["qform_code"])):
-        if int(code) <= 0:
+    for form, code in (("sform", int(header["sform_code"])), ("qform", int(header["qform_code"]))):
+        if code not in XFORM_CODES:
+            raise CdiffError(f"{where} has the {form}_code {code}, which NIfTI does not know; correct the header")
+        if not code:
             continue
         if not _spans(header, form, axes):
             raise CdiffError(
@@ -116,7 +135,8 @@ def _spans(header: nib.Nifti1Header, form: str, axes: int) -> bool:
     except (HeaderDataError, ValueError):  # a quaternion longer than 1
         return False
     columns = matrix[:3, :axes]
-    lengths = np.linalg.norm(columns, axis=0)
+    with np.errstate(over="ignore"):
+        lengths = np.linalg.norm(columns, axis=0)
     if not np.isfinite(matrix).all() or not (lengths > 0).all():
         return False
     return bool(np.linalg.matrix_rank(columns / lengths, 1e-5) == axes)
@@ -125,7 +145,8 @@ def _spans(header: nib.Nifti1Header, form: str, axes: int) -> bool:
 def nifti_voxels(image: nib.Nifti1Pair, where: str) -> NDArray[np.float32]:
     """The image's values, scaled as its header says. Raises CdiffError when the file ends early."""
     try:
-        return np.asarray(image.get_fdata(dtype=np.float32, caching="unchanged"))
+        with np.errstate(over="ignore"):  # who makes slices of them refuses infinite values
+            return np.asarray(image.get_fdata(dtype=np.float32, caching="unchanged"))
     except (EOFError, OSError, ValueError, zlib.error) as error:
         raise CdiffError(f"{where} is truncated or damaged ({one_line(error)}); copy it again") from None
     except MemoryError:

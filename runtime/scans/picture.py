@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,16 +14,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.words import one_line
+from cdiff.runtime.words import by, one_line
 
 BITS_PER_SAMPLE = 258
 """TIFF's tag (TIFF 6.0, section 8): one number a channel."""
+SIZE = 256, 257
+"""TIFF's tags of width and height."""
+PLANAR, SEPARATE = 284, 2
+"""TIFF's tag of how channels are stored, and its value for one after another."""
 ORIENTATION = 274
 """EXIF's tag, and TIFF's: 1 as stored, 2 to 8 mirrored or turned."""
 FORMATS = ("PNG", "TIFF", "JPEG")
 """What is read, whatever a file's suffix: of its own accord Pillow takes a PostScript file, too, and runs Ghostscript on it."""
 PNG_DEPTH = 24
 """Where the bit depth stands in a PNG file: after the signature, the chunk's length and name, width and height (PNG 1.2, 11.2.2)."""
+PNG_SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+"""Values a pixel, by PNG's colour type (PNG 1.2, 4.1.1)."""
+WHOLE = ((0, 0, 1, 1),)
+ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+"""The parts that a PNG is stored in: first column and row, steps between columns and rows (PNG 1.2, 8.2)."""
+CHUNK = 2**20
 CONVERTED = {"1": "L", "P": "RGB", "PA": "RGBA", "CMYK": "RGB", "YCbCr": "RGB"}
 """Pillow's modes that are none of grey or colours, and what they become."""
 DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
@@ -43,6 +54,40 @@ def check_depth(picture: Any, data: bytes, path: Path) -> None:
         )
 
 
+def check_png(data: bytes, path: Path) -> None:
+    """Raise CdiffError for a PNG that holds fewer pixels than its header promises: Pillow takes those that are missing for black."""
+    width, height, depth, kind, _, _, interlaced = struct.unpack(">IIBBBBB", data[16:29])
+    held, promised, at, inflate = 0, 0, 8, zlib.decompressobj()
+    for column, row, across, down in ADAM7 if interlaced else WHOLE:
+        columns, rows = -(-max(width - column, 0) // across), -(-max(height - row, 0) // down)
+        promised += rows * (1 + -(-columns * depth * PNG_SAMPLES[kind] // 8)) if columns else 0
+    while held < promised and at + 8 <= len(data):
+        length = int.from_bytes(data[at : at + 4])
+        rest = data[at + 8 : at + 8 + length] if data[at + 4 : at + 8] == b"IDAT" else b""
+        while rest and held < promised and not inflate.eof:
+            held += len(inflate.decompress(rest, CHUNK))
+            rest = inflate.unconsumed_tail
+        at += 12 + length
+    if held < promised:
+        raise _fewer(path, (width, height))
+
+
+def check_strips(picture: Any, path: Path) -> None:
+    """Raise CdiffError for a TIFF, opened by Pillow, whose strips or tiles do not cover it: Pillow takes what lies between for black."""
+    width, height = (picture.tag_v2[tag] for tag in SIZE)  # the picture's own is that of one turned
+    planes = len(picture.getbands()) if picture.tag_v2.get(PLANAR) == SEPARATE else 1
+    boxes = [tile[1] for tile in picture.tile]
+    held = sum((min(right, width) - left) * (min(low, height) - top) for left, top, right, low in boxes)
+    if held < planes * width * height:
+        raise _fewer(path, (width, height))
+
+
+def _fewer(path: Path, size: tuple[int, int]) -> CdiffError:
+    return CdiffError(
+        f"{path} holds fewer pixels than its header promises ({by(size)}); it is truncated or damaged: copy it again"
+    )
+
+
 def upright(picture: Any) -> tuple[Any, bool]:
     """The picture, opened by Pillow, turned as its EXIF orientation says, and whether that changed anything.
 
@@ -50,6 +95,8 @@ def upright(picture: Any) -> tuple[Any, bool]:
     """
     from PIL import ImageOps
 
+    if picture.format == "PNG":
+        picture.load()  # as getexif would, where an error of the pixels is not to be taken for one of EXIF
     try:
         turned = picture.getexif().get(ORIENTATION, 1) in range(2, 9)
     except (SyntaxError, ValueError, KeyError, TypeError, OSError, struct.error):  # damaged EXIF says nothing
@@ -62,7 +109,7 @@ def upright(picture: Any) -> tuple[Any, bool]:
 def opened(data: bytes, path: Path) -> Iterator[tuple[Any, bool]]:
     """The one picture in a file's bytes, by Pillow and `upright`, and whether it was turned.
 
-    Raises CdiffError for several pictures, for more bits than Pillow keeps, and for what goes wrong in the block.
+    Raises CdiffError for several pictures, for more bits than Pillow keeps, for a picture without all of its pixels, and for what goes wrong in the block.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -71,10 +118,14 @@ def opened(data: bytes, path: Path) -> Iterator[tuple[Any, bool]]:
             if getattr(picture, "n_frames", 1) > 1:
                 raise CdiffError(f"{path} holds {picture.n_frames} pictures; save one, or convert them to NIfTI")  # type: ignore[attr-defined]
             check_depth(picture, data, path)
+            if picture.format == "PNG":
+                check_png(data, path)
+            elif picture.format == "TIFF":
+                check_strips(picture, path)
             yield upright(picture)
     except UnidentifiedImageError:
         raise CdiffError(f"{path} is not a PNG, TIFF or JPEG that can be read; save it again as PNG") from None
-    except (OSError, EOFError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:
+    except (OSError, EOFError, SyntaxError, ValueError, TypeError, zlib.error, Image.DecompressionBombError) as error:
         raise CdiffError(f"{path} cannot be read as a picture ({one_line(error)}); save it again as PNG") from None
 
 

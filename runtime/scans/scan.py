@@ -149,7 +149,8 @@ def _load(scan: OneScan, channels: int, series: int | None) -> _Loaded:
 
 
 def _from_path(path: Path, channels: int, series: int | None) -> _Loaded:
-    is_there(path)  # or where it lies is closed to us, of which what follows would not speak in a line
+    if not is_there(path):
+        read_bytes(path)  # says why
     if path.name.lower() == INDEX.lower() and path.is_file():
         raise CdiffError(
             f"{path} lists what lies on a disc and holds no image; name the folder that it is in, or that of a series"

@@ -23,7 +23,7 @@ def read_bytes(path: Path) -> bytes:
     Also where its path is no text, as names are that were written in another encoding than UTF-8: no report could name it.
     """
     must_be_text(path)
-    if not path.name.lower().endswith(VOLUME_SUFFIXES + PICTURE_SUFFIXES) and path.exists():
+    if not path.name.lower().endswith(VOLUME_SUFFIXES + PICTURE_SUFFIXES) and is_there(path):
         kinds = ", ".join((*VOLUME_SUFFIXES, *PICTURE_SUFFIXES))
         raise CdiffError(f"{path} is not a kind of file that is read here ({kinds}, or DICOM); convert it")
     return any_bytes(path)
@@ -57,7 +57,7 @@ def any_bytes(path: Path) -> bytes:
     """The bytes of a file of any kind. Raises CdiffError when it cannot be read or is empty."""
     try:
         # /dev/zero never ends, and a pipe may never begin.
-        if path.exists() and not path.is_file() and not path.is_dir():
+        if is_there(path) and not path.is_file() and not path.is_dir():
             raise CdiffError(f"{path} is no file but a device or a pipe; copy what it gives into a file")
         data = path.read_bytes()
     except FileNotFoundError:

@@ -21,7 +21,6 @@ from cdiff.runtime.data.oddities import Oddities
 from cdiff.runtime.data.partition import HELD_OUT, held_out_of
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import sha256, write_json
-from cdiff.runtime.manifest import NAME as MANIFEST
 from cdiff.runtime.manifest import Manifest
 from cdiff.runtime.scans.itk import itk_bytes
 from cdiff.runtime.scans.scan import read_scan
@@ -29,6 +28,7 @@ from cdiff.runtime.scans.sources import ITK_SUFFIXES
 from cdiff.runtime.scoring.journal import Journal, fingerprint
 from cdiff.runtime.scoring.scores import CaseTally, evenly, marked_slices
 from cdiff.runtime.scoring.summary import ROW_KEYS, Row, joined_twins, summarise
+from cdiff.runtime.words import one_line
 
 if TYPE_CHECKING:
     from cdiff.runtime.segmenter import Segmenter
@@ -222,10 +222,18 @@ def evaluate(
         rows.append(row | {"case": job.case.name})
         done += job.work
         tick(done, total)
-    report = summarise(rows, header | {"made_with": fingerprint(header)}, left_out, group)
-    if out and journal:
-        write(out, report)
-        journal.remove()
+    try:
+        report = summarise(rows, header | {"made_with": fingerprint(header)}, left_out, group)
+        if out and journal:
+            write(out, report)
+            journal.remove()
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        if not journal or not known:
+            raise
+        raise CdiffError(
+            f"the cases that were computed before, in {out} or {journal.path}, are damaged ({one_line(error)[:200]}); "
+            "move both away to compute them anew"
+        ) from None
     return report
 
 
@@ -324,7 +332,7 @@ def _header(segmenter: Segmenter, protocol: Protocol, data: Mapping[str, Any]) -
             "name": segmenter.manifest.name,
             "variant": segmenter.manifest.variant,
             "levels": segmenter.manifest.levels,
-            "bundle_sha256": sha256(segmenter.bundle.path / MANIFEST),
+            "bundle_sha256": segmenter.manifest_sha256,
         },
         "engine": {"name": segmenter.engine.name, "device": segmenter.engine.device},
         "data": dict(data),

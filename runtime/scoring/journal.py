@@ -90,7 +90,8 @@ def _finished(
     if not isinstance(report, dict) or report.get("made_with") != fingerprint(header):
         notice(f"{path} is there, of another model, protocol or data: this evaluation will replace it")
         return {}
-    rows = _whole(report.get("cases", []), keys)
+    cases = report.get("cases")
+    rows = _whole(cases if isinstance(cases, list) else [], keys)
     used, there = sum(key in asked for key in rows), f"{path} is there, made with the same model, protocol and data"
     if rows and used == len(rows):
         notice(f"{there}: its {used} cases are not computed again")
@@ -104,7 +105,8 @@ def _finished(
 
 def _whole(rows: Iterable[Any], keys: Sequence[str]) -> Rows:
     """Those rows that have all keys, by the one named `inputs`."""
-    return {row["inputs"]: row for row in rows if isinstance(row, dict) and all(key in row for key in keys)}
+    whole = [row for row in rows if isinstance(row, dict) and all(key in row for key in keys)]
+    return {row["inputs"]: row for row in whole if isinstance(row["inputs"], str)}
 
 
 def _lines(path: Path) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -130,3 +131,26 @@ def test_the_command_prints_and_writes_and_says_what_is_no_report(
     one.write_text("not json")
     assert main([str(one), str(one)]) == 2
     assert "cannot be read as a report" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("cases", 1),
+        ("cases", [1]),
+        ("slices", None),
+        ("slices", [{}]),
+        ("volumes", {"true_voxels": [[1], 2]}),
+        ("volumes", {}),
+    ],
+)
+def test_a_report_of_another_form_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], part: str, value: object
+) -> None:
+    broken = copy.deepcopy(A)
+    (broken if part == "cases" else broken["cases"][0])[part] = value
+    (tmp_path / "a.json").write_text(json.dumps(broken))
+    assert main([str(tmp_path / "a.json")] * 2) == 2
+    said = capsys.readouterr().err
+    assert "does not hold what cdiff evaluate --json writes" in said
+    assert said.count("\n") == 1

@@ -46,6 +46,8 @@ def test_a_terminal_does_not_obey_a_name(monkeypatch: pytest.MonkeyPatch, capsys
         function(name)
     text = capsys.readouterr().err
     assert text == f"error: {seen}\nnote: {seen}\n{seen}\n"
+    console.fail("a\nb")
+    assert capsys.readouterr().err == "error: a\\nb\n"
     console.facts("Model", [("name", name)])
     assert seen in capsys.readouterr().out.replace("\n", "")
     monkeypatch.setattr(console, "out", Console(force_terminal=True))

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 import cdiff
 from cdiff.cli.app import app
+from tests.runtime.scan_files import PIXDIM, nifti, patched, voxels
 from tests.synthetic import write_synthetic_dataset
 
 CDIFF = Path(sys.executable).with_name("cdiff")
@@ -273,3 +274,11 @@ def test_a_name_that_the_pictures_font_lacks_is_no_trouble(tmp_path: Path) -> No
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=True)
     assert done.stdout == f"{tmp_path}/maps/患者_preview.png\n"
     assert done.stderr == ""
+
+
+def test_what_a_library_mends_in_a_header_is_not_the_users_business(tiny_bundle: Path, tmp_path: Path) -> None:
+    """nibabel said so in a line without the file's name, and of a 2-D image without a third spacing nothing is wrong."""
+    path = patched(nifti(tmp_path / "flat.nii", voxels(20, 20)), PIXDIM + 12, "<f", 0)
+    command = [*MODULE, "segment", str(path), "-o", str(tmp_path / "maps"), "--model", str(tiny_bundle), "--fast", "-q"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")

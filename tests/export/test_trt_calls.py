@@ -11,7 +11,7 @@ import pytest
 import cdiff
 from cdiff.export import tensorrt
 from cdiff.export.tensorrt import BuildOptions, build_engines
-from cdiff.runtime.bundle import Bundle
+from cdiff.runtime.bundle import Bundle, open_bundle
 from cdiff.runtime.engines.trt import LAYERS, RECORD, Flavour, Gpu, Profile, open_or_build
 from cdiff.runtime.errors import CdiffError
 from tests.export.engine_bundles import pair_bundle
@@ -135,6 +135,16 @@ def test_timings_that_do_not_fit_are_made_anew(bundle: Bundle, native: Double) -
     used = native.called("set_timing_cache")
     assert used[0][0] != b""
     assert used[1] == (b"", False)
+
+
+def test_a_graph_that_was_replaced_meanwhile_is_not_built_under_the_old_ones_hash(
+    bundle: Bundle, native: Double
+) -> None:
+    opened = open_bundle(bundle.path)
+    bundle.denoiser.write_bytes(bundle.denoiser.read_bytes() + b"\0")
+    with pytest.raises(CdiffError, match=r"denoiser\.onnx has changed since the bundle was opened"):
+        build(opened, native)
+    assert not [path for path in bundle.engines.iterdir() if path.is_dir()]
 
 
 def test_a_graph_that_cannot_be_parsed(bundle: Bundle, double: Double) -> None:

@@ -10,6 +10,7 @@ from typing import Any, cast
 import numpy as np
 
 from cdiff.runtime.data.cases import Case, read_case
+from cdiff.runtime.files import sha256
 from cdiff.runtime.results import Stack
 from cdiff.runtime.scans.scan import Scan
 from cdiff.runtime.scoring.evaluate import Protocol, evaluate
@@ -32,7 +33,7 @@ class KnownMaps:
     def __post_init__(self) -> None:
         self.bundle_folder.mkdir(exist_ok=True)
         (self.bundle_folder / "manifest.json").write_text(f"{self.levels} {self.shift}")
-        self.bundle = SimpleNamespace(path=self.bundle_folder)
+        self.manifest_sha256 = sha256(self.bundle_folder / "manifest.json")
         self.engine = SimpleNamespace(name="known", device="cpu")
         self.manifest = SimpleNamespace(
             name="known", variant="consensus", levels=self.levels, slice_axis=2, image_channels=1

@@ -12,7 +12,8 @@ import numpy as np
 
 AFFINE = np.array([[-0.7, 0, 0, 10], [0, 0.8, 0, -20], [0, 0, 2.5, 5], [0, 0, 0, 1.0]])
 PIXDIM, DIM, SROW_X, QUATERN_B, DATATYPE, VOX_OFFSET, SCL_SLOPE, XYZT_UNITS = 76, 40, 280, 256, 70, 108, 112, 123
-"""Where the fields of a NIfTI-1 header begin, from the format's own definition."""
+QFORM_CODE, SFORM_CODE, MAGIC, SROW_X_OF_TWO = 252, 254, 344, 400
+"""Where the fields of a NIfTI-1 header begin, from the format's own definition; of two: of a NIfTI-2 header."""
 
 
 def voxels(*shape: int) -> Any:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import onnx
+import onnxruntime as ort
 import pytest
 
-from cdiff.runtime.bundle import Bundle, open_bundle, write_bundle
+from cdiff.runtime.bundle import ELSEWHERE, Bundle, open_bundle, write_bundle
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.manifest import Manifest
+from tests.runtime.graphs import write_pair
 from tests.runtime.test_manifest import example
 
 FILES = {"encoder.onnx": b"encoder", "denoiser.onnx": b"denoiser", "model.safetensors": b"w" * 99, "README.md": b"card"}
@@ -65,6 +68,48 @@ def test_only_checked_files_are_handed_out(bundle: Bundle) -> None:
     (bundle.path / "other.onnx").write_bytes(b"planted")
     with pytest.raises(CdiffError, match=r"other\.onnx"):
         open_bundle(bundle.path).file("other.onnx")
+
+
+def test_a_graph_whose_weights_lie_in_another_file_is_refused(tmp_path: Path) -> None:
+    """ONNX Runtime would read them, and of a file that the manifest does not list nobody has a hash."""
+
+    def build(folder: Path) -> Manifest:
+        for path in write_pair(folder, size=16, T=20, levels=3):
+            model = onnx.load(path)
+            onnx.save(model, path, save_as_external_data=True, location=f"{path.stem}.bin", size_threshold=0)
+            ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+        return example(files={})
+
+    listed = write_bundle(tmp_path / "bundle", build).path
+    with pytest.raises(CdiffError, match=r"(encoder|denoiser)\.onnx keeps weights in another file") as error:
+        open_bundle(listed)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("before", [0, (1 << 20) - len(ELSEWHERE) + 1, (1 << 20) - 1, 1 << 20])
+def test_the_key_is_found_wherever_it_stands(tmp_path: Path, before: int) -> None:
+    def build(folder: Path) -> Manifest:
+        manifest = fill(folder)
+        (folder / "denoiser.onnx").write_bytes(b"l" * before + ELSEWHERE + b"z" * 9)
+        return manifest
+
+    with pytest.raises(CdiffError, match=r"denoiser\.onnx keeps weights"):
+        open_bundle(write_bundle(tmp_path / "bundle", build).path)
+
+
+def test_a_bundle_that_is_replaced_after_it_was_hashed_is_found(bundle: Bundle) -> None:
+    opened = open_bundle(bundle.path)
+    opened.must_be_unchanged()
+    write_bundle(bundle.path, lambda folder: dataclasses.replace(fill(folder), name="second"), replace=True)
+    with pytest.raises(CdiffError, match=r"manifest\.json has changed since the bundle was opened"):
+        opened.must_be_unchanged()
+    again = open_bundle(bundle.path)
+    bundle.denoiser.write_bytes(FILES["denoiser.onnx"])  # even with the same bytes: nobody hashed these
+    with pytest.raises(CdiffError, match=r"denoiser\.onnx has changed since"):
+        again.must_be_unchanged()
+    bundle.encoder.unlink()
+    with pytest.raises(CdiffError, match=r"encoder\.onnx has changed since|denoiser"):
+        again.must_be_unchanged()
 
 
 def test_what_is_no_bundle_gets_one_line(tmp_path: Path) -> None:

@@ -145,6 +145,28 @@ def test_broken_and_foreign_graphs_are_named(tmp_path: Path) -> None:
         OnnxRuntimeEngine(denoiser, encoder)
 
 
+@pytest.mark.parametrize(
+    ("change", "said"), [("pads", r"\[3, 1, 14, 14\] float32"), ("type", r"\[3, 1, 16, 16\] float64")]
+)
+def test_a_graph_that_does_not_give_what_it_says_is_one_line(tmp_path: Path, change: str, said: str) -> None:
+    encoder, denoiser = write_pair(tmp_path)
+    model = onnx.load(denoiser)
+    (value,) = (one for one in model.graph.output if one.name == "x0")
+    if change == "pads":
+        (last,) = (node for node in model.graph.node if "out" in node.output)
+        del last.attribute[:]
+        value.type.tensor_type.ClearField("shape")
+    else:
+        (clip,) = (node for node in model.graph.node if "x0" in node.output)
+        clip.output[0] = "x0_float"
+        model.graph.node.append(onnx.helper.make_node("Cast", ["x0_float"], ["x0"], to=onnx.TensorProto.DOUBLE))
+        value.type.tensor_type.elem_type = onnx.TensorProto.DOUBLE
+    onnx.save(model, denoiser)
+    engine = OnnxRuntimeEngine(encoder, denoiser, threads=1)
+    with pytest.raises(CdiffError, match=rf"the denoiser's x0 is {said}, not \[3, 1, 16, 16\] float32: export"):
+        engine.denoise(**batch(3, 1))
+
+
 def test_wrong_shapes_are_one_line(tmp_path: Path) -> None:
     engine = OnnxRuntimeEngine(*write_pair(tmp_path), threads=1)
     with pytest.raises(CdiffError, match=r"failed on cpu with image \[1, 1, 8, 8\] float32") as error:

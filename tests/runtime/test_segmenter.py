@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,23 @@ def test_runs_are_mirrored_where_the_bundle_says_so_or_the_caller_does(segmenter
     np.testing.assert_array_equal(stated.levels, asked.levels)
     np.testing.assert_array_equal(refused.levels, plain.levels)
     assert abs(asked.levels - plain.levels).max() > 0.01
+
+
+def test_what_a_notebook_shows_is_a_line(segmenter: Segmenter) -> None:
+    result = segmenter.segment(volume(SIZE, SIZE, 3), **QUICK, slices="1:3")
+    assert repr(result) == f"<Result scan: {SIZE} x {SIZE} x 3, slices 1 to 2, {C} levels>"
+    assert repr(segmenter) == f"<Segmenter tiny: onnxruntime {segmenter.engine.version} on cpu>"
+    assert dir(cdiff) == ["__version__", "load"]
+    assert len(repr(next(segmenter.segment_many([volume(SIZE, SIZE)], **QUICK)).value)) < 100
+
+
+def test_a_bundle_that_is_replaced_while_it_is_opened_is_no_mixture(tmp_path: Path, segmenter: Segmenter) -> None:
+    opened = open_bundle(make_bundle(tmp_path / "one"))
+    Segmenter(opened, segmenter.engine)
+    shutil.rmtree(opened.path)
+    make_bundle(opened.path, mirror=True)
+    with pytest.raises(CdiffError, match="has changed since the bundle was opened"):
+        Segmenter(opened, segmenter.engine)
 
 
 def test_the_same_seed_gives_the_same_maps_bit_for_bit(segmenter: Segmenter, bundle: Path) -> None:

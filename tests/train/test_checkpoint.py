@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from cdiff.runtime.errors import CdiffError
-from cdiff.train.checkpoint import checkpoint_folder, save_checkpoint
+from cdiff.train.checkpoint import checkpoint_folder, config_of_weights, save_checkpoint, write_tensors
 
 
 @contextmanager
@@ -56,3 +56,19 @@ def test_a_run_may_be_read_by_whom_the_umask_lets(umask: int, mode: int, tmp_pat
     folder = checkpoint_folder(tmp_path, "last")
     assert folder is not None
     assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {mode}
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ("{", "cannot be read"),
+        ("[" * 5000, "cannot be read"),
+        ("[1]", "does not say which network"),
+        ('{"network": 1}', "JSON object"),
+    ],
+)
+def test_weights_that_say_something_else_of_their_network_are_one_line(tmp_path: Path, config: str, said: str) -> None:
+    write_tensors(tmp_path / "w.safetensors", {"w": torch.zeros(3)}, {"config": config})
+    with pytest.raises(CdiffError, match=said) as caught:
+        config_of_weights(tmp_path / "w.safetensors")
+    assert "\n" not in str(caught.value)

@@ -62,6 +62,9 @@ def test_settings_reach_their_sections() -> None:
         ("val_fraction=0", "between 0 and 1"),
         ("lr=-1", "lr=-1 must be positive"),
         ("lr=NaN", "expected float"),
+        (f"lr={'9' * 400}", "expected float"),
+        (f"batch={'9' * 5000}", "expected int"),
+        (f"channel_mult={'[' * 5000}", "expected tuple"),
         ("clip=0", "clip=0 must be positive"),
         ("seed=-1", "seed=-1 must not be negative"),
         ("seed=4294967296", r"seed=4294967296 must be below 2\^32"),
@@ -111,6 +114,7 @@ def test_unknown_preset_names_the_known_ones() -> None:
         ("network", {"channel_mult": [1, None]}, r"has channel_mult=\[1, None\]; expected tuple"),
         ("data", {"intensity_lower": None}, "has intensity_lower=None; expected float"),
         ("training", {"augment": 1}, "has augment=1; expected bool"),
+        ("training", {"lr": 10**400}, "has lr=10+; expected float"),
     ],
 )
 def test_a_configuration_of_other_types_is_refused(section: str, value: object, says: str) -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from cdiff.runtime.data.case import is_output
 from cdiff.runtime.data.cases import find_cases, read_case
+from cdiff.runtime.data.datacheck import check_data
+from cdiff.runtime.data.table import is_table, read_table
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.scans.inputs import scans_at
+from cdiff.runtime.scans.scan import read_scan
 from tests.layouts import disc, save, write_qubiq, write_table
 
 
@@ -189,3 +194,32 @@ def test_a_name_with_a_character_that_no_file_has_is_one_line(tmp_path: Path) ->
     (tmp_path / "cases.csv").write_bytes(b"case,image\na,a\0.png\n")
     with pytest.raises(CdiffError, match=r"cases\.csv is not UTF-8 text"):
         scans_at(tmp_path / "cases.csv")
+
+
+def test_a_name_that_no_file_can_have_is_told_of_its_case(tmp_path: Path) -> None:
+    """Asking whether a file of such a name is there raises before Python 3.14."""
+    table = write_table(tmp_path, cases=3)
+    long = "x" * 300
+    text = table.read_text().replace("files/p0.png", f"files/{long}.png").replace("files/p1_m1.png", f"{long}.nii.gz")
+    table.write_text(text)
+    findings = [one["text"] for one in check_data(table).report["findings"] if one["severity"] == "error"]
+    assert sum("cannot be read: File name too long" in text or "does not exist" in text for text in findings) == 2
+    (scan, *_) = scans_at(table)
+    with pytest.raises(CdiffError, match=r"cannot be read: File name too long|does not exist"):
+        read_scan(scan.path)
+
+
+def test_a_table_that_never_ends_or_begins_is_none(tmp_path: Path) -> None:
+    """A folder of scans is looked through for tables."""
+    os.mkfifo(tmp_path / "pipe.csv")
+    (tmp_path / "zeros.csv").symlink_to("/dev/zero")
+    for path in (tmp_path / "pipe.csv", tmp_path / "zeros.csv"):
+        assert not is_table(path)
+        with pytest.raises(CdiffError, match="is no file but a device or a pipe"):
+            read_table(path, [])
+
+
+def test_a_report_whose_map_could_have_no_name_is_none_of_ours(tmp_path: Path) -> None:
+    path = tmp_path / f"{'x' * 246}.json"
+    path.write_text("{}")
+    assert not is_output(path)

@@ -19,6 +19,7 @@ from cdiff.runtime.engines import onnxruntime_gpu
 from cdiff.runtime.engines.onnxruntime import OnnxRuntimeEngine, open_session
 from cdiff.runtime.engines.onnxruntime_gpu import OnnxRuntimeGpuEngine
 from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.files import sha256
 from cdiff.runtime.sampling.sampler import sampler_table
 from tests.runtime.device.fake_cuda import World, install
 from tests.runtime.device.fake_tensorrt import view
@@ -83,7 +84,8 @@ def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         monkeypatch.setattr(onnxruntime_gpu, "open_session", open_)
         monkeypatch.setattr(onnxruntime_gpu, "load_trt", lambda flavour: opened.append(flavour))
         encoder, denoiser = write_pair(tmp_path, size=SIZE, T=20, levels=C, learned=learned)
-        manifest = SimpleNamespace(precision=precision)
+        files = {path.name: {"sha256": sha256(path)} for path in (encoder, denoiser)}
+        manifest = SimpleNamespace(precision=precision, files=files)
         bundle = SimpleNamespace(
             encoder=encoder, denoiser=denoiser, manifest=manifest, path=tmp_path, engines=tmp_path / "engines"
         )
@@ -134,7 +136,11 @@ def test_the_tensorrt_provider_keeps_types_and_caches(make: Any, monkeypatch: py
     provider, options = setup.opened[1][1]
     assert provider == "TensorrtExecutionProvider"
     assert "trt_fp16_enable" not in options, "that would build a weakly typed network"
-    assert Path(options["trt_engine_cache_path"]).is_dir()
+    caches = {Path(one[1][1]["trt_engine_cache_path"]) for one in setup.opened[1:]}
+    assert all(folder.is_dir() for folder in caches)
+    other = make(tensorrt=True, precision="float16", learned=True)
+    caches |= {Path(one[1][1]["trt_engine_cache_path"]) for one in other.opened[1:]}
+    assert len(caches) == 3, "two denoisers, whose engines the provider may give the same name, and one encoder"
     monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
     with pytest.raises(CdiffError, match=r"TF32.*set NVIDIA_TF32_OVERRIDE=0"):
         make(tensorrt=True)

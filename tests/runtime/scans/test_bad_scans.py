@@ -22,9 +22,14 @@ from tests.runtime.scan_files import (
     AFFINE,
     DATATYPE,
     DIM,
+    MAGIC,
     PIXDIM,
+    QFORM_CODE,
     QUATERN_B,
+    SCL_SLOPE,
+    SFORM_CODE,
     SROW_X,
+    SROW_X_OF_TWO,
     VOX_OFFSET,
     nifti,
     patched,
@@ -85,6 +90,14 @@ def bad_value(value: float) -> Callable[[Path], Path]:
 
 def bad_header(offset: int, fmt: str, *values: float, suffix: str = ".nii.gz") -> Callable[[Path], Path]:
     return lambda folder: patched(nifti(folder / f"x{suffix}", voxels(4, 5, 6)), offset, fmt, *values)
+
+
+def bad_two(offset: int, fmt: str, *values: float) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        nib.save(nib.Nifti2Image(voxels(4, 4, 4), AFFINE), folder / "x.nii")
+        return patched(folder / "x.nii", offset, fmt, *values)
+
+    return make
 
 
 def bad_far(folder: Path) -> Path:
@@ -181,9 +194,20 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "lying size, plain": (bad_header(DIM, "<4h", 3, 4, 5, 7, suffix=".nii"), "truncated|less than"),
     "zero size": (bad_header(DIM, "<4h", 3, 4, 0, 6), "no voxel|not a valid"),
     "negative size": (bad_header(DIM, "<4h", 3, 4, -5, 6), "no voxel|not a valid"),
+    "voxels within the header": (bad_header(VOX_OFFSET, "<f", 22), "has 22.0 as vox_offset in its header; it is damaged"),
+    "voxels before the file": (bad_header(VOX_OFFSET, "<f", -16), "has -16.0 as vox_offset"),
+    "voxels at no place": (bad_header(VOX_OFFSET, "<f", np.nan), "has nan as vox_offset"),
+    "damaged size of the header": (bad_header(0, "<i", 349), "has 349 as sizeof_hdr"),
+    "damaged mark": (bad_header(MAGIC + 3, "B", 7), r"as magic in its header; it is damaged"),
+    "damaged mark of NIfTI-2": (bad_two(7, "B", 7), r"as magic in its header; it is damaged"),
+    "line ends changed": (bad_two(8, "4B", 10, 26, 10, 0), r"has \[10 26 10  0\] as eol_check in its header; it is damaged"),
+    "unknown sform": (bad_header(SFORM_CODE, "<h", 9), "has the sform_code 9, which NIfTI does not know"),
+    "unknown qform": (bad_header(QFORM_CODE, "<h", -2), "has the qform_code -2, which NIfTI does not know"),
+    "values beyond all numbers": (bad_header(SCL_SLOPE, "<2f", 3e38, 0), "NaN or infinite values"),
+    "an axis beyond all numbers": (bad_two(SROW_X_OF_TWO, "<3d", 1e300, 0, 0), "singular or non-finite sform"),
     "voxels far away": (bad_header(VOX_OFFSET, "<f", 1e9), "less than its header promises"),
     "voxels far away, and zeros up to there": (bad_far, "less than its header promises"),
-    "truncated picture": (bad_picture, "picture"),
+    "truncated picture": (bad_picture, "fewer pixels than its header promises"),
     "text for a picture": (bad_picture_text, r"is not a PNG, TIFF or JPEG that can be read; save"),
     "a picture without a width": (bad_size, "cannot be read as a picture"),
     "several pictures": (bad_pages, "3 pictures"),
@@ -202,12 +226,14 @@ def test_a_name_in_another_encoding_gets_one_clear_line(tmp_path: Path) -> None:
     str(caught.value).encode()
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("kind", BAD)
-def test_a_bad_scan_gets_one_clear_line(tmp_path: Path, kind: str) -> None:
+def test_a_bad_scan_gets_one_clear_line(tmp_path: Path, kind: str, capfd: pytest.CaptureFixture[str]) -> None:
     make, said = BAD[kind]
     path = make(tmp_path)
     with pytest.raises(CdiffError, match=said) as caught:
         read_scan(path)
+    assert not capfd.readouterr().err, "no library says another line of its own"
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
     assert ";" in str(caught.value), "what to do is said too"

@@ -65,6 +65,18 @@ def write_tiff(path: Path, array: Any, order: str = "<") -> Path:
     return path
 
 
+def write_tags(path: Path, tags: list[tuple[int, int, list[int]]], stored: bytes) -> None:
+    """A TIFF of these tags, each with its kind (3: 16 bits, 4: 32) and values; what is stored begins at byte 8."""
+    after, lists, entries = 8 + len(stored), b"", b""
+    for tag, kind, values in tags:
+        packed = struct.pack(f"<{len(values)}{'H' if kind == 3 else 'I'}", *values)
+        entries += struct.pack("<HHI", tag, kind, len(values))
+        entries += packed.ljust(4, b"\0") if len(packed) <= 4 else struct.pack("<I", after + len(lists))
+        lists += packed if len(packed) > 4 else b""
+    directory = struct.pack("<H", len(tags)) + entries + bytes(4)
+    path.write_bytes(b"II*\0" + struct.pack("<I", after + len(lists)) + stored + lists + directory)
+
+
 def test_grey_of_16_bits_keeps_every_bit(tmp_path: Path) -> None:
     array = pixels(1)
     Image.fromarray(array).save(tmp_path / "pillow.png")
@@ -129,6 +141,86 @@ def test_a_picture_is_turned_as_viewers_show_it(tmp_path: Path, suffix: str) -> 
 def test_damaged_exif_turns_nothing(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((4, 6), np.uint8)).save(tmp_path / "x.jpg", exif=b"Exif\0\0not a directory")
     assert read_scan(tmp_path / "x.jpg").slices.shape == (1, 1, 4, 6)
+
+
+@pytest.mark.parametrize("read", [lambda path: read_scan(path), read_mask], ids=["image", "mask"])
+def test_a_png_whose_pixels_are_damaged_is_refused(tmp_path: Path, read: Any) -> None:
+    """Its check sums are there to notice it by; the pixels that Pillow has by then are no picture."""
+    whole = write_png(tmp_path / "x.png", pixels(1), GREY).read_bytes()
+    first = whole.index(b"IDAT") + 4
+    length = int.from_bytes(whole[first - 8 : first - 4])
+    for place in range(first, first + length):
+        (tmp_path / "x.png").write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        with pytest.raises(CdiffError, match=r"cannot be read as a picture|fewer pixels") as error:
+            read(tmp_path / "x.png")
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("interlaced", [False, True])
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "I;16"])
+def test_a_png_without_its_last_rows_is_refused(tmp_path: Path, mode: str, interlaced: bool) -> None:
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    bits, kind = {"1": (1, 0), "L": (8, 0), "P": (8, 3), "RGB": (8, 2), "RGBA": (8, 6), "I;16": (16, 0)}[mode]
+    width, height = 11, 9
+    # Adam7, from the drawing of its passes in the specification: in which pass each pixel of an 8 x 8 square is stored.
+    square = [int(n) for n in "1646264677777777565656567777777736463646777777775656565677777777"]
+    lines = []
+    for part in range(1, 8) if interlaced else [0]:
+        counts = [sum(not part or square[8 * (y % 8) + x % 8] == part for x in range(width)) for y in range(height)]
+        lines += [1 + -(-count * bits * (CHANNELS.get(kind) or 1) // 8) for count in counts if count]
+    head = struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, int(interlaced))
+    palette = chunk(b"PLTE", bytes(768)) if mode == "P" else b""
+    for less, reads in ((0, True), (1, False)):
+        stored = chunk(b"IDAT", zlib.compress(bytes(sum(lines) - less)))
+        (tmp_path / "x.png").write_bytes(
+            b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + palette + stored + chunk(b"IEND", b"")
+        )
+        if reads:
+            assert read_scan(tmp_path / "x.png").grid.shape == (height, width)
+            continue
+        with pytest.raises(CdiffError, match=r"fewer pixels than its header promises \(11 x 9\)"):
+            read_scan(tmp_path / "x.png")
+
+
+@pytest.mark.parametrize("kind", ["grey", "colours", "planes", "tiles"])
+def test_a_tiff_without_its_last_strip_is_refused(tmp_path: Path, kind: str) -> None:
+    """Its strips or tiles of eight rows each, uncompressed, the last of them left out of the lists of places and lengths."""
+    height, width, channels = 24, 16, 1 if kind in ("grey", "tiles") else 3
+    planes = 3 if kind == "planes" else 1
+    count, length = planes * height // 8, 8 * width * channels // planes
+    stored = bytes([7]) * (count * length)
+    for less in (0, 1):
+        places = [8 + length * n for n in range(count - less)]
+        tags = [
+            (256, 3, [width]),
+            (257, 3, [height]),
+            (258, 3, [8] * channels),
+            (259, 3, [1]),
+            (262, 3, [1 if channels == 1 else 2]),
+        ]
+        lists = [
+            (273, 4, places),
+            (277, 3, [channels]),
+            (278, 4, [8]),
+            (279, 4, [length] * len(places)),
+            (284, 3, [1 + (planes > 1)]),
+        ]
+        if kind == "tiles":
+            lists = [
+                (277, 3, [1]),
+                (322, 3, [width]),
+                (323, 3, [8]),
+                (324, 4, places),
+                (325, 4, [length] * len(places)),
+            ]
+        write_tags(tmp_path / "x.tif", [*tags, *lists], stored)
+        if less:
+            with pytest.raises(CdiffError, match=r"fewer pixels than its header promises \(16 x 24\)"):
+                read_scan(tmp_path / "x.tif")
+        else:
+            assert read_scan(tmp_path / "x.tif").slices.min() > 0
 
 
 @pytest.mark.parametrize("palette", [False, True])

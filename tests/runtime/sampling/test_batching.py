@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import tracemalloc
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ import pytest
 from cdiff.runtime.engines.base import Binding, ChainBinding, Engine, Float32, HostBinding, Int64, Prediction, Rows
 from cdiff.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.sampling import chain
 from cdiff.runtime.sampling.batching import SliceResult, Timings, rows_per_batch, segment_windows
 from cdiff.runtime.sampling.chain import check_finite
 from cdiff.runtime.sampling.framing import Framing, Windows
@@ -216,6 +219,17 @@ def test_part_of_a_scan_gets_the_maps_that_it_has_in_the_whole() -> None:
         np.testing.assert_allclose(result.level_means, whole[result.slice_id].level_means, rtol=0, atol=1e-6)
 
 
+def test_seconds_add_up_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([10.0, 12.5, 20.0, 21.0])
+    monkeypatch.setattr(chain, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    spent = Timings()
+    for _ in range(2):
+        with spent.part("encode"):
+            pass
+    assert asdict(spent) == dict.fromkeys(asdict(spent), 0) | {"encode": 3.5}
+    assert spent + Timings(encode=1, calls=2) == Timings(encode=4.5, calls=2)
+
+
 def test_each_window_is_encoded_once_and_slices_come_as_they_finish() -> None:
     engine, timings, seen = FakeEngine(), Timings(), list[tuple[int, int]]()
     windows, table = framed(scan((5, SIZE, SIZE))), sampler_table("ddim", SCHEDULE, 3)
@@ -228,6 +242,7 @@ def test_each_window_is_encoded_once_and_slices_come_as_they_finish() -> None:
     assert [result.index for result in results] == [1, 2, 3, 4]
     assert engine.encoded == 5
     assert timings.rows == 60
+    assert min(timings.encode, timings.noise, timings.denoise, timings.update, timings.collect) > 0
     total = 5 * C * R * len(table)
     assert seen[-1] == (total, total)
     assert [done for done, _ in seen] == sorted({done for done, _ in seen})

@@ -187,11 +187,12 @@ def test_a_larger_window_decides_alone_where_the_first_does_not_reach() -> None:
         np.full((1, 2), 0.5, np.float32),
     )
     one = SliceResult(0, 0, means, spread, None, box, (2, 3))
-    two = dataclasses.replace(one, means=means + 0.5, spread=0 * spread)
+    wide = np.zeros((2, 2), np.float32)
+    two = dataclasses.replace(one, means=np.stack([wide, wide]) + 0.75, spread=wide, box=(slice(0, 2), slice(1, 3)))
     seen = np.zeros((2, 2, 3), bool)
-    seen[:, 1, 1] = seen[1, 1, 2] = True
+    seen[:, 1, 1] = seen[1, 1, 2] = seen[1, 0, 1] = True
     (found,) = together([[one], [two]], [1, 3], list(seen))
-    np.testing.assert_allclose(found.level_means[0], [[0, 0, 0], [0, 0.625, 0.75]])
+    np.testing.assert_allclose(found.level_means[0], [[0, 0.75, 0], [0, 0.625, 0.75]])
     variance = (0.5**2 + 0.375**2 + 3 * 0.125**2) / 4
     np.testing.assert_allclose(found.run_std, [[0, 0, 0], [0, variance**0.5, 0]], atol=1e-7)
 

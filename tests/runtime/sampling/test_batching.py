@@ -177,6 +177,29 @@ def test_a_single_run_sees_the_slice_as_it_is() -> None:
     assert np.array_equal(one.level_means, plain.level_means)
 
 
+@pytest.mark.parametrize("batch", range(2, 8))
+def test_no_two_windows_of_a_batch_share_a_place(batch: int) -> None:
+    """Of three rows a window, so that a batch of five begins with a window's last row and ends with another's first."""
+    windows, table = framed(scan((6, SIZE, SIZE))), sampler_table("ddim", SCHEDULE, 2)
+    found, want = (
+        [one.means for one in segment_windows(FakeEngine(), windows, table, levels=C, runs=1, batch=rows)]
+        for rows in (batch, 1)
+    )
+    np.testing.assert_allclose(found, want, rtol=0, atol=1e-6)
+
+
+def test_more_runs_than_views_see_them_in_turn_again() -> None:
+    slices, table = scan((1, SIZE, SIZE)), sampler_table("ddim", SCHEDULE, 3)
+
+    def kept(slices: Float32, mirror: bool) -> Any:
+        options: dict[str, Any] = {"levels": C, "runs": 6, "mirror": mirror, "keep_runs": True}
+        return next(segment_windows(FakeEngine(), framed(slices), table, **options)).runs
+
+    found = kept(slices, True)
+    assert np.array_equal(found[:, 4], kept(slices, False)[:, 4])
+    assert np.array_equal(found[:, 5], kept(slices[..., ::-1], False)[:, 5, :, ::-1])
+
+
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_samplers_run_as_their_table_says(name: str) -> None:
     # The table itself is tested against diffusers; here, that the loop keeps x0_prev and the noise of each step apart.

@@ -59,7 +59,7 @@ def test_given_numbers_do_not_depend_on_the_image() -> None:
 @pytest.mark.parametrize(
     ("intensity", "says"),
     [
-        (Intensity("volume", 1, 99), "percentiles 1 and 99 of each volume to -1 and 1"),
+        (Intensity("volume", 0, 100), "percentiles 0 and 100 of each volume to -1 and 1"),
         (Intensity(method="standard"), "mean and standard deviation of each slice to 0 and 1"),
         (Intensity(method="standard", mean=(3.5,), std=(2.0,)), "minus 3.5, divided by 2"),
         (Intensity(method="standard", mean=(0.0,), std=(1.0,)), "none: values as stored"),

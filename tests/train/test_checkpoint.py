@@ -62,7 +62,9 @@ def test_a_run_may_be_read_by_whom_the_umask_lets(umask: int, mode: int, tmp_pat
 def test_every_tensor_that_does_not_fit_is_named() -> None:
     network = torch.nn.Linear(2, 3)
     check_weights(network, network.state_dict(), Path("w"))
-    wrong = r"^w does not fit its configuration: missing bias, unexpected b, weight is \[3, 4\], not \[3, 2\] \(3 in all\)$"
+    wrong = (
+        r"^w does not fit its configuration: missing bias, unexpected b, weight is \[3, 4\], not \[3, 2\] \(3 in all\)$"
+    )
     with pytest.raises(CdiffError, match=wrong):
         check_weights(network, {"weight": torch.zeros(3, 4), "b": torch.zeros(1)}, Path("w"))
 

@@ -248,7 +248,8 @@ def test_modalities_of_which_some_are_pictures_are_told(tmp_path: Path) -> None:
 
 def test_the_models_modalities_are_taken_in_its_order() -> None:
     case = Case("k", Path("a"), (), others=(Path("b"), Path("c")), modalities=("t1", "t2", "flair"))
-    assert case.with_modalities(("flair", "t1")).scan == (Path("c"), Path("a"))
+    ordered = case.with_modalities(("flair", "t1"))
+    assert (ordered.scan, ordered.modalities) == ((Path("c"), Path("a")), ("flair", "t1"))
     assert case.with_modalities(()) is case
     with pytest.raises(CdiffError, match="k has no pd"):
         case.with_modalities(("t1", "pd"))

@@ -16,7 +16,7 @@ from cdiff.runtime.manifest import Manifest
 from cdiff.runtime.sampling.framing import Framing, resize
 from cdiff.runtime.sampling.noise import Noise
 from cdiff.runtime.sampling.sums import SliceResult
-from cdiff.runtime.sampling.zoom import APART, numbered, shared_out, together
+from cdiff.runtime.sampling.zoom import APART, check_zooms, numbered, shared_out, together
 from cdiff.runtime.segmenter import Segmenter
 from tests.runtime.test_manifest import example
 from tests.runtime.test_segmenter import make_bundle, volume
@@ -247,6 +247,7 @@ def test_numbers_that_are_no_zooms(model: Segmenter, zooms: tuple[float, ...]) -
         CdiffError, match=r"zooms .* cannot be used; give different numbers from 0.25 to 4, such as 1,1.25"
     ):
         model.segment(volume(32, 32, 1), zooms=zooms, **STEPS)
+    assert check_zooms((0.25, 4), "centre") == (0.25, 4)
 
 
 def test_a_model_of_whole_slices_takes_none(tmp_path: Path) -> None:

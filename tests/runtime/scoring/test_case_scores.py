@@ -104,6 +104,10 @@ def test_two_slices_by_hand() -> None:
     assert (large["soft_dice_5"], small["soft_dice_5"]) == pytest.approx((1, 0), abs=1e-5)
     assert row["volumes"]["predicted_voxels"] == [7, 5]
     assert row["volumes"]["true_voxels"] == [8, 5]
+    # Pixels, sum of the map and of the annotators' shares where the map is 0, 0.5 and 1; near the small slice are pixels 0 to 3.
+    whole, near = (np.array(row["reliability"][region])[:, [0, 5, 9]].tolist() for region in ("whole", "near"))
+    assert whole == [[9, 2, 5], [0, 1, 5], [1.5, 1, 4]]
+    assert near == [[6, 2, 4], [0, 1, 4], [1.5, 1, 4]]
 
 
 def test_a_case_scores_as_its_volume_does(cases: list[Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,7 +77,7 @@ def must_be_in_order(paths: Sequence[str | os.PathLike[str]], wanted: Sequence[s
     Only names that say it beyond doubt count: each file's holds one of them as a word, and no two the same.
     """
     said = [_modality(Path(path).name.lower(), wanted) for path in paths]
-    if len(paths) == len(wanted) and sorted(said) == sorted(wanted) and said != list(wanted):
+    if sorted(said) == sorted(wanted) and said != list(wanted):
         raise CdiffError(
             f"by their names the files are {', '.join(said)}, and the model was trained on {', '.join(wanted)}; give them in its order"
         )

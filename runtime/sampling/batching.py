@@ -156,8 +156,8 @@ def segment_windows(
     mirrored back. Each view is encoded once too. The maps depend on `batch` only through the engine's rounding.
     Raises CdiffError for arguments out of range and when the network returns a value that is not finite.
     """
-    if runs < 1 or levels < 1:
-        raise CdiffError(f"at least one run and one level are needed, not {runs} runs and {levels} levels")
+    if runs < 1:
+        raise CdiffError(f"at least one run is needed, not {runs}")
     if batch is not None and batch < 1:
         raise CdiffError(f"the batch is {batch}, but must hold at least one row")
     ids = np.arange(len(windows.slices)) if slice_ids is None else np.asarray(slice_ids, np.int64)

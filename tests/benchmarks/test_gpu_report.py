@@ -46,20 +46,21 @@ def test_targets_are_met_missed_or_not_measured() -> None:
             "machine": {"result": {"matmul_flop_per_s": {"float16": 800e12}}},
             "published:published:paper": {"result": {"seconds_a_slice": 200.0}},
             "parity:tensorrt:shipped": {"result": {"maps": {"mean": maps, "dice": dice}}},
-            "protocol:tensorrt:paper": {"result": {"seconds_a_slice": seconds, "flop_per_s": 9.7e15 / seconds, "host_share": host}},
+            "protocol:tensorrt:paper": {"result": {"seconds_a_slice": seconds, "flop_per_s": 10e15 / seconds, "host_share": host}},
             "scaling:tensorrt:shipped": {"result": {"seconds_a_slice": {"1": 1.0, "2": 1.0, "4": four}}},
             "protocol:eager16:paper": {"result": {"seconds_a_slice": 50.0}},
         }  # fmt: skip
 
-    good = targets(checks(0.005, 0.999, 20.0, 0.01, 1.02), small=False)
+    good = targets(checks(0.01, 0.995, 25.0, 0.0199, 1.0499), small=False)
     assert {one["path"] for one in good} == {"tensorrt"}, "baselines have no targets"
     assert [one["state"] for one in good] == ["met"] * 6
-    assert good[2]["found"] == "10.0 times"
-    assert good[3]["found"] == "61%"
+    assert good[2]["found"] == "8.0 times"
+    assert good[3]["found"] == "50%"
     assert targets(checks(0.005, 0.999, 20.0, 0.01, 0.8), small=False)[5]["state"] == "met", "less than 4 times as long"
-    bad = targets(checks(0.02, 0.9, 50.0, 0.1, 1.3), small=False)
+    bad = targets(checks(0.0101, 0.9949, 25.1, 0.02, 1.0501), small=False)
     assert [one["state"] for one in bad] == ["missed"] * 6
-    assert {one["state"] for one in targets(checks(0, 1, 1, 0, 1), small=True)} == {"not measured"}
+    small = targets(checks(0, 1, 1, 0, 1), small=True)
+    assert {(one["path"], one["state"]) for one in small} == {("tensorrt", "not measured")}
     only = targets({"parity:tensorrt:shipped": {"status": "refused", "message": "no"}}, small=False)
     assert {one["state"] for one in only} == {"not measured"}
     assert "tensorrt" not in BASELINES

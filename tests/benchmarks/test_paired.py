@@ -24,7 +24,7 @@ def report(scores: list[list[float]], sizes: list[int], ged: float | None = 0.5)
                 "soft_dice_9": value / 2,
                 "ged": ged,
                 "brier_near": 0.1,
-                "dice_per_level": [value - 0.01, value - 0.02],
+                "dice_per_level": [value - 0.01, value - 0.02, value - 0.03],
             }
             for k, value in enumerate(slices)
         ]
@@ -45,6 +45,7 @@ def test_the_difference_is_the_mean_over_slices_and_a_constant_one_has_no_width(
     assert [found["soft_dice_5"][key] for key in ("mean", "low", "high")] == pytest.approx([0.1] * 3)
     assert found["soft_dice_9"]["mean"] == pytest.approx(0.05)
     assert found["dice_level_2"]["mean"] == pytest.approx(0.1)
+    assert [found[f"dice_level_{c}"]["a"] for c in (1, 2, 3)] == pytest.approx([0.665, 0.655, 0.645])
     assert found["ged"]["mean"] == pytest.approx(-0.3)
 
 
@@ -57,10 +58,11 @@ def test_the_sign_is_b_minus_a_and_the_interval_is_over_cases() -> None:
 
 
 def test_cases_are_split_by_what_the_annotators_drew() -> None:
-    b = report([[0.6, 0.8], [0.4], [0.9]], [30, 10, 20])
-    thirds = compare(A, b)["by_size"]
-    assert [third["voxels_a_slice"] for third in thirds.values()] == [[10, 10], [20, 20], [30, 30]]
-    assert [third["soft_dice_5"]["mean"] for third in thirds.values()] == pytest.approx([-0.2, 0.0, 0.1])
+    a = report([[0.5, 0.7], [0.6], [0.9], [0.5]], [30, 10, 20, 12])
+    b = report([[0.6, 0.8], [0.4], [0.9], [0.5]], [30, 10, 20, 12])
+    thirds = compare(a, b)["by_size"]
+    assert [third["voxels_a_slice"] for third in thirds.values()] == [[10, 12], [20, 20], [30, 30]]
+    assert [third["soft_dice_5"]["mean"] for third in thirds.values()] == pytest.approx([-0.1, 0.0, 0.1])
 
 
 def test_a_slice_without_a_score_in_one_report_is_left_out() -> None:
@@ -104,7 +106,7 @@ def test_a_size_without_a_scored_slice_is_written_without_numbers(tmp_path: Path
     one, out = tmp_path / "a.json", tmp_path / "out.json"
     a = report([[0.5, 0.7], [0.6], [0.9]], [30, 0, 20])
     a["cases"][1]["slices"][0] |= dict.fromkeys(("soft_dice_5", "soft_dice_9", "ged", "brier_near"))
-    a["cases"][1]["slices"][0]["dice_per_level"] = [None, None]
+    a["cases"][1]["slices"][0]["dice_per_level"] = [None] * 3
     one.write_text(json.dumps(a))
     assert main([str(one), str(one), "--json", str(out)]) == 0
     smallest = json.loads(out.read_text())["by_size"]["smallest third"]["soft_dice_5"]

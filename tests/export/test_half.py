@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,10 @@ import pytest
 import torch
 
 from cdiff.export.graphs import DenoiserGraph, EncoderGraph, write_denoiser, write_encoder
-from cdiff.export.half import check_half, half_network, half_share
+from cdiff.export.half import HalfAttention, check_half, half_network, half_share
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.sampling.schedule import NoiseSchedule
-from cdiff.train.network import ConsensusNet
+from cdiff.train.network import Attention, ConsensusNet
 from tests.export.networks import BASE, random_network
 from tests.export.test_graphs import inputs
 
@@ -62,6 +63,19 @@ def test_products_are_half_and_norms_softmax_and_sums_are_not(change: dict[str, 
     assert signature["features"] == onnx.TensorProto.FLOAT16
     assert signature["x"] == onnx.TensorProto.FLOAT
     assert {v.type.tensor_type.elem_type for v in onnx.load(denoiser).graph.output} == {onnx.TensorProto.FLOAT}
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_attention_in_half_precision_is_the_network_s(heads: int) -> None:
+    """On a map that is not square, with logits that tell its positions apart."""
+    torch.manual_seed(0)
+    attention = Attention(8, heads, replace(BASE, head_channels=0)).eval().requires_grad_(False)
+    attention.qkv.weight.mul_(2)
+    torch.nn.init.normal_(attention.out.weight, std=0.3)
+    x = torch.randn(2, 8, 3, 4)
+    wanted, found = attention(x), HalfAttention(copy.deepcopy(attention))(x)
+    assert (wanted - x).std() > 0.3
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0.005)
 
 
 @pytest.mark.slow

@@ -136,7 +136,9 @@ def test_frames_of_one_file(tmp_path: Path) -> None:
 
 def test_it_is_of_its_images_and_says_what_it_is(tmp_path: Path) -> None:
     folder = write_series(tmp_path / "a", voxels(), orthogonal(), number=4)
-    result = dataclasses.replace(found_in(folder), report={"bundle": "tiny", "task": "a task", "steps": 9})
+    result = dataclasses.replace(
+        found_in(folder), report={"bundle": "tiny", "task": "a task", "steps": 9, "manifest_sha256": "5ha"}
+    )
     write_dicom_seg(result, tmp_path / "seg.dcm")
     file, images = pydicom.dcmread(tmp_path / "seg.dcm"), [pydicom.dcmread(path) for path in folder.iterdir()]
     assert file.Modality == "SEG"
@@ -157,7 +159,9 @@ def test_it_is_of_its_images_and_says_what_it_is(tmp_path: Path) -> None:
     (algorithm,) = file.SegmentSequence[0].SegmentationAlgorithmIdentificationSequence
     assert algorithm.AlgorithmName == "cdiff"
     assert "steps=9" in algorithm.AlgorithmParameters
-    assert file.SegmentSequence[0].SegmentedPropertyTypeCodeSequence[0].CodeMeaning == "a task"
+    (kind,) = file.SegmentSequence[0].SegmentedPropertyTypeCodeSequence
+    assert (kind.CodeValue, kind.CodingSchemeDesignator, kind.CodeMeaning) == ("structure", "99CDIFF", "a task")
+    assert file.DeviceSerialNumber == "5ha"
 
 
 def test_a_map_of_nothing_is_written_as_that(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -182,13 +182,15 @@ def test_mean_and_vote(segmenter: Segmenter) -> None:
     assert (mean.report["combine"], vote.report["combine"]) == ("mean", "vote")
 
 
-def test_what_is_used_when_nothing_is_said(segmenter: Segmenter) -> None:
+def test_what_is_used_when_nothing_is_said(segmenter: Segmenter, tmp_path: Path) -> None:
     array = volume(SIZE, SIZE)
 
-    def used(**options: Any) -> tuple[str, int, int]:
-        report = segmenter.segment(array, **options).report
+    def used(by: Segmenter = segmenter, **options: Any) -> tuple[str, int, int]:
+        report = by.segment(array, **options).report
         return report["sampler"], report["steps"], report["runs"]
 
+    for fast, wanted in (({"steps": 4}, ("ddpm", 4, 25)), ({"runs": 2}, ("ddpm", T, 2))):
+        assert used(cdiff.load(make_bundle(tmp_path / next(iter(fast)), fast=fast)), fast=True) == wanted
     assert used() == ("ddpm", T, 25)
     assert used(fast=True) == ("dpm++2m", 4, 3)
     assert used(fast=True, runs=2) == ("dpm++2m", 4, 2)

@@ -26,15 +26,17 @@ def test_image_and_masks_stay_registered() -> None:
 
 
 def test_ranges_are_the_papers() -> None:
-    windows = [random_window(100, (50, 50), np.random.default_rng(s), PUBLISHED) for s in range(400)]
+    windows = [random_window(100, (50, 80), np.random.default_rng(s), PUBLISHED) for s in range(400)]
     matrices = np.array([w.matrix for w in windows])
     scales = 1 / np.sqrt(np.abs(np.linalg.det(matrices)))
     assert 0.9 <= scales.min() < 0.92
     assert 1.08 < scales.max() <= 1.1
     angles = np.degrees(np.arctan2(np.abs(matrices[:, 1, 0]), np.abs(matrices[:, 0, 0])))
     assert 13 < angles.max() <= 15
-    shifts = np.array([w.centre for w in windows]) - 50
-    assert 9 < np.abs(shifts).max() <= 10
+    shifts = np.array([w.centre for w in windows]) - (50, 80)
+    assert (np.abs(shifts).max(axis=0) > 9).all()
+    assert np.abs(shifts).max() <= 10
+    assert np.abs(np.corrcoef(shifts.T)[0, 1]) < 0.2
     # Each flip in half of the windows: within five standard deviations of 400 throws.
     for column in (0, 1):
         assert 150 < (matrices[:, column, column] < 0).sum() < 250
@@ -53,6 +55,16 @@ def test_an_identity_map_through_interpolation_is_the_same_window() -> None:
     picture, drawn = cut(image, masks, turned)
     torch.testing.assert_close(picture, image[:, 6:14, 11:19], rtol=0, atol=1e-5)
     assert torch.equal(drawn, masks[:, 6:14, 11:19] > 0)
+
+
+def test_a_turned_window_lies_where_its_matrix_says() -> None:
+    """The image's channels are its pixels' own rows and columns, which linear interpolation keeps."""
+    places = torch.stack(torch.meshgrid(torch.arange(40) + 0.5, torch.arange(60) + 0.5, indexing="ij"))
+    matrix = ((0.9, -0.3), (0.2, -1.1))
+    picture, _ = cut(places, torch.zeros(1, 40, 60, dtype=torch.uint8), Window(8, (20, 31), matrix))
+    offsets = torch.stack(torch.meshgrid(torch.arange(8) - 3.5, torch.arange(8) - 3.5, indexing="ij"))
+    wanted = torch.einsum("ij,jrc->irc", torch.tensor(matrix), offsets) + torch.tensor([20, 31])[:, None, None]
+    torch.testing.assert_close(picture, wanted, rtol=0, atol=1e-4)
 
 
 def test_outside_the_slice_the_image_repeats_its_edge_and_masks_are_empty() -> None:

@@ -10,9 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from cdiff.runtime.errors import CdiffError
-from cdiff.train.checkpoint import checkpoint_folder, config_of_weights, save_checkpoint, write_tensors
+from cdiff.train.checkpoint import (
+    check_weights,
+    checkpoint_folder,
+    config_of_weights,
+    read_json,
+    save_checkpoint,
+    write_tensors,
+)
 
 
 @contextmanager
@@ -72,3 +80,33 @@ def test_weights_that_say_something_else_of_their_network_are_one_line(tmp_path:
     with pytest.raises(CdiffError, match=said) as caught:
         config_of_weights(tmp_path / "w.safetensors")
     assert "\n" not in str(caught.value)
+
+
+def test_every_tensor_that_does_not_fit_is_named() -> None:
+    network = torch.nn.Linear(2, 3)
+    check_weights(network, network.state_dict(), Path("w"))
+    wrong = (
+        r"^w does not fit its configuration: missing bias, unexpected b, weight is \[3, 4\], not \[3, 2\] \(3 in all\)$"
+    )
+    with pytest.raises(CdiffError, match=wrong):
+        check_weights(network, {"weight": torch.zeros(3, 4), "b": torch.zeros(1)}, Path("w"))
+
+
+@pytest.mark.parametrize("name", ['""', '".."', '"a/b"', "3", "null"])
+def test_a_pointer_leaves_the_run_s_checkpoints_nowhere(tmp_path: Path, name: str) -> None:
+    (tmp_path / "last.json").write_text(f'{{"checkpoint": {name}}}')
+    with pytest.raises(CdiffError, match=r"last\.json names no checkpoint of the run; copy the run again$"):
+        checkpoint_folder(tmp_path, "last")
+
+
+@pytest.mark.parametrize(("text", "said"), [("{", r"cannot be read \(.*of a training run\?"), ("[]", "does not hold")])
+def test_a_file_that_holds_no_object_is_told(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(CdiffError, match=rf"a\.json {said}"):
+        read_json(tmp_path / "a.json")
+
+
+def test_weights_that_do_not_say_whose_they_are(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(1)}, tmp_path / "w.safetensors")
+    with pytest.raises(CdiffError, match="does not say which network it belongs to; export the bundle again"):
+        config_of_weights(tmp_path / "w.safetensors")

@@ -15,7 +15,7 @@ from cdiff.runtime.data.cases import find_cases
 from cdiff.runtime.data.partition import held_out_of
 from cdiff.runtime.errors import CdiffError
 from cdiff.train.config import Config
-from cdiff.train.data import centre_windows, fit_to_data, read_data, training_batch
+from cdiff.train.data import Slices, centre_windows, fit_to_data, read_data, training_batch
 from cdiff.train.presets import preset
 from tests.synthetic import write_synthetic_dataset
 
@@ -142,6 +142,17 @@ def test_windows_mostly_hold_the_structure_and_sometimes_plain_background(tiny_d
     votes = torch.cat([training_batch(data.train, config, step, 16, 16).votes for step in range(12)])
     share = np.mean([bool(v.any()) for v in votes])
     assert share > 0.8
+
+
+def test_windows_lie_around_what_anyone_drew_and_within_the_slice() -> None:
+    inner, edge = torch.zeros(2, 2, 60, 80, dtype=torch.uint8)
+    inner[1, 40:44, 10:20] = edge[0, 57:, :4] = 1
+    slices = Slices([torch.zeros(1, 60, 80)] * 3, [inner, edge, torch.zeros_like(edge)], [2] * 3, ["a", "b", "c"])
+    assert [slices.centre(i) for i in range(3)] == [(42, 15), (58.5, 2), None]
+    batch = training_batch(slices, tile_config(augment=False, jitter=0), 0, 60, 16)
+    for window in (inner[:, 34:50, 7:23], edge[:, 44:60, :16]):
+        share = np.mean([torch.equal(masks, window > 0) for masks in batch.masks])
+        assert 0.2 < share <= 1 / 3, "all but the share of the background"
 
 
 def test_unusable_data_is_refused_with_its_place(tmp_path: Path, tiny_data: Path) -> None:

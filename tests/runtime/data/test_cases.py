@@ -104,6 +104,17 @@ def test_case_folders_of_mri_sequences_are_not_brats(tmp_path: Path) -> None:
     assert (found.layout, found.modalities, len(found["train"])) == ("cases", ("flair", "t1"), 3)
 
 
+def test_a_number_names_no_modality(tmp_path: Path) -> None:
+    for name in ("image", "image_2", "mask"):
+        save(tmp_path / f"case01/{name}.nii.gz", disc((16, 16)))
+    found = find_cases(tmp_path)
+    assert (found.modalities, found["all"][0].others) == ((), ())
+    assert found.notes == ["files beside those of a case, not used: image_2.nii.gz"]
+    (tmp_path / "case01/image.nii.gz").rename(tmp_path / "case01/image_1.nii.gz")
+    with pytest.raises(CdiffError, match=r"no case in .*: expected folders with image\.nii\.gz"):
+        find_cases(tmp_path)
+
+
 def test_a_missing_modality_is_named(tmp_path: Path) -> None:
     write_brats(tmp_path, 3)
     next((tmp_path / "000002").glob("*_t2_*")).unlink()
@@ -248,7 +259,8 @@ def test_modalities_of_which_some_are_pictures_are_told(tmp_path: Path) -> None:
 
 def test_the_models_modalities_are_taken_in_its_order() -> None:
     case = Case("k", Path("a"), (), others=(Path("b"), Path("c")), modalities=("t1", "t2", "flair"))
-    assert case.with_modalities(("flair", "t1")).scan == (Path("c"), Path("a"))
+    ordered = case.with_modalities(("flair", "t1"))
+    assert (ordered.scan, ordered.modalities) == ((Path("c"), Path("a")), ("flair", "t1"))
     assert case.with_modalities(()) is case
     with pytest.raises(CdiffError, match="k has no pd"):
         case.with_modalities(("t1", "pd"))

@@ -11,6 +11,7 @@ from PIL import Image
 
 from cdiff.runtime.data.cases import find_cases
 from cdiff.runtime.data.datacheck import check_data
+from cdiff.runtime.data.oddities import marks_the_background
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.scoring.evaluate import Protocol, choose_split, evaluate, trained_task
 from cdiff.runtime.segmenter import Segmenter
@@ -34,6 +35,18 @@ def move(path: Path, millimetres: float) -> None:
     affine = image.affine.copy()
     affine[0, 3] += millimetres
     nib.save(nib.Nifti1Image(np.asarray(image.dataobj), affine, image.header), path)
+
+
+@pytest.mark.parametrize("corner", [(0, 0), (0, -1), (-1, 0), (-1, -1)])
+def test_a_mask_marks_the_background_when_it_holds_every_corner_and_most_of_the_rest(corner: tuple[int, int]) -> None:
+    drawn = np.ones((2, 12, 30), bool)
+    drawn[:, 3:9, 8:20] = False
+    frame = np.ones_like(drawn)
+    frame[:, 1:-1, 1:-1] = False
+    assert marks_the_background(drawn)
+    assert not marks_the_background(frame)
+    drawn[1, *corner] = False
+    assert not marks_the_background(drawn)
 
 
 def test_clean_data_is_read_without_a_word(data: Path) -> None:

@@ -125,6 +125,9 @@ def test_two_layouts_in_one_folder_have_to_be_chosen(tmp_path: Path) -> None:
         find_cases(tmp_path, layout="brats")
     with pytest.raises(CdiffError, match="'zip' is not known; use auto, cases, brats, table"):
         find_cases(tmp_path, layout="zip")
+    assert len(find_cases(tmp_path / "cases.csv", layout="table")["train"]) == 1
+    with pytest.raises(CdiffError, match=r"cases\.csv is a file; give a folder of case folders, or a table"):
+        find_cases(tmp_path / "cases.csv", layout="cases")
 
 
 def test_a_table_of_the_very_files_that_look_like_another_layout(tmp_path: Path) -> None:

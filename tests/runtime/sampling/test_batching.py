@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import tracemalloc
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ import pytest
 from cdiff.runtime.engines.base import Binding, ChainBinding, Engine, Float32, HostBinding, Int64, Prediction, Rows
 from cdiff.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.sampling import chain
 from cdiff.runtime.sampling.batching import SliceResult, Timings, rows_per_batch, segment_windows
 from cdiff.runtime.sampling.chain import check_finite
 from cdiff.runtime.sampling.framing import Framing, Windows
@@ -174,6 +177,29 @@ def test_a_single_run_sees_the_slice_as_it_is() -> None:
     assert np.array_equal(one.level_means, plain.level_means)
 
 
+@pytest.mark.parametrize("batch", range(2, 8))
+def test_no_two_windows_of_a_batch_share_a_place(batch: int) -> None:
+    """Of three rows a window, so that a batch of five begins with a window's last row and ends with another's first."""
+    windows, table = framed(scan((6, SIZE, SIZE))), sampler_table("ddim", SCHEDULE, 2)
+    found, want = (
+        [one.means for one in segment_windows(FakeEngine(), windows, table, levels=C, runs=1, batch=rows)]
+        for rows in (batch, 1)
+    )
+    np.testing.assert_allclose(found, want, rtol=0, atol=1e-6)
+
+
+def test_more_runs_than_views_see_them_in_turn_again() -> None:
+    slices, table = scan((1, SIZE, SIZE)), sampler_table("ddim", SCHEDULE, 3)
+
+    def kept(slices: Float32, mirror: bool) -> Any:
+        options: dict[str, Any] = {"levels": C, "runs": 6, "mirror": mirror, "keep_runs": True}
+        return next(segment_windows(FakeEngine(), framed(slices), table, **options)).runs
+
+    found = kept(slices, True)
+    assert np.array_equal(found[:, 4], kept(slices, False)[:, 4])
+    assert np.array_equal(found[:, 5], kept(slices[..., ::-1], False)[:, 5, :, ::-1])
+
+
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_samplers_run_as_their_table_says(name: str) -> None:
     # The table itself is tested against diffusers; here, that the loop keeps x0_prev and the noise of each step apart.
@@ -216,6 +242,17 @@ def test_part_of_a_scan_gets_the_maps_that_it_has_in_the_whole() -> None:
         np.testing.assert_allclose(result.level_means, whole[result.slice_id].level_means, rtol=0, atol=1e-6)
 
 
+def test_seconds_add_up_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([10.0, 12.5, 20.0, 21.0])
+    monkeypatch.setattr(chain, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    spent = Timings()
+    for _ in range(2):
+        with spent.part("encode"):
+            pass
+    assert asdict(spent) == dict.fromkeys(asdict(spent), 0) | {"encode": 3.5}
+    assert spent + Timings(encode=1, calls=2) == Timings(encode=4.5, calls=2)
+
+
 def test_each_window_is_encoded_once_and_slices_come_as_they_finish() -> None:
     engine, timings, seen = FakeEngine(), Timings(), list[tuple[int, int]]()
     windows, table = framed(scan((5, SIZE, SIZE))), sampler_table("ddim", SCHEDULE, 3)
@@ -228,6 +265,7 @@ def test_each_window_is_encoded_once_and_slices_come_as_they_finish() -> None:
     assert [result.index for result in results] == [1, 2, 3, 4]
     assert engine.encoded == 5
     assert timings.rows == 60
+    assert min(timings.encode, timings.noise, timings.denoise, timings.update, timings.collect) > 0
     total = 5 * C * R * len(table)
     assert seen[-1] == (total, total)
     assert [done for done, _ in seen] == sorted({done for done, _ in seen})

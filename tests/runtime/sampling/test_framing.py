@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.sampling.framing import Framing, resize
+from cdiff.runtime.sampling.framing import Framing, Shrunk, resize
 
 
 def smooth(h: int, w: int) -> np.ndarray:
@@ -98,14 +100,25 @@ def test_bad_framing_is_refused() -> None:
         Framing("tile", (8, 8)).frame(np.zeros((0, 1, 8, 8), np.float32))
 
 
-@pytest.mark.parametrize("shape", [(12, 16), (13, 9), (8, 8), (5, 20)])
+@pytest.mark.parametrize("shape", [(12, 16), (13, 9), (8, 6), (5, 20), (20, 4)])
 def test_the_centre_is_the_middle_window_and_the_rest_is_zero(shape: tuple[int, int]) -> None:
     slices = np.random.default_rng(0).normal(size=(2, 1, *shape)).astype(np.float32)
-    windows = Framing("centre", (8, 8)).frame(slices)
+    windows = Framing("centre", (8, 6)).frame(slices)
     assert (len(windows), windows.per_slice) == (2, 1)
     back = windows.unframe(np.stack(list(windows)))
-    top, left = (max(n - 8, 0) // 2 for n in shape)
+    top, left = (max(n - N, 0) // 2 for n, N in zip(shape, (8, 6), strict=True))
     inside = np.zeros(shape, bool)
-    inside[top : top + 8, left : left + 8] = True
+    inside[top : top + 8, left : left + 6] = True
     assert np.array_equal(back[..., inside], slices[..., inside])
     assert not back[..., ~inside].any()
+
+
+def test_a_shrunk_window_lies_on_the_slice_s_own_grid() -> None:
+    shrunk = Shrunk(2, (40, 50), (slice(4, 36), slice(10, 46)))
+    small = shrunk.shrink(np.zeros((1, 1, 40, 50), np.float32))
+    assert small.shape == (1, 1, 16, 18)
+    windows = replace(Framing("centre", (8, 6)).frame(small), shrunk=shrunk)
+    maps = np.random.default_rng(0).random((1, 8, 6), dtype=np.float32)
+    expected = np.zeros((40, 50), np.float32)
+    expected[12:28, 22:34] = resize(maps[0], (16, 12))
+    np.testing.assert_array_equal(windows.unframe_slice(maps), expected)

@@ -160,6 +160,9 @@ def test_kept_timesteps_start_at_T_and_are_evenly_spread(T: int, steps: int) -> 
     assert len(t) == steps
     assert gaps.min() >= 1
     assert gaps.max() - gaps.min() <= 1
+    oracle = diffusers.DDIMScheduler(num_train_timesteps=T, timestep_spacing="trailing")
+    oracle.set_timesteps(steps)
+    assert (t - 1).tolist() == oracle.timesteps.tolist()
 
 
 def test_what_cannot_be_sampled_is_refused() -> None:

@@ -16,7 +16,7 @@ from cdiff.runtime.manifest import Manifest
 from cdiff.runtime.sampling.framing import Framing, resize
 from cdiff.runtime.sampling.noise import Noise
 from cdiff.runtime.sampling.sums import SliceResult
-from cdiff.runtime.sampling.zoom import APART, numbered, shared_out, together
+from cdiff.runtime.sampling.zoom import APART, check_zooms, numbered, shared_out, together
 from cdiff.runtime.segmenter import Segmenter
 from tests.runtime.test_manifest import example
 from tests.runtime.test_segmenter import make_bundle, volume
@@ -187,11 +187,12 @@ def test_a_larger_window_decides_alone_where_the_first_does_not_reach() -> None:
         np.full((1, 2), 0.5, np.float32),
     )
     one = SliceResult(0, 0, means, spread, None, box, (2, 3))
-    two = dataclasses.replace(one, means=means + 0.5, spread=0 * spread)
+    wide = np.zeros((2, 2), np.float32)
+    two = dataclasses.replace(one, means=np.stack([wide, wide]) + 0.75, spread=wide, box=(slice(0, 2), slice(1, 3)))
     seen = np.zeros((2, 2, 3), bool)
-    seen[:, 1, 1] = seen[1, 1, 2] = True
+    seen[:, 1, 1] = seen[1, 1, 2] = seen[1, 0, 1] = True
     (found,) = together([[one], [two]], [1, 3], list(seen))
-    np.testing.assert_allclose(found.level_means[0], [[0, 0, 0], [0, 0.625, 0.75]])
+    np.testing.assert_allclose(found.level_means[0], [[0, 0.75, 0], [0, 0.625, 0.75]])
     variance = (0.5**2 + 0.375**2 + 3 * 0.125**2) / 4
     np.testing.assert_allclose(found.run_std, [[0, 0, 0], [0, variance**0.5, 0]], atol=1e-7)
 
@@ -246,6 +247,7 @@ def test_numbers_that_are_no_zooms(model: Segmenter, zooms: tuple[float, ...]) -
         CdiffError, match=r"zooms .* cannot be used; give different numbers from 0.25 to 4, such as 1,1.25"
     ):
         model.segment(volume(32, 32, 1), zooms=zooms, **STEPS)
+    assert check_zooms((0.25, 4), "centre") == (0.25, 4)
 
 
 def test_a_model_of_whole_slices_takes_none(tmp_path: Path) -> None:

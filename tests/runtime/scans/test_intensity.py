@@ -41,8 +41,15 @@ def test_an_image_s_own_mean_and_deviation() -> None:
     volume = Intensity("volume", method="standard").apply(IMAGE)
     np.testing.assert_allclose(volume.std(axis=(0, 2, 3)), 1, atol=1e-6)
     assert np.abs(volume.mean(axis=(2, 3))).max() > 1e-3
-    constant = Intensity("slice", method="standard").apply(np.full((1, 1, 4, 4), 7.0))
-    assert not constant.any()
+
+
+@pytest.mark.parametrize("method", ["percentile", "standard"])
+def test_a_constant_slice_becomes_zeros_and_the_others_do_not(method: str) -> None:
+    image = IMAGE.copy()
+    image[1, 0] = 7
+    found, plain = (Intensity(method=method).apply(one) for one in (image, IMAGE))
+    assert not found[1, 0].any()
+    np.testing.assert_array_equal(np.delete(found.reshape(6, -1), 2, 0), np.delete(plain.reshape(6, -1), 2, 0))
 
 
 def test_given_numbers_do_not_depend_on_the_image() -> None:
@@ -59,7 +66,7 @@ def test_given_numbers_do_not_depend_on_the_image() -> None:
 @pytest.mark.parametrize(
     ("intensity", "says"),
     [
-        (Intensity("volume", 1, 99), "percentiles 1 and 99 of each volume to -1 and 1"),
+        (Intensity("volume", 0, 100), "percentiles 0 and 100 of each volume to -1 and 1"),
         (Intensity(method="standard"), "mean and standard deviation of each slice to 0 and 1"),
         (Intensity(method="standard", mean=(3.5,), std=(2.0,)), "minus 3.5, divided by 2"),
         (Intensity(method="standard", mean=(0.0,), std=(1.0,)), "none: values as stored"),

@@ -251,7 +251,7 @@ def test_who_segments_a_large_scan_without_a_place_is_told_of_it(
         ((1.5, 2, 3), {}, "cannot be read"),
         ("L30,P20", {}, "at 'L30,P20' cannot be read; a point is millimetres to the right (R) or left (L)"),
         ("L30,R20,S1", {}, "a point is millimetres"),
-        ("L30,20,S1", {}, "a point is millimetres"),
+        *((wrong, {}, "a point is millimetres") for wrong in ("L30,20,S1", "L30,P20,S50,R5")),
         ("L30,P20,S50", {}, "the scan's header does not say how the patient lies; give a voxel"),
         (7, {}, "at 7 cannot be read"),
         ((40, 0, 0), {}, "at 40,0,0 is not in this scan of 40 x 50 x 6; the first index must be 0 to 39"),
@@ -342,6 +342,12 @@ def test_shrinking_by_one_changes_nothing(model: Segmenter) -> None:
     one, none = (model.segment(array, at=(20, 50, 0), shrink=n, **QUICK) for n in (1, None))
     np.testing.assert_array_equal(one.levels, none.levels)
     assert one.report["framing"] == none.report["framing"]
+
+
+def test_a_bundle_that_says_no_size_shrinks_the_whole_slice(tmp_path: Path) -> None:
+    models = [centre_model(tmp_path / str(size), size) for size in (None, (30, 35))]
+    array, asked = volume(60, 71, 1), {"at": (20, 50, 0), "shrink": 2, **QUICK}
+    np.testing.assert_array_equal(*(model.segment(array, **asked).levels for model in models))
 
 
 def test_the_shipped_model_follows_a_nodule_twice_as_large() -> None:

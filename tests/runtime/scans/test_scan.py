@@ -38,11 +38,11 @@ def test_a_volume_is_cut_along_the_axis_and_put_back(tmp_path: Path, axis: int) 
     assert scan.sha256 == hashlib.sha256((tmp_path / "a.nii.gz").read_bytes()).hexdigest()
 
 
-@pytest.mark.parametrize(("shape", "slices"), [((5, 6), 1), ((5, 6, 1), 1), ((5, 6, 3, 1), 3)])
+@pytest.mark.parametrize(("shape", "slices"), [((5, 6), 1), ((5, 6, 1), 1), ((5, 6, 3, 1), 3), ((5, 6, 3, 1, 1), 3)])
 def test_the_shape_stays_what_it_is(tmp_path: Path, shape: tuple[int, ...], slices: int) -> None:
     scan = read_scan(nifti(tmp_path / "a.nii", voxels(*shape)))
     assert scan.slices.shape == (slices, 1, 5, 6)
-    assert scan.grid.shape == shape
+    assert scan.grid.shape == scan.grid.image(np.zeros(shape, np.uint8), "mask").shape == shape
 
 
 @pytest.mark.parametrize("shape", [(5, 6, 4), (5, 6, 3, 4), (5, 6, 1, 4)])
@@ -167,7 +167,8 @@ def test_doubtful_spacing_is_said(tmp_path: Path) -> None:
 
     assert note(nifti(tmp_path / "a.nii", voxels(3, 4, 5))) == ""
     assert "placeholder" in note(nifti(tmp_path / "a.nii", voxels(3, 4, 5), np.eye(4)))
-    assert "no unit" in note(nifti(tmp_path / "a.nii", voxels(3, 4, 5), units=None))
+    assert note(nifti(tmp_path / "a.nii", voxels(3, 4, 5), units=None)).startswith("the header names no unit")
+    assert "disagree" not in note(nifti(tmp_path / "a.nii", voxels(3, 4, 5), units=None))
     assert "no unit" in note(patched(nifti(tmp_path / "a.nii", voxels(3, 4, 5)), XYZT_UNITS, "<B", 7))
     assert "no spacing" in note(voxels(3, 4, 5))
     assert "disagree" in note(patched(nifti(tmp_path / "a.nii", voxels(3, 4, 5)), PIXDIM + 4, "<f", 1.4))
@@ -176,18 +177,42 @@ def test_doubtful_spacing_is_said(tmp_path: Path) -> None:
     assert "disagree" in both, "one doubt does not hide another"
 
 
+def test_in_what_two_grids_differ() -> None:
+    def grid(*edges: float, shape: tuple[int, ...] = (4, 5, 6), at: float = 0) -> Grid:
+        affine = np.diag([*edges, 1.0])
+        affine[0, 3] = at
+        return Grid(shape, 2, nib.Nifti1Image(np.zeros(shape, np.uint8), affine).header)
+
+    one, unplaced = grid(0.5, 1.5, 2), nib.Nifti1Header()
+    unplaced.set_data_shape((4, 5, 6))
+    unplaced.set_zooms((0.5, 1.5, 2))
+    bare, unsaid = Grid((4, 5, 6), 2), Grid((4, 5, 6), 2, unplaced)
+    ones = grid(1, 1, 1)
+    for other in (one, grid(0.5, 1.5, 2, at=0.004), bare, unsaid, ones, grid(1, 1, 1, at=-40)):
+        assert one.differs_from(other) is None
+        assert other.differs_from(one, ones_count=True) is None
+    assert one.differs_from(grid(0.5, 1.5, 2, shape=(4, 5, 7))) == "have different shapes (4 x 5 x 6 and 4 x 5 x 7)"
+    assert one.differs_from(grid(0.5, 1.5, 2.1)) == "have different spacings (0.5 x 1.5 x 2 and 0.5 x 1.5 x 2.1 mm)"
+    assert str(one.differs_from(grid(0.5, 1.5, 2, at=0.01))).startswith("have different affines")
+    # Ones that are meant: both scans lie somewhere.
+    here, there = grid(1, 1, 1, at=-40), grid(1, 1, 1, at=-50)
+    assert str(here.differs_from(there, ones_count=True)).startswith("have different affines")
+    assert here.differs_from(there) is here.differs_from(grid(-1, 1, 1), ones_count=True) is None
+
+
 @pytest.mark.parametrize("codes", ["LAS", "RAS", "LPS", "SRA", "PIR", "ASL"])
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_pictures_follow_the_radiological_convention(codes: str, axis: int) -> None:
     """A volume whose values are the patient's own coordinates: they must run the right way in the picture."""
     towards = {"R": (0, 1), "L": (0, -1), "A": (1, 1), "P": (1, -1), "S": (2, 1), "I": (2, -1)}
-    affine, shape = np.zeros((4, 4)), (4, 5, 6)
+    affine, shape, edges = np.zeros((4, 4)), (4, 5, 6), (0.5, 1.5, 2.0)
     affine[3, 3] = 1
     for column, code in enumerate(codes):
         row, sign = towards[code]
-        affine[row, column] = sign * 1.5
+        affine[row, column] = sign * edges[column]
     header = nib.Nifti1Header()
     header.set_data_shape(shape)
+    header.set_zooms(edges)
     header.set_sform(affine, code=1)
     grid = Grid(shape, axis, header)
     places = nib.affines.apply_affine(
@@ -204,12 +229,18 @@ def test_pictures_follow_the_radiological_convention(codes: str, axis: int) -> N
     assert falls(across, 1)
     assert falls(down, 0)
     assert "".join(grid.view.edges) == letters
+    assert grid.view.spacing == (down[0, 0] - down[1, 0], across[0, 0] - across[0, 1])
 
 
 def test_a_picture_without_orientation_is_shown_as_stored() -> None:
     image = voxels(3, 4)
     np.testing.assert_array_equal(read_scan(image).grid.view(image), image)
     assert read_scan(image).grid.view.edges == ("", "", "", "")
+    header = nib.Nifti1Header()
+    header.set_data_shape((3, 4, 5))
+    header.set_zooms((0.5, 1.5, 2.0))
+    assert Grid((3, 4, 5), 1, header).view.spacing == (0.5, 2.0)
+    assert Grid((3, 4), None, header).view.spacing == (0.5, 1.5)
 
 
 def test_a_constant_image_is_read_and_said() -> None:

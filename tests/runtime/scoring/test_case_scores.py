@@ -20,7 +20,16 @@ from cdiff.runtime.scans.scan import Scan, read_scan
 from cdiff.runtime.scoring.evaluate import Protocol
 from cdiff.runtime.scoring.metrics import FIVE, NINE, bootstrap_over_cases, dice, soft_dice
 from cdiff.runtime.scoring.publish import write_report
-from cdiff.runtime.scoring.scores import PER_CASE, PER_CASE_LEVEL, PER_CASE_THRESHOLD, PER_LEVEL, PER_SLICE, CaseTally
+from cdiff.runtime.scoring.scores import (
+    PER_CASE,
+    PER_CASE_LEVEL,
+    PER_CASE_THRESHOLD,
+    PER_LEVEL,
+    PER_SLICE,
+    CaseTally,
+    SliceMaps,
+    score_slice,
+)
 from tests.runtime.known_maps import KnownMaps, case_in, run
 from tests.synthetic import write_synthetic_dataset
 
@@ -95,6 +104,10 @@ def test_two_slices_by_hand() -> None:
     assert (large["soft_dice_5"], small["soft_dice_5"]) == pytest.approx((1, 0), abs=1e-5)
     assert row["volumes"]["predicted_voxels"] == [7, 5]
     assert row["volumes"]["true_voxels"] == [8, 5]
+    # Pixels, sum of the map and of the annotators' shares where the map is 0, 0.5 and 1; near the small slice are pixels 0 to 3.
+    whole, near = (np.array(row["reliability"][region])[:, [0, 5, 9]].tolist() for region in ("whole", "near"))
+    assert whole == [[9, 2, 5], [0, 1, 5], [1.5, 1, 4]]
+    assert near == [[6, 2, 4], [0, 1, 4], [1.5, 1, 4]]
 
 
 def test_a_case_scores_as_its_volume_does(cases: list[Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,6 +144,22 @@ def test_a_2d_case_scores_as_its_slice_does(tmp_path: Path) -> None:
             assert row["case_scores"][name] == row["slices"][0][plain] == row["means"][plain]
     assert report["case_soft_dice_5"]["low"] == report["soft_dice_5"]["low"] < 1
     assert report["false_positive_slices"] == {"mean": None, "low": None, "high": None, "n_slices": 0}
+
+
+def test_what_finds_the_pixels_where_annotators_disagree() -> None:
+    """Two annotators differ in pixels 2 and 3; near what they marked are pixels 0 to 5."""
+    masks = np.zeros((2, 1, 8), bool)
+    masks[0, 0, :4] = masks[1, 0, :2] = True
+    soft = np.array([[1, 1, 0.5, 0.25, 0, 0, 0, 0.5]], np.float32)
+    spread = np.array([[0.5, 0, 0.4, 0.3, 0, 0, 0.35, 0.6]], np.float32)
+    maps = SliceMaps(soft, np.stack([soft, soft]), np.zeros((2, 2, 1, 8), np.uint8), masks, spread, masks)
+    found = score_slice(maps)
+    assert found["auroc_run_std"] == pytest.approx((4 / 6 + 3 / 6) / 2)
+    assert found["auroc_run_std_near"] == 3 / 4
+    assert found["auroc_entropy"] == pytest.approx((5.5 / 6 + 5 / 6) / 2)
+    assert found["auroc_entropy_near"] == 1
+    alone = score_slice(replace(maps, runs=maps.runs[:, :1]))
+    assert alone["auroc_run_std"] is alone["auroc_run_std_near"] is None
 
 
 def test_a_level_that_is_empty_in_a_whole_case() -> None:

@@ -338,6 +338,7 @@ def test_groups_that_join_same_named_cases_of_several_splits_are_told(cases: lis
     assert told == [r"--group 'case\\d+' joins cases of one name in several folders (case01); are they of one patient?"]
     run(KnownMaps(tmp_path / "b", 3), named, group=r"(?:\w+/)?case\d+", notice=told.append)
     run(KnownMaps(tmp_path / "b", 3), named, notice=told.append)
+    run(KnownMaps(tmp_path / "b", 3), cases, group="case", notice=told.append)
     assert len(told) == 1
 
 

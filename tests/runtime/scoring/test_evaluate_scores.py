@@ -25,7 +25,8 @@ def test_perfect_maps_score_one(cases: list[Case], tmp_path: Path) -> None:
     assert (report["n_slices"], report["n_cases"]) == (16, 4)
     assert report["soft_dice_5"] == {"mean": 1.0, "low": 1.0, "high": 1.0, "n_slices": 16}
     assert report["soft_dice_9"]["mean"] == 1
-    assert [entry["level"] for entry in report["dice_per_level"]] == [1, 2, 3]
+    for name in ("dice_per_level", "hd95_px_per_level", "case_iou_per_level", "volume_error_voxels_per_level"):
+        assert [entry["level"] for entry in report[name]] == [1, 2, 3]
     assert all(entry["mean"] == 1 for entry in report["dice_per_level"])
     assert report["ged"]["mean"] == pytest.approx(report["ged_floor"]["mean"])
     assert report["soft_dice_5_annotators"]["mean"] < 1

@@ -203,6 +203,7 @@ def test_other_reports_and_published_numbers_stand_beside(report: dict[str, Any]
         ("a.json", "[" * 100_000, "is no report"),
         ("a.csv", "table,whose,data,percent,source\n1,x,kidney,90%,y\n", "line 2: .*90%"),
         ("a.csv", "table,whose,data,percent,source\n1,x,kidney,0.9,y\n4,x,kidney,90,y\n", "line 3 is out of range"),
+        ("a.csv", "table,whose,data,percent,source\n1,x,kidney,100,y\n1,x,kidney,100.5,y\n", "line 3 is out of range"),
         ("a.csv", "table,whose,data,percent,source\n1,x,kidney,nan,y\n", "line 2 is out of range"),
         (
             "a.csv",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -20,8 +21,21 @@ class Graph:
     """
 
     def __init__(self, stream: Any, queue: Callable[[], None]) -> None:
+        self._stream = need("cuda.bindings.driver").CUstream(stream.handle)
+        collecting = gc.isenabled()
+        gc.disable()  # what PyCUDA frees in the midst of a capture spoils it, and stays taken
+        try:
+            graph = self._capture(queue)
+        finally:
+            if collecting:
+                gc.enable()
+        try:
+            self._executable = driver_call("cuGraphInstantiate", graph, 0)
+        finally:
+            driver_call("cuGraphDestroy", graph)
+
+    def _capture(self, queue: Callable[[], None]) -> Any:
         driver = need("cuda.bindings.driver")
-        self._stream = driver.CUstream(stream.handle)
         driver_call(
             "cuStreamBeginCapture", self._stream, driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         )
@@ -33,11 +47,7 @@ class Graph:
         except BaseException:
             self._abandon(driver)
             raise
-        graph = driver_call("cuStreamEndCapture", self._stream)
-        try:
-            self._executable = driver_call("cuGraphInstantiate", graph, 0)
-        finally:
-            driver_call("cuGraphDestroy", graph)
+        return driver_call("cuStreamEndCapture", self._stream)
 
     def launch(self) -> None:
         """Queue one replay; returns at once."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -25,7 +27,7 @@ class Setup:
 
 
 @pytest.fixture
-def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
     def build(
         model: Any = None,
         *,
@@ -58,6 +60,11 @@ def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
         monkeypatch.setattr(tensorrt, "open_or_build", open_or_build)
         bundle = cast(Bundle, SimpleNamespace())
-        return Setup(here, tensorrt.TensorRtEngine(bundle, "tensorrt-rtx" if rtx else "tensorrt"), asked)
+        engine = tensorrt.TensorRtEngine(bundle, "tensorrt-rtx" if rtx else "tensorrt")
+        made.add(engine)
+        return Setup(here, engine, asked)
 
-    return build
+    made: weakref.WeakSet[tensorrt.TensorRtEngine] = weakref.WeakSet()
+    yield build
+    for engine in made:  # while the doubles are there
+        engine.close()

@@ -2,11 +2,13 @@
 
 The primary context is the one that PyTorch, ONNX Runtime and TensorRT use too, so they can live beside this. It is current
 only inside `with gpu.current()`, which every use of the other methods needs: PyCUDA aborts a process that ends with a
-context left on its stack.
+context left on its stack. It is kept until the process ends, as CUDA's runtime keeps it: a context that PyCUDA's collector drops is given
+to cuCtxDetach, which is not for primary contexts, and stays current in the thread; `detach` releases it as it should be.
 """
 
 from __future__ import annotations
 
+import atexit
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,12 +60,13 @@ class Gpu:
             if number >= count:
                 raise not_there(number, count)
             device = driver.Device(number)
+            self.name = str(device.name())
+            major, minor = device.compute_capability()
             self._context = device.retain_primary_context()
         except driver.Error as error:
             raise CdiffError(f"cuda:{number} cannot be used: {first_line(error)}; see cdiff doctor") from error
+        atexit.register(self._context.detach)
         self.number = number
-        self.name = str(device.name())
-        major, minor = device.compute_capability()
         self.capability, self.arch = f"{major}.{minor}", f"sm_{major}{minor}"
         self._free: list[Buffer] = []
 
@@ -74,15 +77,16 @@ class Gpu:
         PyCUDA's errors leave the block as CdiffError, want of memory as OutOfMemory.
         """
         driver = self._driver
-        self._context.push()
         try:
-            yield
+            self._context.push()
+            try:
+                yield
+            finally:
+                driver.Context.pop()
         except driver.MemoryError as error:
             raise OutOfMemory(f"cuda:{self.number} ({self.name}) is out of memory: {first_line(error)}") from error
         except driver.Error as error:
             raise CdiffError(f"cuda:{self.number} ({self.name}): {first_line(error)}") from error
-        finally:
-            driver.Context.pop()
 
     def memory(self) -> tuple[int, int]:
         """Free and total bytes of device memory; what the pool holds counts as used."""
@@ -114,7 +118,9 @@ class Gpu:
             buffer = Buffer(int(allocation), size, allocation)
         if zero:
             self._driver.memset_d8(buffer.address, 0, size)
-            self._driver.Context.synchronize()  # the default stream's work is not ordered with our streams'
+            # The default stream's work is not ordered with our streams'. To wait for the whole context is an error while another thread
+            # captures a step on this GPU, and spoils its capture.
+            self._driver.Event().record().synchronize()
         return buffer
 
     def release(self, buffer: Buffer) -> None:

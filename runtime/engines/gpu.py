@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -12,6 +14,7 @@ from cdiff.runtime.device.binding import DeviceBinding
 from cdiff.runtime.device.gpu import Gpu
 from cdiff.runtime.device.spec import Connector, GraphSpec
 from cdiff.runtime.engines.base import Float32, Int64, Prediction
+from cdiff.runtime.errors import CdiffError
 
 
 class GpuEngine(ABC):
@@ -29,11 +32,11 @@ class GpuEngine(ABC):
     """Whether the library stands it; where not, `capture` changes nothing."""
 
     def __init__(self, number: int) -> None:
+        self._binding: DeviceBinding | None = None
         self.gpu = Gpu(number)
         self.device = f"cuda:{number}"
         with self.gpu.current():
             self.encoder_stream, self.stream = self.gpu.stream(), self.gpu.stream()
-        self._binding: DeviceBinding | None = None
 
     @abstractmethod
     def prepare(self, rows: int, slots: int) -> tuple[GraphSpec, Connector]:
@@ -74,6 +77,18 @@ class GpuEngine(ABC):
         with self.gpu.current():
             self._drop()
             self.gpu.trim()
+
+    def __del__(self) -> None:
+        """What was not closed goes with the engine, the sessions and streams too, whichever thread lets go of it."""
+        gpu = vars(self).get("gpu")
+        if gpu is None or sys.is_finalizing():  # never opened, or the driver takes it all
+            return
+        with contextlib.suppress(CdiffError), gpu.current():
+            try:
+                self._drop()
+            finally:
+                vars(self).clear()
+                gpu.trim()
 
     def _drop(self) -> None:
         """Let go of the binding while the context is current: PyCUDA cannot free pinned memory and events outside of it in another thread

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,8 @@ class TensorRtEngine(GpuEngine):
         super().__init__(number)
         self._bundle, self._flavour, self._build = bundle, flavour, build
         self._messages, self._logger, self._recorder = listeners(self._trt)
+        # No method: a connector that held one would hold the engine that holds it, and an engine goes, with its memory, when it is let go of.
+        self.failure = partial(refusal, f"{self.name} {self.version} on {self.device}", self._messages)
         with self.gpu.current():
             try:
                 self._runtime = self._trt.Runtime(self._logger)
@@ -112,16 +114,6 @@ class TensorRtEngine(GpuEngine):
         image, features = (tuple(encoder.get_tensor_shape(name))[1:] for name in ("image", "features"))
         dtype = np.dtype(self._trt.nptype(encoder.get_tensor_dtype("features")))
         return GraphSpec(image, features, dtype, "mix" in tensor_names(denoiser))
-
-    def failure(self, what: str) -> CdiffError:
-        """The error for something that TensorRT refused, with what it said; OutOfMemory where that is about memory."""
-        said = self._messages[0] if self._messages else "it gave no reason"  # what follows comes of the first
-        lacking = any(
-            word in " ".join(self._messages).lower() for word in ("out of memory", "outofmemory", "failed_allocation")
-        )
-        self._messages.clear()
-        kind = OutOfMemory if lacking else CdiffError
-        return kind(f"{self.name} {self.version} on {self.device}: {what}: {said}")
 
     def close(self) -> None:
         """See `GpuEngine.close`; the engines are loaded again when they are needed."""
@@ -239,6 +231,15 @@ class TrtConnector:
 def tensor_names(engine: Any) -> set[str]:
     """The names of all inputs and outputs."""
     return {str(engine.get_tensor_name(i)) for i in range(engine.num_io_tensors)}
+
+
+def refusal(who: str, messages: list[str], what: str) -> CdiffError:
+    """The error for something that TensorRT refused, with what it said, which is then forgotten; OutOfMemory where that is about memory."""
+    said = messages[0] if messages else "it gave no reason"  # what follows comes of the first
+    lacking = any(word in " ".join(messages).lower() for word in ("out of memory", "outofmemory", "failed_allocation"))
+    messages.clear()
+    kind = OutOfMemory if lacking else CdiffError
+    return kind(f"{who}: {what}: {said}")
 
 
 def listeners(trt: Any) -> tuple[list[str], Any, Any]:

@@ -182,7 +182,7 @@ def _segment(
     timings: Timings,
 ) -> Iterator[SliceResult]:
     binding = engine.bind(plan.batch, plan.slots)
-    loop = _Loop(binding, plan, len(table), keep_runs, progress, timings)
+    loop = _Loop(engine, binding, plan, len(table), keep_runs, progress, timings)
     if isinstance(binding, SumBinding):
         return loop.on_device(binding, table, seed)
     return loop.on_host(Chain(binding, plan.windows.framing.size, table, noise, timings), seed)
@@ -192,8 +192,16 @@ class _Loop:
     """Batch after batch of a plan, and the slices as they finish."""
 
     def __init__(
-        self, binding: Binding, plan: _Plan, steps: int, keep_runs: bool, progress: Progress | None, timings: Timings
+        self,
+        engine: Engine,
+        binding: Binding,
+        plan: _Plan,
+        steps: int,
+        keep_runs: bool,
+        progress: Progress | None,
+        timings: Timings,
     ) -> None:
+        self.engine = engine  # kept, whoever else lets go of it: it takes its binding along
         self.binding, self.plan, self.steps, self.keep_runs = binding, plan, steps, keep_runs
         self.progress, self.timings = progress, timings
         self.encoded, self.finished = 0, 0

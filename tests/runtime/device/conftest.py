@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -11,7 +13,7 @@ import pytest
 
 from cdiff.runtime.bundle import Bundle
 from cdiff.runtime.engines import tensorrt
-from cdiff.runtime.engines.trt import EnginePair, Profile
+from cdiff.runtime.engines.trt import EnginePair, Flavour, Profile
 from tests.runtime.device import fake_tensorrt
 from tests.runtime.device.fake_cuda import World, install
 from tests.runtime.sampling.test_batching import SIZE, FakeEngine
@@ -24,8 +26,35 @@ class Setup:
         self.world, self.engine, self.asked = world, engine, asked
 
 
+def open_engine(
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+    trt: Any,
+    number: int = 0,
+    *,
+    plan: bytes | None = None,
+    host_code: bool = False,
+) -> tuple[tensorrt.TensorRtEngine, list[Profile]]:
+    """An engine of the double `trt` on GPU `number`, its files in `folder`; and the list of the profiles that it asks for."""
+    asked: list[Profile] = []
+
+    def open_or_build(bundle: Any, flavour: str, gpu: Any, profile: Profile, build: Any = None) -> EnginePair:
+        assert (gpu.name, gpu.capability) == ("Double", "9.0")
+        asked.append(profile)
+        files = {name: folder / name / f"{name}.engine" for name in ("encoder", "denoiser")}
+        for name, path in files.items():
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(plan or name.encode() + b"+host code" * host_code)
+        return EnginePair(**files, profile=profile, host_code=frozenset(files.values()) if host_code else frozenset())
+
+    monkeypatch.setattr(tensorrt, "load_trt", lambda flavour: trt)
+    monkeypatch.setattr(tensorrt, "open_or_build", open_or_build)
+    flavour: Flavour = "tensorrt-rtx" if trt.__name__ == "tensorrt_rtx" else "tensorrt"
+    return tensorrt.TensorRtEngine(cast(Bundle, SimpleNamespace()), flavour, number), asked
+
+
 @pytest.fixture
-def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
     def build(
         model: Any = None,
         *,
@@ -42,22 +71,11 @@ def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         here = install(monkeypatch, **world)
         network = fake_tensorrt.Network(model, (size, size), 2, dtype, model.learned)
         trt = fake_tensorrt.module(here, network, rtx=rtx, max_rows=max_rows)
-        monkeypatch.setattr(tensorrt, "load_trt", lambda flavour: trt)
-        asked: list[Profile] = []
+        engine, asked = open_engine(monkeypatch, tmp_path, trt, plan=plan, host_code=host_code)
+        made.add(engine)
+        return Setup(here, engine, asked)
 
-        def open_or_build(bundle: Any, flavour: str, gpu: Any, profile: Profile, build: Any = None) -> EnginePair:
-            assert (gpu.name, gpu.capability) == ("Double", "9.0")
-            asked.append(profile)
-            files = {name: tmp_path / name / f"{name}.engine" for name in ("encoder", "denoiser")}
-            for name, path in files.items():
-                path.parent.mkdir(exist_ok=True)
-                path.write_bytes(plan or name.encode() + b"+host code" * host_code)
-            return EnginePair(
-                **files, profile=profile, host_code=frozenset(files.values()) if host_code else frozenset()
-            )
-
-        monkeypatch.setattr(tensorrt, "open_or_build", open_or_build)
-        bundle = cast(Bundle, SimpleNamespace())
-        return Setup(here, tensorrt.TensorRtEngine(bundle, "tensorrt-rtx" if rtx else "tensorrt"), asked)
-
-    return build
+    made: weakref.WeakSet[tensorrt.TensorRtEngine] = weakref.WeakSet()
+    yield build
+    for engine in made:  # while the doubles are there
+        engine.close()

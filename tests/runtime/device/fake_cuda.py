@@ -40,6 +40,7 @@ class World:
         self.stops = 0
         self.capturing: Stream | None = None
         self.refuse_capture = False
+        self.forked = False  # in a child that was forked off, which no driver serves
 
     def note(self, *call: Any) -> None:
         self.calls.append(call)
@@ -125,8 +126,11 @@ class Event:
 
     marker: Marker | None
 
-    def record(self, stream: Stream) -> Event:
+    def record(self, stream: Stream | None = None) -> Event:
         self.world.outside_capture("record")
+        if stream is None:  # the default stream, where the double does at once what it is asked
+            self.marker = None
+            return self
         self.marker = Marker(stream)
         stream.put(self.marker.pass_)
         return self
@@ -194,9 +198,11 @@ def _pycuda(world: World) -> ModuleType:
 
     class Context:
         def __init__(self, number: int) -> None:
-            self.number = number
+            self.number, self.attached = number, True
 
         def push(self) -> None:
+            if world.forked:
+                raise Error("cuCtxPushCurrent failed: initialization error")
             world.contexts.append(self.number)
 
         @staticmethod
@@ -205,7 +211,13 @@ def _pycuda(world: World) -> ModuleType:
 
         @staticmethod
         def synchronize() -> None:
-            world.outside_capture("synchronize")
+            raise AssertionError("an error, which spoils the capture, while another thread captures on the same GPU")
+
+        def detach(self) -> None:
+            self.attached = False
+
+        def __del__(self) -> None:
+            world.note("context dropped", self.attached)
 
     class Device:
         def __init__(self, number: int) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from cdiff.runtime.bundle import Bundle
+from cdiff.runtime.device.cuda import INSTALL, missing_packages
 from cdiff.runtime.device.gpu import Gpu
 from cdiff.runtime.device.kernels import Kernels
 from cdiff.runtime.device.layout import BatchBlock
@@ -26,11 +27,11 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture(scope="module")
 def gpu() -> Gpu:
-    pytest.importorskip("pycuda.driver", reason="PyCUDA is not installed: pip install '.[gpu]' in cdiff's clone")
-    pytest.importorskip(
-        "cuda.bindings.driver", reason="cuda-bindings is not installed: pip install '.[gpu]' in cdiff's clone"
-    )
-    return Gpu(0)
+    if lacking := missing_packages():
+        pytest.skip(f"{' and '.join(lacking)} not installed: {INSTALL}")
+    return Gpu(
+        0
+    )  # which loads PyCUDA as an engine does: imported plainly, it does not find a cuRAND that came as a wheel
 
 
 @pytest.mark.parametrize("size", [(128, 128), (5, 31), (7, 2)])

@@ -44,9 +44,11 @@ $(VENV)/cpu.installed: $(BIN)/pip pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[cpu]'
 	@touch $@
 
+# highdicom apart: on some Pythons it is not in the extra, and pyproject.toml says why.
 $(VENV)/test.installed: $(BIN)/pip pyproject.toml constraints.txt
 	@echo "Installing cdiff with what training and the tests need into $(VENV) (a few minutes)"
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[cpu,train,bench,test]'
+	$(BIN)/pip install --quiet -c constraints.txt --no-deps highdicom
 	@touch $@
 
 # mypy has no notion of setuptools' package-dir: give it the tree that the import system sees.

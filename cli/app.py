@@ -46,6 +46,7 @@ class Commands(TyperGroup):
                 raise
             where = os.fsdecode(error.filename or "stdout or a temporary file")  # what is printed has no name
             fail(f"{where}: {os.strerror(error.errno).lower()}; check the space and the permissions there")
+            _drop_unprinted()
             raise typer.Exit(USER_ERROR) from None
         except MemoryError as error:
             fail(f"the memory is not enough ({one_line(error)}); end what else uses it, or ask for less")
@@ -93,6 +94,16 @@ app.command("import", rich_help_panel="Make a model")(importing.import_)
 app.command("export", rich_help_panel="Make a model")(export.export)
 app.command("doctor", rich_help_panel="This machine")(doctor.doctor)
 app.command("benchmark", rich_help_panel="This machine")(benchmark.benchmark)
+
+
+def _drop_unprinted() -> None:
+    """Where stdout takes no more, let go of what waits for it: from 3.14 on Python tries again as it ends, and ends in a code and words of its own."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

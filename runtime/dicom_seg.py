@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,8 @@ MAY_BE_EMPTY = (
 """Type 2 of patient, study and frame of reference (PS3.3, C.7): there in every image, but where somebody made it anonymous."""
 LONGEST = 64
 """Characters of DICOM's short texts (LO)."""
+HIGHDICOM = "pip install --no-deps highdicom"
+"""Right for every Python: what else highdicom asks for is there with pydicom, but for pyjpegls, which needs a compiler on some and is of no use here."""
 
 
 def must_allow_dicom_seg(scan: Scan) -> None:
@@ -80,7 +83,7 @@ def _headers(files: Sequence[Path]) -> list[Any]:
 
 def _segmentation(images: list[Any], pixels: Any, report: dict[str, Any], name: str) -> Any:
     """pixels: [frames, rows, columns, C], a frame of each image. Raises CdiffError where the images do not allow one."""
-    hd = optional("highdicom", "highdicom", Path(name), "DICOM")
+    hd = _highdicom(name)
     C = pixels.shape[-1]
     try:
         with warnings.catch_warnings(), _quiet("highdicom"):
@@ -106,6 +109,18 @@ def _segmentation(images: list[Any], pixels: Any, report: dict[str, Any], name: 
     except (AttributeError, ValueError, TypeError, KeyError, RuntimeError) as error:
         raise CdiffError(
             f"{name}: its DICOM images do not allow a DICOM segmentation ({one_line(error)[:200]}); leave out --dicom-seg"
+        ) from None
+
+
+def _highdicom(name: str) -> Any:
+    """The library. Raises CdiffError where it is missing."""
+    try:
+        return import_module("highdicom")
+    except ModuleNotFoundError as error:
+        if error.name != "highdicom":
+            raise
+        raise CdiffError(
+            f"{name}: highdicom, which writes DICOM segmentations, is not installed; try: {HIGHDICOM}, or leave out --dicom-seg"
         ) from None
 
 

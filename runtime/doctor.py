@@ -15,6 +15,7 @@ from pathlib import Path
 
 from cdiff import __version__
 from cdiff.runtime.bundle import open_bundle, shipped_bundle
+from cdiff.runtime.dicom_seg import HIGHDICOM
 from cdiff.runtime.engines.registry import available_engines
 from cdiff.runtime.engines.trt import MODULES, trt_version
 from cdiff.runtime.errors import CdiffError
@@ -127,14 +128,19 @@ def _commands() -> list[Check]:
 
 
 def _formats() -> list[Check]:
-    """Whether other scans than NIfTI and pictures can be read. dcm2niix may be the system's own."""
-    dicom = [name for name in ("pydicom", "highdicom") if find_spec(name) is None]
+    """Whether other scans than NIfTI and pictures can be read, and DICOM segmentations written. dcm2niix may be the system's own."""
+    dicom = [] if find_spec("pydicom") else ["pydicom"]
     if shutil.which("dcm2niix") is None and find_spec("dcm2niix") is None:
         dicom.insert(0, "dcm2niix")
+    seg = [] if find_spec("highdicom") else ["highdicom"]
     itk = [] if find_spec("SimpleITK") else ["SimpleITK"]
     return [
-        Check(f"segment: {what}", not missing, *_ready(missing, FORMATS_EXTRA))
-        for what, missing in (("DICOM", dicom), ("NRRD, MetaImage", itk))
+        Check(f"segment: {what}", not missing, *_ready(missing, remedy))
+        for what, missing, remedy in (
+            ("DICOM", dicom, FORMATS_EXTRA),
+            ("--dicom-seg", seg, HIGHDICOM),
+            ("NRRD, MetaImage", itk, FORMATS_EXTRA),
+        )
     ]
 
 

@@ -44,7 +44,7 @@ def must_take_files(folder: Path) -> None:
     """
     there = folder
     try:
-        while not there.exists() and there != there.parent:
+        while not _exists(there) and there != there.parent:
             there = there.parent
     except OSError as error:
         raise _cannot_write(folder, error) from None
@@ -52,6 +52,15 @@ def must_take_files(folder: Path) -> None:
         raise CdiffError(f"{folder} is not a folder, or lies below a file; give another place to write to")
     if not os.access(there, os.W_OK | os.X_OK):
         raise _cannot_write(folder, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+
+
+def _exists(path: Path) -> bool:
+    """Raises OSError where the system does not tell, of which Path.exists says no from Python 3.14 on."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 @contextmanager

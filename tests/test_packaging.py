@@ -147,6 +147,23 @@ def test_the_clone_runs_where_nothing_was_installed(command: str, tmp_path: Path
         assert json.loads((tmp_path / "demo.json").read_text())["cdiff"] == "0+clone"
 
 
+def test_a_half_made_virtual_environment_is_made_anew(tmp_path: Path) -> None:
+    """Debian's Python without python3-venv leaves one that has no pip, and says what to install: the next `make demo` must go on."""
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(REPOSITORY / name, tmp_path)
+    programs = tmp_path / ".venv" / "bin"
+    programs.mkdir(parents=True)
+    (programs / "python").symlink_to(sys.executable)
+
+    def would_make_one() -> bool:
+        dry = ["make", "--dry-run", "-C", str(tmp_path), "demo", "PYTHON=python3"]
+        return "python3 -m venv .venv" in subprocess.run(dry, capture_output=True, text=True, check=True).stdout
+
+    assert would_make_one()
+    (programs / "pip").touch()
+    assert not would_make_one()
+
+
 def test_constraints_pin_every_direct_dependency_within_its_range() -> None:
     lines = (REPOSITORY / "constraints.txt").read_text().splitlines()
     pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))

@@ -193,6 +193,8 @@ def contents(folder: Path) -> Inside:
     """List a folder. Raises CdiffError when it cannot be listed."""
     found = Inside([], [], [])
     try:
+        # Where one may list and not enter: of what lies in it Path.is_dir and its like say no from Python 3.14 on.
+        os.stat(os.path.join(folder, os.curdir))
         for path in sorted(path for path in folder.iterdir() if not path.name.startswith(".")):
             if path.is_dir():
                 found.folders.append(path)

@@ -232,13 +232,18 @@ def closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_what_lies_in_a_closed_folder_is_one_line(closed: Path, tiny_data: Path) -> None:
+def test_what_lies_in_a_closed_folder_is_one_line(closed: Path, tiny_data: Path, tmp_path: Path) -> None:
     scan = tiny_data / "Validation/case01/image.nii.gz"
     for command in (
         ("segment", closed / "a.nii.gz"),
         ("segment", scan, "--model", closed / "bundle"),
         ("info", closed / "bundle"),
         ("train", "--data", tiny_data, "--preset", "tiny", "--out", closed / "run"),
+        ("train", "--data", tiny_data, "--preset", "tiny", "--out", tmp_path / "run", "--init", closed / "run"),
+        ("evaluate", "--data", closed / "data"),
+        ("data", "check", closed / "data"),
+        ("export", closed / "run"),
+        ("import", closed / "a.pt", "--out", tmp_path / "run"),
     ):
         line = one_line(*command).lower()
         assert str(closed) in line

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +209,15 @@ def test_slices_as_thick_as_they_are_apart_where_nothing_says(tmp_path: Path) ->
     write_dicom_seg(found_in(folder), tmp_path / "seg.dcm")
     (measures,) = pydicom.dcmread(tmp_path / "seg.dcm").SharedFunctionalGroupsSequence[0].PixelMeasuresSequence
     assert float(measures.SliceThickness) == pytest.approx(2.5)
+
+
+def test_without_highdicom_that_is_said_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scan = read_scan(write_series(tmp_path / "a", voxels(), orthogonal()))
+    monkeypatch.setitem(sys.modules, "highdicom", None)
+    with pytest.raises(
+        CdiffError, match=r"a: highdicom, which writes .*; try: pip install --no-deps highdicom, or leave out"
+    ):
+        must_allow_dicom_seg(scan)
 
 
 def test_what_cannot_have_one_is_said_before_the_work(tmp_path: Path) -> None:

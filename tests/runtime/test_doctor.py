@@ -47,12 +47,14 @@ def test_what_reads_other_formats_is_looked_for(tmp_path: Path, monkeypatch: pyt
     lacking = {"SimpleITK", "dcm2niix", "highdicom"}
     remedy = "pip install '.[formats]' in cdiff's clone"
     assert formats() == {
-        "segment: DICOM": Check("segment: DICOM", False, "lacks dcm2niix, highdicom", remedy),
+        "segment: DICOM": Check("segment: DICOM", False, "lacks dcm2niix", remedy),
+        "segment: --dicom-seg": Check(
+            "segment: --dicom-seg", False, "lacks highdicom", "pip install --no-deps highdicom"
+        ),
         "segment: NRRD, MetaImage": Check("segment: NRRD, MetaImage", False, "lacks SimpleITK", remedy),
     }
     (tmp_path / "dcm2niix").touch(mode=0o755)
-    lacking.remove("highdicom")
-    assert formats()["segment: DICOM"].ok
+    assert formats()["segment: DICOM"].ok, "it is read without what writes segmentations"
 
 
 def test_every_engine_has_a_line() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -61,6 +63,21 @@ def test_a_folder_that_cannot_be_listed_is_said(tmp_path: Path, monkeypatch: pyt
         return iter(listed(self))
 
     monkeypatch.setattr(Path, "iterdir", refused)
+    for read in (scans_at, find_cases):
+        with pytest.raises(CdiffError, match=r"p2 cannot be listed \(Permission denied\)"):
+            read(tmp_path)
+
+
+def test_a_folder_that_may_be_listed_and_not_entered_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _touch(tmp_path / "p1/a/image.nii.gz", tmp_path / "p2/a/image.nii.gz")
+    see = os.stat
+
+    def refused(path: Any, **how: Any) -> os.stat_result:
+        if str(path).startswith(f"{tmp_path}/p2/"):
+            raise PermissionError(13, "Permission denied")
+        return see(path, **how)
+
+    monkeypatch.setattr(os, "stat", refused)
     for read in (scans_at, find_cases):
         with pytest.raises(CdiffError, match=r"p2 cannot be listed \(Permission denied\)"):
             read(tmp_path)

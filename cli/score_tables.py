@@ -9,6 +9,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from cdiff.runtime.words import several
+
 if TYPE_CHECKING:
     from cdiff.runtime.scoring.paper import PaperRow
 
@@ -17,7 +19,7 @@ MODEL_SCORES = (
     ("soft Dice, nine thresholds", "soft_dice_9"),
     ("  each case as a whole, five thresholds", "case_soft_dice_5"),
     ("  each case as a whole, nine thresholds", "case_soft_dice_9"),
-    ("energy distance (GED), {} samples", "ged"),
+    ("energy distance (GED), {}", "ged"),
     ("  without the diagonal", "ged_no_diagonal"),
     ("  its floor for nested maps, with it", "ged_floor"),
     ("Brier score near the structure", "brier_near"),
@@ -78,7 +80,7 @@ def _scores(report: Mapping[str, Any]) -> Table:
         if (key.startswith("case_") and not volumes) or (key == "false_positive_slices" and not unmarked):
             continue
         value = report[key]
-        label = label.format(report["ged_samples"]["model"])
+        label = label.format(several(report["ged_samples"]["model"], "sample"))
         span = "-" if value["low"] is None else f"{_number(value['low'])} to {_number(value['high'])}"
         table.add_row(label, _number(value["mean"]), span)
     return table

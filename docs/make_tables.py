@@ -7,6 +7,7 @@ A table stands between `<!-- table: NAME -->` and `<!-- end -->`. Run `python do
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -262,6 +263,19 @@ def average(values: list[float]) -> str:
     return f"{sum(values) / len(values):.3f} ({min(values):.2f} - {max(values):.2f})"
 
 
+def memory_table(results: Path) -> str:
+    """A training step's memory: one row a line of what `cdiff.benchmarks.training_memory` printed."""
+    header = ["settings", "float32, GiB at the peak of a step", "of it from step to step"]
+    path = results / "training_memory.jsonl"
+    if not path.is_file():
+        return markdown(header, [unmeasured(header)])
+    rows = []
+    for found in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+        words = " ".join(f"`{setting}`" for setting in found["settings"]) or "the preset"
+        rows.append([words, *(f"{found[key] / 2**30:.1f}" for key in ("peak", "kept"))])
+    return markdown(header, rows)
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "model": model_table,
     "headline": headline_table,
@@ -277,6 +291,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "peers-any": lambda results: peers_full_table(ANY, results),
     "seeds": seeds_table,
     "scans": scans_table,
+    "memory": memory_table,
 }
 
 

@@ -157,7 +157,7 @@ class Segmenter:
             raise CdiffError(f"combine {combine!r} is not known; use 'mean' or 'vote'")
         if combine == "vote" and not variant.votes:
             raise CdiffError(
-                f"'vote' rounds each map at one half, and a {variant.name} model draws a single one: the soft map would be the mask; "
+                f"'vote' rounds each map at one half, and a model of the variant {variant.name} draws a single one: the soft map would be the mask; "
                 "use 'mean'"
             )
         runs, table = self.sampling(runs, steps, sampler, fast, seed)

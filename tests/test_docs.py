@@ -281,6 +281,24 @@ def test_the_hours_of_the_whole_protocol_are_those_of_its_sample(tables: ModuleT
     assert f"two cores {words[round(hours * every['n_slices'] / sample['n_slices'])]} hours" in page
 
 
+def test_what_five_steps_scored_on_testing_is_what_was_measured(tables: ModuleType) -> None:
+    choices, model = ((REPOSITORY / "docs" / f"{page}.md").read_text(encoding="utf-8") for page in ("choices", "model"))
+    mean, vote, anybody = (
+        tables.read(f"paired_steps_testing{which}", tables.RESULTS)["all"] for which in ("", "_vote", "_marked")
+    )
+    assert f"soft Dice {mean['soft_dice_5']['a']:.3f} as `mean`, {vote['soft_dice_5']['a']:.3f} as `vote`" in model
+    rose = [f"{one['ged']['a']:.3f} to {one['ged']['b']:.3f}" for one in (mean, anybody)]
+    assert f"rose from {rose[0]} (any marked: {rose[1]};" in choices
+    same = tables.read("lidc_testing_all_raters_fast", tables.RESULTS)["soft_dice_5"]["mean"]
+    assert mean["soft_dice_5"]["b"] == pytest.approx(same, abs=1e-9)
+
+
+def test_how_far_the_conventions_of_the_energy_distance_lie_apart_is_what_was_measured(tables: ModuleType) -> None:
+    found = tables.read("lidc_testing_all_raters_zooms", tables.RESULTS)
+    told = f"({found['ged']['mean']:.3f} and {found['ged_no_diagonal']['mean']:.3f} for the shipped model's {found['ged_samples']['model']} masks,"
+    assert told in (REPOSITORY / "docs" / "metrics.md").read_text(encoding="utf-8")
+
+
 def test_the_joins_are_those_of_the_shipped_graph() -> None:
     import onnx
 

@@ -215,3 +215,13 @@ def test_a_difference_that_no_comparison_has_gets_no_row(tables: ModuleType, tmp
     assert [cell.strip() for cell in row.split("|")[2:-1]] == [tables.NOT_MEASURED, "+0.250 (-0.125 to +0.500)"]
     (tmp_path / "first.json").write_text(json.dumps({"all": old | {"ged_no_diagonal": undefined}}))
     assert "| - | +0.250" in tables.paired_table("", columns, tmp_path)
+
+
+def test_a_training_steps_memory_stands_as_it_was_printed(tables: ModuleType, tmp_path: Path) -> None:
+    assert tables.NOT_MEASURED in tables.memory_table(tmp_path)
+    lines = [{"settings": [], "peak": 3 * 2**30, "kept": 2**29}, {"settings": ["a=1", "b=2"], "peak": 2**30, "kept": 0}]
+    (tmp_path / "training_memory.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    assert tables.memory_table(tmp_path).splitlines()[2:] == [
+        "| the preset | 3.0 | 0.5 |",
+        "| `a=1` `b=2` | 1.0 | 0.0 |",
+    ]

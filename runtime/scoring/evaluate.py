@@ -233,7 +233,7 @@ def evaluate(
         raise CdiffError(
             f"the cases that were computed before, in {out} or {journal.path}, are damaged ({one_line(error)[:200]}); "
             "move both away to compute them anew"
-        ) from None
+        ) from error
     return report
 
 

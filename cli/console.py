@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Iterable
@@ -57,8 +58,8 @@ def warn(message: str) -> None:
 
 
 def _line(message: str) -> str:
-    """The message as one line, whatever a name or a setting that it quotes holds."""
-    return escape(visible(message).replace("\n", "\\n"))
+    """The message as one line, whatever a name or a setting that it quotes holds; what it lists below that stands indented."""
+    return escape(re.sub(r"\n(?!  )", r"\\n", visible(message)))
 
 
 def facts(title: str, rows: Iterable[tuple[str | Text, ...]]) -> None:

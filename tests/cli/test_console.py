@@ -48,6 +48,8 @@ def test_a_terminal_does_not_obey_a_name(monkeypatch: pytest.MonkeyPatch, capsys
     assert text == f"error: {seen}\nnote: {seen}\n{seen}\n"
     console.fail("a\nb")
     assert capsys.readouterr().err == "error: a\\nb\n"
+    console.fail("wrong are:\n  a\n  b")  # a list, as of tensors that do not fit
+    assert capsys.readouterr().err == "error: wrong are:\n  a\n  b\n"
     console.facts("Model", [("name", name)])
     assert seen in capsys.readouterr().out.replace("\n", "")
     monkeypatch.setattr(console, "out", Console(force_terminal=True))

@@ -61,6 +61,9 @@ def test_disagreement_is_no_turn() -> None:
     assert how_turned([mirrored, none, none]) is None
     assert how_turned([mirrored, mirrored, none]) == next(iter(TURNS))
     assert how_turned([mirrored / 10] * 3) is None
+    apart = np.full((3, 7), -0.1)
+    apart[range(3), range(3)] = 0.9  # much better turned, and each another way
+    assert how_turned(list(apart)) is None
 
 
 def test_a_check_tells_whose_masks_are_turned_and_how_each_agrees(tmp_path: Path) -> None:

@@ -192,9 +192,7 @@ def check_protocol(path: str, model: Subject, settings: Settings, keep: Keep) ->
     for size in sizes:
         try:
             spent = step_seconds(engine, model, image, size)
-        except (
-            Exception
-        ) as error:  # of memory, of what cuDNN or Triton cannot do: the sizes before are measured all the same
+        except Exception as error:  # of memory, of cuDNN, of Triton: the sizes before are measured all the same
             sweep[str(size)] = {"error": one_line(error)}
             continue
         sweep[str(size)] = {"ms_a_step": 1e3 * spent, "ms_a_row": 1e3 * spent / size}

@@ -13,7 +13,7 @@ from cdiff.cli.engines import build_ahead, check
 from cdiff.cli.extras import needs
 from cdiff.cli.options import option, parse_zooms
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.scans.sources import is_there
+from cdiff.runtime.scans.sources import must_see
 
 engine_option = functools.partial(option, panel="Engines for a GPU")
 
@@ -119,7 +119,7 @@ def export(
     check(flavour, options, rows, capability or [])  # before the graphs, which take longer
     if triton is not None:
         must_take_files(triton)
-    is_there(source)  # or where it lies is closed to us
+    must_see(source)
     if (source / NAME).is_file():
         if (flavour is None and triton is None) or output is not None or fp16 or fast_steps or zooms:
             raise CdiffError(

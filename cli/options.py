@@ -117,9 +117,7 @@ class Chain:
 
     runs: Annotated[
         int | None,
-        chain_option(
-            "--runs R", "Chains a slice and level, averaged.", default="25; with --fast the bundle's, 4", min=1
-        ),
+        chain_option("--runs R", "Chains a slice and level, averaged.", default="25; with --fast the bundle's", min=1),
     ] = None
     steps: Annotated[
         int | None, chain_option("--steps N", "Steps a chain.", default="all T; with --fast the bundle's", min=1)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import sha256
-from cdiff.runtime.scans.sources import is_there
+from cdiff.runtime.scans.sources import must_see
 from cdiff.train.checkpoint import (
     checkpoint_folder,
     config_of_weights,
@@ -54,7 +54,7 @@ class Initial:
 
 def read_initial(init: Path) -> Initial:
     """The last checkpoint's weights of the run `init`, or those of the bundle `init`. Raises CdiffError where there are none."""
-    is_there(init)  # or where it lies is closed to us
+    must_see(init)
     folder = checkpoint_folder(init, "last")
     path = init / "model.safetensors" if folder is None else folder / "ema.safetensors"
     if not path.exists():

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import make_folder, write_json
-from cdiff.runtime.scans.sources import is_there
+from cdiff.runtime.scans.sources import must_see
 from cdiff.train.checkpoint import read_config
 from cdiff.train.config import HOW, Config
 from cdiff.train.data import read_data
@@ -132,7 +132,7 @@ def _train(run: Run, started: bool, max_steps: int | None, dry_run: bool, quiet:
 
 def check_out(out: Path, config: Config, resume: bool) -> None:
     """Raise CdiffError unless `out` holds no run, or is to be resumed and holds this very one (but for how it is computed)."""
-    is_there(out)  # or where it lies is closed to us
+    must_see(out)
     if (out / "config.json").exists():
         if not resume:
             raise CdiffError(f"{out} already holds a run; add --resume to go on with it, or choose another --out")

@@ -19,7 +19,7 @@ from cdiff.runtime.data.table import SUFFIXES, is_table, names_scans, read_table
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.scans.grid import Grid
 from cdiff.runtime.scans.scan import read_scan
-from cdiff.runtime.scans.sources import is_there
+from cdiff.runtime.scans.sources import must_see
 from cdiff.runtime.words import several
 
 __all__ = ["Case", "DataSet", "Problem", "find_cases", "read_case", "read_masks"]
@@ -105,7 +105,7 @@ def _entries(root: Path, layout: str, notes: list[str]) -> tuple[str, list[Entry
     """The layout and its cases. Raises CdiffError when several layouts are there, or none."""
     if layout not in (*LAYOUTS, "auto"):
         raise CdiffError(f"the layout {layout!r} is not known; use auto, {', '.join(LAYOUTS)}")
-    is_there(root)  # or where it lies is closed to us, of which what follows would not speak
+    must_see(root)
     if root.is_file():
         if root.suffix.lower() not in SUFFIXES or layout not in (TABLE, "auto"):
             raise CdiffError(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import atomic_folder, sha256, write_json
-from cdiff.runtime.scans.sources import is_there
+from cdiff.runtime.scans.sources import must_see
 from cdiff.train.checkpoint import read_json, save_checkpoint
 from cdiff.train.config import Config
 from cdiff.train.imported.mapping import convert, links
@@ -96,7 +96,7 @@ def _read_args(checkpoint: Path, args: Path | None, source: str, settings: list[
     if args is None and beside.is_file():
         args = beside
     if args is not None:
-        is_there(args)  # or where it lies is closed to us
+        must_see(args)
         if not args.is_file():
             raise CdiffError(f"{args} is not there; give the args.json that the training wrote")
         return _json(args)

@@ -1,6 +1,6 @@
 """Measures the choices behind the exported graphs: opset, what the denoiser returns, embeddings, float32 islands (docs/export.md).
 
-python -m cdiff.benchmarks.export_choices [--run RUN] [--json OUT]
+python -m cdiff.benchmarks.export_choices [--model BUNDLE] [--scan SCAN] [--json OUT]
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ import onnxruntime as ort
 import torch
 from torch import Tensor, nn
 
+from cdiff.benchmarks.benchmark import scan_files
 from cdiff.benchmarks.script import parser_of, script
 from cdiff.export import half
 from cdiff.export.graphs import DenoiserGraph, EncoderGraph, export_graph, write_denoiser, write_encoder
-from cdiff.export.reference import TorchEngine
+from cdiff.export.reference import TorchEngine, load_network
 from cdiff.export.verify import SEED
+from cdiff.runtime.bundle import open_bundle, shipped_bundle
 from cdiff.runtime.engines.base import Float32
 from cdiff.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from cdiff.runtime.files import write_json
@@ -34,9 +36,9 @@ from cdiff.runtime.sampling.batching import segment_windows
 from cdiff.runtime.sampling.framing import Framing
 from cdiff.runtime.sampling.sampler import sampler_table
 from cdiff.runtime.sampling.schedule import NoiseSchedule
-from cdiff.train.checkpoint import load_run
+from cdiff.runtime.scans.scan import read_scan
+from cdiff.train.machine import describe_machine
 from cdiff.train.network import ConsensusNet, ResidualBlock
-from cdiff.train.presets import preset
 
 ROWS, ROUNDS = 8, 9
 
@@ -151,7 +153,7 @@ def _replace(module: nn.Module, kind: type[nn.Module], make: Callable[[Any], nn.
 
 
 def speed(network: ConsensusNet, schedule: NoiseSchedule, image: Float32, folder: Path) -> dict[str, Any]:
-    """CPU milliseconds a call of ROWS rows, one thread, the alternatives taking turns; parity with PyTorch; file sizes."""
+    """CPU milliseconds a call of ROWS rows on `image` [S,ch,H,W], one thread, the alternatives taking turns; parity with PyTorch; file sizes."""
     config = network.config
     rng = np.random.default_rng(0)
     engine = TorchEngine(copy.deepcopy(network), schedule)
@@ -174,6 +176,8 @@ def speed(network: ConsensusNet, schedule: NoiseSchedule, image: Float32, folder
     for opset in (20, 21, 23):
         graph = DenoiserGraph(network.denoiser, config, schedule)
         sessions[f"opset {opset}"] = _open(write_denoiser(graph, config, _new(folder), torch.float32, opset))
+    graph = DenoiserGraph(half.half_network(network).denoiser, config, schedule)
+    sessions["half precision"] = _open(write_denoiser(graph, config, _new(folder), torch.float16, 21))
     graph = DenoiserGraph(folded(network).denoiser, config, schedule)
     sessions["embeddings folded"] = _open(write_denoiser(graph, config, _new(folder), torch.float32, 21))
     whole = WholeUpdate(DenoiserGraph(network.denoiser, config, schedule))
@@ -192,6 +196,8 @@ def speed(network: ConsensusNet, schedule: NoiseSchedule, image: Float32, folder
         _ = a * feed["x"] + b * x0 + c * extra["x0_prev"] + d * extra["z"]
 
     def feed_of(name: str) -> dict[str, Any]:
+        if name == "half precision":
+            return feed | {"features": feed["features"].astype(np.float16)}
         return feed | extra if name == "whole update" else feed
 
     def call_of(name: str) -> Callable[[], Any]:
@@ -211,6 +217,7 @@ def speed(network: ConsensusNet, schedule: NoiseSchedule, image: Float32, folder
             "bytes": path.stat().st_size,
             "nodes": dict(collections.Counter(node.op_type for node in onnx.load(path).graph.node).most_common()),
         }
+    rows["opset 20"]["profile"] = profile(sessions["opset 20"][1], feed)
     return rows
 
 
@@ -274,6 +281,23 @@ def _alternate(calls: dict[str, Callable[[], Any]]) -> dict[str, list[float]]:
     return times
 
 
+def profile(path: Path, feed: dict[str, Any]) -> dict[str, float]:
+    """Each kind of node's share of ROUNDS calls' time, the largest first, as ONNX Runtime's own profiler has it."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.enable_profiling = True
+    options.profile_file_prefix = str(path.with_suffix(""))
+    session = ort.InferenceSession(path, options)
+    for _ in range(ROUNDS):
+        session.run(None, feed)
+    spent = collections.Counter[str]()
+    for event in json.loads(Path(session.end_profiling()).read_text(encoding="utf-8")):
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+            spent[event["args"]["op_name"]] += event["dur"]
+    whole = spent.total()
+    return {kind: round(part / whole, 4) for kind, part in spent.most_common()}
+
+
 def _open(path: Path) -> tuple[ort.InferenceSession, Path]:
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
@@ -288,40 +312,31 @@ def _new(folder: Path) -> Path:
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = parser_of("export_choices", __doc__)
-    parser.add_argument("--run", type=Path, help="a training run; without it the preset lidc with random weights")
+    parser.add_argument("--model", type=Path, help="a bundle (the shipped model)")
+    parser.add_argument("--scan", type=Path, help="a scan for it (the demo scan)")
     parser.add_argument("--json", type=Path, help="where to write the results")
     arguments = parser.parse_args(argv)
-    measure(arguments.run, arguments.json)
+    measure(arguments.model, arguments.scan, arguments.json)
 
 
-def measure(run: Path | None, json_file: Path | None) -> None:
-    """Print what was measured, and write it to `json_file`. Raises CdiffError for a `run` that cannot be read."""
+def measure(model: Path | None, scan: Path | None, json_file: Path | None) -> None:
+    """Print what was measured, and write it to `json_file`. Raises CdiffError for a model or a scan that cannot be read."""
     torch.set_num_threads(1)
-    torch.manual_seed(0)
-    if run:
-        loaded = load_run(run)
-        network, schedule, weights = loaded.network, loaded.schedule, f"trained, step {loaded.info['step']}"
-        with np.load(run / "samples.npz") as samples:
-            image = np.asarray(samples["images"][:2], np.float32)
-    else:
-        config = preset("lidc")
-        network, schedule, weights = (
-            ConsensusNet(config.network).eval().requires_grad_(False),
-            config.schedule,
-            "random",
-        )
-        for parameter in network.parameters():
-            if not parameter.any():
-                torch.nn.init.normal_(parameter, std=0.05)
-        shape = (2, config.network.image_channels, config.network.image_size, config.network.image_size)
-        image = np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32)
+    bundle = open_bundle(model or shipped_bundle())
+    manifest, network = bundle.manifest, load_network(bundle)
+    files = scan_files(scan, manifest)
+    slices = read_scan(files, channels=manifest.image_channels, slice_axis=manifest.slice_axis).slices
+    framing = Framing(manifest.framing, manifest.image_size, manifest.tile_overlap)  # type: ignore[arg-type]
+    middle = len(slices) // 2
+    image = np.stack([*framing.frame(manifest.normalisation.apply(slices)[middle : middle + 2])])
     with tempfile.TemporaryDirectory() as folder:
         result = {
-            "weights": weights,
+            "model": {"name": manifest.name, "parameters": sum(p.numel() for p in network.parameters())},
             "rows": ROWS,
+            "machine": describe_machine(torch.device("cpu")),
             "versions": {"torch": torch.__version__, "onnx": onnx.__version__, "onnxruntime": ort.__version__},
-            "speed": speed(network, schedule, image, Path(folder)),
-            "precision": precision(network, schedule, image, Path(folder)),
+            "speed": speed(network, manifest.noise_schedule, image, Path(folder)),
+            "precision": precision(network, manifest.noise_schedule, image, Path(folder)),
         }
     if json_file:
         write_json(json_file, result)

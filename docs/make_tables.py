@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from export_tables import builds_table, graphs_table, half_table
 from peer_tables import ANY, FOUR, peers_full_table, peers_table, seeds_table
 from table_cells import (
     GED,
@@ -292,6 +293,9 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "seeds": seeds_table,
     "scans": scans_table,
     "memory": memory_table,
+    "graphs": graphs_table,
+    "half": half_table,
+    "builds": builds_table,
 }
 
 

@@ -225,3 +225,20 @@ def test_a_training_steps_memory_stands_as_it_was_printed(tables: ModuleType, tm
         "| the preset | 3.0 | 0.5 |",
         "| `a=1` `b=2` | 1.0 | 0.0 |",
     ]
+
+
+def test_the_export_tables_have_a_row_for_every_result(tables: ModuleType, tmp_path: Path) -> None:
+    made = (tables.graphs_table, tables.half_table, tables.builds_table)
+    assert all(tables.NOT_MEASURED in table(tmp_path) for table in made)
+    for name, table, rows in (
+        ("export_choices", tables.graphs_table, "speed"),
+        ("export_choices", tables.half_table, "precision"),
+    ):
+        found = json.loads((tables.RESULTS / f"{name}.json").read_text())
+        (tmp_path / f"{name}.json").write_text(json.dumps(found))
+        assert len(table(tmp_path).splitlines()) == 2 + len(found[rows]), "a form that was measured and is not shown"
+    build = {"cpu_seconds": 2.25, "bytes": {"encoder": 1, "denoiser": 12_500_000}}
+    builds = {network: {"float32": build, "float16": build} for network in ("shipped", "paper-reduced")}
+    (tmp_path / "engine_builds.json").write_text(json.dumps({"builds": builds}))
+    last = tables.builds_table(tmp_path).splitlines()[-1]
+    assert [cell.strip() for cell in last.split("|")][2:4] == ["2.2", "12.5"]

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from cdiff.export.torch_kernels import Features, joined, measured, normed, normed_conv, on
+from cdiff.export.torch_kernels import Features, begun, joined, measured, normed, normed_conv, on
 from cdiff.train.network import Attention, Denoiser, ResidualBlock, Stage
 
 
@@ -27,7 +27,8 @@ class FusedDenoiser:
     def __init__(self, denoiser: Denoiser, device: str, dtype: torch.dtype = torch.float16) -> None:
         self.device, self.dtype = torch.device(device), dtype
         self.blocks: list[_Block] = []
-        self.first = _Conv(denoiser.first, self)
+        self.first = _Conv(denoiser.first, self, torch.float32)
+        self.taps = self.first.weight.flatten(1).t().contiguous()
         self.down = _stages(denoiser.down, self)
         self.middle = [_stage(stage, self) for stage in denoiser.middle]
         self.up = _stages(denoiser.up, self)
@@ -43,7 +44,7 @@ class FusedDenoiser:
     def __call__(self, x: Tensor, features: Tensor, slot: Tensor, t: Tensor, level: Tensor) -> Tensor:
         with on(self.device):
             told = self.told.index_select(0, (t - 1) * self.conditions + level - 1)
-            h = joined(self.first(x.to(self.dtype)), features, self.first.bias, slot)
+            h = begun(x, self.taps, features, self.first.bias, slot)
             skips = [h]
             for depth, stages in enumerate(self.down):
                 for stage in stages:

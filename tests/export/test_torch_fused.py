@@ -112,6 +112,18 @@ def launches(network: NetworkConfig, patch: pytest.MonkeyPatch) -> list[Any]:
     return list(kinds.values())
 
 
+def test_no_feature_map_is_turned_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one channel a tensor is of both orders at once, and PyTorch then takes the other one."""
+    pytest.importorskip("triton", reason="Triton is not installed: it comes for Linux on x86-64 alone")
+    made, plain = [], torch.nn.functional.conv2d
+    monkeypatch.setattr(
+        importlib.import_module(FUSED).nnf, "conv2d", lambda *args: made.append(plain(*args)) or made[-1]
+    )
+    launches(BASE, monkeypatch)
+    assert len(made) > 10
+    assert all(one.is_contiguous(memory_format=torch.channels_last) for one in made)
+
+
 def _kind(argument: Any) -> str:
     if isinstance(argument, Tensor):
         return {torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64"}[argument.dtype]

@@ -71,7 +71,7 @@ class FusedDenoiser:
         conv = _Conv(part, self)
         if conv.stride > 1:
             return lambda h, told: joined(conv(h.x), None, conv.bias)
-        return lambda h, told: joined(conv(nnf.interpolate(h.x, scale_factor=2.0, mode="nearest")), None, conv.bias)
+        return lambda h, told: joined(conv(doubled(h.x)), None, conv.bias)
 
 
 class _Conv:
@@ -170,7 +170,7 @@ class _Block:
     def _resampled(self, x: Tensor) -> Tensor:
         if self.size < 1:
             return nnf.avg_pool2d(x, 2)
-        return nnf.interpolate(x, scale_factor=2.0, mode="nearest") if self.size > 1 else x
+        return doubled(x) if self.size > 1 else x
 
 
 class _Attention:
@@ -190,6 +190,19 @@ class _Attention:
         )
         seen = nnf.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(rows, height, width, channels)
         return joined(self.out(seen.permute(0, 3, 1, 2)), h.x, self.out.bias)
+
+
+def doubled(x: Tensor) -> Tensor:
+    """Each pixel of x [B,C,H,W], channels last, four times: [B,C,2H,2W], channels last.
+
+    What PyTorch's own kernel for this order does, which divides six times for each number. Here a copy moves 16 bytes at once where a pixel has
+    them whole, as the widest type that PyTorch has.
+    """
+    pixels = x.permute(0, 2, 3, 1)
+    rows, height, width, channels = pixels.shape
+    wide = pixels.view(torch.complex128) if channels * x.element_size() % 16 == 0 else pixels
+    out = wide[:, :, None, :, None].expand(-1, -1, 2, -1, 2, -1).reshape(rows, 2 * height, 2 * width, -1)
+    return out.view(x.dtype).permute(0, 3, 1, 2)
 
 
 def _stages(depths: nn.ModuleList, to: FusedDenoiser) -> list[list[Callable[[tuple[Features, ...], Tensor], Features]]]:

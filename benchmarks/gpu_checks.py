@@ -176,9 +176,10 @@ def check_protocol(path: str, model: Subject, settings: Settings, keep: Keep) ->
     engine = open_path(path, model, settings)
     largest, flop = largest_batch(engine, model), flops(model)["protocol"]
     image = model.images()["real"]
-    compiles = TORCH_PATHS.get(path, {}).get("compiled") is not None or path == "onnxruntime-tensorrt"
-    # Every size is a new compilation where PyTorch or ONNX Runtime's TensorRT provider compiles, and a minute of the budget.
-    sizes = [largest] if compiles else sorted({min(size, largest) for size in (*SWEEPS[model.name], largest)})
+    options = TORCH_PATHS.get(path, {})
+    once = options.get("compiled") or options.get("tuned") or path == "onnxruntime-tensorrt"
+    # Every size is a new compilation where PyTorch or ONNX Runtime's TensorRT provider compiles, or cuDNN times its algorithms, and a minute of the budget.
+    sizes = [largest] if once else sorted({min(size, largest) for size in (*SWEEPS[model.name], largest)})
     sweep: dict[str, Any] = {}
     found: dict[str, Any] = {
         "engine": engine.name, "version": engine.version, "device": engine.device, "sweep": sweep, "runtime_batch": usual_batch(engine, model),
@@ -278,9 +279,17 @@ def check_scaling(path: str, model: Subject, settings: Settings, keep: Keep) -> 
     return found
 
 
+def check_kernels(path: str, model: Subject, settings: Settings, keep: Keep) -> dict[str, Any]:
+    """Where a step's time goes, kernel by kernel; launched plainly, so that the profiler sees each by itself."""
+    from cdiff.benchmarks.gpu_measure import kernel_times
+
+    engine = open_path(path, model, settings, capture=False)
+    return kernel_times(engine, model, model.images()["real"], largest_batch(engine, model))
+
+
 KINDS: dict[str, Callable[[str, Subject, Settings, Keep], dict[str, Any]]] = {
     "noise": check_noise, "parity": check_parity, "published": check_published, "protocol": check_protocol,
-    "replay": check_replay, "scaling": check_scaling,
+    "replay": check_replay, "scaling": check_scaling, "kernels": check_kernels,
 }  # fmt: skip
 
 

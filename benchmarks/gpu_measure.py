@@ -232,6 +232,29 @@ def noise_of(engine: Engine, model: Subject, image: Float32, batch: int, seed: i
     return {"max": float(np.max(gaps)), "equal_share": equal / total, "values": total}
 
 
+def kernel_times(engine: Engine, model: Subject, image: Float32, batch: int) -> dict[str, Any]:
+    """Milliseconds and calls a step of each kernel (on a CPU: operator) of a chain, as PyTorch's profiler sees it; the longest first, and their sum."""
+    from torch.profiler import ProfilerActivity, profile
+
+    rows, binding = some_rows(model, batch), engine.bind(batch, 1)
+    binding.encode(0, image[0])
+    if not isinstance(binding, ChainBinding):
+        raise CdiffError("this engine runs no chain on the device, whose kernels could be listed")
+    binding.run_chain(rows, table_of(model, FEW), 0)  # warm-up
+    cpu = engine.device == "cpu"
+    with profile(activities=[ProfilerActivity.CPU if cpu else ProfilerActivity.CUDA]) as seen:
+        binding.run_chain(rows, table_of(model, FEW), 0)
+    each = [(e.self_cpu_time_total if cpu else e.self_device_time_total, e.count, e.key) for e in seen.key_averages()]
+    kernels = [
+        {"name": name, "ms_a_step": spent / 1e3 / FEW, "calls_a_step": count / FEW}
+        for spent, count, name in sorted(each, reverse=True)
+        if spent > 0
+    ]
+    if not kernels:
+        raise CdiffError("PyTorch's profiler saw no kernel here")
+    return {"batch": batch, "kernels": kernels, "ms_a_step": sum(one["ms_a_step"] for one in kernels)}
+
+
 def least(call: Callable[[], Any]) -> float:
     """Seconds of the fastest of three calls, after one that does not count. The call must wait for what it does."""
     call()

@@ -64,8 +64,9 @@ def plan(device: str, small: bool) -> list[Check]:
     add("protocol", "graph", SHIPPED, parts, 60, 15)
     add("published", "published", SHIPPED, f"baseline: {one_by_one}", 60, 15)
     add("parity", "graph", PAPER, "calls against PyTorch float32", 60, 15)
+    add("kernels", "graph", PAPER, "where a step's time goes, kernel by kernel", 90, 25)
     add("protocol", "eager16", PAPER, f"baseline: float16 eager, encoder once: {parts}", 120, 40)
-    add("protocol", "graph-tuned", PAPER, f"our captured chain, cuDNN's algorithms timed: {parts}", 150, 60)
+    add("protocol", "graph-tuned", PAPER, f"our captured chain, cuDNN's algorithms timed: {parts}", 150, 55)
     if kind != "cpu":  # compiling for a CPU takes minutes, and is no baseline for a GPU
         add("protocol", "compiled", PAPER, f"baseline: torch.compile with CUDA graphs, encoder once: {parts}", 220, 100)
     # Where Triton has no C compiler `graph` is refused, and this is the engine that users get.

@@ -28,6 +28,8 @@ NAMES = {
 }
 MODELS = {PAPER: "the paper's network, random weights", SHIPPED: "the shipped model"}
 NONE = "-"
+MOST_KERNELS, LONGEST_NAME = 25, 120
+"""Of the table of kernels; a library's names take a thousand characters."""
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -41,7 +43,7 @@ def markdown(report: dict[str, Any]) -> str:
         *(functools.partial(_protocol, checks, model) for model in (PAPER, SHIPPED)),
         *(functools.partial(part, checks) for part in (_parity, _scaling)),
         *(functools.partial(_sweep, checks, model) for model in (PAPER, SHIPPED)),
-        *(functools.partial(part, checks) for part in (_noise, _replay, _tests, _engines)),
+        *(functools.partial(part, checks) for part in (_kernels, _noise, _replay, _tests, _engines)),
         lambda: _unmeasured(report),
     ]
     return "\n\n".join(text for text in ("# GPU suite", *map(_written, parts)) if text) + "\n"
@@ -206,6 +208,27 @@ def _noise(checks: dict[str, Any]) -> str:
     )
     return _table(
         "Noise on the device against the NumPy form", ("", "largest difference", "equal to the last bit"), rows
+    )
+
+
+def _kernels(checks: dict[str, Any]) -> str:
+    """The longest kernels; all of them are in the JSON."""
+    found = _done(checks, f"kernels:graph:{PAPER}")
+    if found is None:
+        return ""
+    rows = (
+        (
+            f"`{one['name'][:LONGEST_NAME]}`",
+            _number(one["ms_a_step"]),
+            f"{one['ms_a_step'] / found['ms_a_step']:.1%}",
+            f"{one['calls_a_step']:g}",
+        )
+        for one in found["kernels"][:MOST_KERNELS]
+    )
+    return _table(
+        f"Kernels of a step of {found['batch']} rows: {MODELS[PAPER]}, launched plainly, {found['ms_a_step']:.3g} ms in all",
+        ("", "ms a step", "share", "calls a step"),
+        rows,
     )
 
 

@@ -1,4 +1,5 @@
-"""Triton kernels for what lies between the convolutions: moments, GroupNorm with SiLU, residual sums, all channels last; and the noise.
+"""Triton kernels for what lies between the convolutions: moments, GroupNorm with SiLU, residual sums, all channels last; the first
+and the last convolution; and the noise.
 
 PyTorch's GroupNorm puts features that are channels last into the other order and leaves them there, so that each of its calls on a GPU
 costs two transpositions, and the SiLU, the embedding, the bias and the residual sum a pass each. Here a feature map is read once for its
@@ -29,21 +30,22 @@ MOST_CHUNKS = 64
 
 @triton.jit
 def _measure(
-    x, other, bias, slot, out, mean, m2, pixels, channels, chunk,
-    SUM: tl.constexpr, OTHER: tl.constexpr, GATHER: tl.constexpr, BIAS: tl.constexpr, TILE: tl.constexpr, WIDE: tl.constexpr,
+    x, other, bias, slot, image, taps, out, mean, m2, pixels, channels, chunk, width,
+    SUM: tl.constexpr, OTHER: tl.constexpr, FIRST: tl.constexpr, BIAS: tl.constexpr, TILE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Moments of a row's chunk of pixels, channel by channel; with SUM, of x + other (with OTHER) + bias, which is written to `out`.
 
-    x, other, out [B,pixels,channels]; GATHER: `other` [S,pixels,channels] is taken at slot [B]. bias [channels].
-    mean, m2 [B,chunks,channels]: mean, and sum of squared differences from it.
+    x, other, out [B,pixels,channels]; bias [channels]. FIRST: x [S,pixels,channels] is taken at slot [B], and added to it is the 3x3
+    convolution of image [B,pixels], lines of `width`, with taps [9,channels]. mean, m2 [B,chunks,channels]: mean, and sum of squared
+    differences from it.
     """
     row, part = tl.program_id(0), tl.program_id(1)
     c = tl.arange(0, WIDE)
-    here = x + row.to(tl.int64) * pixels * channels
+    which = tl.load(slot + row) if FIRST else row
+    here = x + which.to(tl.int64) * pixels * channels
     there = other
     if OTHER:
-        which = tl.load(slot + row) if GATHER else row
-        there = other + which.to(tl.int64) * pixels * channels
+        there = other + row.to(tl.int64) * pixels * channels
     # Differences from the chunk's first pixel: squares of the values themselves would cancel where the mean is large.
     first = part * chunk
     near = tl.load(here + first * channels + c, mask=c < channels, other=0.0).to(tl.float32)
@@ -65,6 +67,12 @@ def _measure(
             whole = value.to(tl.float32)
             if OTHER:
                 whole += tl.load(there + at, mask=inside, other=0.0).to(tl.float32)
+            if FIRST:
+                for tap in range(9):
+                    line, column = pixel + (tap // 3 - 1) * width, pixel % width + tap % 3 - 1
+                    seen = (line >= 0) & (line < pixels) & (column >= 0) & (column < width)
+                    one = tl.load(image + row * pixels + line + tap % 3 - 1, mask=seen & (pixel < last), other=0.0)
+                    whole += one[:, None] * tl.load(taps + tap * channels + c, mask=c < channels, other=0.0)[None, :]
             value = (whole + added[None, :]).to(out.dtype.element_ty)
             tl.store(out + row.to(tl.int64) * pixels * channels + at, value, mask=inside)
         apart = tl.where(inside, value.to(tl.float32) - near[None, :], 0.0)
@@ -197,23 +205,27 @@ class Features:
 def measured(x: Tensor) -> Features:
     """Features [B,C,H,W] with their moments; put channels last where they are not."""
     x = x.contiguous(memory_format=torch.channels_last)
-    mean, m2 = _moments_for(x)
-    _launch_measure(x, None, None, None, x, mean, m2, total=False)
-    return Features(x, mean, m2)
+    return _measured(x, x, None, None)
 
 
-def joined(x: Tensor, other: Tensor | None, bias: Tensor | None = None, slot: Tensor | None = None) -> Features:
-    """x + other + bias in the type of x, with its moments, in one pass. x [B,C,H,W], channels last; bias [C] float32.
-
-    other is like x or None or, with slot int64 [B], [S,H,W,C] of which row b takes other[slot[b]].
-    """
+def joined(x: Tensor, other: Tensor | None, bias: Tensor | None = None) -> Features:
+    """x + other + bias in the type of x, with its moments, in one pass. x and other [B,C,H,W], channels last; bias [C] float32."""
     x = x.contiguous(memory_format=torch.channels_last)
-    if other is not None and slot is None:
+    if other is not None:
         other = other.contiguous(memory_format=torch.channels_last)
     out = torch.empty_like(x, memory_format=torch.channels_last)
-    mean, m2 = _moments_for(x)
-    _launch_measure(x, other, bias, slot, out, mean, m2, total=True)
-    return Features(out, mean, m2)
+    return _measured(x, out, other, bias)
+
+
+def begun(x: Tensor, taps: Tensor, features: Tensor, bias: Tensor, slot: Tensor) -> Features:
+    """The 3x3 convolution, padded by 1, of x float32 [B,1,H,W] + features[slot] + bias, with its moments, in one pass, in the type of features.
+
+    taps float32 [9,C], line after line; features [S,H,W,C]; bias float32 [C]; slot int64 [B]. PyTorch's convolution of one channel does not see that
+    its result should be channels last: it would be turned round at each step.
+    """
+    rows, _, height, width = x.shape
+    out = torch.empty((rows, height, width, taps.shape[1]), dtype=features.dtype, device=x.device).permute(0, 3, 1, 2)
+    return _measured(features, out, None, bias, slot, x.contiguous(), taps)
 
 
 def normed(
@@ -305,6 +317,8 @@ def try_out(device: str) -> None:
         x = torch.ones((1, 4, 2, 2), dtype=torch.float16, device=where).contiguous(memory_format=torch.channels_last)
         weights, number = torch.ones(4, device=where), torch.ones(1, dtype=torch.int64, device=where)
         even = joined(x, x, weights)
+        taps, features = torch.ones((9, 4), device=where), x.permute(0, 2, 3, 1)
+        begin = begun(weights.view(1, 1, 2, 2), taps, features, weights, number - 1)
         found = normed((even,), 2, weights, weights, eps=1e-5, act=False)
         ended = normed_conv(even, 2, weights, weights, torch.ones((1, 4, 3, 3), device=where), weights[:1], eps=1e-5)
         sixteen = 16 * nnf.silu(weights[:1]) + 1  # four channels of the four pixels, and the bias
@@ -312,27 +326,23 @@ def try_out(device: str) -> None:
         noise = drawn(number, number, number, number, number, corner, (4, 6), (8, 8))
         expected = normals(number, number, number, number, number, corner, (4, 6), (8, 8))
         right = torch.equal(found, torch.ones_like(found)) and torch.allclose(ended, sixteen.expand_as(ended))
+        right = right and torch.equal(begin.x, 6 * x)  # four pixels that see all four, the features and the bias
         if not (right and torch.allclose(noise, expected, atol=1e-5)):
             raise RuntimeError("they give wrong numbers")
 
 
-def _launch_measure(
-    x: Tensor,
-    other: Tensor | None,
-    bias: Tensor | None,
-    slot: Tensor | None,
-    out: Tensor,
-    mean: Tensor,
-    m2: Tensor,
-    total: bool,
-) -> None:
-    rows, channels, height, width = x.shape
+def _measured(x: Tensor, out: Tensor, other: Tensor | None, bias: Tensor | None, *first: Tensor) -> Features:
+    """`out` with its moments, after it was written where it is not x itself. first: slot, image and taps, for `begun`."""
+    rows, channels, height, width = out.shape
     tile, wide = _tile(channels)
     chunk, chunks = _chunks(height * width)
+    mean, m2 = torch.empty((2, rows, chunks, channels), dtype=torch.float32, device=out.device).unbind(0)
     _measure[(rows, chunks)](
-        x, x if other is None else other, mean if bias is None else bias, mean if slot is None else slot, out, mean, m2,
-        height * width, channels, chunk, SUM=total, OTHER=other is not None, GATHER=slot is not None, BIAS=bias is not None, TILE=tile, WIDE=wide,
+        x, x if other is None else other, mean if bias is None else bias, *(first or (mean, mean, mean)),
+        out, mean, m2, height * width, channels, chunk, width if first else 0,
+        SUM=out is not x, OTHER=other is not None, FIRST=bool(first), BIAS=bias is not None, TILE=tile, WIDE=wide,
     )  # fmt: skip
+    return Features(out, mean, m2)
 
 
 def _weighed(
@@ -351,13 +361,6 @@ def _weighed(
         ADDED=added is not None, CHUNKS=triton.next_power_of_2(chunks), PER=per, WIDE=triton.next_power_of_2(per), num_warps=1,
     )  # fmt: skip
     return scale, shift
-
-
-def _moments_for(x: Tensor) -> tuple[Tensor, Tensor]:
-    rows, channels, height, width = x.shape
-    shape = (2, rows, _chunks(height * width)[1], channels)
-    mean, m2 = torch.empty(shape, dtype=torch.float32, device=x.device).unbind(0)
-    return mean, m2
 
 
 def _side_by_side(sources: tuple[Features, ...]) -> tuple[Tensor, Tensor]:

@@ -332,12 +332,21 @@ def test_a_test_that_fails_on_the_gpu_breaks_its_check(tmp_path: Path, monkeypat
     assert gpu_checks.run_check("tests", CPU)["status"] == "refused"
 
 
+@pytest.mark.parametrize(("way", "sizes"), [("graph", 2), ("graph-tuned", 1)])
+def test_what_is_slow_to_set_up_is_measured_at_one_batch_size(way: str, sizes: int) -> None:
+    found = gpu_checks.run_check(f"protocol:{way}:shipped", replace(CPU, seconds=0.1))
+    assert len(found["result"]["sweep"]) == sizes
+
+
+def test_an_engine_without_chains_of_its_own_lists_no_kernels() -> None:
+    found = gpu_checks.run_check("kernels:onnxruntime:shipped", CPU)
+    assert found["status"] == "refused"
+
+
 @pytest.mark.slow
 def test_the_suite_on_tiny_networks(tmp_path: Path) -> None:
     """A check of most kinds, each in its own process, through the command."""
-    checks = (
-        "machine,noise:graph,published:published:paper,parity:onnxruntime,protocol:graph:shipped,scaling:graph,tests"
-    )
+    checks = "machine,noise:graph,published:published:paper,parity:onnxruntime,protocol:graph:shipped,scaling:graph,kernels,tests"
     command = [sys.executable, "-m", "cdiff.benchmarks.gpu_suite", "--device", "cpu", "--small", "--out", str(tmp_path)]
     command += ["--protocol-seconds", "1", "--minutes", "60", "--checks", checks]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
@@ -356,6 +365,7 @@ def test_the_suite_on_tiny_networks(tmp_path: Path) -> None:
         "Whole protocol",
         "Batch sizes",
         "Against PyTorch float32",
+        "Kernels of a step",
         "Noise",
         "Seconds a slice",
         "Tests marked gpu",

@@ -82,6 +82,25 @@ def test_the_last_convolution_is_pytorchs_in_float64(shape: tuple[int, ...], out
     )
 
 
+@pytest.mark.parametrize("shape", [(2, 32, 9, 6), (3, 12, 7, 5), (1, 5, 1, 1), (2, 16, 36, 36)])
+def test_the_first_convolution_is_pytorchs_in_float64(shape: tuple[int, ...]) -> None:
+    """Odd lines, a single pixel, several chunks; each row sees the features of its slot, and the map is channels last as it comes."""
+    B, C, height, width = shape
+    generator = torch.Generator().manual_seed(3)
+    x, weight, bias, maps = (
+        torch.randn(size, generator=generator)
+        for size in ((B, 1, height, width), (C, 1, 3, 3), (C,), (2, height, width, C))
+    )
+    slot = torch.arange(B) % 2
+    found = kernels.begun(x, weight.flatten(1).t().contiguous(), maps, bias, slot)
+    expected = nnf.conv2d(x.double(), weight.double(), bias.double(), padding=1) + maps[slot].permute(0, 3, 1, 2)
+    torch.testing.assert_close(found.x.double(), expected, rtol=1e-5, atol=1e-5)
+    assert found.x.is_contiguous(memory_format=LAST)
+    moments = kernels.measured(found.x)
+    torch.testing.assert_close(found.mean, moments.mean, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.m2, moments.m2, rtol=1e-4, atol=1e-4)
+
+
 def test_a_large_mean_does_not_cancel_the_variance() -> None:
     """A sum of squares about 0 would lose it: of 1024 squared float32's last digit is a hundredth of the variance."""
     x = features((2, 8, 24, 24), mean=1024.0)
@@ -107,7 +126,12 @@ def test_a_row_does_not_depend_on_the_others() -> None:
     x, y = features((5, 16, 12, 12), dtype=torch.float16), features((5, 16, 12, 12), seed=2, dtype=torch.float16)
     maps = torch.stack([y[3], y[1], y[0]]).permute(0, 2, 3, 1).contiguous()
     slot = torch.tensor([2, 1, 0, 0, 1])
-    many = kernels.joined(x, maps, torch.ones(16), slot)
+    image, taps = x[:, :1].float().contiguous(), x.reshape(-1, 16)[:9].float()
+    many = kernels.begun(image, taps, maps, torch.ones(16), slot)
+    alone = kernels.begun(image[3:4], taps, y[3].permute(1, 2, 0).contiguous()[None], torch.ones(16), slot[2:3])
+    assert torch.equal(many.x[3:4], alone.x)
+    assert torch.equal(many.mean[3:4], alone.mean)
+    many = kernels.joined(x, y, torch.ones(16))
     one = kernels.joined(x[3:4], y[3:4], torch.ones(16))
     assert torch.equal(many.x[3:4], one.x)
     assert torch.equal(many.mean[3:4], one.mean)

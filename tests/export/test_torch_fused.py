@@ -83,6 +83,23 @@ def test_a_skip_over_two_sources_is_summed_where_its_first_part_lies(monkeypatch
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("channels", "dtype"), [(16, torch.float16), (12, torch.float16), (4, torch.float32), (5, torch.float32)]
+)
+def test_pixels_are_doubled_as_pytorch_does(channels: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit, whatever the bits are; and without its kernel, which is slow on a GPU for maps that are channels last."""
+    pytest.importorskip("triton", reason="Triton is not installed: it comes for Linux on x86-64 alone")
+    x = torch.randn(2, channels, 3, 5).to(dtype).contiguous(memory_format=torch.channels_last)
+    x[0, 0, 0, 0], x[0, 1, 0, 0] = torch.nan, torch.inf
+    bits = torch.int16 if dtype == torch.float16 else torch.int32
+    expected = torch.nn.functional.interpolate(x, scale_factor=2.0, mode="nearest")
+    monkeypatch.setattr(torch.nn.functional, "interpolate", None)
+    found = importlib.import_module(FUSED).doubled(x)
+    assert torch.equal(found.view(bits), expected.view(bits))
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    launches(dataclasses.replace(BASE, resample="block" if channels == 16 else "convolution"), monkeypatch)
+
+
 class Recorder:
     """Stands where a kernel does and keeps what it was launched with."""
 
@@ -110,6 +127,18 @@ def launches(network: NetworkConfig, patch: pytest.MonkeyPatch) -> list[Any]:
         for kernel, args, named in calls
     }
     return list(kinds.values())
+
+
+def test_no_feature_map_is_turned_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one channel a tensor is of both orders at once, and PyTorch then takes the other one."""
+    pytest.importorskip("triton", reason="Triton is not installed: it comes for Linux on x86-64 alone")
+    made, plain = [], torch.nn.functional.conv2d
+    monkeypatch.setattr(
+        importlib.import_module(FUSED).nnf, "conv2d", lambda *args: made.append(plain(*args)) or made[-1]
+    )
+    launches(BASE, monkeypatch)
+    assert len(made) > 10
+    assert all(one.is_contiguous(memory_format=torch.channels_last) for one in made)
 
 
 def _kind(argument: Any) -> str:

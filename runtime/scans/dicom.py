@@ -17,8 +17,8 @@ import nibabel as nib
 from cdiff.runtime.data.case import is_output, listed, natural
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import temporary_folder
-from cdiff.runtime.scans.dicom_pixels import SCALE, must_agree, must_hold_pixels
 from cdiff.runtime.scans.dicom_pixels import TAGS as VALUES
+from cdiff.runtime.scans.dicom_pixels import must_agree, must_hold_pixels
 from cdiff.runtime.scans.dicom_planes import TAGS as PLACE
 from cdiff.runtime.scans.dicom_planes import laid, planes_of, values_asked
 from cdiff.runtime.scans.nifti import parse_nifti
@@ -294,8 +294,6 @@ def _header(file: Path) -> Any:
                 try:
                     header.get(tag)
                 except Exception:  # a library's own kinds too
-                    if tag in SCALE:
-                        raise CdiffError(f"{file} has a {tag} that is no number; it is damaged: copy it again") from None
                     del header[tag]
             return header
     except CdiffError:

@@ -6,13 +6,14 @@ import io
 import math
 import struct
 from collections.abc import Iterator, Sequence
+from decimal import Decimal
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.scans.dicom_planes import frames_of, functional_groups, values_asked
 from cdiff.runtime.scans.sources import any_bytes, optional
-from cdiff.runtime.words import one_line
 
 SCALE = ("RescaleSlope", "RescaleIntercept")
 TAGS = ("BitsAllocated", "BitsStored", "PixelRepresentation", *SCALE)
@@ -35,25 +36,23 @@ FRAME = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}
 @values_asked()
 def must_agree(files: Sequence[Path], headers: Sequence[Any]) -> None:
     """Raise CdiffError where files of a series store values in several ways, for dcm2niix goes by the first, or scale them by what is no number."""
-    kinds = set()
+    kinds, scaled = set(), set()
     for file, header in zip(files, headers, strict=True):
         signed = header.get("PixelRepresentation")
         kinds.add((header.get("BitsAllocated"), signed, header.get("BitsStored") if signed else None))
         for scale in _scales(header):
-            slope, intercept = (1.0 if scale.get(keyword) is None else float(scale.get(keyword)) for keyword in SCALE)
-            if not math.isfinite(slope) or not math.isfinite(intercept) or slope == 0:
+            given = [scale.get(keyword) for keyword in SCALE]
+            if given[0] == 0 or not all(map(_is_number, given)):
                 raise CdiffError(
-                    f"{file.name} scales its values by {slope:g} and {intercept:g} (RescaleSlope, RescaleIntercept); copy it again"
+                    f"{file.name} scales its values by {given[0]} and {given[1]} (RescaleSlope, RescaleIntercept); it is damaged: copy it again"
                 )
-    for what, found in (
-        ("are stored in different ways (BitsAllocated, BitsStored, PixelRepresentation)", kinds),
-        (
-            "are scaled in part (RescaleSlope, RescaleIntercept)",
-            {tuple(scale.get(keyword) is None for keyword in SCALE) for header in headers for scale in _scales(header)},
-        ),
-    ):
-        if len(found) > 1:
-            raise CdiffError(f"its images {what}; one may be damaged: copy them again, or give each part a folder")
+            scaled.add(tuple(one is None for one in given))
+    differ = ["are stored in different ways (BitsAllocated, BitsStored, PixelRepresentation)"] * (len(kinds) > 1)
+    differ += ["are scaled in part (RescaleSlope, RescaleIntercept)"] * (len(scaled) > 1)
+    if differ:
+        raise CdiffError(
+            f"its images {' and '.join(differ)}; one may be damaged: copy them again, or give each part a folder"
+        )
 
 
 @values_asked()
@@ -72,7 +71,8 @@ def must_hold_pixels(file: Path, header: Any) -> None:
         held = min(pixels.length, len(data) - pixels.value_tell)
         if pixels.length == UNDEFINED or held != pixels.length or held - promised not in (0, promised % 2):
             raise CdiffError(
-                f"{file.name} holds {held} bytes of pixels where its header promises {promised}; it is truncated or damaged: copy it again"
+                f"{file.name} holds {held} bytes of pixels where its header promises {promised}; it is truncated or damaged: copy it again, "
+                "or save it anew if viewers show it whole"
             )
         return
     try:
@@ -96,6 +96,11 @@ def _scales(header: Any) -> Iterator[Any]:
     yield from groups or [header]
 
 
+def _is_number(value: Any) -> bool:
+    """Whether a value, where there is one, is a finite number; pydicom keeps as text what is none."""
+    return value is None or (isinstance(value, int | float | Decimal) and math.isfinite(value))
+
+
 def _fragments(data: bytes, pixels: Any) -> bytes:
     """Pixels in fragments. Raises EOFError where their length is given, as of none."""
     if pixels.length != UNDEFINED:
@@ -109,7 +114,7 @@ def _is_whole_rle(stream: bytes, pixels: int, bits: int) -> bool:
     starts = [*starts[:count], len(stream)]
     if count != bits // 8 or starts[0] < RLE_HEADER.size or sorted(starts) != starts:
         return False
-    return all(_unpacks(stream[start:end], pixels) for start, end in zip(starts[:-1], starts[1:], strict=True))
+    return all(_unpacks(stream[start:end], pixels) for start, end in pairwise(starts))
 
 
 def _unpacks(segment: bytes, wanted: int) -> bool:
@@ -130,7 +135,7 @@ def _unpacks(segment: bytes, wanted: int) -> bool:
 
 def _size(stream: bytes) -> tuple[int, int, int]:
     """Rows, columns and bits a value, in whole bytes, of a JPEG, JPEG-LS or JPEG 2000 stream. Raises ValueError where it has no end."""
-    if not stream.rstrip(b"\0").endswith(END):
+    if not stream.rstrip(b"\0\xff").endswith(END):  # padded to an even length
         raise ValueError
     if stream.startswith(JPEG2000):
         right, low, left, top, _, _, _, _, depth = JPEG2000_SIZE.unpack_from(stream)

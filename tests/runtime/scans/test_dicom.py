@@ -242,7 +242,10 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     "a link to nothing": (bad_link, r"IM0028 is a link to \.\./annex/IM0028, which does not exist"),
     "colours": (bad_colours, r"IM0000 is in colours \(RGB\), and DICOM is read in grey alone"),
     "signed bytes": (bad_signed_bytes, "IM0000 holds signed bytes"),
-    "packed pixels that end early": (bad_codec, "IM0014 does not hold 1 whole compressed image of 20 x 24 pixels of 16 bits"),
+    "packed pixels that end early": (
+        bad_codec,
+        "IM0014 does not hold 1 whole compressed image of 20 x 24 pixels of 16 bits",
+    ),
     "no pixels": (bad_report, "holds no DICOM image; name"),
     "no series number twice": (bad_numberless, "several series of one number: without a number"),
 }

@@ -17,8 +17,10 @@ import nibabel as nib
 from cdiff.runtime.data.case import is_output, listed, natural
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import temporary_folder
+from cdiff.runtime.scans.dicom_pixels import TAGS as VALUES
+from cdiff.runtime.scans.dicom_pixels import must_agree, must_hold_pixels
 from cdiff.runtime.scans.dicom_planes import TAGS as PLACE
-from cdiff.runtime.scans.dicom_planes import laid, planes_of
+from cdiff.runtime.scans.dicom_planes import laid, planes_of, values_asked
 from cdiff.runtime.scans.nifti import parse_nifti
 from cdiff.runtime.scans.sources import PICTURE_SUFFIXES, VOLUME_SUFFIXES, any_bytes, must_be_text, optional
 from cdiff.runtime.words import one_line
@@ -31,8 +33,8 @@ SUFFIX = ".dcm"
 INDEX = "DICOMDIR"
 """A list of what lies on a disc; it holds no image."""
 TAGS = [
-    *PLACE, "BitsAllocated", "Modality", "PhotometricInterpretation", "PixelRepresentation", "SOPClassUID", "SamplesPerPixel",
-    "SeriesDescription", "SeriesInstanceUID", "SeriesNumber",
+    *PLACE, *VALUES, "Modality", "PhotometricInterpretation", "SOPClassUID", "SamplesPerPixel", "SeriesDescription",
+    "SeriesInstanceUID", "SeriesNumber",
 ]  # fmt: skip
 INVERTED = "MONOCHROME1"
 PALETTE = "PALETTE COLOR"
@@ -40,6 +42,8 @@ SEGMENTATION = "SEG"
 """The modality of masks, which lie beside the images that they are of."""
 DEFLATED = "1.2.840.10008.1.2.1.99"
 """The transfer syntax of a file that is packed as a whole (PS3.5, A.5)."""
+STANDARD = "1.2.840.10008."
+"""What the standard's own identifiers begin with (PS3.5, B.1): one that is in none of its lists was cut off or changed."""
 UNEVEN = "Interslice distance varies"
 TILTED = "gantry tilt of"
 MISSING = "Missing images?"
@@ -128,9 +132,13 @@ def read_dicom(path: Path, channels: int = 1, series: int | None = None) -> Conv
     files: dict[bytes, Path] = {}
     for file in chosen.files:  # a copy of one would be a second image at its place
         files.setdefault(hashlib.sha256(any_bytes(file)).digest(), file)
-    kept = set(files.values())
+    headers = dict(zip(chosen.files, chosen.headers, strict=True))
+    kept = {file: headers[file] for file in files.values()}
     try:
-        planes = planes_of([header for file, header in zip(chosen.files, chosen.headers, strict=True) if file in kept])
+        for file, header in kept.items():
+            must_hold_pixels(file, header)
+        must_agree([*kept], [*kept.values()])
+        planes = planes_of([*kept.values()])
     except CdiffError as error:
         raise CdiffError(f"{where} {error}") from None
     with temporary_folder() as folder:
@@ -221,8 +229,8 @@ def _may_be_image(file: Path) -> bool:
         return not other
     if not file.is_file():
         return False
-    # Zeros where the mark should be: a copy that was broken off may have its full length.
-    blank = not other and _beginning(file) == bytes(MARK_AT + len(MARK))
+    # Nothing before the mark, and none: cut off there, or a copy that was broken off and has its full length.
+    blank = not other and not any(_beginning(file)[:MARK_AT])
     return is_dicom(file) or file.stat().st_size == 0 or blank
 
 
@@ -242,10 +250,13 @@ def _plain(text: str) -> str:
 def _must_be_no_image(header: Any, file: Path) -> None:
     """Raise CdiffError for a header that ends before it says how large the image is."""
     try:
-        kind = header.get("SOPClassUID") or getattr(header, "file_meta", {}).get("MediaStorageSOPClassUID")
-    except Exception:  # a library's own kinds too
+        with values_asked():
+            kind = header.get("SOPClassUID") or getattr(header, "file_meta", {}).get("MediaStorageSOPClassUID")
+    except CdiffError:
         kind = None
-    if kind is None or "Image Storage" in getattr(kind, "name", ""):
+    name = str(getattr(kind, "name", ""))
+    cut = name == kind and STANDARD.startswith(kind[: len(STANDARD)])
+    if not name or cut or "Image Storage" in name:
         raise CdiffError(f"{file} is truncated or damaged (its DICOM header ends early); copy it again")
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,29 +67,33 @@ class Planes:
     mixed: bool = False
 
 
-def planes_of(headers: Sequence[Any]) -> Planes:
-    """The planes of pydicom data sets that hold `TAGS`.
-
-    Raises CdiffError where a value deep in a header is none: pydicom reads those when they are asked for.
-    """
+@contextmanager
+def values_asked() -> Iterator[None]:
+    """Raises CdiffError where a value deep in a header is none: pydicom reads those when they are asked for."""
     try:
-        return _planes_of(headers)
+        with warnings.catch_warnings(
+            action="ignore"
+        ):  # of values that the standard does not allow, and that can be used
+            yield
+    except CdiffError:
+        raise
     except Exception as error:  # a library's own kinds too
         raise CdiffError(f"a DICOM header is damaged ({one_line(error)[:200]}); copy the files again") from None
 
 
-def _planes_of(headers: Sequence[Any]) -> Planes:
+@values_asked()
+def planes_of(headers: Sequence[Any]) -> Planes:
+    """The planes of pydicom data sets that hold `TAGS`. Raises CdiffError as `values_asked` does."""
     known: list[Plane] = []
     count, checked, mixed = 0, True, False
     for header in headers:
-        frames = _frames(header)
+        frames = frames_of(header)
         count += frames
         groups = header.get("PerFrameFunctionalGroupsSequence") or []
         if MOSAIC in (header.get("ImageType") or []) or (frames > 1 and len(groups) != frames):
             checked = False
             continue
-        shared = (header.get("SharedFunctionalGroupsSequence") or [{}])[0]
-        planes = [_plane_of_frame(header, group, shared) for group in groups] if groups else [_plane(header)]
+        planes = _planes_of_frames(header) if groups else [_plane(header)]
         here = [plane for plane in planes if plane]
         mixed = mixed or (frames == len(here) > 1 and _mixed(here, groups))
         known += here
@@ -178,27 +184,37 @@ def lps_of(header: nib.Nifti1Header) -> Float64:
     return affine
 
 
-def _frames(header: Any) -> int:
+def frames_of(header: Any) -> int:
+    """How many images a file's header promises; one where it says nothing that can be."""
     try:
         return max(int(header.get("NumberOfFrames") or 1), 1)
     except (TypeError, ValueError):
         return 1
 
 
-def _plane_of_frame(header: Any, group: Any, shared: Any) -> Plane | None:
-    """A frame's, whose functional groups are its own or those of all frames."""
+def functional_groups(header: Any, sequence: str) -> list[Any]:
+    """Of each frame its own functional group of a name, or that of all frames; none where the header has no groups for frames."""
+    groups = header.get("PerFrameFunctionalGroupsSequence") or []
+    shared = (header.get("SharedFunctionalGroupsSequence") or [{}])[0]
+    return [(group.get(sequence) or shared.get(sequence) or [{}])[0] for group in groups]
 
-    def first(sequence: str) -> Any:
-        return (group.get(sequence) or shared.get(sequence) or [{}])[0]
 
-    place = {
-        "ImagePositionPatient": first("PlanePositionSequence").get("ImagePositionPatient"),
-        "ImageOrientationPatient": first("PlaneOrientationSequence").get("ImageOrientationPatient"),
-        "PixelSpacing": first("PixelMeasuresSequence").get("PixelSpacing"),
-        "Rows": header.get("Rows"),
-        "Columns": header.get("Columns"),
-    }
-    return _plane(place)
+def _planes_of_frames(header: Any) -> list[Plane | None]:
+    of = [
+        functional_groups(header, f"{name}Sequence") for name in ("PlanePosition", "PlaneOrientation", "PixelMeasures")
+    ]
+    return [
+        _plane(
+            {
+                "ImagePositionPatient": place.get("ImagePositionPatient"),
+                "ImageOrientationPatient": turned.get("ImageOrientationPatient"),
+                "PixelSpacing": measures.get("PixelSpacing"),
+                "Rows": header.get("Rows"),
+                "Columns": header.get("Columns"),
+            }
+        )
+        for place, turned, measures in zip(*of, strict=True)
+    ]
 
 
 def _mixed(planes: Sequence[Plane], groups: Sequence[Any]) -> bool:

@@ -147,7 +147,7 @@ def nifti_voxels(image: nib.Nifti1Pair, where: str) -> NDArray[np.float32]:
     try:
         with np.errstate(over="ignore"):  # who makes slices of them refuses infinite values
             return np.asarray(image.get_fdata(dtype=np.float32, caching="unchanged"))
-    except (EOFError, OSError, ValueError, zlib.error) as error:
+    except (EOFError, OSError, OverflowError, ValueError, zlib.error) as error:
         raise CdiffError(f"{where} is truncated or damaged ({one_line(error)}); copy it again") from None
     except MemoryError:
         raise CdiffError(f"{where} needs more memory than there is; crop the scan first") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,6 +35,8 @@ WHOLE = ((0, 0, 1, 1),)
 ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
 """The parts that a PNG is stored in: first column and row, steps between columns and rows (PNG 1.2, 8.2)."""
 CHUNK = 2**20
+JPEG_BLOCK = 8
+"""Pixels along a block's edge."""
 CONVERTED = {"1": "L", "P": "RGB", "PA": "RGBA", "CMYK": "RGB", "YCbCr": "RGB"}
 """Pillow's modes that are none of grey or colours, and what they become."""
 DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
@@ -69,6 +72,16 @@ def check_png(data: bytes, path: Path) -> None:
             rest = inflate.unconsumed_tail
         at += 12 + length
     if held < promised:
+        raise _fewer(path, (width, height))
+
+
+def check_jpeg(picture: Any, data: bytes, path: Path) -> None:
+    """Raise CdiffError for a JPEG, opened by Pillow, whose bytes cannot be as many pixels as its header promises: libjpeg makes up the rest.
+
+    Huffman's codes take a bit at least for each block (ITU T.81, F.1.2.1). Shorter ends are not seen.
+    """
+    width, height = picture.size
+    if -(-width // JPEG_BLOCK) * -(-height // JPEG_BLOCK) > 8 * len(data):
         raise _fewer(path, (width, height))
 
 
@@ -114,7 +127,8 @@ def opened(data: bytes, path: Path) -> Iterator[tuple[Any, bool]]:
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+        # Pillow warns of EXIF that it cannot use, in lines that are none of ours.
+        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=FORMATS) as picture:
             if getattr(picture, "n_frames", 1) > 1:
                 raise CdiffError(f"{path} holds {picture.n_frames} pictures; save one, or convert them to NIfTI")  # type: ignore[attr-defined]
             check_depth(picture, data, path)
@@ -122,6 +136,8 @@ def opened(data: bytes, path: Path) -> Iterator[tuple[Any, bool]]:
                 check_png(data, path)
             elif picture.format == "TIFF":
                 check_strips(picture, path)
+            else:
+                check_jpeg(picture, data, path)
             yield upright(picture)
     except UnidentifiedImageError:
         raise CdiffError(f"{path} is not a PNG, TIFF or JPEG that can be read; save it again as PNG") from None

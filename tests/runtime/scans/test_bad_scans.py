@@ -241,6 +241,14 @@ def test_a_bad_scan_gets_one_clear_line(tmp_path: Path, kind: str, capfd: pytest
     assert count_channels([case]) == 1, "reading it for use says what is wrong"
 
 
+def test_an_image_of_nibabels_whose_voxels_are_at_no_place_gets_one_clear_line(tmp_path: Path) -> None:
+    """What nibabel has opened is read, of whatever pair of files."""
+    nib.save(nib.Nifti1Pair(voxels(4, 5, 6), AFFINE), tmp_path / "x.hdr")
+    patched(tmp_path / "x.hdr", VOX_OFFSET, "<f", 1e30)
+    with pytest.raises(CdiffError, match=r"x\.(hdr|img) is truncated or damaged"):
+        read_scan(nib.load(tmp_path / "x.hdr"))
+
+
 @pytest.mark.parametrize(
     ("scan", "channels", "said"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+import warnings
 import zlib
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,26 @@ def test_a_picture_is_turned_as_viewers_show_it(tmp_path: Path, suffix: str) -> 
 def test_damaged_exif_turns_nothing(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((4, 6), np.uint8)).save(tmp_path / "x.jpg", exif=b"Exif\0\0not a directory")
     assert read_scan(tmp_path / "x.jpg").slices.shape == (1, 1, 4, 6)
+    cut = b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\xff\0\0\0\xff\0\0\0"
+    Image.fromarray(np.zeros((4, 6), np.uint8)).save(tmp_path / "x.jpg", exif=cut)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # Pillow's remarks, which are no lines of ours
+        assert read_scan(tmp_path / "x.jpg").slices.shape == (1, 1, 4, 6)
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("read", [lambda path: read_scan(path), read_mask], ids=["image", "mask"])
+def test_a_jpeg_of_fewer_pixels_than_it_promises_is_refused(tmp_path: Path, read: Any, progressive: bool) -> None:
+    """libjpeg makes up what is missing; of nothing but one grey a picture as large as it can be is whole."""
+    path = tmp_path / "x.jpg"
+    Image.fromarray(np.full((800, 1200), 77, np.uint8)).save(path, progressive=progressive, optimize=True)
+    read(path)
+    data = bytearray(path.read_bytes())
+    size = data.index(struct.pack(">HH", 800, 1200))
+    data[size + 2 : size + 4] = struct.pack(">H", 65400)
+    path.write_bytes(data)
+    with pytest.raises(CdiffError, match=r"fewer pixels than its header promises \(65400 x 800\)"):
+        read(path)
 
 
 @pytest.mark.parametrize("read", [lambda path: read_scan(path), read_mask], ids=["image", "mask"])

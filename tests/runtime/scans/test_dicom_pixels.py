@@ -1,0 +1,164 @@
+"""DICOM files with other pixels than their headers promise, and what of them is lost, sheared or scaled wrongly without a word otherwise."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydicom
+import pytest
+from PIL import Image
+from pydicom.encaps import encapsulate
+from pydicom.uid import JPEG2000Lossless, JPEGLSLossless, RLELossless
+
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.scans.scan import read_scan
+from tests.runtime.dicom_files import orthogonal, write_multiframe, write_series
+
+pytest.importorskip("dcm2niix")
+COLUMNS, ROWS, SLICES = 24, 20, 4
+VOXELS = np.random.default_rng(3).integers(-1000, 1500, (COLUMNS, ROWS, SLICES)).astype(np.int16)
+FIRST, LAST = "IM0000", "IM0021"
+
+
+def written(folder: Path, change: Callable[[int, Any], None] | None = None) -> Path:
+    return write_series(folder, VOXELS, orthogonal(), change=change)
+
+
+def packed(syntax: Any, **header: Any) -> Callable[[int, Any], None]:
+    """Compress each file, and then say something else of it."""
+
+    def change(_: int, file: Any) -> None:
+        if syntax == JPEG2000Lossless:
+            stream = io.BytesIO()
+            stored = file.pixel_array.astype(np.uint16)
+            Image.fromarray(stored).save(stream, "JPEG2000", irreversible=False, no_jp2=True)
+            file.PixelRepresentation, file.PixelData = 0, encapsulate([stream.getvalue()])
+            file["PixelData"].VR, file["PixelData"].is_undefined_length = "OB", True
+            file.file_meta.TransferSyntaxUID = JPEG2000Lossless
+        else:
+            file.compress(syntax, generate_instance_uid=False)
+        for keyword, value in header.items():
+            setattr(file, keyword, value)
+
+    return change
+
+
+def said(which: Callable[[int], bool], **header: Any) -> Callable[[int, Any], None]:
+    def change(k: int, file: Any) -> None:
+        for keyword, value in header.items() if which(k) else ():
+            if value is None:
+                del file[keyword]
+            else:
+                setattr(file, keyword, value)
+
+    return change
+
+
+def all_of(_: int) -> bool:
+    return True
+
+
+def only_the_first(k: int) -> bool:
+    return k == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        # Each pixel would lie beside its place, more so in each row.
+        (said(all_of, Columns=COLUMNS - 1), "holds 960 bytes of pixels where its header promises 920"),
+        (said(all_of, Rows=ROWS - 1), "holds 960 bytes of pixels where its header promises 912"),
+        (said(all_of, BitsAllocated=12, BitsStored=12), "holds 960 bytes of pixels where its header promises 720"),
+        # dcm2niix leaves such a file out, and the volume is one slice shorter.
+        (said(only_the_first, NumberOfFrames=2), "IM0000 holds 960 bytes of pixels where its header promises 1920"),
+        (said(only_the_first, BitsStored=12), "its images are stored in different ways"),
+        (said(only_the_first, PixelRepresentation=0), "its images are stored in different ways"),
+        (said(all_of, RescaleSlope="0"), "IM0000 scales its values by 0 and -1000"),
+        (said(only_the_first, RescaleSlope="nan"), "IM0000 scales its values by nan and -1000"),
+        (said(only_the_first, RescaleIntercept=None), "its images are scaled in part"),
+    ],
+)
+def test_a_header_that_contradicts_its_pixels_is_refused(
+    change: Callable[[int, Any], None], message: str, tmp_path: Path
+) -> None:
+    with warnings.catch_warnings(action="ignore"):  # pydicom warns of what is written here
+        folder = written(tmp_path / "x", change)
+    with pytest.raises(CdiffError, match=message):
+        read_scan(folder)
+
+
+def test_a_slope_that_is_no_number_is_refused(tmp_path: Path) -> None:
+    folder = written(tmp_path / "x")
+    data = (folder / FIRST).read_bytes()
+    at = data.index(b"\x28\x00\x53\x10DS") + 8
+    (folder / FIRST).write_bytes(data[:at] + b"x" + data[at + 1 :])
+    with pytest.raises(CdiffError, match=r"IM0000 scales its values by x\.0 and -1000"):
+        read_scan(folder)
+
+
+@pytest.mark.parametrize("syntax", [RLELossless, JPEGLSLossless, JPEG2000Lossless])
+@pytest.mark.parametrize(
+    "header", [{"Rows": ROWS + 1}, {"Rows": ROWS - 1}, {"Columns": COLUMNS + 1}, {"NumberOfFrames": 2}]
+)
+def test_compressed_images_of_another_size_are_refused(syntax: Any, header: dict[str, int], tmp_path: Path) -> None:
+    folder = written(tmp_path / "x", packed(syntax, **header))
+    with pytest.raises(CdiffError, match=r"IM0000 does not hold \d whole compressed images? of"):
+        read_scan(folder)
+
+
+@pytest.mark.parametrize("syntax", [RLELossless, JPEGLSLossless, JPEG2000Lossless])
+def test_whole_compressed_images_are_read(syntax: Any, tmp_path: Path) -> None:
+    plain = read_scan(written(tmp_path / "plain"))
+    assert (read_scan(written(tmp_path / "packed", packed(syntax))).slices == plain.slices).all()
+
+
+def test_frames_that_end_early_are_refused(tmp_path: Path) -> None:
+    """CharLS leaves what is missing 0, and says nothing."""
+    folder = write_multiframe(tmp_path / "x", VOXELS, orthogonal())
+    file = pydicom.dcmread(folder / FIRST)
+    file.compress(JPEGLSLossless, generate_instance_uid=False)
+    file.save_as(folder / FIRST)
+    data = (folder / FIRST).read_bytes()
+    at = data.index(b"\xe0\x7f\x10\x00")
+    for part in (4, 2):
+        (folder / FIRST).write_bytes(data[: at + (len(data) - at) // part])
+        with pytest.raises(CdiffError, match="IM0000 ends before its pixels do"):
+            read_scan(folder)
+
+
+def test_a_file_that_ends_in_a_jpegs_header_does_not_run_for_ever(tmp_path: Path) -> None:
+    """dcm2niix asks for more and more memory where a lossless JPEG ends before its Huffman tables do."""
+    begins, tables = b"\xff\xd8\xff\xe0\x00\x10JFIF\x00\x01\x01" + bytes(7), b"\xff\xc4\x00\x1d" + bytes(16)
+    stream = begins + b"\xff\xc3\x00\x0b\x10" + bytes([0, ROWS, 0, COLUMNS, 1, 1, 0x11, 0]) + tables
+
+    def lossless(_: int, file: Any) -> None:
+        file.PixelRepresentation, file.file_meta.TransferSyntaxUID = 0, pydicom.uid.JPEGLosslessSV1
+        file.PixelData = encapsulate([stream])
+        file["PixelData"].VR, file["PixelData"].is_undefined_length = "OB", True
+
+    folder = written(tmp_path / "whole", lossless)
+    with pytest.raises(CdiffError, match="IM0000 does not hold 1 whole compressed image of 20 x 24 pixels"):
+        read_scan(folder)
+    for file in folder.iterdir():
+        data = file.read_bytes()
+        file.write_bytes(data[: data.index(stream) + len(stream)])
+    with pytest.raises(CdiffError, match="IM0000 ends before its pixels do"):
+        read_scan(folder)
+
+
+@pytest.mark.parametrize("name", [FIRST, LAST])
+def test_no_slice_is_lost_wherever_its_file_ends(name: str, tmp_path: Path) -> None:
+    """At an end of the volume no gap shows that one is missing."""
+    folder = written(tmp_path / "x")
+    data = (folder / name).read_bytes()
+    # Before the mark, and within what says that it is an image.
+    ends = [1, 100, 131, *range(150, 200), *range(330, 400), 800]
+    for end in ends:
+        (folder / name).write_bytes(data[:end])
+        with warnings.catch_warnings(action="error"), pytest.raises(CdiffError, match=name):  # pydicom's remarks too
+            read_scan(folder)

@@ -117,6 +117,16 @@ def test_whole_compressed_images_are_read(syntax: Any, tmp_path: Path) -> None:
     assert (read_scan(written(tmp_path / "packed", packed(syntax))).slices == plain.slices).all()
 
 
+def test_pixels_that_a_writer_padded_are_read(tmp_path: Path) -> None:
+    def pad(_: int, file: Any) -> None:
+        file.PixelData += bytes(16)
+
+    plain = read_scan(written(tmp_path / "plain"))
+    with warnings.catch_warnings(action="ignore"):  # pydicom warns of what is written here
+        folder = written(tmp_path / "padded", pad)
+    assert (read_scan(folder).slices == plain.slices).all()
+
+
 def test_frames_that_end_early_are_refused(tmp_path: Path) -> None:
     """CharLS leaves what is missing 0, and says nothing."""
     folder = write_multiframe(tmp_path / "x", VOXELS, orthogonal())

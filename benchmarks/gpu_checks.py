@@ -135,8 +135,8 @@ def check_noise(path: str, model: Subject, settings: Settings, keep: Keep) -> di
 
 
 def check_parity(path: str, model: Subject, settings: Settings, keep: Keep) -> dict[str, Any]:
-    """One engine against PyTorch float32 without TF32: calls on random and real input, and for trained weights whole chains too."""
-    from cdiff.benchmarks.gpu_parity import call_errors, map_errors
+    """One engine against PyTorch float32 without TF32: calls on random and real input, for trained weights whole chains too, and a large batch."""
+    from cdiff.benchmarks.gpu_parity import batch_error, call_errors, map_errors
     from cdiff.export.torch_chain import full_precision
 
     with full_precision():
@@ -150,6 +150,8 @@ def check_parity(path: str, model: Subject, settings: Settings, keep: Keep) -> d
             found["maps"] = map_errors(engine, reference, images["real"], model)
         else:
             found["maps_note"] = "not compared: with random weights every map is noise about one half"
+        keep(found)
+        found["batch"] = batch_error(engine, images["real"], model, largest_batch(engine, model))
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cdiff.benchmarks.gpu_measure import evened, table_of, windows_of
 from cdiff.benchmarks.gpu_subjects import SEED, Subject
@@ -25,15 +26,8 @@ def call_errors(engine: Engine, reference: Engine, image: Float32, model: Subjec
     """
     ours, theirs = np.asarray(engine.encode(image)), np.asarray(reference.encode(image))
     encoder = np.abs(ours.astype(np.float32) - theirs).max() / max(np.abs(theirs).max(), 1e-12)
-    network, abar = model.config.network, model.schedule.abar
-    t = np.linspace(1, network.T, ROWS).round().astype(np.int64)
-    level = np.arange(ROWS, dtype=np.int64) % network.levels + 1
-    slot = np.zeros(ROWS, np.int64)
-    z = np.stack([normal(SEED, 0, 1, row, 0, image.shape[2:]) for row in range(ROWS)])[:, None]
-    guess = reference.denoise(z, theirs, slot, np.full(ROWS, network.T), level)[0]
-    alpha = abar[t].reshape(-1, 1, 1, 1)
-    # States as a chain meets them: the network's own first guess, noised to t.
-    x = (np.sqrt(alpha) * guess + np.sqrt(1 - alpha) * z).astype(np.float32)
+    x, slot, t, level = _states(reference, theirs, image, model)
+    alpha = model.schedule.abar[t].reshape(-1, 1, 1, 1)
     x0 = engine.denoise(x, ours, slot, t, level)[0]
     for what, value in (("encoder", ours), ("denoiser", x0)):
         if not np.isfinite(value).all():
@@ -47,6 +41,42 @@ def call_errors(engine: Engine, reference: Engine, image: Float32, model: Subjec
         "eps": float(eps.max()),
         "eps_mean": float(eps.mean()),
     }
+
+
+def batch_error(engine: Engine, image: Float32, model: Subject, batch: int) -> dict[str, float]:
+    """Largest difference of x0 between the same rows in a batch of `batch` rows, wherever they stand in it, and in one of their own.
+
+    Tensors of large batches have more bytes than 32 bits count, which a kernel can get wrong. Raises CdiffError when a value is not finite.
+    """
+    features = np.asarray(engine.encode(image))
+    rows = _states(engine, features, image, model)
+    alone = _x0(engine, features, rows)
+    again = -(-batch // ROWS)
+    together = _x0(engine, features, tuple(np.concatenate([each] * again)[:batch] for each in rows))
+    apart = [np.abs(together[at : at + ROWS] - alone[: batch - at]).max() for at in range(0, batch, ROWS)]
+    if not np.isfinite(apart).all():
+        raise CdiffError(f"a batch of {batch} rows on {engine.name} returned a value that is not finite")
+    return {"batch": batch, "x0": float(max(apart))}
+
+
+States = tuple[NDArray[Any], ...]
+
+
+def _states(engine: Engine, features: Any, image: Float32, model: Subject) -> States:
+    """ROWS rows' x, slot, t and level: timesteps and levels in turn, x as a chain meets it, the network's own first guess noised to t."""
+    network = model.config.network
+    t = np.linspace(1, network.T, ROWS).round().astype(np.int64)
+    level = np.arange(ROWS, dtype=np.int64) % network.levels + 1
+    slot = np.zeros(ROWS, np.int64)
+    z = np.stack([normal(SEED, 0, 1, row, 0, image.shape[2:]) for row in range(ROWS)])[:, None]
+    guess = engine.denoise(z, features, slot, np.full(ROWS, network.T), level)[0]
+    alpha = model.schedule.abar[t].reshape(-1, 1, 1, 1)
+    return (np.sqrt(alpha) * guess + np.sqrt(1 - alpha) * z).astype(np.float32), slot, t, level
+
+
+def _x0(engine: Engine, features: Any, rows: States) -> Float32:
+    x, slot, t, level = rows
+    return engine.denoise(x, features, slot, t, level)[0]
 
 
 def map_errors(engine: Engine, reference: Engine, image: Float32, model: Subject) -> dict[str, Any]:

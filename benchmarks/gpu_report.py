@@ -173,13 +173,14 @@ def _parity(checks: dict[str, Any]) -> str:
     rows = []
     for name, result in _of(checks, ("parity",)):
         _, path, model = name.split(":")
-        maps = result.get("maps", {})
+        maps, batch = result.get("maps", {}), result.get("batch")
         for kind, errors in result["calls"].items():
             real = kind == "real"
             rows.append((
                 _name(path), MODELS[model], kind, f"{errors['encoder']:.1e}", f"{errors['x0']:.1e}", f"{errors['eps']:.1e}",
                 f"{maps['mean']:.1e}" if maps and real else NONE, f"{maps['max']:.1e}" if maps and real else NONE,
                 f"{maps['dice']:.4f}" if maps and real else NONE, f"{maps['dice_levels']:.4f}" if maps and real else NONE,
+                f"{batch['x0']:.1e} ({batch['batch']} rows)" if batch and real else NONE,
             ))  # fmt: skip
     columns = (
         "",
@@ -192,6 +193,7 @@ def _parity(checks: dict[str, Any]) -> str:
         "soft map, largest",
         "Dice",
         "Dice, worst level",
+        "x0, the same rows in a large batch",
     )
     return _table(
         "Against PyTorch float32 with the same noise (largest differences unless it says mean)", columns, rows

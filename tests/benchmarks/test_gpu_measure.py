@@ -13,7 +13,7 @@ import torch
 from cdiff.benchmarks import gpu_checks, gpu_measure
 from cdiff.benchmarks.gpu_checks import Settings
 from cdiff.benchmarks.gpu_measure import DeviceMemory, noise_of, published, step_seconds, usual_batch, whole_protocol
-from cdiff.benchmarks.gpu_parity import call_errors, map_errors
+from cdiff.benchmarks.gpu_parity import ROWS, batch_error, call_errors, map_errors
 from cdiff.benchmarks.gpu_report import markdown
 from cdiff.benchmarks.gpu_subjects import PAPER, SHIPPED, subject
 from cdiff.export.reference import TorchEngine, load_network
@@ -72,6 +72,27 @@ def test_parity_is_near_nought_for_the_same_weights_and_not_for_others(engine: T
     other = TorchEngine(network, TINY.schedule)
     assert call_errors(engine, other, images["real"], TINY)["x0"] > 0.1
     assert map_errors(engine, other, images["real"], TINY)["mean"] > 0.01
+
+
+def test_a_large_batch_is_held_to_its_rows_alone(engine: TorchChainEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    image, denoise = TINY.images()["real"], engine.denoise
+    for batch in (ROWS, 2 * ROWS + 3):
+        found = batch_error(engine, image, TINY, batch)
+        assert found["batch"] == batch
+        assert found["x0"] < 1e-5
+
+    def wrong_at_the_end(x: Any, *rest: Any) -> Any:
+        x0, mix = denoise(x, *rest)
+        x0[ROWS:][-1:] += 0.5  # where there are more rows than ROWS
+        return x0, mix
+
+    monkeypatch.setattr(engine, "denoise", wrong_at_the_end)
+    assert batch_error(engine, image, TINY, 2 * ROWS + 3)["x0"] == pytest.approx(0.5, abs=1e-3)
+    monkeypatch.setattr(
+        engine, "denoise", lambda x, *rest: (denoise(x, *rest)[0] * (np.nan if len(x) > ROWS else 1), None)
+    )
+    with pytest.raises(CdiffError, match=r"a batch of 11 rows on .* returned a value that is not finite"):
+        batch_error(engine, image, TINY, 2 * ROWS + 3)
 
 
 class Clock:

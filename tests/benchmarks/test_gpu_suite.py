@@ -338,8 +338,8 @@ def test_what_is_slow_to_set_up_is_measured_at_one_batch_size(way: str, sizes: i
     assert len(found["result"]["sweep"]) == sizes
 
 
-def test_an_engine_without_chains_of_its_own_lists_no_kernels() -> None:
-    found = gpu_checks.run_check("kernels:onnxruntime:shipped", CPU)
+def test_an_engine_without_chains_of_its_own_lists_no_kernels(tmp_path: Path) -> None:
+    found = gpu_checks.run_check("kernels:onnxruntime:shipped", replace(CPU, work=str(tmp_path)))
     assert found["status"] == "refused"
 
 

@@ -24,6 +24,7 @@ from cdiff import __version__
 from cdiff.benchmarks.contenders import COMPILED, EXPORTED, PUBLISHED, PYTORCH
 from cdiff.benchmarks.tables import summary
 from cdiff.runtime.bundle import open_bundle
+from cdiff.runtime.device.gpu import parse_device
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import sha256
 from cdiff.runtime.host import physical_cores
@@ -67,8 +68,8 @@ class Worker:
             line = ""
         if not line:
             self._errors.seek(0)
-            last = self._errors.read().strip().splitlines()[-1:] or ["no message"]
-            raise CdiffError(f"the benchmark of {self.kind} stopped at {do!r}: {last[0]}; is there enough memory?")
+            last = self._errors.read().strip().splitlines()[-1:] or ["no message; is there enough memory?"]
+            raise CdiffError(f"the benchmark of {self.kind} stopped at {do!r}: {last[0]}")
         found: dict[str, Any] = json.loads(line)
         if "error" in found:
             raise CdiffError(found["error"])
@@ -104,8 +105,9 @@ def benchmark(
 
     scan: a file, or a case's folder, by default the demo scan. slices: "A:B" of it, its middle one by default. steps: of ddpm, all T by default.
     repeats: rounds of the end-to-end measurement. threads: of every contender, the physical cores by default. Raises CdiffError for a
-    bundle, scan or engine that cannot be used, and when a contender's process dies.
+    bundle, scan, engine or device that cannot be used, and when a contender's process dies.
     """
+    parse_device(device)  # one, for all contenders
     opened = open_bundle(bundle)
     manifest = opened.manifest
     say, tick = notice or (lambda line: None), progress or (lambda done, total: None)

@@ -21,7 +21,7 @@ def benchmark(
         ),
     ] = None,
     engine: options.EngineOption = "auto",
-    device: options.DeviceOption = "cpu",
+    device: Annotated[str, options.model_option("--device DEVICE", "cpu, or one GPU, such as cuda:0.")] = "cpu",
     scan: Annotated[
         Path | None,
         options.option(

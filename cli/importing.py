@@ -59,7 +59,7 @@ def import_(
 
     Nothing but tensors is unpickled; a tensor that is missing, extra or misshapen is named.
 
-    Example:
+    Examples:
 
     cdiff import logs/ema.pt --out runs/kidney --images data/kidney/train
     cdiff export runs/kidney --out bundles/kidney

@@ -50,7 +50,7 @@ EngineOption = Annotated[
         "auto, or an engine that `cdiff doctor` lists. One that is asked for and cannot run is an error.",
     ),
 ]
-DeviceOption = Annotated[str, model_option("--device DEVICE", "cpu, cuda:0, or several GPUs: cuda:0,cuda:1")]
+DeviceOption = Annotated[str, model_option("--device DEVICE", "cpu, cuda:0, or several GPUs: cuda:0,cuda:1.")]
 QuietOption = Annotated[bool, output_option("--quiet -q", "Print results and errors only.")]
 TaskOption = Annotated[
     str | None,

@@ -98,6 +98,7 @@ def segment(
     NAME_levels.nii.gz       one map a level: at least 1, 2 ... C agree
     NAME_uncertainty.nii.gz  entropy in bits; standard deviation over runs
     NAME_mask.nii.gz         1 where the share is one half or more
+    NAME_levels.dcm          with --dicom-seg, a DICOM segmentation
     NAME_preview.png         a picture of the result
     NAME_page.html           with --page, to leaf through in a browser
     NAME.json                what was done: hashes, seed, timings, volumes

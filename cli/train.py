@@ -51,7 +51,7 @@ def train(
         ),
     ] = None,
     max_steps: Annotated[
-        int | None, options.option("--max-steps N", "Stop after N steps in all.", default="the preset's", min=1)
+        int | None, options.option("--max-steps N", "Stop after step N in all, as if interrupted there.", default="the setting steps", min=1)
     ] = None,
     resume: Annotated[
         bool, options.option("--resume", "Go on where the run in RUN stopped; exact, also after a kill.")
@@ -69,7 +69,7 @@ def train(
 ) -> None:
     """Train a model on several annotators' masks.
 
-    Example:
+    Examples:
 
     cdiff train --data my_data --out runs/mine --preset small --set batch=8
     cdiff train --data my_data --out runs/mine --resume

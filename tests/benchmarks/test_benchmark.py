@@ -201,6 +201,12 @@ def test_a_contender_that_dies_is_named(tmp_path: Path, scan: Path) -> None:
             worker.ask("about")
 
 
+@pytest.mark.parametrize("device", ["cuda:0,cuda:1", "cuda:first"])
+def test_a_device_that_is_not_one_is_refused_before_anything_runs(device: str, tiny_bundle: Path) -> None:
+    with pytest.raises(CdiffError, match=rf"device '{device}' is not known; use cpu, cuda or cuda:N"):
+        benchmark(tiny_bundle, device=device)
+
+
 @pytest.mark.slow
 def test_command_prints_tables_and_writes_json(tiny_bundle: Path, scan: Path, tmp_path: Path) -> None:
     arguments = ["--model", str(tiny_bundle), "--scan", str(scan), "--slices", "1:2", "--batch", "2", "--runs", "1"]

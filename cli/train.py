@@ -51,7 +51,10 @@ def train(
         ),
     ] = None,
     max_steps: Annotated[
-        int | None, options.option("--max-steps N", "Stop after step N in all, as if interrupted there.", default="the setting steps", min=1)
+        int | None,
+        options.option(
+            "--max-steps N", "Stop after step N in all, as if interrupted there.", default="the setting steps", min=1
+        ),
     ] = None,
     resume: Annotated[
         bool, options.option("--resume", "Go on where the run in RUN stopped; exact, also after a kill.")

@@ -218,19 +218,26 @@ def describe(checks: list[Check]) -> str:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = parser_of("gpu_suite", __doc__)
-    parser.add_argument("--out", type=Path, default=Path("gpu_suite"), help="folder of gpu_suite.json and gpu_suite.md")
-    parser.add_argument("--device", default="cuda:0", help="cuda:0; cpu only to try the suite itself, with --small")
+    parser.add_argument(
+        "--out", type=Path, default=Path("gpu_suite"), help="folder of gpu_suite.json and gpu_suite.md (gpu_suite)"
+    )
+    parser.add_argument("--device", default="cuda:0", help="cpu only to try the suite itself, with --small (cuda:0)")
     parser.add_argument(
         "--small", action="store_true", help="tiny networks: tries the suite, measures nothing worth keeping"
     )
-    parser.add_argument("--checks", help="names or their beginnings, with commas: parity, protocol:graph, machine")
+    parser.add_argument(
+        "--checks", help="names or their beginnings, with commas: parity, protocol:graph, machine; all unless given"
+    )
     parser.add_argument("--dry-run", action="store_true", help="list the checks and leave")
     parser.add_argument("--fresh", action="store_true", help="forget an older report in --out")
     parser.add_argument(
-        "--minutes", type=float, default=MINUTES, help="begin no check after this long, and cut short the one that runs"
+        "--minutes",
+        type=float,
+        default=MINUTES,
+        help=f"begin no check after this long, and cut short the one that runs ({MINUTES:g})",
     )
     parser.add_argument(
-        "--protocol-seconds", type=float, default=12.0, help="a longer protocol is run in part; 1e9 runs all of it"
+        "--protocol-seconds", type=float, default=12.0, help="a longer protocol is run in part; 1e9 runs all of it (12)"
     )
     parser.add_argument(
         "--work", type=Path, help="folder for exported graphs and compiled kernels; OUT/work unless given"

@@ -136,8 +136,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("out", type=Path, help="folder for the parts")
     parser.add_argument("wheels", nargs="+", metavar="NAME==VERSION", help="or the path of a .whl file")
-    parser.add_argument("--python", default="3.12", help="the GPU machine's Python")
-    parser.add_argument("--part-mib", type=int, default=PART_MIB, help="largest part")
+    parser.add_argument("--python", default="3.12", help="the GPU machine's Python (3.12)")
+    parser.add_argument("--part-mib", type=int, default=PART_MIB, help=f"largest part ({PART_MIB})")
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         for wheel in options.wheels:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import pkgutil
 import re
 from dataclasses import fields
 
@@ -33,6 +34,17 @@ def test_the_pages_python_calls_what_there_is() -> None:
     for node in nodes:
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in has:
             assert node.attr in has[node.value.id], ast.unparse(node)
+
+
+def test_every_name_of_the_code_that_the_pages_give_is_there() -> None:
+    text = "".join(page.read_text("utf-8") for page in PAGES)
+    found = re.findall(r"`(cdiff(?:\.\w+)+)(?:\((.*?)\))?`", text)
+    assert len(found) > 2
+    for name, arguments in found:
+        takes = inspect.signature(pkgutil.resolve_name(name)).parameters
+        assert set(re.findall(r"(\w+)=", arguments)) <= set(takes), f"{name}({arguments})"
+    for path in re.findall(r"`((?:runtime|export|train|cli|benchmarks|tests|docs|cdiff)/[\w./]+)`", text):
+        assert (REPOSITORY / path).exists(), path
 
 
 def test_every_score_is_defined() -> None:

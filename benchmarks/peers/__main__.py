@@ -33,7 +33,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, metavar="RUNS", help="folder of the peers' runs")
     parser.add_argument("--only", metavar="NAME,NAME", help="these peers alone; all unless given")
     parser.add_argument("--threads", type=int, default=1, metavar="K", help="processor threads (1)")
-    parser.add_argument("--seed", type=int, default=0, help="of each peer's training (0)")
+    parser.add_argument("--seed", type=int, default=0, help="of each peer's training and draws (0)")
     training = parser.add_argument_group("training")
     training.add_argument("--minutes", type=float, default=60.0, help="each peer's budget (60)")
     training.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="what the minutes are of (wall)")

@@ -34,7 +34,8 @@ def benchmark(
     steps: Annotated[int | None, options.option("--steps N", "Steps a chain.", default="all T", min=1)] = None,
     repeats: Annotated[int, options.option("--repeats K", "Rounds; medians are shown.", min=1)] = 3,
     threads: Annotated[
-        int | None, options.option("--threads N", "Of every contender.", default="the physical cores", min=1)
+        int | None,
+        options.option("--threads N", "Processor threads of every contender.", default="the physical cores", min=1),
     ] = None,
     compiled: Annotated[
         bool, options.option("--compile", "Time torch.compile as well; compiling takes minutes.")

@@ -123,8 +123,8 @@ def evaluate(
         str | None,
         options.data_option(
             "--group REGEX",
-            "Intervals over groups of cases, patients say: what this finds in a case's name (its first bracket, if "
-            "it has one) is the group.",
+            "Intervals over groups of cases, such as patients: what this finds in a case's name (its first bracket, if "
+            "it has one) names the group.",
             default="cases",
         ),
     ] = None,

@@ -92,7 +92,7 @@ def export(
         Path | None,
         option("--triton DIR", "Also write a Triton Inference Server model repository that serves the whole loop."),
     ] = None,
-    quiet: Annotated[bool, option("--quiet -q", "Print results and errors only.")] = False,
+    quiet: Annotated[bool, option("--quiet -q", "Print results, notes and errors only.")] = False,
 ) -> None:
     """Write a trained model as a bundle of ONNX graphs, checked against PyTorch.
 

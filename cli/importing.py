@@ -17,7 +17,9 @@ def import_(
     checkpoint: Annotated[
         Path,
         typer.Argument(
-            metavar="CHECKPOINT", help="A .pt file of the published code; best ema*.pt.", show_default=False
+            metavar="CHECKPOINT",
+            help="A .pt file of the published code, best of averaged weights: ema*.pt.",
+            show_default=False,
         ),
     ],
     output: Annotated[Path, option("--out -o RUN", "The run folder, written whole or not at all.")],
@@ -42,7 +44,8 @@ def import_(
     images: Annotated[
         Path | None,
         option(
-            "--images DIR", "Its training cases: their mean and standard deviation normalise, as in the published code."
+            "--images DIR",
+            "The folder of its training cases; their mean and standard deviation normalise, as in the published code.",
         ),
     ] = None,
     mean: Annotated[str | None, option("--mean M,...", "The same by numbers, one a channel.")] = None,
@@ -53,7 +56,7 @@ def import_(
             "--image-size N", "Pixels a side that exported graphs will take.", default="the published code's", min=1
         ),
     ] = None,
-    quiet: Annotated[bool, option("--quiet -q", "Print results and errors only.")] = False,
+    quiet: Annotated[bool, option("--quiet -q", "Print results, notes and errors only.")] = False,
 ) -> None:
     """Turn a checkpoint of the published code into a run of ours.
 

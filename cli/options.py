@@ -51,7 +51,7 @@ EngineOption = Annotated[
     ),
 ]
 DeviceOption = Annotated[str, model_option("--device DEVICE", "cpu, cuda:0, or several GPUs: cuda:0,cuda:1.")]
-QuietOption = Annotated[bool, output_option("--quiet -q", "Print results and errors only.")]
+QuietOption = Annotated[bool, output_option("--quiet -q", "Print results, notes and errors only.")]
 TaskOption = Annotated[
     str | None,
     data_option(
@@ -157,8 +157,8 @@ class Chain:
         str | None,
         chain_option(
             "--zooms Z,Z",
-            "Let the runs see the slice at these multiples of its size, in turn, such as 1,1.25; for models that look at the structure "
-            "alone.",
+            "Let the runs see the slice at these multiples of its size, in turn, such as 1,1.25; for models of the framing "
+            "centre.",
             default="what the bundle states",
         ),
     ] = None

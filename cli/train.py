@@ -68,7 +68,7 @@ def train(
     device: Annotated[
         str, options.option("--device DEVICE", "auto (a GPU if PyTorch sees one), cpu, cuda, cuda:1 ...")
     ] = "auto",
-    quiet: Annotated[bool, options.option("--quiet -q", "Print results and errors only.")] = False,
+    quiet: Annotated[bool, options.option("--quiet -q", "Print results, notes and errors only.")] = False,
 ) -> None:
     """Train a model on several annotators' masks.
 

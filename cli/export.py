@@ -13,7 +13,7 @@ from cdiff.cli.engines import build_ahead, check
 from cdiff.cli.extras import needs
 from cdiff.cli.options import option, parse_zooms
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.scans.sources import must_see
+from cdiff.runtime.scans.sources import is_there
 
 engine_option = functools.partial(option, panel="Engines for a GPU")
 
@@ -119,7 +119,7 @@ def export(
     check(flavour, options, rows, capability or [])  # before the graphs, which take longer
     if triton is not None:
         must_take_files(triton)
-    must_see(source)
+    there = is_there(source)
     if (source / NAME).is_file():
         if (flavour is None and triton is None) or output is not None or fp16 or fast_steps or zooms:
             raise CdiffError(
@@ -130,7 +130,8 @@ def export(
     else:
         if output is None:
             if not source.is_dir():
-                raise CdiffError(f"{source} is not a folder; give the one that `cdiff train` wrote, or a bundle")
+                what = "is not a folder" if there else "does not exist"
+                raise CdiffError(f"{source} {what}; give the one that `cdiff train` wrote, or a bundle")
             raise CdiffError(f"no bundle is named to write to; try: cdiff export {source} --out BUNDLE")
         with needs("export"):
             from cdiff.export.exporter import export_run

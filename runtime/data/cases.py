@@ -19,7 +19,7 @@ from cdiff.runtime.data.table import SUFFIXES, is_table, names_scans, read_table
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.scans.grid import Grid
 from cdiff.runtime.scans.scan import read_scan
-from cdiff.runtime.scans.sources import must_see
+from cdiff.runtime.scans.sources import is_there
 from cdiff.runtime.words import several
 
 __all__ = ["Case", "DataSet", "Problem", "find_cases", "read_case", "read_masks"]
@@ -105,7 +105,7 @@ def _entries(root: Path, layout: str, notes: list[str]) -> tuple[str, list[Entry
     """The layout and its cases. Raises CdiffError when several layouts are there, or none."""
     if layout not in (*LAYOUTS, "auto"):
         raise CdiffError(f"the layout {layout!r} is not known; use auto, {', '.join(LAYOUTS)}")
-    must_see(root)
+    there = is_there(root)
     if root.is_file():
         if root.suffix.lower() not in SUFFIXES or layout not in (TABLE, "auto"):
             raise CdiffError(
@@ -114,7 +114,7 @@ def _entries(root: Path, layout: str, notes: list[str]) -> tuple[str, list[Entry
         return TABLE, read_table(root, notes)
     if not root.is_dir():
         raise CdiffError(
-            f"{root} is not a folder; give a folder of case folders, or a table (.csv) of files (docs/own-data.md)"
+            f"{root} {'is not a folder' if there else 'does not exist'}; give a folder of case folders, or a table (.csv) of files (docs/own-data.md)"
         )
     by_layout: dict[str, list[Entry]] = {}
     left = Leftover()

@@ -81,7 +81,7 @@ def test_options_that_do_not_go_together(bundle: Bundle, options: list[str], rea
 
 
 def test_a_run_that_is_not_there_and_one_without_an_output(tmp_path: Path) -> None:
-    assert "is not a folder" in run(2, tmp_path / "nothing")[1]
+    assert "does not exist" in run(2, tmp_path / "nothing")[1]
     assert "--out BUNDLE" in run(2, tmp_path)[1]
 
 

@@ -156,7 +156,7 @@ def test_windows_lie_around_what_anyone_drew_and_within_the_slice() -> None:
 
 
 def test_unusable_data_is_refused_with_its_place(tmp_path: Path, tiny_data: Path) -> None:
-    with pytest.raises(CdiffError, match="is not a folder"):
+    with pytest.raises(CdiffError, match="nowhere does not exist; give a folder"):
         read_data(tmp_path / "nowhere", preset("tiny"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(CdiffError, match="no case in"):

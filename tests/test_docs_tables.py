@@ -242,3 +242,10 @@ def test_the_export_tables_have_a_row_for_every_result(tables: ModuleType, tmp_p
     (tmp_path / "engine_builds.json").write_text(json.dumps({"builds": builds}))
     last = tables.builds_table(tmp_path).splitlines()[-1]
     assert [cell.strip() for cell in last.split("|")][2:4] == ["2.2", "12.5"]
+
+
+def test_the_shares_of_the_profile_are_those_measured(tables: ModuleType) -> None:
+    page = (tables.ROOT / "docs" / "export.md").read_text(encoding="utf-8")
+    shares = tables.read("export_choices", tables.RESULTS)["speed"]["opset 20"]["profile"]
+    assert f"The 10 joins are {shares['Concat']:.0%} of".replace("%", " %") in page
+    assert f"{shares['Gemm']:.1%} of the time of\na call".replace("%", " %") in page

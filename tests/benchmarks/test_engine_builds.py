@@ -10,7 +10,9 @@ import pytest
 from cdiff.benchmarks import engine_builds
 from cdiff.benchmarks.gpu_subjects import SHIPPED, subject
 
-pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed (pip install '.[rtx]')")
+pytest.importorskip(
+    "tensorrt_rtx_bindings", reason="TensorRT for RTX is not installed: pip install '.[rtx]' in cdiff's clone"
+)
 
 
 def test_both_precisions_are_built_and_weighed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -283,8 +283,7 @@ def _alternate(calls: dict[str, Callable[[], Any]]) -> dict[str, list[float]]:
 
 def profile(path: Path, feed: dict[str, Any]) -> dict[str, float]:
     """Each kind of node's share of ROUNDS calls' time, the largest first, as ONNX Runtime's own profiler has it."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
+    options = _one_thread()
     options.enable_profiling = True
     options.profile_file_prefix = str(path.with_suffix(""))
     session = ort.InferenceSession(path, options)
@@ -298,10 +297,14 @@ def profile(path: Path, feed: dict[str, Any]) -> dict[str, float]:
     return {kind: round(part / whole, 4) for kind, part in spent.most_common()}
 
 
-def _open(path: Path) -> tuple[ort.InferenceSession, Path]:
+def _one_thread() -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
-    return ort.InferenceSession(path, options), path
+    return options
+
+
+def _open(path: Path) -> tuple[ort.InferenceSession, Path]:
+    return ort.InferenceSession(path, _one_thread()), path
 
 
 def _new(folder: Path) -> Path:

@@ -8,6 +8,8 @@ import re
 import shutil
 import subprocess
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,6 +120,15 @@ def holds_images(folder: Path) -> bool:
         return True
 
 
+@contextmanager
+def _said_of(where: str) -> Iterator[None]:
+    """Puts the series before what is wrong with it."""
+    try:
+        yield
+    except CdiffError as error:
+        raise CdiffError(f"{where} {error}") from None
+
+
 def read_dicom(path: Path, channels: int = 1, series: int | None = None) -> Converted:
     """Convert the series in a folder (not in those below it), or in one file.
 
@@ -130,17 +141,18 @@ def read_dicom(path: Path, channels: int = 1, series: int | None = None) -> Conv
     where = f"{path}, series {chosen}:"
     _must_be_grey(chosen, where)
     files: dict[bytes, Path] = {}
-    for file in chosen.files:  # a copy of one would be a second image at its place
-        files.setdefault(hashlib.sha256(any_bytes(file)).digest(), file)
-    headers = dict(zip(chosen.files, chosen.headers, strict=True))
-    kept = {file: headers[file] for file in files.values()}
-    try:
-        for file, header in kept.items():
-            must_hold_pixels(file, header)
-        must_agree([*kept], [*kept.values()])
-        planes = planes_of([*kept.values()])
-    except CdiffError as error:
-        raise CdiffError(f"{where} {error}") from None
+    headers: list[Any] = []
+    for file, header in zip(chosen.files, chosen.headers, strict=True):
+        data = any_bytes(file)
+        if (digest := hashlib.sha256(data).digest()) not in files:  # a copy of one would be a second image at its place
+            with _said_of(where):
+                must_hold_pixels(file, header, data)
+            files[digest] = file
+            headers.append(header)
+    kept = [*files.values()]
+    with _said_of(where):
+        must_agree(kept, headers)
+        planes = planes_of(headers)
     with temporary_folder() as folder:
         # Of these files alone: dcm2niix says of everything in a folder what is wrong with it.
         source, made = folder / "source", folder / "made"

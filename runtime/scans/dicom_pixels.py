@@ -13,7 +13,7 @@ from typing import Any
 
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.scans.dicom_planes import frames_of, functional_groups, values_asked
-from cdiff.runtime.scans.sources import any_bytes, optional
+from cdiff.runtime.scans.sources import optional
 
 SCALE = ("RescaleSlope", "RescaleIntercept")
 TAGS = ("BitsAllocated", "BitsStored", "PixelRepresentation", *SCALE)
@@ -56,10 +56,11 @@ def must_agree(files: Sequence[Path], headers: Sequence[Any]) -> None:
 
 
 @values_asked()
-def must_hold_pixels(file: Path, header: Any) -> None:
-    """Raise CdiffError unless a file's pixels are as many as its header promises, in whole streams of that size where they are compressed."""
+def must_hold_pixels(file: Path, header: Any, data: bytes) -> None:
+    """Raise CdiffError unless the pixels of a file, whose bytes are `data`, are as many as its header promises; compressed ones, in whole
+    streams of that size.
+    """
     pydicom = optional("pydicom", "pydicom", file, "DICOM")
-    data = any_bytes(file)
     found = pydicom.dcmread(io.BytesIO(data), specific_tags=["PixelData"], defer_size=SHORT)
     pixels = found._dict.get(PIXELS)  # as it stands: asked for by name it would be read again, from a file
     if pixels is None:

@@ -71,9 +71,8 @@ class Planes:
 def values_asked() -> Iterator[None]:
     """Raises CdiffError where a value deep in a header is none: pydicom reads those when they are asked for."""
     try:
-        with warnings.catch_warnings(
-            action="ignore"
-        ):  # of values that the standard does not allow, and that can be used
+        # It warns of values that the standard does not allow, and that can be used.
+        with warnings.catch_warnings(action="ignore"):
             yield
     except CdiffError:
         raise

@@ -40,6 +40,7 @@ def check(
     task: options.TaskOption = None,
     layout: options.LayoutOption = "auto",
     labels: options.LabelsOption = None,
+    masks_by: options.MasksByOption = "array",
     slice_axis: Annotated[
         int, options.option("--slice-axis 0|1|2", "Axis that volumes are cut along.", min=0, max=2)
     ] = 2,
@@ -78,6 +79,7 @@ def check(
             task,
             layout=layout,
             labels=options.parse_labels(labels),
+            masks_by=masks_by,
             slice_axis=slice_axis,
             progress=meter,
         )
@@ -108,9 +110,10 @@ def _print(checked: Check) -> None:
         f"{number} in {cases} case{'s' * (cases > 1)}" for number, cases in raters["cases_by_number"].items()
     )
     labels = f"; labels {report['labels']} are inside" if report["labels"] else ""
+    laid = "; masks laid by their headers" if report["masks_by"] == "header" else ""
     rows = [
         ("folder", report["data"]),
-        ("layout", f"{report['layout']}; structure {report['task'] or 'unnamed'}{labels}"),
+        ("layout", f"{report['layout']}; structure {report['task'] or 'unnamed'}{labels}{laid}"),
         ("annotators", f"{by_number} ({', '.join(raters['names'][:MOST_NAMES])})"),
         ("channels", f"{image['channels']} ({names})"),
         ("sizes", _counts(image["sizes"])),

@@ -85,6 +85,14 @@ def evaluate(
             default="as the model was trained",
         ),
     ] = None,
+    masks_by: Annotated[
+        options.MasksBy | None,
+        options.data_option(
+            "--masks-by array|header",
+            "How masks are laid on their image: voxel by voxel, or each where its header puts it.",
+            default="as the model was trained",
+        ),
+    ] = None,
     limit: Annotated[
         int | None, options.data_option("--limit N", "Only the first N cases.", default="all", min=1)
     ] = None,
@@ -152,6 +160,7 @@ def evaluate(
         choose_split,
         held_out,
         labelled_as_trained,
+        laid_as_trained,
         may_be_too_good,
         trained_task,
     )
@@ -195,10 +204,13 @@ def evaluate(
     cases, inside = labelled_as_trained(cases, segmenter.manifest, asked, warn)
     if inside and not asked:
         say(f"labels {','.join(map(str, inside))} are inside, as the model was trained", quiet)
+    cases = laid_as_trained(cases, segmenter.manifest, masks_by)
+    if (laid := masks_by or segmenter.manifest.masks_by) == "header" and not masks_by:
+        say("masks are laid where their headers put them, as the model was trained", quiet)
     if steps:
         check_steps(segmenter, protocol, steps)
     about: dict[str, Any] = {"folder": data.resolve().name, "split": chosen, "task": task}
-    about |= {"labels": list(inside)} if inside else {}
+    about |= ({"labels": list(inside)} if inside else {}) | ({"masks_by": laid} if laid != "array" else {})
     told: set[str] = set()
 
     def once(line: str) -> None:

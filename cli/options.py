@@ -77,6 +77,15 @@ LabelsOption = Annotated[
     ),
 ]
 
+MasksBy = Literal["array", "header"]
+MasksByOption = Annotated[
+    MasksBy,
+    data_option(
+        "--masks-by array|header",
+        "How masks are laid on their image: voxel by voxel, or each where its header puts it (turned, cropped, of other voxels).",
+    ),
+]
+
 
 def parse_labels(text: str | None) -> tuple[int, ...]:
     """The numbers of --labels, none where it is not given. Raises CdiffError as whole_numbers does."""

@@ -25,6 +25,7 @@ def train(
     task: options.TaskOption = None,
     layout: options.LayoutOption = "auto",
     labels: options.LabelsOption = None,
+    masks_by: options.MasksByOption = "array",
     preset: Annotated[
         str | None,
         options.option(
@@ -86,7 +87,11 @@ def train(
         from cdiff.train.presets import preset as named
         from cdiff.train.trainer import train as run
 
-    changes = [*(settings or []), *_data_settings(task, layout, labels), *([f"variant={variant}"] if variant else [])]
+    changes = [
+        *(settings or []),
+        *_data_settings(task, layout, labels, masks_by),
+        *([f"variant={variant}"] if variant else []),
+    ]
 
     def configure() -> Config:
         if resume and preset is None:
@@ -123,11 +128,13 @@ def train(
     written(result.out)
 
 
-def _data_settings(task: str | None, layout: str, labels: str | None) -> list[str]:
+def _data_settings(task: str | None, layout: str, labels: str | None, masks_by: str) -> list[str]:
     """The options that other commands share, as the settings that the run keeps."""
     settings = [f"task={task}"] if task else []
     if layout != "auto":
         settings.append(f"layout={layout}")
     if inside := options.parse_labels(labels):
         settings.append(f"labels={list(inside)}")
+    if masks_by != "array":
+        settings.append(f"masks_by={masks_by}")
     return settings

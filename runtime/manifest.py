@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, TypedDict, get_args
 
+from cdiff.runtime.data.case import ARRAY, MASKS_BY
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.sampling.framing import FramingMode
 from cdiff.runtime.sampling.sampler import SAMPLERS
@@ -116,6 +117,11 @@ class Manifest:
         return tuple(map(int, self._data.get("labels", [])))
 
     @property
+    def masks_by(self) -> str:
+        """How training laid masks on their images, one of MASKS_BY."""
+        return str(self._data.get("masks_by", ARRAY))
+
+    @property
     def slice_size(self) -> tuple[int, int] | None:
         """(h, w) of the slices that training read and normalised, in pixels; None where they differed or nothing says."""
         size = self._data.get("slice_size")
@@ -205,6 +211,8 @@ class Manifest:
             if not (isinstance(values, list) and all(type(value) is kind for value in values)):
                 words = "texts" if kind is str else "whole numbers"
                 _refuse(source, f"key 'training', data, {key} must be a list of {words}, not {values!r}")
+        if self.masks_by not in MASKS_BY:
+            _refuse(source, f"key 'training', data, masks_by must be {' or '.join(MASKS_BY)}, not {self.masks_by!r}")
         size = self._data.get("slice_size")
         if size is not None and not _is_size(size):
             _refuse(source, f"key 'training', data, slice_size must be two positive whole numbers, not {size!r}")

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cdiff.runtime.data import partition
-from cdiff.runtime.data.case import listed, natural
+from cdiff.runtime.data.case import ARRAY, listed, natural
 from cdiff.runtime.data.cases import Case, DataSet, find_cases, read_case
 from cdiff.runtime.data.oddities import Oddities
 from cdiff.runtime.errors import CdiffError
@@ -98,6 +98,8 @@ def read_data(root: Path, config: Config) -> Data:
         summary["held_out"] = dict(split.held_out)
     if config.data.labels:
         summary["labels"] = list(config.data.labels)
+    if config.data.masks_by != ARRAY:
+        summary["masks_by"] = config.data.masks_by
     if found.modalities:
         summary["modalities"] = list(found.modalities)
     variant = variant_called(config.network.variant)
@@ -134,7 +136,7 @@ def fit_to_data(config: Config, root: Path, settings: list[str]) -> Config:
 
 def _found(root: Path, config: Config) -> DataSet:
     data = config.data
-    return find_cases(root, data.task or None, layout=data.layout, labels=data.labels)
+    return find_cases(root, data.task or None, layout=data.layout, labels=data.labels, masks_by=data.masks_by)
 
 
 def _usual_annotators(cases: list[Case], C: int) -> tuple[str, ...]:

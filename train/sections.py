@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, get_args
 
+from cdiff.runtime.data.case import ARRAY, MASKS_BY
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.manifest import LONGEST_SIDE, MOST_LEVELS, TARGETS, VARIANCES
 from cdiff.runtime.sampling.framing import FramingMode
@@ -162,7 +163,8 @@ class DiffusionConfig:
 class DataConfig:
     """How scans become training slices.
 
-    layout, task, labels: how the data is read, which structure, and which values of a mask are inside; see `find_cases`.
+    layout, task, labels, masks_by: how the data is read, which structure, which values of a mask are inside, and whether masks are
+    laid on their image voxel by voxel ("array") or by their headers ("header"); see `find_cases`.
     framing: "resize" brings every slice to image_size; "tile" keeps the pixel grid and cuts windows; "centre" looks only at
     the central image_size pixels of a slice, for crops that someone centred on the structure. `crop` is the side of
     the training window under "tile" (0: image_size); small windows make early steps cheap, and the last `late` share of training
@@ -177,6 +179,7 @@ class DataConfig:
     task: str = ""
     layout: str = "auto"
     labels: tuple[int, ...] = ()
+    masks_by: str = ARRAY
     slice_axis: int = 2
     framing: str = "resize"
     crop: int = 0
@@ -193,7 +196,7 @@ class DataConfig:
     val_fraction: float = 0.1
 
     def __post_init__(self) -> None:
-        _one_of(self, framing=get_args(FramingMode), missing_raters=("skip", "as-is", "error"))
+        _one_of(self, framing=get_args(FramingMode), missing_raters=("skip", "as-is", "error"), masks_by=MASKS_BY)
         if self.slice_axis not in (0, 1, 2):
             raise CdiffError(f"slice_axis={self.slice_axis} must be 0, 1 or 2")
         _at_least(self, 0, "crop", "jitter")

@@ -18,6 +18,9 @@ SPLITS = {
     "testing": "test", "test": "test",
 }  # fmt: skip
 """What a folder above the cases, or a table's split column, may say."""
+ARRAY, HEADER = "array", "header"
+MASKS_BY = (ARRAY, HEADER)
+"""How masks are laid on their image: voxel by voxel, whatever their headers say, or each where its header puts it."""
 OUTPUT_ENDINGS = ("_soft", "_levels", "_annotators", "_uncertainty", "_mask", "_preview")
 """How the names of what `cdiff segment` writes end."""
 
@@ -28,8 +31,8 @@ class Case:
 
     image: the scan's file; others: further files on the same grid, one modality each, which become its channels after the
     first. modalities: their names, where the layout names them. masks: one file an annotator; raters: what they are called,
-    in the same order. labels: the values of a mask that are inside; none given: those above half of the largest.
-    patient: what a scan shares with others of the same person, so that no split tears them apart; empty when not known.
+    in the same order. labels: the values of a mask that are inside; none given: those above half of the largest. masks_by: one of
+    MASKS_BY. patient: what a scan shares with others of the same person, so that no split tears them apart; empty when not known.
     """
 
     name: str
@@ -40,6 +43,7 @@ class Case:
     raters: tuple[str, ...] = ()
     labels: tuple[int, ...] = ()
     patient: str = ""
+    masks_by: str = ARRAY
 
     @property
     def scan(self) -> Path | tuple[Path, ...]:
@@ -114,7 +118,7 @@ class Entry:
         """Every file of the case, images first, the masks of all structures."""
         return (*self.images.values(), *(path for masks in self.tasks.values() for path in masks.values()))
 
-    def case(self, task: str | None, labels: tuple[int, ...]) -> Case:
+    def case(self, task: str | None, labels: tuple[int, ...], masks_by: str) -> Case:
         """The case with the masks of one structure (none when it lacks them)."""
         masks = self.tasks.get(task, {}) if task is not None else {}
         order = sorted(masks, key=natural)
@@ -128,6 +132,7 @@ class Entry:
             raters=tuple(order),
             labels=labels or self.labels,
             patient=self.patient,
+            masks_by=masks_by,
         )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from cdiff.runtime.data.case import Case, Entry, listed, natural
+from cdiff.runtime.data.case import ARRAY, MASKS_BY, Case, Entry, listed, natural
 from cdiff.runtime.data.layouts import LAYOUTS, OWN_TASK, READERS, TABLE, walk
 from cdiff.runtime.data.leftover import Leftover
 from cdiff.runtime.data.masks import mask_slices, read_mask
@@ -63,15 +63,18 @@ def find_cases(
     *,
     layout: str = "auto",
     labels: tuple[int, ...] = (),
+    masks_by: str = ARRAY,
     strict: bool = True,
 ) -> DataSet:
     """The cases below `root`, a folder at any level of the data or a table of them.
 
     task: which structure, when there are several (`task01`), or which data set of a benchmark (`prostate`), or both
     (`prostate/task01`); needed only then. layout: one of `LAYOUTS`, or "auto". labels: the values of the masks that are
-    inside. strict: raise for the first case that cannot be used; otherwise such cases are left out and listed in `problems`.
+    inside. masks_by: how masks are laid on their image, one of MASKS_BY. strict: raise for the first case that cannot be used; otherwise such cases are left out and listed in `problems`.
     Raises CdiffError when there is no case, none has a mask, or what is meant is not clear.
     """
+    if masks_by not in MASKS_BY:
+        raise CdiffError(f"masks_by={masks_by} is not known; use {' or '.join(MASKS_BY)}")
     notes: list[str] = []
     layout, entries = _entries(root, layout, notes)
     asked = task = (task or "").strip("/") or None  # a shell's completion ends a folder's name with a slash
@@ -81,7 +84,7 @@ def find_cases(
     found.notes = notes
     found.modalities = _modalities([entry for entry in entries if OWN_TASK not in entry.clashes] or entries)
     for entry in entries:
-        _sort_in(found, entry, chosen, labels)
+        _sort_in(found, entry.case(chosen, labels, masks_by), entry)
     if strict and found.problems:
         raise CdiffError(found.problems[0].text)
     if "all" in found and len(found) > 1:
@@ -234,8 +237,8 @@ def _modalities(entries: Iterable[Entry]) -> tuple[str, ...]:
     return tuple(name for name in max(counts, key=lambda names: (counts[names], len(names))) if name)
 
 
-def _sort_in(found: DataSet, entry: Entry, task: str | None, labels: tuple[int, ...]) -> None:
-    case, split = entry.case(task, labels), entry.split or "all"
+def _sort_in(found: DataSet, case: Case, entry: Entry) -> None:
+    task, split = found.task, entry.split or "all"
     if clash := entry.clashes.get("") or entry.clashes.get(task or ""):
         found.problems.append(Problem(split, case.name, clash))
     elif case.modalities != found.modalities:
@@ -261,7 +264,7 @@ def read_case(
     2-D files make one slice. Channels are the case's files, or with channels > 1 and one file its last axis (as in QUBIQ's
     tumour files) or a picture's colours. odd: collects what its reader should be told of.
     Raises CdiffError for an unreadable file, a wrong number of dimensions or files, files of different grids, a non-finite
-    image, or a mask of another shape.
+    image, or a mask of another shape, or one that its header puts elsewhere (see `mask_slices`).
     """
     scan = read_scan(case.scan, channels=channels, slice_axis=slice_axis)
     if odd is not None:
@@ -278,7 +281,7 @@ def read_masks(case: Case, grid: Grid, odd: Oddities | None = None) -> NDArray[n
     masks = []
     for path in case.masks:
         mask = read_mask(path)
-        drawn = mask_slices(mask, grid, case.labels, f"{path}", f"{case.image}")
+        drawn = mask_slices(mask, grid, case, path)
         masks.append(drawn)
         if odd is not None:
             odd.see_mask(case, path, mask, drawn, grid)

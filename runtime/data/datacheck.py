@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from cdiff import __version__
-from cdiff.runtime.data.case import listed
+from cdiff.runtime.data.case import ARRAY, listed
 from cdiff.runtime.data.cases import DataSet, find_cases
 from cdiff.runtime.data.look import SEVERITIES, Finding, Look, look_at
 from cdiff.runtime.data.oddities import better_axis
@@ -47,6 +47,7 @@ def check_data(
     *,
     layout: str = "auto",
     labels: tuple[int, ...] = (),
+    masks_by: str = ARRAY,
     slice_axis: int = 2,
     progress: Callable[[int, int], None] | None = None,
 ) -> Check:
@@ -55,7 +56,7 @@ def check_data(
     A file that cannot be read is a finding, and the others are still checked. progress: called as progress(done, total) in
     cases. Raises CdiffError when there is nothing to check or what is meant is not clear.
     """
-    found = find_cases(root, task, layout=layout, labels=labels, strict=False)
+    found = find_cases(root, task, layout=layout, labels=labels, masks_by=masks_by, strict=False)
     everything = [(split, case) for split, cases in found.items() for case in cases]
     trained = found.get("train") or found.get("all") or [case for _, case in everything]
     C, channels = count_annotators(trained), count_channels(trained)
@@ -78,6 +79,7 @@ def check_data(
         "layout": found.layout,
         "task": found.task,
         "labels": list(labels),
+        "masks_by": masks_by,
         "splits": _splits(found, looks),
         "annotators": {
             "levels": C,

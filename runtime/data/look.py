@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cdiff.runtime.data.case import Case
+from cdiff.runtime.data.case import HEADER, Case
 from cdiff.runtime.data.masks import Mask, mask_slices, read_mask
-from cdiff.runtime.data.oddities import is_above, marks_the_background, misplaced
+from cdiff.runtime.data.oddities import is_above, marks_the_background, misplaced, outside
 from cdiff.runtime.data.turned import gains
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.scans.scan import Scan, read_scan
@@ -82,7 +82,7 @@ def look_at(case: Case, split: str, channels: int, slice_axis: int, severity: st
         try:
             mask = read[path] = read_mask(path)
             if scan is not None:
-                drawn.append(mask_slices(mask, scan.grid, case.labels, str(path), str(case.image)))
+                drawn.append(mask_slices(mask, scan.grid, case, path))
                 _place(look, path, mask, scan)
         except CdiffError as error:
             look.tell(severity, "shape" if " has shape " in str(error) else "unreadable", str(error))
@@ -124,9 +124,14 @@ def _values(look: Look, masks: dict[Path, Mask]) -> None:
 
 
 def _place(look: Look, path: Path, mask: Mask, scan: Scan) -> None:
-    """A mask whose header puts it elsewhere than its image: read voxel by voxel all the same, but worth a look."""
-    if reason := misplaced(mask, scan.grid):
-        look.tell("warning", "grid", f"{path.name} and its image {reason}")
+    """A mask whose header puts it elsewhere than its image: read voxel by voxel all the same, or laid there in part; worth a look."""
+    if look.case.masks_by == HEADER:
+        if share := outside(mask, look.case, path, scan.grid):
+            look.tell("warning", "grid", f"{share} of what {path.name} marks lies outside its image, by their headers")
+    elif reason := misplaced(mask, scan.grid):
+        look.tell(
+            "warning", "grid", f"{path.name} and its image {reason}; --masks-by header lays it where its header says"
+        )
 
 
 def _kinds(look: Look, masks: dict[Path, Mask], scan: Scan) -> None:

@@ -10,6 +10,8 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
+from cdiff.runtime.data.case import HEADER, Case
+from cdiff.runtime.data.placing import place
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.scans.grid import Grid
 from cdiff.runtime.scans.nifti import nifti_voxels
@@ -70,22 +72,38 @@ def inside(values: NDArray[Any], labels: tuple[int, ...] = ()) -> NDArray[np.boo
     return np.asarray(values > 0.5 * max(float(values.max(initial=0)), 1e-6))
 
 
-def mask_slices(mask: Mask, grid: Grid, labels: tuple[int, ...], path: str, image: str) -> NDArray[np.bool_]:
-    """A mask on its image's grid as slices, bool [S, H, W]. Axes of length one after the second do not count.
+def mask_slices(mask: Mask, grid: Grid, case: Case, path: Path) -> NDArray[np.bool_]:
+    """A mask on its image's grid as slices, bool [S, H, W]: voxel by voxel or, by the case's `masks_by`, where its header puts it.
 
-    Raises CdiffError when the shapes differ.
+    Raises CdiffError where voxel by voxel the shapes differ (axes of length one after the second do not count), and where a header
+    does not say where the mask lies, or puts all of it outside the image.
     """
-    shape, wanted = mask.values.shape, grid.spatial
+    marked = inside(mask.values, case.labels)
+    if case.masks_by == HEADER:
+        own = own_grid(mask, path)
+        try:
+            laid = place(marked.reshape(own.spatial), own, grid)
+        except CdiffError as error:
+            raise CdiffError(f"{path} cannot be laid on its image {case.image}: {error}") from None
+        return grid.cut(laid[..., None])[:, 0]
+    shape, wanted = marked.shape, grid.spatial
     if counted(shape) != counted(wanted):
-        hint = ""
+        hint = ", or be laid by their headers (--masks-by header)" if mask.header is not None else ""
         if len(wanted) == 3 and counted(shape) == counted(wanted[:2]):
             hint = f"; if the image's last axis holds channels, say so (image_channels={wanted[2]})"
         elif len(wanted) == 3 and counted(shape) == wanted[1:]:
             hint = "; channels, or a single slice's axis, are read from the end: move the image's first axis there"
         raise CdiffError(
-            f"{path} has shape {by(shape)} but its image {image} {by(wanted)}; they must be on one grid{hint}"
+            f"{path} has shape {by(shape)} but its image {case.image} {by(wanted)}; they must be on one grid{hint}"
         )
-    return grid.cut(inside(mask.values, labels).reshape(wanted)[..., None])[:, 0]
+    return grid.cut(marked.reshape(wanted)[..., None])[:, 0]
+
+
+def own_grid(mask: Mask, path: Path) -> Grid:
+    """The grid of a mask's own file. Raises CdiffError for a picture, which does not say where it lies."""
+    if mask.header is None:
+        raise CdiffError(f"{path} is a picture, whose file does not say where it lies; leave out --masks-by header")
+    return Grid(mask.values.shape, None if mask.values.ndim == 2 else 2, mask.header)
 
 
 def counted(shape: tuple[int, ...]) -> tuple[int, ...]:

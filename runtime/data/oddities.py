@@ -7,12 +7,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from cdiff.runtime.data.case import Case, listed
-from cdiff.runtime.data.masks import Mask, counted
+from cdiff.runtime.data.case import HEADER, Case, listed
+from cdiff.runtime.data.masks import Mask, counted, inside, own_grid
+from cdiff.runtime.data.placing import outside_share
 from cdiff.runtime.scans.grid import Grid
 from cdiff.runtime.words import by, several
 
 PLACE = "masks whose headers put them elsewhere than their image"
+OUTSIDE = "masks of which a part lies outside their image"
 KIND = "masks of another kind of file than their image"
 VALUES = "masks that hold more than 0 and one other value"
 LABELS = "masks of a value above all labels that are inside"
@@ -37,8 +39,13 @@ class Oddities:
 
         drawn: its slices [S, H, W].
         """
-        if reason := misplaced(mask, grid):
-            self._add(PLACE, case, f"{path.name} and its image {reason}")
+        if case.masks_by == HEADER:
+            if share := outside(mask, case, path, grid):
+                self._add(OUTSIDE, case, f"{share} of what {path.name} marks, by their headers")
+        elif reason := misplaced(mask, grid):
+            self._add(
+                PLACE, case, f"{path.name} and its image {reason} (--masks-by header lays it where its header says)"
+            )
         if (mask.header is None) != (grid.header is None):
             self._add(KIND, case, f"{path.name} and {case.image.name} are usually stored turned against each other")
         if not case.labels and not is_plain(mask.values):
@@ -70,6 +77,13 @@ def misplaced(mask: Mask, grid: Grid) -> str | None:
     shape = counted(grid.spatial)
     axis = grid.slice_axis if len(shape) == 3 else None
     return Grid(shape, axis, grid.header).differs_from(Grid(shape, axis, mask.header), ones_count=True)
+
+
+def outside(mask: Mask, case: Case, path: Path, grid: Grid) -> str | None:
+    """In words the share of what a mask marks that its header puts outside its image; None where all is inside."""
+    own = own_grid(mask, path)
+    share = outside_share(inside(mask.values, case.labels).reshape(own.spatial), own, grid)
+    return f"{share:.1%}" if share else None
 
 
 def is_plain(values: NDArray[np.generic]) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from cdiff.runtime.data.case import Case, listed
+from cdiff.runtime.data.case import HEADER, Case, listed
 from cdiff.runtime.data.cases import DataSet
 from cdiff.runtime.data.masks import counted, read_mask
 from cdiff.runtime.errors import CdiffError
@@ -168,4 +168,6 @@ def _channels(case: Case) -> int:
         mask = counted(read_mask(case.masks[0]).values.shape)
     except CdiffError:
         return 1
+    if case.masks_by == HEADER and len(image) == 4:  # masks may then be of any shape
+        return image[-1]
     return image[-1] if len(image) > 2 and counted(image) != mask and counted(image[:-1]) == mask else 1

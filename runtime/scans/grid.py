@@ -88,6 +88,20 @@ class Grid:
         return tuple(float(zoom) * scale for zoom in self.header["pixdim"][1 : 1 + len(self.spatial)])
 
     @property
+    def affine(self) -> NDArray[np.float64]:
+        """[4, 4]: voxel indices to millimetres in the patient's space, as the header has it. A 2-D image's third axis is upright on it, 1 mm long.
+
+        Asked of a grid with a header alone.
+        """
+        assert self.header is not None
+        out = np.array(self.header.get_best_affine(), dtype=np.float64)
+        out[:3] *= MM.get(self.unit, 1.0)
+        if len(self.spatial) == 2:
+            normal = np.cross(out[:3, 0], out[:3, 1])
+            out[:3, 2] = normal / np.linalg.norm(normal)
+        return out
+
+    @property
     def is_placeholder(self) -> bool:
         """Whether the header's spacing is 1 along every axis, as files get it that lost theirs: volumes in ml then mean nothing."""
         return self.header is not None and all(zoom == 1 for zoom in self.header["pixdim"][1 : 1 + len(self.spatial)])

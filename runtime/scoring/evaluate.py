@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cdiff import __version__
-from cdiff.runtime.data.case import listed
+from cdiff.runtime.data.case import ARRAY, listed
 from cdiff.runtime.data.cases import Case, DataSet, read_case, read_masks
 from cdiff.runtime.data.oddities import Oddities
 from cdiff.runtime.data.partition import HELD_OUT, held_out_of
@@ -165,6 +165,11 @@ def labelled_as_trained(
         tell(f"labels {_numbers(asked)} are scored as inside, and the model was trained on {_numbers(trained)}")
     inside = asked or trained
     return ([replace(case, labels=inside) for case in cases] if inside else cases), inside
+
+
+def laid_as_trained(cases: list[Case], manifest: Manifest, asked: str | None) -> list[Case]:
+    """The cases with their masks laid as `asked` (one of MASKS_BY) or, where nothing was, as the model was trained."""
+    return [replace(case, masks_by=asked or manifest.masks_by) for case in cases]
 
 
 def trained_task(manifest: Manifest) -> str | None:
@@ -342,7 +347,7 @@ def _header(segmenter: Segmenter, protocol: Protocol, data: Mapping[str, Any]) -
 
 
 def case_sha256(case: Case) -> str:
-    """SHA-256 over what the image's and masks' files hold and which values are inside: a case that was edited since is scored again."""
+    """SHA-256 over what the image's and masks' files hold, which values are inside and how masks are laid: a case that was edited since is scored again."""
     digest = hashlib.sha256()
     for path in case.files:
         # A folder is a DICOM series.
@@ -352,4 +357,6 @@ def case_sha256(case: Case) -> str:
             digest.update(itk_bytes(path))  # they may lie in another file
     if case.labels:
         digest.update(repr(case.labels).encode())
+    if case.masks_by != ARRAY:
+        digest.update(case.masks_by.encode())
     return digest.hexdigest()

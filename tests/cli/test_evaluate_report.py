@@ -167,6 +167,43 @@ def test_the_labels_of_the_masks_come_from_the_bundle(tiny_data: Path, tiny_bund
     assert stated["pairwise_dice_annotators"] == asked["pairwise_dice_annotators"] != other["pairwise_dice_annotators"]
 
 
+def test_how_masks_are_laid_comes_from_the_bundle(tiny_data: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    """One annotator's masks, whose rows run the other way and whose headers say so: laid by these they are what was drawn."""
+    bundle, data = tmp_path / "bundle", tmp_path / "data"
+    shutil.copytree(tiny_bundle, bundle)
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["training"]["data"]["masks_by"] = "header"
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    shutil.copytree(tiny_data / "Validation", data)
+    for path in data.rglob("*.nii.gz"):
+        image = nib.load(path)
+        here = nib.affines.from_matvec(np.diag([0.8, 0.9, 2.0]), [5, 6, 7])  # tiny data has no orientation of its own
+        upright = nib.Nifti1Image(np.asarray(image.dataobj), here)
+        turned = upright.as_reoriented(np.array([[0, -1], [1, 1], [2, 1]], float)) if "seg01" in path.name else upright
+        nib.save(turned, path)
+    chain = ("--data", data, "--runs", 1, "--steps", 1)
+    scores = []
+    for name, more in (
+        ("stated", ("--model", bundle)),
+        ("asked", ("--model", tiny_bundle, "--masks-by", "header")),
+        ("array", ("--model", bundle, "--masks-by", "array")),
+        ("plain", ("--model", tiny_bundle)),
+    ):
+        code, _, said = evaluate(*chain, "--json", tmp_path / f"{name}.json", *more)
+        assert code == 0, said
+        assert ("laid where their headers put them, as the model was trained" in said) == (name == "stated")
+        assert ("elsewhere than their image" in said) == (name in ("array", "plain"))
+        report = json.loads((tmp_path / f"{name}.json").read_text())
+        scores.append((report["pairwise_dice_annotators"], report["data"].get("masks_by")))
+    code, _, said = evaluate(
+        "--data", tiny_data, "--split", "val", *chain[2:], "--model", tiny_bundle, "--json", tmp_path / "drawn.json"
+    )
+    assert code == 0, said
+    drawn = json.loads((tmp_path / "drawn.json").read_text())["pairwise_dice_annotators"]
+    assert scores[:2] == [(drawn, "header")] * 2
+    assert scores[2] == scores[3] != (drawn, None)
+
+
 def test_what_stands_beside_is_read_before_any_work(tiny_data: Path, tiny_bundle: Path, tmp_path: Path) -> None:
     command = (
         "--data",

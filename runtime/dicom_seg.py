@@ -86,7 +86,7 @@ def _segmentation(images: list[Any], pixels: Any, report: dict[str, Any], name: 
     hd = _highdicom(name)
     C = pixels.shape[-1]
     try:
-        with warnings.catch_warnings(), _quiet("highdicom"):
+        with warnings.catch_warnings(), quiet("highdicom"):
             # Where no level marks a pixel every frame is kept, and highdicom says so.
             warnings.simplefilter("ignore")
             return hd.seg.Segmentation(
@@ -125,7 +125,7 @@ def _highdicom(name: str) -> Any:
 
 
 @contextmanager
-def _quiet(name: str) -> Iterator[None]:
+def quiet(name: str) -> Iterator[None]:
     """Without the remarks of a library, which would reach the terminal."""
     logger = logging.getLogger(name)
     before = logger.level

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cdiff.runtime.data.case import HEADER, Case
+from cdiff.runtime.data.case import Case
 from cdiff.runtime.data.masks import Mask, mask_slices, read_mask
 from cdiff.runtime.data.oddities import is_above, marks_the_background, misplaced, outside
 from cdiff.runtime.data.turned import gains
@@ -125,7 +125,7 @@ def _values(look: Look, masks: dict[Path, Mask]) -> None:
 
 def _place(look: Look, path: Path, mask: Mask, scan: Scan) -> None:
     """A mask whose header puts it elsewhere than its image: read voxel by voxel all the same, or laid there in part; worth a look."""
-    if look.case.masks_by == HEADER:
+    if mask.is_laid(look.case):
         if share := outside(mask, look.case, path, scan.grid):
             look.tell("warning", "grid", f"{share} of what {path.name} marks lies outside its image, by their headers")
     elif reason := misplaced(mask, scan.grid):

@@ -11,8 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cdiff.runtime.data.case import HEADER, Case
+from cdiff.runtime.data.dicom_mask import read_dicom_mask
 from cdiff.runtime.data.placing import place
 from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.scans.dicom import is_dicom
 from cdiff.runtime.scans.grid import Grid
 from cdiff.runtime.scans.nifti import nifti_voxels
 from cdiff.runtime.scans.picture import opened
@@ -23,17 +25,27 @@ from cdiff.runtime.words import by
 
 @dataclass(frozen=True)
 class Mask:
-    """A mask's values as stored, [H, W] or three axes, and its header where the file has one."""
+    """A mask's values as stored, [H, W] or three axes, and its header where the file has one.
+
+    by_header: its header is how it is laid on an image, whatever the case says; so of DICOM, whose frames lie as they like.
+    """
 
     values: NDArray[Any]
     header: nib.Nifti1Header | None = None
+    by_header: bool = False
+
+    def is_laid(self, case: Case) -> bool:
+        """Whether it is laid on the case's image by its header, and not voxel by voxel."""
+        return self.by_header or case.masks_by == HEADER
 
 
 def read_mask(path: Path) -> Mask:
-    """Read a mask's file: NIfTI, NRRD, MetaImage, PNG, TIFF or JPEG. A picture with a palette gives the palette's numbers, which are labels.
+    """Read a mask's file: NIfTI, NRRD, MetaImage, a DICOM segmentation, PNG, TIFF or JPEG. A picture with a palette gives the palette's numbers, which are labels.
 
     Raises CdiffError for a file that cannot be read, that holds NaN, or whose colours do not say what was drawn.
     """
+    if is_dicom(path):
+        return Mask(*read_dicom_mask(path), by_header=True)
     data = read_bytes(path)
     if path.name.lower().endswith(PICTURE_SUFFIXES):
         mask = Mask(_pixels(data, path))
@@ -79,8 +91,10 @@ def mask_slices(mask: Mask, grid: Grid, case: Case, path: Path) -> NDArray[np.bo
     does not say where the mask lies, or puts all of it outside the image.
     """
     marked = inside(mask.values, case.labels)
-    if case.masks_by == HEADER:
+    if mask.is_laid(case):
         own = own_grid(mask, path)
+        if mask.by_header:
+            _must_be_of(own, grid, path, case.image)
         try:
             laid = place(marked.reshape(own.spatial), own, grid)
         except CdiffError as error:
@@ -97,6 +111,24 @@ def mask_slices(mask: Mask, grid: Grid, case: Case, path: Path) -> NDArray[np.bo
             f"{path} has shape {by(shape)} but its image {case.image} {by(wanted)}; they must be on one grid{hint}"
         )
     return grid.cut(marked.reshape(wanted)[..., None])[:, 0]
+
+
+def _must_be_of(own: Grid, grid: Grid, path: Path, image: Path) -> None:
+    """Raise CdiffError where a DICOM segmentation has other voxels than its image, of whose frames its own are copies.
+
+    Its slices' distance may be a guess: it need not be in the file, nor need all slices.
+    """
+    if grid.header is None:
+        return
+    here, there = (sorted(np.linalg.norm(each.affine[:3, :3], axis=0)) for each in (own, grid))
+    if not np.allclose(here, there, rtol=0.01):
+        raise CdiffError(
+            f"{path} has voxels of {_mm(here)} mm and its image {image} of {_mm(there)} mm; convert it to NIfTI, and lay that by its header"
+        )
+
+
+def _mm(lengths: list[float]) -> str:
+    return " x ".join(f"{length:.3g}" for length in lengths)
 
 
 def own_grid(mask: Mask, path: Path) -> Grid:

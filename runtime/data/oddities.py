@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from cdiff.runtime.data.case import HEADER, Case, listed
+from cdiff.runtime.data.case import Case, listed
 from cdiff.runtime.data.masks import Mask, counted, inside, own_grid
 from cdiff.runtime.data.placing import outside_share
 from cdiff.runtime.scans.grid import Grid
@@ -39,7 +39,7 @@ class Oddities:
 
         drawn: its slices [S, H, W].
         """
-        if case.masks_by == HEADER:
+        if mask.is_laid(case):
             if share := outside(mask, case, path, grid):
                 self._add(OUTSIDE, case, f"{share} of what {path.name} marks, by their headers")
         elif reason := misplaced(mask, grid):

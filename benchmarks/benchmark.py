@@ -107,7 +107,10 @@ def benchmark(
     repeats: rounds of the end-to-end measurement. threads: of every contender, the physical cores by default. Raises CdiffError for a
     bundle, scan, engine or device that cannot be used, and when a contender's process dies.
     """
-    parse_device(device)  # one, for all contenders
+    if (number := parse_device(device)) is not None:  # one, for all contenders
+        from cdiff.train.fabric import must_have
+
+        must_have(device, number)
     opened = open_bundle(bundle)
     manifest = opened.manifest
     say, tick = notice or (lambda line: None), progress or (lambda done, total: None)

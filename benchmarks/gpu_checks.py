@@ -342,6 +342,8 @@ def one_line(error: BaseException) -> str:
 
 def main() -> None:
     """See the module's text."""
+    if len(sys.argv) != 4:
+        sys.exit("error: the suite starts these: python -m cdiff.benchmarks.gpu_suite --out OUT --checks CHECK")
     end_with_parent()
     name, settings, out = sys.argv[1:]
 

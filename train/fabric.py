@@ -98,19 +98,27 @@ def find_device(name: str, fabric: Fabric) -> torch.device:
         if name != "cuda":
             raise CdiffError(f"--device {name}: each process takes the GPU of its own number; use --device cuda")
         number = fabric.local_rank
+    if fabric.world_size > 1 and 0 < (count := torch.cuda.device_count()) <= number:
+        raise CdiffError(
+            f"{name_of(fabric)} needs cuda:{number} and PyTorch sees {_seen(count)}; start one process a GPU (torchrun --nproc-per-node)"
+        )
+    must_have(name, number)
+    return torch.device("cuda", number)
+
+
+def must_have(name: str, number: int) -> None:
+    """Raise CdiffError where PyTorch does not see GPU `number`, which `--device name` asks for."""
     count = torch.cuda.device_count()
     if count == 0:
         raise CdiffError(
             f"--device {name}: PyTorch sees no CUDA device here; use --device cpu or install a CUDA build of torch"
         )
     if number >= count:
-        there = "cuda:0 alone" if count == 1 else f"cuda:0 to cuda:{count - 1}"
-        if fabric.world_size > 1:
-            raise CdiffError(
-                f"{name_of(fabric)} needs cuda:{number} and PyTorch sees {there}; start one process a GPU (torchrun --nproc-per-node)"
-            )
-        raise CdiffError(f"--device {name}: PyTorch sees {there}")
-    return torch.device("cuda", number)
+        raise CdiffError(f"--device {name}: PyTorch sees {_seen(count)}")
+
+
+def _seen(count: int) -> str:
+    return "cuda:0 alone" if count == 1 else f"cuda:0 to cuda:{count - 1}"
 
 
 @contextmanager

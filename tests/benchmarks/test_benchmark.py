@@ -201,6 +201,15 @@ def test_a_contender_that_dies_is_named(tmp_path: Path, scan: Path) -> None:
             worker.ask("about")
 
 
+@pytest.mark.skipif(torch.cuda.device_count() > 0, reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_said_before_anything_starts(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cdiff.benchmarks.benchmark.Worker", lambda spec: pytest.fail("a contender was started"))
+    with pytest.raises(CdiffError, match="--device cuda:0: PyTorch sees no CUDA device here"):
+        benchmark(tiny_bundle, device="cuda:0")
+
+
 @pytest.mark.parametrize("device", ["cuda:0,cuda:1", "cuda:first"])
 def test_a_device_that_is_not_one_is_refused_before_anything_runs(device: str, tiny_bundle: Path) -> None:
     with pytest.raises(CdiffError, match=rf"device '{device}' is not known; use cpu, cuda or cuda:N"):

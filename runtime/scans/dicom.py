@@ -52,6 +52,8 @@ MISSING = "Missing images?"
 """Of dcm2niix's messages those that say that its volume is not what it seems."""
 TROUBLE = re.compile(r"error|unable|unsupported|fail|corrupt|varies|not large enough|too large|no valid", re.IGNORECASE)
 """What dcm2niix's reasons for making no image have in them, and its other messages have not."""
+LONGEST = 1800.0
+"""Seconds after which dcm2niix, which takes seconds, is taken to run for ever; the other scans of a folder are still to come."""
 OVERLAYS = "image_ROI*"
 """What dcm2niix calls a volume of marks that were drawn on the images (60xx,3000)."""
 
@@ -162,14 +164,20 @@ def read_dicom(path: Path, channels: int = 1, series: int | None = None) -> Conv
             (source / file.name).symlink_to(file.absolute())
         # Neither compression nor sidecars, and not as a file of defaults at the user's home says; errors join the other messages.
         command = [program, "-g", "i", "-d", "0", "-z", "n", "-b", "n", "-f", "image", "-o", str(made), str(source)]
-        done = subprocess.run(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            text=True,
-            errors="replace",
-        )
+        try:
+            done = subprocess.run(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                text=True,
+                errors="replace",
+                timeout=LONGEST,
+            )
+        except subprocess.TimeoutExpired:
+            raise CdiffError(
+                f"{where} dcm2niix did not end within {LONGEST / 60:g} minutes, as it may not with damaged files; {BY_HAND}"
+            ) from None
         said = done.stdout.replace(str(source), str(path if path.is_dir() else path.parent))
         overlays = set(made.glob(OVERLAYS))
         images = sorted(set(made.glob("*.nii")) - overlays)

@@ -292,6 +292,18 @@ def test_without_its_readers_it_is_said_what_to_install(
         read_scan(folder)
 
 
+def test_a_converter_that_never_ends_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "bin/dcm2niix"
+    program.parent.mkdir()
+    program.write_text(f"#!{sys.executable}\nimport time\ntime.sleep(300)\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent))
+    monkeypatch.setattr("cdiff.runtime.scans.dicom.LONGEST", 0.6)
+    folder = write_series(tmp_path / "a", scan_voxels(), orthogonal())
+    with pytest.raises(CdiffError, match=r"dcm2niix did not end within 0.01 minutes"):
+        read_scan(folder)
+
+
 def test_folders_of_dicom_are_scans(tmp_path: Path) -> None:
     """A patient's series in folders of their own; an index of the disc and what lies beside are none; NIfTI of the same scan goes first."""
     root = tmp_path / "export"

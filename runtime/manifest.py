@@ -14,6 +14,7 @@ from cdiff.runtime.sampling.framing import FramingMode
 from cdiff.runtime.sampling.sampler import SAMPLERS
 from cdiff.runtime.sampling.schedule import NoiseSchedule
 from cdiff.runtime.scans.intensity import Intensity
+from cdiff.runtime.scans.lie import DIRECTIONS, Lie
 from cdiff.runtime.variants import VARIANTS, Variant
 from cdiff.runtime.words import by
 
@@ -122,6 +123,12 @@ class Manifest:
         return str(self._data.get("masks_by", ARRAY))
 
     @property
+    def lie(self) -> Lie | None:
+        """How the slices of the training lay in the patient; None where they differed or nothing says."""
+        told = self._data.get("lie")
+        return None if told is None else Lie(*told)
+
+    @property
     def slice_size(self) -> tuple[int, int] | None:
         """(h, w) of the slices that training read and normalised, in pixels; None where they differed or nothing says."""
         size = self._data.get("slice_size")
@@ -213,6 +220,9 @@ class Manifest:
                 _refuse(source, f"key 'training', data, {key} must be a list of {words}, not {values!r}")
         if self.masks_by not in MASKS_BY:
             _refuse(source, f"key 'training', data, masks_by must be {' or '.join(MASKS_BY)}, not {self.masks_by!r}")
+        lie = self._data.get("lie")
+        if lie is not None and (not isinstance(lie, list) or sorted(map(str, lie)) != sorted(DIRECTIONS)):
+            _refuse(source, f"key 'training', data, lie must be {', '.join(DIRECTIONS)} in some order, not {lie!r}")
         size = self._data.get("slice_size")
         if size is not None and not _is_size(size):
             _refuse(source, f"key 'training', data, slice_size must be two positive whole numbers, not {size!r}")

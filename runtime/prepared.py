@@ -12,6 +12,8 @@ from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.manifest import Manifest
 from cdiff.runtime.results import Float32
 from cdiff.runtime.sampling.framing import Box, Framing, Windows
+from cdiff.runtime.scans.grid import Grid
+from cdiff.runtime.scans.lie import Lie, directions, lie_of, otherwise
 from cdiff.runtime.scans.place import At, Place, find_place, must_take_a_place
 from cdiff.runtime.scans.scan import Scan, ScanInput, parse_slices, read_scan
 from cdiff.runtime.words import by
@@ -105,8 +107,9 @@ def prepare(
 def notes(prepared: Prepared, manifest: Manifest) -> list[str]:
     """What a reader of the maps should know of how this scan met this model, one line each."""
     read, chosen, found = prepared.scan, prepared.chosen, list[str]()
+    found += _lies_otherwise(read.grid, manifest.lie)
     axis = better_axis(read.grid.spatial, manifest.slice_axis) if read.grid.slice_axis == manifest.slice_axis else None
-    if axis is not None:
+    if axis is not None and not found:
         found.append(
             f"slices along axis {manifest.slice_axis}, as in training, are strips of {by(read.slices.shape[-2:])} pixels; where those along "
             f"axis {axis} are meant: --slice-axis {axis} (in Python slice_axis={axis})"
@@ -151,6 +154,21 @@ def missed(prepared: Prepared, manifest: Manifest, soft: Float32) -> list[str]:
         f"it, as it does with what is faint or does not lie within its {by(manifest.image_size)} pixels with something around it; "
         f"--shrink {2 * (place.shrunk.factor if place.shrunk else 1)} shows it a structure that is larger"
     ]
+
+
+def _lies_otherwise(grid: Grid, trained: Lie | None) -> list[str]:
+    """A note on a scan whose slices are not as those that the model learned from; none where that is not so, or nothing says."""
+    lie, axes = lie_of(grid), directions(grid)
+    text = otherwise(lie, trained, "those that the model learned from")
+    if not text or lie is None or trained is None or axes is None:
+        return []
+    axis = axes.index(trained.through)
+    remedy = (
+        f"--slice-axis {axis} (in Python slice_axis={axis}) cuts such slices"
+        if lie.plane != trained.plane
+        else ("it sees them turned; store the scan's axes in the training's order")
+    )
+    return [f"by its header this scan's {text}: {remedy}"]
 
 
 def _what_the_model_sees(prepared: Prepared, manifest: Manifest) -> list[str]:

@@ -19,6 +19,7 @@ from cdiff.runtime.data.cases import Case, DataSet, find_cases, read_case
 from cdiff.runtime.data.oddities import Oddities
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.sampling.framing import resize
+from cdiff.runtime.scans.lie import NEARLY_ALL, usual
 from cdiff.runtime.variants import ANNOTATOR, variant_called
 from cdiff.runtime.words import several
 from cdiff.train.augment import Window, cut, random_window, recoloured
@@ -106,6 +107,8 @@ def read_data(root: Path, config: Config) -> Data:
     whose = _usual_annotators(train, C) if variant is ANNOTATOR else ()
     odd = Oddities()
     train_slices = _read(train, config, C, notes, whose, odd)
+    if (lie := usual(odd.lies.values(), NEARLY_ALL)) is not None:
+        summary["lie"] = [lie.first, lie.second, lie.through]
     val_slices = _read(val, config, C, notes, whose, odd)
     notes += odd.told()
     for name, cases, slices in (("train", train, train_slices), ("val", val, val_slices)):

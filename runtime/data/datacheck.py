@@ -18,6 +18,7 @@ from cdiff.runtime.data.oddities import better_axis
 from cdiff.runtime.data.partition import count_annotators, count_channels, none_has, partition, training_cases
 from cdiff.runtime.data.turned import how_turned
 from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.scans.lie import otherwise, usual
 from cdiff.runtime.scoring.metrics import bootstrap_over_cases
 from cdiff.runtime.words import by, several
 
@@ -143,8 +144,9 @@ def _shared(looks: list[Look]) -> list[Finding]:
 
 
 def _across(looks: list[Look], slice_axis: int) -> list[Finding]:
-    """Volumes that are cut into strips, as QUBIQ's of the pancreas are, whose slices lie along the first axis."""
+    """Volumes that are cut into strips, as QUBIQ's of the pancreas are, whose slices lie along the first axis; and otherwise than most."""
     strips: dict[int, list[Look]] = {}
+    most = usual(look.lie for look in looks)
     for look in looks:
         axis = better_axis(look.shape, slice_axis) if look.readable else None
         if axis is not None:
@@ -159,6 +161,9 @@ def _across(looks: list[Look], slice_axis: int) -> list[Finding]:
             f"give --slice-axis {axis} here, and --set slice_axis={axis} to cdiff train"
         )
         out.append(Finding("warning", "slices", "", text))
+    for look in looks:
+        if lies := otherwise(look.lie, most, "those of most"):
+            out.append(Finding("warning", "slices", look.case.name, f"the image's {lies}, by its header", look.split))
     return out
 
 

@@ -15,6 +15,7 @@ from cdiff.runtime.data.masks import Mask, mask_slices, read_mask
 from cdiff.runtime.data.oddities import is_above, marks_the_background, misplaced, outside
 from cdiff.runtime.data.turned import gains
 from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.scans.lie import Lie, lie_of
 from cdiff.runtime.scans.scan import Scan, read_scan
 from cdiff.runtime.scoring.metrics import dice
 from cdiff.runtime.words import by
@@ -42,7 +43,7 @@ class Look:
 
     image: a hash of the image's voxels; empty where it was not read, or has one value everywhere.
     with_others: of each annotator one number a slice that it or another marked, the mean Dice with the others.
-    turned: of each annotator what `turned.gains` says.
+    turned: of each annotator what `turned.gains` says. lie: how the image's slices lie in the patient.
     """
 
     case: Case
@@ -57,6 +58,7 @@ class Look:
     with_others: dict[str, list[float]] = field(default_factory=dict)
     turned: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     best_slice: int = 0
+    lie: Lie | None = None
 
     @property
     def readable(self) -> bool:
@@ -147,7 +149,7 @@ def _kinds(look: Look, masks: dict[Path, Mask], scan: Scan) -> None:
 
 def _describe(look: Look, scan: Scan) -> None:
     spacing = scan.grid.spacing
-    look.shape = scan.grid.spatial
+    look.shape, look.lie = scan.grid.spatial, lie_of(scan.grid)
     words = "unknown" if spacing is None else " x ".join(f"{zoom:.3g}" for zoom in spacing)
     look.row |= {"size": by(scan.grid.spatial), "spacing_mm": words, "slices": len(scan.slices)}
     look.row["spacing_is_placeholder"] = scan.grid.is_placeholder

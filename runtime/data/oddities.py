@@ -11,6 +11,7 @@ from cdiff.runtime.data.case import Case, listed
 from cdiff.runtime.data.masks import Mask, counted, inside, own_grid
 from cdiff.runtime.data.placing import outside_share
 from cdiff.runtime.scans.grid import Grid
+from cdiff.runtime.scans.lie import Lie, lie_of, otherwise, usual
 from cdiff.runtime.words import by, several
 
 PLACE = "masks whose headers put them elsewhere than their image"
@@ -20,17 +21,23 @@ VALUES = "masks that hold more than 0 and one other value"
 LABELS = "masks of a value above all labels that are inside"
 BACKGROUND = "masks that mark the background"
 AXIS = "volumes that are cut into strips"
+MIXED = "images whose slices lie in the patient otherwise than most"
+TURNED = "images whose slices lie in the patient otherwise than in training"
 
 
 class Oddities:
     """Collected case by case: of each kind the cases, and the first in words. `told` gives the lines."""
 
-    def __init__(self) -> None:
+    def __init__(self, trained: Lie | None = None) -> None:
+        """trained: how the slices of a model's training lay, to compare with; most of those here, unless given."""
+        self._trained = trained
+        self.lies: dict[str, Lie | None] = {}
         self._cases: dict[str, list[str]] = {}
         self._first: dict[str, str] = {}
 
     def see_grid(self, case: Case, grid: Grid) -> None:
-        """Note a volume whose slices seem to lie along another axis."""
+        """Note a volume whose slices seem to lie along another axis, and how they lie in the patient."""
+        self.lies[case.name] = lie_of(grid)
         if (axis := better_axis(grid.spatial, grid.slice_axis)) is not None:
             self._add(AXIS, case, f"{by(grid.spatial)}, whose slices seem to lie along axis {axis}")
 
@@ -57,6 +64,11 @@ class Oddities:
 
     def told(self) -> list[str]:
         """A line for each kind, with the cases and where to look."""
+        kind, whose = (TURNED, "those of the training") if self._trained else (MIXED, "those of most")
+        wanted = self._trained or usual(self.lies.values())
+        for name, lie in self.lies.items():
+            if text := otherwise(lie, wanted, whose):
+                self._tell(kind, name, f"its {text}")
         return [
             f"{kind}, in {several(len(names), 'case')} ({listed(names)}): {self._first[kind]}. They are used as "
             "they are; look at them with cdiff data check"
@@ -64,10 +76,13 @@ class Oddities:
         ]
 
     def _add(self, kind: str, case: Case, text: str) -> None:
+        self._tell(kind, case.name, text)
+
+    def _tell(self, kind: str, name: str, text: str) -> None:
         names = self._cases.setdefault(kind, [])
-        if case.name not in names:
-            names.append(case.name)
-        self._first.setdefault(kind, f"{case.name}: {text}")
+        if name not in names:
+            names.append(name)
+        self._first.setdefault(kind, f"{name}: {text}")
 
 
 def misplaced(mask: Mask, grid: Grid) -> str | None:

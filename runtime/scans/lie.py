@@ -1,0 +1,77 @@
+"""How a scan's slices lie in the patient, by its header: a network that learned from axial slices knows nothing of sagittal ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import nibabel as nib
+import numpy as np
+
+from cdiff.runtime.scans.grid import Grid
+
+ACROSS, ALONG, UP = "left-right", "front-back", "up-down"
+DIRECTIONS = (ACROSS, ALONG, UP)
+"""Of the body, in the order of NIfTI's x, y and z. Which end comes first does not count: training flips slices."""
+PLANES = {UP: "axial", ALONG: "coronal", ACROSS: "sagittal"}
+CLEAR = 0.8
+"""From this cosine on an axis runs along a direction; a slice that leans more lies between two."""
+NEARLY_ALL = 0.9
+"""Share of a training's volumes that have to lie alike for a model to have learned from such slices."""
+
+
+@dataclass(frozen=True)
+class Lie:
+    """The body's direction that a slice's first array axis runs along, that of its second, and that from slice to slice."""
+
+    first: str
+    second: str
+    through: str
+
+    @property
+    def plane(self) -> str:
+        return PLANES[self.through]
+
+
+def directions(grid: Grid) -> tuple[str, ...] | None:
+    """The direction that each array axis of a volume runs along; None where its header does not say, or it lies between two.
+
+    Nor does one say it whose first voxel is at the origin and whose axes are not turned: so a program writes it that knows spacing alone.
+    """
+    if grid.header is None or len(grid.spatial) < 3 or not grid.has_orientation:
+        return None
+    affine = grid.affine
+    edges = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    if not affine[:3, 3].any() and np.array_equal(edges, np.eye(3)):
+        return None
+    if np.abs(edges).max(axis=0).min() < CLEAR:
+        return None
+    return tuple(DIRECTIONS[int(axis)] for axis, _ in nib.io_orientation(affine))
+
+
+def lie_of(grid: Grid) -> Lie | None:
+    """How the slices of a volume lie; None where its header does not say."""
+    axes = directions(grid)
+    if axes is None or grid.slice_axis is None:
+        return None
+    first, second = (axis for number, axis in enumerate(axes) if number != grid.slice_axis)
+    return Lie(first, second, axes[grid.slice_axis])
+
+
+def usual(lies: Iterable[Lie | None], share: float = 0.0) -> Lie | None:
+    """How most volumes lie: more than half of those whose headers say it, and at least this share of them; None where none is so common."""
+    known = [lie for lie in lies if lie is not None]
+    if not known:
+        return None
+    best = max(set(known), key=known.count)
+    count = known.count(best)
+    return best if 2 * count > len(known) and count >= share * len(known) else None
+
+
+def otherwise(lie: Lie | None, wanted: Lie | None, whose: str) -> str | None:
+    """In words how a volume's slices lie otherwise than `whose` do, such as "the training's"; None where they do not, or nothing says."""
+    if lie is None or wanted is None or lie == wanted:
+        return None
+    if lie.plane != wanted.plane:
+        return f"slices are {lie.plane}, and {whose} {wanted.plane}"
+    return f"slices have the {lie.first} axis first, and {whose} the {wanted.first}"

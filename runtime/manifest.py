@@ -125,7 +125,7 @@ class Manifest:
     @property
     def lie(self) -> Lie | None:
         """How the slices of the training lay in the patient; None where they differed or nothing says."""
-        told = self._data.get("lie")
+        told = self._data.get("axes")
         return None if told is None else Lie(*told)
 
     @property
@@ -220,9 +220,9 @@ class Manifest:
                 _refuse(source, f"key 'training', data, {key} must be a list of {words}, not {values!r}")
         if self.masks_by not in MASKS_BY:
             _refuse(source, f"key 'training', data, masks_by must be {' or '.join(MASKS_BY)}, not {self.masks_by!r}")
-        lie = self._data.get("lie")
+        lie = self._data.get("axes")
         if lie is not None and (not isinstance(lie, list) or sorted(map(str, lie)) != sorted(DIRECTIONS)):
-            _refuse(source, f"key 'training', data, lie must be {', '.join(DIRECTIONS)} in some order, not {lie!r}")
+            _refuse(source, f"key 'training', data, axes must be {', '.join(DIRECTIONS)} in some order, not {lie!r}")
         size = self._data.get("slice_size")
         if size is not None and not _is_size(size):
             _refuse(source, f"key 'training', data, slice_size must be two positive whole numbers, not {size!r}")

@@ -108,7 +108,7 @@ def read_data(root: Path, config: Config) -> Data:
     odd = Oddities()
     train_slices = _read(train, config, C, notes, whose, odd)
     if (lie := usual(odd.lies.values(), NEARLY_ALL)) is not None:
-        summary["lie"] = [lie.first, lie.second, lie.through]
+        summary["axes"] = [lie.first, lie.second, lie.through]
     val_slices = _read(val, config, C, notes, whose, odd)
     notes += odd.told()
     for name, cases, slices in (("train", train, train_slices), ("val", val, val_slices)):

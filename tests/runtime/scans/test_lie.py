@@ -105,7 +105,7 @@ def saved(path: Path, axes: tuple[int, ...] = (0, 1, 2)) -> Path:
 
 
 def told(path: Path, **how: Any) -> list[str]:
-    manifest = model(lie=[ACROSS, ALONG, UP])
+    manifest = model(axes=[ACROSS, ALONG, UP])
     return [
         note
         for note in notes(prepare(path, manifest, None, **{"slice_axis": None} | how), manifest)
@@ -154,13 +154,13 @@ def data(tmp_path: Path) -> Path:
 
 def test_cases_that_lie_otherwise_than_most_are_told_and_the_model_learns_how_most_lie(data: Path) -> None:
     read = read_data(data, fit_to_data(preset("tiny"), data, []))
-    assert read.summary["lie"] == [ACROSS, ALONG, UP]
+    assert read.summary["axes"] == [ACROSS, ALONG, UP]
     (note,) = read.notes
     assert note.startswith(
         "images whose slices lie in the patient otherwise than most, in 2 cases (case7, case10): case7: its slices have the front-back axis first"
     ), note
     write_case(data / "Training/case8b", (2, 1, 0))
-    assert "lie" not in read_data(data, fit_to_data(preset("tiny"), data, [])).summary
+    assert "axes" not in read_data(data, fit_to_data(preset("tiny"), data, [])).summary
 
 
 def test_the_check_tells_them_too(data: Path) -> None:
@@ -172,7 +172,7 @@ def test_the_check_tells_them_too(data: Path) -> None:
 
 
 def test_evaluation_tells_cases_that_lie_otherwise_than_the_training(data: Path, tmp_path: Path) -> None:
-    bundle = make_bundle(tmp_path / "bundle", training={"data": {"lie": [ACROSS, ALONG, UP]}}, framing="resize")
+    bundle = make_bundle(tmp_path / "bundle", training={"data": {"axes": [ACROSS, ALONG, UP]}}, framing="resize")
     said: list[str] = []
     cases = find_cases(data)["val"]
     evaluate(Segmenter.open(bundle), cases, Protocol(runs=1, steps=1, slices_per_case=1), notice=said.append)

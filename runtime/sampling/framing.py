@@ -15,8 +15,8 @@ from cdiff.runtime.errors import CdiffError
 
 Float32 = NDArray[np.float32]
 FramingMode = Literal["resize", "tile", "centre"]
-SEEN = 0.5
-"""From this share of its neighbours on within a window that was resampled, a pixel counts as seen."""
+SEEN = 0.5 - 1e-5
+"""From this share of its neighbours on within a window that was resampled, a pixel counts as seen: one half, and what rounding makes of it."""
 Box = tuple[slice, slice]
 """Rows and columns of a part of a slice."""
 

@@ -79,6 +79,15 @@ def test_only_what_a_window_saw_is_resampled_and_nothing_is_lost(zoom: float, po
     np.testing.assert_array_equal(part, windows.unframe_slice(maps)[..., *windows.reach])
 
 
+@pytest.mark.parametrize(("size", "zoom"), [((102, 102), 1.25), ((102, 115), 1.25)])
+def test_rounding_does_not_decide_which_pixels_of_an_edge_are_seen(size: tuple[int, int], zoom: float) -> None:
+    """Half of what such an edge's pixels are resampled from lies in the window: but for the corners, all of them are seen."""
+    seen = Framing("centre", (64, 64)).frame(np.zeros((1, 1, *size), np.float32)).zoomed(zoom).covered
+    rows, columns = np.flatnonzero(seen.any(axis=1)), np.flatnonzero(seen.any(axis=0))
+    assert seen[rows[0] : rows[-1] + 1, columns[1:-1]].all()
+    assert seen[rows[1:-1], columns[0] : columns[-1] + 1].all()
+
+
 def test_other_framings_have_one_size() -> None:
     windows = Framing("tile", (16, 16)).frame(np.zeros((1, 1, 32, 32), np.float32))
     assert windows.zoomed(1) is windows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, TypedDict, get_args
@@ -129,6 +130,17 @@ class Manifest:
         return None if told is None else Lie(*told)
 
     @property
+    def pixel_mm(self) -> tuple[float, float] | None:
+        """The smallest and the largest edge in mm of a pixel that the network saw in training; None where nothing says."""
+        span = self._data.get("pixel_mm")
+        return None if span is None else (float(span[0]), float(span[1]))
+
+    @property
+    def resampled(self) -> tuple[int, int] | None:
+        """The pixels that whole slices are resampled to for the network; None where it sees them as they are."""
+        return self.image_size if self.framing == "resize" else None
+
+    @property
     def slice_size(self) -> tuple[int, int] | None:
         """(h, w) of the slices that training read and normalised, in pixels; None where they differed or nothing says."""
         size = self._data.get("slice_size")
@@ -223,6 +235,11 @@ class Manifest:
         lie = self._data.get("axes")
         if lie is not None and (not isinstance(lie, list) or sorted(map(str, lie)) != sorted(DIRECTIONS)):
             _refuse(source, f"key 'training', data, axes must be {', '.join(DIRECTIONS)} in some order, not {lie!r}")
+        span = self._data.get("pixel_mm")
+        if span is not None and not _is_span(span):
+            _refuse(
+                source, f"key 'training', data, pixel_mm must be two positive numbers, the smaller first, not {span!r}"
+            )
         size = self._data.get("slice_size")
         if size is not None and not _is_size(size):
             _refuse(source, f"key 'training', data, slice_size must be two positive whole numbers, not {size!r}")
@@ -296,6 +313,15 @@ def _is_deeper(value: Any, most: int) -> bool:
 
 def _is_size(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(type(v) is int and v > 0 for v in value)
+
+
+def _is_span(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == 2
+        and all(type(v) in (int, float) and 0 < v < math.inf for v in value)
+        and value[0] <= value[1]
+    )
 
 
 _ANNOTATED = {part.name: part.type for part in dataclasses.fields(Manifest)}

@@ -15,6 +15,7 @@ from cdiff.runtime.sampling.framing import Box, Framing, Windows
 from cdiff.runtime.scans.grid import Grid
 from cdiff.runtime.scans.lie import Lie, directions, lie_of, otherwise
 from cdiff.runtime.scans.place import At, Place, find_place, must_take_a_place
+from cdiff.runtime.scans.scale import out_of_scale, pixel_mm
 from cdiff.runtime.scans.scan import Scan, ScanInput, parse_slices, read_scan
 from cdiff.runtime.words import by
 
@@ -106,10 +107,15 @@ def prepare(
 
 def notes(prepared: Prepared, manifest: Manifest) -> list[str]:
     """What a reader of the maps should know of how this scan met this model, one line each."""
-    read, chosen, found = prepared.scan, prepared.chosen, list[str]()
-    found += _lies_otherwise(read.grid, manifest.lie)
+    read, chosen = prepared.scan, prepared.chosen
+    turned = _lies_otherwise(read.grid, manifest.lie)
+    found = list(turned)
+    shrunk = prepared.place.shrunk if prepared.place else None
+    mm = pixel_mm(read.grid, manifest.resampled)
+    if text := out_of_scale(mm and mm * (shrunk.factor if shrunk else 1), manifest.pixel_mm):
+        found.append(f"by its header this scan's {text}; resample it to such pixels, and segment that")
     axis = better_axis(read.grid.spatial, manifest.slice_axis) if read.grid.slice_axis == manifest.slice_axis else None
-    if axis is not None and not found:
+    if axis is not None and not turned:
         found.append(
             f"slices along axis {manifest.slice_axis}, as in training, are strips of {by(read.slices.shape[-2:])} pixels; where those along "
             f"axis {axis} are meant: --slice-axis {axis} (in Python slice_axis={axis})"

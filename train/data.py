@@ -20,6 +20,7 @@ from cdiff.runtime.data.oddities import Oddities
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.sampling.framing import resize
 from cdiff.runtime.scans.lie import NEARLY_ALL, usual
+from cdiff.runtime.scans.scale import span
 from cdiff.runtime.variants import ANNOTATOR, variant_called
 from cdiff.runtime.words import several
 from cdiff.train.augment import Window, cut, random_window, recoloured
@@ -105,10 +106,13 @@ def read_data(root: Path, config: Config) -> Data:
         summary["modalities"] = list(found.modalities)
     variant = variant_called(config.network.variant)
     whose = _usual_annotators(train, C) if variant is ANNOTATOR else ()
-    odd = Oddities()
+    size = config.network.image_size
+    odd = Oddities(resampled=(size, size) if config.data.framing == "resize" else None)
     train_slices = _read(train, config, C, notes, whose, odd)
     if (lie := usual(odd.lies.values(), NEARLY_ALL)) is not None:
         summary["axes"] = [lie.first, lie.second, lie.through]
+    if (mm := span(odd.pixels.values())) is not None:
+        summary["pixel_mm"] = [float(f"{edge:.4g}") for edge in mm]
     val_slices = _read(val, config, C, notes, whose, odd)
     notes += odd.told()
     for name, cases, slices in (("train", train, train_slices), ("val", val, val_slices)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +13,11 @@ from cdiff.runtime.data.masks import Mask, counted, inside, own_grid
 from cdiff.runtime.data.placing import outside_share
 from cdiff.runtime.scans.grid import Grid
 from cdiff.runtime.scans.lie import Lie, lie_of, otherwise, usual
+from cdiff.runtime.scans.scale import out_of_scale, pixel_mm
 from cdiff.runtime.words import by, several
+
+if TYPE_CHECKING:
+    from cdiff.runtime.manifest import Manifest
 
 PLACE = "masks whose headers put them elsewhere than their image"
 OUTSIDE = "masks of which a part lies outside their image"
@@ -22,22 +27,25 @@ LABELS = "masks of a value above all labels that are inside"
 BACKGROUND = "masks that mark the background"
 AXIS = "volumes that are cut into strips"
 MIXED = "images whose slices lie in the patient otherwise than most"
+SCALE = "images whose pixels are of another size than in training"
 TURNED = "images whose slices lie in the patient otherwise than in training"
 
 
 class Oddities:
     """Collected case by case: of each kind the cases, and the first in words. `told` gives the lines."""
 
-    def __init__(self, trained: Lie | None = None) -> None:
-        """trained: how the slices of a model's training lay, to compare with; most of those here, unless given."""
-        self._trained = trained
+    def __init__(self, model: Manifest | None = None, resampled: tuple[int, int] | None = None) -> None:
+        """model: whose training the images are compared with; with one another, unless given. resampled: as the manifest has it."""
+        self._model = model
+        self._resampled = resampled if model is None else model.resampled
         self.lies: dict[str, Lie | None] = {}
+        self.pixels: dict[str, float | None] = {}
         self._cases: dict[str, list[str]] = {}
         self._first: dict[str, str] = {}
 
     def see_grid(self, case: Case, grid: Grid) -> None:
-        """Note a volume whose slices seem to lie along another axis, and how they lie in the patient."""
-        self.lies[case.name] = lie_of(grid)
+        """Note a volume whose slices seem to lie along another axis; how slices lie in the patient, and how large their pixels are."""
+        self.lies[case.name], self.pixels[case.name] = lie_of(grid), pixel_mm(grid, self._resampled)
         if (axis := better_axis(grid.spatial, grid.slice_axis)) is not None:
             self._add(AXIS, case, f"{by(grid.spatial)}, whose slices seem to lie along axis {axis}")
 
@@ -64,16 +72,25 @@ class Oddities:
 
     def told(self) -> list[str]:
         """A line for each kind, with the cases and where to look."""
-        kind, whose = (TURNED, "those of the training") if self._trained else (MIXED, "those of most")
-        wanted = self._trained or usual(self.lies.values())
-        for name, lie in self.lies.items():
-            if text := otherwise(lie, wanted, whose):
-                self._tell(kind, name, f"its {text}")
+        self._tell_as_trained(self._model) if self._model else self._tell_among_themselves()
         return [
             f"{kind}, in {several(len(names), 'case')} ({listed(names)}): {self._first[kind]}. They are used as "
             "they are; look at them with cdiff data check"
             for kind, names in self._cases.items()
         ]
+
+    def _tell_as_trained(self, model: Manifest) -> None:
+        for name in self.lies:
+            if text := otherwise(self.lies[name], model.lie, "those of the training"):
+                self._tell(TURNED, name, f"its {text}")
+            if text := out_of_scale(self.pixels[name], model.pixel_mm):
+                self._tell(SCALE, name, f"its {text}")
+
+    def _tell_among_themselves(self) -> None:
+        most = usual(self.lies.values())
+        for name, lie in self.lies.items():
+            if text := otherwise(lie, most, "those of most"):
+                self._tell(MIXED, name, f"its {text}")
 
     def _add(self, kind: str, case: Case, text: str) -> None:
         self._tell(kind, case.name, text)

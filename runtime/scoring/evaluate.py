@@ -249,7 +249,7 @@ def _plan(
     manifest, jobs = segmenter.manifest, []
     other: dict[str, int] = {}
     empty: list[str] = []
-    odd = Oddities(manifest.lie)
+    odd = Oddities(manifest)
     for case in cases:
         if len(case.masks) != manifest.levels:
             other[case.name] = len(case.masks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,11 @@ def test_every_mistyped_key_is_named(key: str, value: Any) -> None:
         ("training", {"data": {"modalities": 5}}),
         ("training", {"data": {"labels": ["tumour"]}}),
         ("training", {"data": {"masks_by": "luck"}}),
+        ("training", {"data": {"pixel_mm": [0.5]}}),
+        ("training", {"data": {"pixel_mm": [0.5, 0.4]}}),
+        ("training", {"data": {"pixel_mm": [0, 0.4]}}),
+        ("training", {"data": {"pixel_mm": [0.5, math.inf]}}),
+        ("training", {"data": {"pixel_mm": "0.5"}}),
         ("training", {"data": {"axes": ["left-right", "front-back"]}}),
         ("training", {"data": {"axes": ["left-right", "front-back", "front-back"]}}),
         ("training", {"data": {"axes": {"left-right": 1, "front-back": 2, "up-down": 3}}}),

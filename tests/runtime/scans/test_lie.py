@@ -125,6 +125,16 @@ def test_a_scan_that_lies_otherwise_than_the_training_is_told_with_the_remedy(tm
     assert told(saved(tmp_path / "c.nii.gz", (2, 1, 0)), slice_axis=2) != []
 
 
+def test_strips_have_one_remedy(tmp_path: Path) -> None:
+    """By their shape they lie along another axis too, which a model that knows nothing of its training's goes by."""
+    image = nib.Nifti1Image(np.random.default_rng(0).random((40, 40, 6)).astype(np.float32), LPS)
+    nib.save(image.as_reoriented(np.array([[1, 1], [2, 1], [0, 1]], float)), tmp_path / "a.nii.gz")
+    for axes, by_header in (([ACROSS, ALONG, UP], True), (None, False)):
+        manifest = model(axes=axes)
+        found = notes(prepare(tmp_path / "a.nii.gz", manifest, None, None), manifest)
+        assert [note.startswith("by its header") for note in found if "--slice-axis 0" in note] == [by_header]
+
+
 def test_a_model_that_was_not_told_says_nothing(tmp_path: Path) -> None:
     manifest = model()
     assert manifest.lie is None

@@ -109,9 +109,9 @@ def read_data(root: Path, config: Config) -> Data:
     size = config.network.image_size
     odd = Oddities(resampled=(size, size) if config.data.framing == "resize" else None)
     train_slices = _read(train, config, C, notes, whose, odd)
-    if (lie := usual(odd.lies.values(), NEARLY_ALL)) is not None:
+    if (lie := usual(odd.lies, NEARLY_ALL)) is not None:
         summary["axes"] = [lie.first, lie.second, lie.through]
-    if (mm := span(odd.pixels.values())) is not None:
+    if (mm := span(odd.pixels)) is not None:
         summary["pixel_mm"] = [float(f"{edge:.4g}") for edge in mm]
     val_slices = _read(val, config, C, notes, whose, odd)
     notes += odd.told()

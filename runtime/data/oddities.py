@@ -38,14 +38,17 @@ class Oddities:
         """model: whose training the images are compared with; with one another, unless given. resampled: as the manifest has it."""
         self._model = model
         self._resampled = resampled if model is None else model.resampled
-        self.lies: dict[str, Lie | None] = {}
-        self.pixels: dict[str, float | None] = {}
+        self.names: list[str] = []
+        self.lies: list[Lie | None] = []
+        self.pixels: list[float | None] = []
         self._cases: dict[str, list[str]] = {}
         self._first: dict[str, str] = {}
 
     def see_grid(self, case: Case, grid: Grid) -> None:
         """Note a volume whose slices seem to lie along another axis; how slices lie in the patient, and how large their pixels are."""
-        self.lies[case.name], self.pixels[case.name] = lie_of(grid), pixel_mm(grid, self._resampled)
+        self.names.append(case.name)
+        self.lies.append(lie_of(grid))
+        self.pixels.append(pixel_mm(grid, self._resampled))
         if (axis := better_axis(grid.spatial, grid.slice_axis)) is not None:
             self._add(AXIS, case, f"{by(grid.spatial)}, whose slices seem to lie along axis {axis}")
 
@@ -80,15 +83,15 @@ class Oddities:
         ]
 
     def _tell_as_trained(self, model: Manifest) -> None:
-        for name in self.lies:
-            if text := otherwise(self.lies[name], model.lie, "those of the training"):
+        for name, lie, mm in zip(self.names, self.lies, self.pixels, strict=True):
+            if text := otherwise(lie, model.lie, "those of the training"):
                 self._tell(TURNED, name, f"its {text}")
-            if text := out_of_scale(self.pixels[name], model.pixel_mm):
+            if text := out_of_scale(mm, model.pixel_mm):
                 self._tell(SCALE, name, f"its {text}")
 
     def _tell_among_themselves(self) -> None:
-        most = usual(self.lies.values())
-        for name, lie in self.lies.items():
+        most = usual(self.lies)
+        for name, lie in zip(self.names, self.lies, strict=True):
             if text := otherwise(lie, most, "those of most"):
                 self._tell(MIXED, name, f"its {text}")
 

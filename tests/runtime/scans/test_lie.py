@@ -159,6 +159,7 @@ def data(tmp_path: Path) -> Path:
     for number in range(10):
         write_case(tmp_path / f"data/Training/case{number}", (1, 0, 2) if number == 7 else (0, 1, 2))
     write_case(tmp_path / "data/Validation/case10", (2, 1, 0))
+    write_case(tmp_path / "data/Validation/case7")  # another one of that name
     return tmp_path / "data"
 
 

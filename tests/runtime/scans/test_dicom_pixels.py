@@ -101,6 +101,33 @@ def test_a_slope_that_is_no_number_is_refused(tmp_path: Path) -> None:
         read_scan(folder)
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_a_frame_that_is_scaled_by_what_is_no_number_is_refused(own: bool, tmp_path: Path) -> None:
+    """In a group of its own, or in that of all frames."""
+    folder = write_multiframe(tmp_path / "x", VOXELS, orthogonal())
+    file = pydicom.dcmread(folder / FIRST)
+    (group,) = file.SharedFunctionalGroupsSequence
+    if own:
+        values = pydicom.Dataset()
+        values.RescaleIntercept, values.RescaleSlope, values.RescaleType = -1000, 1, "HU"
+        group = file.PerFrameFunctionalGroupsSequence[2]
+        group.PixelValueTransformationSequence = [values]
+    group.PixelValueTransformationSequence[0].RescaleSlope = 0
+    file.save_as(folder / FIRST)
+    with pytest.raises(CdiffError, match=r"IM0000 scales its values by 0\.0 and -1000\.0"):
+        read_scan(folder)
+
+
+def test_frames_of_which_some_are_scaled_are_refused(tmp_path: Path) -> None:
+    folder = write_multiframe(tmp_path / "x", VOXELS, orthogonal())
+    file = pydicom.dcmread(folder / FIRST)
+    values = file.SharedFunctionalGroupsSequence[0].pop("PixelValueTransformationSequence")
+    file.PerFrameFunctionalGroupsSequence[0].add(values)
+    file.save_as(folder / FIRST)
+    with pytest.raises(CdiffError, match="its images are scaled in part"):
+        read_scan(folder)
+
+
 @pytest.mark.parametrize("syntax", [RLELossless, JPEGLSLossless, JPEG2000Lossless])
 @pytest.mark.parametrize(
     "header", [{"Rows": ROWS + 1}, {"Rows": ROWS - 1}, {"Columns": COLUMNS + 1}, {"NumberOfFrames": 2}]

@@ -21,8 +21,8 @@ def segment_shared(
     table: SamplerTable,
     *,
     slice_ids: Sequence[int],
+    timings: Timings,
     progress: Progress | None = None,
-    timings: Timings | None = None,
     **options: Any,
 ) -> list[SliceResult]:
     """The result of every slice, in order; engine k of n takes the k-th part of the slices, all parts being as equal as can be.
@@ -31,9 +31,8 @@ def segment_shared(
     depend on who computed them but for the batch's make-up. `timings` adds the engines' up. The first error of any of them
     stops the others after the slice that they are at, and is raised.
     """
-    spent = Timings() if timings is None else timings
     if len(engines) == 1:
-        shared: dict[str, Any] = {"slice_ids": slice_ids, "progress": progress, "timings": spent}
+        shared: dict[str, Any] = {"slice_ids": slice_ids, "progress": progress, "timings": timings}
         return list(segment_windows(engines[0], windows, table, **shared, **options))
     total = len(windows.slices)
     edges = [total * k // len(engines) for k in range(len(engines) + 1)]
@@ -69,7 +68,7 @@ def segment_shared(
             stop.set()
             raise
     for _, mine in parts:
-        vars(spent).update(vars(spent + mine))
+        vars(timings).update(vars(timings + mine))
     return [result for found, _ in parts for result in found]
 
 

@@ -170,4 +170,4 @@ def _channels(case: Case) -> int:
         return 1
     if case.masks_by == HEADER and len(image) == 4:  # masks may then be of any shape
         return image[-1]
-    return image[-1] if len(image) > 2 and counted(image) != mask and counted(image[:-1]) == mask else 1
+    return image[-1] if len(image) > 2 and counted(image[:-1]) == mask else 1

@@ -171,7 +171,7 @@ def _add(entries: dict[str, Entry], row: dict[str, str], known: Columns, path: P
 
 def _shorten(entries: dict[str, Entry]) -> None:
     """Cases that go by their image's path are called by its file's name where that is enough."""
-    short = {key: stem(Path(key)) for key, entry in entries.items() if entry.name == key}
+    short = {key: stem(Path(key)) for key in entries}
     if all(short.values()) and len(set(short.values())) == len(entries):
         for key, name in short.items():
             entries[key].name = name or key

@@ -117,7 +117,7 @@ def holds_images(folder: Path) -> bool:
     Also where that cannot be told, so that reading the folder says why.
     """
     try:
-        return any(_is_image(_header(path)) for path in sorted(folder.iterdir()) if _may_be_image(path))
+        return any(_image_header(path) is not None for path in sorted(folder.iterdir()) if _may_be_image(path))
     except CdiffError:
         return True
 
@@ -215,15 +215,12 @@ def series_at(path: Path) -> list[Series]:
     """
     found: dict[str, tuple[str, str, list[Path], list[Any]]] = {}
     for file in [path] if path.is_file() else sorted(one for one in path.iterdir() if _may_be_image(one)):
-        header = _header(file)
-        if _is_image(header):
+        if (header := _image_header(file)) is not None:
             number = "" if header.get("SeriesNumber") is None else _plain(str(header.SeriesNumber))
             described = _plain(str(header.get("SeriesDescription") or ""))
             one = found.setdefault(str(header.get("SeriesInstanceUID")), (number, described, [], []))
             one[2].append(file)
             one[3].append(header)
-        elif "Rows" not in header:
-            _must_be_no_image(header, file)
     if not found:
         raise CdiffError(f"{path} holds no DICOM image; name the folder of a series")
     series = [
@@ -233,8 +230,13 @@ def series_at(path: Path) -> list[Series]:
     return sorted(series, key=lambda one: natural(one.number))
 
 
-def _is_image(header: Any) -> bool:
-    return "Rows" in header and header.get("Modality") != SEGMENTATION
+def _image_header(file: Path) -> Any:
+    """The header of a file that is an image; None for others. Raises CdiffError where the file is empty or damaged."""
+    header = _header(file)
+    if "Rows" not in header:
+        _must_be_no_image(header, file)
+        return None
+    return None if header.get("Modality") == SEGMENTATION else header
 
 
 def _may_be_image(file: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 from typing import Any, cast
 
@@ -62,9 +63,36 @@ def test_one_engine_s_error_ends_all() -> None:
     windows, table = framed(scan((6, SIZE, SIZE))), sampler_table("ddpm", SCHEDULE)
     with pytest.raises(CdiffError, match=r"x0 at timestep 7, slice [345]"):
         segment_shared(
-            [FakeEngine(), BrokenEngine(np.nan)], windows, table, slice_ids=range(6), levels=C, runs=R, seed=9
-        )
+            [FakeEngine(), BrokenEngine(np.nan)], windows, table, slice_ids=range(6), levels=C, runs=R, seed=9,
+            timings=Timings(),
+        )  # fmt: skip
     assert threading.active_count() == 1 or not [t for t in threading.enumerate() if "cdiff-gpu" in t.name]
+
+
+@pytest.mark.parametrize("broken_first", [True, False])
+def test_the_others_end_after_the_slice_that_they_are_at(broken_first: bool) -> None:
+    """Whichever fails: hours of work on the others' shares would come to nothing."""
+    failed = threading.Event()
+
+    class Broken(FakeEngine):
+        def encode(self, images: Any) -> Any:
+            failed.set()
+            raise CdiffError("broken")
+
+    class Slow(FakeEngine):
+        def encode(self, images: Any) -> Any:
+            failed.wait(10)
+            time.sleep(0.02)  # a slice takes so long: the other's error has come by the second or third
+            return super().encode(images)
+
+    slow = Slow()
+    engines = [Broken(), slow] if broken_first else [slow, Broken()]
+    windows, table = framed(scan((60, SIZE, SIZE))), sampler_table("ddim", SCHEDULE, 1)
+    with pytest.raises(CdiffError, match="broken"):
+        segment_shared(
+            engines, windows, table, slice_ids=range(60), levels=C, runs=1, seed=9, batch=C, timings=Timings()
+        )
+    assert slow.encoded < 15, "of a share of 30"
 
 
 def test_a_batch_that_does_not_fit_is_halved_and_that_is_said_once(

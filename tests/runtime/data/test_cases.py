@@ -15,7 +15,7 @@ from cdiff.runtime.data.case import must_be_in_order
 from cdiff.runtime.data.cases import Case, find_cases, read_case
 from cdiff.runtime.data.datacheck import check_data
 from cdiff.runtime.data.masks import inside, read_mask
-from cdiff.runtime.data.partition import count_channels, partition
+from cdiff.runtime.data.partition import count_annotators, count_channels, partition
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.pictures.preview import _sizes
 from cdiff.runtime.report import volumes
@@ -230,6 +230,27 @@ def test_a_case_that_would_be_left_out_is_not_all_that_validation_gets(tmp_path:
     assert partition(found, tmp_path).val[0].name == held.name, "used as it is"
     training = check_data(tmp_path).report["training"]
     assert (training["possible"], training["train"]["cases"], training["val"]["cases"]) == (True, 4, 1)
+
+
+def test_a_patient_one_of_whose_cases_would_be_used_is_enough_for_validation(tmp_path: Path) -> None:
+    for patient in range(4):
+        for scan in range(2):
+            write_qubiq(tmp_path / "Training" / f"p{patient}" / f"scan{scan}", {"": 1}, raters=2)
+    found = find_cases(tmp_path)
+    val = partition(found, tmp_path, levels=2).val
+    val[0].masks[-1].unlink()
+    found = find_cases(tmp_path)
+    assert [case.name for case in partition(found, tmp_path, levels=2).val] == [case.name for case in val]
+    # Where no case has as many, there is none to prefer, and who uses them says so.
+    assert [case.name for case in partition(found, tmp_path, levels=9).val] == [case.name for case in val]
+
+
+def test_as_many_annotators_as_half_of_the_cases_have(tmp_path: Path) -> None:
+    write_qubiq(tmp_path, {"Training": 4}, raters=3)
+    found = find_cases(tmp_path)["train"]
+    fewer = [dataclasses.replace(case, masks=case.masks[:2], raters=case.raters[:2]) for case in found]
+    assert count_annotators([*fewer[:2], *found[2:]]) == 3
+    assert count_annotators([*fewer[:3], *found[3:]]) == 2
 
 
 def test_files_of_different_grids_are_no_channels(tmp_path: Path) -> None:

@@ -13,7 +13,9 @@ from PIL import Image
 from cdiff.runtime.data.cases import find_cases, read_case
 from cdiff.runtime.data.datacheck import check_data
 from cdiff.runtime.data.oddities import Oddities
+from cdiff.runtime.data.placing import outside_share
 from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.scans.grid import Grid
 from tests.layouts import noisy
 
 SHAPE = (12, 10, 6)
@@ -199,3 +201,13 @@ def test_without_the_option_nothing_is_moved_and_it_is_named(case01: Path) -> No
         read_case(case)
     with pytest.raises(CdiffError, match="masks_by=heads is not known; use array or header"):
         find_cases(case01.parent.parent, masks_by="heads")
+
+
+@pytest.mark.parametrize(("shift", "share"), [(0.0, 0.0), (0.4, 0.0), (-0.4, 0.0), (0.6, 1 / 12), (-0.6, 1 / 12)])
+def test_a_voxel_is_outside_whose_centre_is(shift: float, share: float) -> None:
+    """Along the first axis, by so many voxels; a mask that marks nothing has nothing outside."""
+    there = AFFINE.copy()
+    there[:3, 3] += shift * AFFINE[:3, 0]
+    image, own = (Grid(SHAPE, 2, nib.Nifti1Image(np.zeros(SHAPE, np.uint8), at).header) for at in (AFFINE, there))
+    assert outside_share(np.ones(SHAPE, bool), own, image) == pytest.approx(share)
+    assert outside_share(np.zeros(SHAPE, bool), own, image) == 0

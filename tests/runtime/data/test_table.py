@@ -72,6 +72,14 @@ def test_a_table_of_one_row_a_mask(tmp_path: Path) -> None:
         ("case,image_a,image_b,mask\nk,x.png,,m.png\n", "row 2, case k: image_b is empty"),
         ("case,image,rater,mask\nk,x.png,r,m.png\nk,,r,n.png\n", "row 3 gives a second mask of rater r"),
         (
+            "case,image,rater,mask\nk,x.png,r,m.png\nk,y.png,s,n.png\n",
+            "row 3 gives another image or split to the case k",
+        ),
+        (
+            "case,image,rater,mask,split\nk,x.png,r,m.png,train\nk,,s,n.png,val\n",
+            "row 3 gives another image or split to the case k",
+        ),
+        (
             "image,mask1\nx.png,m.png,\ny.png,m.png,n.png\n",
             "row 3 has n.png in column 3, which the first line gives no name",
         ),
@@ -96,6 +104,16 @@ def test_a_column_without_a_name_is_not_used(tmp_path: Path) -> None:
     (tmp_path / "cases.csv").write_text(",image,mask1,mask2\n0,a.png,a1.png,a2.png\n1,b.png,b1.png,\n")
     found = find_cases(tmp_path)
     assert {case.name: case.raters for case in found["all"]} == {"a": ("1", "2"), "b": ("1",)}
+
+
+def test_cases_go_by_their_images_names_where_these_tell_them_apart(tmp_path: Path) -> None:
+    table = tmp_path / "t.csv"
+    for rows, names in (
+        ("a/x.nii.gz,m.png\nb/y.nii.gz,n.png\n", ["x", "y"]),
+        ("a/x.nii.gz,m.png\nb/x.nii.gz,n.png\n", ["a/x.nii.gz", "b/x.nii.gz"]),
+    ):
+        table.write_text("image,mask1\n" + rows)
+        assert [entry.name for entry in read_table(table, [])] == names
 
 
 def test_a_folders_only_table_says_why_it_is_none(tmp_path: Path) -> None:

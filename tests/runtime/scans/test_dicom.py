@@ -16,6 +16,7 @@ import pydicom
 import pytest
 
 from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.scans.dicom import _program
 from cdiff.runtime.scans.inputs import scans_at
 from cdiff.runtime.scans.scan import read_scan
 from cdiff.runtime.segmenter import Segmenter
@@ -302,6 +303,27 @@ def test_a_converter_that_never_ends_is_stopped(tmp_path: Path, monkeypatch: pyt
     folder = write_series(tmp_path / "a", scan_voxels(), orthogonal())
     with pytest.raises(CdiffError, match=r"dcm2niix did not end within 0.01 minutes"):
         read_scan(folder)
+
+
+def test_what_a_converter_made_before_it_crashed_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be a whole file of a part of the images."""
+    folder = write_series(tmp_path / "a", scan_voxels(), orthogonal())
+    (program := tmp_path / "bin" / "dcm2niix").parent.mkdir()
+    program.write_text(f'#!/bin/sh\n"{_program(folder)}" "$@"\nkill -SEGV $$\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:/bin:/usr/bin")
+    with pytest.raises(CdiffError, match=r"a, series 3 .*: dcm2niix crashed \(signal 11\); look for damaged files"):
+        read_scan(folder)
+
+
+def test_a_folder_whose_files_cannot_be_read_is_a_scan_that_says_so(tmp_path: Path) -> None:
+    """Left out of a folder's scans it would be missed by nobody."""
+    good, bad = (write_series(tmp_path / "all" / name, scan_voxels(2), orthogonal()) for name in ("good", "bad"))
+    for file in bad.iterdir():
+        file.write_bytes(file.read_bytes()[:140])
+    assert [scan.path for scan in scans_at(good.parent)] == [bad, good]
+    with pytest.raises(CdiffError, match="header ends early"):
+        read_scan(bad)
 
 
 def test_folders_of_dicom_are_scans(tmp_path: Path) -> None:

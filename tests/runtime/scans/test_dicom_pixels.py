@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import struct
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from pydicom.encaps import encapsulate
 from pydicom.uid import JPEG2000Lossless, JPEGLSLossless, RLELossless
 
 from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.scans.dicom_pixels import must_hold_pixels
 from cdiff.runtime.scans.scan import read_scan
 from tests.runtime.dicom_files import orthogonal, write_multiframe, write_series
 
@@ -101,6 +104,33 @@ def test_a_slope_that_is_no_number_is_refused(tmp_path: Path) -> None:
         read_scan(folder)
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_a_frame_that_is_scaled_by_what_is_no_number_is_refused(own: bool, tmp_path: Path) -> None:
+    """In a group of its own, or in that of all frames."""
+    folder = write_multiframe(tmp_path / "x", VOXELS, orthogonal())
+    file = pydicom.dcmread(folder / FIRST)
+    (group,) = file.SharedFunctionalGroupsSequence
+    if own:
+        values = pydicom.Dataset()
+        values.RescaleIntercept, values.RescaleSlope, values.RescaleType = -1000, 1, "HU"
+        group = file.PerFrameFunctionalGroupsSequence[2]
+        group.PixelValueTransformationSequence = [values]
+    group.PixelValueTransformationSequence[0].RescaleSlope = 0
+    file.save_as(folder / FIRST)
+    with pytest.raises(CdiffError, match=r"IM0000 scales its values by 0\.0 and -1000\.0"):
+        read_scan(folder)
+
+
+def test_frames_of_which_some_are_scaled_are_refused(tmp_path: Path) -> None:
+    folder = write_multiframe(tmp_path / "x", VOXELS, orthogonal())
+    file = pydicom.dcmread(folder / FIRST)
+    values = file.SharedFunctionalGroupsSequence[0].pop("PixelValueTransformationSequence")
+    file.PerFrameFunctionalGroupsSequence[0].add(values)
+    file.save_as(folder / FIRST)
+    with pytest.raises(CdiffError, match="its images are scaled in part"):
+        read_scan(folder)
+
+
 @pytest.mark.parametrize("syntax", [RLELossless, JPEGLSLossless, JPEG2000Lossless])
 @pytest.mark.parametrize(
     "header", [{"Rows": ROWS + 1}, {"Rows": ROWS - 1}, {"Columns": COLUMNS + 1}, {"NumberOfFrames": 2}]
@@ -115,6 +145,51 @@ def test_compressed_images_of_another_size_are_refused(syntax: Any, header: dict
 def test_whole_compressed_images_are_read(syntax: Any, tmp_path: Path) -> None:
     plain = read_scan(written(tmp_path / "plain"))
     assert (read_scan(written(tmp_path / "packed", packed(syntax))).slices == plain.slices).all()
+
+
+def rle(*segments: bytes, first: int = 64) -> bytes:
+    """A stream of segments (PS3.5, G.5), the first of which is said to begin at a byte."""
+    starts = [first]
+    for segment in segments[:-1]:
+        starts.append(max(starts[-1], 64) + len(segment))
+    return struct.pack("<16I", len(segments), *starts, *[0] * (15 - len(starts))) + b"".join(segments)
+
+
+def unpacked(count: int) -> bytes:
+    """A segment of so many bytes as they are, 120 at a time."""
+    return (b"\x77" + bytes(range(1, 121))) * (count // 120) + (
+        bytes([count % 120 - 1]) + b"\x01" * (count % 120) if count % 120 else b""
+    )
+
+
+ROW = bytes([257 - COLUMNS, 5])
+"""A byte for each pixel of a row, as a run of one value."""
+
+
+@pytest.mark.parametrize(
+    ("stream", "whole"),
+    [
+        (rle(unpacked(480), unpacked(480)), True),
+        (rle(unpacked(480), ROW * ROWS), True),
+        (rle(ROW * 3 + b"\x80" + ROW * 17, ROW * ROWS + b"\0"), True),  # a byte that stands for none; one of padding
+        (rle(ROW * 20, ROW * 19), False),
+        (rle(ROW * 19, ROW * 20), False),
+        (rle(ROW * 20, ROW * 21), False),
+        (rle(ROW * 20, ROW * 19 + b"\x17" + bytes(23)), False),  # ends a byte before its last run does
+        (rle(ROW * 20), False),
+        (rle(ROW * 20, ROW * 20, ROW * 20), False),
+        (rle(unpacked(478), ROW * 20, first=60), False),  # its first two bytes are the header's
+    ],
+)
+def test_every_segment_of_an_rle_image_is_whole(stream: bytes, whole: bool, tmp_path: Path) -> None:
+    def changed(_: int, file: Any) -> None:
+        file.PixelData, file.file_meta.TransferSyntaxUID = encapsulate([stream]), RLELossless
+        file["PixelData"].VR, file["PixelData"].is_undefined_length = "OB", True
+
+    file = written(tmp_path / "x", changed) / FIRST
+    header = pydicom.dcmread(file, stop_before_pixels=True)
+    with nullcontext() if whole else pytest.raises(CdiffError, match="does not hold 1 whole compressed image"):
+        must_hold_pixels(file, header, file.read_bytes())
 
 
 def test_pixels_that_a_writer_padded_are_read(tmp_path: Path) -> None:

@@ -7,12 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
 from pydicom.dataset import FileDataset
 
 from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.scans.dicom_planes import Plane, Planes, laid, taken_from
 from cdiff.runtime.scans.scan import Scan, read_scan
 from tests.runtime.dicom_files import moved, orthogonal, upright, write_multiframe, write_series
 
@@ -219,3 +221,37 @@ def test_a_description_is_shown_as_text(tmp_path: Path) -> None:
         shutil.copy(file, folder / f"B{file.name}")
     with pytest.raises(CdiffError, match=r"3 \(\[31mred, 2 images\)"):
         read_scan(folder)
+
+
+def test_a_volume_of_fewer_slices_than_images_is_refused_where_these_lie_nowhere() -> None:
+    with pytest.raises(CdiffError, match="dcm2niix makes 4 slices of 5 images; look for damaged files"):
+        laid(nib.Nifti1Image(different(4), np.eye(4)), Planes((), 5), "here:")
+
+
+ACROSS, DOWN = np.array([0.7, 0.0, 0.0]), np.array([0.0, 0.8, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("plane", "message"),
+    [
+        # From the second column on, as many as the volume has, and so with the rows; then one that begins before the first.
+        (Plane(np.array([0.7, 0, 0]), ACROSS, DOWN, 5, 6), "reach beyond the volume"),
+        (Plane(np.array([0, 0.8, 0]), ACROSS, DOWN, 5, 6), "reach beyond the volume"),
+        (Plane(np.array([-0.7, 0, 0]), ACROSS, DOWN, 5, 6), "reach beyond the volume"),
+        (Plane(np.array([0, 0, 4 * 2.5]), ACROSS, DOWN, 5, 6), "reach beyond the volume"),
+        (Plane(np.zeros(3), 2 * ACROSS, DOWN, 5, 3), "rows and columns are not the volume's"),
+        (Plane(np.zeros(3), ACROSS, ACROSS, 5, 6), "rows and columns are not the volume's"),
+        (Plane(np.zeros(3), ACROSS + DOWN, DOWN, 5, 6), "rows and columns are not the volume's"),
+    ],
+)
+def test_a_plane_that_is_none_of_the_volume_s_is_not_taken_from_it(plane: Plane, message: str) -> None:
+    with pytest.raises(CdiffError, match=message):
+        taken_from(different(4), np.diag([0.7, 0.8, 2.5, 1.0]), plane)
+
+
+def test_a_plane_is_taken_as_its_pixels_lie() -> None:
+    """From its last pixel to its first, columns before rows, and less than the whole."""
+    voxels = different(4)
+    plane = Plane(np.array([5 * 0.7, 4 * 0.8, 2 * 2.5]), -DOWN, -ACROSS, 6, 4)
+    taken = taken_from(voxels, np.diag([0.7, 0.8, 2.5, 1.0]), plane)
+    np.testing.assert_array_equal(taken, voxels[::-1, 4:0:-1, 2])

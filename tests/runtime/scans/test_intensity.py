@@ -52,6 +52,22 @@ def test_a_constant_slice_becomes_zeros_and_the_others_do_not(method: str) -> No
     np.testing.assert_array_equal(np.delete(found.reshape(6, -1), 2, 0), np.delete(plain.reshape(6, -1), 2, 0))
 
 
+@pytest.mark.parametrize("scope", ["slice", "volume"])
+@pytest.mark.parametrize("method", ["percentile", "standard"])
+def test_a_part_of_one_value_makes_all_of_it_zeros(method: str, scope: str) -> None:
+    """What lies around the part has no scale then; 0.1 has no exact sum in float32, whose deviation would not be 0."""
+    part = np.full((3, 2, 64, 63), 0.1, np.float32)
+    assert not Intensity(scope, method=method).apply(IMAGE, over=part).any()
+    assert not Intensity(scope, method=method).apply(part).any()
+
+
+@pytest.mark.parametrize("method", ["percentile", "standard"])
+def test_the_unit_of_the_values_does_not_count(method: str) -> None:
+    """An image of values from 0 to 1, as many NIfTI files hold, is no constant one."""
+    found, small = (Intensity(method=method).apply(one) for one in (IMAGE, IMAGE / 1024))
+    np.testing.assert_allclose(small, found, rtol=1e-5, atol=1e-5)
+
+
 def test_given_numbers_do_not_depend_on_the_image() -> None:
     intensity = Intensity(method="standard", mean=(60.0, 50.0), std=(10.0, 20.0))
     wanted = (IMAGE - np.array([60, 50])[:, None, None]) / np.array([10, 20])[:, None, None]
@@ -91,6 +107,7 @@ def test_the_record_of_percentiles_is_what_older_bundles_hold() -> None:
         ({"mean": (1.0,), "std": (1.0,)}, "need the method 'standard'"),
         ({"scope": "patient"}, "'slice' or 'volume'"),
         ({"lower": 90, "upper": 10}, "0 <= lower < upper"),
+        ({"lower": 50, "upper": 50}, "0 <= lower < upper"),
     ],
 )
 def test_impossible_intensities_are_refused(values: dict[str, object], says: str) -> None:

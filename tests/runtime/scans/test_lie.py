@@ -53,6 +53,14 @@ def test_the_directions_are_those_that_nibabel_reads(order: tuple[int, ...], fli
         assert lie == Lie(*codes[:cut], *codes[cut + 1 :], codes[cut])
 
 
+def without_codes() -> Grid:
+    """A header whose numbers say it, and whose codes say that these mean nothing."""
+    image = nib.Nifti1Image(np.zeros((5, 6, 7), np.uint8), LPS)
+    image.set_sform(LPS, code=0)
+    image.set_qform(LPS, code=0)
+    return Grid((5, 6, 7), 2, image.header)
+
+
 @pytest.mark.parametrize(
     "nothing",
     [
@@ -61,6 +69,7 @@ def test_the_directions_are_those_that_nibabel_reads(order: tuple[int, ...], fli
         grid(turned(0.75)),  # nearly between two directions
         grid(LPS, (5, 6), None),
         Grid((5, 6, 7), 2),
+        without_codes(),
     ],
 )
 def test_a_header_that_does_not_say_it_says_nothing(nothing: Grid) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import inspect
 from pathlib import Path
 
+import pytest
 import typer
 from typer.testing import CliRunner
 
 from cdiff.cli import options
+from cdiff.runtime.errors import CdiffError
 
 seen: list[object] = []
 
@@ -43,3 +45,28 @@ def test_what_was_given_reaches_the_command() -> None:
         **{"combine": "vote", "mirror": False, "zooms": (1, 1.25), "seed": 3},
     }
     assert type(arguments["sampler"]) is type(arguments["combine"]) is str  # a report writes them as they are
+
+
+def test_what_was_not_given_is_the_commands_default() -> None:
+    app = typer.Typer()
+    app.command()(command)
+    assert CliRunner().invoke(app, ["s.nii"]).exit_code == 0
+    assert seen == [Path("s.nii"), options.Model(), options.Chain(), False]
+    assert options.Chain().arguments() == {
+        **dict.fromkeys(("runs", "steps", "sampler", "mirror", "zooms")),
+        **{"fast": False, "combine": "mean", "seed": 0},
+    }
+
+
+def test_labels_are_whole_numbers_from_one_on() -> None:
+    assert options.parse_labels(None) == ()
+    assert options.parse_labels("4, 1,") == (4, 1)
+    for wrong in (",", "0", "1,0", "-1", "1.5", "1;4", "x"):
+        with pytest.raises(CdiffError, match=r"--labels .* is not a list of whole numbers from 1 on, such as 1,4"):
+            options.parse_labels(wrong)
+
+
+@pytest.mark.parametrize("wrong", ["", "1,", "1;2", "x"])
+def test_zooms_that_are_no_numbers_are_refused(wrong: str) -> None:
+    with pytest.raises(CdiffError, match=r"zooms .* cannot be read; give numbers with commas between"):
+        options.parse_zooms(wrong)

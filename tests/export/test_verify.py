@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cdiff.export.reference import TorchEngine
-from cdiff.export.verify import BOUNDS, _calls
+from cdiff.export.verify import BOUNDS, Chain, _calls, _maps
 from cdiff.runtime.sampling.schedule import NoiseSchedule
 from tests.export.networks import BASE, random_network
 
@@ -57,3 +57,23 @@ def test_a_graph_that_is_deaf_to_one_of_its_inputs_is_found(place: int) -> None:
             return super().denoise(*heard)
 
     assert errors(Deaf(NETWORK, SCHEDULE))["denoiser"] > BOUNDS["float32"]["denoiser"]
+
+
+def test_maps_are_compared_pixel_by_pixel() -> None:
+    """Too much on one half and as much too little on the other is no error on average."""
+    network = copy.deepcopy(NETWORK)
+    # x0 is nearly the same whatever x is, so that errors do not grow along the chain.
+    network.denoiser.last.weight *= 1e-3
+    network.denoiser.last.bias.fill_(0)
+
+    class Uneven(TorchEngine):
+        def denoise(self, *given: Any) -> Any:
+            x0, mix = super().denoise(*given)
+            x0[..., :8] += 0.02
+            x0[..., 8:] -= 0.02
+            return x0, mix
+
+    engine, reference = Uneven(network, SCHEDULE), TorchEngine(network, SCHEDULE)
+    found = _maps(engine, reference, IMAGES, Chain(2, CONFIG.levels, 1, 3), SCHEDULE, outside=-1)
+    assert found["maps"] == pytest.approx(0.01, rel=0.05)
+    assert found["maps_largest"] == pytest.approx(0.01, rel=0.2)

@@ -140,6 +140,20 @@ def test_maps_of_a_long_scan_are_made_slice_by_slice(name: str) -> None:
     np.testing.assert_array_equal(stack.uncertainty[:, 0], entropy(stack.soft))
 
 
+def test_a_half_of_the_annotators_is_inside_wherever_it_is_said(tmp_path: Path) -> None:
+    """Of two, one draws the first pixel, both the second: the mask's file, the result's own and the volume's count hold both."""
+    read = read_scan(np.zeros((2, 2, 1), np.float32))
+    maps = np.zeros((1, 2, 2, 2), np.float32)
+    maps[0, :, 0, 1] = maps[0, 0, 0, 0] = 1
+    stack = Stack(maps, np.zeros((1, 2, 2), np.float32))
+    result = Result(read.grid, read.slices, range(1), stack, "scan")
+    result.save(tmp_path)
+    written = np.asarray(nib.load(tmp_path / "scan_mask.nii.gz").dataobj)  # type: ignore[attr-defined]
+    for mask in (written, result.mask):
+        assert mask[..., 0].tolist() == [[1, 1], [0, 0]]
+    assert volumes(stack, read.grid)["mask"]["voxels"] == 2
+
+
 def test_volumes_counted_by_hand(tmp_path: Path) -> None:
     levels = np.zeros((2, 2, 3, 4), np.float32)
     levels[0, 0, :2] = 0.5  # 8 voxels at level 1

@@ -13,6 +13,7 @@ from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.scans.intensity import Intensity
 from cdiff.train.checkpoint import load_run
 from cdiff.train.imported.importer import import_checkpoint
+from cdiff.train.imported.normalisation import intensity_of
 from cdiff.train.imported.options import Options
 from cdiff.train.imported.weights import check_fit, shown
 from tests.train.published import recorded
@@ -146,3 +147,11 @@ def test_tensors_that_are_no_plain_finite_numbers_are_one_line(how: str, tmp_pat
 def test_options_beyond_reason_are_one_line(option: str) -> None:
     with pytest.raises(CdiffError, match=f"the published option {option.partition('=')[0]}="):
         Options.read("consensus", recorded("consensus").args, [option])
+
+
+@pytest.mark.parametrize(("mean", "std"), [((1.0,), ()), ((), (2.0,)), ((1.0, 2.0), (2.0,))])
+@pytest.mark.parametrize("source", ["consensus", "implicit-ensemble"])
+def test_a_mean_without_its_deviation_is_refused(source: str, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    """Each alone would be left out without a word."""
+    with pytest.raises(CdiffError, match="mean and std must be as many numbers"):
+        intensity_of(source, mean, std, None)

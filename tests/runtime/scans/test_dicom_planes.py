@@ -79,6 +79,26 @@ def test_frames_are_images(order: tuple[int, ...] | None, tmp_path: Path) -> Non
     assert furthest(scan, voxels, orthogonal()) < 1e-3
 
 
+def test_frames_without_indices_go_by_their_number_in_the_stack(tmp_path: Path) -> None:
+    voxels = different(5)
+    bare = write_multiframe(
+        tmp_path / "a", voxels, orthogonal(), change=lambda _, content: content.pop("DimensionIndexValues")
+    )
+    assert furthest(read_scan(bare), voxels, orthogonal()) < 1e-3
+
+
+def test_directions_that_a_header_rounds_are_directions(tmp_path: Path) -> None:
+    """To three digits: neither quite 1 long nor quite at right angles."""
+
+    def rounded(_: int, file: FileDataset) -> None:
+        file.ImageOrientationPatient = [round(float(value), 3) for value in file.ImageOrientationPatient]
+
+    voxels = different(5)
+    scan = read_scan(write_series(tmp_path / "a", voxels, orthogonal(), change=rounded))
+    assert scan.grid.has_orientation
+    assert furthest(scan, voxels, orthogonal()) < 0.02
+
+
 def test_frames_that_are_numbered_as_they_do_not_lie(tmp_path: Path) -> None:
     """dcm2niix goes by the numbers: a slice would lie where another is."""
 

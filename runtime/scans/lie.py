@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import nibabel as nib
 import numpy as np
 
-from cdiff.runtime.scans.grid import Grid
+if TYPE_CHECKING:  # bundles are opened where no library for scans is
+    from cdiff.runtime.scans.grid import Grid
 
 ACROSS, ALONG, UP = "left-right", "front-back", "up-down"
 DIRECTIONS = (ACROSS, ALONG, UP)
@@ -46,7 +47,8 @@ def directions(grid: Grid) -> tuple[str, ...] | None:
         return None
     if np.abs(edges).max(axis=0).min() < CLEAR:
         return None
-    return tuple(DIRECTIONS[int(axis)] for axis, _ in nib.io_orientation(affine))
+    found = tuple(DIRECTIONS[int(axis)] for axis in np.abs(edges).argmax(axis=0))
+    return found if len(set(found)) == len(found) else None
 
 
 def lie_of(grid: Grid) -> Lie | None:

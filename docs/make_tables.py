@@ -191,6 +191,7 @@ WHOLE = {"25 runs x 100 steps": "paired_middle_all"}
 ZOOMS = {  # columns: where two sizes were compared with one
     "Validation, four marked": "paired_zooms_validation",
     "Validation, four marked, `vote`": "paired_zooms_validation_vote",
+    "Validation, any marked": "paired_zooms_validation_marked",
     "Testing, four marked": "paired_zooms_testing",
     "Testing, four marked, `vote`": "paired_zooms_testing_vote",
     "Testing, any marked": "paired_zooms_marked",

@@ -40,7 +40,7 @@ def check(
     task: options.TaskOption = None,
     layout: options.LayoutOption = "auto",
     labels: options.LabelsOption = None,
-    masks_by: options.MasksByOption = "array",
+    masks_by: options.MasksByOption = None,
     slice_axis: Annotated[
         int, options.option("--slice-axis 0|1|2", "Axis that volumes are cut along.", min=0, max=2)
     ] = 2,
@@ -79,7 +79,7 @@ def check(
             task,
             layout=layout,
             labels=options.parse_labels(labels),
-            masks_by=masks_by,
+            masks_by=masks_by or "array",
             slice_axis=slice_axis,
             progress=meter,
         )

@@ -79,10 +79,11 @@ LabelsOption = Annotated[
 
 MasksBy = Literal["array", "header"]
 MasksByOption = Annotated[
-    MasksBy,
+    MasksBy | None,
     data_option(
         "--masks-by array|header",
         "How masks are laid on their image: voxel by voxel, or each where its header puts it (turned, cropped, of other voxels).",
+        default="array",
     ),
 ]
 

@@ -25,7 +25,7 @@ def train(
     task: options.TaskOption = None,
     layout: options.LayoutOption = "auto",
     labels: options.LabelsOption = None,
-    masks_by: options.MasksByOption = "array",
+    masks_by: options.MasksByOption = None,
     preset: Annotated[
         str | None,
         options.option(
@@ -128,13 +128,13 @@ def train(
     written(result.out)
 
 
-def _data_settings(task: str | None, layout: str, labels: str | None, masks_by: str) -> list[str]:
+def _data_settings(task: str | None, layout: str, labels: str | None, masks_by: str | None) -> list[str]:
     """The options that other commands share, as the settings that the run keeps."""
     settings = [f"task={task}"] if task else []
     if layout != "auto":
         settings.append(f"layout={layout}")
     if inside := options.parse_labels(labels):
         settings.append(f"labels={list(inside)}")
-    if masks_by != "array":
+    if masks_by:
         settings.append(f"masks_by={masks_by}")
     return settings

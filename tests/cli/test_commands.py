@@ -194,8 +194,10 @@ def test_dry_run_writes_nothing(tiny_data: Path, tmp_path: Path) -> None:
 def test_resume_needs_no_settings_again(tiny_data: Path, tmp_path: Path) -> None:
     train = ("train", "--data", tiny_data, "--out", tmp_path / "run")
     run(*train, "--preset", "tiny", "--set", "batch=2", "--max-steps", 2, "-q")
-    result = run(*train, "--resume", "--max-steps", 3)
+    result = run(*train, "--resume", "--masks-by", "array", "--max-steps", 3)
     assert "step 3" in result.stderr
+    result = run(*train, "--resume", "--masks-by", "header", code=2)
+    assert "other settings (masks_by: array there, header now)" in result.stderr
 
 
 def test_a_place_in_a_large_scan(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from cdiff.runtime.scans.scan import Scan
 from cdiff.runtime.scoring.evaluate import Protocol, evaluate
 from cdiff.runtime.scoring.scores import true_levels
 from cdiff.runtime.segmenter import Segmenter
+from tests.runtime.test_manifest import example
 
 
 @dataclass
@@ -35,9 +36,7 @@ class KnownMaps:
         (self.bundle_folder / "manifest.json").write_text(f"{self.levels} {self.shift}")
         self.manifest_sha256 = sha256(self.bundle_folder / "manifest.json")
         self.engine = SimpleNamespace(name="known", device="cpu")
-        self.manifest = SimpleNamespace(
-            name="known", variant="consensus", levels=self.levels, slice_axis=2, image_channels=1
-        )
+        self.manifest = example(name="known", levels=self.levels)
 
     def segment(self, scan: Scan, *, slices: slice, keep_runs: bool, progress: Any, **chain: Any) -> Any:
         if self.stop_after is not None and len(self.asked) >= self.stop_after:

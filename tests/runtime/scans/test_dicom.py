@@ -296,7 +296,7 @@ def test_without_its_readers_it_is_said_what_to_install(
 def test_a_converter_that_never_ends_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = tmp_path / "bin/dcm2niix"
     program.parent.mkdir()
-    program.write_text(f"#!{sys.executable}\nimport time\ntime.sleep(300)\n")
+    program.write_text("#!/bin/sh\nwhile :; do :; done\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(program.parent))
     monkeypatch.setattr("cdiff.runtime.scans.dicom.LONGEST", 0.6)

@@ -33,8 +33,12 @@ def table(path: Path) -> list[dict[str, str]]:
 
 
 def with_schedule(segmenter: KnownMaps) -> Any:
-    segmenter.manifest.noise_schedule = NoiseSchedule(T=25)
-    segmenter.manifest.fast = {"sampler": "ddim", "steps": 2, "runs": 2}
+    segmenter.manifest = replace(
+        segmenter.manifest,
+        T=25,
+        schedule=NoiseSchedule(T=25).to_json(),
+        fast={"sampler": "ddim", "steps": 2, "runs": 2},
+    )
     segmenter.sampling = partial(Segmenter.sampling, segmenter)  # type: ignore[attr-defined]
     return segmenter
 

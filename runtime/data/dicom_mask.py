@@ -17,7 +17,9 @@ from cdiff.runtime.words import one_line
 
 SEGMENTATIONS = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
 """Segmentation Storage and Label Map Segmentation Storage (PS3.4, B.5)."""
+FRACTIONAL = "FRACTIONAL"
 CONTOURS = "RTSTRUCT"
+ALONE = "; save each segment as a file of its own"
 TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 """DICOM's axes point to the patient's left and back, NIfTI's to the right and front."""
 
@@ -25,10 +27,10 @@ TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 def read_dicom_mask(path: Path) -> tuple[NDArray[Any], nib.Nifti1Header]:
     """A segmentation's values [slices, rows, columns], and a header that says where these lie.
 
-    The values are the segments' numbers, 0 outside all of them; a lone segment's are 0 and 1, or its fractions. Frames that the file leaves
-    out, as it may those without a pixel, are 0.
-    Raises CdiffError where highdicom is missing, and for a file that cannot be read, is no segmentation or no even volume, or whose
-    segments overlap.
+    The values are the segments' numbers, 0 outside all of them, or one segment's fractions. Frames that the file leaves out, as it may
+    those without a pixel, are 0.
+    Raises CdiffError where highdicom is missing, and for a file that cannot be read, is no segmentation or no even volume, whose
+    segments overlap, or that holds the fractions of several.
     """
     highdicom, pydicom = (optional(name, name, path, "a DICOM segmentation") for name in ("highdicom", "pydicom"))
     any_bytes(path)
@@ -40,8 +42,8 @@ def read_dicom_mask(path: Path) -> tuple[NDArray[Any], nib.Nifti1Header]:
                 _refuse(path, str(data.get("Modality", "")))
             _say_spacing(data)
             found = highdicom.seg.Segmentation.from_dataset(data, copy=False)
-            alone = found.number_of_segments == 1
-            volume = found.get_volume(combine_segments=not alone)
+            fractions = found.segmentation_type.value == FRACTIONAL
+            volume = found.get_volume(combine_segments=not fractions)
     except (
         pydicom.errors.InvalidDicomError,
         AttributeError,
@@ -52,10 +54,12 @@ def read_dicom_mask(path: Path) -> tuple[NDArray[Any], nib.Nifti1Header]:
         EOFError,
     ) as error:
         why = one_line(error)[:200]
-        hint = "; save each segment as a file of its own" if "overlap" in why.lower() else ""
+        hint = ALONE if "overlap" in why.lower() else ""
         raise CdiffError(f"{path} cannot be read as a DICOM segmentation ({why}){hint}") from None
     values = np.asarray(volume.array)
-    if alone:
+    if fractions:
+        if values.shape[-1] > 1:
+            raise CdiffError(f"{path} holds the fractions of {values.shape[-1]} segments{ALONE}")
         values = values[..., 0]
     image = nib.Nifti1Image(np.zeros(values.shape, np.uint8), TO_RAS @ volume.affine)
     image.header.set_xyzt_units("mm")

@@ -39,7 +39,9 @@ def series(folder: Path, marked: NDArray[np.uint8], lps: Any, **more: Any) -> Pa
     return write_series(folder, np.where(marked, BRIGHT, -BRIGHT).astype(np.int16), lps, **more)
 
 
-def write_seg(path: Path, images: Path, pixels: NDArray[Any], *, kind: str = "BINARY", segments: int = 1) -> Path:
+def write_seg(
+    path: Path, images: Path, pixels: NDArray[Any], *, kind: str = "BINARY", numbers: Sequence[int] = (1,)
+) -> Path:
     """A segmentation by highdicom of `pixels` [columns, rows, slices] (segments on a last axis, where they overlap)."""
     sources = sorted((pydicom.dcmread(file) for file in images.iterdir()), key=lambda file: int(file.InstanceNumber))
     for source in sources:
@@ -51,8 +53,7 @@ def write_seg(path: Path, images: Path, pixels: NDArray[Any], *, kind: str = "BI
         pixel_array=np.moveaxis(pixels, 2, 0).swapaxes(1, 2),
         segmentation_type=kind,
         segment_descriptions=[
-            hd.seg.SegmentDescription(number, f"segment {number}", code, code, "MANUAL")
-            for number in range(1, segments + 1)
+            hd.seg.SegmentDescription(number, f"segment {number}", code, code, "MANUAL") for number in numbers
         ],
         series_instance_uid=hd.UID(),
         series_number=9,
@@ -135,9 +136,19 @@ def test_slices_that_are_thicker_than_they_are_apart_are_refused_where_the_file_
 def test_labels_are_the_segments_numbers(tmp_path: Path) -> None:
     images = series(tmp_path / "images", drawn(), orthogonal())
     both = np.where(drawn(), 2, drawn(seed=1))
-    mask = write_seg(tmp_path / "seg.dcm", images, both.astype(np.uint8), segments=2)
+    mask = write_seg(tmp_path / "seg.dcm", images, both.astype(np.uint8), numbers=(1, 2))
     np.testing.assert_array_equal(on(images, mask, (2,)), read_scan(images).slices[:, 0] > 0)
     assert on(images, mask, (1,)).sum() == (both == 1).sum() > 0
+
+
+@pytest.mark.parametrize("numbers", [(3, 5), (5,), (1, 2)])
+def test_a_label_map_holds_its_segments_numbers(numbers: tuple[int, ...], tmp_path: Path) -> None:
+    """highdicom 0.28 counts one segment too few in its own, which have an entry for the background."""
+    images = series(tmp_path / "images", drawn(), orthogonal())
+    both = np.where(drawn(), numbers[-1], drawn(seed=1) * (numbers[0] if len(numbers) > 1 else 0))
+    mask = write_seg(tmp_path / "seg.dcm", images, both.astype(np.uint8), kind="LABELMAP", numbers=numbers)
+    np.testing.assert_array_equal(on(images, mask, numbers[-1:]), read_scan(images).slices[:, 0] > 0)
+    assert on(images, mask, numbers[:1]).sum() == (both == numbers[0]).sum()
 
 
 def test_a_fraction_of_one_half_and_less_is_outside(tmp_path: Path) -> None:
@@ -154,10 +165,14 @@ def test_an_empty_segmentation_is_an_opinion(tmp_path: Path) -> None:
 
 def test_what_is_no_mask_is_refused(tmp_path: Path) -> None:
     images = series(tmp_path / "images", drawn(), orthogonal())
-    mask = write_seg(tmp_path / "seg.dcm", images, np.stack([drawn(), drawn()], axis=-1), segments=2)
+    mask = write_seg(tmp_path / "seg.dcm", images, np.stack([drawn(), drawn()], axis=-1), numbers=(1, 2))
     with pytest.raises(
         CdiffError, match=r"seg.dcm cannot be read as a DICOM segmentation .*; save each segment as a file"
     ):
+        read_mask(mask)
+    fractions = np.stack([drawn() * 0.6, (1 - drawn()) * 0.4], axis=-1)
+    write_seg(mask, images, fractions, kind="FRACTIONAL", numbers=(1, 2))
+    with pytest.raises(CdiffError, match=r"seg.dcm holds the fractions of 2 segments; save each segment as a file"):
         read_mask(mask)
     with pytest.raises(CdiffError, match=r"is DICOM \(CT\) and no segmentation"):
         read_mask(next(images.iterdir()))

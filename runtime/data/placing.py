@@ -24,7 +24,7 @@ def place(marked: NDArray[np.bool_], own: Grid, image: Grid) -> NDArray[np.bool_
     that is marked lies outside the image.
     """
     if _are_one(own, image):
-        return marked
+        return marked.reshape(image.spatial)
     to_mask, to_image = _between(image, own), _between(own, image)
     laid = np.zeros((*image.spatial, 1)[:3], bool)
     if marked.any():
@@ -92,10 +92,13 @@ def _solid(marked: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 
 def _are_one(own: Grid, image: Grid) -> bool:
-    """Whether two grids have one shape and nothing in their headers puts them apart."""
-    if own.spatial != image.spatial or own.header is None or image.header is None:
+    """Whether two grids have one shape and nothing in their headers puts them apart. A third axis of length one is as none."""
+    shape, there = ((*grid.spatial, 1)[:3] for grid in (own, image))
+    if shape != there or own.header is None or image.header is None:
         return False
-    return np.allclose(own.affine, image.affine, rtol=0, atol=SLACK * min(image.spacing or (1.0,)))
+    columns = [0, 1, 2, 3] if shape[2] > 1 else [0, 1, 3]
+    slack = SLACK * min(image.spacing or (1.0,))
+    return np.allclose(own.affine[:, columns], image.affine[:, columns], rtol=0, atol=slack)
 
 
 def _between(start: Grid, end: Grid) -> NDArray[np.float64]:

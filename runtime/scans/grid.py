@@ -117,7 +117,7 @@ class Grid:
         mine, theirs = self.spacing, other.spacing
         if self.header is None or other.header is None or mine is None or theirs is None:
             return None
-        here, there = self.header.get_best_affine(), other.header.get_best_affine()
+        here, there = self.affine, other.affine
         meant = ones_count and self.is_placeholder and other.is_placeholder and here[:3, 3].any() and there[:3, 3].any()
         if (self.is_placeholder or other.is_placeholder) and not meant:
             return None

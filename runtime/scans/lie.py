@@ -17,6 +17,8 @@ DIRECTIONS = (ACROSS, ALONG, UP)
 PLANES = {UP: "axial", ALONG: "coronal", ACROSS: "sagittal"}
 CLEAR = 0.8
 """From this cosine on an axis runs along a direction; a slice that leans more lies between two."""
+UNTURNED = ((1, 1, 1), (-1, -1, 1))
+"""NIfTI's axes and ITK's, in NIfTI's space."""
 NEARLY_ALL = 0.9
 """Share of a training's volumes that have to lie alike for a model to have learned from such slices."""
 
@@ -37,13 +39,14 @@ class Lie:
 def directions(grid: Grid) -> tuple[str, ...] | None:
     """The direction that each array axis of a volume runs along; None where its header does not say, or it lies between two.
 
-    Nor does one say it whose first voxel is at the origin and whose axes are not turned: so a program writes it that knows spacing alone.
+    Nor does one say it whose first voxel is at the origin and whose axes are not turned, in NIfTI's space or in ITK's, whose first two
+    point the other way: so a program writes it that knows spacing alone.
     """
     if grid.header is None or len(grid.spatial) < 3 or not grid.has_orientation:
         return None
     affine = grid.affine
     edges = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
-    if not affine[:3, 3].any() and np.array_equal(edges, np.eye(3)):
+    if not affine[:3, 3].any() and any(np.array_equal(edges, np.diag(own)) for own in UNTURNED):
         return None
     if np.abs(edges).max(axis=0).min() < CLEAR:
         return None

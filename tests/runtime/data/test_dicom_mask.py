@@ -53,8 +53,7 @@ def write_seg(
         pixel_array=np.moveaxis(pixels, 2, 0).swapaxes(1, 2),
         segmentation_type=kind,
         segment_descriptions=[
-            hd.seg.SegmentDescription(number, f"segment {number}", code, code, "MANUAL")
-            for number in numbers
+            hd.seg.SegmentDescription(number, f"segment {number}", code, code, "MANUAL") for number in numbers
         ],
         series_instance_uid=hd.UID(),
         series_number=9,

@@ -189,6 +189,14 @@ def test_files_that_lost_their_headers_are_read_as_they_are(case01: Path) -> Non
     np.testing.assert_array_equal(read(case01), [drawn()])
 
 
+@pytest.mark.parametrize("axes", [2, 3])
+def test_a_slice_without_a_place_is_read_as_it_is_with_a_third_axis_or_without(tmp_path: Path, axes: int) -> None:
+    folder, flat = tmp_path / "Training/case01", drawn()[..., 0]
+    write(folder / "image.nii.gz", noisy(flat) if axes == 3 else noisy(flat)[..., None], np.eye(4))
+    write(folder / "task01_seg01.nii.gz", flat[..., None] if axes == 3 else flat, np.eye(4))
+    np.testing.assert_array_equal(read(folder)[0, ..., 0], flat)
+
+
 def test_without_the_option_nothing_is_moved_and_it_is_named(case01: Path) -> None:
     turned = AFFINE @ nib.affines.from_matvec(np.diag([-1, 1, 1]), [11, 0, 0])
     write(case01 / "task01_seg01.nii.gz", drawn()[::-1], turned)

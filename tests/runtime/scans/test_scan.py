@@ -194,6 +194,10 @@ def test_in_what_two_grids_differ() -> None:
     assert one.differs_from(grid(0.5, 1.5, 2, shape=(4, 5, 7))) == "have different shapes (4 x 5 x 6 and 4 x 5 x 7)"
     assert one.differs_from(grid(0.5, 1.5, 2.1)) == "have different spacings (0.5 x 1.5 x 2 and 0.5 x 1.5 x 2.1 mm)"
     assert str(one.differs_from(grid(0.5, 1.5, 2, at=0.01))).startswith("have different affines")
+    microns = grid(500, 1500, 2000, at=-40000)
+    assert microns.header is not None
+    microns.header.set_xyzt_units("micron")
+    assert microns.differs_from(grid(0.5, 1.5, 2, at=-40)) is None
     # Ones that are meant: both scans lie somewhere.
     here, there = grid(1, 1, 1, at=-40), grid(1, 1, 1, at=-50)
     assert str(here.differs_from(there, ones_count=True)).startswith("have different affines")

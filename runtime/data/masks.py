@@ -120,11 +120,21 @@ def _must_be_of(own: Grid, grid: Grid, path: Path, image: Path) -> None:
     """
     if grid.header is None:
         return
-    here, there = (sorted(np.linalg.norm(each.affine[:3, :3], axis=0)) for each in (own, grid))
+    # Of a single slice it is nobody's.
+    alone = 1 in own.spatial and 1 in (*grid.spatial, 1)[:3]
+    here, there = (_edges(each, but_of_one=alone) for each in (own, grid))
     if not np.allclose(here, there, rtol=0.01):
         raise CdiffError(
             f"{path} has voxels of {_mm(here)} mm and its image {image} of {_mm(there)} mm; convert it to NIfTI, and lay that by its header"
         )
+
+
+def _edges(grid: Grid, *, but_of_one: bool) -> list[float]:
+    """A voxel's edges in mm, the shortest first; but_of_one: without those along axes of length one."""
+    lengths = np.linalg.norm(grid.affine[:3, :3], axis=0)
+    return sorted(
+        float(edge) for edge, n in zip(lengths, (*grid.spatial, 1)[:3], strict=True) if n > 1 or not but_of_one
+    )
 
 
 def _mm(lengths: list[float]) -> str:

@@ -133,6 +133,13 @@ def test_slices_that_are_thicker_than_they_are_apart_are_refused_where_the_file_
         on(images, mask)
 
 
+def test_the_thickness_of_a_lone_slice_is_not_asked(tmp_path: Path) -> None:
+    """highdicom says 1 mm where a series has one slice and no distance."""
+    images = series(tmp_path / "images", drawn()[..., :1], orthogonal())
+    mask = write_seg(tmp_path / "seg.dcm", images, drawn()[..., :1])
+    np.testing.assert_array_equal(on(images, mask), read_scan(images).slices[:, 0] > 0)
+
+
 def test_labels_are_the_segments_numbers(tmp_path: Path) -> None:
     images = series(tmp_path / "images", drawn(), orthogonal())
     both = np.where(drawn(), 2, drawn(seed=1))

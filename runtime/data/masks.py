@@ -102,7 +102,8 @@ def mask_slices(mask: Mask, grid: Grid, case: Case, path: Path) -> NDArray[np.bo
         return grid.cut(laid[..., None])[:, 0]
     shape, wanted = marked.shape, grid.spatial
     if counted(shape) != counted(wanted):
-        hint = ", or be laid by their headers (--masks-by header)" if mask.header is not None else ""
+        placed = mask.header is not None and grid.has_orientation and own_grid(mask, path).has_orientation
+        hint = ", or be laid by their headers (--masks-by header)" if placed else ""
         if len(wanted) == 3 and counted(shape) == counted(wanted[:2]):
             hint = f"; if the image's last axis holds channels, say so (image_channels={wanted[2]})"
         elif len(wanted) == 3 and counted(shape) == wanted[1:]:

@@ -44,6 +44,7 @@ def test_sizes_beyond_the_trainings_by_half_are_told() -> None:
     for size in (0.5 / 1.49, 0.7, 0.9 * 1.49, None):
         assert out_of_scale(size, (0.5, 0.9)) is None
     assert out_of_scale(2.0, None) is None
+    assert str(out_of_scale(900.0, (0.5, 0.9))).endswith("look 1000 times smaller to it")  # metres without their unit
     text = "pixels are 2 mm wide, and those that the model learned from 0.5 to 0.9 mm: structures look 2.2 times smaller to it"
     assert out_of_scale(2.0, (0.5, 0.9)) == text
     text = "pixels are 0.2 mm wide, and those that the model learned from 0.6 mm: structures look 3 times larger to it"

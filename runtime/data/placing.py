@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.ndimage import affine_transform
 
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.scans.grid import Grid
@@ -28,6 +27,8 @@ def place(marked: NDArray[np.bool_], own: Grid, image: Grid) -> NDArray[np.bool_
     to_mask, to_image = _between(image, own), _between(own, image)
     laid = np.zeros((*image.spatial, 1)[:3], bool)
     if marked.any():
+        from scipy.ndimage import affine_transform  # half a second, which segmenting a scan need not wait for
+
         # Of a large image what is marked is a small part, and nothing else can be inside.
         low, high = _bounds(marked)
         reached = _corners(low - 0.5, high + 0.5) @ to_image[:3, :3].T + to_image[:3, 3]

@@ -121,9 +121,9 @@ def notes(prepared: Prepared, manifest: Manifest) -> list[str]:
             f"axis {axis} are meant: --slice-axis {axis} (in Python slice_axis={axis})"
         )
     size = read.slices.shape[-2:]
-    if manifest.framing == "resize" and size != manifest.image_size:
+    if manifest.resampled and size != manifest.resampled:
         found.append(
-            f"slices of {by(size)} were resampled to the model's {by(manifest.image_size)}, and the maps back to them"
+            f"slices of {by(size)} were resampled to the model's {by(manifest.resampled)}, and the maps back to them"
         )
     if manifest.image_channels == 1 and len(read.slices) in FEW and read.grid.slice_axis == 2 and not read.dicom:
         found.append(

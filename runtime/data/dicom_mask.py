@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from pathlib import Path
 from typing import Any
@@ -33,11 +34,11 @@ def read_dicom_mask(path: Path) -> tuple[NDArray[Any], nib.Nifti1Header]:
     segments overlap, or that holds the fractions of several.
     """
     highdicom, pydicom = (optional(name, name, path, "a DICOM segmentation") for name in ("highdicom", "pydicom"))
-    any_bytes(path)
+    file = io.BytesIO(any_bytes(path))
     try:
         with warnings.catch_warnings(), quiet("highdicom"), quiet("pydicom"):
             warnings.simplefilter("ignore")  # what they mend in a file, a line each
-            data = pydicom.dcmread(path)
+            data = pydicom.dcmread(file)
             if data.get("SOPClassUID") not in SEGMENTATIONS:
                 _refuse(path, str(data.get("Modality", "")))
             _say_spacing(data)

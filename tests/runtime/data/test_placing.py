@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -16,6 +18,9 @@ from cdiff.runtime.data.oddities import Oddities
 from cdiff.runtime.data.placing import outside_share
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.scans.grid import Grid
+from cdiff.runtime.scoring.evaluate import case_sha256
+from cdiff.train.data import fit_to_data, read_data
+from cdiff.train.presets import preset
 from tests.layouts import noisy
 
 SHAPE = (12, 10, 6)
@@ -222,3 +227,22 @@ def test_a_voxel_is_outside_whose_centre_is(shift: float, share: float) -> None:
     image, own = (Grid(SHAPE, 2, nib.Nifti1Image(np.zeros(SHAPE, np.uint8), at).header) for at in (AFFINE, there))
     assert outside_share(np.ones(SHAPE, bool), own, image) == pytest.approx(share)
     assert outside_share(np.zeros(SHAPE, bool), own, image) == 0
+
+
+def test_training_lays_masks_as_it_is_told_and_keeps_it(case01: Path) -> None:
+    (case01.parent.parent / "Validation").mkdir()
+    shutil.copytree(case01, case01.parent.parent / "Validation/case02")
+    turned = AFFINE @ nib.affines.from_matvec(np.diag([-1, 1, 1]), [11, 0, 0])
+    write(case01 / "task01_seg01.nii.gz", drawn()[::-1], turned)
+    root = case01.parent.parent
+    for masks_by, stored in (("header", drawn()), ("array", drawn()[::-1])):
+        settings = ["framing=tile", "image_size=16", f"masks_by={masks_by}"]
+        read = read_data(root, fit_to_data(preset("tiny"), root, settings))
+        np.testing.assert_array_equal(np.stack([mask[0] for mask in read.train.masks], axis=-1), stored)
+        assert read.summary.get("masks_by") == ("header" if masks_by == "header" else None)
+
+
+def test_a_case_whose_masks_are_laid_otherwise_is_another(case01: Path) -> None:
+    """So that an evaluation that goes on does not take over its scores."""
+    (case,) = find_cases(case01.parent.parent)["train"]
+    assert case_sha256(case) != case_sha256(replace(case, masks_by="header"))

@@ -153,11 +153,13 @@ def _planes(loops: tuple[Float64, ...], grid: Grid) -> tuple[int, dict[int, list
     to_voxels = np.linalg.inv(grid.affine)
     placed = [loop @ to_voxels[:3, :3].T + to_voxels[:3, 3] for loop in loops]
     axis = int(np.argmin(np.max([np.ptp(loop, axis=0) for loop in placed], axis=0)))
+    slices = range((*grid.spatial, 1)[axis])
     planes: dict[int, list[Float64]] = {}
     beside = 0.0
     for loop in placed:
         plane = round(float(loop[:, axis].mean()))
-        beside = max(beside, float(np.abs(loop[:, axis] - plane).max()))
+        if plane in slices:  # beyond, nothing says where a 2-D image's neighbours would lie
+            beside = max(beside, float(np.abs(loop[:, axis] - plane).max()))
         flat = np.delete(loop, axis, axis=1)
         there = planes.setdefault(plane, [])
         if not any(np.array_equal(flat, other) for other in there):
@@ -166,8 +168,9 @@ def _planes(loops: tuple[Float64, ...], grid: Grid) -> tuple[int, dict[int, list
         raise CdiffError(
             f"its contours lie up to {beside:.2g} of a slice beside its image's slices; name the series that they were drawn on"
         )
-    steps = set(np.diff(sorted(planes)).tolist())
-    if len(planes) > 2 and len(steps) == 1 and steps != {1}:
+    within = sorted(plane for plane in planes if plane in slices)
+    steps = set(np.diff(within).tolist())
+    if len(within) > 2 and len(steps) == 1 and steps != {1}:
         raise CdiffError(
             f"its contours lie in one of {min(steps)} slices of its image alone; name the series that they were drawn on, or interpolate them"
         )

@@ -118,6 +118,16 @@ def test_contours_lie_on_the_nifti_of_their_series_too(tmp_path: Path) -> None:
     for name, stored in (("as.nii.gz", image), ("turned.nii.gz", turned)):
         nib.save(stored, tmp_path / name)
         must_be(tmp_path / name, mask)
+    flat = tmp_path / "flat.nii.gz"  # a slice alone, whose neighbours its header does not know
+    nib.save(nib.Nifti1Image(voxels[..., 0], scan.grid.affine), flat)
+    below, among = (
+        write_rtstruct(tmp_path / f"{first}.dcm", images, orthogonal(), {"GTV": in_slices(BOX, slices=(first, 4, 8))})
+        for first in (3, 0)
+    )
+    with pytest.raises(CdiffError, match="lie outside its image"):
+        on(flat, below)
+    np.testing.assert_array_equal(on(flat, among)[0], on(images, among)[0])
+    assert notes(flat, among) == ("has 2 of 3 contours outside its image, in whole or in part",)
     nib.save(nib.Nifti1Image(voxels, np.eye(4)), tmp_path / "lost.nii.gz")
     with pytest.raises(CdiffError, match=r"r\.dcm cannot be laid on its image: .* does not say where its voxels lie"):
         on(tmp_path / "lost.nii.gz", mask)

@@ -35,6 +35,10 @@ DicomMask = tuple[NDArray[Any], nib.Nifti1Header, tuple[str, ...]]
 """Values, a header that says where they lie, and what a reader of the mask should know."""
 
 
+class NoImage(CdiffError):
+    """Contours were asked for without the image that they are laid on."""
+
+
 def read_dicom_mask(path: Path, grid: Grid | None, opened: Opened) -> DicomMask:
     """A segmentation's values [slices, rows, columns]; or those on `grid` [*grid.spatial] that contours enclose.
 
@@ -56,7 +60,7 @@ def read_dicom_mask(path: Path, grid: Grid | None, opened: Opened) -> DicomMask:
         with _reading(file, "an RTSTRUCT"):
             contours = read_contours(data, path, name)
         if grid is None:
-            raise CdiffError(f"{path} holds contours, which cannot be laid on an image that is not read")
+            raise NoImage(f"{path} holds contours, which cannot be laid without their image")
         try:
             laid, notes = lay(contours, grid)
         except CdiffError as error:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cdiff.runtime.data.case import Case
-from cdiff.runtime.data.dicom_mask import Opened
+from cdiff.runtime.data.dicom_mask import NoImage, Opened
 from cdiff.runtime.data.masks import Mask, mask_slices, read_mask
 from cdiff.runtime.data.oddities import is_above, marks_the_background, misplaced, outside
 from cdiff.runtime.data.turned import gains
@@ -91,6 +91,8 @@ def look_at(case: Case, split: str, channels: int, slice_axis: int, severity: st
             if scan is not None:
                 drawn.append(mask_slices(mask, scan.grid, case, path))
                 _place(look, path, mask, scan)
+        except NoImage:  # which is told already
+            continue
         except CdiffError as error:
             look.tell(severity, "shape" if " has shape " in str(error) else "unreadable", str(error))
     _values(look, read)

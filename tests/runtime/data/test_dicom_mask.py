@@ -313,11 +313,14 @@ def test_a_case_is_scored_again_when_another_structure_is_named(tmp_path: Path) 
     assert case_sha256(one) == case_sha256(one) != case_sha256(other)
 
 
-def test_a_scan_that_cannot_be_read_does_not_stop_a_check(tmp_path: Path) -> None:
+def test_an_image_that_cannot_be_read_is_told_once(tmp_path: Path) -> None:
+    """And not again for each of the contours that would lie on it; but what is wrong with a structure is."""
     table = write_readers_table(tmp_path, ("train", "val"))
+    table.write_text(table.read_text().replace("p1.dcm#GTV-1vis-2", "p1.dcm#GTV-1vis-9"))
     next((tmp_path / "p1").iterdir()).write_bytes(b"")
-    found = check_data(table).report["findings"]
-    assert {finding["case"] for finding in found if finding["kind"] == "unreadable"} == {"p1"}
+    image, structure = [f["text"] for f in check_data(table).report["findings"] if f["kind"] == "unreadable"]
+    assert "is empty (0 bytes)" in image
+    assert "p1.dcm#GTV-1vis-9 does not exist" in structure
 
 
 @pytest.mark.slow

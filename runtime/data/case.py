@@ -30,8 +30,8 @@ class Case:
     """One scan and the masks that its annotators drew.
 
     image: the scan's file; others: further files on the same grid, one modality each, which become its channels after the
-    first. modalities: their names, where the layout names them. masks: one file an annotator; raters: what they are called,
-    in the same order. labels: the values of a mask that are inside; none given: those above half of the largest. masks_by: one of
+    first. modalities: their names, where the layout names them. masks: one file an annotator, or one structure of a
+    file (`structures.parted`); raters: what they are called, in the same order. labels: the values of a mask that are inside; none given: those above half of the largest. masks_by: one of
     MASKS_BY. patient: what a scan shares with others of the same person, so that no split tears them apart; empty when not known.
     """
 

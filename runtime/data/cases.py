@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cdiff.runtime.data.case import ARRAY, MASKS_BY, Case, Entry, listed, natural
+from cdiff.runtime.data.dicom_mask import Opened
 from cdiff.runtime.data.layouts import LAYOUTS, OWN_TASK, READERS, TABLE, walk
 from cdiff.runtime.data.leftover import Leftover
 from cdiff.runtime.data.masks import mask_slices, read_mask
@@ -279,8 +280,9 @@ def read_masks(case: Case, grid: Grid, odd: Oddities | None = None) -> NDArray[n
     image, and a case without a mask.
     """
     masks = []
+    opened: Opened = {}
     for path in case.masks:
-        mask = read_mask(path)
+        mask = read_mask(path, grid, opened)
         drawn = mask_slices(mask, grid, case, path)
         masks.append(drawn)
         if odd is not None:

@@ -1,9 +1,11 @@
-"""A DICOM segmentation as an annotator's mask, read by highdicom."""
+"""DICOM as an annotator's mask: a segmentation, read by highdicom, or the contours of a structure set; or one structure of either."""
 
 from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,60 +13,117 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
+from cdiff.runtime.data.contours import lay, read_contours
+from cdiff.runtime.data.structures import number_of, one_must_be_named, parted
 from cdiff.runtime.dicom_seg import quiet
 from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.scans.grid import Grid
 from cdiff.runtime.scans.sources import any_bytes, optional
 from cdiff.runtime.words import one_line
 
 SEGMENTATIONS = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
 """Segmentation Storage and Label Map Segmentation Storage (PS3.4, B.5)."""
+CONTOURS = "1.2.840.10008.5.1.4.1.1.481.3"
+"""RT Structure Set Storage."""
+KIND = "a DICOM segmentation"
 FRACTIONAL = "FRACTIONAL"
-CONTOURS = "RTSTRUCT"
-ALONE = "; save each segment as a file of its own"
 TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 """DICOM's axes point to the patient's left and back, NIfTI's to the right and front."""
+Opened = dict[Path, Any]
+"""Files that were read for one of their structures, as pydicom's data sets, for the next: together they may be large."""
+DicomMask = tuple[NDArray[Any], nib.Nifti1Header, tuple[str, ...]]
+"""Values, a header that says where they lie, and what a reader of the mask should know."""
 
 
-def read_dicom_mask(path: Path) -> tuple[NDArray[Any], nib.Nifti1Header]:
-    """A segmentation's values [slices, rows, columns], and a header that says where these lie.
+class NoImage(CdiffError):
+    """Contours were asked for without the image that they are laid on."""
 
-    The values are the segments' numbers, 0 outside all of them, or one segment's fractions. Frames that the file leaves out, as it may
-    those without a pixel, are 0.
-    Raises CdiffError where highdicom is missing, and for a file that cannot be read, is no segmentation or no even volume, whose
-    segments overlap, or that holds the fractions of several.
+
+def read_dicom_mask(path: Path, grid: Grid | None, opened: Opened) -> DicomMask:
+    """A segmentation's values [slices, rows, columns]; or those on `grid` [*grid.spatial] that contours enclose.
+
+    path: a file, or FILE#NAME, one structure of it, whose values are bool (but for fractions). Without a name the values are the
+    segments' numbers, 0 outside all of them, or one segment's fractions. Frames that the file leaves out, as it may
+    those without a pixel, are 0. grid: of the mask's image, where that could be read. opened: takes files of which a structure is
+    named, and has those that were read before.
+    Raises CdiffError where pydicom or highdicom is missing; for a file that cannot be read, is neither of these or no even volume;
+    where not one structure is meant; and for contours as `lay` does.
     """
-    highdicom, pydicom = (optional(name, name, path, "a DICOM segmentation") for name in ("highdicom", "pydicom"))
-    file = io.BytesIO(any_bytes(path))
+    file, name = parted(path)
+    if file in opened:
+        data = opened[file]
+    else:
+        data = _opened(file)
+        if name:
+            opened[file] = data
+    if data.SOPClassUID == CONTOURS:
+        with _reading(file, "an RTSTRUCT"):
+            contours = read_contours(data, path, name)
+        if grid is None:
+            raise NoImage(f"{path} holds contours, which cannot be laid without their image")
+        try:
+            laid, notes = lay(contours, grid)
+        except CdiffError as error:
+            raise CdiffError(f"{path} cannot be laid on its image: {error}") from None
+        assert grid.header is not None  # or nothing could be laid
+        return laid, grid.header, notes
+    with _reading(file, KIND):
+        values, affine = _segment(data, path, file, name)
+    image = nib.Nifti1Image(np.zeros(values.shape, np.uint8), TO_RAS @ affine)
+    image.header.set_xyzt_units("mm")
+    return values, image.header, ()
+
+
+def _opened(file: Path) -> Any:
+    """What pydicom or, of a segmentation, highdicom makes of a file. Raises CdiffError where it is neither that nor a structure set."""
+    pydicom = optional("pydicom", "pydicom", file, KIND)
+    stored = io.BytesIO(any_bytes(file))
+    with _reading(file, KIND):
+        data = pydicom.dcmread(stored)
+    kind = data.get("SOPClassUID")
+    if kind == CONTOURS:
+        return data
+    if kind not in SEGMENTATIONS:
+        modality = str(data.get("Modality", "")) or "of no modality"
+        raise CdiffError(f"{file} is DICOM ({modality}) and neither a segmentation nor contours; name the mask's file")
+    highdicom = optional("highdicom", "highdicom", file, KIND)
+    with _reading(file, KIND):
+        _say_spacing(data)
+        return highdicom.seg.Segmentation.from_dataset(data, copy=False)
+
+
+def _segment(found: Any, path: Path, file: Path, name: str) -> tuple[NDArray[Any], NDArray[np.float64]]:
+    """Values and where they lie in DICOM's space, of one segment or of all."""
+    fractions = found.segmentation_type.value == FRACTIONAL
+    there = [
+        (int(number), str(found.get_segment_description(number).segment_label).strip())
+        for number in found.segment_numbers
+    ]
+    chosen = [number_of(name, path, there)] if name else [number for number, _ in there]
+    if fractions and len(chosen) > 1:
+        raise one_must_be_named(file, there, "holds the fractions of several segments")
     try:
-        with warnings.catch_warnings(), quiet("highdicom"), quiet("pydicom"):
-            warnings.simplefilter("ignore")  # what they mend in a file, a line each
-            data = pydicom.dcmread(file)
-            if data.get("SOPClassUID") not in SEGMENTATIONS:
-                _refuse(path, str(data.get("Modality", "")))
-            _say_spacing(data)
-            found = highdicom.seg.Segmentation.from_dataset(data, copy=False)
-            fractions = found.segmentation_type.value == FRACTIONAL
-            volume = found.get_volume(combine_segments=not fractions)
-    except (
-        pydicom.errors.InvalidDicomError,
-        AttributeError,
-        KeyError,
-        TypeError,
-        ValueError,
-        RuntimeError,
-        EOFError,
-    ) as error:
-        why = one_line(error)[:200]
-        hint = ALONE if "overlap" in why.lower() else ""
-        raise CdiffError(f"{path} cannot be read as a DICOM segmentation ({why}){hint}") from None
+        volume = found.get_volume(segment_numbers=chosen, combine_segments=not fractions)
+    except RuntimeError as error:
+        if "overlap" not in str(error):
+            raise
+        raise one_must_be_named(file, there, "has segments that overlap") from None
     values = np.asarray(volume.array)
     if fractions:
-        if values.shape[-1] > 1:
-            raise CdiffError(f"{path} holds the fractions of {values.shape[-1]} segments{ALONE}")
-        values = values[..., 0]
-    image = nib.Nifti1Image(np.zeros(values.shape, np.uint8), TO_RAS @ volume.affine)
-    image.header.set_xyzt_units("mm")
-    return values, image.header
+        return values[..., 0], volume.affine
+    return (values != 0 if name else values), volume.affine
+
+
+@contextmanager
+def _reading(file: Path, kind: str) -> Iterator[None]:
+    """Raises CdiffError for what the libraries raise of a file that they cannot read, without their remarks on what they mend in it."""
+    try:
+        with warnings.catch_warnings(action="ignore"), quiet("highdicom"), quiet("pydicom"):
+            yield
+    except CdiffError:
+        raise
+    except Exception as error:  # libraries' own kinds too
+        raise CdiffError(f"{file} cannot be read as {kind} ({one_line(error)[:200]})") from None
 
 
 def _say_spacing(data: Any) -> None:
@@ -78,12 +137,3 @@ def _say_spacing(data: Any) -> None:
     for measures in filter(None, (shared, *each)):
         if "SpacingBetweenSlices" not in measures[0] and "SliceThickness" in measures[0]:
             measures[0].SpacingBetweenSlices = measures[0].SliceThickness
-
-
-def _refuse(path: Path, modality: str) -> None:
-    if modality == CONTOURS:
-        raise CdiffError(
-            f"{path} holds contours (RTSTRUCT), which are not read here; convert each annotator's to a NIfTI mask and lay it by its "
-            "header (--masks-by header)"
-        )
-    raise CdiffError(f"{path} is DICOM ({modality or 'of no modality'}) and no segmentation; name the mask's file")

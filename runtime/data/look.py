@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cdiff.runtime.data.case import Case
+from cdiff.runtime.data.dicom_mask import NoImage, Opened
 from cdiff.runtime.data.masks import Mask, mask_slices, read_mask
 from cdiff.runtime.data.oddities import is_above, marks_the_background, misplaced, outside
 from cdiff.runtime.data.turned import gains
@@ -80,12 +81,18 @@ def look_at(case: Case, split: str, channels: int, slice_axis: int, severity: st
     except CdiffError as error:
         look.tell(severity, "unreadable", str(error))
     drawn, read = [], {}
+    opened: Opened = {}
+    grid = scan.grid if scan is not None else None
     for path in case.masks:
         try:
-            mask = read[path] = read_mask(path)
+            mask = read[path] = read_mask(path, grid, opened)
+            for note in mask.notes:
+                look.tell("warning", "contours", f"{path.name} {note}")
             if scan is not None:
                 drawn.append(mask_slices(mask, scan.grid, case, path))
                 _place(look, path, mask, scan)
+        except NoImage:  # which is told already
+            continue
         except CdiffError as error:
             look.tell(severity, "shape" if " has shape " in str(error) else "unreadable", str(error))
     _values(look, read)
@@ -104,7 +111,7 @@ def _values(look: Look, masks: dict[Path, Mask]) -> None:
     for path, mask in masks.items():
         values = np.unique(mask.values)
         some = ", ".join(f"{value:g}" for value in values[:SHOWN_VALUES]) + " ..." * (len(values) > SHOWN_VALUES)
-        if labels:
+        if labels and mask.values.dtype != np.bool_:
             if is_above(mask.values, labels):
                 text = f"{some}, and none of the labels that are inside ({', '.join(map(str, labels))}): nothing of it counts"
                 odd.setdefault(("warning", text), []).append(path.name)

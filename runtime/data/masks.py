@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cdiff.runtime.data.case import HEADER, Case
-from cdiff.runtime.data.dicom_mask import read_dicom_mask
+from cdiff.runtime.data.dicom_mask import Opened, read_dicom_mask
 from cdiff.runtime.data.placing import place
+from cdiff.runtime.data.structures import SIGN, parted
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.scans.dicom import is_dicom
 from cdiff.runtime.scans.grid import Grid
@@ -28,24 +29,35 @@ class Mask:
     """A mask's values as stored, [H, W] or three axes, and its header where the file has one.
 
     by_header: its header is how it is laid on an image, whatever the case says; so of DICOM, whose frames lie as they like.
+    notes: what its reader should know, such as "has a contour outside its image".
     """
 
     values: NDArray[Any]
     header: nib.Nifti1Header | None = None
     by_header: bool = False
+    notes: tuple[str, ...] = ()
 
     def is_laid(self, case: Case) -> bool:
         """Whether it is laid on the case's image by its header, and not voxel by voxel."""
         return self.by_header or case.masks_by == HEADER
 
 
-def read_mask(path: Path) -> Mask:
-    """Read a mask's file: NIfTI, NRRD, MetaImage, a DICOM segmentation, PNG, TIFF or JPEG. A picture with a palette gives the palette's numbers, which are labels.
+def read_mask(path: Path, grid: Grid | None = None, opened: Opened | None = None) -> Mask:
+    """Read a mask's file: NIfTI, NRRD, MetaImage, a DICOM segmentation or structure set, PNG, TIFF or JPEG; or FILE#NAME, one structure of
+    a DICOM file. A picture with a palette gives the palette's numbers, which are labels.
 
-    Raises CdiffError for a file that cannot be read, that holds NaN, or whose colours do not say what was drawn.
+    grid: of its image, on which contours are laid, for they have none of their own. opened: the same for all masks of a case, whose file
+    is then read once. Raises CdiffError for a file that cannot be read, that holds NaN, or whose colours do not say what was drawn;
+    where it is not clear which structure is meant; and for contours that do not lie in the image's slices.
     """
-    if is_dicom(path):
-        return Mask(*read_dicom_mask(path), by_header=True)
+    file, name = parted(path)
+    if is_dicom(file):
+        values, header, notes = read_dicom_mask(path, grid, {} if opened is None else opened)
+        return Mask(values, header, by_header=True, notes=notes)
+    if name:
+        raise CdiffError(
+            f"{path} does not exist, and {file.name} is no DICOM, whose structures have names; leave {SIGN}{name} out"
+        )
     data = read_bytes(path)
     if path.name.lower().endswith(PICTURE_SUFFIXES):
         mask = Mask(_pixels(data, path))
@@ -64,7 +76,7 @@ def _pixels(data: bytes, path: Path) -> NDArray[Any]:
             picture = picture.convert("RGB")
         stored, mode = np.asarray(picture), picture.mode
     if stored.ndim == 2:
-        return stored
+        return stored.astype(np.uint8) if stored.dtype == np.bool_ else stored  # one bit is a label too
     values = np.asarray((stored[..., :-1] if mode in ("LA", "RGBA", "PA") else stored).max(axis=-1))
     if values.min() == values.max() and (stored != stored[0, 0]).any():
         raise CdiffError(
@@ -77,8 +89,11 @@ def _pixels(data: bytes, path: Path) -> NDArray[Any]:
 def inside(values: NDArray[Any], labels: tuple[int, ...] = ()) -> NDArray[np.bool_]:
     """What a mask's values put inside: those among `labels`, or, none given, those above half of the largest value.
 
-    So 0 and 1, 0 and 255, and fractions are all read as meant; a file of zeros is an annotator who saw nothing.
+    So 0 and 1, 0 and 255, and fractions are all read as meant; a file of zeros is an annotator who saw nothing. One structure of a file
+    is bool, and has no labels.
     """
+    if values.dtype == np.bool_:
+        return values
     if labels:
         return np.isin(np.rint(values), labels)
     return np.asarray(values > 0.5 * max(float(values.max(initial=0)), 1e-6))

@@ -24,6 +24,7 @@ OUTSIDE = "masks of which a part lies outside their image"
 KIND = "masks of another kind of file than their image"
 VALUES = "masks that hold more than 0 and one other value"
 LABELS = "masks of a value above all labels that are inside"
+CONTOURS = "contours that are not all used as they are"
 BACKGROUND = "masks that mark the background"
 AXIS = "volumes that are cut into strips"
 MIXED = "images whose slices lie in the patient otherwise than most"
@@ -64,6 +65,8 @@ class Oddities:
             self._add(
                 PLACE, case, f"{path.name} and its image {reason} (--masks-by header lays it where its header says)"
             )
+        for note in mask.notes:
+            self._add(CONTOURS, case, f"{path.name} {note}")
         if (mask.header is None) != (grid.header is None):
             self._add(KIND, case, f"{path.name} and {case.image.name} are usually stored turned against each other")
         if not case.labels and not is_plain(mask.values):

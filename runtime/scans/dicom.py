@@ -35,7 +35,7 @@ SUFFIX = ".dcm"
 INDEX = "DICOMDIR"
 """A list of what lies on a disc; it holds no image."""
 TAGS = [
-    *PLACE, *VALUES, "Modality", "PhotometricInterpretation", "SOPClassUID", "SamplesPerPixel", "SeriesDescription",
+    *PLACE, *VALUES, "FrameOfReferenceUID", "Modality", "PhotometricInterpretation", "SOPClassUID", "SamplesPerPixel", "SeriesDescription",
     "SeriesInstanceUID", "SeriesNumber",
 ]  # fmt: skip
 INVERTED = "MONOCHROME1"
@@ -63,7 +63,8 @@ class Converted:
     """One series as dcm2niix converted it.
 
     files: the series'. sha256: of their hashes, one after another, in the order of the files' names. reader: the converter's version
-    and the series. notes: what a reader of the result should know.
+    and the series. notes: what a reader of the result should know. frame, series: the UIDs of the frame of reference and of the series;
+    empty where the headers do not say.
     """
 
     image: nib.Nifti1Image
@@ -71,6 +72,8 @@ class Converted:
     sha256: str
     reader: str
     notes: tuple[str, ...] = ()
+    frame: str = ""
+    series: str = ""
 
 
 @dataclass(frozen=True)
@@ -205,6 +208,7 @@ def read_dicom(path: Path, channels: int = 1, series: int | None = None) -> Conv
         hashlib.sha256(b"".join(files)).hexdigest(),
         " ".join(["dcm2niix", *([version.group()] if version else []), "series", chosen.number]),
         (*notes, *laid_notes),
+        *(str(chosen.headers[0].get(uid) or "") for uid in ("FrameOfReferenceUID", "SeriesInstanceUID")),
     )
 
 

@@ -52,11 +52,14 @@ class Grid:
     shape: the input's shape without its channels; two or three axes, and trailing ones where the file has them.
     slice_axis: the array axis that was cut along; None for a 2-D image.
     header: NIfTI header whose geometry the maps take over; None for a picture or a bare array.
+    frame, series: the UIDs of the frame of reference and the series of a scan that was read from DICOM; else empty.
     """
 
     shape: tuple[int, ...]
     slice_axis: int | None
     header: nib.Nifti1Header | None = None
+    frame: str = ""
+    series: str = ""
 
     @property
     def spatial(self) -> tuple[int, ...]:

@@ -104,7 +104,7 @@ def _one(scan: OneScan, channels: int, slice_axis: int, series: int | None) -> S
         raise CdiffError(f"{named} holds {count} NaN or infinite values (the first at {first}); replace them first")
     # Ones after the third axis stay in the shape of the maps; channels do not.
     shape = voxels.shape if channels == 1 else spatial
-    grid = Grid(tuple(shape), slice_axis if len(spatial) == 3 else None, loaded.header)
+    grid = Grid(tuple(shape), slice_axis if len(spatial) == 3 else None, loaded.header, loaded.frame, loaded.series)
     notes = list(loaded.notes)
     if values.min() == values.max():
         notes.append("every voxel has the same value: the maps say nothing about this scan")
@@ -123,6 +123,8 @@ class _Loaded:
     notes: tuple[str, ...] = ()
     reader: str = ""
     dicom: tuple[Path, ...] = ()
+    frame: str = ""
+    series: str = ""
 
 
 def _load(scan: OneScan, channels: int, series: int | None) -> _Loaded:
@@ -178,7 +180,18 @@ def _dicom(path: Path, channels: int, series: int | None) -> _Loaded:
     found = read_dicom(path, channels, series)
     voxels, name = nifti_voxels(found.image, str(path)), Path(os.path.abspath(path)).name
     name = name if path.is_dir() else name.removesuffix(path.suffix) or name
-    return _Loaded(voxels, found.image.header, str(path), found.sha256, name, found.notes, found.reader, found.files)
+    return _Loaded(
+        voxels,
+        found.image.header,
+        str(path),
+        found.sha256,
+        name,
+        found.notes,
+        found.reader,
+        found.files,
+        found.frame,
+        found.series,
+    )
 
 
 def _name(path: Path) -> str:

@@ -19,6 +19,7 @@ from cdiff.runtime.data.case import ARRAY, listed
 from cdiff.runtime.data.cases import Case, DataSet, read_case, read_masks
 from cdiff.runtime.data.oddities import Oddities
 from cdiff.runtime.data.partition import HELD_OUT, held_out_of
+from cdiff.runtime.data.structures import parted
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import sha256, write_json
 from cdiff.runtime.manifest import Manifest
@@ -347,14 +348,18 @@ def _header(segmenter: Segmenter, protocol: Protocol, data: Mapping[str, Any]) -
 
 
 def case_sha256(case: Case) -> str:
-    """SHA-256 over what the image's and masks' files hold, which values are inside and how masks are laid: a case that was edited since is scored again."""
+    """SHA-256 over what the image's and masks' files hold, which structures and values are inside and how masks are laid: a case that was edited since is scored again."""
     digest = hashlib.sha256()
-    for path in case.files:
+    named = [parted(path) for path in case.files]
+    for path in dict.fromkeys(path for path, _ in named):
         # A folder is a DICOM series.
         for file in sorted(filter(Path.is_file, path.iterdir())) if path.is_dir() else [path]:
             digest.update(bytes.fromhex(sha256(file)))
         if path.name.lower().endswith(ITK_SUFFIXES):
             digest.update(itk_bytes(path))  # they may lie in another file
+    for path, structure in named:
+        if structure:
+            digest.update(f"{path.name} {structure}".encode())
     if case.labels:
         digest.update(repr(case.labels).encode())
     if case.masks_by != ARRAY:

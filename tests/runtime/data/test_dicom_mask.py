@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,20 @@ import numpy as np
 import pydicom
 import pytest
 from numpy.typing import NDArray
-from pydicom.uid import RTStructureSetStorage
+from PIL import Image
+from typer.testing import CliRunner
 
-from cdiff.runtime.data.case import Case
+from cdiff.cli.app import app
+from cdiff.runtime.data import dicom_mask
+from cdiff.runtime.data.case import MASKS_BY, Case
 from cdiff.runtime.data.cases import find_cases, read_case
 from cdiff.runtime.data.datacheck import check_data
 from cdiff.runtime.data.masks import inside, mask_slices, read_mask
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.scans.scan import read_scan
+from cdiff.runtime.scans.sources import any_bytes
+from cdiff.runtime.scoring.evaluate import case_sha256
+from tests.runtime.data.rtstruct import rectangle, write_rtstruct
 from tests.runtime.dicom_files import orthogonal, upright, write_series
 
 hd = pytest.importorskip("highdicom")
@@ -40,9 +47,18 @@ def series(folder: Path, marked: NDArray[np.uint8], lps: Any, **more: Any) -> Pa
 
 
 def write_seg(
-    path: Path, images: Path, pixels: NDArray[Any], *, kind: str = "BINARY", numbers: Sequence[int] = (1,)
+    path: Path,
+    images: Path,
+    pixels: NDArray[Any],
+    *,
+    kind: str = "BINARY",
+    numbers: Sequence[int] = (1,),
+    labels: Sequence[str] = (),
 ) -> Path:
-    """A segmentation by highdicom of `pixels` [columns, rows, slices] (segments on a last axis, where they overlap)."""
+    """A segmentation by highdicom of `pixels` [columns, rows, slices] (segments on a last axis, where they overlap).
+
+    labels: of the segments, "segment 1" and so on unless given.
+    """
     sources = sorted((pydicom.dcmread(file) for file in images.iterdir()), key=lambda file: int(file.InstanceNumber))
     for source in sources:
         for keyword in ("AccessionNumber", "PatientBirthDate", "PatientSex", "ReferringPhysicianName", "StudyID", "PositionReferenceIndicator"):  # fmt: skip
@@ -53,7 +69,8 @@ def write_seg(
         pixel_array=np.moveaxis(pixels, 2, 0).swapaxes(1, 2),
         segmentation_type=kind,
         segment_descriptions=[
-            hd.seg.SegmentDescription(number, f"segment {number}", code, code, "MANUAL") for number in numbers
+            hd.seg.SegmentDescription(number, label, code, code, "MANUAL")
+            for number, label in zip(numbers, labels or [f"segment {number}" for number in numbers], strict=True)
         ],
         series_instance_uid=hd.UID(),
         series_number=9,
@@ -78,8 +95,8 @@ def changed(path: Path, **values: Any) -> pydicom.Dataset:
 
 def on(folder: Path, mask: Path, labels: tuple[int, ...] = ()) -> NDArray[np.bool_]:
     """The mask on the grid of the image that dcm2niix makes of the series."""
-    case = Case("case", folder, (mask,), labels=labels)
-    return mask_slices(read_mask(mask), read_scan(folder).grid, case, mask)
+    case, grid = Case("case", folder, (mask,), labels=labels), read_scan(folder).grid
+    return mask_slices(read_mask(mask, grid), grid, case, mask)
 
 
 @pytest.mark.parametrize("turned", [False, True])
@@ -174,15 +191,19 @@ def test_what_is_no_mask_is_refused(tmp_path: Path) -> None:
     images = series(tmp_path / "images", drawn(), orthogonal())
     mask = write_seg(tmp_path / "seg.dcm", images, np.stack([drawn(), drawn()], axis=-1), numbers=(1, 2))
     with pytest.raises(
-        CdiffError, match=r"seg.dcm cannot be read as a DICOM segmentation .*; save each segment as a file"
+        CdiffError,
+        match=r"seg.dcm has segments that overlap: segment 1, segment 2; name the one .* such as seg.dcm#segment 1$",
     ):
         read_mask(mask)
     fractions = np.stack([drawn() * 0.6, (1 - drawn()) * 0.4], axis=-1)
     write_seg(mask, images, fractions, kind="FRACTIONAL", numbers=(1, 2))
-    with pytest.raises(CdiffError, match=r"seg.dcm holds the fractions of 2 segments; save each segment as a file"):
+    with pytest.raises(
+        CdiffError, match=r"seg.dcm holds the fractions of several segments: segment 1, .* such as seg.dcm#segment 1"
+    ):
         read_mask(mask)
-    with pytest.raises(CdiffError, match=r"is DICOM \(CT\) and no segmentation"):
+    with pytest.raises(CdiffError, match=r"is DICOM \(CT\) and neither a segmentation nor contours"):
         read_mask(next(images.iterdir()))
+    write_seg(mask, images, drawn())
     mask.write_bytes(mask.read_bytes()[:-400])
     with pytest.raises(CdiffError, match=r"seg.dcm cannot be read as a DICOM segmentation"):
         read_mask(mask)
@@ -194,12 +215,136 @@ def test_what_is_no_mask_is_refused(tmp_path: Path) -> None:
         read_mask(mask)
 
 
-def test_contours_say_what_to_do_with_them(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["BINARY", "FRACTIONAL", "LABELMAP"])
+def test_a_segment_is_read_by_its_label_or_number(kind: str, tmp_path: Path) -> None:
+    """Whichever overlap it, or whether it has a pixel; labels of label maps are not asked of it."""
     images = series(tmp_path / "images", drawn(), orthogonal())
-    path = next(images.iterdir())
-    changed(path, SOPClassUID=RTStructureSetStorage, Modality="RTSTRUCT")
-    with pytest.raises(CdiffError, match=r"holds contours \(RTSTRUCT\), .* NIfTI mask .* \(--masks-by header\)"):
-        read_mask(path)
+    pixels = np.stack([drawn(seed=1), drawn(), drawn(()), drawn(seed=2)], axis=-1)
+    if kind == "LABELMAP":  # whose segments cannot overlap
+        pixels = np.where(drawn(), 2, drawn(seed=1)).astype(np.uint8)
+    elif kind == "FRACTIONAL":
+        pixels = pixels * 0.6
+    labels = ("GTV-1vis-1", "GTV-1vis-2", "3", "GTV-1vis-1")
+    mask = write_seg(tmp_path / "seg.dcm", images, pixels, kind=kind, numbers=(1, 2, 3, 4), labels=labels)
+    bright = read_scan(images).slices[:, 0] > 0
+    for name in ("GTV-1vis-2", "2"):
+        np.testing.assert_array_equal(on(images, Path(f"{mask}#{name}")), bright)
+    assert not on(images, Path(f"{mask}#3")).any()
+    assert on(images, Path(f"{mask}#1")).any()
+    if kind != "FRACTIONAL":
+        np.testing.assert_array_equal(on(images, Path(f"{mask}#2"), labels=(7,)), bright)
+    for name, message in (
+        (
+            "GTV",
+            r"seg\.dcm#GTV does not exist: the file holds 1 \(GTV-1vis-1\), 2 \(GTV-1vis-2\), 3 \(3\), 4 \(GTV-1vis-1\)",
+        ),
+        ("GTV-1vis-1", r"seg\.dcm#GTV-1vis-1 is the name of several structures; name one by its number \(1, 4\)"),
+    ):
+        with pytest.raises(CdiffError, match=message):
+            read_mask(Path(f"{mask}#{name}"))
+
+
+def test_other_files_have_no_structures(tmp_path: Path) -> None:
+    path = tmp_path / "mask.png"
+    Image.fromarray(drawn()[..., 0]).save(path)
+    with pytest.raises(
+        CdiffError, match=r"mask\.png#anna does not exist, and mask\.png is no DICOM.*; leave #anna out"
+    ):
+        read_mask(Path(f"{path}#anna"))
+    path.rename(tmp_path / "mask#anna.png")  # a file's own name may have the sign
+    assert read_mask(tmp_path / "mask#anna.png").values.any()
+
+
+def write_readers(folder: Path, case: str, marked: NDArray[np.uint8], readers: int = 3) -> tuple[str, list[str]]:
+    """A case whose readers' outlines are one structure set's, each a column further; its image's cell of a table, and its masks'."""
+    images = series(folder / case, marked, orthogonal())
+    columns, rows, slices = (np.flatnonzero(marked.any(axis=axes)) for axes in ((1, 2), (0, 2), (0, 1)))
+    sides = columns[0] - 0.5, rows[0] - 0.5, columns[-1] + 0.5, rows[-1] + 0.5
+    drawn = {
+        f"GTV-1vis-{n + 1}": [(int(k), rectangle(sides[0], sides[1], sides[2] + n, sides[3])) for k in slices]
+        for n in range(readers)
+    }
+    write_rtstruct(folder / f"{case}.dcm", images, orthogonal(), drawn)
+    return case, [f"{case}.dcm#{name}" for name in drawn]
+
+
+def solid(columns: int, rows: int = 10) -> NDArray[np.uint8]:
+    marked = np.zeros(SHAPE, np.uint8)
+    marked[5 : 5 + columns, 4 : 4 + rows, 1:5] = 1
+    return marked
+
+
+def write_readers_table(folder: Path, splits: Sequence[str]) -> Path:
+    rows = ["case,split,image,rater,mask"]
+    for number, split in enumerate(splits):
+        image, masks = write_readers(folder, f"p{number}", solid(6 + number))
+        rows += [f"p{number},{split},{image},{rater},{mask}" for rater, mask in zip("abc", masks, strict=True)]
+    (folder / "cases.csv").write_text("\n".join(rows))
+    return folder / "cases.csv"
+
+
+def test_one_file_may_hold_all_readers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is read once for all of them, however masks are laid; two who drew alike are told, as of files of their own."""
+    table = write_readers_table(tmp_path, ("train", "val"))
+    read: list[str] = []
+    monkeypatch.setattr(dicom_mask, "any_bytes", lambda path: read.append(path.name) or any_bytes(path))
+    for masks_by in MASKS_BY:
+        for (case,) in find_cases(table, masks_by=masks_by).values():
+            image, masks = read_case(case)
+            assert read == [f"{case.name}.dcm"]
+            read.clear()
+            np.testing.assert_array_equal(masks[:, 0], image[:, 0] > 0)
+            assert [mask.sum() for mask in masks.swapaxes(0, 1)] == [(6 + int(case.name[1]) + n) * 40 for n in range(3)]
+        check = check_data(table, masks_by=masks_by, labels=(4,))
+        assert read == ["p0.dcm", "p1.dcm"]
+        read.clear()
+        assert check.possible
+        assert check.report["findings"] == []
+        assert [row["raters"] for row in check.report["cases"]] == [["a", "b", "c"]] * 2
+    table.write_text(table.read_text().replace("p1.dcm#GTV-1vis-2", "p1.dcm#GTV-1vis-3"))
+    texts = [finding["text"] for finding in check_data(table).report["findings"]]
+    assert any(text.startswith(f"cases.csv names more than once: {tmp_path / 'p1.dcm#GTV-1vis-3'};") for text in texts)
+    assert "identical masks: b and c" in texts
+
+
+def test_a_case_is_scored_again_when_another_structure_is_named(tmp_path: Path) -> None:
+    image, masks = write_readers(tmp_path, "p0", solid(6))
+    one, other = (Case("p0", tmp_path / image, (tmp_path / masks[0], tmp_path / masks[n])) for n in (1, 2))
+    assert case_sha256(one) == case_sha256(one) != case_sha256(other)
+
+
+def test_an_image_that_cannot_be_read_is_told_once(tmp_path: Path) -> None:
+    """And not again for each of the contours that would lie on it; but what is wrong with a structure is."""
+    table = write_readers_table(tmp_path, ("train", "val"))
+    table.write_text(table.read_text().replace("p1.dcm#GTV-1vis-2", "p1.dcm#GTV-1vis-9"))
+    next((tmp_path / "p1").iterdir()).write_bytes(b"")
+    image, structure = [f["text"] for f in check_data(table).report["findings"] if f["kind"] == "unreadable"]
+    assert "is empty (0 bytes)" in image
+    assert "p1.dcm#GTV-1vis-9 does not exist" in structure
+
+
+@pytest.mark.slow
+def test_from_one_structure_set_a_case_to_scores(tiny_bundle: Path, tmp_path: Path) -> None:
+    """By the commands: the check, its sheet, training, and evaluation of another training's bundle."""
+    table = write_readers_table(tmp_path, ("train", "train", "val", "test"))
+
+    def command(*arguments: object) -> Any:
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        assert result.exit_code == 0, result.output
+        return result
+
+    command("data", "check", table, "--json", tmp_path / "check.json", "--sheet", tmp_path / "sheet.png")
+    assert json.loads((tmp_path / "check.json").read_text())["findings"] == []
+    assert (tmp_path / "sheet.png").stat().st_size > 10_000
+    command("train", "--data", table, "--preset", "tiny", "--max-steps", 2, "--out", tmp_path / "run", "-q")
+    assert json.loads((tmp_path / "run" / "data.json").read_text())["train"][1]["marked"] == (7 + 8 + 9) * 40
+    scored = ("--json", tmp_path / "scores.json", "--runs", 2, "--steps", 2)
+    command("evaluate", "--data", table, "--model", tiny_bundle, *scored, "-q")
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert (scores["data"]["split"], scores["n_slices"]) == ("test", 4)
+    # Of the pairs' Dice on the columns 9, 10 and 11 that the readers marked.
+    pairs = np.mean([2 * a / (a + b) for a, b in ((9, 10), (10, 11), (9, 11))])
+    assert abs(scores["pairwise_dice_annotators"]["mean"] - pairs) < 1e-6
 
 
 def test_a_mask_is_what_another_reader_finds(tmp_path: Path) -> None:

@@ -1,0 +1,231 @@
+"""Contours of a DICOM structure set (RTSTRUCT, PS3.3, C.8.8.6) as a mask: the voxels of an image whose centres they enclose.
+
+Own code on pydicom, because the readers that there are move outlines by half a pixel and more, or put contours into slices that they are
+not of: rt-utils and DicomRTTool round corners to whole pixels for OpenCV, which takes in every pixel that an outline touches, and rt-utils
+takes the distance of rows for that of columns; platipy cuts corners to whole pixels too, and dcmrtstruct2nii takes the nearest slice, however
+far; these two need pydicom before 3.
+Polygons are filled here because to ask matplotlib of each pixel, which the tests do, takes many seconds for a lung.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import combinations, product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cdiff.runtime.data.structures import Structures, number_of, one_must_be_named
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.scans.grid import Grid
+from cdiff.runtime.scans.itk import LPS_TO_RAS
+from cdiff.runtime.words import several
+
+Float64 = NDArray[np.float64]
+CLOSED = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR")
+"""The contours that enclose something."""
+BESIDE = 0.3
+"""How far a contour may lie beside its slice, as a share of the distance of slices: a series' own images may lie nearly so far."""
+ROUNDING = 0.05
+"""From this share on that is told."""
+ON_LINE = 0.01
+"""Pixels within which a centre lies on an outline: rounding to hundredths of a millimetre must not decide what is inside."""
+FARTHEST = 1e5
+"""Millimetres from the origin that no coordinate reaches."""
+SHIFTS = tuple(product((-ON_LINE, ON_LINE), repeat=2))
+
+
+@dataclass(frozen=True)
+class Contours:
+    """One structure of a structure set.
+
+    loops: closed contours, each [n, 3] in mm in NIfTI's space. frame: the frame of reference's UID. series: the UIDs of the images that
+    it was drawn on. Both are empty where the file does not say. notes: what a reader of the mask should know.
+    """
+
+    loops: tuple[Float64, ...]
+    frame: str
+    series: frozenset[str]
+    notes: tuple[str, ...] = ()
+
+
+def read_contours(data: Any, path: Path, name: str) -> Contours:
+    """A structure of a pydicom data set; "" is the only one that has closed contours.
+
+    path: as the table has it. Raises CdiffError where no one structure is meant, and where it has other contours alone; what pydicom
+    raises where the file is damaged.
+    """
+    rois = {int(roi.ROINumber): roi for roi in data.get("StructureSetROISequence") or []}
+    contours = {
+        int(drawn.ReferencedROINumber): drawn.get("ContourSequence") or []
+        for drawn in data.get("ROIContourSequence") or []
+    }
+    there = [(number, str(roi.get("ROIName") or "").strip()) for number, roi in rois.items()]
+    number = number_of(name, path, there) if name else _only(path, there, contours)
+    kept, others = [], []
+    for contour in contours.get(number, []):
+        kind = str(contour.get("ContourGeometricType"))
+        points = _points(contour)
+        if kind in CLOSED and len(points) > 2:
+            kept.append(points * np.diag(LPS_TO_RAS)[:3])
+        else:
+            others.append("POINT" if kind in CLOSED else kind)
+    if others and not kept:
+        raise CdiffError(f"{path} has no closed contour, but {', '.join(sorted(set(others)))}; name another structure")
+    notes = []
+    if others:
+        kinds = ", ".join(sorted(set(others)))
+        notes.append(
+            f"has {several(len(others), 'contour')} that {'enclose' if len(others) > 1 else 'encloses'} nothing ({kinds}): left out"
+        )
+    if not kept:
+        notes.append(
+            "has no contour, and counts as one who marked nothing; leave its cell empty for one who never looked"
+        )
+    frame = str(rois[number].get("ReferencedFrameOfReferenceUID") or "")
+    return Contours(tuple(kept), frame, _series(data), tuple(notes))
+
+
+def _only(path: Path, there: Structures, contours: dict[int, Any]) -> int:
+    drawn = [
+        (number, called)
+        for number, called in there
+        if any(contour.get("ContourGeometricType") in CLOSED for contour in contours.get(number, []))
+    ]
+    if not drawn:
+        raise CdiffError(f"{path} holds no closed contours; name another file")
+    if len(drawn) > 1:
+        raise one_must_be_named(path, drawn, "holds contours of several structures")
+    return drawn[0][0]
+
+
+def _points(contour: Any) -> Float64:
+    """A contour's points in mm [n, 3], in DICOM's space."""
+    # The text as stored: pydicom makes an object of each number, which takes minutes for a million.
+    stored = contour.get_item("ContourData").value
+    values = np.array(stored.split(b"\\") if isinstance(stored, bytes) else stored, dtype=np.float64)
+    if not (np.abs(values) < FARTHEST).all():  # nor where one is no number
+        raise ValueError("a contour's coordinates lie nowhere in a patient")
+    return values.reshape(-1, 3)
+
+
+def _series(data: Any) -> frozenset[str]:
+    return frozenset(
+        str(series.SeriesInstanceUID)
+        for frame in data.get("ReferencedFrameOfReferenceSequence") or []
+        for study in frame.get("RTReferencedStudySequence") or []
+        for series in study.get("RTReferencedSeriesSequence") or []
+    )
+
+
+def lay(contours: Contours, grid: Grid) -> tuple[NDArray[np.bool_], tuple[str, ...]]:
+    """The voxels whose centres the contours enclose, [*grid.spatial], and what a reader of the mask should know.
+
+    A contour counts for the slice that it lies in, along whichever axis of the array, and for no other. In one slice contours are
+    combined by even-odd, so that one inside another is a hole.
+    Raises CdiffError where the image is another scan, or its header does not say where its voxels lie, and for contours that lie
+    between its slices, across them, in every second or third of them alone, or wholly outside.
+    """
+    if not grid.has_orientation:
+        raise CdiffError("contours are lengths in the patient, and its image does not say where its voxels lie")
+    if grid.frame and contours.frame and grid.frame != contours.frame:
+        raise CdiffError(
+            "it was drawn in another frame of reference than its image's, so on another scan; name the series that it was drawn on "
+            "(where its identifiers alone are other ones, as NIfTI)"
+        )
+    notes = list(contours.notes)
+    if grid.series and contours.series and grid.series not in contours.series:
+        notes.append("was drawn on another series than its image, of the same frame of reference")
+    laid = np.zeros((*grid.spatial, 1)[:3], bool)
+    if contours.loops:
+        axis, planes, beside = _planes(contours.loops, grid)
+        if beside > ROUNDING:
+            notes.append(f"has contours up to {beside:.2f} of a slice beside the slices that they count for")
+        notes += _fill(np.moveaxis(laid, axis, 0), planes)
+    return laid.reshape(grid.spatial), tuple(notes)
+
+
+def _planes(loops: tuple[Float64, ...], grid: Grid) -> tuple[int, dict[int, list[Float64]], float]:
+    """The axis of the array that runs through the contours; by slice along it their loops [n, 2], in voxels along the other axes; and
+    how far from their slices they lie at most, as a share of a slice. A contour that is there twice counts once."""
+    to_voxels = np.linalg.inv(grid.affine)
+    placed = [loop @ to_voxels[:3, :3].T + to_voxels[:3, 3] for loop in loops]
+    axis = int(np.argmin(np.max([np.ptp(loop, axis=0) for loop in placed], axis=0)))
+    slices = range((*grid.spatial, 1)[axis])
+    planes: dict[int, list[Float64]] = {}
+    beside = 0.0
+    for loop in placed:
+        plane = round(float(loop[:, axis].mean()))
+        if plane in slices:  # beyond, nothing says where a 2-D image's neighbours would lie
+            beside = max(beside, float(np.abs(loop[:, axis] - plane).max()))
+        flat = np.delete(loop, axis, axis=1)
+        there = planes.setdefault(plane, [])
+        if not any(np.array_equal(flat, other) for other in there):
+            there.append(flat)
+    if beside > BESIDE:
+        raise CdiffError(
+            f"its contours lie up to {beside:.2g} of a slice beside its image's slices; name the series that they were drawn on"
+        )
+    within = sorted(plane for plane in planes if plane in slices)
+    steps = set(np.diff(within).tolist())
+    if len(within) > 2 and len(steps) == 1 and steps != {1}:
+        raise CdiffError(
+            f"its contours lie in one of {min(steps)} slices of its image alone; name the series that they were drawn on, or interpolate them"
+        )
+    return axis, planes, beside
+
+
+def _fill(laid: NDArray[np.bool_], planes: dict[int, list[Float64]]) -> list[str]:
+    """Mark in `laid` [slices, rows, columns] what the loops enclose; returns notes. Raises CdiffError where all lie outside."""
+    sides = np.array(laid.shape[1:])
+    outside = wholly = crossing = 0
+    for plane, loops in planes.items():
+        within = 0 <= plane < len(laid)
+        for loop in loops:
+            low, high = loop.min(axis=0), loop.max(axis=0)
+            outside += not within or bool((low < -0.5 - ON_LINE).any() or (high > sides - 0.5 + ON_LINE).any())
+            wholly += not within or bool((high < -0.5).any() or (low > sides - 0.5).any())
+        if within:
+            laid[plane] = enclosed(loops, laid.shape[1:])
+            crossing += _cross(loops, laid.shape[1:])
+    count = sum(map(len, planes.values()))
+    if wholly == count:
+        raise CdiffError("its contours lie outside its image; name the series that they were drawn on")
+    notes = []
+    if outside:
+        notes.append(f"has {outside} of {several(count, 'contour')} outside its image, in whole or in part")
+    if crossing:
+        notes.append(
+            f"has contours that cross each other, in {several(crossing, 'slice')}: what two of them enclose counts as outside"
+        )
+    return notes
+
+
+def _cross(loops: list[Float64], shape: tuple[int, ...]) -> bool:
+    """Whether of two loops each encloses pixels that the other does not, and some that it does."""
+    marked = [_odd([loop], shape) for loop in loops] if len(loops) > 1 else []
+    return any((a & b).any() and (a & ~b).any() and (b & ~a).any() for a, b in combinations(marked, 2))
+
+
+def enclosed(loops: list[Float64], shape: tuple[int, ...]) -> NDArray[np.bool_]:
+    """The pixels [rows, columns] whose centres lie inside an odd number of loops, or on one. loops: [n, 2], row and column in pixels."""
+    marked = np.zeros(shape, bool)
+    for shift in SHIFTS:  # a centre on an outline is inside when one of the four is
+        marked |= _odd([loop + shift for loop in loops], shape)
+    return marked
+
+
+def _odd(loops: list[Float64], shape: tuple[int, ...]) -> NDArray[np.bool_]:
+    """The pixels inside an odd number of loops: along a row, each edge that crosses its line of centres ends or begins what is inside."""
+    rows, columns = shape
+    start, end = np.concatenate(loops), np.concatenate([np.roll(loop, -1, axis=0) for loop in loops])
+    first, stop = (np.clip(np.ceil(of(start[:, 0], end[:, 0])), 0, rows).astype(int) for of in (np.minimum, np.maximum))
+    edge = np.repeat(np.arange(len(start)), stop - first)
+    row = np.arange(len(edge)) - (np.cumsum(stop - first) - stop)[edge]
+    (y, x), (down, across) = start[edge].T, (end - start)[edge].T
+    column = np.ceil(x + (row - y) / down * across)
+    crossed = np.zeros((rows, columns + 1), np.uint8)  # which may overflow: 256 is even
+    np.add.at(crossed, (row, np.clip(column, 0, columns).astype(int)), 1)
+    return np.asarray(np.cumsum(crossed[:, :columns], axis=1, dtype=np.uint8) % 2 == 1)

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -155,3 +156,13 @@ def test_a_mean_without_its_deviation_is_refused(source: str, mean: tuple[float,
     """Each alone would be left out without a word."""
     with pytest.raises(CdiffError, match="mean and std must be as many numbers"):
         intensity_of(source, mean, std, None)
+
+
+def test_images_are_normalised_as_the_code_of_the_checkpoint_does_it() -> None:
+    image = np.random.default_rng(0).uniform(0, 900, (2, 4, 5, 6)).astype(np.float32)
+    np.testing.assert_array_equal(intensity_of("implicit-ensemble", (), (), None).apply(image), image)
+    own = intensity_of("consensus", (), (), None).apply(image)
+    np.testing.assert_allclose(own.mean(axis=(2, 3)), 0, atol=1e-6)
+    np.testing.assert_allclose(own.std(axis=(2, 3)), 1, atol=1e-6)
+    told = intensity_of("implicit-ensemble", (100.0,), (50.0,), None).apply(image)  # what is said goes before
+    np.testing.assert_allclose(told, (image - 100) / 50, rtol=1e-6)

@@ -30,11 +30,21 @@ def test_a_soft_label_checkpoint_without_a_table_takes_its_number_of_annotators(
     torch.save(tensors, path)
     unknown = import_checkpoint(path, tmp_path / "unknown")
     assert any("number_of_annotators=C" in note for note in unknown.notes)
+    assert unknown.config.network.levels == 1
     told = import_checkpoint(path, tmp_path / "told", settings=["number_of_annotators=6"])
     assert told.config.network.levels == 6
     assert not any("number_of_annotators" in note for note in told.notes)
     network = load_run(told.path).network.state_dict()
     assert all(torch.equal(value, network[name]) for name, value in load_run(unknown.path).network.state_dict().items())
+
+
+def test_a_consensus_checkpoint_that_has_lost_its_table_is_refused(tmp_path: Path) -> None:
+    """A network of levels that is told none would draw the same thing for each."""
+    case = recorded("consensus")
+    path = case.save(tmp_path / "given")
+    torch.save({name: tensor for name, tensor in case.tensors().items() if name != "label_emb.weight"}, path)
+    with pytest.raises(CdiffError, match=r"missing    label_emb\.weight \[3, 128\]"):
+        import_checkpoint(path, tmp_path / "run")
 
 
 @pytest.mark.parametrize("name", ["consensus", "consensus_256", "consensus_224"])

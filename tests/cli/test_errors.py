@@ -18,6 +18,8 @@ from typer.testing import CliRunner
 
 import cdiff
 from cdiff.cli.app import app
+from cdiff.cli.extras import needs
+from cdiff.runtime.errors import CdiffError
 from tests.runtime.scan_files import PIXDIM, nifti, patched, voxels
 from tests.synthetic import write_synthetic_dataset
 
@@ -287,3 +289,12 @@ def test_what_a_library_mends_in_a_header_is_not_the_users_business(tiny_bundle:
     command = [*MODULE, "segment", str(path), "-o", str(tmp_path / "maps"), "--model", str(tiny_bundle), "--fast", "-q"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_package_that_is_not_installed_is_named_with_what_brings_it() -> None:
+    says = r"^export needs nowhere, which is not installed; try: pip install '\.\[train\]'"
+    with pytest.raises(CdiffError, match=says), needs("export"):
+        raise ModuleNotFoundError("No module named 'nowhere.inner'", name="nowhere.inner")
+    for name in ("cdiff.train.gone", None):  # a fault of ours is not taken for that
+        with pytest.raises(ModuleNotFoundError), needs("export"):
+            raise ModuleNotFoundError("gone", name=name)

@@ -129,6 +129,12 @@ def test_masks_are_coded_as_in_the_published_code(imported: dict[str, Imported])
     assert [imported[name].config.network.outside for name in TINY] == [-1, -1, -1, 0, 0]
 
 
+def test_variances_are_those_of_the_published_code(imported: dict[str, Imported]) -> None:
+    """learn_sigma; sigma_small, which is beta tilde; neither, which is beta and a learned one that is always that."""
+    kinds = [imported[name].config.network.variance for name in TINY]
+    assert kinds == ["learned", "fixed", "learned", "learned", "learned"]
+
+
 def test_what_a_run_says_of_its_origin(imported: dict[str, Imported]) -> None:
     done = imported["consensus"]
     run = load_run(done.path)

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -29,11 +30,21 @@ def test_a_soft_label_checkpoint_without_a_table_takes_its_number_of_annotators(
     torch.save(tensors, path)
     unknown = import_checkpoint(path, tmp_path / "unknown")
     assert any("number_of_annotators=C" in note for note in unknown.notes)
+    assert unknown.config.network.levels == 1
     told = import_checkpoint(path, tmp_path / "told", settings=["number_of_annotators=6"])
     assert told.config.network.levels == 6
     assert not any("number_of_annotators" in note for note in told.notes)
     network = load_run(told.path).network.state_dict()
     assert all(torch.equal(value, network[name]) for name, value in load_run(unknown.path).network.state_dict().items())
+
+
+def test_a_consensus_checkpoint_that_has_lost_its_table_is_refused(tmp_path: Path) -> None:
+    """A network of levels that is told none would draw the same thing for each."""
+    case = recorded("consensus")
+    path = case.save(tmp_path / "given")
+    torch.save({name: tensor for name, tensor in case.tensors().items() if name != "label_emb.weight"}, path)
+    with pytest.raises(CdiffError, match=r"missing    label_emb\.weight \[3, 128\]"):
+        import_checkpoint(path, tmp_path / "run")
 
 
 @pytest.mark.parametrize("name", ["consensus", "consensus_256", "consensus_224"])
@@ -155,3 +166,13 @@ def test_a_mean_without_its_deviation_is_refused(source: str, mean: tuple[float,
     """Each alone would be left out without a word."""
     with pytest.raises(CdiffError, match="mean and std must be as many numbers"):
         intensity_of(source, mean, std, None)
+
+
+def test_images_are_normalised_as_the_code_of_the_checkpoint_does_it() -> None:
+    image = np.random.default_rng(0).uniform(0, 900, (2, 4, 5, 6)).astype(np.float32)
+    np.testing.assert_array_equal(intensity_of("implicit-ensemble", (), (), None).apply(image), image)
+    own = intensity_of("consensus", (), (), None).apply(image)
+    np.testing.assert_allclose(own.mean(axis=(2, 3)), 0, atol=1e-6)
+    np.testing.assert_allclose(own.std(axis=(2, 3)), 1, atol=1e-6)
+    told = intensity_of("implicit-ensemble", (100.0,), (50.0,), None).apply(image)  # what is said goes before
+    np.testing.assert_allclose(told, (image - 100) / 50, rtol=1e-6)

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.export.networks import FLAT_SETTINGS
 from tests.synthetic import AFFINE, write_synthetic_dataset
 
 CDIFF = Path(sys.executable).with_name("cdiff")
@@ -48,7 +49,7 @@ def test_volumes_of_five_annotators(tmp_path: Path) -> None:
     )
     trained, bundle, maps = tmp_path / "run", tmp_path / "bundle", tmp_path / "maps"
 
-    run("train", "--data", data, "--preset", "tiny", "--out", trained, "--max-steps", 4)
+    run("train", "--data", data, "--preset", "tiny", *FLAT_SETTINGS, "--out", trained, "--max-steps", 4)
     run("export", trained, "--out", bundle)
     assert "5" in run("info", bundle)
     run("segment", data / "Testing", "--model", bundle, "-o", maps, "--runs", 3, "--steps", 4, "--seed", 7)
@@ -83,7 +84,7 @@ def test_microscopy_in_colour(tmp_path: Path) -> None:
     trained, bundle, maps = tmp_path / "run", tmp_path / "bundle", tmp_path / "maps"
     settings = [part for text in ("image_channels=3", "framing=tile") for part in ("--set", text)]
 
-    run("train", "--data", data, "--preset", "tiny", *settings, "--out", trained, "--max-steps", 4)
+    run("train", "--data", data, "--preset", "tiny", *FLAT_SETTINGS, *settings, "--out", trained, "--max-steps", 4)
     run("export", trained, "--out", bundle)
     scan = data / "case01" / "image.nii.gz"
     pixels, _ = load(scan)
@@ -111,7 +112,7 @@ def test_the_road_leads_to_useful_maps(tmp_path: Path) -> None:
         tmp_path / "data", {"Training": 12, "Validation": 2, "Testing": 4}, raters=3, shape=(40, 36, 3)
     )
     trained, bundle, scores_file = tmp_path / "run", tmp_path / "bundle", tmp_path / "scores.json"
-    settings = [part for text in ("steps=400", "val_every=200", "ema=0.98") for part in ("--set", text)]
+    settings = [part for text in ("steps=250", "val_every=125", "ema=0.97") for part in ("--set", text)]
     run("train", "--data", data, "--preset", "tiny", *settings, "--out", trained)
     run("export", trained, "--out", bundle)
     run("evaluate", "--data", data, "--model", bundle, "--fast", "--json", scores_file)
@@ -123,12 +124,12 @@ def test_the_road_leads_to_useful_maps(tmp_path: Path) -> None:
 def test_real_nodules(lidc: Path, tmp_path: Path) -> None:
     """A few patients of each split: what real headers, empty masks and small objects do to the road."""
     data = tmp_path / "lidc"
-    for split, number in (("Training", 6), ("Validation", 2), ("Testing", 2)):
+    for split, number in (("Training", 3), ("Validation", 1), ("Testing", 1)):
         (data / split).mkdir(parents=True)
         for case in sorted((lidc / split).iterdir())[:number]:
             (data / split / case.name).symlink_to(case)
     trained, bundle, maps = tmp_path / "run", tmp_path / "bundle", tmp_path / "maps"
-    settings = [part for text in ("levels=4", "image_size=64", "framing=tile") for part in ("--set", text)]
+    settings = [part for text in ("levels=4", "framing=tile") for part in ("--set", text)]
 
     run("train", "--data", data, "--preset", "tiny", *settings, "--out", trained, "--max-steps", 6)
     run("export", trained, "--out", bundle)
@@ -161,7 +162,7 @@ def weights(folder: Path) -> dict[str, np.ndarray[Any, Any]]:
 def test_killed_training_resumes_to_the_same_weights(tmp_path: Path) -> None:
     """SIGKILL twice in the middle of a run, resume, and compare with a run that nobody disturbed."""
     data = write_synthetic_dataset(tmp_path / "data", {"Training": 4, "Validation": 1}, raters=3, shape=(32, 32, 3))
-    settings = [part for text in ("steps=120", "val_every=40", "save_every_s=0.2") for part in ("--set", text)]
+    settings = [part for text in ("steps=60", "val_every=20", "save_every_s=0.2") for part in ("--set", text)]
     train = ("train", "--data", data, "--preset", "tiny", *settings)
     run(*train, "--out", tmp_path / "whole")
 

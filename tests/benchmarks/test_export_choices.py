@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
 from cdiff.benchmarks import export_choices
+from cdiff.export.exporter import export_run
+from cdiff.train.presets import preset
+from tests.export.networks import FLAT, random_run
 
 
 @pytest.mark.slow
 def test_the_forms_agree_and_are_what_they_are_called(
-    tiny_bundle: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    config = dataclasses.replace(preset("tiny"), network=FLAT)
+    bundle = export_run(random_run(tmp_path / "run", config), tmp_path / "bundle").path
     monkeypatch.setattr(export_choices, "ROUNDS", 1)  # times are not what is tested
     scan = next((tiny_data / "Validation").glob("*/image.nii.gz"))
-    command = ["--model", str(tiny_bundle), "--scan", str(scan), "--json", str(tmp_path / "out.json")]
+    command = ["--model", str(bundle), "--scan", str(scan), "--json", str(tmp_path / "out.json")]
     assert export_choices.main(command) == 0
     report = json.loads((tmp_path / "out.json").read_text())
     forms = report["speed"]

@@ -21,10 +21,10 @@ from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.sampling.schedule import NoiseSchedule
 from cdiff.train.config import Config
 from cdiff.train.sections import DataConfig
-from tests.export.networks import BASE, random_network, random_run
+from tests.export.networks import FLAT, random_network, random_run
 
 CONFIG = Config(
-    network=replace(BASE, target="eps", variance="learned"),
+    network=replace(FLAT, target="eps", variance="learned"),
     data=DataConfig(framing="tile", slice_axis=1, intensity_scope="volume", intensity_lower=2.0),
 )
 pytestmark = pytest.mark.slow

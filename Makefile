@@ -1,5 +1,5 @@
 # make demo: segment the scan that comes with cdiff, with the model that comes with it.
-# make test: everything that the project asserts about itself.
+# make test: what the project asserts about itself; make minutes: the tests that take too long for each change.
 # Both need Python 3.11 or newer and make, and install into .venv; PYTHON=... chooses another interpreter.
 
 PYTHON ?= python3
@@ -8,13 +8,14 @@ BIN := $(VENV)/bin
 PACKAGES := train export runtime cli benchmarks
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test minutes lint clean
 
 help:
-	@echo "make demo   segment the demo scan with the shipped model into demo-output/ (about a minute)"
-	@echo "make test   install what the tests need, then ruff, mypy and pytest"
-	@echo "make lint   ruff and mypy alone"
-	@echo "make clean  remove .venv and demo-output"
+	@echo "make demo     segment the demo scan with the shipped model into demo-output/ (about a minute)"
+	@echo "make test     install what the tests need, then ruff, mypy and pytest"
+	@echo "make minutes  the tests that take minutes and that make test leaves out"
+	@echo "make lint     ruff and mypy alone"
+	@echo "make clean    remove .venv and demo-output"
 
 demo: $(VENV)/cpu.installed
 	@$(BIN)/cdiff segment cdiff/demo --fast --page -o demo-output
@@ -24,7 +25,10 @@ demo: $(VENV)/cpu.installed
 
 # One process a core, each with one thread: most tests are small, and threads would only wait for one another.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder -m "not minutes"
+
+minutes: $(VENV)/test.installed
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m minutes
 
 lint: $(VENV)/test.installed $(VENV)/types
 	$(BIN)/ruff check .

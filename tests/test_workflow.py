@@ -158,7 +158,7 @@ def weights(folder: Path) -> dict[str, np.ndarray[Any, Any]]:
     }
 
 
-@pytest.mark.slow
+@pytest.mark.minutes
 def test_killed_training_resumes_to_the_same_weights(tmp_path: Path) -> None:
     """SIGKILL twice in the middle of a run, resume, and compare with a run that nobody disturbed."""
     data = write_synthetic_dataset(tmp_path / "data", {"Training": 4, "Validation": 1}, raters=3, shape=(32, 32, 3))

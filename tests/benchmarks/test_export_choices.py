@@ -14,7 +14,7 @@ from cdiff.train.presets import preset
 from tests.export.networks import FLAT, random_run
 
 
-@pytest.mark.slow
+@pytest.mark.minutes
 def test_the_forms_agree_and_are_what_they_are_called(
     tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

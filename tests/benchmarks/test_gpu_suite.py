@@ -343,7 +343,7 @@ def test_an_engine_without_chains_of_its_own_lists_no_kernels(tmp_path: Path) ->
     assert found["status"] == "refused"
 
 
-@pytest.mark.slow
+@pytest.mark.minutes
 def test_the_suite_on_tiny_networks(tmp_path: Path) -> None:
     """A check of most kinds, each in its own process, through the command."""
     checks = "machine,noise:graph,published:published:paper,parity:onnxruntime,protocol:graph:shipped,scaling:graph,kernels,tests"

@@ -26,7 +26,7 @@ KERNELS, FUSED = "cdiff.export.torch_kernels", "cdiff.export.torch_fused"
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.slow
+@pytest.mark.minutes
 def test_what_the_interpreter_says() -> None:
     """The tests of interpreted_kernels.py: sums, moments, GroupNorm, the whole denoiser, chains through the engine."""
     pytest.importorskip("triton", reason="Triton is not installed: it comes for Linux on x86-64 alone")

@@ -125,19 +125,12 @@ def lay(contours: Contours, grid: Grid) -> tuple[NDArray[np.bool_], tuple[str, .
 
     A contour counts for the slice that it lies in, along whichever axis of the array, and for no other. In one slice contours are
     combined by even-odd, so that one inside another is a hole.
-    Raises CdiffError where the image is another scan, or its header does not say where its voxels lie, and for contours that lie
-    between its slices, across them, in every second or third of them alone, or wholly outside.
+    Raises CdiffError where the image's header does not say where its voxels lie, and for contours that lie between its slices, across
+    them, in every second or third of them alone, or wholly outside.
     """
     if not grid.has_orientation:
         raise CdiffError("contours are lengths in the patient, and its image does not say where its voxels lie")
-    if grid.frame and contours.frame and grid.frame != contours.frame:
-        raise CdiffError(
-            "it was drawn in another frame of reference than its image's, so on another scan; name the series that it was drawn on "
-            "(where its identifiers alone are other ones, as NIfTI)"
-        )
     notes = list(contours.notes)
-    if grid.series and contours.series and grid.series not in contours.series:
-        notes.append("was drawn on another series than its image, of the same frame of reference")
     laid = np.zeros((*grid.spatial, 1)[:3], bool)
     if contours.loops:
         axis, planes, beside = _planes(contours.loops, grid)

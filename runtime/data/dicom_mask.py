@@ -47,7 +47,7 @@ def read_dicom_mask(path: Path, grid: Grid | None, opened: Opened) -> DicomMask:
     those without a pixel, are 0. grid: of the mask's image, where that could be read. opened: takes files of which a structure is
     named, and has those that were read before.
     Raises CdiffError where pydicom or highdicom is missing; for a file that cannot be read, is neither of these or no even volume;
-    where not one structure is meant; and for contours as `lay` does.
+    where not one structure is meant; where `grid` is of another frame of reference; and for contours as `lay` does.
     """
     file, name = parted(path)
     if file in opened:
@@ -61,17 +61,36 @@ def read_dicom_mask(path: Path, grid: Grid | None, opened: Opened) -> DicomMask:
             contours = read_contours(data, path, name)
         if grid is None:
             raise NoImage(f"{path} holds contours, which cannot be laid without their image")
+        told = _of_its_image(contours.frame, contours.series, grid, path)
         try:
             laid, notes = lay(contours, grid)
         except CdiffError as error:
             raise CdiffError(f"{path} cannot be laid on its image: {error}") from None
         assert grid.header is not None  # or nothing could be laid
-        return laid, grid.header, notes
+        return laid, grid.header, (*told, *notes)
     with _reading(file, KIND):
         values, affine = _segment(data, path, file, name)
+        frame = str(data.get("FrameOfReferenceUID") or "")
+        series = frozenset(str(drawn.SeriesInstanceUID) for drawn in data.get("ReferencedSeriesSequence") or [])
     image = nib.Nifti1Image(np.zeros(values.shape, np.uint8), TO_RAS @ affine)
     image.header.set_xyzt_units("mm")
-    return values, image.header, ()
+    return values, image.header, () if grid is None else _of_its_image(frame, series, grid, path)
+
+
+def _of_its_image(frame: str, series: frozenset[str], grid: Grid, path: Path) -> tuple[str, ...]:
+    """What a reader of a mask should know of the image that it was drawn on, whose identifiers the mask's file has.
+
+    An image that was not read from DICOM has none. Raises CdiffError where the frames of reference differ: coordinates of one mean
+    nothing in the other.
+    """
+    if grid.frame and frame and grid.frame != frame:
+        raise CdiffError(
+            f"{path} cannot be laid on its image: it was drawn in another frame of reference than its image's, so on another scan; name "
+            "the series that it was drawn on (where its identifiers alone are other ones, as NIfTI)"
+        )
+    if grid.series and series and grid.series not in series:
+        return ("was drawn on another series than its image, of the same frame of reference",)
+    return ()
 
 
 def _opened(file: Path) -> Any:

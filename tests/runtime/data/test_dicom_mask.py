@@ -121,6 +121,24 @@ def test_a_table_of_series_and_segmentations_is_read_as_drawn(turned: bool, tmp_
     assert found == ({"slices"} if turned else set())  # those of so few images are strips when they are turned
 
 
+def test_a_segmentation_of_another_scan_is_refused_and_of_another_series_told(tmp_path: Path) -> None:
+    """Where it lies says nothing of it: every scan of a chest lies at about the same place."""
+    marked = drawn()
+    images, mask = series(tmp_path / "images", marked, orthogonal()), tmp_path / "seg.dcm"
+    (referenced,) = changed(write_seg(mask, images, marked)).ReferencedSeriesSequence
+    grid = read_scan(images).grid
+    assert read_mask(mask, grid).notes == ()
+    referenced.SeriesInstanceUID = "1.2.3"
+    changed(mask, ReferencedSeriesSequence=[referenced])
+    assert read_mask(mask, grid).notes == (
+        "was drawn on another series than its image, of the same frame of reference",
+    )
+    np.testing.assert_array_equal(on(images, mask), read_scan(images).slices[:, 0] > 0)
+    changed(mask, FrameOfReferenceUID="1.2.4")
+    with pytest.raises(CdiffError, match=r"seg\.dcm cannot be laid on its image: .* another frame of reference"):
+        read_mask(mask, grid)
+
+
 @pytest.mark.parametrize("told", [True, False])
 @pytest.mark.parametrize("slices", [[2], [1, 4], [0, 5], [0, 2, 5], [0, 2, 4]])
 def test_frames_that_are_left_out_stay_empty(slices: list[int], told: bool, tmp_path: Path) -> None:

@@ -157,7 +157,7 @@ def segment(
         report = result.save(output, item.name, preview=preview, page=page, dicom_seg=dicom_seg)
         for note in report["warnings"]:
             if note not in told:  # once is enough for a folder; each report has its own
-                say(f"{item.name}: {note}", quiet)
+                warn(f"{item.name}: {note}")
         told.update(report["warnings"])
         seconds = report["timings"]
         say(f"{item.name}: {sum(seconds[part] for part in ('read', 'frame', 'segment', 'write')):.1f} s", quiet)

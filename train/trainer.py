@@ -46,7 +46,7 @@ def train(
     max_steps: end this call after step `max_steps` without changing the schedule, as if it had been stopped there.
     dry_run: read the data, take one step (of a resumed run the next one) and write nothing.
     device: auto (a GPU if PyTorch sees one), cpu, cuda or cuda:N.
-    quiet: no notes, no progress; console: where they go, stderr unless given.
+    quiet: notes alone, no progress; console: where they go, stderr unless given.
 
     Raises CdiffError for unusable data, an `out` that holds another run or is being trained now, other data than a resumed run began
     with, a device that is not there, a GPU's memory that is not enough, or a loss that is not finite.
@@ -82,7 +82,6 @@ def train(
                     if writes:
                         stack.enter_context(held(make_folder(out)))
                         check_out(out, chosen, resume)  # another training may have begun meanwhile
-            quiet = quiet or not fabric.is_global_zero
             return _train(run, init is not None, max_steps, dry_run, quiet, console or Console(stderr=True))
 
 
@@ -109,9 +108,11 @@ def _start(config: Config, data: Path, out: Path, init: Path | None, fabric: Fab
 
 def _train(run: Run, started: bool, max_steps: int | None, dry_run: bool, quiet: bool, console: Console) -> TrainResult:
     """Say what was found, and train; started: whether the weights come from elsewhere."""
+    first = run.fabric.is_global_zero
+    quiet = quiet or not first
+    for note in run.notes if first else ():
+        say(console, f"note: {note}")
     if not quiet:
-        for note in run.notes:
-            say(console, f"note: {note}")
         found, learner = run.data.summary, run.learner
         say(
             console,
@@ -122,7 +123,7 @@ def _train(run: Run, started: bool, max_steps: int | None, dry_run: bool, quiet:
     if dry_run:
         loss, _ = run.step(run.done)
         return run.result(loss)
-    if run.fabric.is_global_zero:
+    if first:
         if started:
             run.save(None)  # before the run can be resumed, which knows nothing of where its weights came from
         write_seen(run.out, run.data.seen)

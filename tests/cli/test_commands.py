@@ -47,9 +47,10 @@ def test_a_page_is_what_to_open(scan: Path, tiny_bundle: Path, tmp_path: Path) -
     assert {path.name for path in tmp_path.iterdir()} == {f"image{end}" for end in ENDINGS | {"_page.html"}}
 
 
-def test_quiet_says_where_and_nothing_else(scan: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+def test_quiet_says_where_and_what_must_be_known(scan: Path, tiny_bundle: Path, tmp_path: Path) -> None:
     result = run("segment", "-i", scan, "-o", tmp_path, "--model", tiny_bundle, *SHORT, "-q", "--no-preview")
-    assert result.stderr == ""
+    warnings = json.loads((tmp_path / "image.json").read_text())["warnings"]
+    assert result.stderr.splitlines() == [f"note: image: {line}" for line in warnings]
     assert result.stdout.strip() == str(tmp_path / "image_soft.nii.gz")
     assert {path.name for path in tmp_path.iterdir()} == {f"image{end}" for end in ENDINGS if "preview" not in end}
 
@@ -129,16 +130,17 @@ def test_several_scans_and_folders_at_once(tiny_data: Path, tiny_bundle: Path, t
 
 
 def test_what_a_reader_of_the_maps_should_know_is_said_once(tiny_bundle: Path, tmp_path: Path) -> None:
-    """It stood in the reports alone, which who looks at a picture does not open."""
+    """With -q too: a report is what somebody who looks at a picture does not open."""
     for name in ("a", "b"):
-        scan = nib.Nifti1Image(np.random.default_rng(0).normal(size=(32, 32, 2)).astype(np.float32), np.eye(4))
+        scan = nib.Nifti1Image(np.random.default_rng(0).normal(size=(32, 32, 6)).astype(np.float32), np.eye(4))
         (tmp_path / "scans").mkdir(exist_ok=True)
         nib.save(scan, tmp_path / "scans" / f"{name}.nii.gz")
-    result = run("segment", tmp_path / "scans", "-o", tmp_path / "maps", "--model", tiny_bundle, *SHORT, "--no-preview")
+    out = ("-o", tmp_path / "maps", "--no-preview", "-q")
+    result = run("segment", tmp_path / "scans", "--model", tiny_bundle, *SHORT, *out)
     reports = [json.loads((tmp_path / "maps" / f"{name}.json").read_text()) for name in ("a", "b")]
     (note,) = {note for report in reports for note in report["warnings"] if "placeholder" in note}
     assert all(note in report["warnings"] for report in reports)
-    assert [line for line in result.stderr.splitlines() if note in line] == [f"a: {note}"]
+    assert result.stderr.splitlines() == [f"note: a: {note}"]
 
 
 def test_evaluate_prints_and_writes_the_scores(tiny_data: Path, tiny_bundle: Path, tmp_path: Path) -> None:

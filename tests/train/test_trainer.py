@@ -364,6 +364,15 @@ def test_what_is_said_is_neither_wrapped_nor_taken_for_markup(tmp_path: Path) ->
     assert " val_soft_dice_5 0." in step
 
 
+def test_quiet_leaves_the_notes(tmp_path: Path) -> None:
+    data, said = tmp_path / "data", StringIO()
+    write_synthetic_dataset(data, {"Training": 3, "Validation": 1}, raters=2, shape=(32, 32, 1))
+    (data / "Training/case01/task01_seg02.nii.gz").unlink()
+    config = preset("tiny").with_values({"levels": 2})
+    train(config, data, tmp_path / "run", dry_run=True, quiet=True, console=Console(file=said))
+    assert said.getvalue() == "note: case01 has 1 mask, not 2: skipped\n"
+
+
 def test_resuming_what_was_never_begun_says_so(tmp_path: Path) -> None:
     with pytest.raises(CdiffError, match=r"run/config\.json is not there; is this the folder of a training run\?$"):
         load_run(tmp_path / "run")

@@ -18,6 +18,7 @@ import torch
 
 import cdiff
 from cdiff.export.reference import TorchEngine
+from cdiff.export.torch_chain import full_precision
 from cdiff.export.torch_engine import Options, TorchChainEngine
 from cdiff.export.torch_noise import normals, words
 from cdiff.runtime.device.cuda import OutOfMemory
@@ -339,7 +340,8 @@ def test_our_kernels_are_the_networks_own_on_a_gpu(change: dict[str, str]) -> No
     rng = np.random.default_rng(0)
     x, features = rng.normal(size=(5, 1, 32, 32)).astype(np.float32), engines[0].encode(slices(2, 32))
     slot, t, level = np.array([0, 1, 1, 0, 1]), np.array([1, 9, 20, 33, 50]), np.array([1, 2, 3, 1, 2])
-    expected = TorchEngine(network, SCHEDULE, "cuda:0").denoise(x, features.astype(np.float32), slot, t, level)[0]
+    with full_precision():  # TF32 would round as coarsely as half precision
+        expected = TorchEngine(network, SCHEDULE, "cuda:0").denoise(x, features.astype(np.float32), slot, t, level)[0]
     ours, plain = (engine.denoise(x, features, slot, t, level)[0] for engine in engines)
     assert np.ptp(expected) > 0.1
     assert np.abs(ours - expected).mean() < 1.5 * np.abs(plain - expected).mean()

@@ -103,7 +103,7 @@ def plan(device: str, small: bool) -> list[Check]:
         add("parity", "graph-tuned", SHIPPED, calls_and_maps, 90, 20)
         add("noise", "graph-plain", SHIPPED, "the noise of PyTorch's own operators against the NumPy form", 60, 12)
     checks.append(Check("tests", "the tests marked gpu", 180, 60))
-    if kind != "cpu":  # compiled twice, for a call's rows and for a batch's: last, since it takes longest for one line
+    if kind != "cpu":  # compiled for three sizes of batch: last, since it takes longest for one line
         add("parity", "graph-compiled", SHIPPED, calls_and_maps, 220, 100)
     return [dataclasses.replace(c, expected=2, seconds=600) if small else c for c in checks]
 

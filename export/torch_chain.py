@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
@@ -34,13 +34,27 @@ R = TypeVar("R")
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """float32 means float32: no TF32 in convolutions and products within the block."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    """float32 means float32: no TF32 and no bfloat16 in convolutions and products within the block, however the program around asked for them."""
+    cuda, cudnn, cpu = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
+    # PyTorch has two kinds of switches and will not tell of the older where the newer say otherwise: then there is nothing of theirs to keep.
+    switches: list[tuple[Callable[[], Any], Callable[[Any], object], Any]] = [
+        (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"),
+        (lambda: cudnn.allow_tf32, functools.partial(setattr, cudnn, "allow_tf32"), False),
+    ]
+    for part in (cuda.matmul, cudnn.conv, cpu.matmul, cpu.conv):
+        name = "fp32_precision"
+        switches.append((functools.partial(getattr, part, name), functools.partial(setattr, part, name), "ieee"))
+    before = []
+    for get, switch, exactly in switches:
+        with suppress(RuntimeError):
+            before.append((switch, get(), exactly))
+    for switch, _, exactly in before:
+        switch(exactly)
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+        for switch, value, _ in before:
+            switch(value)
 
 
 def within_memory(function: Callable[P, R]) -> Callable[P, R]:

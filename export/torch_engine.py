@@ -38,7 +38,7 @@ class Options:
 
     half: convolutions and products in float16, GroupNorm's sums, the last convolution and the chain in float32; else all float32.
     channels_last: the memory order that half-precision convolutions want. capture: replay a step as a CUDA graph (on a GPU only).
-    compiled: the mode of `torch.compile` for denoiser and noise, or None for eager. tuned: cuDNN times its algorithms for each convolution
+    compiled: the mode of `torch.compile` for the denoiser, and on a GPU the noise; None for eager. tuned: cuDNN times its algorithms for each convolution
     at the first call and takes the fastest, where it else goes by its heuristics; another process may choose another, so the last bits differ.
     fused: run the denoiser with our kernels between its convolutions (`torch_fused`), and draw the noise in one; unless given, in half precision on a GPU where Triton
     works and nothing is compiled.
@@ -84,7 +84,8 @@ class TorchChainEngine:
         self._binding: TorchBinding | None = None
         if self.options.compiled is not None:
             self.network = torch.compile(prepared.denoiser, mode=self.options.compiled, dynamic=False)
-            self.noise = torch.compile(normals, dynamic=False)
+            if number is not None:  # for a CPU PyTorch 2.11 makes other words of them
+                self.noise = torch.compile(normals, dynamic=False)
         elif self.fused is not None:
             from cdiff.export.torch_kernels import drawn
 

@@ -8,10 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from cdiff.benchmarks.gpu_suite import in_a_process
+from tests.benchmarks.tiny import CPU
 from tests.conftest import REPOSITORY
 
 
@@ -73,6 +76,19 @@ def test_a_check_that_is_killed_takes_its_tests_along(tmp_path: Path) -> None:
         "gpu_tests.run_marked_tests()\n"
     )
     assert_ends_with(program, begun)
+
+
+def test_a_library_that_hangs_at_the_end_costs_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch, say, waits five minutes for its compilers; the check is done before that."""
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import atexit, time\nfrom pathlib import Path\nPath({str(tmp_path / 'begun')!r}).touch()\natexit.register(time.sleep, 60)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    start = time.monotonic()
+    found = in_a_process("noise:graph:shipped", replace(CPU, work=str(tmp_path / "work")), 120)
+    assert (tmp_path / "begun").exists()
+    assert found["status"] == "done"
+    assert time.monotonic() - start < 60
 
 
 def assert_ends_with(program: str, begun: Path) -> None:

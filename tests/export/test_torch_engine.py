@@ -18,6 +18,7 @@ import torch
 
 import cdiff
 from cdiff.export.reference import TorchEngine
+from cdiff.export.torch_chain import full_precision
 from cdiff.export.torch_engine import Options, TorchChainEngine
 from cdiff.export.torch_noise import normals, words
 from cdiff.runtime.device.cuda import OutOfMemory
@@ -328,6 +329,14 @@ def compiles() -> bool:
     return headers.exists() and any([os.environ.get("CC"), shutil.which("gcc"), shutil.which("clang")])
 
 
+def test_a_compiled_engine_draws_the_runtime_s_noise_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What PyTorch 2.11 compiles of it for a CPU draws other numbers."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: lambda *args: 0 * function(*args))
+    engine = TorchChainEngine(random_network(BASE), SCHEDULE, options=Options(half=False, compiled="default"))
+    drawn = engine.noise(*[integers(1)] * 5, torch.zeros(1, 2, dtype=torch.int64), (8, 8), (8, 8))
+    np.testing.assert_allclose(drawn[0, 0].numpy(), normal(1, 1, 1, 1, 1, (8, 8)), atol=1e-6, rtol=0)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not compiles(), reason="Triton needs a C compiler and Python's headers: gcc and python3-dev")
 @pytest.mark.parametrize("change", [{}, {"resample": "block", "embedding": "scale-shift", "variance": "learned"}])
@@ -339,7 +348,8 @@ def test_our_kernels_are_the_networks_own_on_a_gpu(change: dict[str, str]) -> No
     rng = np.random.default_rng(0)
     x, features = rng.normal(size=(5, 1, 32, 32)).astype(np.float32), engines[0].encode(slices(2, 32))
     slot, t, level = np.array([0, 1, 1, 0, 1]), np.array([1, 9, 20, 33, 50]), np.array([1, 2, 3, 1, 2])
-    expected = TorchEngine(network, SCHEDULE, "cuda:0").denoise(x, features.astype(np.float32), slot, t, level)[0]
+    with full_precision():  # TF32 would round as coarsely as half precision
+        expected = TorchEngine(network, SCHEDULE, "cuda:0").denoise(x, features.astype(np.float32), slot, t, level)[0]
     ours, plain = (engine.denoise(x, features, slot, t, level)[0] for engine in engines)
     assert np.ptp(expected) > 0.1
     assert np.abs(ours - expected).mean() < 1.5 * np.abs(plain - expected).mean()

@@ -1,0 +1,94 @@
+"""float32 means float32, whatever the program around asked PyTorch for and by which of its two kinds of switches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from cdiff.export.torch_chain import full_precision
+from cdiff.export.torch_engine import Options, TorchChainEngine
+from cdiff.runtime.sampling.schedule import NoiseSchedule
+from tests.export.networks import BASE, random_network
+
+BACKENDS: Any = torch.backends
+"""Not every switch is known to mypy."""
+
+
+def newer() -> dict[str, str]:
+    parts = (BACKENDS.cuda.matmul, BACKENDS.cudnn.conv, BACKENDS.mkldnn.matmul, BACKENDS.mkldnn.conv)
+    return dict(zip(("products", "convolutions", "products on a CPU", "convolutions on a CPU"), [p.fp32_precision for p in parts], strict=True))  # fmt: skip
+
+
+def older() -> list[Any]:
+    """What the older switches say; None where PyTorch refuses to tell, since the newer ones say otherwise."""
+
+    def told(get: Callable[[], Any]) -> Any:
+        try:
+            return get()
+        except RuntimeError:
+            return None
+
+    return [told(get) for get in (torch.get_float32_matmul_precision, lambda: BACKENDS.cuda.matmul.allow_tf32, lambda: BACKENDS.cudnn.allow_tf32)]  # fmt: skip
+
+
+@pytest.fixture
+def as_pytorch_starts() -> Iterator[None]:
+    yield
+    torch.set_float32_matmul_precision("highest")
+    BACKENDS.cudnn.allow_tf32 = True
+    BACKENDS.fp32_precision = "none"
+    for part in (BACKENDS.cuda.matmul, BACKENDS.mkldnn.matmul, BACKENDS.mkldnn.conv):
+        part.fp32_precision = "none"
+
+
+def generic(value: str) -> None:
+    BACKENDS.fp32_precision = value
+
+
+def of_products(value: str) -> None:
+    BACKENDS.cuda.matmul.fp32_precision = value
+
+
+def of_convolutions(value: str) -> None:
+    BACKENDS.cudnn.conv.fp32_precision = value
+
+
+def both(value: str) -> None:
+    torch.set_float32_matmul_precision("high")
+    generic(value)
+
+
+@pytest.mark.usefixtures("as_pytorch_starts")
+@pytest.mark.parametrize(
+    ("ask", "value"),
+    [
+        (torch.set_float32_matmul_precision, "highest"),
+        (torch.set_float32_matmul_precision, "high"),
+        (torch.set_float32_matmul_precision, "medium"),
+        (generic, "tf32"),
+        (generic, "bf16"),
+        (of_products, "tf32"),
+        (of_convolutions, "ieee"),
+        (both, "tf32"),
+    ],
+)
+def test_a_program_that_chose_a_precision_gets_full_precision_and_its_own_back(
+    ask: Callable[[str], None], value: str
+) -> None:
+    ask(value)
+    before = newer(), older()
+    with full_precision():
+        assert set(newer().values()) == {"ieee"}
+        assert older()[:2] == ["highest", False]
+    assert (newer(), older()) == before
+
+
+@pytest.mark.usefixtures("as_pytorch_starts")
+def test_an_engine_runs_in_a_program_that_chose_tf32_by_the_newer_switches() -> None:
+    generic("tf32")
+    engine = TorchChainEngine(random_network(BASE), NoiseSchedule(BASE.T), "cpu", Options(half=False))
+    image = torch.zeros(1, 1, BASE.image_size, BASE.image_size).numpy()
+    assert engine.encode(image).shape[0] == 1

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -14,7 +15,7 @@ from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.scans.intensity import Intensity
 from cdiff.train.checkpoint import load_run
 from cdiff.train.imported.importer import import_checkpoint
-from cdiff.train.imported.normalisation import intensity_of
+from cdiff.train.imported.normalisation import intensity_of, training_statistics
 from cdiff.train.imported.options import Options
 from cdiff.train.imported.weights import check_fit, shown
 from tests.train.published import recorded
@@ -176,3 +177,44 @@ def test_images_are_normalised_as_the_code_of_the_checkpoint_does_it() -> None:
     np.testing.assert_allclose(own.std(axis=(2, 3)), 1, atol=1e-6)
     told = intensity_of("implicit-ensemble", (100.0,), (50.0,), None).apply(image)  # what is said goes before
     np.testing.assert_allclose(told, (image - 100) / 50, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("image", "says"),
+    [
+        (np.zeros(8, np.float32), r"b/image.nii.gz has one axis \(8\)"),
+        (np.zeros((8, 0, 1), np.float32), "b/image.nii.gz has shape .*, so it holds no voxel"),
+        (np.full((8, 8), np.nan, np.float32), "b/image.nii.gz holds NaN or infinite values"),
+        (np.ones((8, 8), np.complex64), "b/image.nii.gz holds values of type complex64"),
+        (b"not a scan", "b/image.nii.gz cannot be read"),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_a_training_image_that_is_none_is_named(image: Any, says: str, tmp_path: Path) -> None:
+    """Its number would be part of the mean, if it is not a traceback."""
+    for case, values in (("a", np.arange(64, dtype=np.float32).reshape(8, 8)), ("b", image)):
+        (tmp_path / case).mkdir()
+        path = tmp_path / case / "image.nii.gz"
+        if isinstance(values, bytes):
+            path.write_bytes(values)
+        else:
+            nib.save(nib.Nifti1Image(values, np.eye(4)), path)
+    with pytest.raises(CdiffError, match=says) as caught:
+        training_statistics(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_channel_that_is_the_same_everywhere_cannot_normalise(tmp_path: Path) -> None:
+    image = np.random.default_rng(0).normal(size=(8, 8, 3)).astype(np.float32)
+    image[..., 1] = 7
+    (tmp_path / "a").mkdir()
+    nib.save(nib.Nifti1Image(image, np.eye(4)), tmp_path / "a" / "image.nii.gz")
+    with pytest.raises(
+        CdiffError, match=r"channel 2 of the images in .* is the same everywhere.*give --mean and --std"
+    ):
+        training_statistics(tmp_path)
+
+
+def test_images_and_numbers_are_not_both_taken(tmp_path: Path) -> None:
+    with pytest.raises(CdiffError, match="say the same thing twice"):
+        intensity_of("consensus", (1.0,), (1.0,), tmp_path)

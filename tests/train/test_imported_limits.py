@@ -67,6 +67,10 @@ def test_weights_alone_are_imported_once_the_training_is_named(tmp_path: Path) -
     (path.parent / "args.json").unlink()
     with pytest.raises(CdiffError, match=r"--option consensus_training=True, or annotators_training, no_annot"):
         import_checkpoint(path, tmp_path / "run", settings=["number_of_annotators=3"])
+    other = tmp_path / "args.json"
+    other.write_text('{"learning_rate": 0.1}')  # of another program: an annotator's map would be drawn for each level
+    with pytest.raises(CdiffError, match=r"args\.json does not say how it was trained: .*consensus_training=True"):
+        import_checkpoint(path, tmp_path / "run", args=other)
     alone = import_checkpoint(path, tmp_path / "alone", settings=["consensus_training=True"])
     assert any("taken for granted" in note and "diffusion_steps=100" in note for note in alone.notes)
     wanted = load_run(told.path).network.state_dict()

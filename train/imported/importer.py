@@ -95,18 +95,22 @@ def _read_args(checkpoint: Path, args: Path | None, source: str, settings: list[
     beside = checkpoint.parent / "args.json"
     if args is None and beside.is_file():
         args = beside
+    said: dict[str, Any] = {}
     if args is not None:
         must_see(args)
         if not args.is_file():
             raise CdiffError(f"{args} is not there; give the args.json that the training wrote")
-        return _json(args)
+        said = _json(args)
     trained = {f"{variant}_training" for variant in ("consensus", "annotators", "no_annotator", "soft_label")}
-    if source == CONSENSUS and trained.isdisjoint(setting.partition("=")[0] for setting in settings):
+    if source == CONSENSUS and trained.isdisjoint([*said, *(setting.partition("=")[0] for setting in settings)]):
+        lacking = (
+            f"there is no args.json beside {checkpoint}" if args is None else f"{args} does not say how it was trained"
+        )
         raise CdiffError(
-            f"there is no args.json beside {checkpoint}: give the one that its training wrote with --args, or say which training it was: "
+            f"{lacking}: give the one that its training wrote with --args, or say which training it was: "
             "--option consensus_training=True, or annotators_training, no_annotator_training or soft_label_training"
         )
-    return {}
+    return said
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -117,9 +117,11 @@ def test_what_no_tensor_shows_is_said_where_nothing_says_it(tmp_path: Path) -> N
     plain = [one for one in named if not one.startswith("num_heads=")]
     (note,) = [n for n in import_checkpoint(path, tmp_path / "a", settings=plain).notes if "taken for granted" in n]
     assert "num_heads=1" in note
-    fewer = import_checkpoint(path, tmp_path / "b", settings=[*plain, "num_heads=1", "diffusion_steps=100"]).notes
+    others = [*plain, "num_heads=1", "diffusion_steps=100", "timestep_respacing=10"]
+    fewer = import_checkpoint(path, tmp_path / "b", settings=others).notes
     assert not any("num_heads=" in n for n in fewer)
     assert any("1000 steps" in n for n in fewer)
+    assert any("timestep_respacing=10 is a matter of sampling: all 100 timesteps" in n for n in fewer)
 
 
 def test_the_published_loaders_crop_can_be_asked_for(tmp_path: Path) -> None:
@@ -222,3 +224,13 @@ def test_a_channel_that_is_the_same_everywhere_cannot_normalise(tmp_path: Path) 
 def test_images_and_numbers_are_not_both_taken(tmp_path: Path) -> None:
     with pytest.raises(CdiffError, match="say the same thing twice"):
         intensity_of("consensus", (1.0,), (1.0,), tmp_path)
+
+
+def test_a_network_that_saw_some_timesteps_alone_is_refused_unless_its_user_says_otherwise() -> None:
+    """The consensus code trains with timestep_respacing; the implicit ensemble's can only sample with it."""
+    args = recorded("consensus").args | {"timestep_respacing": "50"}
+    with pytest.raises(CdiffError, match="timestep_respacing=50 cannot be imported"):
+        Options.read("consensus", args, [])
+    for setting in ("timestep_respacing=", "timestep_respacing=100"):  # of 100 these are all
+        assert Options.read("consensus", args, [setting])["diffusion_steps"] == 100
+    assert Options.read("implicit-ensemble", {}, ["timestep_respacing=50"])["diffusion_steps"] == 1000

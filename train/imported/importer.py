@@ -55,8 +55,6 @@ def import_checkpoint(
     Raises CdiffError, and writes nothing, when the file is not such a checkpoint, its options and tensors contradict each other
     (the wrong tensors are named), or `out` exists.
     """
-    if source is not None and source not in REPOSITORIES:
-        raise CdiffError(f"--from {source} is not known; use {' or '.join(REPOSITORIES)}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CdiffError(f"{out} already exists; remove it or give another --out")
     theirs = read_state_dict(checkpoint)
@@ -197,7 +195,7 @@ def _notes(checkpoint: Path, options: Options, config: Config, normalised: bool)
             f"diffusion_steps={options['diffusion_steps']}: the published scripts train and sample with 1000 steps, whatever this "
             "option says; a checkpoint of theirs needs 1000"
         )
-    if options["timestep_respacing"]:
+    if options.source == IMPLICIT and options["timestep_respacing"]:
         notes.append(
             f"timestep_respacing={options['timestep_respacing']} is a matter of sampling: all {config.network.T} timesteps "
             "are imported, and cdiff segment --steps keeps fewer of them"

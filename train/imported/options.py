@@ -169,6 +169,11 @@ class Options:
             )
         if self.source == CONSENSUS and self["rrdb_blocks"] < 1:
             raise CdiffError("rrdb_blocks=0 cannot be imported: an encoder without RRDBs has no counterpart here")
+        if self.source == CONSENSUS and self["timestep_respacing"] not in ("", str(self["diffusion_steps"])):
+            raise CdiffError(
+                f"timestep_respacing={self['timestep_respacing']} cannot be imported: the training saw those timesteps alone, and here all "
+                f"{self['diffusion_steps']} are drawn; --option timestep_respacing= imports it all the same"
+            )
         if self.source == IMPLICIT and self["class_cond"]:
             raise CdiffError("class_cond=True cannot be imported: the published segmentation scripts give no class")
         if self.source == IMPLICIT and not self["learn_sigma"]:

@@ -178,9 +178,12 @@ def test_prefixes_of_distributed_training_and_half_precision_tensors_are_read(
     tmp_path: Path, imported: dict[str, Imported]
 ) -> None:
     case = recorded("consensus")
-    path = case.save(tmp_path / "parallel")
+    path = case.save(tmp_path / "parallel", "model_35000.pt")
     torch.save({f"module.{name}": value.half() for name, value in case.tensors().items()}, path)
-    run = load_run(import_checkpoint(path, tmp_path / "run").path)
+    done = import_checkpoint(path, tmp_path / "run")
+    assert done.step == 35_000
+    assert any("model_35000.pt is not called ema*" in note for note in done.notes)
+    run = load_run(done.path)
     wanted = load_run(imported["consensus"].path).network.state_dict()
     for name, value in run.network.state_dict().items():
         assert value.dtype == torch.float32
@@ -320,10 +323,12 @@ def test_options_are_read_from_args_then_from_the_command(tmp_path: Path) -> Non
     with pytest.raises(CdiffError, match=r"options here are .*rrdb_blocks"):
         import_checkpoint(path, tmp_path / "run", args=elsewhere, settings=["nonsense=1"])
     elsewhere.write_text(json.dumps(case.args | {"rrdb_blocks": 4}))
+    (tmp_path / "run").mkdir()  # empty, and so as good as none
     done = import_checkpoint(path, tmp_path / "run", args=elsewhere, settings=["rrdb_blocks=1"], image_size=64)
     assert (done.config.network.rrdbs, done.config.network.image_size) == (1, 64)
-    with pytest.raises(CdiffError, match="already exists"):
-        import_checkpoint(path, tmp_path / "run", args=elsewhere)
+    for there in (tmp_path / "run", elsewhere):
+        with pytest.raises(CdiffError, match="already exists"):
+            import_checkpoint(path, there, args=elsewhere)
 
 
 README_FLAGS = (

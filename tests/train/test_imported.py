@@ -28,6 +28,7 @@ from tests.train.published import CHAIN_SEED, Recorded, inputs, recorded
 
 TINY = ("consensus", "consensus_options", "consensus_short", "implicit", "implicit_options")
 FULL = ("consensus_256", "consensus_224", "implicit_256")
+WIDTHS = (*(f"consensus_{size}" for size in (64, 128, 320, 480)), *(f"implicit_{size}" for size in (64, 128, 512)))
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +76,7 @@ def test_reverse_chains_end_where_the_published_ones_do(name: str, imported: dic
     np.testing.assert_allclose(result.level_means, case.arrays["chain"], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [*TINY, *FULL])
+@pytest.mark.parametrize("name", [*TINY, *FULL, *WIDTHS])
 def test_every_tensor_has_one_place(name: str) -> None:
     case = recorded(name)
     options = Options.read(case.source, case.args, [])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import shutil
@@ -174,6 +175,18 @@ def test_a_run_that_is_being_trained_is_left_alone_by_a_second_training(tiny_dat
     with held(run), pytest.raises(CdiffError, match=r"run is being trained by another process; wait until that ends"):
         train(preset("tiny"), tiny_data, run, resume=True, max_steps=2, quiet=True)
     assert train(preset("tiny"), tiny_data, run, resume=True, max_steps=2, quiet=True).step == 2
+
+
+def test_only_a_training_in_the_folder_keeps_another_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(CdiffError, match=r"cannot open .*nowhere: No such file"), held(tmp_path / "nowhere"):
+        pass
+
+    def none_here(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", none_here)
+    with held(tmp_path), held(tmp_path):  # nobody can be kept out
+        pass
 
 
 @pytest.mark.parametrize("ended", [False, True])

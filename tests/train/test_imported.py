@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -278,9 +279,12 @@ class Trap:
         ("trap", "holds more than tensors"),
         ("optimiser", "is an optimiser's state"),
         ("nested", "state_dict, step is no tensor"),
+        ("jagged", "weight is no tensor"),
+        ("empty", "holds a dict, not named tensors"),
         ("list", "holds a list"),
         ("other", "from neither published code"),
         ("protocol", "with a pickle_protocol above 3"),
+        ("tar", "is a TorchScript archive or of a PyTorch before 0.4"),
         ("text", "is not a PyTorch checkpoint"),
         ("truncated", "is damaged"),
         ("nothing", "is not there"),
@@ -294,6 +298,8 @@ def test_files_that_are_no_checkpoint_are_refused_in_one_line(content: str, says
         "trap": {"weight": torch.zeros(2), "trap": Trap(witness)},
         "optimiser": torch.optim.AdamW(layer.parameters()).state_dict(),
         "nested": {"state_dict": layer.state_dict(), "step": 3},
+        "jagged": {"weight": torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)], layout=torch.jagged)},
+        "empty": {},
         "list": [torch.zeros(2)],
         "other": layer.state_dict(),
     }
@@ -301,6 +307,9 @@ def test_files_that_are_no_checkpoint_are_refused_in_one_line(content: str, says
         torch.save(objects[content], path)
     elif content == "protocol":
         torch.save({f"rrdb.{i}": torch.zeros(3) for i in range(4)}, path, pickle_protocol=5)
+    elif content == "tar":
+        with tarfile.open(path, "w") as archive:
+            archive.add(__file__, "storages")
     elif content == "text":
         path.write_text("<html>not found</html>")
     elif content == "truncated":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,12 @@ import torch
 
 from cdiff.export.reference import TorchEngine
 from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.files import sha256
 from cdiff.runtime.sampling.batching import segment_windows
 from cdiff.runtime.sampling.framing import Framing
 from cdiff.runtime.sampling.sampler import sampler_table
 from cdiff.runtime.scans.intensity import Intensity
-from cdiff.train.checkpoint import load_run
+from cdiff.train.checkpoint import load_run, read_state
 from cdiff.train.imported.importer import Imported, import_checkpoint
 from cdiff.train.imported.mapping import links
 from cdiff.train.imported.options import Options
@@ -144,7 +144,17 @@ def test_what_a_run_says_of_its_origin(imported: dict[str, Imported]) -> None:
     origin = run.info["imported"]
     assert origin["repository"] == "tomeramit/Annotator-Consensus-Prediction"
     assert origin["variant"] == "consensus"
-    assert len(origin["sha256"]) == 64
+    assert (origin["from"], origin["file"]) == ("consensus", "ema_val_0.7512345_0.9999_002500.pt")
+    assert origin["sha256"] == sha256(done.path.parent / "consensus" / origin["file"])
+    assert origin["options"]["rrdb_blocks"] == 1
+    assert {key: run.info[key] for key in ("seconds", "best", "best_window", "is_best")} == {
+        **{"seconds": 0.0, "best": None, "best_window": 32, "is_best": True}
+    }
+    assert run.info["parameters"] == sum(p.numel() for p in run.network.parameters())
+    (group,) = read_state(done.path / "checkpoints" / "step-0002500" / "optimiser.pt", torch.device("cpu"))[
+        "optimiser"
+    ]["param_groups"]
+    assert (group["betas"], group["weight_decay"]) == ((0.9, 0.999), 0.0)
     assert run.config.network.conditions == 3
     assert [imported[name].options.variant for name in TINY[1:4]] == ["no-annotator", "annotator", "implicit-ensemble"]
     assert [imported[name].config.network.conditions for name in TINY[1:4]] == [1, 3, 1]
@@ -169,7 +179,8 @@ def test_soft_label_networks_leave_their_table_of_annotators(tmp_path: Path) -> 
     case = recorded("consensus")
     args = case.args | {"soft_label_training": True, "consensus_training": False}
     soft = dataclasses.replace(case, args=args)
-    done = import_checkpoint(soft.save(tmp_path / "soft"), tmp_path / "run")
+    done = import_checkpoint(soft.save(tmp_path / "soft", "ema.pt"), tmp_path / "run")
+    assert done.step == 0
     assert done.config.network.conditions == 1
     assert not load_run(done.path).network.denoiser.level_table.weight.any()
     # With no_annotator_training besides, the published constructor makes no such table.
@@ -260,66 +271,6 @@ def test_options_that_do_not_fit_are_said(change: dict[str, Any], says: str, tmp
     with pytest.raises(CdiffError) as caught:
         import_checkpoint(path, tmp_path / "run")
     assert says in str(caught.value)
-    assert not (tmp_path / "run").exists()
-
-
-class Trap:
-    """Unpickled, it would create a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return (Path.touch, (self.path,))
-
-
-@pytest.mark.parametrize(
-    ("content", "says"),
-    [
-        ("trap", "holds more than tensors"),
-        ("optimiser", "is an optimiser's state"),
-        ("nested", "state_dict, step is no tensor"),
-        ("jagged", "weight is no tensor"),
-        ("empty", "holds a dict, not named tensors"),
-        ("list", "holds a list"),
-        ("other", "from neither published code"),
-        ("protocol", "with a pickle_protocol above 3"),
-        ("tar", "is a TorchScript archive or of a PyTorch before 0.4"),
-        ("text", "is not a PyTorch checkpoint"),
-        ("truncated", "is damaged"),
-        ("nothing", "is not there"),
-    ],
-)
-@pytest.mark.filterwarnings("error")
-def test_files_that_are_no_checkpoint_are_refused_in_one_line(content: str, says: str, tmp_path: Path) -> None:
-    path, witness = tmp_path / "ema_0.9999_000100.pt", tmp_path / "touched"
-    layer = torch.nn.Linear(2, 2)
-    objects: dict[str, Any] = {
-        "trap": {"weight": torch.zeros(2), "trap": Trap(witness)},
-        "optimiser": torch.optim.AdamW(layer.parameters()).state_dict(),
-        "nested": {"state_dict": layer.state_dict(), "step": 3},
-        "jagged": {"weight": torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)], layout=torch.jagged)},
-        "empty": {},
-        "list": [torch.zeros(2)],
-        "other": layer.state_dict(),
-    }
-    if content in objects:
-        torch.save(objects[content], path)
-    elif content == "protocol":
-        torch.save({f"rrdb.{i}": torch.zeros(3) for i in range(4)}, path, pickle_protocol=5)
-    elif content == "tar":
-        with tarfile.open(path, "w") as archive:
-            archive.add(__file__, "storages")
-    elif content == "text":
-        path.write_text("<html>not found</html>")
-    elif content == "truncated":
-        torch.save({f"rrdb.{i}": torch.zeros(1000) for i in range(4)}, path)
-        path.write_bytes(path.read_bytes()[:9000])
-    with pytest.raises(CdiffError) as caught:
-        import_checkpoint(path, tmp_path / "run")
-    assert says in str(caught.value)
-    assert len(str(caught.value).splitlines()) == 1
-    assert not witness.exists()
     assert not (tmp_path / "run").exists()
 
 

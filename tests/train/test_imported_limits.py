@@ -117,6 +117,8 @@ def test_what_no_tensor_shows_is_said_where_nothing_says_it(tmp_path: Path) -> N
     plain = [one for one in named if not one.startswith("num_heads=")]
     (note,) = [n for n in import_checkpoint(path, tmp_path / "a", settings=plain).notes if "taken for granted" in n]
     assert "num_heads=1" in note
+    whole = import_checkpoint(path, tmp_path / "c", settings=[*plain, "diffusion_steps=1000"]).notes
+    assert not any("1000 steps" in n or "respacing" in n.partition(":")[0] for n in whole)
     others = [*plain, "num_heads=1", "diffusion_steps=100", "timestep_respacing=10"]
     fewer = import_checkpoint(path, tmp_path / "b", settings=others).notes
     assert not any("num_heads=" in n for n in fewer)
@@ -126,9 +128,9 @@ def test_what_no_tensor_shows_is_said_where_nothing_says_it(tmp_path: Path) -> N
 
 def test_the_published_loaders_crop_can_be_asked_for(tmp_path: Path) -> None:
     case = recorded("implicit")
-    path = case.save(tmp_path / "given")
+    path = case.save(tmp_path / "given", "savedmodel050000.pt")
     done = import_checkpoint(path, tmp_path / "resized")
-    assert done.config.data.framing == "resize"
+    assert (done.config.data.framing, done.step) == ("resize", 50_000)
     assert any("--image-size 224" in note for note in done.notes)
     cropped = import_checkpoint(path, tmp_path / "cropped", image_size=224)
     assert (cropped.config.data.framing, cropped.config.network.image_size) == ("centre", 224)
@@ -160,11 +162,51 @@ def test_tensors_that_are_no_plain_finite_numbers_are_one_line(how: str, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "option", ["num_res_blocks=10000000", "rrdb_blocks=1000000", "num_channels=320000000", "lr=inf"]
+    ("option", "says"),
+    [
+        *((f"{name}=0", "at least 1") for name in ("image_size", "num_channels", "num_res_blocks", "num_heads")),
+        *((f"{name}=0", "at least 1") for name in ("diffusion_steps", "condition_input_channel")),
+        *((f"{name}=320000000", "at most") for name in ("image_size", "num_channels", "num_res_blocks", "rrdb_blocks")),
+        ("diffusion_steps=100001", "at most 100000"),
+        ("num_channels=48", "a multiple of 32"),
+        *((f"lr={number}", "a number") for number in ("inf", "nan", "fast")),
+        (f"num_heads={'9' * 400}", "a whole number"),
+        ("sigma_small=perhaps", "True or False"),
+        *((f"attention_resolutions={sizes}", "whole numbers with commas") for sizes in ("", "0", "16,,8", "16,-8")),
+    ],
 )
-def test_options_beyond_reason_are_one_line(option: str) -> None:
-    with pytest.raises(CdiffError, match=f"the published option {option.partition('=')[0]}="):
+def test_options_beyond_reason_are_one_line(option: str, says: str) -> None:
+    with pytest.raises(CdiffError, match=f"the published option {option.partition('=')[0]}=.* must be {says}"):
         Options.read("consensus", recorded("consensus").args, [option])
+
+
+@pytest.mark.parametrize("option", ["class_cond=True", "learn_sigma=False"])
+def test_what_the_implicit_ensemble_s_scripts_cannot_run_is_refused(option: str) -> None:
+    with pytest.raises(CdiffError, match=f"{option} cannot be imported"):
+        Options.read("implicit-ensemble", {}, [option])
+    assert Options.read("consensus", recorded("consensus").args, [option])  # whose network it does not change, or has
+
+
+def test_options_are_spelled_as_on_the_published_command_line() -> None:
+    args = recorded("consensus").args
+    for yes, no in (("yes", "no"), ("TRUE", "False"), ("t", "f"), ("y", "n"), ("1", " 0")):
+        assert Options.read("consensus", args, [f"sigma_small={yes}"])["sigma_small"] is True
+        assert Options.read("consensus", args, [f"sigma_small={no}"])["sigma_small"] is False
+    assert Options.read("consensus", args, ["ema_rate=0.99,0.9999"]).ema_rate == 0.99
+    assert Options.read("consensus", args, ["attention_resolutions=16, 4"]).attention_depths == (1, 3)
+
+
+def test_how_it_was_trained_is_what_a_training_goes_on_with() -> None:
+    options = Options.read(
+        "consensus", recorded("consensus").args, ["weight_decay=0.5", "ema_rate=0.99", "dropout=0.3"]
+    )
+    config = options.config(image_channels=1, step=400_000, intensity=Intensity(), image_size=224)
+    training = config.training
+    assert (training.batch, training.lr, training.weight_decay, training.ema) == (4, 2e-5, 0.5, 0.99)
+    assert (training.warmup, training.steps, config.network.dropout) == (0, 400_001, 0.3)  # it can take a step more
+    assert (config.network.image_size, config.data.framing) == (224, "resize")  # only the other code crops
+    config = Options.read("implicit-ensemble", {}, []).config(image_channels=4, step=50_000, intensity=Intensity())
+    assert (config.training.batch, config.training.lr, config.training.steps) == (10, 1e-4, 300_000)
 
 
 @pytest.mark.parametrize(("mean", "std"), [((1.0,), ()), ((), (2.0,)), ((1.0, 2.0), (2.0,))])
@@ -234,3 +276,17 @@ def test_a_network_that_saw_some_timesteps_alone_is_refused_unless_its_user_says
     for setting in ("timestep_respacing=", "timestep_respacing=100"):  # of 100 these are all
         assert Options.read("consensus", args, [setting])["diffusion_steps"] == 100
     assert Options.read("implicit-ensemble", {}, ["timestep_respacing=50"])["diffusion_steps"] == 1000
+
+
+def test_an_implicit_ensemble_of_other_channels_and_a_schedule_that_cannot_be(tmp_path: Path) -> None:
+    """Four channels are written into its code, and who has others changed it there. With 20 steps the last beta is 1."""
+    case = recorded("implicit")
+    path = case.save(tmp_path / "given")
+    with pytest.raises(CdiffError, match=r"the noise schedule's betas run from 0\.005 to 1 "):
+        import_checkpoint(path, tmp_path / "run", settings=["diffusion_steps=20"])
+    assert not (tmp_path / "run").exists()
+    tensors, first = case.tensors(), "input_blocks.0.0.weight"
+    torch.save(tensors | {first: tensors[first][:, 2:]}, path)
+    network = load_run(import_checkpoint(path, tmp_path / "run").path).network
+    assert torch.equal(network.encoder.first.weight, tensors[first][:, 2:4])
+    assert torch.equal(network.denoiser.first.weight, tensors[first][:, 4:])

@@ -123,10 +123,7 @@ def _json(path: Path) -> dict[str, Any]:
 def _image_channels(theirs: dict[str, Tensor], options: Options) -> int:
     """The image's channels; the implicit-ensemble code has four written into it, and who has others has changed it there."""
     if options.source == CONSENSUS:
-        channels = int(options["condition_input_channel"])
-        if channels < 1:
-            raise CdiffError(f"the published option condition_input_channel={channels} must be at least 1")
-        return channels
+        return int(options["condition_input_channel"])
     weight = theirs.get("input_blocks.0.0.weight")
     return weight.shape[1] - 1 if weight is not None and weight.dim() == 4 and weight.shape[1] > 1 else 4
 

@@ -155,8 +155,9 @@ class Options:
         return self.values[name]
 
     def _check(self) -> None:
-        for name in ("image_size", "num_channels", "num_res_blocks", "num_heads", "diffusion_steps"):
-            if self[name] < 1:
+        sizes = ("image_size", "num_channels", "condition_input_channel")
+        for name in (*sizes, "num_res_blocks", "num_heads", "diffusion_steps"):
+            if self.values.get(name, 1) < 1:
                 raise CdiffError(f"the published option {name}={self[name]} must be at least 1")
         for name, most in MOST.items():
             if self.values.get(name, 0) > most:

@@ -299,8 +299,9 @@ def test_a_run_can_start_from_anothers_averaged_weights(tiny_run: Path, tiny_dat
     config = preset("tiny").with_values({"lr": 1e-30, "weight_decay": 0.0, "steps": 1})
     train(config, tiny_data, tmp_path / "run", init=tiny_run, quiet=True)
     start = weights(tiny_run, "ema")
-    for name, value in weights(tmp_path / "run").items():
-        torch.testing.assert_close(value, start[name], rtol=0, atol=1e-12)
+    for which in ("model", "ema"):
+        for name, value in weights(tmp_path / "run", which).items():
+            torch.testing.assert_close(value, start[name], rtol=0, atol=1e-12)
     with pytest.raises(CdiffError, match="leave one of them out"):
         train(config, tiny_data, tmp_path / "run", init=tiny_run, resume=True, quiet=True)
     with pytest.raises(CdiffError, match="no weights to start from"):

@@ -165,6 +165,10 @@ def test_schedules(imported: dict[str, Imported]) -> None:
     schedule = imported["consensus"].config.schedule
     np.testing.assert_allclose(schedule.betas[[1, 100]], [1e-3, 0.2], rtol=1e-12)
     np.testing.assert_allclose(imported["consensus_short"].config.schedule.betas[[1, 10]], [1e-2, 0.8], rtol=1e-12)
+    for T in (12, 20, 24, 25, 26):
+        options = Options.read("consensus", recorded("consensus").args, [f"diffusion_steps={T}"])
+        betas = options.config(image_channels=1, step=0, intensity=Intensity()).schedule.betas[1:]
+        np.testing.assert_allclose(betas, np.linspace(0.1 / T, min(20 / T, 0.8), T), rtol=1e-12)
     cosine = imported["consensus_options"].config.schedule
 
     def abar(u: float) -> float:

@@ -143,14 +143,18 @@ def test_what_a_run_says_of_its_origin(imported: dict[str, Imported]) -> None:
     assert run.info["step"] == done.step == 2500
     origin = run.info["imported"]
     assert origin["repository"] == "tomeramit/Annotator-Consensus-Prediction"
-    assert origin["variant"] == "consensus"
-    assert (origin["from"], origin["file"]) == ("consensus", "ema_val_0.7512345_0.9999_002500.pt")
+    other = load_run(imported["consensus_short"].path).info["imported"]
+    assert [(each["from"], each["variant"]) for each in (origin, other)] == [
+        ("consensus", "consensus"),
+        ("consensus", "annotator"),
+    ]
+    assert origin["file"] == "ema_val_0.7512345_0.9999_002500.pt"
     assert origin["sha256"] == sha256(done.path.parent / "consensus" / origin["file"])
     assert origin["options"]["rrdb_blocks"] == 1
     assert {key: run.info[key] for key in ("seconds", "best", "best_window", "is_best")} == {
         **{"seconds": 0.0, "best": None, "best_window": 32, "is_best": True}
     }
-    assert run.info["parameters"] == sum(p.numel() for p in run.network.parameters())
+    assert run.info["parameters"] == done.parameters == sum(p.numel() for p in run.network.parameters())
     (group,) = read_state(done.path / "checkpoints" / "step-0002500" / "optimiser.pt", torch.device("cpu"))[
         "optimiser"
     ]["param_groups"]

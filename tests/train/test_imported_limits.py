@@ -77,6 +77,11 @@ def test_weights_alone_are_imported_once_the_training_is_named(tmp_path: Path) -
     found = load_run(alone.path).network.state_dict()
     assert found.keys() == wanted.keys()
     assert all(torch.equal(value, wanted[name]) for name, value in found.items())
+    assert not any("sigma_small" in note for note in alone.notes)  # its variance is learned
+    fixed = recorded("consensus_short").save(tmp_path / "fixed")
+    (fixed.parent / "args.json").unlink()
+    notes = import_checkpoint(fixed, tmp_path / "fixed-run", settings=["annotators_training=True"]).notes
+    assert any("taken for granted" in note and "sigma_small=False" in note for note in notes)
     # What is said goes before what is shown, and is held against it.
     with pytest.raises(CdiffError, match="the options say num_res_blocks=2, the tensors 1"):
         import_checkpoint(path, tmp_path / "run", settings=["consensus_training=True", "num_res_blocks=2"])
@@ -134,6 +139,7 @@ def test_the_published_loaders_crop_can_be_asked_for(tmp_path: Path) -> None:
     assert any("--image-size 224" in note for note in done.notes)
     cropped = import_checkpoint(path, tmp_path / "cropped", image_size=224)
     assert (cropped.config.data.framing, cropped.config.network.image_size) == ("centre", 224)
+    assert not any("--image-size 224" in note for note in cropped.notes)
 
 
 @pytest.mark.parametrize("how", ["sparse", "meta", "float8", "too large", "flipped"])

@@ -17,7 +17,7 @@ from cdiff.train.checkpoint import read_json, save_checkpoint
 from cdiff.train.config import Config
 from cdiff.train.imported.mapping import convert, links
 from cdiff.train.imported.normalisation import intensity_of
-from cdiff.train.imported.options import CONSENSUS, IMPLICIT, REPOSITORIES, UNSEEN, Options
+from cdiff.train.imported.options import CONSENSUS, IMPLICIT, REPOSITORIES, Options
 from cdiff.train.imported.weights import check_fit, read_state_dict, shown, source_of
 from cdiff.train.network import ConsensusNet
 
@@ -70,7 +70,6 @@ def import_checkpoint(
             given = f"the images in {images} have {len(intensity.mean)} channels, as their last axis is read"
         raise CdiffError(f"{given}, and the network takes {channels}")
     config = options.config(image_channels=channels, step=step, intensity=intensity, image_size=image_size)
-    _ = config.schedule  # a schedule that cannot be is an error before anything is written
     with torch.device("meta"):
         network = ConsensusNet(config.network)
     check_fit(theirs, links(network, options), options, checkpoint)
@@ -80,7 +79,7 @@ def import_checkpoint(
     _write(out, config, tensors, network, step, _origin(checkpoint, options))
     notes = _notes(checkpoint, options, config, bool(mean) or images is not None)
     named = {setting.partition("=")[0] for setting in settings or []} | said.keys()
-    if assumed := [name for name in UNSEEN if name in options.values and name not in named]:
+    if assumed := [name for name in options.unseen if name not in named]:
         words = ", ".join(f"{name}={options[name]}" for name in assumed)
         notes.append(
             f"taken for granted, since no tensor shows them: {words}; if the training had others the maps are wrong: say so "

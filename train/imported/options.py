@@ -235,6 +235,12 @@ class Options:
         return float(_typed("ema_rate", self["ema_rate"].partition(",")[0], 0.0))
 
     @property
+    def unseen(self) -> list[str]:
+        """The options that no tensor shows and that change the maps all the same."""
+        fixed = () if self["learn_sigma"] else ("sigma_small",)
+        return [name for name in (*UNSEEN, *fixed) if name in self.values]
+
+    @property
     def fixed_large(self) -> bool:
         """The variance is beta_t itself, neither learned nor beta tilde."""
         return not self["learn_sigma"] and not self.values.get("sigma_small", False)

@@ -281,6 +281,8 @@ def test_warm_up_decay_and_windows_follow_the_progress(tiny_data: Path, tmp_path
     run.done = 75
     assert run.window() == 32
     assert np.isfinite(run.step(75)[0])
+    assert [group["lr"] for group in run.learner.optimiser.param_groups] == [run.lr()]
+    assert 0 < run.lr() < lr / 2
     run.done = 100
     assert run.lr() == pytest.approx(0, abs=1e-12)
 

@@ -103,6 +103,27 @@ def test_half_precision_with_scaled_losses_learns(data: Data) -> None:
     assert len(gradients) == len(exact[2])
 
 
+def test_a_large_gradient_is_scaled_down_to_its_norm(data: Data) -> None:
+    config = preset("tiny")
+    norms = {}
+    for clip in (1e9, 1e-3):
+        _, norms[clip], gradients = one_step(config.with_values({"clip": clip}), data)
+        left = torch.stack([value.norm() for value in gradients.values()]).norm().item()
+        assert left == pytest.approx(min(clip, norms[clip]), rel=1e-3)
+    assert norms[1e-3] == norms[1e9] > 1e-3, "what is said is the norm before"
+
+
+def test_the_average_starts_short_and_then_keeps_its_share(data: Data) -> None:
+    learner = Learner(preset("tiny").with_values({"ema": 0.75}), fabric_on(CPU))
+    for k, keep in ((0, 0.1), (8, 0.5), (10**6, 0.75)):
+        before = {name: value.clone() for name, value in learner.ema.items()}
+        learner.step(k, draw_rows(data.train, learner.config, k, 32), 1e-2)
+        for name, value in learner.network.state_dict().items():
+            torch.testing.assert_close(learner.ema[name], keep * before[name] + (1 - keep) * value)
+        averaged = learner.averaged().state_dict()
+        assert all(torch.equal(averaged[name], value) for name, value in learner.ema.items())
+
+
 def test_convolutions_see_channels_last(data: Data) -> None:
     """Every convolution's input with more than one channel lies channels last, so none of them converts it first."""
     learner = Learner(preset("tiny"), fabric_on(CPU))

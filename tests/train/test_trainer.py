@@ -226,8 +226,10 @@ def test_a_dry_run_writes_nothing(tiny_data: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tiny_data: Path, tmp_path: Path) -> None:
-    run = Run(preset("tiny"), read_data(tiny_data, preset("tiny")), fabric_on(torch.device("cpu")), tmp_path)
+@pytest.mark.parametrize("amp", ["off", "fp16"])  # no loss scale mends a loss
+def test_a_loss_that_is_not_finite_stops_the_run(tiny_data: Path, tmp_path: Path, amp: str) -> None:
+    config = preset("tiny").with_values({"amp": amp})
+    run = Run(config, read_data(tiny_data, config), fabric_on(torch.device("cpu"), amp), tmp_path)
     with torch.no_grad():
         run.learner.network.denoiser.last.bias.fill_(float("nan"))  # type: ignore[union-attr]
     with pytest.raises(CdiffError, match="the loss became nan at step 1; start a new run with a lower lr"):

@@ -43,7 +43,7 @@ class TorchEngine:
 
 
 def _host(tensor: Tensor) -> Float32:
-    return np.asarray(tensor.float().cpu().numpy())
+    return np.asarray(tensor.cpu().numpy())
 
 
 def load_network(bundle: Bundle, device: str = "cpu") -> ConsensusNet:

@@ -82,7 +82,6 @@ class Learner:
         for group in self.optimiser.param_groups:
             group["lr"] = lr
         fabric = self.fabric
-        self.network.train()
         self.optimiser.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
         for number, part in enumerate(parts):

@@ -1,4 +1,4 @@
-"""PyTorch as an engine: the runtime's noise word for word, and whole chains on the device that end where the loop's own do."""
+"""PyTorch as an engine: whole chains on the device that end where the loop's own do."""
 
 from __future__ import annotations
 
@@ -20,13 +20,11 @@ import cdiff
 from cdiff.export.reference import TorchEngine
 from cdiff.export.torch_chain import full_precision
 from cdiff.export.torch_engine import Options, TorchChainEngine
-from cdiff.export.torch_noise import normals, words
 from cdiff.runtime.device.cuda import OutOfMemory
 from cdiff.runtime.engines.base import ChainBinding, Engine
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.sampling.batching import segment_windows
 from cdiff.runtime.sampling.framing import Framing, Windows
-from cdiff.runtime.sampling.noise import normal
 from cdiff.runtime.sampling.sampler import sampler_table
 from cdiff.runtime.sampling.schedule import NoiseSchedule
 from cdiff.train.sections import NetworkConfig
@@ -34,44 +32,7 @@ from tests.export.networks import BASE, random_network
 
 SCHEDULE = NoiseSchedule(BASE.T)
 EXACT = Options(half=False)
-
-
-def integers(*values: int) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int64)
-
-
-@pytest.mark.parametrize("seed", [0, 12345, 2**63 + 7, 2**64 - 1])
-def test_words_are_numpys_bit_for_bit(seed: int) -> None:
-    """numpy.random.Philox is the oracle; it adds 1 to the counter's first word before each block."""
-    counter = (5, 0, (3 << 32) | 24, 2**40 + 1)
-    generator = np.random.Philox(key=np.array([seed, 0], np.uint64), counter=np.array(counter, np.uint64))
-    expected = generator.random_raw(8).view(np.int64).reshape(2, 4)
-    blocks = integers(counter[0] + 1, counter[0] + 2)
-    found = words(integers(seed - 2**64 if seed >> 63 else seed), (blocks, *(integers(c) for c in counter[1:])))
-    for word in range(4):
-        np.testing.assert_array_equal(torch.broadcast_to(found[word], (2,)).numpy(), expected[:, word])
-
-
-@pytest.mark.parametrize(
-    ("size", "canvas", "origins"),
-    [((8, 8), (8, 8), [(0, 0)] * 3), ((7, 5), (7, 5), [(0, 0)] * 3), ((8, 9), (33, 31), [(0, 0), (5, 7), (25, 22)])],
-    ids=["even", "odd", "tiles"],
-)
-def test_normals_are_the_runtimes(
-    size: tuple[int, int], canvas: tuple[int, int], origins: list[tuple[int, int]]
-) -> None:
-    slices, levels, runs = (0, 5, 2**40), (1, 2, 4), (0, 24, 3)
-    for step in (-1, 7):
-        found = normals(
-            integers(9), integers(*slices), integers(*levels), integers(*runs), integers(step), torch.tensor(origins), size, canvas
-        )  # fmt: skip
-        assert found.shape == (3, 1, *size)
-        for row in range(3):
-            top, left = origins[row]
-            expected = normal(9, slices[row], levels[row], runs[row], step, canvas)[
-                top : top + size[0], left : left + size[1]
-            ]
-            np.testing.assert_allclose(found[row, 0].numpy(), expected, atol=1e-6, rtol=0)
+TF32 = (torch.backends.cuda.matmul, torch.backends.cudnn)
 
 
 def slices(count: int, side: int = BASE.image_size) -> np.ndarray:
@@ -141,6 +102,39 @@ def test_what_a_capture_leaves_behind_does_not_reach_the_chain(sampler: str, mon
     )
 
 
+def test_a_step_is_captured_once_a_kind_of_table_and_canvas(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where there are fewer timesteps than warm-ups; a table without noise, or with the last x0, is another step."""
+    captures: list[Callable[[], None]] = []
+
+    def captured(step: Callable[[], None], *_: Any) -> Any:
+        for _ in range(4):
+            step()
+        captures.append(step)
+        return SimpleNamespace(replay=lambda: None)
+
+    monkeypatch.setattr("cdiff.export.torch_chain.captured", captured)
+    schedule = NoiseSchedule(3, kind="cosine")
+    engine = TorchChainEngine(random_network(dataclasses.replace(BASE, T=3)), schedule, "cpu", EXACT)
+    engine.capture = True
+    binding, rows = engine.bind(2, 1), one_slice(np.arange(2))
+    for each in (rows, dataclasses.replace(rows, canvas=(20, 16))):
+        for sampler in ("ddpm", "ddim", "dpm++2m", "ddpm"):
+            binding.run_chain(each, sampler_table(sampler, schedule), 0)
+    assert len(captures) == 6
+
+
+@pytest.fixture
+def tf32() -> Iterator[None]:
+    """Allowed, as a program around may have it."""
+    before = [each.allow_tf32 for each in TF32]
+    for each in TF32:
+        each.allow_tf32 = True
+    yield
+    for each, value in zip(TF32, before, strict=True):
+        each.allow_tf32 = value
+
+
+@pytest.mark.usefixtures("tf32")
 @pytest.mark.parametrize("tuned", [True, False])
 def test_algorithms_are_timed_within_the_network_alone_and_only_if_asked(
     tuned: bool, monkeypatch: pytest.MonkeyPatch
@@ -153,6 +147,7 @@ def test_algorithms_are_timed_within_the_network_alone_and_only_if_asked(
 
     def watched(self: torch.nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
         seen.append(torch.backends.cudnn.benchmark)
+        assert not any(each.allow_tf32 for each in TF32), "float32 is float32"
         return forward(self, x)
 
     monkeypatch.setattr(torch.nn.Conv2d, "forward", watched)
@@ -161,6 +156,7 @@ def test_algorithms_are_timed_within_the_network_alone_and_only_if_asked(
     assert len(seen) > convolutions[1] > convolutions[0] > 0, "encoder and denoiser were watched"
     assert set(seen) == {tuned}
     assert torch.backends.cudnn.benchmark is not tuned, "the program's own setting is given back"
+    assert all(each.allow_tf32 for each in TF32)
 
 
 def test_each_gpu_is_captured_on_a_stream_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

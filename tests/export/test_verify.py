@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cdiff.export.reference import TorchEngine
+from cdiff.export.reference import TorchEngine, load_network
 from cdiff.export.verify import BOUNDS, Chain, _calls, _maps
+from cdiff.runtime.bundle import open_bundle, shipped_bundle
 from cdiff.runtime.sampling.schedule import NoiseSchedule
 from tests.export.networks import BASE, random_network
 
@@ -77,3 +78,18 @@ def test_maps_are_compared_pixel_by_pixel() -> None:
     found = _maps(engine, reference, IMAGES, Chain(2, CONFIG.levels, 1, 3), SCHEDULE, outside=-1)
     assert found["maps"] == pytest.approx(0.01, rel=0.05)
     assert found["maps_largest"] == pytest.approx(0.01, rel=0.2)
+
+
+def test_the_reference_is_the_network_as_it_is_used() -> None:
+    """Also where it is handed over as in training: no dropout, which would differ from call to call, and no gradients."""
+    network = random_network(replace(BASE, dropout=0.5)).train().requires_grad_(True)
+    engine, one = TorchEngine(network, SCHEDULE), np.ones(1, np.int64)
+    features = engine.encode(IMAGES[:1])
+    first, second = (engine.denoise(IMAGES[:1], features, one - 1, one, one)[0] for _ in range(2))
+    np.testing.assert_array_equal(first, second)
+
+
+def test_a_bundle_s_network_is_ready_to_run() -> None:
+    network = load_network(open_bundle(shipped_bundle()))
+    assert not network.training
+    assert not any(parameter.requires_grad for parameter in network.parameters())

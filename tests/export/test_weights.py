@@ -9,13 +9,15 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from cdiff.export import weights
 from cdiff.export.weights import write_weights
 from cdiff.runtime.bundle import shipped_bundle
+from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import sha256
 from cdiff.runtime.manifest import WEIGHTS
 from cdiff.train.checkpoint import read_tensors
 
-METADATA = {"format": "pt", "config": json.dumps({"name": "Knötchen", "levels": 4}), "a": '\\ " \n', "z": ""}
+METADATA = {"format": "pt", "config": json.dumps({"name": "Knötchen", "levels": 4}), "a": '\\ " \n Knötchen', "z": ""}
 
 
 def test_the_same_weights_are_the_same_bytes(tmp_path: Path) -> None:
@@ -31,6 +33,28 @@ def test_the_same_weights_are_the_same_bytes(tmp_path: Path) -> None:
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], tensors[name]) for name in tensors)
     assert paths[0].stat().st_mode & 0o044 == 0o044
+
+
+def test_a_head_of_any_length_fits_its_place(tmp_path: Path) -> None:
+    """One in eight is exactly as long as its place, which has spaces to the next multiple of eight."""
+    tensors = {"a": torch.arange(5.0)}
+    for spaces in range(8):
+        metadata = METADATA | {"z": "z" * spaces}
+        write_weights(tmp_path / "weights", tensors, metadata)
+        with safe_open(tmp_path / "weights", "pt") as file:
+            assert file.metadata() == metadata
+        assert torch.equal(read_tensors(tmp_path / "weights")["a"], tensors["a"])
+
+
+def test_a_head_in_another_form_is_not_written_over_the_tensors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = b'{"__metadata__":{},"a":[1E9]}'  # written again it is 1000000000.0
+    whole = weights.LENGTH.pack(len(head)) + head + bytes(range(20))
+    monkeypatch.setattr(weights, "write_tensors", lambda path, *_: path.write_bytes(whole))
+    with pytest.raises(CdiffError, match="a head in another form"):
+        write_weights(tmp_path / "weights", {}, {})
+    assert (tmp_path / "weights").read_bytes() == whole
 
 
 def test_the_shipped_weights_keep_their_size_when_written_again(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -14,7 +15,7 @@ from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.scans.intensity import Intensity
 from cdiff.train.checkpoint import load_run
 from cdiff.train.imported.importer import import_checkpoint
-from cdiff.train.imported.normalisation import intensity_of
+from cdiff.train.imported.normalisation import intensity_of, training_statistics
 from cdiff.train.imported.options import Options
 from cdiff.train.imported.weights import check_fit, shown
 from tests.train.published import recorded
@@ -66,12 +67,21 @@ def test_weights_alone_are_imported_once_the_training_is_named(tmp_path: Path) -
     (path.parent / "args.json").unlink()
     with pytest.raises(CdiffError, match=r"--option consensus_training=True, or annotators_training, no_annot"):
         import_checkpoint(path, tmp_path / "run", settings=["number_of_annotators=3"])
+    other = tmp_path / "args.json"
+    other.write_text('{"learning_rate": 0.1}')  # of another program: an annotator's map would be drawn for each level
+    with pytest.raises(CdiffError, match=r"args\.json does not say how it was trained: .*consensus_training=True"):
+        import_checkpoint(path, tmp_path / "run", args=other)
     alone = import_checkpoint(path, tmp_path / "alone", settings=["consensus_training=True"])
     assert any("taken for granted" in note and "diffusion_steps=100" in note for note in alone.notes)
     wanted = load_run(told.path).network.state_dict()
     found = load_run(alone.path).network.state_dict()
     assert found.keys() == wanted.keys()
     assert all(torch.equal(value, wanted[name]) for name, value in found.items())
+    assert not any("sigma_small" in note for note in alone.notes)  # its variance is learned
+    fixed = recorded("consensus_short").save(tmp_path / "fixed")
+    (fixed.parent / "args.json").unlink()
+    notes = import_checkpoint(fixed, tmp_path / "fixed-run", settings=["annotators_training=True"]).notes
+    assert any("taken for granted" in note and "sigma_small=False" in note for note in notes)
     # What is said goes before what is shown, and is held against it.
     with pytest.raises(CdiffError, match="the options say num_res_blocks=2, the tensors 1"):
         import_checkpoint(path, tmp_path / "run", settings=["consensus_training=True", "num_res_blocks=2"])
@@ -112,19 +122,24 @@ def test_what_no_tensor_shows_is_said_where_nothing_says_it(tmp_path: Path) -> N
     plain = [one for one in named if not one.startswith("num_heads=")]
     (note,) = [n for n in import_checkpoint(path, tmp_path / "a", settings=plain).notes if "taken for granted" in n]
     assert "num_heads=1" in note
-    fewer = import_checkpoint(path, tmp_path / "b", settings=[*plain, "num_heads=1", "diffusion_steps=100"]).notes
+    whole = import_checkpoint(path, tmp_path / "c", settings=[*plain, "diffusion_steps=1000"]).notes
+    assert not any("1000 steps" in n or "respacing" in n.partition(":")[0] for n in whole)
+    others = [*plain, "num_heads=1", "diffusion_steps=100", "timestep_respacing=10"]
+    fewer = import_checkpoint(path, tmp_path / "b", settings=others).notes
     assert not any("num_heads=" in n for n in fewer)
     assert any("1000 steps" in n for n in fewer)
+    assert any("timestep_respacing=10 is a matter of sampling: all 100 timesteps" in n for n in fewer)
 
 
 def test_the_published_loaders_crop_can_be_asked_for(tmp_path: Path) -> None:
     case = recorded("implicit")
-    path = case.save(tmp_path / "given")
+    path = case.save(tmp_path / "given", "savedmodel050000.pt")
     done = import_checkpoint(path, tmp_path / "resized")
-    assert done.config.data.framing == "resize"
+    assert (done.config.data.framing, done.step) == ("resize", 50_000)
     assert any("--image-size 224" in note for note in done.notes)
     cropped = import_checkpoint(path, tmp_path / "cropped", image_size=224)
     assert (cropped.config.data.framing, cropped.config.network.image_size) == ("centre", 224)
+    assert not any("--image-size 224" in note for note in cropped.notes)
 
 
 @pytest.mark.parametrize("how", ["sparse", "meta", "float8", "too large", "flipped"])
@@ -153,11 +168,51 @@ def test_tensors_that_are_no_plain_finite_numbers_are_one_line(how: str, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "option", ["num_res_blocks=10000000", "rrdb_blocks=1000000", "num_channels=320000000", "lr=inf"]
+    ("option", "says"),
+    [
+        *((f"{name}=0", "at least 1") for name in ("image_size", "num_channels", "num_res_blocks", "num_heads")),
+        *((f"{name}=0", "at least 1") for name in ("diffusion_steps", "condition_input_channel")),
+        *((f"{name}=320000000", "at most") for name in ("image_size", "num_channels", "num_res_blocks", "rrdb_blocks")),
+        ("diffusion_steps=100001", "at most 100000"),
+        ("num_channels=48", "a multiple of 32"),
+        *((f"lr={number}", "a number") for number in ("inf", "nan", "fast")),
+        (f"num_heads={'9' * 400}", "a whole number"),
+        ("sigma_small=perhaps", "True or False"),
+        *((f"attention_resolutions={sizes}", "whole numbers with commas") for sizes in ("", "0", "16,,8", "16,-8")),
+    ],
 )
-def test_options_beyond_reason_are_one_line(option: str) -> None:
-    with pytest.raises(CdiffError, match=f"the published option {option.partition('=')[0]}="):
+def test_options_beyond_reason_are_one_line(option: str, says: str) -> None:
+    with pytest.raises(CdiffError, match=f"the published option {option.partition('=')[0]}=.* must be {says}"):
         Options.read("consensus", recorded("consensus").args, [option])
+
+
+@pytest.mark.parametrize("option", ["class_cond=True", "learn_sigma=False"])
+def test_what_the_implicit_ensemble_s_scripts_cannot_run_is_refused(option: str) -> None:
+    with pytest.raises(CdiffError, match=f"{option} cannot be imported"):
+        Options.read("implicit-ensemble", {}, [option])
+    assert Options.read("consensus", recorded("consensus").args, [option])  # whose network it does not change, or has
+
+
+def test_options_are_spelled_as_on_the_published_command_line() -> None:
+    args = recorded("consensus").args
+    for yes, no in (("yes", "no"), ("TRUE", "False"), ("t", "f"), ("y", "n"), ("1", " 0")):
+        assert Options.read("consensus", args, [f"sigma_small={yes}"])["sigma_small"] is True
+        assert Options.read("consensus", args, [f"sigma_small={no}"])["sigma_small"] is False
+    assert Options.read("consensus", args, ["ema_rate=0.99,0.9999"]).ema_rate == 0.99
+    assert Options.read("consensus", args, ["attention_resolutions=16, 4"]).attention_depths == (1, 3)
+
+
+def test_how_it_was_trained_is_what_a_training_goes_on_with() -> None:
+    options = Options.read(
+        "consensus", recorded("consensus").args, ["weight_decay=0.5", "ema_rate=0.99", "dropout=0.3"]
+    )
+    config = options.config(image_channels=1, step=400_000, intensity=Intensity(), image_size=224)
+    training = config.training
+    assert (training.batch, training.lr, training.weight_decay, training.ema) == (4, 2e-5, 0.5, 0.99)
+    assert (training.warmup, training.steps, config.network.dropout) == (0, 400_001, 0.3)  # it can take a step more
+    assert (config.network.image_size, config.data.framing) == (224, "resize")  # only the other code crops
+    config = Options.read("implicit-ensemble", {}, []).config(image_channels=4, step=50_000, intensity=Intensity())
+    assert (config.training.batch, config.training.lr, config.training.steps) == (10, 1e-4, 300_000)
 
 
 @pytest.mark.parametrize(("mean", "std"), [((1.0,), ()), ((), (2.0,)), ((1.0, 2.0), (2.0,))])
@@ -176,3 +231,68 @@ def test_images_are_normalised_as_the_code_of_the_checkpoint_does_it() -> None:
     np.testing.assert_allclose(own.std(axis=(2, 3)), 1, atol=1e-6)
     told = intensity_of("implicit-ensemble", (100.0,), (50.0,), None).apply(image)  # what is said goes before
     np.testing.assert_allclose(told, (image - 100) / 50, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("image", "says"),
+    [
+        (np.zeros(8, np.float32), r"b/image.nii.gz has one axis \(8\)"),
+        (np.zeros((8, 0, 1), np.float32), "b/image.nii.gz has shape .*, so it holds no voxel"),
+        (np.full((8, 8), np.nan, np.float32), "b/image.nii.gz holds NaN or infinite values"),
+        (np.ones((8, 8), np.complex64), "b/image.nii.gz holds values of type complex64"),
+        (b"not a scan", "b/image.nii.gz cannot be read"),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_a_training_image_that_is_none_is_named(image: Any, says: str, tmp_path: Path) -> None:
+    """Its number would be part of the mean, if it is not a traceback."""
+    for case, values in (("a", np.arange(64, dtype=np.float32).reshape(8, 8)), ("b", image)):
+        (tmp_path / case).mkdir()
+        path = tmp_path / case / "image.nii.gz"
+        if isinstance(values, bytes):
+            path.write_bytes(values)
+        else:
+            nib.save(nib.Nifti1Image(values, np.eye(4)), path)
+    with pytest.raises(CdiffError, match=says) as caught:
+        training_statistics(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_channel_that_is_the_same_everywhere_cannot_normalise(tmp_path: Path) -> None:
+    image = np.random.default_rng(0).normal(size=(8, 8, 3)).astype(np.float32)
+    image[..., 1] = 7
+    (tmp_path / "a").mkdir()
+    nib.save(nib.Nifti1Image(image, np.eye(4)), tmp_path / "a" / "image.nii.gz")
+    with pytest.raises(
+        CdiffError, match=r"channel 2 of the images in .* is the same everywhere.*give --mean and --std"
+    ):
+        training_statistics(tmp_path)
+
+
+def test_images_and_numbers_are_not_both_taken(tmp_path: Path) -> None:
+    with pytest.raises(CdiffError, match="say the same thing twice"):
+        intensity_of("consensus", (1.0,), (1.0,), tmp_path)
+
+
+def test_a_network_that_saw_some_timesteps_alone_is_refused_unless_its_user_says_otherwise() -> None:
+    """The consensus code trains with timestep_respacing; the implicit ensemble's can only sample with it."""
+    args = recorded("consensus").args | {"timestep_respacing": "50"}
+    with pytest.raises(CdiffError, match="timestep_respacing=50 cannot be imported"):
+        Options.read("consensus", args, [])
+    for setting in ("timestep_respacing=", "timestep_respacing=100"):  # of 100 these are all
+        assert Options.read("consensus", args, [setting])["diffusion_steps"] == 100
+    assert Options.read("implicit-ensemble", {}, ["timestep_respacing=50"])["diffusion_steps"] == 1000
+
+
+def test_an_implicit_ensemble_of_other_channels_and_a_schedule_that_cannot_be(tmp_path: Path) -> None:
+    """Four channels are written into its code, and who has others changed it there. With 20 steps the last beta is 1."""
+    case = recorded("implicit")
+    path = case.save(tmp_path / "given")
+    with pytest.raises(CdiffError, match=r"the noise schedule's betas run from 0\.005 to 1 "):
+        import_checkpoint(path, tmp_path / "run", settings=["diffusion_steps=20"])
+    assert not (tmp_path / "run").exists()
+    tensors, first = case.tensors(), "input_blocks.0.0.weight"
+    torch.save(tensors | {first: tensors[first][:, 2:]}, path)
+    network = load_run(import_checkpoint(path, tmp_path / "run").path).network
+    assert torch.equal(network.encoder.first.weight, tensors[first][:, 2:4])
+    assert torch.equal(network.denoiser.first.weight, tensors[first][:, 4:])

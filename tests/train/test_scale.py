@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from cdiff.runtime.errors import CdiffError
-from cdiff.train.checkpoint import checkpoint_folder, load_run, read_config
+from cdiff.train.checkpoint import checkpoint_folder, load_run, read_config, save_checkpoint
 from cdiff.train.config import Config
 from cdiff.train.data import Data, read_data
 from cdiff.train.fabric import fabric_on
@@ -101,6 +101,50 @@ def test_half_precision_with_scaled_losses_learns(data: Data) -> None:
     assert loss == pytest.approx(exact[0], rel=0.02)
     assert norm == pytest.approx(exact[1], rel=0.1)
     assert len(gradients) == len(exact[2])
+
+
+def test_a_large_gradient_is_scaled_down_to_its_norm(data: Data) -> None:
+    config = preset("tiny")
+    norms = {}
+    for clip in (1e9, 1e-3):
+        _, norms[clip], gradients = one_step(config.with_values({"clip": clip}), data)
+        left = torch.stack([value.norm() for value in gradients.values()]).norm().item()
+        assert left == pytest.approx(min(clip, norms[clip]), rel=1e-3)
+    assert norms[1e-3] == norms[1e9] > 1e-3, "what is said is the norm before"
+
+
+def test_the_average_starts_short_and_then_keeps_its_share(data: Data) -> None:
+    config = preset("tiny").with_values({"ema": 0.75, "weight_decay": 0.1, "dice_weight": 0.5})
+    learner = Learner(config, fabric_on(CPU))
+    assert learner.optimiser.param_groups[0]["weight_decay"] == 0.1
+    assert learner.diffusion.dice_weight == 0.5
+    for k, keep in ((0, 0.1), (8, 0.5), (10**6, 0.75)):
+        before = {name: value.clone() for name, value in learner.ema.items()}
+        learner.step(k, draw_rows(data.train, learner.config, k, 32), 1e-2)
+        for name, value in learner.network.state_dict().items():
+            torch.testing.assert_close(learner.ema[name], keep * before[name] + (1 - keep) * value)
+        averaged = learner.averaged().state_dict()
+        assert all(torch.equal(averaged[name], value) for name, value in learner.ema.items())
+    assert not learner.averaged().training  # it is validated without dropout
+
+
+def test_a_resumed_fp16_run_goes_on_with_its_loss_scale(tmp_path: Path) -> None:
+    config = preset("tiny").with_values({"amp": "fp16"})
+    learner, resumed = (Learner(config, fabric_on(CPU, "fp16")) for _ in range(2))
+    precision = learner.fabric.strategy.precision
+    precision.load_state_dict(precision.state_dict() | {"scale": 32.0})
+    network, ema = learner.weights()
+    begun = resumed.weights()[0]
+    assert all(torch.equal(begun[name], value) for name, value in network.items()), "one seed, one beginning"
+    save_checkpoint(tmp_path, network=network, ema=ema, optimiser=learner.state(), info={"step": 1, "is_best": True})
+    folder = checkpoint_folder(tmp_path, "last")
+    assert folder is not None
+    resumed.restore(folder)
+    assert resumed.loss_scale == learner.loss_scale == 32
+    for foreign in ({}, [], None):
+        torch.save({"optimiser": foreign, "scaler": {}}, folder / "optimiser.pt")
+        with pytest.raises(CdiffError, match=r"optimiser\.pt is of another network"):
+            resumed.restore(folder)
 
 
 def test_convolutions_see_channels_last(data: Data) -> None:

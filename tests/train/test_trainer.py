@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import shutil
@@ -176,6 +177,18 @@ def test_a_run_that_is_being_trained_is_left_alone_by_a_second_training(tiny_dat
     assert train(preset("tiny"), tiny_data, run, resume=True, max_steps=2, quiet=True).step == 2
 
 
+def test_only_a_training_in_the_folder_keeps_another_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(CdiffError, match=r"cannot open .*nowhere: No such file"), held(tmp_path / "nowhere"):
+        pass
+
+    def none_here(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", none_here)
+    with held(tmp_path), held(tmp_path):  # nobody can be kept out
+        pass
+
+
 @pytest.mark.parametrize("ended", [False, True])
 def test_of_two_trainings_begun_at_once_the_second_stops_before_it_writes(
     tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ended: bool
@@ -213,8 +226,10 @@ def test_a_dry_run_writes_nothing(tiny_data: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tiny_data: Path, tmp_path: Path) -> None:
-    run = Run(preset("tiny"), read_data(tiny_data, preset("tiny")), fabric_on(torch.device("cpu")), tmp_path)
+@pytest.mark.parametrize("amp", ["off", "fp16"])  # no loss scale mends a loss
+def test_a_loss_that_is_not_finite_stops_the_run(tiny_data: Path, tmp_path: Path, amp: str) -> None:
+    config = preset("tiny").with_values({"amp": amp})
+    run = Run(config, read_data(tiny_data, config), fabric_on(torch.device("cpu"), amp), tmp_path)
     with torch.no_grad():
         run.learner.network.denoiser.last.bias.fill_(float("nan"))  # type: ignore[union-attr]
     with pytest.raises(CdiffError, match="the loss became nan at step 1; start a new run with a lower lr"):
@@ -268,6 +283,8 @@ def test_warm_up_decay_and_windows_follow_the_progress(tiny_data: Path, tmp_path
     run.done = 75
     assert run.window() == 32
     assert np.isfinite(run.step(75)[0])
+    assert [group["lr"] for group in run.learner.optimiser.param_groups] == [run.lr()]
+    assert 0 < run.lr() < lr / 2
     run.done = 100
     assert run.lr() == pytest.approx(0, abs=1e-12)
 
@@ -286,8 +303,9 @@ def test_a_run_can_start_from_anothers_averaged_weights(tiny_run: Path, tiny_dat
     config = preset("tiny").with_values({"lr": 1e-30, "weight_decay": 0.0, "steps": 1})
     train(config, tiny_data, tmp_path / "run", init=tiny_run, quiet=True)
     start = weights(tiny_run, "ema")
-    for name, value in weights(tmp_path / "run").items():
-        torch.testing.assert_close(value, start[name], rtol=0, atol=1e-12)
+    for which in ("model", "ema"):
+        for name, value in weights(tmp_path / "run", which).items():
+            torch.testing.assert_close(value, start[name], rtol=0, atol=1e-12)
     with pytest.raises(CdiffError, match="leave one of them out"):
         train(config, tiny_data, tmp_path / "run", init=tiny_run, resume=True, quiet=True)
     with pytest.raises(CdiffError, match="no weights to start from"):

@@ -1,16 +1,19 @@
-"""Validation by sampling, in bounded memory."""
+"""Validation by sampling: what it scores, in bounded memory."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
 
 from cdiff.train import validate
 from cdiff.train.config import Config
+from cdiff.train.data import Batch
 from cdiff.train.diffusion import Diffusion
 from cdiff.train.network import ConsensusNet
 from cdiff.train.presets import preset
-from cdiff.train.validate import sample_soft_maps
+from cdiff.train.validate import sample_soft_maps, score
 
 
 @pytest.mark.parametrize("slices", [1, 3])
@@ -36,3 +39,23 @@ def test_no_call_has_more_rows_than_are_allowed(slices: int, monkeypatch: pytest
     torch.testing.assert_close(sampled(), whole, rtol=0, atol=1e-5)
     assert max(calls) == 8
     assert whole.std() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("variant", "answer", "wanted"),
+    [
+        ("consensus", 1.0, 0.6),  # two of four agree: the map of 1 is right at the thresholds up to a half
+        ("no-annotator", 1.0, 1.0),  # both of those who drew do
+        ("consensus", math.nan, math.nan),
+    ],
+)
+def test_who_did_not_draw_agrees_to_nothing_but_takes_no_share(variant: str, answer: float, wanted: float) -> None:
+    config: Config = preset("tiny").with_values({"variant": variant, "levels": 4, "rrdbs": 0})
+    network = ConsensusNet(config.network).eval()
+    network.denoiser.forward = lambda x, *_: torch.full_like(x, answer)  # type: ignore[method-assign]
+    masks = torch.zeros(2, 4, 32, 32, dtype=torch.bool)
+    masks[:, :2] = True
+    batch = Batch(torch.zeros(2, 1, 32, 32), masks, torch.tensor([2, 2]))
+    steps = config.network.T + 1  # more than there are
+    found = score(network, Diffusion(config.schedule, "x0"), batch, steps=steps, runs=1, seed=0)
+    assert found == pytest.approx(wanted, abs=1e-4, nan_ok=True)

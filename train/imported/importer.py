@@ -17,7 +17,7 @@ from cdiff.train.checkpoint import read_json, save_checkpoint
 from cdiff.train.config import Config
 from cdiff.train.imported.mapping import convert, links
 from cdiff.train.imported.normalisation import intensity_of
-from cdiff.train.imported.options import CONSENSUS, IMPLICIT, REPOSITORIES, UNSEEN, Options
+from cdiff.train.imported.options import CONSENSUS, IMPLICIT, REPOSITORIES, Options
 from cdiff.train.imported.weights import check_fit, read_state_dict, shown, source_of
 from cdiff.train.network import ConsensusNet
 
@@ -55,8 +55,6 @@ def import_checkpoint(
     Raises CdiffError, and writes nothing, when the file is not such a checkpoint, its options and tensors contradict each other
     (the wrong tensors are named), or `out` exists.
     """
-    if source is not None and source not in REPOSITORIES:
-        raise CdiffError(f"--from {source} is not known; use {' or '.join(REPOSITORIES)}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CdiffError(f"{out} already exists; remove it or give another --out")
     theirs = read_state_dict(checkpoint)
@@ -72,7 +70,6 @@ def import_checkpoint(
             given = f"the images in {images} have {len(intensity.mean)} channels, as their last axis is read"
         raise CdiffError(f"{given}, and the network takes {channels}")
     config = options.config(image_channels=channels, step=step, intensity=intensity, image_size=image_size)
-    _ = config.schedule  # a schedule that cannot be is an error before anything is written
     with torch.device("meta"):
         network = ConsensusNet(config.network)
     check_fit(theirs, links(network, options), options, checkpoint)
@@ -82,7 +79,7 @@ def import_checkpoint(
     _write(out, config, tensors, network, step, _origin(checkpoint, options))
     notes = _notes(checkpoint, options, config, bool(mean) or images is not None)
     named = {setting.partition("=")[0] for setting in settings or []} | said.keys()
-    if assumed := [name for name in UNSEEN if name in options.values and name not in named]:
+    if assumed := [name for name in options.unseen if name not in named]:
         words = ", ".join(f"{name}={options[name]}" for name in assumed)
         notes.append(
             f"taken for granted, since no tensor shows them: {words}; if the training had others the maps are wrong: say so "
@@ -95,18 +92,22 @@ def _read_args(checkpoint: Path, args: Path | None, source: str, settings: list[
     beside = checkpoint.parent / "args.json"
     if args is None and beside.is_file():
         args = beside
+    said: dict[str, Any] = {}
     if args is not None:
         must_see(args)
         if not args.is_file():
             raise CdiffError(f"{args} is not there; give the args.json that the training wrote")
-        return _json(args)
+        said = _json(args)
     trained = {f"{variant}_training" for variant in ("consensus", "annotators", "no_annotator", "soft_label")}
-    if source == CONSENSUS and trained.isdisjoint(setting.partition("=")[0] for setting in settings):
+    if source == CONSENSUS and trained.isdisjoint([*said, *(setting.partition("=")[0] for setting in settings)]):
+        lacking = (
+            f"there is no args.json beside {checkpoint}" if args is None else f"{args} does not say how it was trained"
+        )
         raise CdiffError(
-            f"there is no args.json beside {checkpoint}: give the one that its training wrote with --args, or say which training it was: "
+            f"{lacking}: give the one that its training wrote with --args, or say which training it was: "
             "--option consensus_training=True, or annotators_training, no_annotator_training or soft_label_training"
         )
-    return {}
+    return said
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -121,10 +122,7 @@ def _json(path: Path) -> dict[str, Any]:
 def _image_channels(theirs: dict[str, Tensor], options: Options) -> int:
     """The image's channels; the implicit-ensemble code has four written into it, and who has others has changed it there."""
     if options.source == CONSENSUS:
-        channels = int(options["condition_input_channel"])
-        if channels < 1:
-            raise CdiffError(f"the published option condition_input_channel={channels} must be at least 1")
-        return channels
+        return int(options["condition_input_channel"])
     weight = theirs.get("input_blocks.0.0.weight")
     return weight.shape[1] - 1 if weight is not None and weight.dim() == 4 and weight.shape[1] > 1 else 4
 
@@ -193,7 +191,7 @@ def _notes(checkpoint: Path, options: Options, config: Config, normalised: bool)
             f"diffusion_steps={options['diffusion_steps']}: the published scripts train and sample with 1000 steps, whatever this "
             "option says; a checkpoint of theirs needs 1000"
         )
-    if options["timestep_respacing"]:
+    if options.source == IMPLICIT and options["timestep_respacing"]:
         notes.append(
             f"timestep_respacing={options['timestep_respacing']} is a matter of sampling: all {config.network.T} timesteps "
             "are imported, and cdiff segment --steps keeps fewer of them"

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+from numpy.typing import NDArray
 
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.scans.intensity import Intensity
+from cdiff.runtime.scans.shapes import check_kind, check_size
+from cdiff.runtime.words import by
 from cdiff.train.imported.options import IMPLICIT
 
 
@@ -34,18 +37,15 @@ def training_statistics(images: Path) -> dict[str, tuple[float, ...]]:
     """{"mean", "std"}, a number a channel, as the consensus code has them: each image's own, then the mean over images.
 
     images: the folder of training cases, each with image.nii.gz [H, W], [H, W, 1] or [H, W, channels]. Every case counts, also
-    one that training leaves out for a missing rater. Raises CdiffError when there is none, one cannot be read, or they differ in channels.
+    one that training leaves out for a missing rater. Raises CdiffError when there is none, one cannot be read or holds what is no image, they
+    differ in channels, or a channel is the same everywhere.
     """
     paths = sorted(images.glob("*/image.nii.gz"))
     if not paths:
         raise CdiffError(f"{images} has no */image.nii.gz; give the folder of the training cases (train or Training)")
     means, stds = [], []
     for path in paths:
-        try:
-            values = np.asarray(nib.load(path).get_fdata())  # type: ignore[attr-defined]
-        except Exception as error:  # nibabel's own errors, OSError, EOFError, zlib.error
-            raise CdiffError(f"{path} cannot be read ({error}); copy it again") from None
-        values = values.reshape(*values.shape[:2], -1)
+        values = _values(path)
         means.append(values.mean(axis=(0, 1)))
         stds.append(values.std(axis=(0, 1)))
     if len(channels := sorted({len(mean) for mean in means})) > 1:
@@ -53,4 +53,28 @@ def training_statistics(images: Path) -> dict[str, tuple[float, ...]]:
             f"the images in {images} differ in channels: their last axis, read as the channels of a slice as in the published code, has "
             f"{' or '.join(map(str, channels))}; keep one kind there, or for volumes give --mean and --std"
         )
-    return {"mean": tuple(np.mean(means, axis=0).tolist()), "std": tuple(np.mean(stds, axis=0).tolist())}
+    mean, std = np.mean(means, axis=0).tolist(), np.mean(stds, axis=0).tolist()
+    if min(std) <= 0:
+        raise CdiffError(
+            f"channel {std.index(min(std)) + 1} of the images in {images} is the same everywhere, so that it has no standard deviation; give "
+            "--mean and --std"
+        )
+    return {"mean": tuple(mean), "std": tuple(std)}
+
+
+def _values(path: Path) -> NDArray[np.float64]:
+    """An image as [H, W, channels]. Raises CdiffError when it cannot be read, or is no image of finite real numbers."""
+    try:
+        image = nib.load(path)
+        check_kind(image.get_data_dtype(), str(path))  # type: ignore[attr-defined]
+        values = np.asarray(image.get_fdata())  # type: ignore[attr-defined]
+    except CdiffError:
+        raise
+    except Exception as error:  # nibabel's own errors, OSError, EOFError, zlib.error
+        raise CdiffError(f"{path} cannot be read ({error}); copy it again") from None
+    check_size(values.shape, str(path))
+    if values.ndim < 2:
+        raise CdiffError(f"{path} has one axis ({by(values.shape)}) where an image has two or more; export it again")
+    if not np.isfinite(values).all():
+        raise CdiffError(f"{path} holds NaN or infinite values; replace them first, or give --mean and --std")
+    return values.reshape(*values.shape[:2], -1)

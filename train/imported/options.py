@@ -155,8 +155,9 @@ class Options:
         return self.values[name]
 
     def _check(self) -> None:
-        for name in ("image_size", "num_channels", "num_res_blocks", "num_heads", "diffusion_steps"):
-            if self[name] < 1:
+        sizes = ("image_size", "num_channels", "condition_input_channel")
+        for name in (*sizes, "num_res_blocks", "num_heads", "diffusion_steps"):
+            if self.values.get(name, 1) < 1:
                 raise CdiffError(f"the published option {name}={self[name]} must be at least 1")
         for name, most in MOST.items():
             if self.values.get(name, 0) > most:
@@ -169,6 +170,11 @@ class Options:
             )
         if self.source == CONSENSUS and self["rrdb_blocks"] < 1:
             raise CdiffError("rrdb_blocks=0 cannot be imported: an encoder without RRDBs has no counterpart here")
+        if self.source == CONSENSUS and self["timestep_respacing"] not in ("", str(self["diffusion_steps"])):
+            raise CdiffError(
+                f"timestep_respacing={self['timestep_respacing']} cannot be imported: the training saw those timesteps alone, and here all "
+                f"{self['diffusion_steps']} are drawn; --option timestep_respacing= imports it all the same"
+            )
         if self.source == IMPLICIT and self["class_cond"]:
             raise CdiffError("class_cond=True cannot be imported: the published segmentation scripts give no class")
         if self.source == IMPLICIT and not self["learn_sigma"]:
@@ -227,6 +233,12 @@ class Options:
     def ema_rate(self) -> float:
         """The first of the rates, commas between them, at which the code averages its weights."""
         return float(_typed("ema_rate", self["ema_rate"].partition(",")[0], 0.0))
+
+    @property
+    def unseen(self) -> list[str]:
+        """The options that no tensor shows and that change the maps all the same."""
+        fixed = () if self["learn_sigma"] else ("sigma_small",)
+        return [name for name in (*UNSEEN, *fixed) if name in self.values]
 
     @property
     def fixed_large(self) -> bool:

@@ -56,12 +56,16 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             f"{path} is not a PyTorch checkpoint; give the .pt file that the published code saved"
         ) from None
     except Exception as error:  # a damaged file fails in the archive, the pickle or the storages, each in its own way
+        if "weights_only" in str(error):  # PyTorch advises to run what the file holds
+            raise CdiffError(
+                f"{path} is a TorchScript archive or of a PyTorch before 0.4, and no state_dict; save the state_dict with torch.save"
+            ) from None
         raise CdiffError(f"{path} cannot be read ({first_line(error)}); it is damaged: copy it again") from None
     if not isinstance(loaded, dict) or not loaded:
         raise CdiffError(f"{path} holds a {type(loaded).__name__}, not named tensors; give the network's state_dict")
     if {"state", "param_groups"} <= set(loaded):
         raise CdiffError(f"{path} is an optimiser's state; give the network's file (ema*.pt, or model*.pt)")
-    odd = sorted(str(name) for name, value in loaded.items() if not isinstance(value, Tensor))
+    odd = sorted(str(name) for name, value in loaded.items() if not isinstance(value, Tensor) or value.is_nested)
     if odd:
         raise CdiffError(f"{path} is no state_dict: {', '.join(odd[:5])} is no tensor; save the state_dict alone")
     tensors = {str(name): value for name, value in loaded.items()}
@@ -93,13 +97,8 @@ def check_fit(tensors: dict[str, Tensor], wanted: list[Link], options: Options, 
         tensor = tensors[name]
         if tuple(tensor.shape) != shapes[name]:
             wrong["misshapen"][name] = f" {list(tensor.shape)}, not {list(shapes[name])}"
-        elif (
-            tensor.layout != torch.strided
-            or tensor.is_nested
-            or tensor.device.type != "cpu"
-            or tensor.dtype not in FLOATS
-        ):
-            plain = tensor.layout == torch.strided and not tensor.is_nested and tensor.device.type == "cpu"
+        elif tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.dtype not in FLOATS:
+            plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
             kind = str(tensor.dtype if plain else tensor.layout).removeprefix("torch.")
             wrong["wrong type"][name] = f" {kind}, not plain floating-point numbers"
         elif not torch.isfinite(tensor.float()).all():  # as they will be used: a double may be too large

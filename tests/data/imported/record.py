@@ -79,6 +79,9 @@ NAMES_ONLY: dict[str, dict[str, Any]] = {
     "consensus_256": PUBLISHED_CONSENSUS,
     "consensus_224": PUBLISHED_CONSENSUS | {"image_size": 224, "condition_input_channel": 4, "number_of_annotators": 3},
     "implicit_256": README_IMPLICIT,
+    # The widths of every other size.
+    **{f"consensus_{size}": TINY_CONSENSUS | {"image_size": size} for size in (64, 128, 320, 480)},
+    **{f"implicit_{size}": TINY_IMPLICIT | {"image_size": size, "channel_mult": ""} for size in (64, 128, 512)},
 }
 CHAINS = {"consensus_short": 2, "implicit": 2}
 """Reverse chains a level."""

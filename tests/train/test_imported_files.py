@@ -1,0 +1,73 @@
+"""Files that are no checkpoint of the published codes: refused in one line, and nothing in them is run."""
+
+from __future__ import annotations
+
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cdiff.runtime.errors import CdiffError
+from cdiff.train.imported.importer import import_checkpoint
+
+
+class Trap:
+    """Unpickled, it would create a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self.path,))
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("trap", "holds more than tensors"),
+        ("optimiser", "is an optimiser's state"),
+        ("nested", "state_dict, step is no tensor"),
+        ("jagged", "weight is no tensor"),
+        ("empty", "holds a dict, not named tensors"),
+        ("list", "holds a list"),
+        ("other", "from neither published code"),
+        ("protocol", "with a pickle_protocol above 3"),
+        ("tar", "is a TorchScript archive or of a PyTorch before 0.4"),
+        ("text", "is not a PyTorch checkpoint"),
+        ("truncated", "is damaged"),
+        ("nothing", "is not there"),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_files_that_are_no_checkpoint_are_refused_in_one_line(content: str, says: str, tmp_path: Path) -> None:
+    path, witness = tmp_path / "ema_0.9999_000100.pt", tmp_path / "touched"
+    layer = torch.nn.Linear(2, 2)
+    objects: dict[str, Any] = {
+        "trap": {"weight": torch.zeros(2), "trap": Trap(witness)},
+        "optimiser": torch.optim.AdamW(layer.parameters()).state_dict(),
+        "nested": {"state_dict": layer.state_dict(), "step": 3},
+        "jagged": {"weight": torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)], layout=torch.jagged)},
+        "empty": {},
+        "list": [torch.zeros(2)],
+        "other": layer.state_dict(),
+    }
+    if content in objects:
+        torch.save(objects[content], path)
+    elif content == "protocol":
+        torch.save({f"rrdb.{i}": torch.zeros(3) for i in range(4)}, path, pickle_protocol=5)
+    elif content == "tar":
+        with tarfile.open(path, "w") as archive:
+            archive.add(__file__, "storages")
+    elif content == "text":
+        path.write_text("<html>not found</html>")
+    elif content == "truncated":
+        torch.save({f"rrdb.{i}": torch.zeros(1000) for i in range(4)}, path)
+        path.write_bytes(path.read_bytes()[:9000])
+    with pytest.raises(CdiffError) as caught:
+        import_checkpoint(path, tmp_path / "run")
+    assert says in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+    assert not witness.exists()
+    assert not (tmp_path / "run").exists()

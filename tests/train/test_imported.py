@@ -218,17 +218,19 @@ def test_wrong_tensors_are_named_kind_by_kind(tmp_path: Path) -> None:
     del tensors["middle_block.1.qkv.weight"], tensors["input_blocks.1.0.in_layers.0.bias"]
     tensors["an.extra"] = torch.zeros(2, 3)
     tensors["rrdb.HRconv.weight"] = torch.zeros(64, 64, 1, 1)
+    tensors["label_emb.weight"] = torch.tensor(1.0)
     tensors["out.0.bias"] = torch.full((32,), torch.nan)
     tensors["time_embed.0.bias"] = torch.zeros(128, dtype=torch.int64)
     torch.save(tensors, path)
     with pytest.raises(CdiffError) as caught:
         import_checkpoint(path, tmp_path / "run")
     first, *rest = str(caught.value).splitlines()
-    assert f"6 of {len(case.shapes)} tensors are wrong" in first
+    assert f"7 of {len(case.shapes)} tensors are wrong" in first
     assert [line.strip() for line in rest] == [
         "missing    input_blocks.1.0.in_layers.0.bias [32]",
         "missing    middle_block.1.qkv.weight [192, 64, 1]",
         "extra      an.extra [2, 3]",
+        "misshapen  label_emb.weight [], not [3, 128]",
         "misshapen  rrdb.HRconv.weight [64, 64, 1, 1], not [64, 64, 3, 3]",
         "wrong type time_embed.0.bias int64, not plain floating-point numbers",
         "not finite out.0.bias",

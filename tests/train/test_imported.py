@@ -19,7 +19,7 @@ from cdiff.runtime.sampling.batching import segment_windows
 from cdiff.runtime.sampling.framing import Framing
 from cdiff.runtime.sampling.sampler import sampler_table
 from cdiff.runtime.scans.intensity import Intensity
-from cdiff.train.checkpoint import load_run, read_state
+from cdiff.train.checkpoint import load_run, read_state, read_tensors
 from cdiff.train.imported.importer import Imported, import_checkpoint
 from cdiff.train.imported.mapping import links
 from cdiff.train.imported.options import Options
@@ -204,6 +204,8 @@ def test_prefixes_of_distributed_training_and_half_precision_tensors_are_read(
     done = import_checkpoint(path, tmp_path / "run")
     assert done.step == 35_000
     assert any("model_35000.pt is not called ema*" in note for note in done.notes)
+    written = read_tensors(done.path / "checkpoints" / "step-0035000" / "ema.safetensors")
+    assert {value.dtype for value in written.values()} == {torch.float32}
     run = load_run(done.path)
     wanted = load_run(imported["consensus"].path).network.state_dict()
     for name, value in run.network.state_dict().items():
@@ -218,17 +220,19 @@ def test_wrong_tensors_are_named_kind_by_kind(tmp_path: Path) -> None:
     del tensors["middle_block.1.qkv.weight"], tensors["input_blocks.1.0.in_layers.0.bias"]
     tensors["an.extra"] = torch.zeros(2, 3)
     tensors["rrdb.HRconv.weight"] = torch.zeros(64, 64, 1, 1)
+    tensors["label_emb.weight"] = torch.tensor(1.0)
     tensors["out.0.bias"] = torch.full((32,), torch.nan)
     tensors["time_embed.0.bias"] = torch.zeros(128, dtype=torch.int64)
     torch.save(tensors, path)
     with pytest.raises(CdiffError) as caught:
         import_checkpoint(path, tmp_path / "run")
     first, *rest = str(caught.value).splitlines()
-    assert f"6 of {len(case.shapes)} tensors are wrong" in first
+    assert f"7 of {len(case.shapes)} tensors are wrong" in first
     assert [line.strip() for line in rest] == [
         "missing    input_blocks.1.0.in_layers.0.bias [32]",
         "missing    middle_block.1.qkv.weight [192, 64, 1]",
         "extra      an.extra [2, 3]",
+        "misshapen  label_emb.weight [], not [3, 128]",
         "misshapen  rrdb.HRconv.weight [64, 64, 1, 1], not [64, 64, 3, 3]",
         "wrong type time_embed.0.bias int64, not plain floating-point numbers",
         "not finite out.0.bias",
@@ -279,6 +283,7 @@ def test_options_that_do_not_fit_are_said(change: dict[str, Any], says: str, tmp
     with pytest.raises(CdiffError) as caught:
         import_checkpoint(path, tmp_path / "run")
     assert says in str(caught.value)
+    assert str(caught.value).count("the options say") <= 1  # those that agree are not named
     assert not (tmp_path / "run").exists()
 
 

@@ -44,7 +44,8 @@ def test_a_consensus_checkpoint_that_has_lost_its_table_is_refused(tmp_path: Pat
     case = recorded("consensus")
     path = case.save(tmp_path / "given")
     torch.save({name: tensor for name, tensor in case.tensors().items() if name != "label_emb.weight"}, path)
-    with pytest.raises(CdiffError, match=r"missing    label_emb\.weight \[3, 128\]"):
+    says = r"the options say number_of_annotators=3, the tensors 0\):\n  missing    label_emb\.weight \[3, 128\]"
+    with pytest.raises(CdiffError, match=says):
         import_checkpoint(path, tmp_path / "run")
 
 
@@ -58,6 +59,17 @@ def test_weights_alone_show_their_network(name: str) -> None:
     channels = case.args["condition_input_channel"]
     networks = [each.config(image_channels=channels, step=0, intensity=Intensity()).network for each in (alone, told)]
     assert networks[0] == networks[1]
+
+
+def test_what_the_tensors_leave_open_is_not_guessed() -> None:
+    """Blocks that halve the size look like any other, and so do those that a damaged file has lost."""
+    lost_of = {"implicit_options": "none", "consensus": "input_blocks.3.", "consensus_options": "input_blocks.4."}
+    for name, lost in lost_of.items():
+        case = recorded(name)
+        left = {key: shape for key, shape in case.shapes.items() if not key.startswith(lost)}
+        found = shown({key: torch.empty(shape, device="meta") for key, shape in left.items()}, case.source)
+        assert found["num_channels"] == 32
+        assert not found.keys() & {"num_res_blocks", "image_size", "deeper_net"}
 
 
 def test_weights_alone_are_imported_once_the_training_is_named(tmp_path: Path) -> None:

@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from cdiff.export.torch_engine import Options, TorchChainEngine
 from cdiff.export.torch_noise import normals, words
 from cdiff.runtime.sampling.noise import normal
+from cdiff.runtime.sampling.schedule import NoiseSchedule
+from tests.export.networks import BASE, random_network
 
 
 def integers(*values: int) -> torch.Tensor:
@@ -46,3 +49,13 @@ def test_normals_are_the_runtimes(
                 top : top + size[0], left : left + size[1]
             ]
             np.testing.assert_allclose(found[row, 0].numpy(), expected, atol=1e-6, rtol=0)
+
+
+def test_a_compiled_engine_draws_the_runtimes_noise_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What PyTorch 2.11 compiles of it for a CPU draws other numbers."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: lambda *args: 0 * function(*args))
+    engine = TorchChainEngine(
+        random_network(BASE), NoiseSchedule(BASE.T), options=Options(half=False, compiled="default")
+    )
+    drawn = engine.noise(*[integers(1)] * 5, torch.zeros(1, 2, dtype=torch.int64), (8, 8), (8, 8))
+    np.testing.assert_allclose(drawn[0, 0].numpy(), normal(1, 1, 1, 1, 1, (8, 8)), atol=1e-6, rtol=0)

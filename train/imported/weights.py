@@ -106,7 +106,7 @@ def check_fit(tensors: dict[str, Tensor], wanted: list[Link], options: Options, 
     number = sum(map(len, wrong.values()))
     if not number:
         return
-    first = f"{path.name} does not fit its options; {number} of {len(shapes)} tensors are wrong"
+    first = f"{path.name} does not fit its options; {number} of {len(shapes.keys() | tensors.keys())} tensors are wrong"
     if hints := _contradictions(tensors, options):
         first += f" ({'; '.join(hints)})"
     lines = [line for kind in KINDS for line in _named(kind, wrong[kind])]

@@ -35,14 +35,15 @@ R = TypeVar("R")
 @contextmanager
 def full_precision() -> Iterator[None]:
     """float32 means float32: no TF32 and no bfloat16 in convolutions and products within the block, however the program around asked for them."""
-    cuda, cudnn, cpu = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
+    backends: Any = torch.backends  # not every switch is known to mypy
+    cuda, cudnn, cpu = backends.cuda, backends.cudnn, backends.mkldnn
     # PyTorch has two kinds of switches and will not tell of the older where the newer say otherwise: then there is nothing of theirs to keep.
     switches: list[tuple[Callable[[], Any], Callable[[Any], object], Any]] = [
         (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"),
         (lambda: cudnn.allow_tf32, functools.partial(setattr, cudnn, "allow_tf32"), False),
     ]
+    name = "fp32_precision"
     for part in (cuda.matmul, cudnn.conv, cpu.matmul, cpu.conv):
-        name = "fp32_precision"
         switches.append((functools.partial(getattr, part, name), functools.partial(setattr, part, name), "ieee"))
     before = []
     for get, switch, exactly in switches:

@@ -129,9 +129,11 @@ def test_a_broken_network_leaves_no_bundle(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_zooms_are_stated_and_each_has_its_mirrored_views(tmp_path: Path) -> None:
+def test_zooms_are_stated_and_each_has_its_mirrored_views(bundle: Bundle, tmp_path: Path) -> None:
     centred = random_run(tmp_path / "run", replace(CONFIG, data=replace(CONFIG.data, framing="centre")))
     manifest = export_run(centred, tmp_path / "bundle", zooms=(1, 1.25)).manifest
+    for name in ("encoder.onnx", "denoiser.onnx"):  # of one network, so the same files
+        assert (tmp_path / "bundle" / name).read_bytes() == bundle.file(name).read_bytes()
     assert manifest.zooms == (1, 1.25)
     assert manifest.fast["runs"] == 8
     card = (tmp_path / "bundle" / "README.md").read_text()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -18,17 +17,16 @@ from cdiff.export.half import HalfAttention, check_half, half_network, half_shar
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.sampling.schedule import NoiseSchedule
 from cdiff.train.network import Attention, ConsensusNet
-from tests.export.networks import BASE, random_network
+from cdiff.train.sections import NetworkConfig
+from tests.export.networks import BASE, FLAT, random_network
 from tests.export.test_graphs import inputs
 
 
-def write(network: ConsensusNet, folder: Path) -> tuple[Path, Path]:
-    half, config = half_network(network), network.config
+def write_half(half: ConsensusNet, folder: Path) -> Path:
+    """The denoiser's graph of what `half_network` made."""
+    config = half.config
     graph = DenoiserGraph(half.denoiser, config, NoiseSchedule(config.T))
-    return (
-        write_encoder(EncoderGraph(half.encoder, torch.float16), config, folder),
-        write_denoiser(graph, config, folder, torch.float16),
-    )
+    return write_denoiser(graph, config, folder, torch.float16)
 
 
 def element_types(path: Path) -> dict[str, list[set[int]]]:
@@ -46,11 +44,14 @@ def element_types(path: Path) -> dict[str, list[set[int]]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "change", [{"target": "v"}, {"embedding": "scale-shift", "resample": "block", "head_channels": 4}]
+    "network",
+    [replace(FLAT, target="v"), replace(BASE, embedding="scale-shift", resample="block", head_channels=4, rrdbs=0)],
+    ids=["flat", "scale-shift-block-heads"],
 )
-def test_products_are_half_and_norms_softmax_and_sums_are_not(change: dict[str, Any], tmp_path: Path) -> None:
-    network = random_network(replace(BASE, variance="learned", **change))
-    encoder, denoiser = write(network, tmp_path)
+def test_products_are_half_and_norms_softmax_and_sums_are_not(network: NetworkConfig, tmp_path: Path) -> None:
+    half = half_network(random_network(replace(network, variance="learned")))
+    encoder = write_encoder(EncoderGraph(half.encoder, torch.float16), half.config, tmp_path)
+    denoiser = write_half(half, tmp_path)
     assert half_share(encoder) == half_share(denoiser) == 1.0
     types = element_types(denoiser)
     for operator in ("Conv", "Gemm", "MatMul"):
@@ -80,16 +81,16 @@ def test_attention_in_half_precision_is_the_network_s(heads: int) -> None:
 
 @pytest.mark.slow
 def test_half_graphs_stay_near_float32_with_activations_that_overflow_a_half_precision_variance(tmp_path: Path) -> None:
-    network = random_network(BASE)
+    network = random_network(FLAT)
     with torch.no_grad():  # |x| around 1000 in the first GroupNorms, whose squares exceed float16's 65504
         network.denoiser.first.weight.mul_(2000)
-    _, path = write(network, tmp_path)
-    given = inputs(BASE, rows=4, slices=2)
+    path = write_half(half_network(network), tmp_path)
+    given = inputs(FLAT, rows=4, slices=2)
     tensors = {name: torch.from_numpy(value) for name, value in given.items()}
     features = network.encoder(tensors["image"])
     stream = network.denoiser.first(tensors["x"])
     assert stream.abs().max() > 300
-    graph = DenoiserGraph(network.denoiser, BASE, NoiseSchedule(BASE.T))
+    graph = DenoiserGraph(network.denoiser, FLAT, NoiseSchedule(FLAT.T))
     wanted = graph(tensors["x"], features, tensors["row_slice"], tensors["t"], tensors["level"])
     del given["image"]
     found = ort.InferenceSession(path).run(None, {**given, "features": features.half().numpy()})[0]
@@ -99,14 +100,14 @@ def test_half_graphs_stay_near_float32_with_activations_that_overflow_a_half_pre
 
 @pytest.mark.slow
 def test_a_graph_that_is_mostly_float32_is_refused(tmp_path: Path) -> None:
-    network = random_network(replace(BASE, rrdbs=0))
+    network = random_network(replace(FLAT, rrdbs=0))
     write_encoder(EncoderGraph(network.encoder), network.config, tmp_path)
     with pytest.raises(CdiffError, match=r"encoder\.onnx: only 0%"):
         check_half(tmp_path / "encoder.onnx")
     # A single float32 layer among the others is one node's share.
-    half = half_network(random_network(BASE))
-    half.denoiser.last = random_network(BASE).denoiser.last
-    path = write_denoiser(DenoiserGraph(half.denoiser, BASE, NoiseSchedule(BASE.T)), BASE, tmp_path, torch.float16)
+    half = half_network(random_network(FLAT))
+    half.denoiser.last = random_network(FLAT).denoiser.last
+    path = write_half(half, tmp_path)
     kinds = [node.op_type for node in onnx.load(path).graph.node]
     products = sum(kinds.count(kind) for kind in ("Conv", "Gemm", "MatMul"))
     assert half_share(path) == pytest.approx(1 - 1 / products)

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import cdiff
 from cdiff.cli.app import app
 from cdiff.runtime.errors import CdiffError
-from tests.export.networks import FLAT_SETTINGS
+from tests.export.networks import flat_settings
 from tests.layouts import write_brats, write_qubiq, write_table
 
 SHORT = ("--runs", 2, "--steps", 2, "-q")
@@ -29,7 +29,7 @@ def command(*arguments: object, code: int = 0) -> Any:
 def trained(data: Path, folder: Path, *more: object) -> tuple[Path, dict[str, Any]]:
     """A bundle of a barely trained network, and its manifest."""
     train = ("train", "--data", data, "--preset", "tiny", "--max-steps", 2, "--out", folder / "run", "-q")
-    command(*train, *FLAT_SETTINGS, *more)
+    command(*train, *flat_settings(), *more)
     command("export", folder / "run", "--out", folder / "bundle", "-q")
     return folder / "bundle", json.loads((folder / "bundle/manifest.json").read_text())
 

@@ -15,8 +15,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
-from tests.export.networks import FLAT_SETTINGS
+from cdiff.cli.app import app
+from tests.export.networks import flat_settings
 from tests.synthetic import AFFINE, write_synthetic_dataset
 
 CDIFF = Path(sys.executable).with_name("cdiff")
@@ -35,6 +37,12 @@ def run(*arguments: object) -> str:
     return done.stdout
 
 
+def within(*arguments: object) -> None:
+    """The same in this process, which starts sooner."""
+    done = CliRunner().invoke(app, [str(part) for part in arguments])
+    assert done.exit_code == 0, done.output
+
+
 def load(path: Path) -> tuple[np.ndarray[Any, Any], nib.Nifti1Image]:
     image = nib.load(path)
     return np.asanyarray(image.dataobj), image
@@ -49,7 +57,7 @@ def test_volumes_of_five_annotators(tmp_path: Path) -> None:
     )
     trained, bundle, maps = tmp_path / "run", tmp_path / "bundle", tmp_path / "maps"
 
-    run("train", "--data", data, "--preset", "tiny", *FLAT_SETTINGS, "--out", trained, "--max-steps", 4)
+    run("train", "--data", data, "--preset", "tiny", *flat_settings(), "--out", trained, "--max-steps", 4)
     run("export", trained, "--out", bundle)
     assert "5" in run("info", bundle)
     run("segment", data / "Testing", "--model", bundle, "-o", maps, "--runs", 3, "--steps", 4, "--seed", 7)
@@ -84,15 +92,15 @@ def test_microscopy_in_colour(tmp_path: Path) -> None:
     trained, bundle, maps = tmp_path / "run", tmp_path / "bundle", tmp_path / "maps"
     settings = [part for text in ("image_channels=3", "framing=tile") for part in ("--set", text)]
 
-    run("train", "--data", data, "--preset", "tiny", *FLAT_SETTINGS, *settings, "--out", trained, "--max-steps", 4)
-    run("export", trained, "--out", bundle)
+    within("train", "--data", data, "--preset", "tiny", *flat_settings(), *settings, "--out", trained, "--max-steps", 4)
+    within("export", trained, "--out", bundle)
     scan = data / "case01" / "image.nii.gz"
     pixels, _ = load(scan)
     picture = tmp_path / "picture.png"
     Image.fromarray(pixels).save(picture)
     chain = ("--model", bundle, "-o", maps, "--runs", 2, "--steps", 3)
-    run("segment", scan, *chain)
-    run("segment", picture, *chain)
+    within("segment", scan, *chain)
+    within("segment", picture, *chain)
 
     from_nifti, _ = load(maps / "image_soft.nii.gz")
     from_png, _ = load(maps / "picture_soft.nii.gz")
@@ -100,7 +108,7 @@ def test_microscopy_in_colour(tmp_path: Path) -> None:
     np.testing.assert_array_equal(from_png.reshape(40, 52), from_nifti)
 
     # Of the data that it learned from, the case that training held out is scored, and no other.
-    run("evaluate", "--data", data, "--model", bundle, "--runs", 1, "--steps", 2, "--json", tmp_path / "scores.json")
+    within("evaluate", "--data", data, "--model", bundle, "--runs", 1, "--steps", 2, "--json", tmp_path / "scores.json")
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert (scores["data"]["split"], scores["n_cases"]) == ("val", 1)
 
@@ -113,7 +121,7 @@ def test_the_road_leads_to_useful_maps(tmp_path: Path) -> None:
     )
     trained, bundle, scores_file = tmp_path / "run", tmp_path / "bundle", tmp_path / "scores.json"
     settings = [part for text in ("steps=250", "val_every=125", "ema=0.97") for part in ("--set", text)]
-    run("train", "--data", data, "--preset", "tiny", *settings, "--out", trained)
+    run("train", "--data", data, "--preset", "tiny", *flat_settings(24), *settings, "--out", trained)
     run("export", trained, "--out", bundle)
     run("evaluate", "--data", data, "--model", bundle, "--fast", "--json", scores_file)
     scores = json.loads(scores_file.read_text())
@@ -129,9 +137,9 @@ def test_real_nodules(lidc: Path, tmp_path: Path) -> None:
         for case in sorted((lidc / split).iterdir())[:number]:
             (data / split / case.name).symlink_to(case)
     trained, bundle, maps = tmp_path / "run", tmp_path / "bundle", tmp_path / "maps"
-    settings = [part for text in ("levels=4", "framing=tile") for part in ("--set", text)]
 
-    run("train", "--data", data, "--preset", "tiny", *settings, "--out", trained, "--max-steps", 6)
+    train = ("train", "--data", data, "--preset", "tiny", *flat_settings(32), "--set", "levels=4", "--max-steps", 6)
+    run(*train, "--out", trained)
     run("export", trained, "--out", bundle)
     run("segment", data / "Testing", "--model", bundle, "-o", maps, "--runs", 1, "--steps", 2)
     for case in sorted((data / "Testing").iterdir()):

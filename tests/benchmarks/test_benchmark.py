@@ -35,6 +35,8 @@ from cdiff.train.presets import preset
 from tests.export.networks import BASE, random_network
 from tests.layouts import write_brats
 
+CDIFF = Path(sys.executable).with_name("cdiff")
+
 
 @pytest.fixture(scope="module")
 def scan(tiny_data: Path) -> Path:
@@ -42,8 +44,24 @@ def scan(tiny_data: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def report(tiny_bundle: Path, scan: Path) -> dict[str, Any]:
-    return benchmark(tiny_bundle, scan=scan, batches=(1, 3), runs=2, steps=4, repeats=2, threads=1)
+def measured(tiny_bundle: Path, scan: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
+    """What the command prints and writes."""
+    out = tmp_path_factory.mktemp("benchmark") / "b.json"
+    arguments = ["--model", str(tiny_bundle), "--scan", str(scan), "--batch", "1,3", "--runs", "2", "--steps", "4"]
+    done = subprocess.run(
+        [str(CDIFF), "benchmark", *arguments, "--repeats", "2", "--threads", "1", "--json", str(out), "-q"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"COLUMNS": "120", "PATH": "/usr/bin:/bin"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout, json.loads(out.read_text())
+
+
+@pytest.fixture(scope="module")
+def report(measured: tuple[str, dict[str, Any]]) -> dict[str, Any]:
+    return measured[1]
 
 
 def with_the_runtime_s_noise(
@@ -140,6 +158,7 @@ def test_versions_name_the_onnx_runtime_that_is_there(installed: list[str], monk
 def test_report_holds_together(report: dict[str, Any]) -> None:
     end = report["end_to_end"]
     assert set(end) == {"published", "pytorch", "exported"}
+    assert report["protocol"]["steps"] == 4
     # The same rows through the same steps: one row a call as published, all in one batch otherwise.
     levels = report["model"]["levels"]
     assert end["published"]["calls"] == 2 * levels * 4
@@ -217,25 +236,14 @@ def test_a_device_that_is_not_one_is_refused_before_anything_runs(device: str, t
 
 
 @pytest.mark.slow
-def test_command_prints_tables_and_writes_json(tiny_bundle: Path, scan: Path, tmp_path: Path) -> None:
-    arguments = ["--model", str(tiny_bundle), "--scan", str(scan), "--slices", "1:2", "--batch", "2", "--runs", "1"]
-    more = ["--steps", "2", "--repeats", "1", "--threads", "1", "--json", str(tmp_path / "b.json"), "-q"]
-    done = subprocess.run(
-        [str(Path(sys.executable).with_name("cdiff")), "benchmark", *arguments, *more],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={"COLUMNS": "120", "PATH": "/usr/bin:/bin"},
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_command_prints_tables(measured: tuple[str, dict[str, Any]]) -> None:
     for words in ("End to end", "One denoiser call", "Where the time goes", "one chain after another", "onnxruntime"):
-        assert words in done.stdout
-    assert json.loads((tmp_path / "b.json").read_text())["protocol"]["steps"] == 2
+        assert words in measured[0]
 
 
 def test_command_refuses_a_batch_that_is_no_number(tiny_bundle: Path) -> None:
     done = subprocess.run(
-        [str(Path(sys.executable).with_name("cdiff")), "benchmark", "--model", str(tiny_bundle), "--batch", "1,x"],
+        [str(CDIFF), "benchmark", "--model", str(tiny_bundle), "--batch", "1,x"],
         capture_output=True,
         text=True,
         check=False,

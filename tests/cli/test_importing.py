@@ -64,7 +64,7 @@ def test_mistakes_are_one_error_and_no_run(arguments: list[str], says: str, chec
 
 @pytest.mark.slow
 def test_from_a_published_checkpoint_to_maps(tmp_path: Path) -> None:
-    case: Recorded = recorded("implicit_options")
+    case: Recorded = recorded("implicit")
     path = case.save(tmp_path / "published", "emasavedmodel_0.9999_050000.pt")
     run, bundle, maps = tmp_path / "run", tmp_path / "bundle", tmp_path / "maps"
     scan = np.random.default_rng(0).uniform(0, 1, (32, 32, 4)).astype(np.float32)

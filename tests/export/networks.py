@@ -17,17 +17,12 @@ from cdiff.train.sections import NetworkConfig
 BASE = dataclasses.replace(preset("tiny").network, image_size=16, T=50, rrdb_channels=6, rrdb_growth=3)
 FLAT = dataclasses.replace(BASE, channel_mult=(1,), attention_depths=())
 """Of one depth: exporting takes as long as a graph has nodes, and this has half of them. Small, as its middle attends to every pixel."""
-FLAT_SETTINGS = (
-    "--set",
-    "channel_mult=[1]",
-    "--set",
-    "attention_depths=[]",
-    "--set",
-    "rrdbs=0",
-    "--set",
-    "image_size=16",
-)
-"""Such a network as settings of `cdiff train --preset tiny`."""
+
+
+def flat_settings(image_size: int = 16) -> tuple[str, ...]:
+    """Such a network as settings of `cdiff train --preset tiny`."""
+    values = ("channel_mult=[1]", "attention_depths=[]", "rrdbs=0", f"image_size={image_size}")
+    return tuple(part for value in values for part in ("--set", value))
 
 
 def random_network(config: NetworkConfig, seed: int = 0) -> ConsensusNet:

@@ -37,6 +37,7 @@ lint: $(VENV)/test.installed $(VENV)/types
 clean:
 	rm -rf $(VENV) demo-output
 
+# --no-compile: Python compiles what it imports when it does; to compile every file of every package takes a minute.
 # pip comes last: without Debian's python3-venv, or stopped midway, venv leaves a folder that has a python alone.
 $(BIN)/pip:
 	@$(PYTHON) -c 'import sys; sys.exit("cdiff needs Python 3.11 or newer, and this is %s; try make PYTHON=python3.12" \
@@ -45,13 +46,13 @@ $(BIN)/pip:
 
 $(VENV)/cpu.installed: $(BIN)/pip pyproject.toml constraints.txt
 	@echo "Installing cdiff for this machine's CPU into $(VENV) (about a minute)"
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[cpu]'
+	$(BIN)/pip install --quiet --no-compile -c constraints.txt -e '.[cpu]'
 	@touch $@
 
 # highdicom apart: on some Pythons it is not in the extra, and pyproject.toml says why.
 $(VENV)/test.installed: $(BIN)/pip pyproject.toml constraints.txt
 	@echo "Installing cdiff with what training and the tests need into $(VENV) (a few minutes)"
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[cpu,train,bench,test]'
+	$(BIN)/pip install --quiet --no-compile -c constraints.txt -e '.[cpu,train,bench,test]'
 	$(BIN)/pip install --quiet -c constraints.txt --no-deps highdicom
 	@touch $@
 

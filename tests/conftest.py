@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -16,6 +18,7 @@ from cdiff.benchmarks.gpu_tests import MARK
 from tests.synthetic import write_synthetic_dataset
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+Made = Callable[[str, Callable[[Path], object]], Path]
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, and so would every program that they start and interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -48,6 +51,25 @@ def lidc() -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """Of a name and what makes a folder, a copy of that folder, which only the first of the processes that share the tests has made."""
+    from filelock import FileLock  # PyTorch brings it
+
+    mine = tmp_path_factory.getbasetemp()
+    shared = (mine.parent if "PYTEST_XDIST_WORKER" in os.environ else mine) / "tiny"
+    shared.mkdir(exist_ok=True)
+
+    def made(name: str, make: Callable[[Path], object]) -> Path:
+        with FileLock(shared / f"{name}.lock"):
+            if not (shared / f"{name}.made").exists():
+                make(shared / name)
+                (shared / f"{name}.made").touch()
+        return Path(shutil.copytree(shared / name, tmp_path_factory.mktemp(name) / "tiny"))
+
+    return made
+
+
+@pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A few synthetic 32 x 32 x 4 cases, three raters, with Training and Validation folders."""
     root = tmp_path_factory.mktemp("data") / "tiny"
@@ -55,22 +77,28 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_run(tiny_data: Path, tiny: Made) -> Path:
     """A run folder: a few steps of the preset ``tiny``; its weights are real but barely trained."""
-    from cdiff.train.presets import preset
-    from cdiff.train.trainer import train
 
-    run = tmp_path_factory.mktemp("run") / "tiny"
-    train(preset("tiny"), tiny_data, run, max_steps=4)
-    return run
+    def make(run: Path) -> None:
+        from cdiff.train.presets import preset
+        from cdiff.train.trainer import train
+
+        train(preset("tiny"), tiny_data, run, max_steps=4)
+
+    return tiny("run", make)
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_bundle(tiny_run: Path, tiny: Made) -> Path:
     """The bundle folder exported from ``tiny_run``."""
-    from cdiff.export.exporter import export_run
 
-    return export_run(tiny_run, tmp_path_factory.mktemp("bundle") / "tiny").path
+    def make(bundle: Path) -> None:
+        from cdiff.export.exporter import export_run
+
+        export_run(tiny_run, bundle)
+
+    return tiny("bundle", make)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

@@ -37,10 +37,11 @@ def run(*arguments: object) -> str:
     return done.stdout
 
 
-def within(*arguments: object) -> None:
+def within(*arguments: object) -> str:
     """The same in this process, which starts sooner."""
     done = CliRunner().invoke(app, [str(part) for part in arguments])
     assert done.exit_code == 0, done.output
+    return done.output
 
 
 def load(path: Path) -> tuple[np.ndarray[Any, Any], nib.Nifti1Image]:
@@ -57,10 +58,10 @@ def test_volumes_of_five_annotators(tmp_path: Path) -> None:
     )
     trained, bundle, maps = tmp_path / "run", tmp_path / "bundle", tmp_path / "maps"
 
-    run("train", "--data", data, "--preset", "tiny", *flat_settings(), "--out", trained, "--max-steps", 4)
-    run("export", trained, "--out", bundle)
-    assert "5" in run("info", bundle)
-    run("segment", data / "Testing", "--model", bundle, "-o", maps, "--runs", 3, "--steps", 4, "--seed", 7)
+    within("train", "--data", data, "--preset", "tiny", *flat_settings(), "--out", trained, "--max-steps", 4)
+    within("export", trained, "--out", bundle)
+    assert "5" in within("info", bundle)
+    within("segment", data / "Testing", "--model", bundle, "-o", maps, "--runs", 3, "--steps", 4, "--seed", 7)
 
     for name in ("case01", "case02"):
         assert {f"{name}_{ending}" for ending in OUTPUTS} <= {path.name for path in maps.iterdir()}
@@ -79,7 +80,7 @@ def test_volumes_of_five_annotators(tmp_path: Path) -> None:
         assert report["seed"] == 7
 
     scores_file = tmp_path / "scores.json"
-    run("evaluate", "--data", data, "--model", bundle, "--runs", 2, "--steps", 3, "--json", scores_file)
+    within("evaluate", "--data", data, "--model", bundle, "--runs", 2, "--steps", 3, "--json", scores_file)
     scores = json.loads(scores_file.read_text())
     assert scores["n_slices"] == 2 * shape[2]
     assert set(METRICS) <= set(scores)
@@ -121,9 +122,9 @@ def test_the_road_leads_to_useful_maps(tmp_path: Path) -> None:
     )
     trained, bundle, scores_file = tmp_path / "run", tmp_path / "bundle", tmp_path / "scores.json"
     settings = [part for text in ("steps=250", "val_every=125", "ema=0.97") for part in ("--set", text)]
-    run("train", "--data", data, "--preset", "tiny", *flat_settings(24), *settings, "--out", trained)
-    run("export", trained, "--out", bundle)
-    run("evaluate", "--data", data, "--model", bundle, "--fast", "--json", scores_file)
+    within("train", "--data", data, "--preset", "tiny", *flat_settings(24), *settings, "--out", trained)
+    within("export", trained, "--out", bundle)
+    within("evaluate", "--data", data, "--model", bundle, "--fast", "--json", scores_file)
     scores = json.loads(scores_file.read_text())
     assert scores["soft_dice_5"]["mean"] > scores["soft_dice_5_annotators"]["mean"]
 

@@ -339,8 +339,9 @@ def test_what_is_slow_to_set_up_is_measured_at_one_batch_size(way: str, sizes: i
 
 
 def test_an_engine_without_chains_of_its_own_lists_no_kernels(tmp_path: Path) -> None:
-    found = gpu_checks.run_check("kernels:onnxruntime:shipped", replace(CPU, work=str(tmp_path)))
+    found = gpu_checks.run_check("kernels:onnxruntime:shipped", replace(CPU, small=False, work=str(tmp_path)))
     assert found["status"] == "refused"
+    assert "runs no chain on the device" in found["message"]
 
 
 @pytest.mark.minutes

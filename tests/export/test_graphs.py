@@ -23,13 +23,16 @@ from tests.export.networks import BASE, random_network
 KINDS: dict[str, dict[str, Any]] = {
     "x0": {},
     "eps-learned": {"target": "eps", "variance": "learned", "rrdbs": 0},
-    "v-one-convolution-rgb": {"target": "v", "rrdbs": 0, "image_channels": 3},
+    "v-two-blocks-rgb": {
+        **{"target": "v", "rrdbs": 0, "image_channels": 3},
+        **{"channel_mult": (1,), "attention_depths": (), "residual_blocks": 2},
+    },
     "scale-shift-block-heads": {
         **{"embedding": "scale-shift", "resample": "block", "head_channels": 4, "attention_depths": (0, 1)},
         **{"target": "eps", "variance": "learned", "rrdbs": 0, "levels": 1},
     },
     "three-depths": {
-        **{"channel_mult": (1, 2, 3), "attention_depths": (0, 2), "residual_blocks": 2, "heads": 4, "rrdbs": 0},
+        **{"channel_mult": (1, 2, 3), "attention_depths": (0, 2), "heads": 4, "rrdbs": 0},
     },
 }
 

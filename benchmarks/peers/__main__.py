@@ -14,8 +14,10 @@ from cdiff.benchmarks.peers.score import Scoring, score_all, share
 from cdiff.benchmarks.peers.slices import read_slices
 from cdiff.benchmarks.peers.training import Budget, train_unet
 from cdiff.benchmarks.peers.unets import UNETS
+from cdiff.cli.options import parse_zooms
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import write_json
+from cdiff.runtime.sampling.zoom import check_zooms
 
 NAMES = (*UNETS, *diffusion.DIFFUSION)
 USER_ERROR, SOME_FAILED, INTERRUPTED = 2, 3, 130
@@ -58,6 +60,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     scoring.add_argument("--runs", type=int, default=16, help="samples of a U-Net peer that samples (16)")
     scoring.add_argument("--no-mirror", action="store_true", help="show no peer the mirrored slice")
+    scoring.add_argument(
+        "--zooms", default="1", metavar="Z,Z", help="multiples of its size at which the peers see a slice in turn (1)"
+    )
     scoring.add_argument("--limit", type=int, metavar="N", help="only the first N cases")
     scoring.add_argument("--unfinished", action="store_true", help="score unfinished runs too, as they are")
     scoring.add_argument("--json", type=Path, metavar="OUT", help="where to write the scores")
@@ -140,7 +145,7 @@ def score(options: argparse.Namespace, names: list[str]) -> int:
     """The finished peers' scores to a table on stdout and to --json."""
     scoring = Scoring(
         options.score, options.all_raters, options.runs, not options.no_mirror, options.seed, options.limit, options.threads,
-        options.slices_per_case,
+        options.slices_per_case, check_zooms(parse_zooms(options.zooms), "centre"),
     )  # fmt: skip
     report = score_all(names, options.out, options.data, scoring, unfinished=options.unfinished, say=say)
     for name, reason in report["not_scored"].items():

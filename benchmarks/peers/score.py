@@ -49,7 +49,7 @@ TIMED = 4
 class Scoring:
     """How peers are scored: split "val" or "test"; all_raters and slices_per_case as for `cdiff evaluate`; runs of a U-Net peer that
     samples (a diffusion peer has those of `--fast`, and as many steps as Validation says); mirror: all peers see the slice mirrored too,
-    or none; limit: the first so many cases."""
+    or none; zooms: the sizes, as multiples of the slice's own, at which they see it in turn; limit: the first so many cases."""
 
     split: str = "test"
     all_raters: bool = False
@@ -59,12 +59,14 @@ class Scoring:
     limit: int | None = None
     threads: int = 1
     slices_per_case: int | None = None
+    zooms: tuple[float, ...] = (1.0,)
 
     @property
     def file(self) -> str:
         """Where a run keeps its whole report."""
         sample = "" if self.slices_per_case is None else f"_{self.slices_per_case}_a_case"
-        return f"scores_{self.split}{'_all_raters' if self.all_raters else ''}{sample}.json"
+        zooms = "" if self.zooms == (1.0,) else f"_zooms_{'_'.join(f'{zoom:g}' for zoom in self.zooms)}"
+        return f"scores_{self.split}{'_all_raters' if self.all_raters else ''}{sample}{zooms}.json"
 
 
 def score_all(
@@ -135,7 +137,7 @@ def score_unet(
     peer, weights = UNETS[name], run / WEIGHTS
     annotators = len(cases[0].masks)
     network = load_unet(peer, run, annotators)
-    chain = {"runs": scoring.runs if peer.samples else 1, "mirror": scoring.mirror}
+    chain = {"runs": scoring.runs if peer.samples else 1, "mirror": scoring.mirror, "zooms": list(scoring.zooms)}
     header = {
         "protocol": {
             "seed": scoring.seed,
@@ -179,7 +181,7 @@ def score_unet(
     def draw(case: Case, chosen: range) -> None:
         images = INTENSITY.apply(read_scan(case.scan).slices)
         for i in chosen:
-            draw_runs(peer, network, images[i], runs=scoring.runs, mirror=scoring.mirror, seed=0)
+            draw_runs(peer, network, images[i], runs=scoring.runs, mirror=scoring.mirror, seed=0, zooms=scoring.zooms)
 
     summary = read_json(run / SUMMARY) if (run / SUMMARY).is_file() else {}
     parameters = sum(p.numel() for p in network.parameters())
@@ -212,6 +214,7 @@ def draw_case(
             runs=scoring.runs,
             mirror=scoring.mirror,
             seed=mixed(scoring.seed, number, int(i)),
+            zooms=scoring.zooms,
         )
         for i in chosen
     }
@@ -255,6 +258,7 @@ def score_diffusion(
     protocol = Protocol(
         fast=True,
         mirror=scoring.mirror,
+        zooms=scoring.zooms,
         seed=scoring.seed,
         all_raters=scoring.all_raters,
         slices_per_case=scoring.slices_per_case,
@@ -275,7 +279,9 @@ def score_diffusion(
     )
 
     def draw(case: Case, chosen: range) -> None:
-        segmenter.segment(case.scan, fast=True, steps=steps, mirror=scoring.mirror, slices=chosen, keep_runs=True)
+        segmenter.segment(
+            case.scan, fast=True, steps=steps, mirror=scoring.mirror, zooms=scoring.zooms, slices=chosen, keep_runs=True
+        )
 
     summary = diffusion.summary(run) | {"steps_on_validation": {str(n): score for n, score in tried.items()}}
     return _entry(report, VARIANTS[name], summary, cpu_seconds_a_slice(cases[0], draw))

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from cdiff.benchmarks.peers.draws import draw_runs, mixed
+from cdiff.benchmarks.peers.networks import DIVISOR
 from cdiff.benchmarks.peers.slices import Slices, augmented_batch, read_slices
 from cdiff.benchmarks.peers.unets import UNetPeer
 from cdiff.runtime.errors import CdiffError
@@ -71,8 +72,8 @@ class Budget:
             raise CdiffError(f"clock {self.clock!r} is not known; use wall or cpu")
         if not 0 < self.minutes < math.inf:
             raise CdiffError(f"--minutes {self.minutes} is no budget; give a positive number")
-        if self.crop < 16 or self.crop % 16:
-            raise CdiffError(f"--crop {self.crop} must be a multiple of 16, which the U-Nets halve four times")
+        if self.crop < DIVISOR or self.crop % DIVISOR:
+            raise CdiffError(f"--crop {self.crop} must be a multiple of {DIVISOR}, which the U-Nets halve four times")
         for name, least in (("batch", 1), ("validations", 1), ("val_slices", 1), ("steps", 0), ("seed", 0)):
             if getattr(self, name) < least:
                 raise CdiffError(f"--{name} {getattr(self, name)} must be at least {least}")
@@ -104,9 +105,9 @@ class Training:
         self.peer, self.out, self.budget, self.slices = peer, out, budget, training
         if training.images.shape[1:] != (1, training.images.shape[2], training.images.shape[2]):
             raise CdiffError(f"the U-Net peers need square slices of one channel, not {training.images.shape[1:]}")
-        if self.size < budget.crop or self.size % 16:
+        if self.size < budget.crop or self.size % DIVISOR:
             raise CdiffError(
-                f"slices of {self.size} pixels do not suit --crop {budget.crop}: no smaller, and a multiple of 16"
+                f"slices of {self.size} pixels do not suit --crop {budget.crop}: no smaller, and a multiple of {DIVISOR}"
             )
         marked = np.flatnonzero(validation.masks.any((1, 2, 3)))
         if not len(marked):

@@ -23,6 +23,7 @@ from cdiff.benchmarks.peers.unets import (
     soft_loss,
 )
 from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.sampling.framing import resize
 from cdiff.runtime.sampling.mirror import view_of
 from cdiff.runtime.scoring.metrics import FIVE, soft_dice
 from cdiff.train import targets
@@ -268,6 +269,40 @@ def test_runs_see_the_mirrored_views_in_turn_and_maps_are_mirrored_back() -> Non
     image = ramp[0].numpy()
     for mirror in (False, True):
         assert np.allclose(draw_runs(seeing, nn.Identity(), image, runs=1, mirror=mirror, seed=0)[0, 0], image[0])
+
+
+def test_zooms_are_seen_in_turn_and_maps_come_back_at_the_slices_size() -> None:
+    seen: list[tuple[int, ...]] = []
+
+    def draw(network: nn.Module, image: Tensor, n: int) -> Tensor:
+        seen.append(tuple(image.shape))
+        return image[:1].expand(n, -1, -1, -1) + 0.5 * (
+            image.shape[-1] > 64
+        )  # as it was seen, and half more when magnified
+
+    image = np.random.default_rng(0).uniform(0, 0.5, (1, 48, 64)).astype(np.float32)
+    image = resize(resize(image, (12, 16)), (48, 64))  # smooth, so that a zoom and back changes little
+    one = replace(UNETS["unet-soft"], draw=draw)
+    mean = draw_runs(one, nn.Identity(), image, runs=1, mirror=False, seed=0, zooms=(1, 1.25))
+    assert seen == [(1, 1, 48, 64), (1, 1, 64, 80)]
+    assert mean.shape == (1, 1, 48, 64)
+    np.testing.assert_allclose(mean[0, 0], image[0] + 0.25, atol=0.02)
+
+    several = replace(one, samples=True)
+    runs = draw_runs(several, nn.Identity(), image, runs=5, mirror=True, seed=0, zooms=(1, 1.25))
+    assert runs.shape == (1, 5, 48, 64)
+    for r in range(5):
+        np.testing.assert_allclose(runs[0, r], image[0] + 0.5 * (r % 2), atol=0.04)
+    single = draw_runs(several, nn.Identity(), image, runs=1, mirror=True, seed=0, zooms=(1, 1.25))
+    np.testing.assert_array_equal(single[0, 0], image[0])
+
+
+def test_the_draws_of_a_zoom_are_not_those_of_another() -> None:
+    peer = replace(
+        UNETS["unet-dropout"], draw=lambda network, image, n: torch.rand(n, 1, 1, 1).expand(-1, -1, *image.shape[-2:])
+    )
+    runs = draw_runs(peer, nn.Identity(), np.zeros((1, 16, 16), np.float32), runs=4, mirror=False, seed=0, zooms=(1, 2))
+    assert len({float(run[0, 0]) for run in runs[0]}) == 4
 
 
 def test_without_monai_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -261,9 +261,9 @@ def test_finished_scores_are_not_drawn_again_and_other_weights_are(
 
     monkeypatch.setitem(UNETS, "unet-soft", replace(UNETS["unet-soft"], draw=counted))
 
-    def count() -> int:
+    def count(*more: str) -> int:
         drawn.clear()
-        assert main([*command, "--no-mirror"]) == 0
+        assert main([*command, "--no-mirror", *more]) == 0
         return len(drawn)
 
     first, again = count(), count()
@@ -271,3 +271,8 @@ def test_finished_scores_are_not_drawn_again_and_other_weights_are(
     weights = {key: value + 1 for key, value in load_file(run / "best.safetensors").items()}
     save_file(weights, run / "best.safetensors")
     assert count() == first
+
+    one_size = (run / "scores_val.json").read_bytes()
+    assert count("--zooms", "1,1.25") == 2 * first, "its own scores, of twice as many draws"
+    assert json.loads((run / "scores_val_zooms_1_1.25.json").read_text())["protocol"]["zooms"] == [1, 1.25]
+    assert (run / "scores_val.json").read_bytes() == one_size

@@ -11,7 +11,7 @@ import typer
 from cdiff.cli.console import Meter, written
 from cdiff.cli.engines import build_ahead, check
 from cdiff.cli.extras import needs
-from cdiff.cli.options import option, parse_zooms
+from cdiff.cli.options import option
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.scans.sources import is_there
 
@@ -108,6 +108,7 @@ def export(
     from cdiff.runtime.bundle import open_bundle
     from cdiff.runtime.files import must_take_files
     from cdiff.runtime.manifest import NAME
+    from cdiff.runtime.sampling.zoom import parse_zooms
 
     options = BuildOptions(
         workspace_bytes=None if workspace is None else int(workspace * 2**30),

@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,17 @@ LEVEL = 1
 GZIP_HEADER, LAST = b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x04\xff", b"\x03\x00"
 
 
-def write_map(path: Path, grid: Grid, slices: range, maps: NDArray[Any], intent: str) -> None:
+class Maps(Protocol):
+    """An array [n,h,w] or [n,K,h,w], or what computes the part of one that is asked for."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+    def __getitem__(self, part: slice, /) -> NDArray[Any]: ...
+
+
+def write_map(path: Path, grid: Grid, slices: range, maps: Maps, intent: str) -> None:
     """Write one map [n,h,w] of `slices`, or K of them [n,K,h,w] along a fourth axis, as a compressed NIfTI file of the whole grid.
 
     Slices that `maps` does not hold are NaN, or 0 in whole numbers. intent: what the header says of the maps. Besides them a few slices
@@ -33,31 +43,36 @@ def write_map(path: Path, grid: Grid, slices: range, maps: NDArray[Any], intent:
         write_gzip(file, _parts(grid, slices, maps, intent))
 
 
-def _parts(grid: Grid, slices: range, maps: NDArray[Any], intent: str) -> Iterator[NDArray[Any]]:
+def _parts(grid: Grid, slices: range, maps: Maps, intent: str) -> Iterator[NDArray[Any]]:
     """The file's bytes before they are compressed: the header, then volume by volume, the first axis fastest as NIfTI has it."""
-    several = maps.ndim == 4
-    yield _header(grid, (*grid.spatial, maps.shape[1]) if several else grid.shape, maps.dtype, intent)
+    volumes = range(maps.shape[1]) if len(maps.shape) == 4 else (None,)
+    yield _header(grid, grid.shape if None in volumes else (*grid.spatial, len(volumes)), maps.dtype, intent)
     outside = np.nan if maps.dtype.kind == "f" else 0
-    volumes = np.moveaxis(maps, 1, 0) if several else maps[None]
+
+    def taken(held: range, k: int | None) -> NDArray[Any]:
+        """The slices `held` of volume k, [m,h,w]."""
+        part = maps[held.start - slices.start : held.stop - slices.start]
+        return part if k is None else part[:, k]
+
+    step = max(1, BLOCK // (math.prod(maps.shape[-2:]) * maps.dtype.itemsize))
     if grid.slice_axis == 2:  # there slices lie one after another
         count, plane = grid.spatial[2], grid.spatial[1::-1]
-        step = max(1, BLOCK // (math.prod(plane) * maps.itemsize))
         blank = np.full((min(step, count), *plane), outside, maps.dtype)
-        for each in volumes:
+        for k in volumes:
             for first in range(0, count, step):
                 part = blank[: count - first]
                 held = range(max(first, slices.start), min(first + step, slices.stop))
                 if held:
                     part = part.copy()
-                    part[held.start - first : held.stop - first] = each[
-                        held.start - slices.start : held.stop - slices.start
-                    ].swapaxes(1, 2)
+                    part[held.start - first : held.stop - first] = taken(held, k).swapaxes(1, 2)
                 yield part
         return
     volume = np.full(grid.spatial[::-1], outside, maps.dtype)
     planes = volume.T[None] if grid.slice_axis is None else np.moveaxis(volume.T, grid.slice_axis, 0)
-    for each in volumes:
-        planes[slices.start : slices.stop] = each  # the others stay as they are
+    for k in volumes:
+        for first in range(slices.start, slices.stop, step):  # the others stay as they are
+            held = range(first, min(first + step, slices.stop))
+            planes[held.start : held.stop] = taken(held, k)
         yield volume
 
 

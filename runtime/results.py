@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,21 @@ class Stack:
     def mask(self) -> NDArray[np.uint8]:
         """[n,h,w]: 1 where the soft map is at least one half."""
         return (self.soft >= 0.5).astype(np.uint8)
+
+
+class _Lazily:
+    """A map of a stack as an array whose slices are computed when they are asked for: all of them would be as large as the scan."""
+
+    def __init__(self, stack: Stack, attribute: str) -> None:
+        self._stack, self._attribute = stack, attribute
+        one = self[:1]
+        self.shape: tuple[int, ...] = (len(stack.maps), *one.shape[1:])
+        self.dtype: np.dtype[Any] = one.dtype
+
+    def __getitem__(self, part: slice, /) -> NDArray[Any]:
+        stack = replace(self._stack, maps=self._stack.maps[part], run_std=self._stack.run_std[part], runs=None)
+        found: NDArray[Any] = getattr(stack, self._attribute)
+        return found
 
 
 @dataclass(frozen=True)
@@ -164,7 +179,7 @@ class Result:
         with staged(Path(folder)) as stage:
             parts = {f"{name}_{kind}.nii.gz": stage(f"{name}_{kind}.nii.gz") for kind in kinds}
             for part, (attribute, intent) in zip(parts.values(), kinds.values(), strict=True):
-                write_map(part, self.grid, self.slices, getattr(self.stack, attribute), intent)
+                write_map(part, self.grid, self.slices, _Lazily(self.stack, attribute), intent)
             if preview:
                 from cdiff.runtime.pictures.preview import write_preview
 

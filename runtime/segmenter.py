@@ -29,7 +29,7 @@ from cdiff.runtime.results import Result, Stack
 from cdiff.runtime.sampling.batching import Progress, Timings, most_rows_of, rows_per_batch
 from cdiff.runtime.sampling.framing import Windows
 from cdiff.runtime.sampling.sampler import SamplerTable, sampler_table
-from cdiff.runtime.sampling.sums import SliceResult, stacked
+from cdiff.runtime.sampling.sums import Gathered
 from cdiff.runtime.sampling.zoom import check_zooms, numbered, shared_out, together
 from cdiff.runtime.scans.place import At
 from cdiff.runtime.scans.scan import Scan, ScanInput
@@ -195,11 +195,12 @@ class Segmenter:
             spent, done = spent + taken, done + number
         finished = together(found, [number for _, number in shares], [view.covered for view in seen])
         if manifest.outside == 0:
-            finished = [one.for_masks_from_zero() for one in finished]
-        maps, spread, kept = stacked(finished)
+            finished = Gathered.of((one.for_masks_from_zero() for one in finished), len(chosen))
+        finished = finished.on_grid()
+        maps = finished.means
         if combine == "vote":
             maps = (maps >= 0.5).astype(np.float32)
-        stack = Stack(maps, spread, kept, variant, manifest.levels)
+        stack = Stack(maps, finished.spread, finished.kept, variant, manifest.levels)
         clock.lap("segment")
         report = build_report(
             {
@@ -292,7 +293,7 @@ class Segmenter:
 
     def _fitting(
         self, batch: int, windows: Windows, table: SamplerTable, **options: Any
-    ) -> tuple[list[SliceResult], int, Timings]:
+    ) -> tuple[Gathered, int, Timings]:
         """Segment in batches of `batch` rows, or half as many, and half of those, until they fit into the device's memory.
 
         What fitted is where the next scan begins; each halving is said once, in the log. Returns the batch with the results.

@@ -12,7 +12,7 @@ from cdiff.runtime.engines.base import Engine
 from cdiff.runtime.sampling.batching import Progress, Timings, segment_windows
 from cdiff.runtime.sampling.framing import Windows
 from cdiff.runtime.sampling.sampler import SamplerTable
-from cdiff.runtime.sampling.sums import SliceResult
+from cdiff.runtime.sampling.sums import Gathered, SliceResult
 
 
 def segment_shared(
@@ -24,17 +24,17 @@ def segment_shared(
     timings: Timings,
     progress: Progress | None = None,
     **options: Any,
-) -> list[SliceResult]:
-    """The result of every slice, in order; engine k of n takes the k-th part of the slices, all parts being as equal as can be.
+) -> Gathered:
+    """The results of all slices, in order; engine k of n takes the k-th part of the slices, all parts being as equal as can be.
 
     The arguments are `segment_windows`'s; `options` are its others. The noise belongs to a slice's number, so the maps do not
     depend on who computed them but for the batch's make-up. `timings` adds the engines' up. The first error of any of them
     stops the others after the slice that they are at, and is raised.
     """
+    total = len(windows.slices)
     if len(engines) == 1:
         shared: dict[str, Any] = {"slice_ids": slice_ids, "progress": progress, "timings": timings}
-        return list(segment_windows(engines[0], windows, table, **shared, **options))
-    total = len(windows.slices)
+        return Gathered.of(segment_windows(engines[0], windows, table, **shared, **options), total)
     edges = [total * k // len(engines) for k in range(len(engines) + 1)]
     meter, stop = _Meter(progress), threading.Event()
 
@@ -69,7 +69,7 @@ def segment_shared(
             raise
     for _, mine in parts:
         vars(timings).update(vars(timings + mine))
-    return [result for found, _ in parts for result in found]
+    return Gathered.of((result for found, _ in parts for result in found), total)
 
 
 class _Meter:

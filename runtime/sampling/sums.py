@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -112,19 +112,47 @@ class SliceSums:
         )
 
 
-def stacked(found: Sequence[SliceResult]) -> tuple[Float32, Float32, NDArray[np.uint8] | None]:
-    """`level_means` [n,C,h,w], `run_std` [n,h,w] and, where they were kept, `runs` [n,C,R,h,w] of slices of one shape."""
-    kept = [one.kept for one in found if one.kept is not None]
-    return (
-        _on_grid(found, [one.means for one in found]),
-        _on_grid(found, [one.spread for one in found]),
-        _on_grid(found, kept) if kept else None,
-    )
+@dataclass(frozen=True)
+class Gathered:
+    """The results of all slices of a scan, in order, in one array each: means [n,C,...], spread [n,...] and, where they were kept, kept [n,C,R,...].
 
+    All on the part `box` of their grid `shape` [h, w]. `slice_ids` [n] are the slices' numbers in the scan.
+    """
 
-def _on_grid(found: Sequence[SliceResult], maps: Sequence[NDArray[Any]]) -> NDArray[Any]:
-    """Each slice's maps in its place of one array, which alone is as large as the scan."""
-    whole = np.zeros((len(found), *maps[0].shape[:-2], *found[0].shape), maps[0].dtype)
-    for place, one, part in zip(whole, found, maps, strict=True):
-        place[..., *one.box] = part
-    return whole
+    means: Float32
+    spread: Float32
+    kept: NDArray[np.uint8] | None
+    box: Box
+    shape: tuple[int, int]
+    slice_ids: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, results: Iterable[SliceResult], count: int) -> Gathered:
+        """`count` results, one at least and of one box, each taken as it comes and let go: a long scan's maps are in memory once."""
+        found: Gathered | None = None
+        for one in results:
+            if found is None:
+                means, spread = (np.empty((count, *maps.shape), maps.dtype) for maps in (one.means, one.spread))
+                kept = None if one.kept is None else np.empty((count, *one.kept.shape), one.kept.dtype)
+                found = cls(means, spread, kept, one.box, one.shape, np.empty(count, np.int64))
+            found.means[one.index], found.spread[one.index] = one.means, one.spread
+            found.slice_ids[one.index] = one.slice_id
+            if found.kept is not None and one.kept is not None:
+                found.kept[one.index] = one.kept
+        assert found is not None, "a scan has a slice"
+        return found
+
+    def __iter__(self) -> Iterator[SliceResult]:
+        for i, slice_id in enumerate(self.slice_ids):
+            kept = None if self.kept is None else self.kept[i]
+            yield SliceResult(i, int(slice_id), self.means[i], self.spread[i], kept, self.box, self.shape)
+
+    def on_grid(self) -> Gathered:
+        """The same on the whole grid."""
+        if self.means.shape[-2:] == self.shape:
+            return self
+        kept = None if self.kept is None else placed(self.kept, self.box, self.shape)
+        means, spread = (placed(maps, self.box, self.shape) for maps in (self.means, self.spread))
+        return replace(
+            self, means=means, spread=spread, kept=kept, box=(slice(0, self.shape[0]), slice(0, self.shape[1]))
+        )

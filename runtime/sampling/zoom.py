@@ -10,10 +10,18 @@ from numpy.typing import NDArray
 
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.manifest import LARGEST_ZOOM, ONE_ZOOM, SMALLEST_ZOOM
-from cdiff.runtime.sampling.sums import SliceResult
+from cdiff.runtime.sampling.sums import Gathered, SliceResult
 
 APART = 2**40
 """More slices than any scan has."""
+
+
+def parse_zooms(text: str) -> tuple[float, ...]:
+    """The numbers of "1,1.25". Raises CdiffError when they are none."""
+    try:
+        return tuple(float(word) for word in text.split(","))
+    except ValueError:
+        raise CdiffError(f"zooms {text!r} cannot be read; give numbers with commas between, such as 1,1.25") from None
 
 
 def check_zooms(zooms: Sequence[float], framing: str) -> tuple[float, ...]:
@@ -44,9 +52,7 @@ def numbered(slices: Sequence[int], zoom: float) -> list[int]:
     return [(0 if zoom == 1 else round(1000 * zoom)) * APART + number for number in slices]
 
 
-def together(
-    found: Sequence[Sequence[SliceResult]], runs: Sequence[int], covered: Sequence[NDArray[np.bool_]]
-) -> list[SliceResult]:
+def together(found: Sequence[Gathered], runs: Sequence[int], covered: Sequence[NDArray[np.bool_]]) -> Gathered:
     """The results of each zoom's runs as those of all runs.
 
     found: for each zoom its slices. runs: how many each had. covered: bool [h,w], the pixels that its window covers: at the others
@@ -55,19 +61,20 @@ def together(
     zoom's run of its number does.
     """
     if len(found) == 1:
-        return list(found[0])
+        return found[0]
     # Around all windows there is nothing, and of a large slice that is most.
-    boxes = [parts[0].box for parts in found]
+    boxes = [one.box for one in found]
     rows, columns = (
         slice(min(one.start for one in axis), max(one.stop for one in axis)) for axis in zip(*boxes, strict=True)
     )
     inside = [seen[rows, columns] for seen in covered]
     weights = [n * seen.astype(np.float32) for n, seen in zip(runs, inside, strict=True)]
     total = np.maximum(sum(weights, np.zeros_like(weights[0])), 1)
-    return [
+    joined = (
         _one([part.within((rows, columns)) for part in parts], weights, total, inside)
         for parts in zip(*found, strict=True)
-    ]
+    )
+    return Gathered.of(joined, len(found[0].slice_ids))
 
 
 def _one(

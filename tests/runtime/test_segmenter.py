@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,25 @@ def test_the_maps_are_those_of_the_loop(segmenter: Segmenter) -> None:
         np.testing.assert_array_equal(result.uncertainty[:, :, index, 1], one.run_std)
     np.testing.assert_allclose(result.soft, result.levels.mean(axis=-1), rtol=1e-6)
     assert result.soft.std() > 0.05, "the tiny network's maps must differ for this test to mean anything"
+
+
+def test_a_long_scans_maps_are_in_memory_once(tmp_path: Path) -> None:
+    """The image, and as the model sees it, C levels and the spread, and the soft map and its mask, of a byte, that volumes are counted in;
+    saving adds no whole one."""
+    model = cdiff.load(make_bundle(tmp_path / "bundle", framing="resize"))
+    array = volume(128, 128, 200)
+    model.segment(array[..., :1], runs=1, steps=1)
+    tracemalloc.start()
+    result = model.segment(array, runs=1, steps=1)
+    segmented = tracemalloc.get_traced_memory()[1]
+    tracemalloc.reset_peak()
+    before = tracemalloc.get_traced_memory()[0]
+    result.save(tmp_path / "maps", preview=False)
+    saved = tracemalloc.get_traced_memory()[1] - before
+    tracemalloc.stop()
+    one = 4 * array.size
+    assert segmented < (2 + C + 1 + 1.25 + 0.25) * one
+    assert saved < one, "a few blocks' worth"
 
 
 def test_runs_are_mirrored_where_the_bundle_says_so_or_the_caller_does(segmenter: Segmenter, tmp_path: Path) -> None:

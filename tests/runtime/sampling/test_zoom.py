@@ -15,7 +15,7 @@ from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.manifest import Manifest
 from cdiff.runtime.sampling.framing import Framing, resize
 from cdiff.runtime.sampling.noise import Noise
-from cdiff.runtime.sampling.sums import SliceResult
+from cdiff.runtime.sampling.sums import Gathered, SliceResult
 from cdiff.runtime.sampling.zoom import APART, check_zooms, numbered, shared_out, together
 from cdiff.runtime.segmenter import Segmenter
 from tests.runtime.test_manifest import example
@@ -200,7 +200,7 @@ def test_a_larger_window_decides_alone_where_the_first_does_not_reach() -> None:
     two = dataclasses.replace(one, means=np.stack([wide, wide]) + 0.75, spread=wide, box=(slice(0, 2), slice(1, 3)))
     seen = np.zeros((2, 2, 3), bool)
     seen[:, 1, 1] = seen[1, 1, 2] = seen[1, 0, 1] = True
-    (found,) = together([[one], [two]], [1, 3], list(seen))
+    (found,) = together([Gathered.of([part], 1) for part in (one, two)], [1, 3], list(seen))
     np.testing.assert_allclose(found.level_means[0], [[0, 0.75, 0], [0, 0.625, 0.75]])
     variance = (0.5**2 + 0.375**2 + 3 * 0.125**2) / 4
     np.testing.assert_allclose(found.run_std, [[0, 0, 0], [0, variance**0.5, 0]], atol=1e-7)

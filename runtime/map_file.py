@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 import struct
 import zlib
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -13,6 +16,7 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from cdiff.runtime.host import physical_cores
 from cdiff.runtime.scans.grid import Grid
 
 BLOCK = 2**20
@@ -88,36 +92,48 @@ def _header(grid: Grid, shape: tuple[int, ...], dtype: np.dtype[Any], intent: st
 def write_gzip(file: BinaryIO, parts: Iterable[NDArray[Any]]) -> None:
     """Write arrays, in C order, one after another as one gzip stream (RFC 1952, a single member).
 
-    Each block is deflated for itself and ends on a whole byte, so blocks of one value and length that come again, as those of slices that
-    were not computed, are deflated and summed up once.
+    Each block is deflated for itself and ends on a whole byte. So a thread a core deflates one, and blocks of one value and length that come
+    again, as those of slices that were not computed, are deflated and summed up once.
     """
+    threads = physical_cores()
     crc = size = 0
-    known: dict[tuple[int, int, str], tuple[bytes, int, int]] = {}
+    known: dict[tuple[int, int, str], Future[tuple[bytes, int]]] = {}
+    waiting: deque[tuple[Future[tuple[bytes, int]], int]] = deque()
     file.write(GZIP_HEADER)
-    for part in parts:
-        # As whole numbers, for a NaN equals nothing.
-        values = np.ascontiguousarray(part).reshape(-1).view(f"u{part.itemsize}")
-        step = BLOCK // values.itemsize
-        for start in range(0, len(values), step):
-            block = values[start : start + step]
-            size += block.nbytes
-            if block[0] == block[-1] and block.min() == block.max():
-                key = (int(block[0]), len(block), block.dtype.str)
-                if key not in known:
-                    known[key] = _deflated(block, 9), zlib.crc32(block.data), _zeros_after(block.nbytes)
-                deflated, own, zeros = known[key]
+    with ThreadPoolExecutor(threads, "cdiff-deflate") as pool:
+
+        def write(most: int) -> None:
+            """Blocks in their order, until `most` wait."""
+            nonlocal crc, size
+            while len(waiting) > most:
+                done, length = waiting.popleft()
+                deflated, own = done.result()
                 file.write(deflated)
-                crc = _times(crc, zeros) ^ own
-            else:
-                file.write(_deflated(block, LEVEL))
-                crc = zlib.crc32(block.data, crc)
+                crc, size = _times(crc, _zeros_after(length)) ^ own, size + length
+
+        for part in parts:
+            # As whole numbers, for a NaN equals nothing.
+            values = np.ascontiguousarray(part).reshape(-1).view(f"u{part.itemsize}")
+            step = BLOCK // values.itemsize
+            for start in range(0, len(values), step):
+                block = values[start : start + step]
+                if block[0] == block[-1] and block.min() == block.max():
+                    key = (int(block[0]), len(block), block.dtype.str)
+                    if key not in known:
+                        known[key] = pool.submit(_deflated, block.copy(), 9)
+                    done = known[key]
+                else:
+                    done = pool.submit(_deflated, block.copy(), LEVEL)  # whoever gave it may change it meanwhile
+                waiting.append((done, block.nbytes))
+                write(2 * threads)
+        write(0)
     file.write(LAST + struct.pack("<LL", crc, size % 2**32))
 
 
-def _deflated(block: NDArray[Any], level: int) -> bytes:
-    """Raw deflate blocks that need nothing of what came before, to the next whole byte."""
+def _deflated(block: NDArray[Any], level: int) -> tuple[bytes, int]:
+    """Raw deflate blocks that need nothing of what came before, to the next whole byte; and the block's CRC."""
     deflate = zlib.compressobj(level, zlib.DEFLATED, -zlib.MAX_WBITS)
-    return deflate.compress(block.data) + deflate.flush(zlib.Z_FULL_FLUSH)
+    return deflate.compress(block.data) + deflate.flush(zlib.Z_FULL_FLUSH), zlib.crc32(block.data)
 
 
 def _times(a: int, b: int) -> int:
@@ -133,6 +149,7 @@ def _times(a: int, b: int) -> int:
     return product
 
 
+@lru_cache(maxsize=16)
 def _zeros_after(length: int) -> int:
     """x^(8 length), which so many bytes after a text multiply its CRC by."""
     power, square = 1 << 31, 1 << 23

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gzip
 import io
+import threading
 import tracemalloc
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,34 @@ def test_the_stream_is_one_member_and_holds_every_bit(number: int, value: float 
     assert stream.unused_data == b""
 
 
+def test_an_array_that_is_used_again_for_the_next_part_is_written_as_it_was() -> None:
+    """Blocks are deflated by threads, later than they were given, and one after another all the same."""
+    array, expected = np.empty(BLOCK // 4 * 2 + 5, np.float32), []
+
+    def parts() -> Iterator[NDArray[Any]]:
+        for seed in range(6):
+            array[:] = np.random.default_rng(seed).integers(0, 3, array.size)
+            expected.append(array.tobytes())
+            yield array
+            array[:] = -1
+
+    file = io.BytesIO()
+    write_gzip(file, parts())
+    assert gzip.decompress(file.getvalue()) == b"".join(expected)
+
+
+def test_a_full_disk_is_told_and_leaves_no_thread() -> None:
+    class Full(io.BytesIO):
+        def write(self, data: Any, /) -> int:
+            if self.tell() > 1000:
+                raise OSError(28, "No space left on device")
+            return super().write(data)
+
+    with pytest.raises(OSError, match="No space left"):
+        write_gzip(Full(), (RNG.random(BLOCK, np.float32) for _ in range(5)))
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("cdiff-deflate")]
+
+
 @pytest.mark.parametrize("slices", [range(70), range(25, 28), range(40, 70)])
 def test_slices_that_share_a_block_are_where_they_belong(tmp_path: Path, slices: range) -> None:
     """26 of these slices fit into a block; a reader compares the sum that empty blocks' own were put together to."""
@@ -89,7 +119,7 @@ def test_what_was_not_computed_is_neither_held_nor_deflated_again(
     deflated: list[int] = []
     deflate = map_file._deflated
 
-    def counted(block: NDArray[Any], level: int) -> bytes:
+    def counted(block: NDArray[Any], level: int) -> tuple[bytes, int]:
         deflated.append(block.nbytes)
         return deflate(block, level)
 

@@ -157,7 +157,7 @@ def is_output(path: Path) -> bool:
 
 def natural(text: str) -> list[tuple[int, str]]:
     """A sorting key that puts seg2 before seg10."""
-    return [(int(part), "") if part.isdigit() else (-1, part.lower()) for part in re.split(r"(\d+)", text)]
+    return [(int(part), "") if part.isdecimal() else (-1, part.lower()) for part in re.split(r"(\d+)", text)]
 
 
 def listed(names: Sequence[str], most: int = 5) -> str:

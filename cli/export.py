@@ -11,7 +11,7 @@ import typer
 from cdiff.cli.console import Meter, written
 from cdiff.cli.engines import build_ahead, check
 from cdiff.cli.extras import needs
-from cdiff.cli.options import option, parse_zooms
+from cdiff.cli.options import option
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.scans.sources import is_there
 
@@ -135,6 +135,7 @@ def export(
             raise CdiffError(f"no bundle is named to write to; try: cdiff export {source} --out BUNDLE")
         with needs("export"):
             from cdiff.export.exporter import export_run
+        from cdiff.runtime.sampling.zoom import parse_zooms
 
         with Meter(f"export {source.name}", quiet) as meter:
             sizes = None if zooms is None else parse_zooms(zooms)

@@ -176,6 +176,8 @@ class Chain:
 
     def arguments(self) -> dict[str, Any]:
         """The same as keyword arguments of `Segmenter.segment`."""
+        from cdiff.runtime.sampling.zoom import parse_zooms
+
         return {
             "runs": self.runs,
             "steps": self.steps,
@@ -194,14 +196,6 @@ class Chain:
             return ""
         asked = f"{segmenter.runs()} runs of {segmenter.manifest.T} steps for each slice and level"
         return f"{asked}; --fast takes {fast['runs']} of {fast['steps']}"
-
-
-def parse_zooms(text: str) -> tuple[float, ...]:
-    """The numbers of "1,1.25". Raises CdiffError when they are none."""
-    try:
-        return tuple(float(word) for word in text.split(","))
-    except ValueError:
-        raise CdiffError(f"zooms {text!r} cannot be read; give numbers with commas between, such as 1,1.25") from None
 
 
 def spread(command: Callable[..., None]) -> Callable[..., None]:

@@ -14,10 +14,9 @@ from cdiff.benchmarks.peers.score import Scoring, score_all, share
 from cdiff.benchmarks.peers.slices import read_slices
 from cdiff.benchmarks.peers.training import Budget, train_unet
 from cdiff.benchmarks.peers.unets import UNETS
-from cdiff.cli.options import parse_zooms
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import write_json
-from cdiff.runtime.sampling.zoom import check_zooms
+from cdiff.runtime.sampling.zoom import check_zooms, parse_zooms
 
 NAMES = (*UNETS, *diffusion.DIFFUSION)
 USER_ERROR, SOME_FAILED, INTERRUPTED = 2, 3, 130

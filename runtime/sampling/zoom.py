@@ -16,6 +16,14 @@ APART = 2**40
 """More slices than any scan has."""
 
 
+def parse_zooms(text: str) -> tuple[float, ...]:
+    """The numbers of "1,1.25". Raises CdiffError when they are none."""
+    try:
+        return tuple(float(word) for word in text.split(","))
+    except ValueError:
+        raise CdiffError(f"zooms {text!r} cannot be read; give numbers with commas between, such as 1,1.25") from None
+
+
 def check_zooms(zooms: Sequence[float], framing: str) -> tuple[float, ...]:
     """The zooms that the runs of a model of `framing` are to see in turn. Raises CdiffError where they do not fit it."""
     found = tuple(float(zoom) for zoom in zooms)

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from cdiff.cli import options
 from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.sampling.zoom import parse_zooms
 
 seen: list[object] = []
 
@@ -69,4 +70,4 @@ def test_labels_are_whole_numbers_from_one_on() -> None:
 @pytest.mark.parametrize("wrong", ["", "1,", "1;2", "x"])
 def test_zooms_that_are_no_numbers_are_refused(wrong: str) -> None:
     with pytest.raises(CdiffError, match=r"zooms .* cannot be read; give numbers with commas between"):
-        options.parse_zooms(wrong)
+        parse_zooms(wrong)

@@ -188,14 +188,14 @@ def _damaged(path: Path, error: Exception) -> CdiffError:
     return CdiffError(f"{path} cannot be read ({first_line(error)}); the checkpoint is damaged")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises CdiffError if the file is missing or is not one."""
+def read_json(path: Path, advice: str = "is this the folder of a training run?") -> dict[str, Any]:
+    """A JSON object. Raises CdiffError, which ends in `advice`, if the file is missing or is not one."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CdiffError(f"{path} is not there; is this the folder of a training run?") from None
+        raise CdiffError(f"{path} is not there; {advice}") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise CdiffError(f"{path} cannot be read ({error}); is this the folder of a training run?") from error
+        raise CdiffError(f"{path} cannot be read ({error}); {advice}") from error
     if not isinstance(value, dict):
-        raise CdiffError(f"{path} does not hold a JSON object")
+        raise CdiffError(f"{path} does not hold a JSON object; {advice}")
     return value

@@ -25,6 +25,7 @@ from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import atomic_folder, write_json
 from cdiff.runtime.sampling.schedule import NoiseSchedule
 from cdiff.runtime.scans.intensity import Intensity
+from cdiff.runtime.scans.sources import is_there
 from cdiff.runtime.words import first_line
 from cdiff.train.config import Config
 from cdiff.train.network import ConsensusNet
@@ -89,7 +90,7 @@ def config_of_weights(path: Path) -> Config:
 def checkpoint_folder(run: Path, which: str) -> Path | None:
     """Where last.json or best.json points, or None when there is no such file. Raises CdiffError when it names no folder of the run."""
     pointer = run / f"{which}.json"
-    if not pointer.exists():
+    if not is_there(pointer):
         return None
     name = read_json(pointer).get("checkpoint")
     if not isinstance(name, str) or name in ("", "..") or Path(name).name != name:

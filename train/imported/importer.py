@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import atomic_folder, sha256, write_json
-from cdiff.runtime.scans.sources import must_see
+from cdiff.runtime.scans.sources import is_there
 from cdiff.train.checkpoint import read_json, save_checkpoint
 from cdiff.train.config import Config
 from cdiff.train.imported.mapping import convert, links
@@ -94,8 +94,7 @@ def _read_args(checkpoint: Path, args: Path | None, source: str, settings: list[
         args = beside
     said: dict[str, Any] = {}
     if args is not None:
-        must_see(args)
-        if not args.is_file():
+        if not (is_there(args) and args.is_file()):
             raise CdiffError(f"{args} is not there; give the args.json that the training wrote")
         said = read_json(args, "it must be an args.json")
     trained = {f"{variant}_training" for variant in ("consensus", "annotators", "no_annotator", "soft_label")}

@@ -144,6 +144,11 @@ def stem(path: Path) -> str | None:
     return None
 
 
+def name_of(path: Path) -> str:
+    """What a scan is called by its file."""
+    return stem(path) or path.stem
+
+
 def is_output(path: Path) -> bool:
     """A map, picture, page or report of ours: it ends like one, and the report of its scan, or that one's map, lies beside it."""
     if path.suffix == ".json":

@@ -29,7 +29,7 @@ from cdiff.runtime.scans.sources import ITK_SUFFIXES
 from cdiff.runtime.scoring.journal import Journal, fingerprint
 from cdiff.runtime.scoring.scores import CaseTally, evenly, marked_slices
 from cdiff.runtime.scoring.summary import ROW_KEYS, Row, joined_twins, summarise
-from cdiff.runtime.words import one_line
+from cdiff.runtime.words import one_line, several
 
 if TYPE_CHECKING:
     from cdiff.runtime.segmenter import Segmenter
@@ -291,7 +291,7 @@ def _notes(other: dict[str, int], empty: list[str], levels: int, protocol: Proto
 
 
 def _named(cases: list[str]) -> str:
-    return f"{len(cases)} case{'s' * (len(cases) > 1)} ({listed(cases)})"
+    return f"{several(len(cases), 'case')} ({listed(cases)})"
 
 
 def _score(segmenter: Segmenter, job: _Job, protocol: Protocol, progress: Progress) -> Row:

@@ -37,8 +37,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             with zipfile.ZipFile(path) as archive:
                 if (broken := archive.testzip()) is not None:  # PyTorch does not compare the checksums
                     raise OSError(f"{broken} is not what was written")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # an error follows where one matters
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # an error follows where one matters
             loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if f"operand {pickle.FRAME[0]}" in str(error):  # the first of a pickle of protocol 4 and later

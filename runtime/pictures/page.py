@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cdiff.runtime.pictures import drawing
-from cdiff.runtime.pictures.preview import close_up_of, displayable, fullest, how
+from cdiff.runtime.pictures.preview import SEEN, close_up_of, displayable, fullest, how
 from cdiff.runtime.report import NOTICE
 from cdiff.runtime.words import three_digits
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 MOST = 120
 """Most slices that a page holds: 512 x 512 pixels of a CT take about a fifth of a megabyte each."""
-SEEN = 0.1
 
 
 def write_page(result: Result, path: Path, name: str) -> None:

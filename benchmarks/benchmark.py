@@ -31,7 +31,6 @@ from cdiff.runtime.host import physical_cores
 from cdiff.runtime.manifest import NAME as MANIFEST
 from cdiff.runtime.manifest import Manifest
 from cdiff.runtime.sampling.batching import rows_per_batch
-from cdiff.runtime.sampling.framing import Framing
 from cdiff.runtime.scans.inputs import scans_at
 from cdiff.runtime.scans.scan import parse_slices, read_scan
 
@@ -118,8 +117,7 @@ def benchmark(
     read = read_scan(files, channels=manifest.image_channels, slice_axis=manifest.slice_axis)
     middle = len(read.slices) // 2
     chosen = parse_slices(slices or f"{middle}:{middle + 1}", len(read.slices))
-    framing = Framing(manifest.framing, manifest.image_size, manifest.tile_overlap)  # type: ignore[arg-type]
-    windows = len(framing.frame(read.slices[chosen.start : chosen.stop]))
+    windows = len(manifest.slice_framing.frame(read.slices[chosen.start : chosen.stop]))
     spec = {
         "bundle": str(Path(bundle).resolve()), "scan": [str(file.resolve()) for file in files], "slices": f"{chosen.start}:{chosen.stop}",
         "runs": runs, "engine": engine, "device": device, "threads": threads,

@@ -21,7 +21,6 @@ from cdiff.runtime.engines.base import Engine
 from cdiff.runtime.engines.registry import open_engine
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.sampling.chain import Timings
-from cdiff.runtime.sampling.framing import Framing
 from cdiff.runtime.sampling.sampler import sampler_table
 from cdiff.runtime.scans.scan import parse_slices, read_scan
 from cdiff.runtime.segmenter import Segmenter
@@ -151,7 +150,7 @@ class Published:
         read = read_scan(spec["scan"], channels=manifest.image_channels, slice_axis=manifest.slice_axis)
         chosen = parse_slices(spec["slices"], len(read.slices))
         images = manifest.normalisation.apply(read.slices)[chosen.start : chosen.stop]
-        windows = Framing(manifest.framing, manifest.image_size, manifest.tile_overlap).frame(images)  # type: ignore[arg-type]
+        windows = manifest.slice_framing.frame(images)
         reading, timings = time.perf_counter() - start, Timings()
         table = sampler_table("ddpm", manifest.noise_schedule, steps)
         soft = plain_loop(self.network, self.diffusion, windows, table, spec["runs"], timings)

@@ -329,9 +329,8 @@ def measure(model: Path | None, scan: Path | None, json_file: Path | None) -> No
     manifest, network = bundle.manifest, load_network(bundle)
     files = scan_files(scan, manifest)
     slices = read_scan(files, channels=manifest.image_channels, slice_axis=manifest.slice_axis).slices
-    framing = Framing(manifest.framing, manifest.image_size, manifest.tile_overlap)  # type: ignore[arg-type]
     middle = len(slices) // 2
-    image = np.stack([*framing.frame(manifest.normalisation.apply(slices)[middle : middle + 2])])
+    image = np.stack([*manifest.slice_framing.frame(manifest.normalisation.apply(slices)[middle : middle + 2])])
     with tempfile.TemporaryDirectory() as folder:
         result = {
             "model": {"name": manifest.name, "parameters": sum(p.numel() for p in network.parameters())},

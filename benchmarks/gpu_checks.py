@@ -29,6 +29,7 @@ from cdiff.runtime.engines.base import ChainBinding, Engine, LimitedRows
 from cdiff.runtime.engines.registry import open_engine
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import write_json
+from cdiff.runtime.words import one_line
 
 DONE, REFUSED, FAILED = "done", "refused", "failed"
 RUNNING = "running"
@@ -111,7 +112,7 @@ def triton_compiles(device: str) -> None:
         try_out(device)
     except Exception as error:
         raise CdiffError(
-            f"torch.compile needs Triton, which needs a C compiler and Python's headers ({one_line(error)})"
+            f"torch.compile needs Triton, which needs a C compiler and Python's headers ({shortened(error)})"
         ) from error
 
 
@@ -196,7 +197,7 @@ def check_protocol(path: str, model: Subject, settings: Settings, keep: Keep) ->
         try:
             spent = step_seconds(engine, model, image, size)
         except Exception as error:  # of memory, of cuDNN, of Triton: the sizes before are measured all the same
-            sweep[str(size)] = {"error": one_line(error)}
+            sweep[str(size)] = {"error": shortened(error)}
             continue
         sweep[str(size)] = {"ms_a_step": 1e3 * spent, "ms_a_row": 1e3 * spent / size}
         best = min((size for size in sizes if "ms_a_row" in sweep.get(str(size), {})), key=steps_of)
@@ -211,7 +212,7 @@ def check_protocol(path: str, model: Subject, settings: Settings, keep: Keep) ->
     try:
         return found | step_parts(engine, model, found["batch"])
     except (CdiffError, RuntimeError) as error:  # a step launched plainly needs its memory beside the captured one's
-        return found | {"parts_error": one_line(error)}
+        return found | {"parts_error": shortened(error)}
 
 
 def step_parts(engine: Engine, model: Subject, batch: int) -> dict[str, Any]:
@@ -315,12 +316,12 @@ def run_check(name: str, settings: Settings, keep: Keep = lambda found: None) ->
     try:
         known = {"status": DONE, "result": _result(name, settings, kept)}
     except CdiffError as error:
-        known |= {"status": REFUSED, "message": one_line(error)}
+        known |= {"status": REFUSED, "message": shortened(error)}
     except ModuleNotFoundError as error:
         known |= {"status": REFUSED, "message": f"needs {error.name}, which is not installed here"}
     except Exception as error:  # whatever breaks one engine must not cost the others
         traceback.print_exc()
-        known |= {"status": FAILED, "message": one_line(error)}
+        known |= {"status": FAILED, "message": shortened(error)}
     return {**known, "seconds": round(time.perf_counter() - start, 2)}
 
 
@@ -335,8 +336,9 @@ def _result(name: str, settings: Settings, keep: Keep) -> dict[str, Any]:
     return KINDS[kind](path, subject(model, settings.small), settings, keep)
 
 
-def one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+def shortened(error: BaseException) -> str:
+    """What an error says, on one line that a table can hold."""
+    text = one_line(error)
     return text if len(text) <= 400 else text[:400] + " ..."
 
 

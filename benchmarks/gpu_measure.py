@@ -6,7 +6,6 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -88,7 +87,7 @@ def table_of(model: Subject, steps: int) -> SamplerTable:
     return sampler_table("ddpm", model.schedule, steps)
 
 
-def chain(engine: Engine, model: Subject, image: Float32, rows: Rows, table: SamplerTable, seed: int = 0) -> Float32:
+def chain(engine: Engine, image: Float32, rows: Rows, table: SamplerTable, seed: int = 0) -> Float32:
     """The last x of one batch, by the engine's own chain or by the loop's; a copy."""
     binding = engine.bind(len(rows.level), 1)
     binding.encode(0, image[0])
@@ -109,7 +108,7 @@ def step_seconds(engine: Engine, model: Subject, image: Float32, batch: int) -> 
 
     def took(steps: int) -> float:
         start = time.perf_counter()
-        chain(engine, model, image, rows, table_of(model, steps))
+        chain(engine, image, rows, table_of(model, steps))
         return time.perf_counter() - start
 
     took(few)  # warm-up: builds, captures, fills caches
@@ -223,7 +222,7 @@ def noise_of(engine: Engine, model: Subject, image: Float32, batch: int, seed: i
     }
     gaps, equal, total = [], 0, 0
     for step, table in tables.items():
-        found = chain(engine, model, image, rows, table, seed)
+        found = chain(engine, image, rows, table, seed)
         for row in range(batch):
             expected = normal(seed, 0, int(rows.level[row]), int(rows.run[row]), step, rows.canvas)
             gaps.append(np.abs(found[row, 0] - expected).max())
@@ -296,7 +295,7 @@ def flops(model: Subject) -> dict[str, float]:
     from cdiff.train.network import ConsensusNet
 
     with torch.device("meta"):
-        network = ConsensusNet(replace(model.config.network))
+        network = ConsensusNet(model.config.network)
     encoder, denoiser = count_flop(network.eval().requires_grad_(False))
     return {
         "encoder": encoder, "denoiser": denoiser, "protocol": encoder + float(denoiser) * model.rows * model.config.network.T

@@ -35,7 +35,7 @@ class Check:
     @property
     def way(self) -> str:
         """How the model is run; empty for what no model is run for."""
-        return self.name.split(":")[1] if ":" in self.name else ""
+        return _way(self.name)
 
 
 def plan(device: str, small: bool) -> list[Check]:

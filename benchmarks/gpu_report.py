@@ -58,7 +58,7 @@ def _written(part: Callable[[], str]) -> str:
 
 
 def _head(report: dict[str, Any]) -> str:
-    found = report["checks"].get("machine", {}).get("result")
+    found = _result(report["checks"], "machine")
     if found is None:
         return "The machine could not be described."
     gpu, rates = found["gpu"], found["matmul_flop_per_s"]
@@ -77,7 +77,7 @@ def _head(report: dict[str, Any]) -> str:
 
 
 def _engines(checks: dict[str, Any]) -> str:
-    found = checks.get("machine", {}).get("result")
+    found = _result(checks, "machine")
     if found is None:
         return ""
     rows = (
@@ -116,7 +116,7 @@ def _targets(found: list[dict[str, Any]], checks: dict[str, Any], planned: set[s
 
 def _protocol(checks: dict[str, Any], model: str) -> str:
     """Seconds a slice, beside the baselines of the same run."""
-    published = _done(checks, f"published:published:{model}")
+    published = _result(checks, f"published:published:{model}")
     rate = checks.get("machine", {}).get("result", {}).get("matmul_flop_per_s", {}).get("float16")
     rows = []
     measured = [*_of(checks, ("published",), model), *_of(checks, ("protocol",), model)]
@@ -215,7 +215,7 @@ def _noise(checks: dict[str, Any]) -> str:
 
 def _kernels(checks: dict[str, Any]) -> str:
     """The longest kernels; all of them are in the JSON."""
-    found = _done(checks, f"kernels:graph:{PAPER}")
+    found = _result(checks, f"kernels:graph:{PAPER}")
     if found is None:
         return ""
     rows = (
@@ -275,7 +275,7 @@ def _scaling(checks: dict[str, Any]) -> str:
 
 
 def _tests(checks: dict[str, Any]) -> str:
-    found = _done(checks, "tests")
+    found = _result(checks, "tests")
     rows = [(str(found["passed"]), str(found["skipped"]), "; ".join(found["reasons"]))] if found else []
     return _table("Tests marked gpu", ("passed", "skipped", "why"), rows)
 
@@ -302,7 +302,7 @@ def _of(
             yield name, found["result"]
 
 
-def _done(checks: dict[str, Any], name: str) -> dict[str, Any] | None:
+def _result(checks: dict[str, Any], name: str) -> dict[str, Any] | None:
     found: dict[str, Any] | None = checks.get(name, {}).get("result")
     return found
 

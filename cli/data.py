@@ -12,6 +12,7 @@ from rich.text import Text
 
 from cdiff.cli import options
 from cdiff.cli.console import USER_ERROR, Meter, facts, fail, out, written
+from cdiff.runtime.words import several
 
 if TYPE_CHECKING:
     from cdiff.runtime.data.datacheck import Check
@@ -107,7 +108,7 @@ def _print(checked: Check) -> None:
     raters, image, plan = report["annotators"], report["image"], report["training"]
     names = ", ".join(image["modalities"]) or ("one" if image["channels"] == 1 else "unnamed")
     by_number = ", ".join(
-        f"{number} in {cases} case{'s' * (cases > 1)}" for number, cases in raters["cases_by_number"].items()
+        f"{number} in {several(cases, 'case')}" for number, cases in raters["cases_by_number"].items()
     )
     labels = f"; labels {report['labels']} are inside" if report["labels"] else ""
     laid = "; masks laid by their headers" if report["masks_by"] == "header" else ""

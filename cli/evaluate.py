@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cdiff.cli import options
 from cdiff.cli.console import Meter, out, say, warn, written
 from cdiff.cli.score_tables import paper_tables, score_tables
 from cdiff.runtime.errors import CdiffError
+
+if TYPE_CHECKING:
+    from cdiff.runtime.data.cases import Case, DataSet
+    from cdiff.runtime.manifest import Manifest
 
 
 @options.spread
@@ -155,20 +159,11 @@ def evaluate(
     from cdiff.runtime.data.cases import find_cases
     from cdiff.runtime.files import write_json
     from cdiff.runtime.pictures.drawing import must_draw
-    from cdiff.runtime.scoring.evaluate import (
-        Protocol,
-        choose_split,
-        held_out,
-        labelled_as_trained,
-        laid_as_trained,
-        may_be_too_good,
-        trained_task,
-    )
+    from cdiff.runtime.scoring.evaluate import Protocol
     from cdiff.runtime.scoring.evaluate import evaluate as score
     from cdiff.runtime.scoring.paper import read_beside
     from cdiff.runtime.scoring.publish import SCORES, check_steps, sweep_steps, write_report
     from cdiff.runtime.scoring.worst import WORST, worst_slices, write_worst
-    from cdiff.runtime.words import several
 
     steps = None if steps_curve is None else options.whole_numbers("--steps-curve", steps_curve, "1,2,5,10,25")
     if steps and report_ is None:
@@ -192,25 +187,11 @@ def evaluate(
     for note in found.notes:
         warn(note)
     segmenter = model.load(quiet)
-    held = held_out(found, data, segmenter.manifest)
-    chosen, cases = choose_split(found, split, held)
-    whence = "(held out of this data when the model was trained)" if cases is held else f"of {', '.join(found)}"
-    cases = cases[:limit]
-    say(f"split {chosen} {whence}: {several(len(cases), 'case')}", quiet)
-    if found.task and (trained := trained_task(segmenter.manifest)) and trained != found.task:
-        warn(f"the model was trained on {trained}, and {found.task} is scored")
-    if split is None and (doubt := may_be_too_good(segmenter.manifest, chosen, len(cases))):
-        warn(doubt)
-    cases, inside = labelled_as_trained(cases, segmenter.manifest, asked, warn)
-    if inside and not asked:
-        say(f"labels {','.join(map(str, inside))} are inside, as the model was trained", quiet)
-    cases = laid_as_trained(cases, segmenter.manifest, masks_by)
-    if (laid := masks_by or segmenter.manifest.masks_by) == "header" and not masks_by:
-        say("masks are laid where their headers put them, as the model was trained", quiet)
+    chosen, cases = _choose(found, data, segmenter.manifest, split, limit, quiet)
+    cases, read = _read_as_trained(cases, segmenter.manifest, asked, masks_by, quiet)
     if steps:
         check_steps(segmenter, protocol, steps)
-    about: dict[str, Any] = {"folder": data.resolve().name, "split": chosen, "task": task}
-    about |= ({"labels": list(inside)} if inside else {}) | ({"masks_by": laid} if laid != "array" else {})
+    about = {"folder": data.resolve().name, "split": chosen, "task": task} | read
     told: set[str] = set()
 
     def once(line: str) -> None:
@@ -248,3 +229,37 @@ def evaluate(
     for path in (json_, report_):
         if path:
             written(path)
+
+
+def _choose(
+    found: DataSet, data: Path, manifest: Manifest, split: str | None, limit: int | None, quiet: bool
+) -> tuple[str, list[Case]]:
+    """The split to score and its first cases, once it is said which they are and why their scores may mislead."""
+    from cdiff.runtime.scoring.evaluate import choose_split, held_out, may_be_too_good, trained_task
+    from cdiff.runtime.words import several
+
+    held = held_out(found, data, manifest)
+    chosen, cases = choose_split(found, split, held)
+    whence = "(held out of this data when the model was trained)" if cases is held else f"of {', '.join(found)}"
+    cases = cases[:limit]
+    say(f"split {chosen} {whence}: {several(len(cases), 'case')}", quiet)
+    if found.task and (trained := trained_task(manifest)) and trained != found.task:
+        warn(f"the model was trained on {trained}, and {found.task} is scored")
+    if split is None and (doubt := may_be_too_good(manifest, chosen, len(cases))):
+        warn(doubt)
+    return chosen, cases
+
+
+def _read_as_trained(
+    cases: list[Case], manifest: Manifest, labels: tuple[int, ...], masks_by: str | None, quiet: bool
+) -> tuple[list[Case], dict[str, Any]]:
+    """The cases with their masks read as asked or, where nothing was, as the model was trained; and what the report says of that."""
+    from cdiff.runtime.scoring.evaluate import labelled_as_trained, laid_as_trained
+
+    cases, inside = labelled_as_trained(cases, manifest, labels, warn)
+    if inside and not labels:
+        say(f"labels {','.join(map(str, inside))} are inside, as the model was trained", quiet)
+    cases = laid_as_trained(cases, manifest, masks_by)
+    if (laid := masks_by or manifest.masks_by) == "header" and not masks_by:
+        say("masks are laid where their headers put them, as the model was trained", quiet)
+    return cases, ({"labels": list(inside)} if inside else {}) | ({"masks_by": laid} if laid != "array" else {})

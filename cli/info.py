@@ -25,6 +25,7 @@ def info(
     """Check a bundle's files and print what it is, how it was trained and how it scored."""
     from cdiff.runtime.bundle import open_bundle, shipped_bundle
     from cdiff.runtime.files import dump_json
+    from cdiff.runtime.words import several
 
     opened = open_bundle(bundle or shipped_bundle())
     manifest = opened.manifest
@@ -33,7 +34,7 @@ def info(
         return
     size = sum(entry["bytes"] for entry in manifest.files.values())
     height, width = manifest.image_size
-    channels = f"{manifest.image_channels} channel{'s' * (manifest.image_channels > 1)}"
+    channels = several(manifest.image_channels, "channel")
     if manifest.modalities:
         channels += f" ({', '.join(manifest.modalities)})"
     about: dict[str, Any] = {

@@ -70,7 +70,7 @@ def paper_tables(report: Mapping[str, Any], beside: Iterable[PaperRow]) -> Rende
 def _scores(report: Mapping[str, Any]) -> Table:
     unmarked = report["false_positive_slices"]["n_slices"]
     slices, cases = report["n_slices"], report["n_cases"]
-    title = f"{slices} slice{'s' * (slices != 1)} of {cases} case{'s' * (cases != 1)}"
+    title = f"{several(slices, 'slice')} of {several(cases, 'case')}"
     table = Table(title=f"{title}, {unmarked} slices unmarked" if unmarked else title, title_justify="left")
     for name in ("score", "mean", "95 % interval"):
         table.add_column(name, justify="left" if name == "score" else "right")

@@ -12,6 +12,7 @@ from typing import Any
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.manifest import ONE_ZOOM, Manifest
 from cdiff.runtime.sampling.schedule import NoiseSchedule
+from cdiff.runtime.words import by
 from cdiff.train.config import Config
 from cdiff.train.presets import PRESETS
 
@@ -81,7 +82,7 @@ def training_command(config: Config) -> str:
 
 def render(card: Card, manifest: Manifest, config: Config) -> str:
     """The text of README.md. `manifest` needs all but its files."""
-    training, height_width = manifest.training, " x ".join(map(str, manifest.image_size))
+    training = manifest.training
     front = {
         "license": card.license or "other",
         "library_name": "cdiff",
@@ -103,7 +104,7 @@ def render(card: Card, manifest: Manifest, config: Config) -> str:
                 "soft map": manifest.draws.soft,
                 "levels": f"{manifest.draws.levels}, c = 1 to {manifest.levels}",
                 "uncertainty": manifest.draws.uncertainty,
-                "input": f"{height_width} pixels, {manifest.image_channels} channel(s), {manifest.framing}",
+                "input": f"{by(manifest.image_size)} pixels, {manifest.image_channels} channel(s), {manifest.framing}",
                 **_zooms_row(manifest),
                 "normalisation": manifest.normalisation.describe(),
                 "network": f"{training.get('parameters', 0) / 1e6:.2f} M parameters, predicts {manifest.target}, "

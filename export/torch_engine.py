@@ -174,12 +174,12 @@ def algorithms_timed(tuned: bool) -> Iterator[None]:
         torch.backends.cudnn.benchmark = before
 
 
-def open_torch(bundle: Bundle, device: str = "cpu", options: Options | None = None) -> TorchChainEngine:
-    """The engine over a bundle's weights, in the bundle's own precision unless `options` says otherwise.
+def open_torch(bundle: Bundle, device: str) -> TorchChainEngine:
+    """The engine over a bundle's weights, in the bundle's own precision.
 
     Raises CdiffError as `load_network` and `TorchChainEngine` do.
     """
-    options = options or Options(half=bundle.manifest.precision == "float16")
+    options = Options(half=bundle.manifest.precision == "float16")
     return TorchChainEngine(load_network(bundle), bundle.manifest.noise_schedule, device, options)
 
 

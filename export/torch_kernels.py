@@ -159,7 +159,7 @@ def _draw(
     seed, slice_, level, run, step, origin, out, height, width, stride, pairs,
     M0: tl.constexpr, M1: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, ROUNDS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Standard normals of a row's window out [B,height,width], as `runtime.noise` lays them out: a pair of pixels a word of Philox.
+    """Standard normals of a row's window out [B,height,width], as `runtime.sampling.noise` lays them out: a pair of pixels a word of Philox.
 
     Each word's block of four is computed anew: 40 products of 64 bits cost less than to share them. stride: words a line of the canvas; pairs: words
     that a line of the window may touch.

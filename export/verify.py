@@ -56,7 +56,7 @@ def verify(bundle: Bundle, reference: TorchEngine, real_slices: Float32 | None) 
     engine = open_engine(bundle, "onnxruntime", "cpu")
     sets = {"random": _random_images(manifest.image_channels, manifest.image_size)}
     if real_slices is not None and len(real_slices):
-        sets["real"] = _framed(real_slices[_spread(len(real_slices), SLICES)], manifest.framing, manifest.image_size)
+        sets["real"] = _framed(real_slices[_spread(len(real_slices), SLICES)], manifest.slice_framing)
 
     result: dict[str, Any] = {
         "reference": f"PyTorch {reference.version} float32",
@@ -140,9 +140,9 @@ def _random_images(channels: int, size: tuple[int, int]) -> Float32:
     return images.astype(np.float32)
 
 
-def _framed(slices: Float32, framing: str, size: tuple[int, int]) -> Float32:
+def _framed(slices: Float32, framing: Framing) -> Float32:
     """Windows of the model's size, as the runtime would cut or resample them; a tiled slice gives its central window."""
-    windows = Framing(framing, size).frame(np.ascontiguousarray(slices, dtype=np.float32))  # type: ignore[arg-type]
+    windows = framing.frame(np.ascontiguousarray(slices, dtype=np.float32))
     middle = windows.per_slice // 2
     return np.stack([windows.image(i * windows.per_slice + middle) for i in range(len(slices))])
 

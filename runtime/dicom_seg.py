@@ -14,6 +14,7 @@ import numpy as np
 
 from cdiff import __version__
 from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.report import NOTICE
 from cdiff.runtime.scans.dicom_planes import lps_of, planes_of, taken_from
 from cdiff.runtime.scans.sources import optional
 from cdiff.runtime.words import one_line
@@ -86,9 +87,8 @@ def _segmentation(images: list[Any], pixels: Any, report: dict[str, Any], name: 
     hd = _highdicom(name)
     C = pixels.shape[-1]
     try:
-        with warnings.catch_warnings(), quiet("highdicom"):
-            # Where no level marks a pixel every frame is kept, and highdicom says so.
-            warnings.simplefilter("ignore")
+        # Where no level marks a pixel every frame is kept, and highdicom says so.
+        with warnings.catch_warnings(action="ignore"), quiet("highdicom"):
             return hd.seg.Segmentation(
                 source_images=images,
                 pixel_array=pixels,
@@ -103,7 +103,7 @@ def _segmentation(images: list[Any], pixels: Any, report: dict[str, Any], name: 
                 software_versions=__version__[:LONGEST],
                 device_serial_number=str(report.get("manifest_sha256", "none"))[:LONGEST],
                 content_label="CONSENSUS_LEVELS",
-                content_description="Research use only. Not a medical device.",
+                content_description=NOTICE,
                 series_description=f"cdiff: levels of agreement of {C} annotators"[:LONGEST],
             )
     except (AttributeError, ValueError, TypeError, KeyError, RuntimeError) as error:

@@ -11,7 +11,7 @@ from typing import Any, NoReturn, TypedDict, get_args
 
 from cdiff.runtime.data.case import ARRAY, MASKS_BY
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.sampling.framing import FramingMode
+from cdiff.runtime.sampling.framing import Framing, FramingMode
 from cdiff.runtime.sampling.sampler import SAMPLERS
 from cdiff.runtime.sampling.schedule import NoiseSchedule
 from cdiff.runtime.scans.intensity import Intensity
@@ -107,6 +107,11 @@ class Manifest:
     @property
     def normalisation(self) -> Intensity:
         return Intensity.from_json(self.intensity)
+
+    @property
+    def slice_framing(self) -> Framing:
+        """How slices are brought to the network's size, and maps back."""
+        return Framing(self.framing, self.image_size, self.tile_overlap)  # type: ignore[arg-type]  # `_check` knows the modes
 
     @property
     def modalities(self) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from cdiff.runtime.data.oddities import better_axis
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.manifest import Manifest
 from cdiff.runtime.results import Float32
-from cdiff.runtime.sampling.framing import Box, Framing, Windows
+from cdiff.runtime.sampling.framing import Box, Windows
 from cdiff.runtime.scans.grid import Grid
 from cdiff.runtime.scans.lie import Lie, directions, lie_of, otherwise
 from cdiff.runtime.scans.place import At, Place, find_place, must_take_a_place
@@ -90,7 +90,7 @@ def prepare(
     alone = place is not None and slices is None and len(read.slices) > 1
     chosen = _chosen(slices, len(read.slices), place)
     clock.lap("read")
-    framing = Framing(manifest.framing, manifest.image_size, manifest.tile_overlap)  # type: ignore[arg-type]
+    framing = manifest.slice_framing
     if place is None:
         windows = framing.frame(_normalised(read.slices, manifest, chosen, None))
     elif place.shrunk and place.inner:

@@ -25,6 +25,7 @@ from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import atomic_folder, write_json
 from cdiff.runtime.sampling.schedule import NoiseSchedule
 from cdiff.runtime.scans.intensity import Intensity
+from cdiff.runtime.scans.sources import is_there
 from cdiff.runtime.words import first_line
 from cdiff.train.config import Config
 from cdiff.train.network import ConsensusNet
@@ -89,7 +90,7 @@ def config_of_weights(path: Path) -> Config:
 def checkpoint_folder(run: Path, which: str) -> Path | None:
     """Where last.json or best.json points, or None when there is no such file. Raises CdiffError when it names no folder of the run."""
     pointer = run / f"{which}.json"
-    if not pointer.exists():
+    if not is_there(pointer):
         return None
     name = read_json(pointer).get("checkpoint")
     if not isinstance(name, str) or name in ("", "..") or Path(name).name != name:
@@ -188,14 +189,14 @@ def _damaged(path: Path, error: Exception) -> CdiffError:
     return CdiffError(f"{path} cannot be read ({first_line(error)}); the checkpoint is damaged")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises CdiffError if the file is missing or is not one."""
+def read_json(path: Path, advice: str = "is this the folder of a training run?") -> dict[str, Any]:
+    """A JSON object. Raises CdiffError, which ends in `advice`, if the file is missing or is not one."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CdiffError(f"{path} is not there; is this the folder of a training run?") from None
+        raise CdiffError(f"{path} is not there; {advice}") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise CdiffError(f"{path} cannot be read ({error}); is this the folder of a training run?") from error
+        raise CdiffError(f"{path} cannot be read ({error}); {advice}") from error
     if not isinstance(value, dict):
-        raise CdiffError(f"{path} does not hold a JSON object")
+        raise CdiffError(f"{path} does not hold a JSON object; {advice}")
     return value

@@ -75,9 +75,9 @@ class Diffusion:
         if output.shape[1] == 1:
             return mse
         x0 = self.to_x0(output[:, :1].detach(), x, t)
-        return mse + self._bound(output[:, 1:], x0, m, x, t).mean() * (self.schedule.T / 1000)
+        return mse + self._bound(output[:, 1:], x0, m, t).mean() * (self.schedule.T / 1000)
 
-    def _bound(self, mix: Tensor, x0: Tensor, m: Tensor, x: Tensor, t: Tensor) -> Tensor:
+    def _bound(self, mix: Tensor, x0: Tensor, m: Tensor, t: Tensor) -> Tensor:
         """KL(q(x_{t-1} | x_t, M) || p(x_{t-1} | x_t)) in bits a pixel, [B]; at t = 1 the negative log likelihood of M."""
         abar, previous, beta = (
             _column(values[i]) for values, i in ((self.abar, t), (self.abar, t - 1), (self.beta, t))

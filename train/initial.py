@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import sha256
-from cdiff.runtime.scans.sources import must_see
+from cdiff.runtime.scans.sources import is_there
 from cdiff.train.checkpoint import (
     checkpoint_folder,
     config_of_weights,
@@ -54,10 +54,9 @@ class Initial:
 
 def read_initial(init: Path) -> Initial:
     """The last checkpoint's weights of the run `init`, or those of the bundle `init`. Raises CdiffError where there are none."""
-    must_see(init)
     folder = checkpoint_folder(init, "last")
     path = init / "model.safetensors" if folder is None else folder / "ema.safetensors"
-    if not path.exists():
+    if not is_there(path):
         raise CdiffError(f"{init} holds no weights to start from; give the folder of a training run or of a bundle")
     if folder is None:
         config, before = config_of_weights(path), read_json(init / "manifest.json").get("training", {})

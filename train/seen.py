@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from cdiff.runtime.data.case import listed
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import write_json
-from cdiff.runtime.words import several
+from cdiff.runtime.words import by, several
 from cdiff.train.checkpoint import read_json
 
 NAME = "data.json"
@@ -53,7 +53,7 @@ class Seen:
         if self.masks != then.masks:
             return f"has {several(self.masks, 'mask')} and had {then.masks}"
         if self.shape != then.shape:
-            return f"is {_size(self.shape)} and was {_size(then.shape)}"
+            return f"is {by(self.shape)} and was {by(then.shape)}"
         if self.marked != then.marked:
             return f"has {self.marked} pixels marked and had {then.marked}"
         if self.drawn != then.drawn:
@@ -63,10 +63,6 @@ class Seen:
             return f"has a mean of {self.mean:.6g} and had {then.mean:.6g}"
         other = then.values and self.values != then.values
         return f"has an image of the same mean, {self.mean:.6g}, with other values" if other else ""
-
-
-def _size(shape: tuple[int, ...]) -> str:
-    return " x ".join(map(str, shape))
 
 
 def write_seen(run: Path, seen: dict[str, list[Seen]]) -> None:

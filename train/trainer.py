@@ -12,7 +12,7 @@ from rich.console import Console
 
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import make_folder, write_json
-from cdiff.runtime.scans.sources import must_see
+from cdiff.runtime.scans.sources import is_there
 from cdiff.train.checkpoint import read_config
 from cdiff.train.config import HOW, Config
 from cdiff.train.data import read_data
@@ -133,8 +133,7 @@ def _train(run: Run, started: bool, max_steps: int | None, dry_run: bool, quiet:
 
 def check_out(out: Path, config: Config, resume: bool) -> None:
     """Raise CdiffError unless `out` holds no run, or is to be resumed and holds this very one (but for how it is computed)."""
-    must_see(out)
-    if (out / "config.json").exists():
+    if is_there(out / "config.json"):
         if not resume:
             raise CdiffError(f"{out} already holds a run; add --resume to go on with it, or choose another --out")
         if (there := read_config(out)) != config:

@@ -17,9 +17,9 @@ from cdiff.runtime.errors import CdiffError
 
 FEATURES = (32, 32, 64, 128, 256, 32)  # 1.98 M parameters
 ENCODER = (16, 16, 32, 64, 128)
+"""Channels of the probabilistic U-Net's prior and posterior nets: half the U-Net's, or a third of the time would go into them."""
 DIVISOR = 16
 """Of the rows and columns that they take: they halve a slice four times."""
-"""Channels of the probabilistic U-Net's prior and posterior nets: half the U-Net's, or a third of the time would go into them."""
 LATENT = 6
 """Kohl et al.'s dimensions of z on LIDC-IDRI."""
 NORM = ("group", {"num_groups": 8})

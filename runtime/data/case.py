@@ -144,6 +144,11 @@ def stem(path: Path) -> str | None:
     return None
 
 
+def name_of(path: Path) -> str:
+    """What a scan is called by its file."""
+    return stem(path) or path.stem
+
+
 def is_output(path: Path) -> bool:
     """A map, picture, page or report of ours: it ends like one, and the report of its scan, or that one's map, lies beside it."""
     if path.suffix == ".json":
@@ -157,7 +162,7 @@ def is_output(path: Path) -> bool:
 
 def natural(text: str) -> list[tuple[int, str]]:
     """A sorting key that puts seg2 before seg10."""
-    return [(int(part), "") if part.isdigit() else (-1, part.lower()) for part in re.split(r"(\d+)", text)]
+    return [(int(part), "") if part.isdecimal() else (-1, part.lower()) for part in re.split(r"(\d+)", text)]
 
 
 def listed(names: Sequence[str], most: int = 5) -> str:

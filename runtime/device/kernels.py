@@ -54,7 +54,7 @@ class Kernels:
     def sum(
         self, stream: Any, x: int, sums: int, kept: int, state: int, job: int, rows: int, levels: int, runs: int
     ) -> None:
-        """Add the final x to sums [places, C + R, H, W] float32; write kept [places, C, R, H, W] uint8 unless it is 0."""
+        """Add the final x to sums [places, K + R, H, W] float32; write kept [places, K, R, H, W] uint8 unless it is 0."""
         blocks = -(-self.height * self.width // THREADS)
         numbers = self.rows, levels, runs, self.height, self.width
         self._launch("cdiff_sum", (blocks, 1), stream, x, sums, kept, state, job, rows, *numbers)

@@ -62,13 +62,13 @@ class DeviceSums:
 
     @property
     def address(self) -> int:
-        """Of the sums [places, C + R, H, W] float32."""
+        """Of the sums [places, K + R, H, W] float32."""
         assert self._buffer is not None, "closed"
         return self._buffer.address
 
     @property
     def kept(self) -> int:
-        """Of the runs' maps [places, C, R, H, W] uint8; 0 where they are not kept."""
+        """Of the runs' maps [places, K, R, H, W] uint8; 0 where they are not kept."""
         return 0 if self._kept is None else self._kept.address
 
     def reset(self, stream: Any) -> None:

@@ -25,7 +25,8 @@ class Rows:
     """The rows of one padded batch, B of them; only the first `valid` mean anything, the others are padding.
 
     Every array has B entries: `slot` where the features of the row's window lie, `slice_id` the slice's number in the
-    scan (a word of the noise), `origin` [B,2] of the window in the canvas, `level` 1..C and `run` 0..R-1.
+    scan (a word of the noise), `origin` [B,2] of the window in the canvas, `level` 1..K and `run` 0..R-1. K is how many maps the
+    model draws of a slice: one a level, which gives them their name here, one an annotator, or one.
     `canvas` is the (height, width) that the windows are cut from; it is the window's own size unless tiles are used.
     """
 
@@ -67,7 +68,7 @@ class ChainBinding(Protocol):
 
 @dataclass(frozen=True)
 class SumLayout:
-    """What running sums are kept: for `places` windows at once, over `levels` C and `runs` R; each run's map too if `keep_runs`.
+    """What running sums are kept: for `places` windows at once, over `levels` K and `runs` R; each run's map too if `keep_runs`.
 
     A window has `views` slots for features, one after another: place p's are p * views .. p * views + views - 1.
     """
@@ -81,8 +82,8 @@ class SumLayout:
 
 @dataclass(frozen=True)
 class WindowSums:
-    """The sums of one window whose rows are all through, of clip((x + 1)/2, 0, 1) mirrored back: `level` [C,H,W] over runs, `run`
-    [R,H,W] over levels, float32; `kept` [C,R,H,W] uint8, each run's map, 255 = 1. They hold until the second next `queue`."""
+    """The sums of one window whose rows are all through, of clip((x + 1)/2, 0, 1) mirrored back: `level` [K,H,W] over runs, `run`
+    [R,H,W] over levels, float32; `kept` [K,R,H,W] uint8, each run's map, 255 = 1. They hold until the second next `queue`."""
 
     level: Float32
     run: Float32
@@ -138,7 +139,7 @@ class Engine(Protocol):
         """Features [S,L,H,W] of images [S,ch,H,W] float32; a host array unless the engine says otherwise."""
 
     def denoise(self, x: Float32, features: Any, row_slice: Int64, t: Int64, level: Int64) -> Prediction:
-        """One call for any shapes: x [B,1,H,W], features [S,L,H,W], row_slice, t (1..T) and level (1..C), each [B]."""
+        """One call for any shapes: x [B,1,H,W], features [S,L,H,W], row_slice, t (1..T) and level (1..K), each [B]."""
 
     def bind(self, rows: int, slots: int) -> Binding:
         """Buffers for batches of `rows` rows over at least `slots` sets of features, reused for a whole scan."""

@@ -86,9 +86,9 @@ class Profile:
 def profile_for(
     manifest: Manifest, runs: int, free_bytes: int | None = None, *, max_rows: int | None = None
 ) -> Profile:
-    """The rows that suit C levels x `runs` runs of a slice on a GPU with `free_bytes` of free memory.
+    """The rows that suit the K maps x `runs` runs of a slice on a GPU with `free_bytes` of free memory.
 
-    A slice's C x R rows at once if they fit (`most_rows`), else the fewest equal batches, so that as few padding rows as possible are
+    A slice's K x R rows at once if they fit (`most_rows`), else the fewest equal batches, so that as few padding rows as possible are
     computed. Without `free_bytes` (no GPU here) the runtime binds fewer rows where it must. One row is always allowed, for the end
     of a scan and after running out of memory. slots: places for the windows that such a batch can touch with FAST_RUNS runs or more, and
     for every view of each.
@@ -96,10 +96,10 @@ def profile_for(
     if runs < 1 or (max_rows is not None and max_rows < 1):
         raise CdiffError(f"{runs} runs in batches of {max_rows} rows make no engine; give at least one of each")
     fit = most_rows(manifest.features_channels, manifest.image_size, free_bytes, max_rows)
-    wanted = manifest.levels * runs
+    wanted = manifest.conditions * runs
     batches = -(-wanted // fit)
     rows = -(-wanted // batches)
-    held = max(rows - 2, 0) // (manifest.levels * min(runs, FAST_RUNS)) + 2
+    held = max(rows - 2, 0) // (manifest.conditions * min(runs, FAST_RUNS)) + 2
     return Profile(1, rows, rows, VIEWS * held)
 
 

@@ -13,19 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cdiff.runtime.pictures import drawing
-from cdiff.runtime.pictures.preview import close_up_of, displayable, fullest, how
+from cdiff.runtime.pictures.preview import SEEN, close_up_of, displayable, fullest, how
 from cdiff.runtime.report import NOTICE
-from cdiff.runtime.scans.grid import MM
 from cdiff.runtime.words import three_digits
 
 if TYPE_CHECKING:
     from cdiff.runtime.results import Float32, Result
-    from cdiff.runtime.scans.grid import Grid
     from cdiff.runtime.variants import Variant
 
 MOST = 120
 """Most slices that a page holds: 512 x 512 pixels of a CT take about a fifth of a megabyte each."""
-SEEN = 0.1
 
 
 def write_page(result: Result, path: Path, name: str) -> None:
@@ -66,7 +63,7 @@ def _contents(result: Result, name: str) -> dict[str, Any]:
         "edges": view.edges,
         "axis": grid.slice_axis,
         "voxel": _as_stored(result),
-        "affine": _affine(grid),
+        "affine": grid.affine[:3].tolist() if grid.has_orientation else None,
         "box": None
         if box == (slice(0, rows), slice(0, columns))
         else [end for part in box for end in (part.start, part.stop)],
@@ -153,13 +150,6 @@ def _as_stored(result: Result) -> list[list[int]]:
         start = int(turned[0, 0])
         functions.append([start, *(int(n[0]) - start if n.size else 0 for n in (turned[1:2, 0], turned[0, 1:2]))])
     return functions
-
-
-def _affine(grid: Grid) -> list[list[float]] | None:
-    """Voxel to millimetres in NIfTI's space (right, anterior, superior), three rows; None where the header does not say."""
-    if grid.header is None or not grid.has_orientation:
-        return None
-    return [[float(x) * MM.get(grid.unit, 1.0) for x in row] for row in grid.header.get_best_affine()[:3]]
 
 
 def _sizes(result: Result) -> list[list[str]]:

@@ -26,6 +26,7 @@ SIDE, GAP, EDGE = 3.1, 0.28, 0.35
 KEY = 0.62
 STRIP = 8
 SEEN = 0.1
+"""From this share on a slice holds some agreement."""
 LEAST_OF_WINDOW = 0.5
 """Smallest side of the close-up as a share of the window that a model saw: a window is small already."""
 

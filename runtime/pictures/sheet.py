@@ -62,8 +62,7 @@ def sheet_figure(looks: Sequence[Look], channels: int, slice_axis: int, title: s
     """The sheet as a matplotlib figure: a block of three panels for each case, two blocks a row."""
     figure, blocks = new_page(len(looks), ("image", "every annotator's outline", "soft label"), title, note)
     raters = sorted({name for look in looks for name in look.case.raters}, key=natural)
-    palette = drawing.READER_COLOURS
-    colours = {name: palette[i % len(palette)] for i, name in enumerate(raters)}
+    colours = dict(zip(raters, drawing.outline_colours(len(raters), readers=True), strict=True))
     drawn = None
     for look, places in zip(looks, blocks, strict=True):
         drawn = _block(figure, places, look, colours, channels, slice_axis)

@@ -149,11 +149,12 @@ def segment_windows(
 ) -> Iterator[SliceResult]:
     """Yield the result of every slice in order, each as soon as it is finished.
 
-    `levels` is the model's C. Rows run window by window, so a batch may span slices; each window is encoded once, just
-    before the first batch that needs it, and at most two slices' sums are alive unless a batch spans more. `slice_ids` [S]
-    are the slices' numbers in the scan (0..S-1 by default): they, not the position, enter the noise, so a part of a scan gets
-    the maps that it has in the whole. `mirror` lets the runs see the window's mirrored views in turn (`mirror.VIEWS`); their maps are
-    mirrored back. Each view is encoded once too. The maps depend on `batch` only through the engine's rounding.
+    `levels` is K, the maps that the model draws of a slice: one a level, one an annotator, or one. Rows run window by
+    window, so a batch may span slices; each window is encoded once, just before the first batch that needs it, and at
+    most two slices' sums are alive unless a batch spans more. `slice_ids` [S] are the slices' numbers in the scan
+    (0..S-1 by default): they, not the position, enter the noise, so a part of a scan gets the maps that it has in the
+    whole. `mirror` lets the runs see the window's mirrored views in turn (`mirror.VIEWS`); their maps are mirrored
+    back. Each view is encoded once too. The maps depend on `batch` only through the engine's rounding.
     Raises CdiffError for arguments out of range and when the network returns a value that is not finite.
     """
     if runs < 1:

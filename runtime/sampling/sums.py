@@ -19,9 +19,9 @@ Float32 = NDArray[np.float32]
 class SliceResult:
     """One finished slice (windows already put together): its maps on the part `box` of its own grid `shape` [h, w], 0 elsewhere.
 
-    `means` [C,...] float32: at index c-1 the mean over runs of clip((x+1)/2, 0, 1), the fraction of runs that put the
-    pixel in the consensus at level c. `spread` [...] float32: standard deviation over runs (divided by R) of a run's soft
-    map, which is its mean over levels. `kept` [C,R,...] uint8, when kept: each run's map, 255 = 1. `index` is the slice's
+    `means` [K,...] float32: at index k-1 the mean over runs of clip((x+1)/2, 0, 1), the fraction of runs that put the
+    pixel into map k: the consensus at level k, or what else the model draws. `spread` [...] float32: standard deviation over runs (divided by R) of a run's soft
+    map, which is its mean over levels. `kept` [K,R,...] uint8, when kept: each run's map, 255 = 1. `index` is the slice's
     place among those framed, `slice_id` its number in the scan.
     """
 
@@ -35,7 +35,7 @@ class SliceResult:
 
     @property
     def level_means(self) -> Float32:
-        """[C,h,w]: `means` on the whole grid."""
+        """[K,h,w]: `means` on the whole grid."""
         return placed(self.means, self.box, self.shape)
 
     @property
@@ -45,7 +45,7 @@ class SliceResult:
 
     @property
     def runs(self) -> NDArray[np.uint8] | None:
-        """[C,R,h,w]: `kept` on the whole grid."""
+        """[K,R,h,w]: `kept` on the whole grid."""
         return None if self.kept is None else placed(self.kept, self.box, self.shape)
 
     def within(self, box: Box) -> SliceResult:
@@ -114,7 +114,7 @@ class SliceSums:
 
 @dataclass(frozen=True)
 class Gathered:
-    """The results of all slices of a scan, in order, in one array each: means [n,C,...], spread [n,...] and, where they were kept, kept [n,C,R,...].
+    """The results of all slices of a scan, in order, in one array each: means [n,K,...], spread [n,...] and, where they were kept, kept [n,K,R,...].
 
     All on the part `box` of their grid `shape` [h, w]. `slice_ids` [n] are the slices' numbers in the scan.
     """

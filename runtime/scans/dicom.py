@@ -25,7 +25,7 @@ from cdiff.runtime.scans.dicom_planes import TAGS as PLACE
 from cdiff.runtime.scans.dicom_planes import laid, planes_of, values_asked
 from cdiff.runtime.scans.nifti import parse_nifti
 from cdiff.runtime.scans.sources import PICTURE_SUFFIXES, VOLUME_SUFFIXES, any_bytes, must_be_text, optional
-from cdiff.runtime.words import one_line
+from cdiff.runtime.words import one_line, several
 
 BY_HAND = "convert it with dcm2niix (dcm2niix -z y -o OUT FOLDER) and segment the image that you mean"
 MARK = b"DICM"
@@ -86,8 +86,9 @@ class Series:
     headers: tuple[Any, ...]
 
     def __str__(self) -> str:
-        images = f"{len(self.files)} image{'s' if len(self.files) > 1 else ''}"
-        return f"{self.number} ({f'{self.description}, ' if self.description else ''}{images})"
+        return (
+            f"{self.number} ({f'{self.description}, ' if self.description else ''}{several(len(self.files), 'image')})"
+        )
 
 
 def is_dicom(path: Path) -> bool:
@@ -306,9 +307,8 @@ def _header(file: Path) -> Any:
     must_be_text(file)
     any_bytes(file)
     try:
-        with warnings.catch_warnings():
-            # Of values that the standard does not allow; what cannot be used is refused where it is.
-            warnings.simplefilter("ignore")
+        # Of values that the standard does not allow; what cannot be used is refused where it is.
+        with warnings.catch_warnings(action="ignore"):
             # Which dcm2niix does not read, and pydicom unpacks whole: a thousand times its bytes.
             if pydicom.filereader.read_file_meta_info(file).get("TransferSyntaxUID") == DEFLATED:
                 raise CdiffError(

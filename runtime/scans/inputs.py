@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cdiff.runtime.data.case import SPLITS, Entry, arranged, is_output, listed, stem
+from cdiff.runtime.data.case import SPLITS, Entry, arranged, is_output, listed, name_of, stem
 from cdiff.runtime.data.layouts import IMAGE, OWN_MASK, TASK_MASK, Files, Inside, brats_in, cases_in, contents, descend
 from cdiff.runtime.data.table import SUFFIXES, read_table
 from cdiff.runtime.errors import CdiffError
@@ -46,7 +46,7 @@ def scans_at(
     if path.is_file() and path.suffix.lower() in SUFFIXES:
         scans = [_scan(entry, entry.name.replace("/", "_"), modalities) for entry in read_table(path, [], masks=False)]
     elif path.is_file():
-        return [NamedScan(stem(path) or path.stem, path)]
+        return [NamedScan(name_of(path), path)]
     else:
         must_exist(path)
         left = [] if left is None else left

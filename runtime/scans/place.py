@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.manifest import Manifest
 from cdiff.runtime.sampling.framing import Box, Shrunk, box_around
-from cdiff.runtime.scans.grid import MM, Grid
+from cdiff.runtime.scans.grid import Grid
 from cdiff.runtime.words import by
 
 At = str | Sequence[int]
@@ -167,10 +167,10 @@ def parse_point(at: At) -> NDArray[np.float64] | None:
 
 def _voxel_at(point: NDArray[np.float64], grid: Grid) -> tuple[int, ...]:
     """The voxel whose middle is nearest."""
-    if grid.header is None or not grid.has_orientation or len(grid.spatial) < 3:
+    if not grid.has_orientation or len(grid.spatial) < 3:
         raise CdiffError("the scan's header does not say how the patient lies; give a voxel, such as 212,180,45")
-    affine = grid.header.get_best_affine()
-    indices = np.linalg.solve(affine[:3, :3], point / MM.get(grid.unit, 1.0) - affine[:3, 3])
+    affine = grid.affine
+    indices = np.linalg.solve(affine[:3, :3], point - affine[:3, 3])
     return tuple(int(index) for index in np.rint(indices))
 
 

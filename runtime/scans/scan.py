@@ -14,13 +14,14 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
+from cdiff.runtime.data.case import name_of
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.scans.dicom import INDEX, holds_dicom, is_dicom, read_dicom
 from cdiff.runtime.scans.grid import Grid
 from cdiff.runtime.scans.nifti import check_header, nifti_voxels
 from cdiff.runtime.scans.picture import read_picture
 from cdiff.runtime.scans.shapes import check_kind, check_size, spatial_axes
-from cdiff.runtime.scans.sources import ITK_SUFFIXES, PICTURE_SUFFIXES, VOLUME_SUFFIXES, is_there, read_bytes
+from cdiff.runtime.scans.sources import ITK_SUFFIXES, PICTURE_SUFFIXES, is_there, read_bytes
 from cdiff.runtime.scans.volume import parse_volume
 
 OneScan = str | os.PathLike[str] | NDArray[Any] | nib.Nifti1Image
@@ -144,7 +145,7 @@ def _load(scan: OneScan, channels: int, series: int | None) -> _Loaded:
         check_header(scan.header, source, channels)
         voxels = nifti_voxels(scan, source)
         digest = hashlib.sha256(scan.header.binaryblock + voxels.tobytes())
-        return _Loaded(voxels, scan.header, source, digest.hexdigest(), _name(Path(named)) if named else "scan")
+        return _Loaded(voxels, scan.header, source, digest.hexdigest(), name_of(Path(named)) if named else "scan")
     raise CdiffError(
         f"cannot segment a {type(scan).__name__}; give a path (or one for each modality), a NumPy array or a nibabel NIfTI image"
     )
@@ -165,13 +166,13 @@ def _from_path(path: Path, channels: int, series: int | None) -> _Loaded:
     digest = hashlib.sha256(data)
     if path.name.lower().endswith(PICTURE_SUFFIXES):
         pixels, notes = read_picture(data, path, channels)
-        return _Loaded(pixels, None, str(path), digest.hexdigest(), _name(path), tuple(notes))
+        return _Loaded(pixels, None, str(path), digest.hexdigest(), name_of(path), tuple(notes))
     image = parse_volume(data, path, channels)
     voxels, reader = nifti_voxels(image, str(path)), ""
     if path.name.lower().endswith(ITK_SUFFIXES):
         reader = f"SimpleITK {version('SimpleITK')}"
         digest.update(voxels.tobytes())  # they may lie in another file
-    return _Loaded(voxels, image.header, str(path), digest.hexdigest(), _name(path), reader=reader)
+    return _Loaded(voxels, image.header, str(path), digest.hexdigest(), name_of(path), reader=reader)
 
 
 def _dicom(path: Path, channels: int, series: int | None) -> _Loaded:
@@ -192,11 +193,6 @@ def _dicom(path: Path, channels: int, series: int | None) -> _Loaded:
         found.frame,
         found.series,
     )
-
-
-def _name(path: Path) -> str:
-    suffix = next((s for s in VOLUME_SUFFIXES if path.name.lower().endswith(s)), path.suffix)
-    return path.name[: len(path.name) - len(suffix)]
 
 
 def parse_slices(slices: str | slice | tuple[int, int] | range | None, count: int) -> range:

@@ -29,13 +29,9 @@ def read_bytes(path: Path) -> bytes:
     return any_bytes(path)
 
 
-def must_see(path: Path) -> None:
-    """Raise CdiffError where a folder above `path` is closed to this user: `is_file` and the like then say that nothing is there."""
-    is_there(path)
-
-
 def is_there(path: Path) -> bool:
-    """Whether there is such a file or folder. Raises CdiffError where a folder above it lets this user not see."""
+    """Whether there is such a file or folder. Raises CdiffError where a folder above it lets this user not see: of what lies there
+    `is_file` and the like say no from Python 3.14 on, and raise before."""
     try:
         path.stat()
     except PermissionError:

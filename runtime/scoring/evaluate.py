@@ -29,7 +29,7 @@ from cdiff.runtime.scans.sources import ITK_SUFFIXES
 from cdiff.runtime.scoring.journal import Journal, fingerprint
 from cdiff.runtime.scoring.scores import CaseTally, evenly, marked_slices
 from cdiff.runtime.scoring.summary import ROW_KEYS, Row, joined_twins, summarise
-from cdiff.runtime.words import one_line
+from cdiff.runtime.words import one_line, several
 
 if TYPE_CHECKING:
     from cdiff.runtime.segmenter import Segmenter
@@ -87,7 +87,6 @@ class Protocol:
 @dataclass(frozen=True)
 class _Job:
     case: Case
-    masks: int
     slices: NDArray[np.int64]
 
     @property
@@ -261,7 +260,7 @@ def _plan(
         masks = read_case(case, manifest.slice_axis, manifest.image_channels, odd)[1]
         slices = protocol.slices(masks)
         if slices.size:
-            jobs.append(_Job(case, len(case.masks), slices))
+            jobs.append(_Job(case, slices))
         else:
             empty.append(case.name)
     for line in (*_notes(other, empty, manifest.levels, protocol), *odd.told()):
@@ -291,7 +290,7 @@ def _notes(other: dict[str, int], empty: list[str], levels: int, protocol: Proto
 
 
 def _named(cases: list[str]) -> str:
-    return f"{len(cases)} case{'s' * (len(cases) > 1)} ({listed(cases)})"
+    return f"{several(len(cases), 'case')} ({listed(cases)})"
 
 
 def _score(segmenter: Segmenter, job: _Job, protocol: Protocol, progress: Progress) -> Row:
@@ -323,7 +322,7 @@ def _score(segmenter: Segmenter, job: _Job, protocol: Protocol, progress: Progre
         del result  # or two parts' runs were in memory while the next is made
     return {
         "case": job.case.name,
-        "annotators": job.masks,
+        "annotators": len(job.case.masks),
         "seconds": round(time.monotonic() - started, 2),
         "chain": chain,
         **tally.row(),

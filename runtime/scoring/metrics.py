@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -172,7 +172,7 @@ class Interval:
     n_slices: int
 
     def to_json(self) -> dict[str, float | int | None]:
-        return {"mean": self.mean, "low": self.low, "high": self.high, "n_slices": self.n_slices}
+        return asdict(self)
 
 
 def bootstrap_over_cases(scores: Sequence[Sequence[float]], *, groups: Sequence[str] | None = None) -> Interval:

@@ -104,7 +104,7 @@ class Clock:
     def perf_counter(self) -> float:
         return self.now
 
-    def chain(self, engine: Any, model: Any, image: Any, rows: Any, table: Any, seed: int = 0) -> None:
+    def chain(self, engine: Any, image: Any, rows: Any, table: Any, seed: int = 0) -> None:
         self.calls += 1
         self.now += 2e-3 + self.step * len(table) + (50e-3 if self.calls % 5 == 3 else 0)
 

@@ -32,7 +32,6 @@ from tests.export.networks import BASE, random_network
 
 SCHEDULE = NoiseSchedule(BASE.T)
 EXACT = Options(half=False)
-TF32 = (torch.backends.cuda.matmul, torch.backends.cudnn)
 
 
 def slices(count: int, side: int = BASE.image_size) -> np.ndarray:
@@ -123,18 +122,6 @@ def test_a_step_is_captured_once_a_kind_of_table_and_canvas(monkeypatch: pytest.
     assert len(captures) == 6
 
 
-@pytest.fixture
-def tf32() -> Iterator[None]:
-    """Allowed, as a program around may have it."""
-    before = [each.allow_tf32 for each in TF32]
-    for each in TF32:
-        each.allow_tf32 = True
-    yield
-    for each, value in zip(TF32, before, strict=True):
-        each.allow_tf32 = value
-
-
-@pytest.mark.usefixtures("tf32")
 @pytest.mark.parametrize("tuned", [True, False])
 def test_algorithms_are_timed_within_the_network_alone_and_only_if_asked(
     tuned: bool, monkeypatch: pytest.MonkeyPatch
@@ -147,7 +134,6 @@ def test_algorithms_are_timed_within_the_network_alone_and_only_if_asked(
 
     def watched(self: torch.nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
         seen.append(torch.backends.cudnn.benchmark)
-        assert not any(each.allow_tf32 for each in TF32), "float32 is float32"
         return forward(self, x)
 
     monkeypatch.setattr(torch.nn.Conv2d, "forward", watched)
@@ -156,7 +142,6 @@ def test_algorithms_are_timed_within_the_network_alone_and_only_if_asked(
     assert len(seen) > convolutions[1] > convolutions[0] > 0, "encoder and denoiser were watched"
     assert set(seen) == {tuned}
     assert torch.backends.cudnn.benchmark is not tuned, "the program's own setting is given back"
-    assert all(each.allow_tf32 for each in TF32)
 
 
 def test_each_gpu_is_captured_on_a_stream_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

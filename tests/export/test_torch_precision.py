@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from cdiff.export.torch_chain import full_precision
 from cdiff.export.torch_engine import Options, TorchChainEngine
+from cdiff.runtime.sampling.batching import segment_windows
+from cdiff.runtime.sampling.framing import Framing
+from cdiff.runtime.sampling.sampler import sampler_table
 from cdiff.runtime.sampling.schedule import NoiseSchedule
 from tests.export.networks import BASE, random_network
 
+SCHEDULE, SIZE = NoiseSchedule(BASE.T), BASE.image_size
 BACKENDS: Any = torch.backends
 """Not every switch is known to mypy."""
 
@@ -87,8 +92,21 @@ def test_a_program_that_chose_a_precision_gets_full_precision_and_its_own_back(
 
 
 @pytest.mark.usefixtures("as_pytorch_starts")
-def test_an_engine_runs_in_a_program_that_chose_tf32_by_the_newer_switches() -> None:
-    generic("tf32")
-    engine = TorchChainEngine(random_network(BASE), NoiseSchedule(BASE.T), "cpu", Options(half=False))
-    image = torch.zeros(1, 1, BASE.image_size, BASE.image_size).numpy()
-    assert engine.encode(image).shape[0] == 1
+@pytest.mark.parametrize(("ask", "value"), [(torch.set_float32_matmul_precision, "high"), (generic, "tf32")])
+def test_an_engine_computes_in_full_precision_whatever_a_program_chose(
+    ask: Callable[[str], None], value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask(value)
+    engine = TorchChainEngine(network := random_network(BASE), SCHEDULE, "cpu", Options(half=False))
+    seen: list[tuple[set[str], Any]] = []
+    forward = torch.nn.Conv2d.forward
+
+    def watched(self: torch.nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+        seen.append((set(newer().values()), older()[:2]))
+        return forward(self, x)
+
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", watched)
+    windows = Framing("resize", (SIZE, SIZE)).frame(np.zeros((1, 1, SIZE, SIZE), np.float32))
+    list(segment_windows(engine, windows, sampler_table("ddim", SCHEDULE, 1), levels=1, runs=1))
+    assert len(seen) == sum(isinstance(module, torch.nn.Conv2d) for module in network.modules())
+    assert all(found == ({"ieee"}, ["highest", False]) for found in seen)

@@ -103,6 +103,15 @@ def test_more_memory_never_means_fewer_rows() -> None:
     assert profile_for(manifest, 25, 139 << 30, max_rows=20).max_rows <= 20
 
 
+def test_a_model_that_draws_one_map_of_a_slice_has_an_engine_for_its_runs() -> None:
+    """Its levels follow from that map: rows for each of them would be memory and speed for nothing."""
+    for variant, maps in (("consensus", 4), ("annotator", 4), ("no-annotator", 1), ("soft-label", 1)):
+        profile = profile_for(example(variant=variant, levels=4, image_size=(64, 64)), 25)
+        rows = rows_per_batch(10 * maps * 25, "cuda:0", maps * 25)
+        assert (profile.opt_rows, profile.max_rows) == (rows, rows)
+        assert profile.slots >= VIEWS * ((rows - 2) // (maps * 25) + 2)
+
+
 def test_places_are_enough_for_every_batch_of_five_runs_or_more() -> None:
     """As many windows, in every view, as a batch can touch; the runtime's own plan is the oracle."""
     for levels, runs in ((1, 5), (3, 5), (4, 25), (7, 25), (7, 7)):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import atomic_folder, sha256, write_json
-from cdiff.runtime.scans.sources import must_see
+from cdiff.runtime.scans.sources import is_there
 from cdiff.train.checkpoint import read_json, save_checkpoint
 from cdiff.train.config import Config
 from cdiff.train.imported.mapping import convert, links
@@ -94,10 +94,9 @@ def _read_args(checkpoint: Path, args: Path | None, source: str, settings: list[
         args = beside
     said: dict[str, Any] = {}
     if args is not None:
-        must_see(args)
-        if not args.is_file():
+        if not (is_there(args) and args.is_file()):
             raise CdiffError(f"{args} is not there; give the args.json that the training wrote")
-        said = _json(args)
+        said = read_json(args, "it must be an args.json")
     trained = {f"{variant}_training" for variant in ("consensus", "annotators", "no_annotator", "soft_label")}
     if source == CONSENSUS and trained.isdisjoint([*said, *(setting.partition("=")[0] for setting in settings)]):
         lacking = (
@@ -108,15 +107,6 @@ def _read_args(checkpoint: Path, args: Path | None, source: str, settings: list[
             "--option consensus_training=True, or annotators_training, no_annotator_training or soft_label_training"
         )
     return said
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return read_json(path)
-    except CdiffError as error:
-        raise CdiffError(
-            str(error).replace("is this the folder of a training run?", "it must be an args.json")
-        ) from None
 
 
 def _image_channels(theirs: dict[str, Tensor], options: Options) -> int:

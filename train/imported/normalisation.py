@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.scans.intensity import Intensity
-from cdiff.runtime.scans.shapes import check_kind, check_size
-from cdiff.runtime.words import by
+from cdiff.runtime.scans.nifti import nifti_shape, parse_nifti
+from cdiff.runtime.scans.sources import read_bytes
 from cdiff.train.imported.options import IMPLICIT
 
 
@@ -64,17 +63,10 @@ def training_statistics(images: Path) -> dict[str, tuple[float, ...]]:
 
 def _values(path: Path) -> NDArray[np.float64]:
     """An image as [H, W, channels]. Raises CdiffError when it cannot be read, or is no image of finite real numbers."""
-    try:
-        image = nib.load(path)
-        check_kind(image.get_data_dtype(), str(path))  # type: ignore[attr-defined]
-        values = np.asarray(image.get_fdata())  # type: ignore[attr-defined]
-    except CdiffError:
-        raise
-    except Exception as error:  # nibabel's own errors, OSError, EOFError, zlib.error
-        raise CdiffError(f"{path} cannot be read ({error}); copy it again") from None
-    check_size(values.shape, str(path))
-    if values.ndim < 2:
-        raise CdiffError(f"{path} has one axis ({by(values.shape)}) where an image has two or more; export it again")
+    data = read_bytes(path)
+    shape = nifti_shape(data, path)
+    image = parse_nifti(data, path, channels=shape[-1] if len(shape) > 3 else 1)  # of three axes any may be the last
+    values = np.asarray(image.get_fdata())
     if not np.isfinite(values).all():
         raise CdiffError(f"{path} holds NaN or infinite values; replace them first, or give --mean and --std")
     return values.reshape(*values.shape[:2], -1)

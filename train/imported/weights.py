@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.scans.sources import must_see
+from cdiff.runtime.scans.sources import is_there
 from cdiff.runtime.words import first_line
 from cdiff.train.imported.mapping import Link
 from cdiff.train.imported.options import CONSENSUS, IMPLICIT, Options, widths_of
@@ -30,16 +30,14 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     Raises CdiffError when the file is missing or damaged, would need anything but tensors to be unpickled (nothing is then), or
     holds something else than a dictionary of floating-point tensors.
     """
-    must_see(path)
-    if not path.is_file():
+    if not (is_there(path) and path.is_file()):
         raise CdiffError(f"{path} is not there; give the .pt file that the published code saved")
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 if (broken := archive.testzip()) is not None:  # PyTorch does not compare the checksums
                     raise OSError(f"{broken} is not what was written")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # an error follows where one matters
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # an error follows where one matters
             loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if f"operand {pickle.FRAME[0]}" in str(error):  # the first of a pickle of protocol 4 and later

@@ -56,6 +56,13 @@ def test_a_table_of_one_row_a_mask(tmp_path: Path) -> None:
         find_cases(tmp_path)
 
 
+def test_annotators_go_by_a_sign_that_is_a_digit_and_no_number(tmp_path: Path) -> None:
+    """As of a second reading: Python takes ² for a digit, and for no whole number."""
+    table = tmp_path / "cases.csv"
+    table.write_text("image,mask_10,mask_9,mask_²\na.png,ten.png,nine.png,again.png\n", encoding="utf-8")
+    assert find_cases(table)["all"][0].raters == ("9", "10", "²")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -32,7 +32,7 @@ QUICK: dict[str, Any] = {"steps": 3, "runs": 2, "sampler": "ddim"}
 
 def make_bundle(path: Path, **changes: Any) -> Path:
     def build(folder: Path) -> Manifest:
-        write_pair(folder, size=SIZE, T=T, levels=C)
+        write_pair(folder, size=SIZE, T=T, levels=C, channels=changes.get("image_channels", 1))
         values = {
             "name": "tiny", "levels": C, "T": T, "schedule": NoiseSchedule(T, beta_end=1e-2).to_json(),
             "image_size": (SIZE, SIZE), "framing": "tile", "features_channels": 4,

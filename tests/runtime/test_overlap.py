@@ -197,6 +197,9 @@ def test_what_is_asked_of_many_scans_is_asked_of_each(segmenter: Segmenter, tmp_
     assert one.value.report["slices"] == {"first": 1, "end": 2, "of": 3}
     assert (tmp_path / "maps/a_page.html").is_file()
     assert not (tmp_path / "maps/a_preview.png").exists()
+    for alone in ({"at": (1, 1, 1)}, {"shrink": 2}):  # of one scan
+        with pytest.raises(CdiffError, match="segment_many takes many"):
+            segmenter.segment_many([path], **alone, **QUICK)
 
 
 def test_progress_of_many_scans_says_whose_it_is(segmenter: Segmenter) -> None:
@@ -266,8 +269,9 @@ def test_a_scan_that_was_read_is_taken_as_it_is(segmenter: Segmenter, tmp_path: 
     np.testing.assert_array_equal(given.levels, named.levels)
     assert given.name == named.name
     assert given.report["input"] == named.report["input"]
-    with pytest.raises(CdiffError, match="read already; give slice_axis and series to read_scan"):
-        segmenter.segment(read, slice_axis=1, **QUICK)
+    for late in ({"slice_axis": 1}, {"series": 3}):
+        with pytest.raises(CdiffError, match="read already; give slice_axis and series to read_scan"):
+            segmenter.segment(read, **late, **QUICK)
 
 
 def test_a_prepared_scan_has_its_slices_already(segmenter: Segmenter) -> None:
@@ -276,5 +280,6 @@ def test_a_prepared_scan_has_its_slices_already(segmenter: Segmenter) -> None:
     np.testing.assert_array_equal(
         segmenter.segment(ready, **QUICK).soft, segmenter.segment(array, **QUICK, slices="1:2").soft
     )
-    with pytest.raises(CdiffError, match="prepared already"):
-        segmenter.segment(ready, **QUICK, slices="0:1")
+    for late in ({"slices": "0:1"}, {"slice_axis": 1}, {"at": (1, 1, 1)}, {"shrink": 2}, {"series": 3}):
+        with pytest.raises(CdiffError, match="already; give slices, slice_axis, at, shrink and series to prepare"):
+            segmenter.segment(ready, **QUICK, **late)

@@ -9,10 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
+from typer.testing import CliRunner
 
+from cdiff.cli.app import app
 from cdiff.runtime.dicom_seg import must_allow_dicom_seg, write_dicom_seg
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.results import Result, Stack
@@ -221,6 +224,20 @@ def test_it_is_written_with_the_maps_and_is_no_scan(model: Segmenter, tmp_path: 
     (folder / "a_levels.dcm").write_bytes(b"a reader's own")
     with pytest.raises(CdiffError, match=r"a_levels.dcm is there, would be replaced"):
         result.save(folder, dicom_seg=True)
+
+
+def test_the_command_writes_one_or_says_before_the_work_that_it_cannot(
+    model: Segmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_series(tmp_path / "a", voxels(2), orthogonal())
+    command = ["segment", str(folder), "--model", str(model.bundle.path), "--dicom-seg", "-o", str(tmp_path / "maps")]
+    done = CliRunner().invoke(app, [*command, "--runs", "1", "--steps", "1", "--no-preview"])
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "maps/a_levels.dcm").is_file()
+    nib.save(nib.Nifti1Image(voxels(2), np.eye(4)), tmp_path / "b.nii")
+    monkeypatch.setattr(Segmenter, "segment", None)
+    done = CliRunner().invoke(app, [*command[:1], str(tmp_path / "b.nii"), *command[2:]])
+    assert (done.exit_code, "b.nii is not DICOM" in done.stderr) == (2, True), done.output
 
 
 def test_images_that_somebody_made_anonymous_will_do(tmp_path: Path) -> None:

@@ -143,7 +143,7 @@ def _planes_of(marked: Any, grid: Grid, images: list[Any], name: str) -> list[An
     Raises CdiffError where the images do not say where they lie.
     """
     planes = planes_of(images)
-    if not planes.checked or len(planes.known) < planes.count or grid.header is None:
+    if len(planes.known) < planes.count or grid.header is None:
         raise CdiffError(
             f"{name}: its DICOM images do not allow a DICOM segmentation (they do not say where they lie); leave out --dicom-seg"
         )

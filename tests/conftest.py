@@ -62,9 +62,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Made:
     def made(name: str, make: Callable[[Path], object]) -> Path:
         with FileLock(shared / f"{name}.lock"):
             if not (shared / f"{name}.made").exists():
-                make(shared / name)
+                (shared / name).mkdir(exist_ok=True)
+                make(shared / name / "tiny")  # a bundle has its folder's name
                 (shared / f"{name}.made").touch()
-        return Path(shutil.copytree(shared / name, tmp_path_factory.mktemp(name) / "tiny"))
+        return Path(shutil.copytree(shared / name / "tiny", tmp_path_factory.mktemp(name) / "tiny"))
 
     return made
 

@@ -181,6 +181,7 @@ def test_info_shows_scores_with_their_intervals() -> None:
     score = json.loads(run("info", "--json").stdout)["scores"]["testing, mean"]["soft_dice_5"]
     words = " ".join(run("info").stdout.split())
     assert f"soft_dice_5 {score['mean']:.3f} ({score['low']:.3f} to {score['high']:.3f})" in words
+    assert "runs see the slice mirrored in turn; at 1 and 1.25 times its size" in words
 
 
 def test_doctor_names_the_engine() -> None:

@@ -29,6 +29,22 @@ def test_a_result_shown_beside_a_bar_goes_to_stdout(
     assert "segment" in printed.err
 
 
+@pytest.mark.parametrize("quiet", [False, True])
+def test_without_a_terminal_a_line_comes_now_and_then(
+    quiet: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A log of hours must stay readable, and one that is quiet empty; also where nothing is done yet."""
+    now = [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    with console.Meter("evaluate", quiet) as meter:
+        for done in range(0, 101, 5):
+            meter(done if done > 30 else 0, 100)
+            now[0] += 10
+    lines = ("0%, about 3000", "0%, about 6000", "45%, about 110", "60%, about 80", "75%, about 50", "90%, about 20")
+    said = capsys.readouterr().err.splitlines()
+    assert said == ([] if quiet else [f"evaluate: {line} s left" for line in lines])
+
+
 @pytest.mark.parametrize(
     "name", ["[/x]", "[bold]b", "a:heart:b", "tab\there", "bell\x07", "two  spaces" * 30, "back\\"]
 )

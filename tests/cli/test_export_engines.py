@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from cdiff.cli.app import app
 from cdiff.runtime.bundle import Bundle
+from cdiff.runtime.engines.trt import Gpu
 from tests.export.engine_bundles import pair_bundle
 
 
@@ -32,6 +33,21 @@ def test_tensorrt_without_a_gpu_says_when_it_will_build(bundle: Bundle) -> None:
     )
     assert "at the first run" in said
     assert not bundle.engines.exists()
+
+
+def test_a_bundle_that_is_there_can_be_served(bundle: Bundle, tmp_path: Path) -> None:
+    printed, _ = run(0, bundle.path, "--triton", tmp_path / "models")
+    assert printed == f"{tmp_path / 'models/test'}\n"
+    assert (tmp_path / "models/test/1/bundle/manifest.json").is_file()
+
+
+def test_a_missing_tensorrt_is_said_at_once_where_its_gpu_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before a run is exported; on a machine without one it is not asked for."""
+    monkeypatch.setattr("cdiff.runtime.gpus.visible_gpus", lambda: [Gpu("a card", "8.9", 2**30)])
+    for name in ("tensorrt", "tensorrt_bindings"):
+        monkeypatch.setitem(sys.modules, name, None)
+    _, said = run(2, tmp_path, "--out", tmp_path / "bundle", "--engine", "tensorrt")
+    assert "is not installed" in said
 
 
 def test_where_triton_reads_must_be_writable_before_anything_is_exported(tiny_run: Path, tmp_path: Path) -> None:

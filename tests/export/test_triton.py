@@ -318,6 +318,28 @@ def test_the_uncertainty_is_the_variants(variant: str, tmp_path: Path, monkeypat
     assert open_bundle(bundle).manifest.draws.uncertainty in (repository / "config.pbtxt").read_text()
 
 
+def test_several_channels_and_what_the_server_chose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request's channels come first, and the parameters are for every request; a name is made one that Triton takes."""
+    bundle = make_bundle(tmp_path / "bundle", image_channels=2, name="two of them")
+    repository = for_the_processor(bundle, tmp_path / "models")
+    assert repository.name == read_config(repository).name == "two-of-them"
+    assert list(read_config(repository).input[0].dims) == [2, -1, -1]
+    model, steps = load(repository, monkeypatch), []
+    model.initialize(arguments(repository, sampler="ddim", batch="2"))
+    image = np.random.default_rng(7).uniform(0, 200, (2, 16, 20)).astype(np.float32)
+    request = Request(image=image, runs=np.array([2], np.int32), steps=np.array([3], np.int32))
+    denoise = type(model.segmenter.engine.bind(1, 1)).run
+    monkeypatch.setattr(
+        type(model.segmenter.engine.bind(1, 1)), "run", lambda *args: steps.append(len(args[1])) or denoise(*args)
+    )
+    (response,) = model.execute([request])
+    assert set(steps) == {2}, "rows at once"
+    wanted = {"runs": 2, "steps": 3, "batch": 2}
+    expected = cdiff.load(bundle).segment(np.moveaxis(image, 0, -1), sampler="ddim", **wanted)
+    np.testing.assert_array_equal(response.output_tensors()[0].as_numpy(), expected.soft)
+    assert expected.soft.std() > 0.01
+
+
 @pytest.mark.parametrize(
     ("parameters", "said"),
     [

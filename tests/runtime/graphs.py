@@ -13,7 +13,7 @@ L = 4
 
 
 def write_pair(
-    folder: Path, *, size: int = 16, T: int = 20, levels: int = 3, learned: bool = False
+    folder: Path, *, size: int = 16, T: int = 20, levels: int = 3, channels: int = 1, learned: bool = False
 ) -> tuple[Path, Path]:
     """Write encoder.onnx and denoiser.onnx; x0 = clip(conv(tanh(conv(x) + features + z_t + z_c)), -1, 1)."""
     rng = np.random.default_rng(0)
@@ -41,9 +41,9 @@ def write_pair(
     encoder = save(
         "encoder.onnx",
         [node("Conv", "image w b", "h", **same), node("Tanh", "h", "features")],
-        {"image": (f32, ["S", 1, size, size])},
+        {"image": (f32, ["S", channels, size, size])},
         {"features": (f32, ["S", L, size, size])},
-        [constant("w", L, 1, 3, 3), constant("b", L)],
+        [constant("w", L, channels, 3, 3), constant("b", L)],
     )
     nodes = [
         node("Conv", "x w_in b_in", "h0", **same),

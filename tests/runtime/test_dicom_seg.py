@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
+from typer.testing import CliRunner
 
+from cdiff.cli.app import app
 from cdiff.runtime.dicom_seg import must_allow_dicom_seg, write_dicom_seg
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.results import Result, Stack
@@ -22,7 +26,9 @@ from tests.runtime.dicom_files import moved, orthogonal, upright, write_multifra
 from tests.runtime.test_segmenter import QUICK, make_bundle
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0])
-ANONYMOUS = ("PatientName", "PatientID", "StudyDate", "StudyTime")
+ANONYMOUS = ("PatientName", "PatientID", "StudyDate", "StudyTime", "SeriesNumber")
+LEVELS = ((1.0, 0.6), (0.5, 0.9), (1.0, 2.0))
+"""What each level's map has where it marks, one half among them, and the share of the pixels that it leaves out."""
 
 
 def voxels(slices: int = 5) -> Any:
@@ -34,7 +40,7 @@ def found_in(folder: Path, *, axis: int = 2, chosen: range | None = None) -> Res
     scan = read_scan(folder, slice_axis=axis)
     chosen = chosen or range(len(scan.slices))
     draw = np.random.default_rng(7).random((len(chosen), *scan.slices.shape[2:])).astype(np.float32)
-    maps = np.stack([(draw > share).astype(np.float32) for share in (0.6, 0.9, 2.0)], axis=1)
+    maps = np.stack([level * (draw > share).astype(np.float32) for level, share in LEVELS], axis=1)
     return Result(scan.grid, scan.slices, chosen, Stack(maps, draw), scan.name, {}, dicom=scan.dicom)
 
 
@@ -138,7 +144,8 @@ def test_frames_of_one_file(tmp_path: Path) -> None:
 def test_it_is_of_its_images_and_says_what_it_is(tmp_path: Path) -> None:
     folder = write_series(tmp_path / "a", voxels(), orthogonal(), number=4)
     result = dataclasses.replace(
-        found_in(folder), report={"bundle": "tiny", "task": "a task", "steps": 9, "manifest_sha256": "5ha"}
+        found_in(folder),
+        report={"bundle": "tiny", "task": "a task", "steps": 9, "seed": 7, "other": 1, "manifest_sha256": "5ha"},
     )
     write_dicom_seg(result, tmp_path / "seg.dcm")
     file, images = pydicom.dcmread(tmp_path / "seg.dcm"), [pydicom.dcmread(path) for path in folder.iterdir()]
@@ -159,18 +166,37 @@ def test_it_is_of_its_images_and_says_what_it_is(tmp_path: Path) -> None:
     ]
     (algorithm,) = file.SegmentSequence[0].SegmentationAlgorithmIdentificationSequence
     assert algorithm.AlgorithmName == "cdiff"
-    assert "steps=9" in algorithm.AlgorithmParameters
+    assert algorithm.AlgorithmParameters == "steps=9,seed=7"
     (kind,) = file.SegmentSequence[0].SegmentedPropertyTypeCodeSequence
     assert (kind.CodeValue, kind.CodingSchemeDesignator, kind.CodeMeaning) == ("structure", "99CDIFF", "a task")
     assert file.DeviceSerialNumber == "5ha"
 
 
-def test_a_map_of_nothing_is_written_as_that(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_names_longer_than_the_standard_takes_are_cut_and_one_that_is_missing_is_general(tmp_path: Path) -> None:
     result = found_in(write_series(tmp_path / "a", voxels(), orthogonal()))
+    report = {"bundle": "b" * 80, "task": "t" * 80, "manifest_sha256": "0" * 80}
+    for name, told, structure in (("long", report, "t" * 64), ("none", {}, "structure")):
+        write_dicom_seg(dataclasses.replace(result, report=told), tmp_path / f"{name}.dcm")
+        file = pydicom.dcmread(tmp_path / f"{name}.dcm")
+        assert max(len(file.ManufacturerModelName), len(file.DeviceSerialNumber)) <= 64
+        assert file.SegmentSequence[0].SegmentedPropertyTypeCodeSequence[0].CodeMeaning == structure
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_map_of_nothing_is_written_as_that(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """highdicom says that it is empty, and pydicom that the name is odd, which a terminal need not show."""
+    named = write_series(
+        tmp_path / "a", voxels(), orthogonal(), change=lambda _, file: setattr(file, "PatientName", "no carets")
+    )
+    result = found_in(named)
     stack = dataclasses.replace(result.stack, maps=0 * result.stack.maps)
-    write_dicom_seg(dataclasses.replace(result, stack=stack), tmp_path / "seg.dcm")
+    for _ in range(2):  # what is shown otherwise is so again afterwards
+        write_dicom_seg(dataclasses.replace(result, stack=stack), tmp_path / "seg.dcm")
+        assert caplog.messages == []
+        logging.getLogger("highdicom").warning("shown")
+        assert caplog.messages == ["shown"]
+        caplog.clear()
     assert pixels_of(tmp_path / "seg.dcm") == {1: set(), 2: set(), 3: set()}
-    assert capfd.readouterr() == ("", ""), "highdicom says that it is empty, which a terminal need not show"
 
 
 @pytest.fixture(scope="module")
@@ -187,13 +213,31 @@ def test_it_is_written_with_the_maps_and_is_no_scan(model: Segmenter, tmp_path: 
     assert near(pixels_of(folder / "a_levels.dcm").get(1, set()), places_of(result, 1))
     (again,) = scans_at(folder)
     assert len(read_scan(again.path).slices) == 5
+    for file in write_series(tmp_path / "b", voxels(2), orthogonal(), number=12).iterdir():
+        file.rename(folder / f"of another series {file.name}")
+    (folder / "a_levels.dcm").unlink()
     (done,) = model.segment_many([folder], save_to=folder, series=3, dicom_seg=True, **QUICK)
     assert done.error is None
+    assert (folder / "a_levels.dcm").is_file()
     result.save(folder)
     assert not (folder / "a_levels.dcm").exists()
     (folder / "a_levels.dcm").write_bytes(b"a reader's own")
     with pytest.raises(CdiffError, match=r"a_levels.dcm is there, would be replaced"):
         result.save(folder, dicom_seg=True)
+
+
+def test_the_command_writes_one_or_says_before_the_work_that_it_cannot(
+    model: Segmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_series(tmp_path / "a", voxels(2), orthogonal())
+    command = ["segment", str(folder), "--model", str(model.bundle.path), "--dicom-seg", "-o", str(tmp_path / "maps")]
+    done = CliRunner().invoke(app, [*command, "--runs", "1", "--steps", "1", "--no-preview"])
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "maps/a_levels.dcm").is_file()
+    nib.save(nib.Nifti1Image(voxels(2), np.eye(4)), tmp_path / "b.nii")
+    monkeypatch.setattr(Segmenter, "segment", None)
+    done = CliRunner().invoke(app, [*command[:1], str(tmp_path / "b.nii"), *command[2:]])
+    assert (done.exit_code, "b.nii is not DICOM" in done.stderr) == (2, True), done.output
 
 
 def test_images_that_somebody_made_anonymous_will_do(tmp_path: Path) -> None:
@@ -204,11 +248,23 @@ def test_images_that_somebody_made_anonymous_will_do(tmp_path: Path) -> None:
     assert pydicom.dcmread(tmp_path / "seg.dcm").PatientName == ""
 
 
-def test_slices_as_thick_as_they_are_apart_where_nothing_says(tmp_path: Path) -> None:
-    folder = write_series(tmp_path / "a", voxels(), orthogonal(), change=lambda _, file: file.pop("SliceThickness"))
-    write_dicom_seg(found_in(folder), tmp_path / "seg.dcm")
+@pytest.mark.parametrize(("said", "turned", "thick"), [("", False, 2.5), ("", True, 2.5), ("1.25", False, 1.25)])
+def test_slices_as_thick_as_they_are_apart_where_nothing_says(
+    said: str, turned: bool, thick: float, tmp_path: Path
+) -> None:
+    """Also where dcm2niix has turned the volume, so that they are not apart along its last axis."""
+
+    def change(_: int, file: Any) -> None:
+        file.SliceThickness = said
+        if turned:
+            upright(file)
+
+    lps = np.array([[0, 0, 2.5, 10], [0.7, 0, 0, 20], [0, -0.8, 0, 30]], dtype=float) if turned else orthogonal()
+    result = found_in(write_series(tmp_path / "a", voxels(), lps, change=change))
+    assert (result.grid.shape[0] == 5) == turned
+    write_dicom_seg(result, tmp_path / "seg.dcm")
     (measures,) = pydicom.dcmread(tmp_path / "seg.dcm").SharedFunctionalGroupsSequence[0].PixelMeasuresSequence
-    assert float(measures.SliceThickness) == pytest.approx(2.5)
+    assert float(measures.SliceThickness) == pytest.approx(thick)
 
 
 def test_without_highdicom_that_is_said_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

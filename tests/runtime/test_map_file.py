@@ -63,6 +63,7 @@ def test_the_file_is_nibabel_s(
 def test_the_stream_is_one_member_and_holds_every_bit(number: int, value: float | None) -> None:
     part = RNG.random(number, np.float32) if value is None else np.full(number, value, np.float32)
     parts: list[NDArray[Any]] = [np.arange(300, dtype=np.uint8), part, part.copy(), np.ones((5, 7), np.int64).T, -part]
+    parts += [np.zeros(number, kind) for kind in (np.uint8, np.uint16)]  # as many of one value, and other bytes
     file = io.BytesIO()
     write_gzip(file, parts)
     stream = zlib.decompressobj(16 + zlib.MAX_WBITS)  # a gzip member, its checksum and length compared

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,38 @@ def test_an_error_stays_with_its_item(step: str) -> None:
     assert [number for name, number in steps.begun if name == "write"] == [0, *[1] * (step == "write"), 2, 3]
 
 
+def test_an_error_is_told_before_the_next_is_worked_on() -> None:
+    """Which may take hours."""
+    steps = Steps()
+    steps.errors["read", 0] = CdiffError("bad")
+    assert next(steps.run(range(3))).error is not None
+    assert ("work", 1) not in steps.begun
+
+
+def test_what_was_read_is_let_go_of_once_it_was_worked_on() -> None:
+    class Ready:
+        """As large as a scan."""
+
+    begun = [threading.Event() for _ in range(5)]
+    read: list[weakref.ref[Ready]] = []
+    worked: list[int] = []
+
+    def reading(number: int) -> Ready:
+        begun[number].set()
+        ready = Ready()
+        read.append(weakref.ref(ready))
+        return ready
+
+    def working(number: int, ready: Ready) -> int:
+        assert begun[number + 1].wait(SECONDS)  # the thread that read it has let go of it by then
+        worked.append(number)
+        return number
+
+    begun[4].set()
+    for _ in overlapped(range(4), reading, working, lambda number, made: made):
+        assert [read[number]() for number in worked] == [None] * len(worked)
+
+
 @pytest.mark.parametrize("step", ["read", "work", "write"])
 def test_one_that_the_memory_is_not_enough_for_costs_no_other(step: str) -> None:
     steps = Steps()
@@ -153,6 +186,20 @@ def test_many_scans_give_the_files_that_each_alone_gives(segmenter: Segmenter, t
     for name in maps:
         assert (together / name).read_bytes() == (alone / name).read_bytes(), name
     assert sorted(path.name for path in together.iterdir()) == sorted(path.name for path in alone.iterdir())
+
+
+def test_what_is_asked_of_many_scans_is_asked_of_each(segmenter: Segmenter, tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.nii.gz", np.moveaxis(volume(SIZE, SIZE, 3), 2, 0))
+    where: dict[str, Any] = {"slices": "1:2", "slice_axis": 0}
+    (one,) = segmenter.segment_many([path], save_to=tmp_path / "maps", preview=False, page=True, **where, **QUICK)
+    assert one.value is not None
+    np.testing.assert_array_equal(one.value.levels, segmenter.segment(path, **where, **QUICK).levels)
+    assert one.value.report["slices"] == {"first": 1, "end": 2, "of": 3}
+    assert (tmp_path / "maps/a_page.html").is_file()
+    assert not (tmp_path / "maps/a_preview.png").exists()
+    for alone in ({"at": (1, 1, 1)}, {"shrink": 2}):  # of one scan
+        with pytest.raises(CdiffError, match="segment_many takes many"):
+            segmenter.segment_many([path], **alone, **QUICK)
 
 
 def test_progress_of_many_scans_says_whose_it_is(segmenter: Segmenter) -> None:
@@ -222,8 +269,9 @@ def test_a_scan_that_was_read_is_taken_as_it_is(segmenter: Segmenter, tmp_path: 
     np.testing.assert_array_equal(given.levels, named.levels)
     assert given.name == named.name
     assert given.report["input"] == named.report["input"]
-    with pytest.raises(CdiffError, match="read already; give slice_axis and series to read_scan"):
-        segmenter.segment(read, slice_axis=1, **QUICK)
+    for late in ({"slice_axis": 1}, {"series": 3}):
+        with pytest.raises(CdiffError, match="read already; give slice_axis and series to read_scan"):
+            segmenter.segment(read, **late, **QUICK)
 
 
 def test_a_prepared_scan_has_its_slices_already(segmenter: Segmenter) -> None:
@@ -232,5 +280,6 @@ def test_a_prepared_scan_has_its_slices_already(segmenter: Segmenter) -> None:
     np.testing.assert_array_equal(
         segmenter.segment(ready, **QUICK).soft, segmenter.segment(array, **QUICK, slices="1:2").soft
     )
-    with pytest.raises(CdiffError, match="prepared already"):
-        segmenter.segment(ready, **QUICK, slices="0:1")
+    for late in ({"slices": "0:1"}, {"slice_axis": 1}, {"at": (1, 1, 1)}, {"shrink": 2}, {"series": 3}):
+        with pytest.raises(CdiffError, match="already; give slices, slice_axis, at, shrink and series to prepare"):
+            segmenter.segment(ready, **QUICK, **late)

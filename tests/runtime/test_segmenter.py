@@ -17,6 +17,7 @@ import cdiff
 from cdiff.runtime.bundle import open_bundle, write_bundle
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.manifest import Manifest
+from cdiff.runtime.prepared import Clock
 from cdiff.runtime.sampling.batching import segment_windows
 from cdiff.runtime.sampling.framing import Framing
 from cdiff.runtime.sampling.sampler import sampler_table
@@ -32,7 +33,7 @@ QUICK: dict[str, Any] = {"steps": 3, "runs": 2, "sampler": "ddim"}
 
 def make_bundle(path: Path, **changes: Any) -> Path:
     def build(folder: Path) -> Manifest:
-        write_pair(folder, size=SIZE, T=T, levels=C)
+        write_pair(folder, size=SIZE, T=T, levels=C, channels=changes.get("image_channels", 1))
         values = {
             "name": "tiny", "levels": C, "T": T, "schedule": NoiseSchedule(T, beta_end=1e-2).to_json(),
             "image_size": (SIZE, SIZE), "framing": "tile", "features_channels": 4,
@@ -82,12 +83,13 @@ def test_the_maps_are_those_of_the_loop(segmenter: Segmenter) -> None:
     assert result.soft.std() > 0.05, "the tiny network's maps must differ for this test to mean anything"
 
 
-def test_a_long_scans_maps_are_in_memory_once(tmp_path: Path) -> None:
+def test_a_long_scans_maps_are_in_memory_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The image, and as the model sees it, C levels and the spread, and the soft map and its mask, of a byte, that volumes are counted in;
     saving adds no whole one."""
     model = cdiff.load(make_bundle(tmp_path / "bundle", framing="resize"))
     array = volume(128, 128, 200)
     model.segment(array[..., :1], runs=1, steps=1)
+    monkeypatch.setattr("cdiff.runtime.map_file.physical_cores", lambda: 1)  # each holds some blocks
     tracemalloc.start()
     result = model.segment(array, runs=1, steps=1)
     segmented = tracemalloc.get_traced_memory()[1]
@@ -150,15 +152,23 @@ def test_a_part_of_a_scan_has_the_maps_that_it_has_in_the_whole(segmenter: Segme
     assert any("only slice 2 of 0 to 5 was segmented" in line for line in one.report["warnings"])
 
 
-def test_slices_that_may_be_the_modalities_of_one_are_told(segmenter: Segmenter) -> None:
-    for shape, told in (
+def test_slices_that_may_be_the_modalities_of_one_are_told(segmenter: Segmenter, tmp_path: Path) -> None:
+    """Along the last axis of a scan of one channel; a model of several knows them when it sees them."""
+
+    def told(note: str) -> bool:
+        return "along the last axis was taken for a slice" in note
+
+    for shape, said in (
         ((SIZE, SIZE, 4), True),
         ((SIZE, SIZE), False),
         ((SIZE, SIZE, 1), False),
         ((SIZE, SIZE, 5), False),
     ):
         warnings = segmenter.segment(volume(*shape), **QUICK).report["warnings"]
-        assert any("each of the 4 along the last axis was taken for a slice" in note for note in warnings) == told
+        assert any("each of the 4 along the last axis was taken for a slice" in note for note in warnings) == said
+    first = segmenter.segment(volume(4, SIZE, SIZE), **QUICK, slice_axis=0)
+    several = cdiff.load(make_bundle(tmp_path / "two", image_channels=2)).segment(volume(SIZE, SIZE, 4, 2), **QUICK)
+    assert not any(map(told, [*first.report["warnings"], *several.report["warnings"]]))
 
 
 def test_intensity_over_the_volume_uses_the_whole_scan_for_a_part(tmp_path: Path) -> None:
@@ -231,6 +241,8 @@ def test_other_sizes_come_back_on_their_own_grid(segmenter: Segmenter, tmp_path:
     tiled = segmenter.segment(array, **QUICK)
     assert tiled.soft.shape == (30, 11, 2)
     assert tiled.report["framing"]["windows_per_slice"] == 3
+    closer = cdiff.load(make_bundle(tmp_path / "closer", tile_overlap=0.75)).segment(array, **QUICK)
+    assert closer.report["framing"]["windows_per_slice"] == 5
     resized = cdiff.load(make_bundle(tmp_path / "b", framing="resize")).segment(array, **QUICK)
     assert resized.soft.shape == (30, 11, 2)
     assert any("30 x 11 were resampled" in line for line in resized.report["warnings"])
@@ -323,3 +335,11 @@ def test_masks_of_zero_and_one(tmp_path: Path) -> None:
     assert wanted.stack.runs is not None
     of_x = 2.0 * wanted.stack.runs - 255
     np.testing.assert_array_equal(found.stack.runs, np.maximum(of_x, 0))
+
+
+def test_each_part_of_a_scan_is_timed_from_the_end_of_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.perf_counter", iter([10.0, 11.0, 14.0, 14.5]).__next__)
+    clock = Clock()
+    for part in ("read", "frame", "segment"):
+        clock.lap(part)
+    assert clock.laps == {"read": 1, "frame": 3, "segment": 0.5}

@@ -33,8 +33,10 @@ def test_ranges_are_the_papers() -> None:
     assert 1.08 < scales.max() <= 1.1
     angles = np.degrees(np.arctan2(np.abs(matrices[:, 1, 0]), np.abs(matrices[:, 0, 0])))
     assert 13 < angles.max() <= 15
+    assert 150 < (matrices[:, 1, 0] * matrices[:, 0, 0] > 0).sum() < 250, "either way round"
     shifts = np.array([w.centre for w in windows]) - (50, 80)
-    assert (np.abs(shifts).max(axis=0) > 9).all()
+    assert (shifts.max(axis=0) > 9).all()
+    assert (shifts.min(axis=0) < -9).all()
     assert np.abs(shifts).max() <= 10
     assert np.abs(np.corrcoef(shifts.T)[0, 1]) < 0.2
     # Each flip in half of the windows: within five standard deviations of 400 throws.
@@ -47,6 +49,16 @@ def test_plain_windows_are_exact_copies() -> None:
     picture, drawn = cut(image, masks, Window(8, (10, 15)))
     assert torch.equal(picture, image[:, 6:14, 11:19])
     assert torch.equal(drawn, masks[:, 6:14, 11:19] > 0)
+
+
+@pytest.mark.parametrize("centre", [(2, 15), (10, 3), (18, 15), (10, 27)])
+def test_a_window_over_one_edge_is_as_large_as_any(centre: tuple[int, int]) -> None:
+    image, masks = torch.randn(2, 20, 30), (torch.rand(3, 20, 30) > 0.5).to(torch.uint8)
+    picture, drawn = cut(image, masks, Window(8, centre))
+    part = np.s_[:, centre[0] + 4 : centre[0] + 12, centre[1] + 4 : centre[1] + 12]  # with 8 pixels around
+    around = [(0, 0), (8, 8), (8, 8)]
+    np.testing.assert_allclose(picture, np.pad(image.numpy(), around, "edge")[part], atol=1e-5)
+    np.testing.assert_array_equal(drawn, np.pad(masks.numpy(), around)[part] > 0)
 
 
 def test_an_identity_map_through_interpolation_is_the_same_window() -> None:
@@ -97,6 +109,9 @@ def test_intensities_change_a_channel_at_a_time_and_by_no_more_than_asked() -> N
     assert 1.18 < slopes.max() <= 1.2
     assert np.abs(offsets).max() == pytest.approx(0.1, abs=0.01)
     assert len(set(np.round(slopes, 6))) == len(slopes)  # the two channels' as well
+    brighter = recoloured_many(picture, Ranges(brightness=0.1)) - picture.repeat(200, 1, 1)
+    assert brighter.abs().max() == pytest.approx(0.1, abs=0.01)
+    assert brighter.std(dim=(1, 2)).max() < 1e-6
 
 
 def test_noise_lies_on_every_pixel_and_is_never_stronger_than_asked() -> None:

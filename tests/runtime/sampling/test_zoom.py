@@ -236,10 +236,11 @@ def test_what_the_bundle_states_is_done(tmp_path: Path, model: Segmenter) -> Non
     assert np.abs(plain.levels - asked.levels).max() > 0.01
 
 
-def test_progress_is_that_of_all_runs(model: Segmenter) -> None:
+@pytest.mark.parametrize("zooms", [(1, 1.25), (1, 1.25, 0.8)])
+def test_progress_is_that_of_all_runs(model: Segmenter, zooms: tuple[float, ...]) -> None:
     seen: list[tuple[int, int]] = []
     model.segment(
-        volume(32, 32, 3), runs=5, zooms=(1, 1.25), progress=lambda done, total: seen.append((done, total)), **STEPS
+        volume(32, 32, 3), runs=5, zooms=zooms, progress=lambda done, total: seen.append((done, total)), **STEPS
     )
     done = [one for one, _ in seen]
     assert done == sorted(done)

@@ -12,7 +12,7 @@ from PIL import Image
 
 import cdiff
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.prepared import missed
+from cdiff.runtime.prepared import missed, notes
 from cdiff.runtime.results import Result
 from cdiff.runtime.sampling.framing import Framing, box_around, resize
 from cdiff.runtime.scans.intensity import Intensity
@@ -126,8 +126,10 @@ def test_fixed_numbers_need_no_field_and_the_noise_is_the_crops(tmp_path: Path) 
     fixed = Intensity("slice", method="standard", mean=(100.0,), std=(50.0,)).to_json()
     model = centre_model(tmp_path / "b", intensity=fixed)
     crop = volume(FIELD, FIELD, 1)
-    found = model.segment(around(crop, (5, 40), (80, 80)), at=(21, 56, 0), **QUICK)
-    assert_same_maps(found, model.segment(crop, **QUICK), (5, 40))
+    whole, at = around(crop, (5, 40), (80, 80)), (21, 56, 0)
+    assert_same_maps(model.segment(whole, at=at, **QUICK), model.segment(crop, **QUICK), (5, 40))
+    unsaid = centre_model(tmp_path / "unsaid", None, intensity=fixed)
+    assert not any("does not say how large" in note for note in notes(unsaid.prepare(whole, at=at), unsaid.manifest))
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
@@ -189,6 +191,7 @@ def test_a_place_off_the_middle_of_the_crop_is_off_it_there_too(model: Segmenter
 def test_a_slice_that_is_narrower_than_the_window_is_padded_as_without_a_place(model: Segmenter) -> None:
     strip = around(volume(10, FIELD, 1), (0, 20), (10, 80))
     found = model.segment(strip, at=(4, 36, 0), **QUICK)
+    assert any("the model sees 16 x 16 of each slice's 10 x 80 pixels" in note for note in found.report["warnings"])
     assert_same_maps(found, model.segment(strip[:, 20:52], **QUICK), (0, 20))
 
 
@@ -223,6 +226,8 @@ def test_the_slice_of_the_place_alone_unless_others_are_named(model: Segmenter) 
     (note,) = [note for note in alone.report["warnings"] if note.startswith("only")]
     assert note.startswith("only slice 12 of 0 to 29, which holds 30,30,12,")
     assert note.endswith("such as --slices 7:18")
+    for k, such in ((2, "0:8"), (28, "23:30")):  # none that is not there
+        assert any(n.endswith(f"--slices {such}") for n in notes(model.prepare(array, at=(30, 30, k)), model.manifest))
     named = model.segment(array, at=(30, 30, 12), slices="12:14", **QUICK)
     np.testing.assert_array_equal(named.soft[..., 12], alone.soft[..., 12])
     assert not any("such as --slices" in note for note in named.report["warnings"])
@@ -289,16 +294,18 @@ def test_a_point_in_space_is_the_voxel_that_lies_there(model: Segmenter, unit: s
 def test_who_names_a_place_that_the_map_leaves_out_is_told(model: Segmenter) -> None:
     """A mass that fills the window looks like nothing to a model of nodules: an empty map must not pass for an answer."""
     array = volume(60, 60, 3)
-    ready = model.prepare(array, at=(30, 20, 1), slices="1:3")
     soft = np.zeros((2, 60, 60), np.float32)
-    soft[1] = soft[0, 20] = 1  # another slice, and elsewhere in this one
-    soft[0, 30, 20] = 0.49
-    (note,) = missed(ready, model.manifest, soft)
-    assert note.startswith(
-        "the map leaves out 30,20,1 itself, where you say that the structure is (0.49 of the annotators)"
-    )
-    soft[0, 30, 20] = 0.5
-    assert missed(ready, model.manifest, soft) == []
+    soft[0] = soft[1, 20] = 1  # another slice, and elsewhere in this one
+    for shrink, larger in ((None, 2), (2, 4)):
+        ready = model.prepare(array, at=(30, 20, 2), slices="1:3", shrink=shrink)
+        soft[1, 30, 20] = 0.49
+        (note,) = missed(ready, model.manifest, soft)
+        assert note.startswith(
+            "the map leaves out 30,20,2 itself, where you say that the structure is (0.49 of the annotators)"
+        )
+        assert f"--shrink {larger} shows it" in note
+        soft[1, 30, 20] = 0.5
+        assert missed(ready, model.manifest, soft) == []
     assert missed(model.prepare(array), model.manifest, 0 * soft) == []
     found = model.segment(array, at=(30, 20, 1), **QUICK)
     told = any("leaves out 30,20,1 itself" in note for note in found.report["warnings"])
@@ -388,12 +395,3 @@ def test_a_model_that_looks_at_whole_slices_takes_no_place(tmp_path: Path, frami
         model.segment(volume(40, 50, 6), at=(1, 1, 1), **QUICK)
     with pytest.raises(CdiffError, match="only 'centre' takes a point"):
         Framing(framing, (8, 8)).frame(np.zeros((1, 1, 9, 9), np.float32), (1, 1))  # type: ignore[arg-type]
-
-
-def test_a_place_is_one_scans(model: Segmenter) -> None:
-    array = volume(40, 50, 6)
-    for alone in ({"at": (1, 1, 1)}, {"shrink": 2}):
-        with pytest.raises(CdiffError, match="segment_many takes many"):
-            model.segment_many([array], **alone, **QUICK)
-    with pytest.raises(CdiffError, match="prepared already; give slices, slice_axis, at, shrink and series to prepare"):
-        model.segment(model.prepare(array), at=(1, 1, 1), **QUICK)

@@ -79,6 +79,11 @@ def say(message: str, quiet: bool = False) -> None:
         err.print(escape(visible(message)), soft_wrap=True)
 
 
+def number(value: float | None, digits: int = 3) -> str:
+    """A score as tables have it; - where there is none."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
 class Meter:
     """A progress bar on a terminal, sparse lines elsewhere, nothing with -q.
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cdiff.cli import options
-from cdiff.cli.console import USER_ERROR, Meter, facts, fail, out, written
+from cdiff.cli.console import USER_ERROR, Meter, facts, fail, number, out, written
 from cdiff.runtime.words import several
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def check(
         target = sheet or Path(f"{name}_sheet.png")
         dice = checked.report["pairwise_dice"]["mean"]
         first = "; outlines on the first channel" if checked.channels not in (1, 3) else ""
-        note = f"{checked.report['layout']} layout; pairwise Dice {_number(dice)}; frame: what the others show{first}"
+        note = f"{checked.report['layout']} layout; pairwise Dice {number(dice)}; frame: what the others show{first}"
         write_sheet(target, checked.looks, checked.channels, slice_axis, name, note)
         written(target)
     if not checked.possible:
@@ -107,9 +107,7 @@ def _print(checked: Check) -> None:
     report = checked.report
     raters, image, plan = report["annotators"], report["image"], report["training"]
     names = ", ".join(image["modalities"]) or ("one" if image["channels"] == 1 else "unnamed")
-    by_number = ", ".join(
-        f"{number} in {several(cases, 'case')}" for number, cases in raters["cases_by_number"].items()
-    )
+    by_number = ", ".join(f"{count} in {several(cases, 'case')}" for count, cases in raters["cases_by_number"].items())
     labels = f"; labels {report['labels']} are inside" if report["labels"] else ""
     laid = "; masks laid by their headers" if report["masks_by"] == "header" else ""
     rows = [
@@ -129,14 +127,14 @@ def _print(checked: Check) -> None:
     dice, strict = report["pairwise_dice"], report["pairwise_dice"]["slices_all_marked"]
     rows = [("pixels marked by", balance or "-")]
     if dice["n_slices"]:
-        span = "" if dice["low"] is None else f" ({_number(dice['low'])} to {_number(dice['high'])})"
+        span = "" if dice["low"] is None else f" ({number(dice['low'])} to {number(dice['high'])})"
         all_marked = (
-            f"; {_number(strict['mean'])} over {strict['n_slices']} that all marked" if strict["n_slices"] else ""
+            f"; {number(strict['mean'])} over {strict['n_slices']} that all marked" if strict["n_slices"] else ""
         )
         rows.append(
-            ("pairwise Dice", f"{_number(dice['mean'])}{span} over {dice['n_slices']} marked slices{all_marked}")
+            ("pairwise Dice", f"{number(dice['mean'])}{span} over {dice['n_slices']} marked slices{all_marked}")
         )
-        with_others = [f"{rater} {_number(mean)}" for rater, mean in dice["by_annotator"].items()]
+        with_others = [f"{rater} {number(mean)}" for rater, mean in dice["by_annotator"].items()]
         if 2 < len(with_others) <= MOST_NAMES:
             rows.append(("each with the others", ", ".join(with_others)))
         rows.append(("averaged", dice["averaged"]))
@@ -159,7 +157,7 @@ def _splits(report: dict[str, Any]) -> Table:
     for split, row in report["splits"].items():
         extra = f" + {row['unlabelled']} without masks" if row["unlabelled"] else ""
         numbers = (row["slices"], row["marked_slices"], row["slices_all_marked"])
-        table.add_row(split, f"{row['cases']}{extra}", *map(str, numbers), _number(row["pairwise_dice"]["mean"]))
+        table.add_row(split, f"{row['cases']}{extra}", *map(str, numbers), number(row["pairwise_dice"]["mean"]))
     return table
 
 
@@ -195,7 +193,3 @@ def _where(cases: list[tuple[str, str]]) -> str:
 def _counts(counts: dict[str, int], most: int = 4) -> str:
     shown = [f"{value} ({count})" for value, count in list(counts.items())[:most]]
     return ", ".join(shown) + (f" and {len(counts) - most} others" if len(counts) > most else "")
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"

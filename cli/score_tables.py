@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from cdiff.cli.console import number
 from cdiff.runtime.words import several
 
 if TYPE_CHECKING:
@@ -53,12 +54,12 @@ def paper_tables(report: Mapping[str, Any], beside: Iterable[PaperRow]) -> Rende
     rows = paper_rows(report, beside)
     sources = list(dict.fromkeys(row.source for row in rows))
     parts: list[RenderableType] = []
-    for number, title in TITLES.items():
+    for which, title in TITLES.items():
         table = Table(title=f"Amit et al. 2023, {title}", title_justify="left")
         for name in ("whose", "on which data", "%", "95 % interval", "from"):
             table.add_column(name, justify="left" if name in ("whose", "on which data") else "right", overflow="fold")
         for row in rows:
-            if row.table == number:
+            if row.table == which:
                 span = "-" if row.low is None or row.high is None else f"{row.low:.1f} to {row.high:.1f}"
                 value = "-" if row.percent is None else f"{row.percent:.2f}"
                 table.add_row(Text(row.whose), Text(row.data), value, span, f"({sources.index(row.source) + 1})")
@@ -81,8 +82,8 @@ def _scores(report: Mapping[str, Any]) -> Table:
             continue
         value = report[key]
         label = label.format(several(report["ged_samples"]["model"], "sample"))
-        span = "-" if value["low"] is None else f"{_number(value['low'])} to {_number(value['high'])}"
-        table.add_row(label, _number(value["mean"]), span)
+        span = "-" if value["low"] is None else f"{number(value['low'])} to {number(value['high'])}"
+        table.add_row(label, number(value["mean"]), span)
     return table
 
 
@@ -90,7 +91,7 @@ def _thresholds(report: Mapping[str, Any]) -> Table:
     table = Table(title="Dice of the soft map by threshold", title_justify="left")
     for entry in report["dice_per_threshold"]:
         table.add_column(f"{entry['threshold']:g}", justify="right")
-    table.add_row(*(_number(entry["mean"]) for entry in report["dice_per_threshold"]))
+    table.add_row(*(number(entry["mean"]) for entry in report["dice_per_threshold"]))
     return table
 
 
@@ -107,15 +108,11 @@ def _levels(report: Mapping[str, Any]) -> Table:
     for c, (found, error) in enumerate(zip(distance, volume, strict=True)):
         table.add_row(
             str(c + 1),
-            _number(report["dice_per_level"][c]["mean"]),
-            _number(report["iou_per_level"][c]["mean"]),
-            _number(found["mean"], 2),
+            number(report["dice_per_level"][c]["mean"]),
+            number(report["iou_per_level"][c]["mean"]),
+            number(found["mean"], 2),
             f"{found['n_model_empty'] + found['n_annotators_empty']}",
-            _number(error["signed"]["mean"], 3 if in_ml else 1),
-            _number(error["absolute"]["mean"], 3 if in_ml else 1),
+            number(error["signed"]["mean"], 3 if in_ml else 1),
+            number(error["absolute"]["mean"], 3 if in_ml else 1),
         )
     return table
-
-
-def _number(value: float | None, digits: int = 3) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"

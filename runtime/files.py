@@ -150,7 +150,8 @@ def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     An existing `path` is an error unless `replace` (then the old folder is moved aside, and removed once the new one is
     in place) or it is empty. Raises `CdiffError` for that and when the system refuses to write.
     """
-    _must_be_free(path, replace)
+    if not replace:
+        must_be_new(path)
     make_folder(path.parent)
     token = secrets.token_hex(8)
     part, old = path.parent / f"{PART}{token}", path.parent / f"{PART}{token}-old"
@@ -164,7 +165,8 @@ def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
             for item in sorted(part.rglob("*"), reverse=True):  # what lies deeper first, then its folder
                 _sync(item)
             _sync(part)
-            _must_be_free(path, replace)  # somebody else may have written it meanwhile
+            if not replace:
+                must_be_new(path)  # somebody else may have written it meanwhile
             if _is_empty_folder(path):
                 path.rmdir()
             elif path.exists():
@@ -208,8 +210,9 @@ def dump_json(value: Any) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def _must_be_free(path: Path, replace: bool) -> None:
-    if (path.exists() or path.is_symlink()) and not replace and not _is_empty_folder(path):
+def must_be_new(path: Path) -> None:
+    """Raise `CdiffError` where something but an empty folder is at `path`."""
+    if (path.exists() or path.is_symlink()) and not _is_empty_folder(path):
         raise CdiffError(f"{path} already exists; remove it or give another name")
 
 

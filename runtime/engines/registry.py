@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from cdiff.runtime.device.cuda import INSTALL, missing_packages
 from cdiff.runtime.device.gpu import not_there, parse_device
 from cdiff.runtime.engines.base import Engine
-from cdiff.runtime.engines.trt import BuildEngines, Flavour, trt_version, user_cache
+from cdiff.runtime.engines.trt import BuildEngines, Flavour, has_engines, trt_version
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.gpus import visible_gpus
 
@@ -135,7 +135,7 @@ def open_engine(
         state = engine_status(picked)
         if kind not in state.devices:
             reasons.append(f"{picked}: {state.missing}")
-        elif picked == "tensorrt" and build is None and not _has_engines(bundle):
+        elif picked == "tensorrt" and build is None and not has_engines(bundle, "tensorrt"):
             reasons.append("tensorrt: no engine was built; cdiff export BUNDLE --engine tensorrt builds one")
         else:
             return _open(bundle, picked, number, threads, build)
@@ -150,11 +150,6 @@ def _must_run(state: EngineStatus, kind: str, device: str) -> None:
             f"{state.name} does not run on {device} here: {state.missing or 'it needs a GPU, such as --device cuda:0'}"
         )
     raise CdiffError(f"{state.name} cannot run here: {state.missing}")
-
-
-def _has_engines(bundle: Bundle) -> bool:
-    """Whether some TensorRT engine was built for this machine's user or in this bundle; which one serves shows when it is bound."""
-    return any(any(folder.glob("denoiser_tensorrt_*")) for folder in (bundle.engines, user_cache()))
 
 
 def _open(bundle: Bundle, name: str, number: int | None, threads: int | None, build: BuildEngines | None) -> Engine:

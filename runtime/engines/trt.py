@@ -277,6 +277,11 @@ def cached_rows(bundle: Bundle, flavour: Flavour, gpu: Gpu) -> int | None:
     return max(found, default=None)
 
 
+def has_engines(bundle: Bundle, flavour: Flavour) -> bool:
+    """Whether the cache has any engine of this model, for whichever GPU and version: whether one serves shows when it is bound."""
+    return any(key.flavour == flavour for _, key, _ in _records(bundle, "denoiser", lambda _: None))
+
+
 def open_or_build(
     bundle: Bundle,
     flavour: Flavour,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.files import atomic_folder, sha256, write_json
+from cdiff.runtime.files import atomic_folder, must_be_new, sha256, write_json
 from cdiff.runtime.scans.sources import is_there
 from cdiff.train.checkpoint import read_json, save_checkpoint
 from cdiff.train.config import Config
@@ -55,8 +55,7 @@ def import_checkpoint(
     Raises CdiffError, and writes nothing, when the file is not such a checkpoint, its options and tensors contradict each other
     (the wrong tensors are named), or `out` exists.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CdiffError(f"{out} already exists; remove it or give another --out")
+    must_be_new(out)
     theirs = read_state_dict(checkpoint)
     source = source or source_of(theirs, checkpoint)
     said = _read_args(checkpoint, args, source, settings or [])

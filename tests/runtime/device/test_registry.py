@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -15,7 +16,9 @@ from cdiff.runtime.doctor import diagnose
 from cdiff.runtime.engines import onnxruntime as plain
 from cdiff.runtime.engines import onnxruntime_gpu, registry, tensorrt
 from cdiff.runtime.engines.registry import NAMES, available_engines, open_engine
+from cdiff.runtime.engines.trt import RECORD, RECORD_FORMAT, EngineKey, Profile
 from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.manifest import DENOISER
 
 GPU_BUILD = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
 
@@ -25,7 +28,11 @@ class Machine:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
         self.patch, self.opened = monkeypatch, list[tuple[Any, ...]]()
-        self.bundle = cast(Bundle, SimpleNamespace(encoder=Path("e"), denoiser=Path("d"), engines=folder / "engines"))
+        manifest = SimpleNamespace(files={DENOISER: {"sha256": "this model's"}})
+        self.bundle = cast(
+            Bundle,
+            SimpleNamespace(encoder=Path("e"), denoiser=Path("d"), engines=folder / "engines", manifest=manifest),
+        )
         monkeypatch.setenv("CDIFF_CACHE", str(folder / "cache"))
         self.has()
         for module, name in (
@@ -63,13 +70,23 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Machine:
     return Machine(monkeypatch, tmp_path)
 
 
+def cache(folder: Path, graph: str) -> None:
+    """The record of an engine of that graph."""
+    key = EngineKey("denoiser", "tensorrt", "10.16.1.11", "H200", ("9.0",), "float16", Profile(1, 8, 8, 8), graph)
+    (folder / key.folder_name()).mkdir(parents=True)
+    record = {"format": RECORD_FORMAT, "key": key.to_json(), "sha256": "0"}
+    (folder / key.folder_name() / RECORD).write_text(json.dumps(record))
+
+
 def test_auto_prefers_tensorrt_where_an_engine_can_be_had(machine: Machine, tmp_path: Path) -> None:
     build = cast(Any, lambda *_: None)
     assert open_engine(machine.bundle, "auto", "cuda:2", build=build) == "TensorRtEngine"
     assert machine.opened.pop() == ("TensorRtEngine", "tensorrt", 2, build, {})
     assert open_engine(machine.bundle, "auto", "cuda:2") == "OnnxRuntimeGpuEngine"
     assert machine.opened.pop() == ("OnnxRuntimeGpuEngine", 2, {"tensorrt": False})
-    (tmp_path / "engines" / "denoiser_tensorrt_10.16.1.11_H200_0123").mkdir(parents=True)
+    cache(tmp_path / "cache" / "engines", "another model's")
+    assert open_engine(machine.bundle, "auto", "cuda:2") == "OnnxRuntimeGpuEngine"
+    cache(tmp_path / "engines", "this model's")
     assert open_engine(machine.bundle, "auto", "cuda:2") == "TensorRtEngine"
     assert open_engine(machine.bundle, "auto", "cpu", build=build) == "OnnxRuntimeEngine"
     machine.has(tensorrt=None)

@@ -127,7 +127,7 @@ class Meter:
 
     @classmethod
     def show(cls, line: str) -> None:
-        """A path, as `written` puts it. A bar steps aside, for beside one rich would send it to stderr."""
+        """A path, as `written` puts it. A bar steps aside, or the path would stand behind it on its line."""
         with cls._lock:
             if cls._on_screen is not None:
                 cls._on_screen.stop()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,20 @@ def test_a_result_shown_beside_a_bar_goes_to_stdout(
     assert printed.out == "maps/[a]_soft.nii.gz\nafter\n"
     assert "maps" not in printed.err
     assert "segment" in printed.err
+
+
+def test_a_result_shown_beside_a_bar_has_a_line_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = StringIO()
+    monkeypatch.setattr(console, "err", Console(file=screen, force_terminal=True))
+    monkeypatch.setattr(console, "out", Console(file=screen))
+    with console.Meter("segment") as meter:
+        meter(1, 2)
+        console.Meter.show("maps/a_soft.nii.gz")
+        meter(2, 2)
+    before, after = screen.getvalue().split("maps/a_soft.nii.gz")
+    assert before.endswith("\x1b[2K"), "the bar's line is erased"
+    assert after.startswith("\n")
+    assert "segment" in after, "and drawn again"
 
 
 @pytest.mark.parametrize("quiet", [False, True])

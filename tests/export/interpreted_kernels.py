@@ -108,6 +108,17 @@ def test_a_large_mean_does_not_cancel_the_variance() -> None:
     torch.testing.assert_close(found.double(), nnf.group_norm(x.double(), 4, eps=1e-5), rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("eps", [1e-5, 1e-3])
+def test_what_keeps_the_variance_from_zero_counts_where_a_group_hardly_varies(eps: float) -> None:
+    x, ones, weight = features((2, 8, 6, 5)) / 1000, torch.ones(8), torch.ones(1, 8, 3, 3)
+    expected = nnf.group_norm(x.double(), 4, eps=eps)
+    found = kernels.normed((kernels.measured(x),), 4, ones, torch.zeros(8), eps=eps, act=False)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+    ended = kernels.normed_conv(kernels.measured(x), 4, ones, torch.zeros(8), weight, torch.zeros(1), eps=eps)
+    plain = nnf.conv2d(nnf.silu(expected), weight.double(), padding=1)
+    torch.testing.assert_close(ended.double(), plain, rtol=1e-4, atol=1e-4)
+
+
 def test_sources_side_by_side_are_their_concatenation() -> None:
     """Groups of 5 channels that reach over the seam, and each row its own gain and offset, cut out of a wider table."""
     x, y = features((2, 7, 6, 9), seed=1), features((2, 8, 6, 9), seed=2, mean=9)

@@ -75,6 +75,14 @@ def test_a_longer_chain_after_a_shorter_one_starts_anew() -> None:
     np.testing.assert_array_equal(maps(engine, windows, "dpm++2m"), first)
 
 
+def test_a_chain_that_was_not_finite_leaves_nothing_to_the_next() -> None:
+    """Else one scan that a network fails on would fail every later one of a folder: 0 times NaN is NaN."""
+    binding = TorchChainEngine(random_network(BASE), SCHEDULE, "cpu", EXACT).bind(2, 1)
+    for buffer in (binding.x, binding.previous):
+        buffer.fill_(torch.nan)
+    assert np.isfinite(binding.run_chain(one_slice(np.arange(2)), sampler_table("dpm++2m", SCHEDULE, 6), 0)).all()
+
+
 @pytest.mark.parametrize("sampler", ["ddpm", "dpm++2m"])
 def test_what_a_capture_leaves_behind_does_not_reach_the_chain(sampler: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stand-in for the CUDA graph runs the warm-ups and replays the same call: one capture a kind of table, the same maps."""

@@ -212,6 +212,11 @@ def test_options_are_spelled_as_on_the_published_command_line() -> None:
         assert Options.read("consensus", args, [f"sigma_small={no}"])["sigma_small"] is False
     assert Options.read("consensus", args, ["ema_rate=0.99,0.9999"]).ema_rate == 0.99
     assert Options.read("consensus", args, ["attention_resolutions=16, 4"]).attention_depths == (1, 3)
+    assert Options.read("consensus", args, ["attention_resolutions=32"]).attention_depths == (0,)
+    assert Options.read("consensus", args | {"ema_rate": None}, []).ema_rate == 0.9999  # as if it were not there
+    for said, target in (("True", "x0"), ("False", "eps")):
+        options = Options.read("consensus", args, [f"predict_xstart={said}"])
+        assert options.config(image_channels=1, step=0, intensity=Intensity()).network.target == target
 
 
 def test_how_it_was_trained_is_what_a_training_goes_on_with() -> None:

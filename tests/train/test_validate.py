@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 
+from cdiff.runtime.sampling.sampler import sampler_table
 from cdiff.train import validate
 from cdiff.train.config import Config
 from cdiff.train.data import Batch
@@ -16,15 +19,19 @@ from cdiff.train.presets import preset
 from cdiff.train.validate import sample_soft_maps, score
 
 
-@pytest.mark.parametrize("slices", [1, 3])
-def test_no_call_has_more_rows_than_are_allowed(slices: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where one slice's levels and runs are more: the maps are those of one call a slice."""
-    config: Config = preset("tiny").with_values({"levels": 5, "rrdbs": 0})
+def random_network(config: Config) -> ConsensusNet:
     torch.manual_seed(0)
     network = ConsensusNet(config.network).eval()
     for weight in network.parameters():
         torch.nn.init.normal_(weight, std=0.3)
-    diffusion = Diffusion(config.schedule, "x0")
+    return network
+
+
+@pytest.mark.parametrize("slices", [1, 3])
+def test_no_call_has_more_rows_than_are_allowed(slices: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where one slice's levels and runs are more: the maps are those of one call a slice."""
+    config: Config = preset("tiny").with_values({"levels": 5, "rrdbs": 0})
+    network, diffusion = random_network(config), Diffusion(config.schedule, "x0")
     images = torch.randn(slices, 1, 32, 32)
     calls: list[int] = []
     network.denoiser.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
@@ -39,6 +46,58 @@ def test_no_call_has_more_rows_than_are_allowed(slices: int, monkeypatch: pytest
     torch.testing.assert_close(sampled(), whole, rtol=0, atol=1e-5)
     assert max(calls) == 8
     assert whole.std() > 0.01
+
+
+def test_the_network_is_asked_for_every_level_at_the_chain_s_timesteps() -> None:
+    config: Config = preset("tiny").with_values({"levels": 3, "rrdbs": 0})
+    network, diffusion, image = random_network(config), Diffusion(config.schedule, "x0"), torch.randn(2, 1, 32, 32)
+    asked: list[tuple[list[int], list[int]]] = []
+    hook = network.denoiser.register_forward_pre_hook(
+        lambda _, given: asked.append((given[2].tolist(), given[3].tolist()))
+    )
+    first = sample_soft_maps(network, diffusion, image, steps=4, runs=2, seed=0)
+    assert [set(t) for t, _ in asked] == [{int(t)} for t in sampler_table("ddim", config.schedule, 4).t]
+    for _, levels in asked:
+        assert [sorted(levels[:6]), sorted(levels[6:])] == [[1, 1, 2, 2, 3, 3]] * 2, "of each slice"
+    hook.remove()
+    other = sample_soft_maps(network, diffusion, image, steps=4, runs=2, seed=1)
+    assert (other - first).abs().max() > 0.01, "the seed draws the noise"
+
+
+def test_processes_share_the_calls_and_have_the_maps_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    config: Config = preset("tiny").with_values({"levels": 3, "rrdbs": 0})
+    network, diffusion, images = random_network(config), Diffusion(config.schedule, "x0"), torch.randn(5, 1, 32, 32)
+    monkeypatch.setattr(validate, "ROWS", 6)  # two slices a call
+    monkeypatch.setattr(validate, "summed", lambda fabric, total: 2 * total)  # as if the other had the same
+    options: dict[str, Any] = {"steps": 2, "runs": 1, "seed": 0}
+    parts = [
+        sample_soft_maps(
+            network, diffusion, images, **options, fabric=cast(Any, SimpleNamespace(world_size=2, global_rank=rank))
+        )
+        for rank in (0, 1)
+    ]
+    assert [[bool(one.any()) for one in part] for part in parts] == [
+        [True, True, False, False, True],
+        [False, False, True, True, False],
+    ]
+    torch.testing.assert_close(sum(parts) / 2, sample_soft_maps(network, diffusion, images, **options))
+
+
+def test_a_score_is_of_as_many_steps_and_runs_as_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def sampled(network: Any, diffusion: Any, image: torch.Tensor, **options: Any) -> torch.Tensor:
+        asked.update(options)
+        return torch.zeros(len(image), 32, 32)
+
+    monkeypatch.setattr(validate, "sample_soft_maps", sampled)
+    config: Config = preset("tiny")
+    network = ConsensusNet(config.network)
+    levels = config.network.levels
+    batch = Batch(torch.zeros(1, 1, 32, 32), torch.zeros(1, levels, 32, 32, dtype=torch.bool), torch.tensor([levels]))
+    options: dict[str, Any] = {"steps": 4, "runs": 3, "seed": 7, "fabric": None}
+    score(network, Diffusion(config.schedule, "x0"), batch, **options)
+    assert asked == options
 
 
 @pytest.mark.parametrize(

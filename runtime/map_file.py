@@ -21,6 +21,8 @@ from cdiff.runtime.scans.grid import Grid
 
 BLOCK = 2**20
 """Bytes that are deflated for themselves."""
+MOST_THREADS = 8
+"""Each holds a few blocks, and who gives them is one thread."""
 LEVEL = 1
 """Of deflate, for what is drawn: level 6 makes maps 1 to 10 % smaller and takes up to twice as long."""
 # RFC 1952: deflate, neither name nor time (the same maps are the same bytes), fastest, unknown system; RFC 1951: a last block without content.
@@ -95,7 +97,7 @@ def write_gzip(file: BinaryIO, parts: Iterable[NDArray[Any]]) -> None:
     Each block is deflated for itself and ends on a whole byte. So a thread a core deflates one, and blocks of one value and length that come
     again, as those of slices that were not computed, are deflated and summed up once.
     """
-    threads = physical_cores()
+    threads = min(physical_cores(), MOST_THREADS)
     crc = size = 0
     known: dict[tuple[int, int, str], Future[tuple[bytes, int]]] = {}
     waiting: deque[tuple[Future[tuple[bytes, int]], int]] = deque()

@@ -385,7 +385,9 @@ def test_the_engines_are_built_when_the_cache_has_none(make: Any, monkeypatch: p
     with pytest.raises(CdiffError, match="build it"):
         setup.engine.bind(12, 8)
     setup.engine._build = lambda *_: None
-    setup.engine._bundle = SimpleNamespace(manifest=SimpleNamespace(image_size=(16, 16), features_channels=2, conditions=3))
+    setup.engine._bundle = SimpleNamespace(
+        manifest=SimpleNamespace(image_size=(16, 16), features_channels=2, conditions=3)
+    )
     setup.engine.bind(12, 8)
     built = setup.asked[-1]
     assert (built.min_rows, built.opt_rows, built.max_rows) == (1, 12, 75), (

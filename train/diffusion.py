@@ -114,7 +114,8 @@ def _surprise(m: Tensor, gap: Tensor, scale: Tensor) -> Tensor:
     gradient clipping left nothing of the others'.
     """
     above, below = (scale * (gap + side / 255) for side in (1, -1))
-    inner = _normal_cdf(above) - _normal_cdf(below)
+    # A difference of two numbers near 1 would lose a wide gap's: the mirrored bin has the same share, near 0.
+    inner = _normal_cdf(scale * (1 / 255 - gap.abs())) - _normal_cdf(scale * (-1 / 255 - gap.abs()))
     share = torch.where(m > 0.999, _normal_cdf(-below), torch.where(m < -0.999, _normal_cdf(above), inner))
     return -torch.log(share.clamp(min=1e-12))
 

@@ -209,8 +209,8 @@ def test_what_a_window_shows() -> None:
     ramp = torch.stack(torch.meshgrid(*[torch.arange(side) + 0.5] * 2, indexing="ij"))
     data = slices((side, side), number)
     data.images = [torch.cat([ramp, torch.full((1, side, side), float(i))]) for i in range(number)]
-    ranges = {"rotation": 20.0, "zoom": 0.2, "shift": 0.1}
-    config = preset("tiny").with_values({"framing": "tile", "image_size": n, "jitter": 5, **ranges})
+    ranges = {"rotation": 20.0, "zoom": 0.2, "shift": 0.2}
+    config = preset("tiny").with_values({"framing": "tile", "image_size": n, "jitter": 2, **ranges})
     batches = [training_batch(data, config, step, 6, n) for step in range(210)]
     images, masks = torch.cat([batch.image for batch in batches]).double(), torch.cat([b.masks for b in batches])
 
@@ -237,8 +237,9 @@ def test_what_a_window_shows() -> None:
     assert all(abs(share - 0.5) < 0.06 for share in (flips < 0).mean(0))
     middles = np.array([data.centre(i) for i in order])[inside]
     away = middle - middles
-    assert 0.85 < (np.abs(away) <= 5 + 1.6 + 1e-3).all(1).mean() < 0.97, "all but the share that lies anywhere"
-    assert unrelated(np.column_stack([zoom, angle, flips, away]))
+    near = (np.abs(away) <= 2 + 3.2 + 1e-3).all(1)
+    assert 0.85 < near.mean() < 0.97, "all but the share that lies anywhere"
+    assert unrelated(np.column_stack([zoom, angle, flips, away])[near])
     all_zooms = np.full(len(images), np.nan)
     all_zooms[inside.numpy()] = zoom
     both = np.stack([all_zooms[:-6], all_zooms[6:]])  # of the same place in the next step

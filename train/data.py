@@ -18,7 +18,7 @@ from cdiff.runtime.data.case import ARRAY, listed, natural
 from cdiff.runtime.data.cases import Case, DataSet, find_cases, read_case
 from cdiff.runtime.data.oddities import Oddities
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.sampling.framing import resize
+from cdiff.runtime.sampling.framing import Framing, resize
 from cdiff.runtime.scans.lie import NEARLY_ALL, usual
 from cdiff.runtime.scans.scale import span
 from cdiff.runtime.variants import ANNOTATOR, variant_called
@@ -261,10 +261,25 @@ def _centre(slices: Slices, i: int, size: int, config: Config, rng: np.random.Ge
     return out[0], out[1]
 
 
-def centre_windows(slices: Slices, chosen: list[int], size: int) -> Batch:
-    """The central windows of some slices, plain: what validation samples. No mask is looked at to place them."""
-    sides = [slices.images[i].shape[-2:] for i in chosen]
-    return _batch(slices, chosen, [Window(size, (h / 2, w / 2)) for h, w in sides])
+def validation_windows(slices: Slices, chosen: list[int], size: int, mode: str) -> Batch:
+    """A plain window of some slices each, one of those that the framing `mode` cuts them into: what validation samples.
+
+    Where there are several, the one that holds the most votes, of equals the first: the middle of a large slice is mostly empty, and
+    a model that draws nothing would be right there.
+    """
+    framing = Framing("tile" if mode == "tile" else "centre", (size, size))
+    return _batch(slices, chosen, [_framed(slices.masks[i], framing) for i in chosen])
+
+
+def _framed(masks: Tensor, framing: Framing) -> Window:
+    (h, w), size = masks.shape[-2:], framing.size[0]
+    # A slice that is smaller than the window lies in it as the runtime pads it.
+    above, left = (max(size - n, 0) // 2 for n in (h, w))
+    votes = masks.sum(0)
+    corners = [(y - above, x - left) for y, x in framing.frame(np.empty((1, 1, h, w), np.float32)).origins]
+    held = [int(votes[max(y, 0) : y + size, max(x, 0) : x + size].sum()) for y, x in corners]
+    y, x = corners[held.index(max(held))]
+    return Window(size, (y + size / 2, x + size / 2))
 
 
 def _batch(slices: Slices, chosen: list[int], windows: list[Window]) -> Batch:

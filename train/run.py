@@ -21,7 +21,7 @@ from cdiff.runtime.words import first_line
 from cdiff.train import pace
 from cdiff.train.checkpoint import checkpoint_folder, checkpoint_name, origin, read_json, save_checkpoint
 from cdiff.train.config import Config
-from cdiff.train.data import Batch, Data, centre_windows
+from cdiff.train.data import Batch, Data, validation_windows
 from cdiff.train.fabric import precision_of, settle
 from cdiff.train.feed import Feed
 from cdiff.train.interrupt import Interrupt
@@ -102,10 +102,10 @@ class Run:
         return [part.pinned() for part in parts] if self.learner.device.type == "cuda" else parts
 
     def validate(self, window: int) -> float:
-        """Soft Dice of the averaged weights on central windows of `window` pixels, the size that training sees now."""
+        """Soft Dice of the averaged weights on windows of `window` pixels, the size that training sees now."""
         settings = self.config.training
         if window not in self.val_batches:
-            batch = centre_windows(self.data.val, self.val_chosen, window)
+            batch = self._val_windows(self.val_chosen, window)
             self.val_batches[window] = batch.to(self.learner.device)
         with _enough_memory(f"for the validation after step {self.done}", "set val_runs lower in a new run"):
             return score(
@@ -117,6 +117,9 @@ class Run:
                 seed=settings.seed,
                 fabric=self.fabric,
             )
+
+    def _val_windows(self, chosen: list[int], size: int) -> Batch:
+        return validation_windows(self.data.val, chosen, size, self.config.data.framing)
 
     def loop(self, max_steps: int | None, console: Console, quiet: bool) -> TrainResult:
         """Steps until the end, an interrupt, or `max_steps`; saves as it goes. Returns how it ended."""
@@ -229,7 +232,7 @@ class Run:
 
     def _save_samples(self) -> None:
         """A few validation slices as the network sees them, for checking exported graphs on real input."""
-        batch = centre_windows(self.data.val, self.val_chosen[:4], self.config.network.image_size)
+        batch = self._val_windows(self.val_chosen[:4], self.config.network.image_size)
         with atomic_path(self.out / "samples.npz") as temporary, temporary.open("wb") as file:
             np.savez_compressed(file, images=batch.image.numpy(), votes=batch.votes.numpy())
 

@@ -55,9 +55,10 @@ def sample_soft_maps(
                 when = torch.full_like(level, int(t))
                 x0 = diffusion.to_x0(network.denoiser(x, shared, when, level), x, when)
                 x = float(a) * x + float(b) * x0
-            drawn.append(diffusion.fraction(x))
-        soft = torch.cat(drawn).reshape(len(part), per_slice, *image.shape[-2:]).mean(dim=1)
-        total[start : start + len(part)] = soft.cpu()
+            drawn.append(x)
+        # Runs are averaged first, as the runtime does: with masks of 0 and 1 a run may fall below 0, and no mean does.
+        runs_of_maps = torch.cat(drawn).reshape(len(part), runs, K, *image.shape[-2:])
+        total[start : start + len(part)] = diffusion.fraction(runs_of_maps.mean(dim=1)).mean(dim=1).cpu()
     return total if fabric is None else summed(fabric, total).cpu()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -14,8 +15,9 @@ import torch
 from cdiff.runtime.data.cases import find_cases
 from cdiff.runtime.data.partition import held_out_of
 from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.sampling.framing import Framing
 from cdiff.train.config import Config
-from cdiff.train.data import Slices, centre_windows, fit_to_data, read_data, training_batch
+from cdiff.train.data import Slices, fit_to_data, read_data, training_batch, validation_windows
 from cdiff.train.presets import preset
 from tests.synthetic import write_synthetic_dataset
 
@@ -124,13 +126,13 @@ def test_changed_intensities_are_the_same_whichever_part_of_the_batch_is_cut(tin
     added = noisy - training_batch(data.train, plain, 5, 2, 32).image
     assert abs(np.corrcoef(added.flatten(1))[0, 1]) < 0.2, "each image has noise of its own"
     # Validation sees images as they are.
-    assert torch.equal(centre_windows(data.train, [0], 32).image[0], data.train.images[0])
+    assert torch.equal(validation_windows(data.train, [0], 32, "resize").image[0], data.train.images[0])
 
 
 def test_votes_count_the_annotators(tiny_data: Path) -> None:
     config = preset("tiny").with_values({"augment": False})
     data = read_data(tiny_data, config)
-    batch = centre_windows(data.train, [0, 1], 32)
+    batch = validation_windows(data.train, [0, 1], 32, "resize")
     expected = torch.stack([m.sum(0, keepdim=True) for m in data.train.masks[:2]])
     assert torch.equal(batch.votes, expected.to(torch.uint8))
     assert int(batch.votes.max()) == 3
@@ -153,6 +155,31 @@ def test_windows_lie_around_what_anyone_drew_and_within_the_slice() -> None:
     for window in (inner[:, 34:50, 7:23], edge[:, 44:60, :16]):
         share = np.mean([torch.equal(masks, window > 0) for masks in batch.masks])
         assert 0.2 < share <= 1 / 3, "all but the share of the background"
+
+
+def test_tiles_are_validated_where_something_was_drawn() -> None:
+    """In the middle of the slice nothing is, and a model that draws nothing would be right."""
+    masks = torch.zeros(2, 61, 80, dtype=torch.uint8)
+    masks[0, 58:, 74:78] = masks[:, 2:6, 1:3] = 1
+    ramp = torch.arange(61.0 * 80).reshape(1, 61, 80)
+    batch = validation_windows(Slices([ramp], [masks], [2], ["a"]), [0], 16, "tile")
+    assert torch.equal(batch.image[0], ramp[:, :16, :16])
+    assert int(batch.votes.sum()) == 16
+    centred = validation_windows(Slices([ramp], [masks], [2], ["a"]), [0], 16, "centre")
+    assert torch.equal(centred.image[0], ramp[:, 22:38, 32:48])
+    assert int(centred.votes.sum()) == 0
+
+
+@pytest.mark.parametrize("mode", ["tile", "centre"])
+@pytest.mark.parametrize("shape", [(13, 16), (16, 11), (13, 21), (7, 9)])
+def test_a_small_slice_lies_in_its_validation_window_as_when_it_is_segmented(mode: str, shape: tuple[int, int]) -> None:
+    masks = torch.ones(1, *shape, dtype=torch.uint8)
+    image = torch.arange(1.0, 1 + math.prod(shape)).reshape(1, *shape)
+    batch = validation_windows(Slices([image], [masks], [1], ["a"]), [0], 16, mode)
+    there = Framing("tile" if mode == "tile" else "centre", (16, 16)).frame(image[None].numpy()).image(0)
+    inside = batch.masks[0, 0]
+    assert int(inside.sum()) == math.prod(min(n, 16) for n in shape)
+    np.testing.assert_allclose(batch.image[0][:, inside].numpy(), there[:, inside.numpy()], rtol=1e-5)
 
 
 def test_unusable_data_is_refused_with_its_place(tmp_path: Path, tiny_data: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 
 import numpy as np
 import pytest
@@ -101,14 +102,40 @@ def test_the_bound_is_the_kl_of_two_normals() -> None:
 
 @pytest.mark.parametrize("target", ["eps", "x0", "v"])
 def test_a_single_timestep_has_a_bound(target: str) -> None:
-    """beta tilde is 0 there; the variance is beta, as in the sampler's table, and the bound the likelihood of M under it."""
+    """beta tilde is 0 there; the variance is beta, as in the sampler's table, and the bound the probability of M under it."""
     schedule = NoiseSchedule(T=1, kind="cosine")
     diffusion = Diffusion(schedule, target)
     m, noise, when = example([1])
     x = diffusion.noised(m, noise, when)
     perfect = torch.cat([diffusion.aim(m, noise, when), torch.full_like(m, 0.3)], dim=1)
-    nll = 0.5 * math.log2(2 * math.pi * schedule.betas[1])
-    assert diffusion.loss(perfect, m, noise, x, when).item() == pytest.approx(nll / 1000, rel=1e-3)
+    bits = -math.log2(statistics.NormalDist(0, math.sqrt(schedule.betas[1])).cdf(1 / 255))  # the outer bins are open
+    assert diffusion.loss(perfect, m, noise, x, when).item() == pytest.approx(bits / 1000, rel=1e-3)
+
+
+@pytest.mark.parametrize("outside", [-1, 0])
+@pytest.mark.parametrize("x0", [-1.0, 0.0, 0.4, 1.0])
+def test_the_last_step_is_the_probability_of_the_mask_in_8_bits(x0: float, outside: int) -> None:
+    """Never below 0, and 40 bits at most however wrong x0 is, so that no single row decides a clipped step."""
+    schedule = NoiseSchedule(T=1000)
+    diffusion = Diffusion(schedule, "x0", outside=outside)
+    m, noise, when = example([1])
+    m[..., :2] = torch.tensor([0.2, 0.4])  # a soft label is neither
+    m = diffusion.coded(m)
+    x = diffusion.noised(m, noise, when)
+    tilde = schedule.betas[2] * (1 - schedule.abar[1]) / (1 - schedule.abar[2])
+    for v in (-1.0, 0.0, 1.0):
+        sigma = math.exp((v + 1) / 4 * math.log(schedule.betas[1]) + (1 - v) / 4 * math.log(tilde))
+        normal = statistics.NormalDist(x0, sigma)
+        bits = []
+        for value in m.flatten().tolist():
+            above = 1.0 if value > 0.999 else normal.cdf(value + 1 / 255)
+            below = 0.0 if value < -0.999 else normal.cdf(value - 1 / 255)
+            bits.append(-math.log2(max(above - below, 1e-12)))
+        output = torch.cat([torch.full_like(m, x0), torch.full_like(m, v)], dim=1)
+        mse = torch.mean((x0 - m) ** 2).item()
+        got = diffusion.loss(output, m, noise, x, when).item() - mse
+        assert got == pytest.approx(statistics.fmean(bits), rel=0.01)
+        assert 0 <= got < 40
 
 
 def test_the_bound_does_not_move_the_mean() -> None:

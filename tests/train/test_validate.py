@@ -118,3 +118,14 @@ def test_who_did_not_draw_agrees_to_nothing_but_takes_no_share(variant: str, ans
     steps = config.network.T + 1  # more than there are
     found = score(network, Diffusion(config.schedule, "x0"), batch, steps=steps, runs=1, seed=0)
     assert found == pytest.approx(wanted, abs=1e-4, nan_ok=True)
+
+
+def test_runs_are_averaged_before_what_is_below_0_is_cut_off() -> None:
+    """As the runtime does with masks of 0 and 1: a level that two runs draw as -1 and 0.6 is empty."""
+    config: Config = preset("tiny").with_values({"levels": 2, "rrdbs": 0, "outside": 0})
+    network = ConsensusNet(config.network).eval()
+    answers = torch.tensor([-1.0, 0.2, 0.6, 1.0])[:, None, None, None]  # run 1's levels, then run 2's
+    network.denoiser.forward = lambda x, *_: answers.expand_as(x)  # type: ignore[method-assign]
+    diffusion = Diffusion(config.schedule, "x0", outside=0)
+    soft = sample_soft_maps(network, diffusion, torch.zeros(1, 1, 32, 32), steps=1, runs=2, seed=0)
+    torch.testing.assert_close(soft, torch.full((1, 32, 32), (0 + 0.6) / 2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -22,12 +23,14 @@ from cdiff.runtime.sampling.framing import Framing, resize
 from cdiff.runtime.scans.lie import NEARLY_ALL, usual
 from cdiff.runtime.scans.scale import span
 from cdiff.runtime.variants import ANNOTATOR, variant_called
-from cdiff.runtime.words import several
+from cdiff.runtime.words import by, several
 from cdiff.train.augment import Window, cut, random_window, recoloured
 from cdiff.train.config import Config
 from cdiff.train.seen import BEFORE, Seen, again
 
 BACKGROUND = 0.1  # the share of windows drawn anywhere, so that a network trained on windows has seen plain background
+FEW = 0.01
+"""Up to this share of slices whose structures the model does not see says nothing of the data."""
 
 
 @dataclass
@@ -121,12 +124,31 @@ def read_data(root: Path, config: Config) -> Data:
             why = partition.none_has(name, cases, C, variant) if skipped else "; ".join(notes) or "all were empty"
             raise CdiffError(f"no usable {name} slice in {root}: {why}")
         summary[name] = {"cases": len(set(slices.names)), "cases_found": len(cases), "slices": len(slices)}
+    if config.data.framing == "centre":
+        notes += _off_centre([*train_slices.masks, *val_slices.masks], size)
     sizes = {tuple(image.shape[-2:]) for image in train_slices.images}
     # Resampled slices no longer have the size that they came in.
     if len(sizes) == 1 and config.data.framing != "resize":
         summary["slice_size"] = list(sizes.pop())
     summary["notes"] = notes  # the same list, for what is noted later
     return Data(train_slices, val_slices, summary, notes)
+
+
+def _off_centre(masks: Sequence[Tensor], size: int) -> list[str]:
+    """A note on structures that a model which looks at the central `size` pixels alone does not see; none where they are few."""
+
+    def central(n: int) -> slice:
+        start = max((n - size) // 2, 0)
+        return slice(start, start + size)
+
+    marked = [one for one in masks if one.any()]
+    unseen = sum(not one[:, central(one.shape[1]), central(one.shape[2])].any() for one in marked)
+    if unseen <= FEW * len(marked):
+        return []
+    return [
+        f"on {unseen} of {len(marked)} marked slices all that was drawn lies outside the central {by((size, size))} pixels, and with "
+        "framing=centre the model sees no others; cut the images around the structure, or set framing=tile or resize"
+    ]
 
 
 def fit_to_data(config: Config, root: Path, settings: list[str]) -> Config:

@@ -8,6 +8,7 @@ import math
 import shutil
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -155,6 +156,25 @@ def test_windows_lie_around_what_anyone_drew_and_within_the_slice() -> None:
     for window in (inner[:, 34:50, 7:23], edge[:, 44:60, :16]):
         share = np.mean([torch.equal(masks, window > 0) for masks in batch.masks])
         assert 0.2 < share <= 1 / 3, "all but the share of the background"
+
+
+@pytest.mark.parametrize(("framing", "told"), [("centre", True), ("tile", False)])
+def test_structures_off_the_centre_that_the_model_sees_are_told(tmp_path: Path, framing: str, told: bool) -> None:
+    root = write_synthetic_dataset(tmp_path / "d", {"Training": 2, "Validation": 1}, raters=3, shape=(32, 32, 4))
+    settings = {"framing": framing, "image_size": 8, "attention_depths": (), "jitter": 0}
+    assert not any(
+        "outside the central" in note for note in read_data(root, preset("tiny").with_values(settings)).notes
+    )
+    for case in sorted((root / "Training").iterdir())[:1]:
+        for path in case.glob("*seg*.nii.gz"):
+            image = nib.load(path)
+            masks = np.zeros(image.shape, np.uint8)
+            masks[1:4, 1:4, :3] = 1  # the last slice is not marked
+            nib.save(nib.Nifti1Image(masks, image.affine), path)
+    notes = [n for n in read_data(root, preset("tiny").with_values(settings)).notes if "outside the central" in n]
+    assert bool(notes) == told
+    if told:
+        assert "on 3 of 11 marked slices all that was drawn lies outside the central 8 x 8 pixels" in notes[0]
 
 
 def test_tiles_are_validated_where_something_was_drawn() -> None:

@@ -136,7 +136,6 @@ def export(
             raise CdiffError(f"no bundle is named to write to; try: cdiff export {source} --out BUNDLE")
         with needs("export"):
             from cdiff.export.exporter import export_run
-        from cdiff.runtime.sampling.zoom import parse_zooms
 
         with Meter(f"export {source.name}", quiet) as meter:
             sizes = None if zooms is None else parse_zooms(zooms)

@@ -136,13 +136,10 @@ def read_data(root: Path, config: Config) -> Data:
 
 def _off_centre(masks: Sequence[Tensor], size: int) -> list[str]:
     """A note on structures that a model which looks at the central `size` pixels alone does not see; none where they are few."""
-
-    def central(n: int) -> slice:
-        start = max((n - size) // 2, 0)
-        return slice(start, start + size)
-
+    framing = Framing("centre", (size, size))
     marked = [one for one in masks if one.any()]
-    unseen = sum(not one[:, central(one.shape[1]), central(one.shape[2])].any() for one in marked)
+    seen = [framing.frame(np.empty((1, 1, *one.shape[1:]), np.float32)).reach for one in marked]
+    unseen = sum(not one[:, *box].any() for one, box in zip(marked, seen, strict=True))
     if unseen <= FEW * len(marked):
         return []
     return [

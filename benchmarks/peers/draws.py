@@ -43,9 +43,8 @@ def draw_runs(
     found: list[Float32] = []
     for zoom, share in shared_out(runs, zooms) if peer.samples else [(zoom, 1) for zoom in zooms]:
         H, W = (n if zoom == 1 else DIVISOR * max(1, round(n * zoom / DIVISOR)) for n in size)
-        of_zoom = (
-            seed if zoom == 1 else mixed(seed, round(1000 * zoom))
-        )  # with one seed, runs of one number would draw the same
+        # With one seed, runs of one number would draw the same at each zoom.
+        of_zoom = seed if zoom == 1 else mixed(seed, round(1000 * zoom))
         found.append(resize(_views(peer, network, resize(image, (H, W)), share, mirror, of_zoom), size))
     if not peer.samples:
         return np.asarray(np.mean(found, axis=0), np.float32)

@@ -28,6 +28,8 @@ from cdiff.train.augment import Window, cut, random_window, recoloured
 from cdiff.train.config import Config
 from cdiff.train.seen import BEFORE, Seen, again
 
+Rectangle = tuple[tuple[int, int], tuple[int, int]]
+"""Its first row and the one after its last, and the same of columns, pixels."""
 BACKGROUND = 0.1  # the share of windows drawn anywhere, so that a network trained on windows has seen plain background
 FEW = 0.01
 """Up to this share of slices whose structures the model does not see says nothing of the data."""
@@ -50,13 +52,19 @@ class Slices:
     def __len__(self) -> int:
         return len(self.images)
 
-    def centre(self, i: int) -> tuple[float, float] | None:
-        """Row and column of the middle of the box around everything drawn on slice i, pixels; None if nothing was."""
+    def rectangle(self, i: int) -> Rectangle | None:
+        """The smallest one around everything drawn on slice i; None if nothing was."""
         drawn = self.masks[i].any(dim=0)
         rows, columns = drawn.any(dim=1).nonzero(), drawn.any(dim=0).nonzero()
         if not len(rows):
             return None
-        return (float(rows[0] + rows[-1]) + 1) / 2, (float(columns[0] + columns[-1]) + 1) / 2
+        return (int(rows[0]), int(rows[-1]) + 1), (int(columns[0]), int(columns[-1]) + 1)
+
+    def point(self, i: int, share: float) -> tuple[float, float]:
+        """Row and column of the middle of a drawn pixel of slice i: the one that `share` (0 <= share < 1) of them come before, row by row."""
+        drawn = self.masks[i].any(dim=0).nonzero()
+        row, column = drawn[int(share * len(drawn))].tolist()
+        return row + 0.5, column + 0.5
 
 
 @dataclass
@@ -269,14 +277,18 @@ def _order(seed: int, epoch: int, n: int) -> NDArray[np.int64]:
 def _centre(slices: Slices, i: int, size: int, config: Config, rng: np.random.Generator) -> tuple[float, float]:
     h, w = slices.images[i].shape[-2:]
     anywhere, where, jitter = rng.random(), rng.random(2), rng.uniform(-1, 1, 2) * config.data.jitter
-    drawn = slices.centre(i)
+    drawn = slices.rectangle(i)
+    middle = None if drawn is None else [(first + after) / 2 for first, after in drawn]
+    if drawn is not None and config.data.framing == "tile" and any(after - first > size for first, after in drawn):
+        # Around the middle of several structures, or of a large one, a window may hold no outline at all.
+        middle = slices.point(i, float(where[0]))
     out = []
     for axis, extent in enumerate((h, w)):
         low, high = min(size, extent) / 2, extent - min(size, extent) / 2
-        if drawn is None or anywhere < BACKGROUND:
+        if middle is None or anywhere < BACKGROUND:
             out.append(low + float(where[axis]) * (high - low))
         else:
-            out.append(min(max(drawn[axis] + float(jitter[axis]), low), high))
+            out.append(min(max(middle[axis] + float(jitter[axis]), low), high))
     return out[0], out[1]
 
 

@@ -151,7 +151,7 @@ def test_windows_lie_around_what_anyone_drew_and_within_the_slice() -> None:
     inner, edge = torch.zeros(2, 2, 60, 80, dtype=torch.uint8)
     inner[1, 40:44, 10:20] = edge[0, 57:, :4] = 1
     slices = Slices([torch.zeros(1, 60, 80)] * 3, [inner, edge, torch.zeros_like(edge)], [2] * 3, ["a", "b", "c"])
-    assert [slices.centre(i) for i in range(3)] == [(42, 15), (58.5, 2), None]
+    assert [slices.rectangle(i) for i in range(3)] == [((40, 44), (10, 20)), ((57, 60), (0, 4)), None]
     batch = training_batch(slices, tile_config(augment=False, jitter=0), 0, 60, 16)
     for window in (inner[:, 34:50, 7:23], edge[:, 44:60, :16]):
         share = np.mean([torch.equal(masks, window > 0) for masks in batch.masks])

@@ -29,13 +29,15 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def slices(size: tuple[int, int] = (16, 16), number: int = 4) -> Slices:
-    """Ellipses by three annotators, of whom the third is missing on every other slice."""
+def slices(
+    size: tuple[int, int] = (16, 16), number: int = 4, radius: tuple[float, float] = (0.15, 0.3)
+) -> Slices:
+    """Ellipses by three annotators, of whom the third is missing on every other slice. radius: from and to, in sizes."""
     rng = np.random.default_rng(0)
     out = Slices()
     rows, columns = np.indices(size)
     for i in range(number):
-        middle, side = rng.uniform(0.4, 0.6, 2) * size, rng.uniform(0.15, 0.3, 2) * size
+        middle, side = rng.uniform(0.4, 0.6, 2) * size, rng.uniform(*radius, 2) * size
         distance = np.hypot((rows - middle[0]) / side[0], (columns - middle[1]) / side[1])
         masks = np.stack([distance < 0.7 + 0.3 * k for k in range(3)])
         masks[2] &= i % 2 == 0
@@ -203,11 +205,32 @@ def test_what_a_row_draws() -> None:
     assert unrelated(np.concatenate([t, level, u, noise], axis=1))
 
 
+def test_a_window_that_is_too_small_for_all_that_was_drawn_lies_around_a_pixel_of_it() -> None:
+    side, n = 64, 16
+    ramp = torch.stack(torch.meshgrid(*[torch.arange(side) + 0.5] * 2, indexing="ij"))
+    masks = torch.zeros(2, side, side, dtype=torch.uint8)
+    masks[0, 10:14, 20:24] = masks[1, 40:48, 50:54] = masks[1, 12:14, 20:28] = 1
+    data = Slices([ramp] * 4, [masks] * 4, [2] * 4, list("abcd"))
+    still = {"rotation": 0.0, "zoom": 1e-6, "shift": 0.0, "jitter": 0}  # magnified by nothing, but interpolated
+    config = preset("tiny").with_values({"framing": "tile", "image_size": n, **still})
+    shown = torch.cat([training_batch(data, config, step, 6, n).image for step in range(200)])
+    middles = shown.mean((2, 3)).numpy()  # the flips leave it where it is
+    drawn = masks.numpy().any(0)
+    rows, columns = np.round(middles - 0.5).astype(int).T
+    on = (np.abs(middles - 0.5 - np.stack([rows, columns], axis=1)) < 1e-3).all(1) & drawn[rows, columns]
+    assert 0.87 < on.mean() < 0.94, "all but the tenth that lies anywhere"
+    often = np.zeros((side, side), int)
+    np.add.at(often, (rows[on], columns[on]), 1)
+    assert stats.chisquare(often[drawn]).pvalue > 1e-3, "each pixel as often"
+    centred = training_batch(data, config.with_values({"framing": "centre"}), 0, 60, n).image.mean((2, 3)).numpy()
+    assert (np.abs(centred - [29, 37]) < 1e-3).all(1).mean() > 0.8, "with centre around the middle of all"
+
+
 def test_what_a_window_shows() -> None:
     """A picture whose channels are each pixel's own row and column tells where a window lies."""
     side, n, number = 48, 16, 7
     ramp = torch.stack(torch.meshgrid(*[torch.arange(side) + 0.5] * 2, indexing="ij"))
-    data = slices((side, side), number)
+    data = slices((side, side), number, (0.05, 0.12))
     data.images = [torch.cat([ramp, torch.full((1, side, side), float(i))]) for i in range(number)]
     ranges = {"rotation": 20.0, "zoom": 0.2, "shift": 0.2}
     config = preset("tiny").with_values({"framing": "tile", "image_size": n, "jitter": 2, **ranges})
@@ -235,8 +258,10 @@ def test_what_a_window_shows() -> None:
     assert even(zoom, 0.8, 1.2)
     assert even(np.degrees(angle), -20, 20)
     assert all(abs(share - 0.5) < 0.06 for share in (flips < 0).mean(0))
-    middles = np.array([data.centre(i) for i in order])[inside]
-    away = middle - middles
+    drawn_at = [np.argwhere(masks.any(0).numpy()) for masks in data.masks]
+    assert max(np.ptp(pixels, axis=0).max() for pixels in drawn_at) < n
+    middles = np.array([(pixels.min(0) + pixels.max(0) + 1) / 2 for pixels in drawn_at])
+    away = middle - middles[order[inside]]
     near = (np.abs(away) <= 2 + 3.2 + 1e-3).all(1)
     assert 0.85 < near.mean() < 0.97, "all but the share that lies anywhere"
     assert unrelated(np.column_stack([zoom, angle, flips, away])[near])

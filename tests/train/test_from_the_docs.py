@@ -29,9 +29,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def slices(
-    size: tuple[int, int] = (16, 16), number: int = 4, radius: tuple[float, float] = (0.15, 0.3)
-) -> Slices:
+def slices(size: tuple[int, int] = (16, 16), number: int = 4, radius: tuple[float, float] = (0.15, 0.3)) -> Slices:
     """Ellipses by three annotators, of whom the third is missing on every other slice. radius: from and to, in sizes."""
     rng = np.random.default_rng(0)
     out = Slices()

@@ -278,7 +278,7 @@ def _centre(slices: Slices, i: int, size: int, config: Config, rng: np.random.Ge
     h, w = slices.images[i].shape[-2:]
     anywhere, where, jitter = rng.random(), rng.random(2), rng.uniform(-1, 1, 2) * config.data.jitter
     drawn = slices.rectangle(i)
-    middle = None if drawn is None else [(first + after) / 2 for first, after in drawn]
+    middle = None if drawn is None else tuple((first + after) / 2 for first, after in drawn)
     if drawn is not None and config.data.framing == "tile" and any(after - first > size for first, after in drawn):
         # Around the middle of several structures, or of a large one, a window may hold no outline at all.
         middle = slices.point(i, float(where[0]))

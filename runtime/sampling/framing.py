@@ -99,9 +99,9 @@ class Framing:
 
     `resize`: the whole slice is resampled to it, its two axes independently. `tile`: windows of that size at the slice's own
     resolution, evenly spread, neighbours overlapping by at least the fraction `overlap` (0 <= overlap < 1) of a window; a
-    slice that is smaller is padded by reflection, equally on both sides. `centre`: the one such window in the middle of the
-    slice, or around a point that is named, for structures that the training's slices were centred on; outside it the maps are 0.
-    Raises CdiffError for other modes or overlaps.
+    slice that is smaller is padded with the pixels of its edge, equally on both sides, as in training. `centre`: the one such
+    window in the middle of the slice, or around a point that is named, for structures that the training's slices were centred
+    on; outside it the maps are 0. Raises CdiffError for other modes or overlaps.
     """
 
     mode: FramingMode
@@ -225,7 +225,7 @@ class Windows:
         (top, left), (height, width) = self._pad, image.shape[-2:]
         if self.canvas != (height, width):
             below, right = self.canvas[0] - height - top, self.canvas[1] - width - left
-            image = np.pad(image, ((0, 0), (top, below), (left, right)), mode="reflect")
+            image = np.pad(image, ((0, 0), (top, below), (left, right)), mode="edge")
         return np.ascontiguousarray(image[:, *self._window(tile)], dtype=np.float32)
 
     def unframe_slice(self, maps: Float32) -> Float32:

@@ -247,7 +247,7 @@ def resampled(maps: Array, shape: tuple[int, int]) -> Array:
 def padded(image: Array, size: tuple[int, int]) -> tuple[Array, tuple[slice, slice]]:
     """The canvas, and where on it the slice lies."""
     missing = [max(side - n, 0) for side, n in zip(size, image.shape[1:], strict=True)]
-    canvas = np.pad(image, [(0, 0), *((gap // 2, gap - gap // 2) for gap in missing)], mode="reflect")
+    canvas = np.pad(image, [(0, 0), *((gap // 2, gap - gap // 2) for gap in missing)], mode="edge")
     y, x = (slice(gap // 2, gap // 2 + n) for gap, n in zip(missing, image.shape[1:], strict=True))
     return canvas, (y, x)
 

@@ -130,6 +130,18 @@ def test_changed_intensities_are_the_same_whichever_part_of_the_batch_is_cut(tin
     assert torch.equal(validation_windows(data.train, [0], 32, "resize").image[0], data.train.images[0])
 
 
+@pytest.mark.parametrize("framing", ["tile", "centre"])
+@pytest.mark.parametrize("shape", [(20, 40), (7, 11), (32, 31)])
+def test_a_slice_smaller_than_the_window_looks_in_training_as_when_segmenting(
+    framing: str, shape: tuple[int, int]
+) -> None:
+    image = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))
+    masks = (image[:1] > 0.5).to(torch.uint8)
+    shown = validation_windows(Slices([image], [masks], [1], ["a"]), [0], 32, framing).image[0]
+    windows = list(Framing(framing, (32, 32)).frame(image[None].numpy()))  # type: ignore[arg-type]
+    assert any(np.abs(shown.numpy() - one).max() < 1e-5 for one in windows)
+
+
 def test_votes_count_the_annotators(tiny_data: Path) -> None:
     config = preset("tiny").with_values({"augment": False})
     data = read_data(tiny_data, config)

@@ -85,10 +85,10 @@ def test_blending_has_no_seam() -> None:
     assert np.diff(profile).max() < 0.1
 
 
-def test_small_slices_are_padded_by_reflection_in_the_middle() -> None:
+def test_small_slices_lie_in_the_middle_and_repeat_their_edge() -> None:
     row = np.arange(6, dtype=np.float32).reshape(1, 1, 1, 6)
     windows = Framing("tile", (1, 10)).frame(row)
-    assert windows.image(0).tolist() == [[[2, 1, 0, 1, 2, 3, 4, 5, 4, 3]]]
+    assert windows.image(0).tolist() == [[[0, 0, 0, 1, 2, 3, 4, 5, 5, 5]]]
 
 
 def test_bad_framing_is_refused() -> None:

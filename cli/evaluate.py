@@ -1,4 +1,4 @@
-"""`cdiff evaluate`: scores of a model on case folders, beside those of the annotators themselves."""
+"""`cdiff evaluate`: scores of a model, or of maps in files, on case folders, beside those of the annotators themselves."""
 
 from __future__ import annotations
 
@@ -25,6 +25,15 @@ def evaluate(
             "Training/Validation/Testing or train/val/test of them, or a table (.csv).",
         ),
     ],
+    maps: Annotated[
+        Path | None,
+        options.data_option(
+            "--maps DIR",
+            "Score no model but the maps in DIR, of `cdiff segment` or of another program: of each case NAME the share of annotators, 0 to 1, "
+            "as NAME_soft.nii.gz or NAME.nii.gz.",
+            default="a model draws them",
+        ),
+    ] = None,
     json_: Annotated[
         Path | None,
         options.output_option(
@@ -145,7 +154,7 @@ def evaluate(
     chain: options.Chain,
     quiet: options.QuietOption = False,
 ) -> None:
-    """Score a model against several annotators' masks, with 95 % intervals by bootstrap over cases.
+    """Score a model, or maps, against several annotators' masks, with 95 % intervals by bootstrap over cases.
 
     What each score means is in docs/metrics.md.
 
@@ -154,22 +163,25 @@ def evaluate(
     cdiff evaluate --data my_data --model my_bundle --json scores.json
     cdiff evaluate --data my_data --report scores --steps-curve 1,2,5,10,25
     cdiff evaluate --data my_data --report scores --worst 12
+    cdiff evaluate --data my_data --maps maps_of_another_program --json theirs.json
     cdiff evaluate --data my_data --group "patient[0-9]+" --paper-table --beside annotator.json
     """
     from cdiff.runtime.data.cases import find_cases
     from cdiff.runtime.files import write_json
     from cdiff.runtime.pictures.drawing import must_draw
-    from cdiff.runtime.scoring.evaluate import Protocol
-    from cdiff.runtime.scoring.evaluate import evaluate as score
+    from cdiff.runtime.scoring.evaluate import Protocol, Segmented, Source, score_cases
     from cdiff.runtime.scoring.paper import read_beside
     from cdiff.runtime.scoring.publish import SCORES, check_steps, sweep_steps, write_report
     from cdiff.runtime.scoring.worst import WORST, worst_slices, write_worst
+    from cdiff.runtime.scoring.written import WrittenMaps
 
     steps = None if steps_curve is None else options.whole_numbers("--steps-curve", steps_curve, "1,2,5,10,25")
     if steps and report_ is None:
         raise CdiffError("--steps-curve needs a folder to write to; add --report DIR")
     if worst and report_ is None:
         raise CdiffError("--worst needs a folder to draw into; add --report DIR")
+    if maps:
+        _must_be_drawn(model, chain, steps_curve)
     if beside and not paper_table:
         raise CdiffError("--beside adds rows to the paper's tables; add --paper-table")
     if report_:
@@ -186,12 +198,6 @@ def evaluate(
     found = find_cases(data, task, layout=layout, labels=asked)
     for note in found.notes:
         warn(note)
-    segmenter = model.load(quiet)
-    chosen, cases = _choose(found, data, segmenter.manifest, split, limit, quiet)
-    cases, read = _read_as_trained(cases, segmenter.manifest, asked, masks_by, quiet)
-    if steps:
-        check_steps(segmenter, protocol, steps)
-    about = {"folder": data.resolve().name, "split": chosen, "task": task} | read
     told: set[str] = set()
 
     def once(line: str) -> None:
@@ -199,9 +205,22 @@ def evaluate(
             told.add(line)
             warn(line)
 
+    source: Source
+    if maps:
+        chosen, cases = _choose(found, data, None, split, limit, quiet)
+        cases, read = _read(cases, None, asked, masks_by, quiet)
+        source = WrittenMaps(maps, cases, once)
+    else:
+        segmenter = model.load(quiet)
+        chosen, cases = _choose(found, data, segmenter.manifest, split, limit, quiet)
+        cases, read = _read(cases, segmenter.manifest, asked, masks_by, quiet)
+        source = Segmented(segmenter)
+        if steps:
+            check_steps(segmenter, protocol, steps)
+    about = {"folder": data.resolve().name, "split": chosen, "task": task} | read
     with Meter("evaluate", quiet) as meter:
-        report = score(
-            segmenter,
+        report = score_cases(
+            source,
             cases,
             protocol,
             data=about,
@@ -221,7 +240,7 @@ def evaluate(
             )  # fmt: skip
     if report_ and worst:
         with Meter("worst", quiet) as meter:
-            write_worst(report_ / WORST, segmenter, worst_slices(report, cases, worst), protocol, meter)
+            write_worst(report_ / WORST, source, worst_slices(report, cases, worst), protocol, meter)
     out.print(score_tables(report))
     if paper_table:
         out.print()
@@ -231,18 +250,30 @@ def evaluate(
             written(path)
 
 
+def _must_be_drawn(model: options.Model, chain: options.Chain, steps_curve: str | None) -> None:
+    """Raise CdiffError where an option is given that says how a model draws maps, and maps are given."""
+    given = {**vars(model), **vars(chain), "steps_curve": steps_curve}
+    plain = {**vars(options.Model()), **vars(options.Chain()), "steps_curve": None}
+    if drawn := [name for name, value in given.items() if value != plain[name]]:
+        raise CdiffError(
+            f"--{drawn[0].replace('_', '-')} says how a model draws maps, and --maps names maps that are drawn; leave one of the two out"
+        )
+
+
 def _choose(
-    found: DataSet, data: Path, manifest: Manifest, split: str | None, limit: int | None, quiet: bool
+    found: DataSet, data: Path, manifest: Manifest | None, split: str | None, limit: int | None, quiet: bool
 ) -> tuple[str, list[Case]]:
-    """The split to score and its first cases, once it is said which they are and why their scores may mislead."""
-    from cdiff.runtime.scoring.evaluate import choose_split, held_out, may_be_too_good, trained_task
+    """The split to score and its first cases, once it is said which they are and why the scores of a model may mislead."""
+    from cdiff.runtime.scoring.choice import choose_split, held_out, may_be_too_good, trained_task
     from cdiff.runtime.words import several
 
-    held = held_out(found, data, manifest)
+    held = held_out(found, data, manifest) if manifest else None
     chosen, cases = choose_split(found, split, held)
     whence = "(held out of this data when the model was trained)" if cases is held else f"of {', '.join(found)}"
     cases = cases[:limit]
     say(f"split {chosen} {whence}: {several(len(cases), 'case')}", quiet)
+    if manifest is None:
+        return chosen, cases
     if found.task and (trained := trained_task(manifest)) and trained != found.task:
         warn(f"the model was trained on {trained}, and {found.task} is scored")
     if split is None and (doubt := may_be_too_good(manifest, chosen, len(cases))):
@@ -250,16 +281,22 @@ def _choose(
     return chosen, cases
 
 
-def _read_as_trained(
-    cases: list[Case], manifest: Manifest, labels: tuple[int, ...], masks_by: str | None, quiet: bool
+def _read(
+    cases: list[Case], manifest: Manifest | None, labels: tuple[int, ...], masks_by: str | None, quiet: bool
 ) -> tuple[list[Case], dict[str, Any]]:
-    """The cases with their masks read as asked or, where nothing was, as the model was trained; and what the report says of that."""
-    from cdiff.runtime.scoring.evaluate import labelled_as_trained, laid_as_trained
+    """The cases with their masks read as asked or, where nothing was, as a model was trained; and what the report says of that."""
+    from dataclasses import replace
 
-    cases, inside = labelled_as_trained(cases, manifest, labels, warn)
-    if inside and not labels:
-        say(f"labels {','.join(map(str, inside))} are inside, as the model was trained", quiet)
-    cases = laid_as_trained(cases, manifest, masks_by)
-    if (laid := masks_by or manifest.masks_by) == "header" and not masks_by:
-        say("masks are laid where their headers put them, as the model was trained", quiet)
+    from cdiff.runtime.scoring.choice import labelled_as_trained, laid_as_trained
+
+    if manifest is None:
+        inside, laid = labels, masks_by or "array"
+        cases = [replace(case, masks_by=laid) for case in cases]
+    else:
+        cases, inside = labelled_as_trained(cases, manifest, labels, warn)
+        if inside and not labels:
+            say(f"labels {','.join(map(str, inside))} are inside, as the model was trained", quiet)
+        cases = laid_as_trained(cases, manifest, masks_by)
+        if (laid := masks_by or manifest.masks_by) == "header" and not masks_by:
+            say("masks are laid where their headers put them, as the model was trained", quiet)
     return cases, ({"labels": list(inside)} if inside else {}) | ({"masks_by": laid} if laid != "array" else {})

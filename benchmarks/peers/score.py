@@ -26,7 +26,8 @@ from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import sha256, write_json
 from cdiff.runtime.results import Stack
 from cdiff.runtime.scans.scan import read_scan
-from cdiff.runtime.scoring.evaluate import FORMAT, Protocol, case_sha256, choose_split, evaluate
+from cdiff.runtime.scoring.choice import choose_split
+from cdiff.runtime.scoring.evaluate import FORMAT, Protocol, case_sha256, evaluate
 from cdiff.runtime.scoring.journal import Journal, fingerprint
 from cdiff.runtime.scoring.scores import CaseTally
 from cdiff.runtime.scoring.summary import ROW_KEYS, Row, summarise

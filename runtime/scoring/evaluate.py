@@ -1,13 +1,12 @@
-"""Scores a bundle on case folders: every marked slice or all, resumable, in bounded memory (docs/metrics.md)."""
+"""Scores maps on case folders, those that a model draws or that files hold: every marked slice or all, resumable, in bounded memory (docs/metrics.md)."""
 
 from __future__ import annotations
 
 import hashlib
-import re
 import time
-from collections import Counter
+import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,15 +15,13 @@ from numpy.typing import NDArray
 
 from cdiff import __version__
 from cdiff.runtime.data.case import ARRAY, listed
-from cdiff.runtime.data.cases import Case, DataSet, read_case, read_masks
+from cdiff.runtime.data.cases import Case, read_case, read_masks
 from cdiff.runtime.data.oddities import Oddities
-from cdiff.runtime.data.partition import HELD_OUT, held_out_of
 from cdiff.runtime.data.structures import parted
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import sha256, write_json
-from cdiff.runtime.manifest import Manifest
 from cdiff.runtime.scans.itk import itk_bytes
-from cdiff.runtime.scans.scan import read_scan
+from cdiff.runtime.scans.scan import Scan, read_scan
 from cdiff.runtime.scans.sources import ITK_SUFFIXES
 from cdiff.runtime.scoring.journal import Journal, fingerprint
 from cdiff.runtime.scoring.scores import CaseTally, evenly, marked_slices
@@ -75,17 +72,30 @@ class Protocol:
     @property
     def chain(self) -> dict[str, Any]:
         """The arguments of `Segmenter.segment`."""
-        keys = ("runs", "steps", "sampler", "fast", "combine", "mirror", "zooms", "seed")
-        return {key: getattr(self, key) for key in keys}
+        return {key: getattr(self, key) for key in CHAIN}
 
-    def slices(self, masks: NDArray[np.bool_]) -> NDArray[np.int64]:
-        """The slices to score of a case's masks [S,n,H,W]. Raises CdiffError when slices_per_case is less than 1."""
+    @property
+    def choice(self) -> dict[str, Any]:
+        """What decides which cases and slices are scored."""
+        return {key: value for key, value in asdict(self).items() if key not in CHAIN}
+
+    def slices(self, masks: NDArray[np.bool_], drawn: NDArray[np.bool_] | None = None) -> NDArray[np.int64]:
+        """The slices to score of a case's masks [S,n,H,W]; drawn [S]: those of which there are maps, all unless given.
+
+        Raises CdiffError when slices_per_case is less than 1.
+        """
         chosen = np.arange(len(masks)) if self.all_slices else marked_slices(masks, self.all_raters)
-        return evenly(chosen, self.slices_per_case)
+        return evenly(chosen if drawn is None else chosen[drawn[chosen]], self.slices_per_case)
+
+
+CHAIN = ("runs", "steps", "sampler", "fast", "combine", "mirror", "zooms", "seed")
+"""What of a protocol says how maps are drawn."""
 
 
 @dataclass(frozen=True)
-class _Job:
+class Job:
+    """A case and those of its slices that are scored."""
+
     case: Case
     slices: NDArray[np.int64]
 
@@ -102,88 +112,43 @@ class _Job:
                 yield slice(first, min(first + most, end))
 
 
-def choose_split(
-    found: Mapping[str, list[Case]], wanted: str | None = None, held: list[Case] | None = None
-) -> tuple[str, list[Case]]:
-    """The split to score: the one asked for, else test, else val, else all; "all" joins the splits there are,
-    and cases of one name in two of them are called split/name. held: what the model's training held out of this data, where that
-    has no split val: they are it.
+class Source(typing.Protocol):
+    """Where the maps come from that are scored."""
 
-    Raises CdiffError when the one asked for is not there, or none is asked for and only a training split is.
-    """
-    if wanted == "all":
-        names = Counter(case.name for cases in found.values() for case in cases)
-        return "all", [
-            replace(case, name=f"{split}/{case.name}") if names[case.name] > 1 else case
-            for split, cases in found.items()
-            for case in cases
-        ]
-    splits = {**found, "val": held} if held else found
-    for split in (wanted,) if wanted else ("test", "val", "all"):
-        if split in splits:
-            return split, splits[split]
-    there = ", ".join(found)
-    if wanted:
-        raise CdiffError(f"there is no split {wanted} in this data, which has {there}; choose one with --split")
-    raise CdiffError(f"the data has only the split {there}; name it with --split to score what was trained on")
+    @property
+    def levels(self) -> int:
+        """C, how many levels they have."""
 
+    @property
+    def name(self) -> str:
+        """What is scored, for a picture's title."""
 
-def held_out(found: DataSet, root: Path, manifest: Manifest) -> list[Case]:
-    """What the model's training held out of this very data to validate on; none where the data has cases for that, or is other."""
-    told = _data_of(manifest).get("held_out")
-    return held_out_of(found, root, told) if isinstance(told, Mapping) and not found.get("val") else []
+    def about(self) -> dict[str, Any]:
+        """What the scores depend on besides data and protocol, for a report's header."""
+
+    def drawing(self, protocol: Protocol) -> dict[str, Any]:
+        """How the maps are drawn, for a report's protocol."""
+
+    def odd(self) -> Oddities:
+        """What collects the oddities of the data."""
+
+    def read(self, case: Case, odd: Oddities) -> tuple[Case, NDArray[np.bool_], NDArray[np.bool_] | None]:
+        """The case as it is scored, its masks [S,n,H,W], and of which slices there are maps [S], None for all."""
+
+    def row(self, job: Job, protocol: Protocol, progress: Progress) -> Row:
+        """The scores of a case, with its name, its annotators and the chain as it was resolved."""
+
+    def soft(self, case: Case, number: int, protocol: Protocol, progress: Progress) -> tuple[Scan, NDArray[np.float32]]:
+        """The scan of a case, and of its slice `number` the soft map [H,W] that was scored."""
 
 
-def may_be_too_good(manifest: Manifest, split: str, count: int) -> str | None:
-    """That the cases to score may be those that the model learned from; None unless neither they nor its training name splits.
-
-    Asked where those that the training held out are not found: the data is other, or the bundle older than that word.
-    """
-    if split != "all" or HELD_OUT not in str(_data_of(manifest)):
-        return None
-    return (
-        f"no split is named, so all {count} cases are scored; the model was trained on data without a validation split: where they "
-        "are the same, these scores are too good; put cases that it never saw in a folder Testing, or name them test in a table"
-    )
+def evaluate(segmenter: Segmenter, cases: list[Case], protocol: Protocol, **more: Any) -> dict[str, Any]:
+    """Segment and score every case: `score_cases` of a model's maps."""
+    return score_cases(Segmented(segmenter), cases, protocol, **more)
 
 
-def _data_of(manifest: Manifest) -> Mapping[str, Any]:
-    """What the bundle says of the data that the model was trained on."""
-    data = manifest.training.get("data")
-    return data if isinstance(data, Mapping) else {}
-
-
-def labelled_as_trained(
-    cases: list[Case], manifest: Manifest, asked: tuple[int, ...], tell: Notice
-) -> tuple[list[Case], tuple[int, ...]]:
-    """The cases with the mask values inside that were `asked` for or, where none were, that the model was trained on; and those values.
-
-    Empty values leave to each case's layout what is inside. tell: called with a line where the two differ.
-    """
-    trained = manifest.labels_inside
-    if asked and trained and set(asked) != set(trained):
-        tell(f"labels {_numbers(asked)} are scored as inside, and the model was trained on {_numbers(trained)}")
-    inside = asked or trained
-    return ([replace(case, labels=inside) for case in cases] if inside else cases), inside
-
-
-def laid_as_trained(cases: list[Case], manifest: Manifest, asked: str | None) -> list[Case]:
-    """The cases with their masks laid as `asked` (one of MASKS_BY) or, where nothing was, as the model was trained."""
-    return [replace(case, masks_by=asked or manifest.masks_by) for case in cases]
-
-
-def trained_task(manifest: Manifest) -> str | None:
-    """The structure that a model was trained on, such as task02, where its bundle names it so; None where it says it in other words."""
-    last = manifest.task.rpartition("/")[2]
-    return last if re.fullmatch(r"task\d+", last) else None
-
-
-def _numbers(labels: tuple[int, ...]) -> str:
-    return ",".join(map(str, labels))
-
-
-def evaluate(
-    segmenter: Segmenter,
+def score_cases(
+    source: Source,
     cases: list[Case],
     protocol: Protocol,
     *,
@@ -194,20 +159,26 @@ def evaluate(
     progress: Progress | None = None,
     notice: Notice | None = None,
 ) -> dict[str, Any]:
-    """Segment and score every case; returns the report that `cdiff evaluate --json` writes.
+    """Score the maps of every case; returns the report that `cdiff evaluate --json` writes.
 
     data: what to say of the data in the report (folder, split, task). group: a regular expression, `summary.group_names`; cases
     of one group are resampled together. out: the report's file; finished cases are kept in NAME.partial.jsonl beside it until
     it is written, so that an interrupted evaluation resumes; the cases of a report that is there are kept too. Rows of another
-    protocol, bundle, engine, data set or format are not used. write: called as write(out, report), to write more than that
+    protocol, source of maps, data set or format are not used. write: called as write(out, report), to write more than that
     file. notice: called with one line for each thing that a reader of the scores must know. Raises CdiffError for a case that
     cannot be read, a group that cannot be found, fewer than one slice a case, and when nothing is left to score.
     """
     tell = notice or (lambda line: None)
-    jobs, left_out = _plan(segmenter, cases, protocol, tell)
+    jobs, left_out = _plan(source, cases, protocol, tell)
     if doubt := joined_twins([job.case.name for job in jobs], group):
         tell(doubt)
-    header = _header(segmenter, protocol, data or {})
+    header = {
+        "protocol": source.drawing(protocol) | protocol.choice,
+        **source.about(),
+        "data": dict(data or {}),
+        "cdiff": __version__,
+        "format": FORMAT,
+    }
     inputs = [case_sha256(job.case) for job in jobs]
     journal = Journal(out, header, ROW_KEYS, inputs, tell) if out else None
     known = journal.rows if journal else {}
@@ -221,7 +192,9 @@ def evaluate(
             def within(part: int, whole: int, before: int = done, work: int = job.work) -> None:
                 tick(before + work * part // max(whole, 1), total)
 
-            row = _score(segmenter, job, protocol, within) | {"inputs": files}
+            began = time.monotonic()
+            row = source.row(job, protocol, within) | {"inputs": files}
+            row["seconds"] = round(time.monotonic() - began, 2)
             if journal:
                 journal.add(row)
         rows.append(row | {"case": job.case.name})
@@ -242,39 +215,42 @@ def evaluate(
     return report
 
 
-def _plan(
-    segmenter: Segmenter, cases: Iterable[Case], protocol: Protocol, tell: Notice
-) -> tuple[list[_Job], dict[str, Any]]:
+def _plan(source: Source, cases: Iterable[Case], protocol: Protocol, tell: Notice) -> tuple[list[Job], dict[str, Any]]:
     """Reads every mask first: what is wrong with the data is said before hours are spent on it."""
-    manifest, jobs = segmenter.manifest, []
+    jobs = []
     other: dict[str, int] = {}
     empty: list[str] = []
-    odd = Oddities(manifest)
+    undrawn: dict[str, int] = {}
+    odd = source.odd()
     for case in cases:
-        if len(case.masks) != manifest.levels:
+        if len(case.masks) != source.levels:
             other[case.name] = len(case.masks)
             if protocol.raters == "skip":
                 continue
-        if case.others:  # several files: those that the model was trained on, in its order
-            case = case.with_modalities(manifest.modalities)
-        masks = read_case(case, manifest.slice_axis, manifest.image_channels, odd)[1]
-        slices = protocol.slices(masks)
+        case, masks, drawn = source.read(case, odd)
+        slices = protocol.slices(masks, drawn)
+        wanted = slices if drawn is None else protocol.slices(masks)
+        if wanted.size > slices.size:
+            undrawn[case.name] = int(wanted.size - slices.size)
         if slices.size:
-            jobs.append(_Job(case, slices))
-        else:
+            jobs.append(Job(case, slices))
+        elif not wanted.size:
             empty.append(case.name)
-    for line in (*_notes(other, empty, manifest.levels, protocol), *odd.told()):
+    for line in (*_notes(other, empty, undrawn, source.levels, protocol), *odd.told()):
         tell(line)
     if not jobs:
         hint = "score them with --raters use" if other and protocol.raters == "skip" else "look at the masks"
         raise CdiffError(
             f"no case is left to score: {len(other)} have another number of annotators than the model's "
-            f"{manifest.levels} levels, {len(empty)} no marked slice; {hint}"
+            f"{source.levels} levels, {len(empty)} no marked slice; {hint}"
         )
-    return jobs, {"other_number_of_annotators": other if protocol.raters == "skip" else {}, "no_marked_slice": empty}
+    left_out = {"other_number_of_annotators": other if protocol.raters == "skip" else {}, "no_marked_slice": empty}
+    return jobs, left_out | ({"slices_without_maps": undrawn} if undrawn else {})
 
 
-def _notes(other: dict[str, int], empty: list[str], levels: int, protocol: Protocol) -> Iterator[str]:
+def _notes(
+    other: dict[str, int], empty: list[str], undrawn: dict[str, int], levels: int, protocol: Protocol
+) -> Iterator[str]:
     """What a reader of the scores must know of the cases that are not like the others."""
     if other:
         counts = " or ".join(map(str, sorted(set(other.values()))))
@@ -287,63 +263,85 @@ def _notes(other: dict[str, int], empty: list[str], levels: int, protocol: Proto
     if empty:
         by = "all annotators" if protocol.all_raters else "any annotator"
         yield f"{_named(empty)}: no slice marked by {by}; left out"
+    if undrawn:
+        yield f"{_named(list(undrawn))}: no map (NaN) on {several(sum(undrawn.values()), 'slice')} to score; left out"
 
 
 def _named(cases: list[str]) -> str:
     return f"{several(len(cases), 'case')} ({listed(cases)})"
 
 
-def _score(segmenter: Segmenter, job: _Job, protocol: Protocol, progress: Progress) -> Row:
-    started = time.monotonic()
-    manifest = segmenter.manifest
-    scan = read_scan(job.case.scan, channels=manifest.image_channels, slice_axis=manifest.slice_axis)
-    masks = read_masks(job.case, scan.grid)
-    tally = CaseTally(masks, job.slices, protocol.combine)
-    pixels, runs = masks.shape[2] * masks.shape[3], segmenter.runs(protocol.runs, protocol.fast)
-    chain: dict[str, Any] = {}
-    finished = 0
-    for part in job.parts(max(1, RUNS_AT_ONCE // max(1, pixels * manifest.levels * runs))):
+class Segmented:
+    """The maps that a model draws."""
 
-        def within(done: int, total: int, before: int = finished, now: int = part.stop - part.start) -> None:
-            # In thousandths of the parts together, for a bar that does not start anew with each.
-            progress(int(1000 * (before + now * done / max(total, 1))), job.work)
+    def __init__(self, segmenter: Segmenter) -> None:
+        self._segmenter, self._manifest = segmenter, segmenter.manifest
+        self.levels, self.name = self._manifest.levels, f"model {self._manifest.name}"
 
-        result = segmenter.segment(
-            scan,  # read once for all parts
-            **protocol.chain,
-            slices=part,
-            keep_runs=True,
-            progress=within,
-        )
-        tally.add(result.stack, part.start, result.grid)
-        finished += part.stop - part.start
-        chain = {key: result.report[key] for key in ("sampler", "steps", "runs", "mirror")}
-        chain["zooms"] = result.report.get("zooms", [1.0])
-        del result  # or two parts' runs were in memory while the next is made
-    return {
-        "case": job.case.name,
-        "annotators": len(job.case.masks),
-        "seconds": round(time.monotonic() - started, 2),
-        "chain": chain,
-        **tally.row(),
-    }
+    def about(self) -> dict[str, Any]:
+        """Model and engine."""
+        return {
+            "model": {
+                "name": self._manifest.name,
+                "variant": self._manifest.variant,
+                "levels": self.levels,
+                "bundle_sha256": self._segmenter.manifest_sha256,
+            },
+            "engine": {"name": self._segmenter.engine.name, "device": self._segmenter.engine.device},
+        }
 
+    def drawing(self, protocol: Protocol) -> dict[str, Any]:
+        """The arguments of `Segmenter.segment`."""
+        return protocol.chain
 
-def _header(segmenter: Segmenter, protocol: Protocol, data: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything that the scores depend on: the report states it, and a resumed evaluation must agree in all of it."""
-    return {
-        "protocol": asdict(protocol),
-        "model": {
-            "name": segmenter.manifest.name,
-            "variant": segmenter.manifest.variant,
-            "levels": segmenter.manifest.levels,
-            "bundle_sha256": segmenter.manifest_sha256,
-        },
-        "engine": {"name": segmenter.engine.name, "device": segmenter.engine.device},
-        "data": dict(data),
-        "cdiff": __version__,
-        "format": FORMAT,
-    }
+    def odd(self) -> Oddities:
+        """Of data unlike those of the training."""
+        return Oddities(self._manifest)
+
+    def read(self, case: Case, odd: Oddities) -> tuple[Case, NDArray[np.bool_], None]:
+        """The case with the files that the model was trained on, in its order."""
+        case = self._ordered(case)
+        return case, read_case(case, self._manifest.slice_axis, self._manifest.image_channels, odd)[1], None
+
+    def row(self, job: Job, protocol: Protocol, progress: Progress) -> Row:
+        """Segment and score, a part of the scan after another."""
+        scan = self._scan(job.case)
+        masks = read_masks(job.case, scan.grid)
+        tally = CaseTally(masks, job.slices, protocol.combine)
+        pixels, runs = masks.shape[2] * masks.shape[3], self._segmenter.runs(protocol.runs, protocol.fast)
+        chain: dict[str, Any] = {}
+        finished = 0
+        for part in job.parts(max(1, RUNS_AT_ONCE // max(1, pixels * self.levels * runs))):
+
+            def within(done: int, total: int, before: int = finished, now: int = part.stop - part.start) -> None:
+                # In thousandths of the parts together, for a bar that does not start anew with each.
+                progress(int(1000 * (before + now * done / max(total, 1))), job.work)
+
+            result = self._segmenter.segment(
+                scan,  # read once for all parts
+                **protocol.chain,
+                slices=part,
+                keep_runs=True,
+                progress=within,
+            )
+            tally.add(result.stack, part.start, result.grid)
+            finished += part.stop - part.start
+            chain = {key: result.report[key] for key in ("sampler", "steps", "runs", "mirror")}
+            chain["zooms"] = result.report.get("zooms", [1.0])
+            del result  # or two parts' runs were in memory while the next is made
+        return {"case": job.case.name, "annotators": len(job.case.masks), "chain": chain, **tally.row()}
+
+    def soft(self, case: Case, number: int, protocol: Protocol, progress: Progress) -> tuple[Scan, NDArray[np.float32]]:
+        """Segment the slice again."""
+        scan = self._scan(self._ordered(case))
+        part = slice(number, number + 1)
+        return scan, self._segmenter.segment(scan, **protocol.chain, slices=part, progress=progress).stack.soft[0]
+
+    def _ordered(self, case: Case) -> Case:
+        return case.with_modalities(self._manifest.modalities) if case.others else case
+
+    def _scan(self, case: Case) -> Scan:
+        return read_scan(case.scan, channels=self._manifest.image_channels, slice_axis=self._manifest.slice_axis)
 
 
 def case_sha256(case: Case) -> str:

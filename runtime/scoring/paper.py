@@ -112,7 +112,9 @@ def _rows_of(report: Mapping[str, Any], source: str) -> list[PaperRow]:
     at_hand += f" ({several(report['soft_dice_5']['n_slices'], 'slice')} of {several(report['n_cases'], 'case')})"
     model, variant = report["model"]["name"], report["model"].get("variant", "consensus")
     protocol = report["protocol"]
-    chain = f"{several(protocol['runs'], 'run')} x {several(protocol['steps'], 'step')}, {protocol['sampler']}, {protocol['combine']}"
+    chain = "maps as they lie in files"
+    if "steps" in protocol:
+        chain = f"{several(protocol['runs'], 'run')} x {several(protocol['steps'], 'step')}, {protocol['sampler']}, {protocol['combine']}"
     whose = f"{model}: {variant}, {VARIANTS.get(variant, 'its own')}"
     return [
         _row(1, model, at_hand, report["soft_dice_5"], f"{source}: {chain}"),

@@ -44,7 +44,10 @@ def write_report(path: Path, report: dict[str, Any]) -> None:
     }
     with staged(path.parent) as stage:
         for name, table in tables.items():
-            stage(f"{name}.csv").write_text(csv_text(table), encoding="utf-8")
+            if table:
+                stage(f"{name}.csv").write_text(csv_text(table), encoding="utf-8")
+            else:  # maps in files tell nothing of runs
+                stage.replaces(f"{name}.csv")
         write_reliability(report, stage("reliability.png"))
         if len(tables["runs"]) > 1:
             write_curve(tables["runs"], "runs", "runs, the first so many of each slice", stage("runs.png"))

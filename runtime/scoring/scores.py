@@ -154,14 +154,13 @@ class Overlaps:
 
 @dataclass(frozen=True)
 class SliceMaps:
-    """One slice: the model's soft map [H,W], levels [C,H,W], runs of its K maps [K,R,H,W] (255 = 1), the masks that they are for the
-    energy distance samples [N,H,W], run_std [H,W]; the annotators' masks [n,H,W]."""
+    """One slice: the model's soft map [H,W], levels [C,H,W], the masks that its runs are for the energy distance samples [N,H,W], how much
+    the runs differ run_std [H,W], None where that is not known; the annotators' masks [n,H,W]."""
 
     soft: NDArray[np.float32]
     levels: NDArray[np.float32]
-    runs: NDArray[np.uint8]
     samples: NDArray[np.bool_]
-    run_std: NDArray[np.float32]
+    run_std: NDArray[np.float32] | None
     masks: NDArray[np.bool_]
 
     @cached_property
@@ -229,8 +228,7 @@ def score_slice(maps: SliceMaps, plane_mm: tuple[float, float] | None = None) ->
         "ged_floor": ged(maps.consensus, maps.masks),
         **pixelwise,
         **_found("auroc_entropy", entropy(maps.soft), noise > 0, region),
-        # The spread of one run is 0 everywhere and finds nothing.
-        **_found("auroc_run_std", maps.run_std if maps.runs.shape[1] > 1 else None, noise > 0, region),
+        **_found("auroc_run_std", maps.run_std, noise > 0, region),
     }
     pairs = list(zip(maps.level_masks, maps.consensus, strict=True))
     distances = [hd95_px_and_mm(p, m, plane_mm) for p, m in pairs]
@@ -245,7 +243,7 @@ def score_slice(maps: SliceMaps, plane_mm: tuple[float, float] | None = None) ->
 
 
 class CaseTally:
-    """The scores of one case, gathered part by part: `add` each part's maps, then take `row`.
+    """The scores of one case, gathered part by part: `add` each part's maps, or `add_slice` each slice's where no runs are known, then take `row`.
 
     masks [S,n,H,W]; slice_ids: the slices to score, at least one; combine: how runs become a level's map.
     """
@@ -267,22 +265,27 @@ class CaseTally:
         """
         if stack.runs is None:
             raise ValueError("the energy distance needs the maps of every run: segment with keep_runs")
-        self._voxel_ml = grid.voxel_ml if grid.measured_spacing else None
-        self._counts = run_counts(stack.runs.shape[2])
+        R = stack.runs.shape[2]
+        self._counts = run_counts(R)
         soft, levels = stack.soft, stack.levels
         for index in self.slice_ids[(self.slice_ids >= first) & (self.slice_ids < first + len(levels))]:
             place = index - first
             samples = stack.variant.to_samples(stack.runs[place], levels.shape[1])
-            self._samples = len(samples)
-            maps = SliceMaps(
-                soft[place], levels[place], stack.runs[place], samples, stack.run_std[place], self.masks[index]
-            )
-            self._slices.append({"slice": int(index)} | score_slice(maps, grid.plane_mm))
-            self._overlaps = maps.overlaps if self._overlaps is None else self._overlaps + maps.overlaps
-            self._reliability["whole"] += reliability(maps.soft, maps.truth)
-            self._reliability["near"] += reliability(maps.soft[maps.region], maps.truth[maps.region])
+            # The spread of one run is 0 everywhere and finds nothing.
+            spread = stack.run_std[place] if R > 1 else None
+            maps = SliceMaps(soft[place], levels[place], samples, spread, self.masks[index])
+            self.add_slice(int(index), maps, grid)
             if maps.marked:
-                self._curve.append(soft_dice_by_runs(maps.runs, maps.truth, self.combine, self._counts))
+                self._curve.append(soft_dice_by_runs(stack.runs[place], maps.truth, self.combine, self._counts))
+
+    def add_slice(self, index: int, maps: SliceMaps, grid: Grid) -> None:
+        """Score slice `index` of the case."""
+        self._voxel_ml = grid.voxel_ml if grid.measured_spacing else None
+        self._samples = len(maps.samples)
+        self._slices.append({"slice": index} | score_slice(maps, grid.plane_mm))
+        self._overlaps = maps.overlaps if self._overlaps is None else self._overlaps + maps.overlaps
+        self._reliability["whole"] += reliability(maps.soft, maps.truth)
+        self._reliability["near"] += reliability(maps.soft[maps.region], maps.truth[maps.region])
 
     def row(self) -> dict[str, Any]:
         """In JSON's types: the slices' scores, the case's as a whole, masks for the energy distance, volumes, sums for the reliability

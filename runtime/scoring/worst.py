@@ -13,13 +13,10 @@ from cdiff.runtime.data.cases import Case, read_masks
 from cdiff.runtime.files import atomic_path
 from cdiff.runtime.pictures import drawing
 from cdiff.runtime.pictures.sheet import DPI, EDGE, Place, begin_block, new_page, short, soft_key
-from cdiff.runtime.scans.scan import read_scan
-from cdiff.runtime.scoring.evaluate import Progress, Protocol
+from cdiff.runtime.scoring.evaluate import Progress, Protocol, Source
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from cdiff.runtime.segmenter import Segmenter
 
 HEADS = ("image", "fraction of annotators", "the model's soft map")
 WORST = "worst.png"
@@ -54,23 +51,23 @@ def worst_slices(report: Mapping[str, Any], cases: Sequence[Case], most: int) ->
 
 
 def write_worst(
-    path: Path, segmenter: Segmenter, worst: Sequence[Worst], protocol: Protocol, progress: Progress | None = None
+    path: Path, source: Source, worst: Sequence[Worst], protocol: Protocol, progress: Progress | None = None
 ) -> None:
-    """Segment the slices again, as `protocol` says and so to the maps that were scored, and draw them into a PNG.
+    """Draw the maps of the slices again, as `protocol` says and so those that were scored, into a PNG.
 
     progress: called as progress(done, total) in thousandths of a slice. Raises CdiffError when it cannot be written.
     """
-    figure = worst_figure(segmenter, worst, protocol, progress)
+    figure = worst_figure(source, worst, protocol, progress)
     with atomic_path(path) as part:
         drawing.save(figure, part, DPI)
 
 
 def worst_figure(
-    segmenter: Segmenter, worst: Sequence[Worst], protocol: Protocol, progress: Progress | None = None
+    source: Source, worst: Sequence[Worst], protocol: Protocol, progress: Progress | None = None
 ) -> Figure:
     """The sheet as a matplotlib figure: a block of three panels for each slice."""
     title = f"The {len(worst)} worst slices, one a case" if len(worst) > 1 else "The worst slice"
-    note = f"model {segmenter.manifest.name} · soft Dice at five thresholds; annotators: one against the others, mean"
+    note = f"{source.name} · soft Dice at five thresholds; annotators: one against the others, mean"
     figure, blocks = new_page(len(worst), HEADS, title, note)
     drawn = None
     for number, (one, places) in enumerate(zip(worst, blocks, strict=True)):
@@ -79,7 +76,7 @@ def worst_figure(
             if progress is not None:
                 progress(1000 * before + 1000 * done // max(total, 1), 1000 * len(worst))
 
-        drawn = _block(figure, places, segmenter, one, protocol, within)
+        drawn = _block(figure, places, source, one, protocol, within)
     if drawn is not None:
         key = drawing.panel(figure, (EDGE, 0.35, 2.2, 0.44))
         drawing.line_key(key, [("at least half of the annotators", drawing.INK)], "")
@@ -90,20 +87,16 @@ def worst_figure(
 def _block(
     figure: Figure,
     places: list[Place],
-    segmenter: Segmenter,
+    source: Source,
     one: Worst,
     protocol: Protocol,
     progress: Progress,
 ) -> Any:
     """One slice: image, what the annotators drew, what the model did. Returns the colours for the key."""
-    manifest, case = segmenter.manifest, one.case
-    if case.others:
-        case = case.with_modalities(manifest.modalities)
-    scan = read_scan(case.scan, channels=manifest.image_channels, slice_axis=manifest.slice_axis)
-    part = slice(one.slice, one.slice + 1)
-    result = segmenter.segment(scan, **protocol.chain, slices=part, progress=progress)
+    case = one.case
+    scan, drawn_map = source.soft(case, one.slice, protocol, progress)
     view = scan.grid.view
-    image, soft = view(scan.slices[one.slice]), view(result.stack.soft[0])
+    image, soft = view(scan.slices[one.slice]), view(drawn_map)
     fraction = view(read_masks(case, scan.grid)[one.slice]).mean(axis=0, dtype=np.float32)
     near = drawing.close_up(np.stack([fraction, soft]), view)
     number = f" · slice {one.slice}" if len(scan.slices) > 1 else ""

@@ -76,7 +76,7 @@ def test_evaluate(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     chain = ("--runs", 3, "--steps", 2, "--sampler", "ddim", "--fast", "--levels", "vote", "--mirror", "--seed", 5)
     which = ("--split", "train", "--limit", 1, "--group", "c.", "--all-slices", "--slices-per-case", 2)
     command = ("evaluate", "--data", data, "--model", make_bundle(tmp_path / "tiny"), *chain, *which, "--raters", "use")
-    (_, cases, protocol), named = given_to("cdiff.runtime.scoring.evaluate.evaluate", monkeypatch, *command)
+    (_, cases, protocol), named = given_to("cdiff.runtime.scoring.evaluate.score_cases", monkeypatch, *command)
     assert [case.name for case in cases] == ["case01"]
     assert protocol == Protocol(
         runs=3, steps=2, sampler="ddim", fast=True, combine="vote", mirror=True, seed=5, all_slices=True,
@@ -87,7 +87,7 @@ def test_evaluate(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert named == {**about, "out": None, "told": {"progress", "notice"}}
     more = (*command, "--report", tmp_path / "report", "--steps-curve", "1,2", "--worst", 3, "--limit", 2)
     known: dict[str, Any] = {"a": "report"}
-    monkeypatch.setattr("cdiff.runtime.scoring.evaluate.evaluate", lambda *_, **__: known)
+    monkeypatch.setattr("cdiff.runtime.scoring.evaluate.score_cases", lambda *_, **__: known)
     (_, cases, *given), named = given_to("cdiff.runtime.scoring.publish.sweep_steps", monkeypatch, *more)
     assert (len(cases), given) == (2, [protocol, (1, 2), tmp_path / "report"])
     assert named == {**about, "known": known, "told": {"progress", "notice"}}
@@ -115,7 +115,7 @@ def test_evaluate_takes_what_the_training_held_out_and_says_each_note_once(
             notice(line)
         raise CdiffError("so far")
 
-    monkeypatch.setattr("cdiff.runtime.scoring.evaluate.evaluate", double)
+    monkeypatch.setattr("cdiff.runtime.scoring.evaluate.score_cases", double)
     result = CliRunner().invoke(app, ["evaluate", "--data", str(data), "--model", str(model)])
     assert scored == [case.name for case in split.val]
     assert 0 < len(scored) < 6

@@ -12,7 +12,7 @@ from cdiff.runtime.data.cases import find_cases
 from cdiff.runtime.data.partition import partition
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.manifest import Manifest
-from cdiff.runtime.scoring.evaluate import choose_split, held_out
+from cdiff.runtime.scoring.choice import choose_split, held_out
 
 
 def folder_of(root: Path, count: int = 6) -> Path:

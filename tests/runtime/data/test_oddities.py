@@ -13,7 +13,8 @@ from cdiff.runtime.data.cases import find_cases
 from cdiff.runtime.data.datacheck import check_data
 from cdiff.runtime.data.oddities import marks_the_background
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.scoring.evaluate import Protocol, choose_split, evaluate, trained_task
+from cdiff.runtime.scoring.choice import choose_split, trained_task
+from cdiff.runtime.scoring.evaluate import Protocol, evaluate
 from cdiff.runtime.segmenter import Segmenter
 from cdiff.train.data import fit_to_data, read_data
 from cdiff.train.presets import preset

@@ -152,13 +152,13 @@ def test_what_finds_the_pixels_where_annotators_disagree() -> None:
     masks[0, 0, :4] = masks[1, 0, :2] = True
     soft = np.array([[1, 1, 0.5, 0.25, 0, 0, 0, 0.5]], np.float32)
     spread = np.array([[0.5, 0, 0.4, 0.3, 0, 0, 0.35, 0.6]], np.float32)
-    maps = SliceMaps(soft, np.stack([soft, soft]), np.zeros((2, 2, 1, 8), np.uint8), masks, spread, masks)
+    maps = SliceMaps(soft, np.stack([soft, soft]), masks, spread, masks)
     found = score_slice(maps)
     assert found["auroc_run_std"] == pytest.approx((4 / 6 + 3 / 6) / 2)
     assert found["auroc_run_std_near"] == 3 / 4
     assert found["auroc_entropy"] == pytest.approx((5.5 / 6 + 5 / 6) / 2)
     assert found["auroc_entropy_near"] == 1
-    alone = score_slice(replace(maps, runs=maps.runs[:, :1]))
+    alone = score_slice(replace(maps, run_std=None))
     assert alone["auroc_run_std"] is alone["auroc_run_std_near"] is None
 
 

@@ -13,7 +13,8 @@ import pytest
 from cdiff.runtime.data.cases import Case
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.scans.scan import Scan, read_scan
-from cdiff.runtime.scoring.evaluate import FORMAT, Protocol, case_sha256, choose_split, labelled_as_trained
+from cdiff.runtime.scoring.choice import choose_split, labelled_as_trained
+from cdiff.runtime.scoring.evaluate import FORMAT, Protocol, case_sha256
 from cdiff.runtime.scoring.scores import evenly, marked_slices
 from tests.runtime.known_maps import KnownMaps, case_in, run, without_seconds
 from tests.runtime.test_manifest import example

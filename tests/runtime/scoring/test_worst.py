@@ -12,7 +12,8 @@ from PIL import Image
 
 from cdiff.runtime.data.cases import find_cases
 from cdiff.runtime.scoring import worst as sheet
-from cdiff.runtime.scoring.evaluate import Protocol, choose_split, evaluate
+from cdiff.runtime.scoring.choice import choose_split
+from cdiff.runtime.scoring.evaluate import Protocol, Segmented, evaluate
 from cdiff.runtime.scoring.metrics import soft_dice
 from cdiff.runtime.scoring.worst import worst_slices, write_worst
 from cdiff.runtime.segmenter import Segmenter
@@ -55,7 +56,9 @@ def test_the_maps_drawn_are_those_that_were_scored(
 
     monkeypatch.setattr(sheet.drawing, "show_soft", watched)
     ticks: list[tuple[int, int]] = []
-    write_worst(tmp_path / "worst.png", segmenter, chosen, protocol, lambda done, total: ticks.append((done, total)))
+    write_worst(
+        tmp_path / "worst.png", Segmented(segmenter), chosen, protocol, lambda done, total: ticks.append((done, total))
+    )
     pairs = list(zip(drawn[::2], drawn[1::2], strict=True))
     assert [soft_dice(model, truth) for truth, model in pairs] == pytest.approx([one.soft_dice for one in chosen])
     assert ticks == sorted(ticks)

@@ -1,0 +1,95 @@
+"""Which cases are scored, and how their masks are read: as asked or, where nothing was, as the model was trained."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from cdiff.runtime.data.cases import Case, DataSet
+from cdiff.runtime.data.partition import HELD_OUT, held_out_of
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.manifest import Manifest
+
+
+def choose_split(
+    found: Mapping[str, list[Case]], wanted: str | None = None, held: list[Case] | None = None
+) -> tuple[str, list[Case]]:
+    """The split to score: the one asked for, else test, else val, else all; "all" joins the splits there are,
+    and cases of one name in two of them are called split/name. held: what the model's training held out of this data, where that
+    has no split val: they are it.
+
+    Raises CdiffError when the one asked for is not there, or none is asked for and only a training split is.
+    """
+    if wanted == "all":
+        names = Counter(case.name for cases in found.values() for case in cases)
+        return "all", [
+            replace(case, name=f"{split}/{case.name}") if names[case.name] > 1 else case
+            for split, cases in found.items()
+            for case in cases
+        ]
+    splits = {**found, "val": held} if held else found
+    for split in (wanted,) if wanted else ("test", "val", "all"):
+        if split in splits:
+            return split, splits[split]
+    there = ", ".join(found)
+    if wanted:
+        raise CdiffError(f"there is no split {wanted} in this data, which has {there}; choose one with --split")
+    raise CdiffError(f"the data has only the split {there}; name it with --split to score what was trained on")
+
+
+def held_out(found: DataSet, root: Path, manifest: Manifest) -> list[Case]:
+    """What the model's training held out of this very data to validate on; none where the data has cases for that, or is other."""
+    told = _data_of(manifest).get("held_out")
+    return held_out_of(found, root, told) if isinstance(told, Mapping) and not found.get("val") else []
+
+
+def may_be_too_good(manifest: Manifest, split: str, count: int) -> str | None:
+    """That the cases to score may be those that the model learned from; None unless neither they nor its training name splits.
+
+    Asked where those that the training held out are not found: the data is other, or the bundle older than that word.
+    """
+    if split != "all" or HELD_OUT not in str(_data_of(manifest)):
+        return None
+    return (
+        f"no split is named, so all {count} cases are scored; the model was trained on data without a validation split: where they "
+        "are the same, these scores are too good; put cases that it never saw in a folder Testing, or name them test in a table"
+    )
+
+
+def _data_of(manifest: Manifest) -> Mapping[str, Any]:
+    """What the bundle says of the data that the model was trained on."""
+    data = manifest.training.get("data")
+    return data if isinstance(data, Mapping) else {}
+
+
+def labelled_as_trained(
+    cases: list[Case], manifest: Manifest, asked: tuple[int, ...], tell: Callable[[str], None]
+) -> tuple[list[Case], tuple[int, ...]]:
+    """The cases with the mask values inside that were `asked` for or, where none were, that the model was trained on; and those values.
+
+    Empty values leave to each case's layout what is inside. tell: called with a line where the two differ.
+    """
+    trained = manifest.labels_inside
+    if asked and trained and set(asked) != set(trained):
+        tell(f"labels {_numbers(asked)} are scored as inside, and the model was trained on {_numbers(trained)}")
+    inside = asked or trained
+    return ([replace(case, labels=inside) for case in cases] if inside else cases), inside
+
+
+def laid_as_trained(cases: list[Case], manifest: Manifest, asked: str | None) -> list[Case]:
+    """The cases with their masks laid as `asked` (one of MASKS_BY) or, where nothing was, as the model was trained."""
+    return [replace(case, masks_by=asked or manifest.masks_by) for case in cases]
+
+
+def trained_task(manifest: Manifest) -> str | None:
+    """The structure that a model was trained on, such as task02, where its bundle names it so; None where it says it in other words."""
+    last = manifest.task.rpartition("/")[2]
+    return last if re.fullmatch(r"task\d+", last) else None
+
+
+def _numbers(labels: tuple[int, ...]) -> str:
+    return ",".join(map(str, labels))

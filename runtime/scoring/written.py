@@ -1,0 +1,243 @@
+"""Scores of maps that lie in files: what `cdiff segment` wrote, or another program."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cdiff.runtime.data.case import listed
+from cdiff.runtime.data.cases import Case, read_case, read_masks
+from cdiff.runtime.data.oddities import Oddities
+from cdiff.runtime.data.partition import count_annotators, count_channels
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.files import sha256
+from cdiff.runtime.scans.grid import Grid
+from cdiff.runtime.scans.nifti import nifti_voxels
+from cdiff.runtime.scans.scan import Scan, read_scan
+from cdiff.runtime.scans.shapes import spatial_axes
+from cdiff.runtime.scans.sources import VOLUME_SUFFIXES, read_bytes
+from cdiff.runtime.scans.volume import parse_volume, volume_shape
+from cdiff.runtime.scoring.evaluate import CHAIN, Job, Notice, Progress, Protocol
+from cdiff.runtime.scoring.metrics import at_least
+from cdiff.runtime.scoring.scores import CaseTally, SliceMaps
+from cdiff.runtime.scoring.summary import Row
+from cdiff.runtime.variants import SOFT_LABEL
+from cdiff.runtime.words import several
+
+Float32 = NDArray[np.float32]
+ROUNDING = 1e-5
+"""By so much a map may leave 0 to 1: what a file's scale factor makes of 255 and the like."""
+SPREAD = 1
+"""The place of the spread over runs in a file of uncertainty; the entropy is at 0."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """The files of one case's maps. soft: the soft map; levels, uncertainty: as `cdiff segment` writes them; report: its report, {} where there is none."""
+
+    soft: Path
+    levels: Path | None
+    uncertainty: Path | None
+    report: dict[str, Any]
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Those that there are."""
+        return tuple(path for path in (self.soft, self.levels, self.uncertainty) if path)
+
+    @property
+    def slice_axis(self) -> int:
+        """Along which axis the maps were drawn slice by slice, as their report says; else the last."""
+        axis = _part(self.report, "input").get("slice_axis")
+        return axis if axis in (0, 1, 2) else 2
+
+
+class WrittenMaps:
+    """The maps of cases in a folder, a `Source` to score.
+
+    Of a case NAME they are NAME_soft, and if there are NAME_levels and NAME_uncertainty, with a volume's suffix; or the soft map is NAME
+    itself. A / in the case's name is a folder, or a _. Raises CdiffError where the soft map of a case is missing, where some have levels and others not, or levels of
+    different numbers.
+    """
+
+    def __init__(self, folder: Path, cases: Sequence[Case], tell: Notice) -> None:
+        """tell: called with a line for each thing that a reader of the scores must know."""
+        if not folder.is_dir():
+            raise CdiffError(
+                f"{folder} is not a folder of maps; give one that holds NAME_soft.nii.gz of each case NAME"
+            )
+        self._folder, self._tell = folder, tell
+        found = {case.name: _written(folder, case.name) for case in cases}
+        if missing := [name for name, written in found.items() if written is None]:
+            raise CdiffError(
+                f"{several(len(missing), 'case')} of {len(cases)} without a map in {folder} ({listed(missing)}): expected such as "
+                f"{missing[0].replace('/', '_')}_soft.nii.gz; draw them, or score others"
+            )
+        self._written = {name: written for name, written in found.items() if written}
+        self.levels = self._count_levels(cases)
+        self.name = f"maps of {folder.resolve().name}"
+
+    def _count_levels(self, cases: Sequence[Case]) -> int:
+        with_levels = {name: written.levels for name, written in self._written.items() if written.levels}
+        if not with_levels:
+            return count_annotators(cases)
+        if lacking := [name for name in self._written if name not in with_levels]:
+            raise CdiffError(
+                f"{listed(lacking)}: no file of levels in {self._folder}, where {next(iter(with_levels))} has one; "
+                "remove those, and all levels are read from the soft maps, or add what is missing"
+            )
+        counts = {name: _count(path, self._written[name].soft) for name, path in with_levels.items()}
+        if len(set(counts.values())) > 1:
+            low, high = min(counts, key=lambda name: counts[name]), max(counts, key=lambda name: counts[name])
+            raise CdiffError(
+                f"in {self._folder} {low} has {several(counts[low], 'level')} and {high} {counts[high]}; score maps of one number at a time"
+            )
+        return next(iter(counts.values()))
+
+    def about(self) -> dict[str, Any]:
+        """The folder and what its files hold; of which model, where their reports agree."""
+        return {
+            "model": {
+                "name": self._agreed("bundle") or self._folder.resolve().name,
+                "variant": self._agreed("variant") or "maps",
+                "levels": self.levels,
+                "maps": self._folder.resolve().name,
+                "maps_sha256": self._sha256,
+            }
+        }
+
+    @cached_property
+    def _sha256(self) -> str:
+        digest = hashlib.sha256()
+        for name, written in sorted(self._written.items()):
+            digest.update(name.encode())
+            for path in written.files:
+                digest.update(bytes.fromhex(sha256(path)))
+        return digest.hexdigest()
+
+    def _agreed(self, key: str) -> Any:
+        """What all reports say; None where they differ, or one says nothing."""
+        said = [written.report.get(key) for written in self._written.values()]
+        return said[0] if all(one == said[0] for one in said) else None
+
+    def drawing(self, protocol: Protocol) -> dict[str, Any]:
+        """What all reports say of how the maps were drawn."""
+        return {key: value for key in CHAIN if (value := self._agreed(key)) is not None}
+
+    def odd(self) -> Oddities:
+        """Of cases unlike one another."""
+        return Oddities()
+
+    def read(self, case: Case, odd: Oddities) -> tuple[Case, NDArray[np.bool_], NDArray[np.bool_]]:
+        """The case, its masks, and which slices have maps. Raises CdiffError for maps that do not lie on the image's grid, or hold no shares."""
+        written = self._written[case.name]
+        _, masks = read_case(case, written.slice_axis, count_channels([case]), odd)
+        scan = self._scan(case)
+        drawn_from = _part(written.report, "input").get("sha256")
+        if drawn_from and not case.others and drawn_from != scan.sha256:
+            self._tell(f"{case.name}: by its report {written.soft.name} was drawn from a file that is not {case.image}")
+        soft = _maps(written.soft, scan.grid, 1)[:, 0]
+        for path, number in ((written.levels, self.levels), (written.uncertainty, 2)):
+            if path:
+                _maps(path, scan.grid, number)
+        return case, masks, np.asarray(~np.isnan(soft).all(axis=(1, 2)))
+
+    def row(self, job: Job, protocol: Protocol, progress: Progress) -> Row:
+        """Score the slices of a case."""
+        written, grid = self._written[job.case.name], self._scan(job.case).grid
+        masks = read_masks(job.case, grid)
+        soft = _maps(written.soft, grid, 1)
+        levels = _maps(written.levels, grid, self.levels) if written.levels else SOFT_LABEL.to_levels(soft, self.levels)
+        spread = _maps(written.uncertainty, grid, 2)[:, SPREAD] if written.uncertainty else None
+        tally = CaseTally(masks, job.slices, protocol.combine)
+        for done, index in enumerate(job.slices.tolist()):
+            maps = SliceMaps(
+                soft[index, 0],
+                levels[index],
+                at_least(levels[index], 0.5),
+                None if spread is None else spread[index],
+                masks[index],
+            )
+            tally.add_slice(index, maps, grid)
+            progress(1000 * (done + 1), job.work)
+        return {"case": job.case.name, "annotators": len(job.case.masks), "chain": {}, **tally.row()}
+
+    def soft(self, case: Case, number: int, protocol: Protocol, progress: Progress) -> tuple[Scan, Float32]:
+        """The slice as it lies there."""
+        scan = self._scan(case)
+        return scan, _maps(self._written[case.name].soft, scan.grid, 1)[number, 0]
+
+    def _scan(self, case: Case) -> Scan:
+        return read_scan(case.scan, channels=count_channels([case]), slice_axis=self._written[case.name].slice_axis)
+
+
+def _written(folder: Path, name: str) -> Written | None:
+    """The files of a case's maps; None without a soft map."""
+    for place in dict.fromkeys((name, name.replace("/", "_"))):
+        for ending in ("_soft", ""):
+            if soft := _file(folder, place + ending):
+                if not ending:
+                    return Written(soft, None, None, {})
+                levels, uncertainty = (_file(folder, f"{place}_{kind}") for kind in ("levels", "uncertainty"))
+                return Written(soft, levels, uncertainty, _report(folder / f"{place}.json"))
+    return None
+
+
+def _file(folder: Path, name: str) -> Path | None:
+    return next((path for suffix in VOLUME_SUFFIXES if (path := folder / f"{name}{suffix}").is_file()), None)
+
+
+def _count(levels: Path, soft: Path) -> int:
+    """How many levels a file holds: on a last axis, which the soft map has not."""
+    shape = volume_shape(levels)
+    return shape[-1] if len(shape) > len(volume_shape(soft)) else 1
+
+
+def _report(path: Path) -> dict[str, Any]:
+    """What `cdiff segment` wrote of a scan; nothing where there is no such report."""
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return report if isinstance(report, dict) and "cdiff" in report else {}
+
+
+def _part(report: dict[str, Any], key: str) -> dict[str, Any]:
+    part = report.get(key)
+    return part if isinstance(part, dict) else {}
+
+
+def _maps(path: Path, grid: Grid, number: int) -> Float32:
+    """A file's maps as slices of the image's grid: float32 [S,number,H,W], 0 to 1, or NaN in whole slices that were not drawn.
+
+    Raises CdiffError for another shape or place than the image's, and for values that are no shares.
+    """
+    image = parse_volume(read_bytes(path), path, number)
+    voxels = nifti_voxels(image, str(path))
+    spatial = spatial_axes(voxels.shape, number, str(path))
+    if len(grid.spatial) == 2 and spatial[2:] == (1,):  # a picture's map as a volume of one slice
+        spatial = spatial[:2]
+    own = Grid(spatial, None if len(spatial) == 2 else 2, image.header)
+    if reason := grid.differs_from(own):
+        raise CdiffError(f"{path} and its image {reason}; resample the map to the image first")
+    maps = grid.cut(voxels.reshape(*grid.spatial, number))
+    blank = np.isnan(maps)
+    whole = blank.all(axis=(2, 3), keepdims=True)
+    if (blank & ~whole).any() or (whole.any(axis=1) != whole.all(axis=1)).any():
+        raise CdiffError(
+            f"{path} is NaN in a part of a slice; a map is NaN in whole slices that were not drawn, and nowhere else"
+        )
+    low, high = (float(found(maps, initial=0, where=~blank)) for found in (np.min, np.max))
+    if low < -ROUNDING or high > 1 + ROUNDING:
+        raise CdiffError(
+            f"{path} holds values from {low:g} to {high:g}; a map is a share of annotators, from 0 to 1: divide it"
+        )
+    return np.asarray(np.clip(maps, 0, 1), dtype=np.float32)

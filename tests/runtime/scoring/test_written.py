@@ -1,0 +1,213 @@
+"""Scoring maps that lie in files: as a model's own where they are its own, and one line where they are no maps of these cases."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from cdiff.cli.app import app
+from cdiff.runtime.data.cases import Case, find_cases, read_masks
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.scans.scan import read_scan
+from cdiff.runtime.scoring.evaluate import Protocol, evaluate, score_cases
+from cdiff.runtime.scoring.scores import PER_SLICE
+from cdiff.runtime.scoring.written import WrittenMaps
+from cdiff.runtime.segmenter import Segmenter
+from tests.synthetic import write_synthetic_dataset
+
+SAMPLED = {"ged", "ged_no_diagonal"}
+"""Scores of a model's runs, which files do not hold."""
+
+
+@pytest.fixture
+def cases(tmp_path: Path) -> list[Case]:
+    return find_cases(write_synthetic_dataset(tmp_path / "data", 3, raters=3, shape=(24, 20, 4)))["all"]
+
+
+def write(path: Path, values: np.ndarray[Any, Any], affine: np.ndarray[Any, Any] | None = None) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(values.astype(np.float32), np.eye(4) if affine is None else affine), path)
+    return path
+
+
+def fraction(case: Case) -> np.ndarray[Any, Any]:
+    """What the annotators drew as a soft map [H,W,S]."""
+    return np.moveaxis(read_masks(case, read_scan(case.scan).grid).mean(1), 0, -1)
+
+
+def written(folder: Path, cases: list[Case], change: Callable[[np.ndarray[Any, Any]], Any] = lambda soft: soft) -> Path:
+    for case in cases:
+        write(folder / f"{case.name}.nii.gz", change(fraction(case)), nib.load(case.image).affine)
+    return folder
+
+
+def scores(folder: Path, cases: list[Case], protocol: Protocol | None = None, **more: Any) -> dict[str, Any]:
+    return score_cases(WrittenMaps(folder, cases, lambda line: None), cases, protocol or Protocol(), **more)
+
+
+@pytest.mark.parametrize("combine", ["mean", "vote"])
+def test_what_segment_wrote_has_the_scores_of_its_model(
+    tiny_data: Path, tiny_bundle: Path, tmp_path: Path, combine: str
+) -> None:
+    segmenter, cases = Segmenter.open(tiny_bundle), find_cases(tiny_data)["val"]
+    chain: dict[str, Any] = {"runs": 3, "steps": 2, "sampler": "ddim", "combine": combine, "seed": 4}
+    for case in cases:
+        segmenter.segment(case.scan, **chain).save(tmp_path / "maps", case.name, preview=False)
+    protocol = Protocol(**chain, slices_per_case=2)
+    drawn, found = evaluate(segmenter, cases, protocol), scores(tmp_path / "maps", cases, Protocol(slices_per_case=2))
+    assert found["model"]["name"] == drawn["model"]["name"]
+    assert found["model"]["variant"] == drawn["model"]["variant"]
+    assert {key: found["protocol"][key] for key in chain} == chain
+    for one, other in zip(found["cases"], drawn["cases"], strict=True):
+        assert one["inputs"] == other["inputs"], "or their differences slice by slice could not be taken"
+        assert one["case_scores"] == other["case_scores"]
+        assert one["volumes"] == other["volumes"]
+        for mine, theirs in zip(one["slices"], other["slices"], strict=True):
+            for name in set(mine) - SAMPLED:
+                assert mine[name] == theirs[name], name
+    assert found["ged_samples"]["model"] == 3, "its levels"
+    assert found["by_runs"] == []
+
+
+def test_a_soft_map_alone_is_read_as_levels(cases: list[Case], tmp_path: Path) -> None:
+    found = scores(written(tmp_path / "maps", cases), cases, Protocol(all_slices=True))
+    assert found["model"] == found["model"] | {"name": "maps", "variant": "maps", "levels": 3}
+    for name in ("soft_dice_5", "soft_dice_9", "case_soft_dice_9"):
+        assert found[name]["mean"] == 1
+    assert [level["mean"] for level in found["dice_per_level"]] == [1, 1, 1]
+    assert found["ece"]["mean"] < 1e-6
+    assert found["ged"]["mean"] == pytest.approx(found["ged_floor"]["mean"])
+    assert found["auroc_run_std"]["mean"] is None
+    worse = scores(written(tmp_path / "half", cases, lambda soft: soft / 2), cases)
+    assert [case["volumes"]["predicted_voxels"][2] for case in worse["cases"]] == [0, 0, 0], "none reaches (3 - 1/2) / 3"
+    assert worse["soft_dice_5"]["mean"] < 0.9
+
+
+def test_slices_that_were_not_drawn_are_not_scored(cases: list[Case], tmp_path: Path) -> None:
+    told: list[str] = []
+
+    def drawn(soft: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        return np.where(np.arange(4) < 2, soft, np.nan)
+
+    source = WrittenMaps(written(tmp_path / "maps", cases, drawn), cases, told.append)
+    protocol = Protocol(all_slices=True)
+    found = score_cases(source, cases, protocol, notice=told.append)
+    assert [[row["slice"] for row in case["slices"]] for case in found["cases"]] == [[0, 1]] * 3
+    assert found["soft_dice_5"]["mean"] == 1
+    assert found["left_out"]["slices_without_maps"] == {case.name: 2 for case in cases}
+    assert any("no map (NaN) on 6 slices to score; left out" in line for line in told)
+    sample = score_cases(source, cases, Protocol(all_slices=True, slices_per_case=1))
+    assert [case["slices"][0]["slice"] for case in sample["cases"]] == [1, 1, 1], "the middle of those there are"
+
+
+def test_maps_of_a_picture_and_of_cases_in_folders_are_found(tmp_path: Path) -> None:
+    root = write_synthetic_dataset(tmp_path / "data", {"Training": 1, "Validation": 1}, raters=2, shape=(24, 20))
+    found = find_cases(root)
+    cases = [found["train"][0], found["val"][0]]
+    named = [Case(f"{split}/{case.name}", case.image, case.masks) for split, case in zip("ab", cases, strict=True)]
+    for place in ("a/case01_soft", "b_case01_soft"):
+        soft = read_masks(cases[place[0] == "b"], read_scan(cases[place[0] == "b"].scan).grid).mean(1)[0]
+        write(tmp_path / "maps" / f"{place}.nii", soft[..., None], nib.load(cases[0].image).affine)
+    assert scores(tmp_path / "maps", named)["soft_dice_9"]["mean"] == 1
+
+
+def test_maps_that_are_edited_are_scored_again(cases: list[Case], tmp_path: Path) -> None:
+    folder, out = written(tmp_path / "maps", cases), tmp_path / "scores.json"
+    first = scores(folder, cases, out=out)
+    written(folder, cases[1:2], lambda soft: 1 - soft)
+    assert scores(folder, cases, out=out)["soft_dice_5"]["mean"] < first["soft_dice_5"]["mean"] == 1
+
+
+def test_a_map_of_another_file_is_told(tiny_data: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    case = find_cases(tiny_data)["val"][0]
+    Segmenter.open(tiny_bundle).segment(case.scan, runs=1, steps=1).save(tmp_path / "maps", case.name, preview=False)
+    told: list[str] = []
+    score_cases(WrittenMaps(tmp_path / "maps", [case], told.append), [case], Protocol())
+    assert told == []
+    report = tmp_path / "maps" / f"{case.name}.json"
+    other = json.loads(report.read_text())
+    other["input"]["sha256"] = "0" * 64
+    report.write_text(json.dumps(other))
+    score_cases(WrittenMaps(tmp_path / "maps", [case], told.append), [case], Protocol())
+    assert told == [
+        f"{case.name}: by its report {case.name}_soft.nii.gz was drawn from a file that is not {case.image}"
+    ]
+
+
+def _nan_somewhere(soft: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    soft[3, 3, 1] = np.nan
+    return soft
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda soft: soft * 3, "holds values from 0 to 3; a map is a share of annotators"),
+        (lambda soft: soft - 0.5, "holds values from -0.5"),
+        (lambda soft: soft + np.inf, "holds values"),
+        (lambda soft: soft[:, 1:], "different shapes (24 x 20 x 4 and 24 x 19 x 4)"),
+        (_nan_somewhere, "is NaN in a part of a slice"),
+    ],
+)
+def test_what_is_no_map_of_the_case_is_one_line(
+    cases: list[Case], tmp_path: Path, change: Callable[[Any], Any], message: str
+) -> None:
+    with pytest.raises(CdiffError) as refused:
+        scores(written(tmp_path / "maps", cases, change), cases)
+    assert message in str(refused.value)
+    assert "case01.nii.gz" in str(refused.value)
+
+
+def test_a_map_that_lies_elsewhere_is_refused(cases: list[Case], tmp_path: Path) -> None:
+    turned = np.diag([-1.0, 1, 2, 1])
+    for case in cases:
+        image = nib.load(case.image)
+        nib.save(nib.Nifti1Image(np.asarray(image.dataobj), np.diag([1.0, 1, 2, 1])), case.image)
+        write(tmp_path / "maps" / f"{case.name}.nii.gz", fraction(case), turned)
+    with pytest.raises(CdiffError, match="different affines"):
+        scores(tmp_path / "maps", cases)
+
+
+def test_missing_maps_and_levels_of_different_numbers_are_named(cases: list[Case], tmp_path: Path) -> None:
+    folder = written(tmp_path / "maps", cases[:1])
+    with pytest.raises(CdiffError, match=r"2 cases of 3 without a map in .* \(case02, case03\).*case02_soft.nii.gz"):
+        WrittenMaps(folder, cases, print)
+    for number, case in enumerate(cases):
+        write(folder / f"{case.name}_soft.nii.gz", fraction(case))
+        if number:
+            write(folder / f"{case.name}_levels.nii.gz", np.repeat(fraction(case)[..., None], 1 + number, axis=-1))
+    with pytest.raises(CdiffError, match=r"case01: no file of levels in .*, where case02 has one"):
+        WrittenMaps(folder, cases, print)
+    with pytest.raises(CdiffError, match="case02 has 2 levels and case03 3"):
+        WrittenMaps(folder, cases[1:], print)
+    with pytest.raises(CdiffError, match="is not a folder of maps"):
+        WrittenMaps(folder / "case01.nii.gz", cases, print)
+
+
+def test_the_command(cases: list[Case], tmp_path: Path) -> None:
+    data, maps, report = tmp_path / "data", written(tmp_path / "maps", cases), tmp_path / "report"
+    command = ["evaluate", "--data", str(data), "--maps", str(maps)]
+    result = CliRunner().invoke(app, [*command, "--report", str(report), "--worst", "2", "--paper-table"])
+    assert result.exit_code == 0, result.output
+    assert "maps as they lie in files" in " ".join(result.stdout.split())
+    assert {path.name for path in report.iterdir()} == {
+        "scores.json", "scores.csv", "cases.csv", "slices.csv", "reliability.csv", "reliability.png", "worst.png",
+    }  # fmt: skip
+    assert json.loads((report / "scores.json").read_text())["protocol"] == {
+        "all_raters": False, "all_slices": False, "slices_per_case": None, "raters": "skip",
+    }  # fmt: skip
+    assert (report / "slices.csv").read_text().count("\n") == 13
+    assert all(name in (report / "scores.csv").read_text() for name in PER_SLICE)
+    for more, name in ((["--fast"], "fast"), (["--engine", "torch"], "engine"), (["--model", "m"], "model")):
+        refused = CliRunner().invoke(app, [*command, *more])
+        assert refused.exit_code == 2
+        assert f"--{name} says how a model draws maps, and --maps names maps that are drawn" in refused.stderr
+    refused = CliRunner().invoke(app, [*command, "--report", str(report), "--steps-curve", "1,2"])
+    assert "--steps-curve says how" in refused.stderr

@@ -21,6 +21,7 @@ from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import sha256
 from cdiff.runtime.scans.grid import Grid
 from cdiff.runtime.scans.nifti import nifti_voxels
+from cdiff.runtime.scans.picture import opened
 from cdiff.runtime.scans.scan import Scan, read_scan
 from cdiff.runtime.scans.shapes import spatial_axes
 from cdiff.runtime.scans.sources import VOLUME_SUFFIXES, read_bytes
@@ -35,6 +36,10 @@ from cdiff.runtime.words import several
 Float32 = NDArray[np.float32]
 ROUNDING = 1e-5
 """By so much a map may leave 0 to 1: what a file's scale factor makes of 255 and the like."""
+SHADES = (".png", ".tif", ".tiff")
+"""Pictures that can be a soft map: those that keep every value."""
+WHITE = {"1": 1, "L": 255, "I": 65535, "I;16": 65535, "I;16B": 65535, "I;16L": 65535, "I;16N": 65535, "F": 1}
+"""What is 1 in a picture, by Pillow's modes of grey."""
 SPREAD = 1
 """The place of the spread over runs in a file of uncertainty; the entropy is at 0."""
 
@@ -64,7 +69,7 @@ class WrittenMaps:
     """The maps of cases in a folder, a `Source` to score.
 
     Of a case NAME they are NAME_soft, and if there are NAME_levels and NAME_uncertainty, with a volume's suffix; or the soft map is NAME
-    itself. A / in the case's name is a folder, or a _. Raises CdiffError where the soft map of a case is missing, where some have levels and others not, or levels of
+    itself; it may be a picture in grey, whose white is 1. A / in the case's name is a folder, or a _. Raises CdiffError where the soft map of a case is missing, where some have levels and others not, or levels of
     different numbers.
     """
 
@@ -139,6 +144,10 @@ class WrittenMaps:
     def read(self, case: Case, odd: Oddities) -> tuple[Case, NDArray[np.bool_], NDArray[np.bool_]]:
         """The case, its masks, and which slices have maps. Raises CdiffError for maps that do not lie on the image's grid, or hold no shares."""
         written = self._written[case.name]
+        if any(written.soft.samefile(image) for image in (case.image, *case.others)):
+            raise CdiffError(
+                f"{written.soft} is the image of {case.name}, and no map of it; name the folder of the maps with --maps"
+            )
         _, masks = read_case(case, written.slice_axis, count_channels([case]), odd)
         scan = self._scan(case)
         drawn_from = _part(written.report, "input").get("sha256")
@@ -183,7 +192,7 @@ def _written(folder: Path, name: str) -> Written | None:
     """The files of a case's maps; None without a soft map."""
     for place in dict.fromkeys((name, name.replace("/", "_"))):
         for ending in ("_soft", ""):
-            if soft := _file(folder, place + ending):
+            if soft := _file(folder, place + ending, (*VOLUME_SUFFIXES, *SHADES)):
                 if not ending:
                     return Written(soft, None, None, {})
                 levels, uncertainty = (_file(folder, f"{place}_{kind}") for kind in ("levels", "uncertainty"))
@@ -191,8 +200,8 @@ def _written(folder: Path, name: str) -> Written | None:
     return None
 
 
-def _file(folder: Path, name: str) -> Path | None:
-    return next((path for suffix in VOLUME_SUFFIXES if (path := folder / f"{name}{suffix}").is_file()), None)
+def _file(folder: Path, name: str, suffixes: tuple[str, ...] = VOLUME_SUFFIXES) -> Path | None:
+    return next((path for suffix in suffixes if (path := folder / f"{name}{suffix}").is_file()), None)
 
 
 def _count(levels: Path, soft: Path) -> int:
@@ -220,12 +229,16 @@ def _maps(path: Path, grid: Grid, number: int) -> Float32:
 
     Raises CdiffError for another shape or place than the image's, and for values that are no shares.
     """
-    image = parse_volume(read_bytes(path), path, number)
-    voxels = nifti_voxels(image, str(path))
+    header = None
+    if path.name.lower().endswith(SHADES):
+        voxels = _shares(path)
+    else:
+        image = parse_volume(read_bytes(path), path, number)
+        voxels, header = nifti_voxels(image, str(path)), image.header
     spatial = spatial_axes(voxels.shape, number, str(path))
     if len(grid.spatial) == 2 and spatial[2:] == (1,):  # a picture's map as a volume of one slice
         spatial = spatial[:2]
-    own = Grid(spatial, None if len(spatial) == 2 else 2, image.header)
+    own = Grid(spatial, None if len(spatial) == 2 else 2, header)
     if reason := grid.differs_from(own):
         raise CdiffError(f"{path} and its image {reason}; resample the map to the image first")
     maps = grid.cut(voxels.reshape(*grid.spatial, number))
@@ -241,3 +254,13 @@ def _maps(path: Path, grid: Grid, number: int) -> Float32:
             f"{path} holds values from {low:g} to {high:g}; a map is a share of annotators, from 0 to 1: divide it"
         )
     return np.asarray(np.clip(maps, 0, 1), dtype=np.float32)
+
+
+def _shares(path: Path) -> Float32:
+    """A picture's shades [H,W], white being 1. Raises CdiffError for colours."""
+    with opened(read_bytes(path), path) as (picture, _):
+        if picture.mode not in WHITE:
+            raise CdiffError(
+                f"{path} is not in grey (mode {picture.mode}); save the map in grey, with 8 or 16 bits, or as NIfTI"
+            )
+        return np.asarray(picture, dtype=np.float32) / np.float32(WHITE[picture.mode])

@@ -10,6 +10,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from cdiff.cli.app import app
@@ -86,7 +87,9 @@ def test_a_soft_map_alone_is_read_as_levels(cases: list[Case], tmp_path: Path) -
     assert found["ged"]["mean"] == pytest.approx(found["ged_floor"]["mean"])
     assert found["auroc_run_std"]["mean"] is None
     worse = scores(written(tmp_path / "half", cases, lambda soft: soft / 2), cases)
-    assert [case["volumes"]["predicted_voxels"][2] for case in worse["cases"]] == [0, 0, 0], "none reaches (3 - 1/2) / 3"
+    assert [case["volumes"]["predicted_voxels"][2] for case in worse["cases"]] == [0, 0, 0], (
+        "none reaches (3 - 1/2) / 3"
+    )
     assert worse["soft_dice_5"]["mean"] < 0.9
 
 
@@ -116,6 +119,32 @@ def test_maps_of_a_picture_and_of_cases_in_folders_are_found(tmp_path: Path) -> 
         soft = read_masks(cases[place[0] == "b"], read_scan(cases[place[0] == "b"].scan).grid).mean(1)[0]
         write(tmp_path / "maps" / f"{place}.nii", soft[..., None], nib.load(cases[0].image).affine)
     assert scores(tmp_path / "maps", named)["soft_dice_9"]["mean"] == 1
+
+
+@pytest.mark.parametrize("deep", [False, True])
+def test_a_map_may_be_a_picture_in_grey(tmp_path: Path, deep: bool) -> None:
+    shades = np.arange(240, dtype=np.uint8).reshape(12, 20)
+    data = tmp_path / "data" / "case01"
+    data.mkdir(parents=True)
+    Image.fromarray(shades).save(data / "image.png")
+    for reader, least in (("seg01", 51), ("seg02", 102)):
+        Image.fromarray(255 * (shades >= least).astype(np.uint8)).save(data / f"task01_{reader}.png")
+    white = 65535 if deep else 255
+    soft = np.where(shades >= 102, white, np.where(shades >= 51, white // 2 + 1, 0)).astype(np.uint16)
+    (tmp_path / "maps").mkdir()
+    path = tmp_path / "maps" / "case01.png"
+    Image.fromarray(soft if deep else soft.astype(np.uint8)).save(path)
+    cases = find_cases(tmp_path / "data")["all"]
+    found = scores(tmp_path / "maps", cases)
+    assert found["soft_dice_9"]["mean"] == 1
+    assert found["brier"]["mean"] == pytest.approx(found["brier_floor"]["mean"], abs=1e-5)
+    Image.fromarray(np.stack([shades] * 3, axis=-1)).save(path)
+    with pytest.raises(CdiffError, match=r"case01.png is not in grey \(mode RGB\)"):
+        scores(tmp_path / "maps", cases)
+    path.unlink()
+    path.symlink_to(data / "image.png")
+    with pytest.raises(CdiffError, match="is the image of case01, and no map of it"):
+        scores(tmp_path / "maps", cases)
 
 
 def test_maps_that_are_edited_are_scored_again(cases: list[Case], tmp_path: Path) -> None:

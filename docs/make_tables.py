@@ -260,6 +260,19 @@ def scans_table(results: Path) -> str:
     return markdown(header, rows, words=2)
 
 
+def beside_table(results: Path) -> str:
+    """How exactly a structure must be pointed at."""
+    header = ["pixels beside the middle", "soft Dice, 5", "difference from the middle", "slices missed"]
+    report = read("off_centre", results)
+    if report is None:
+        return markdown(header, [unmeasured(header)])
+    rows = []
+    for found in report["found"]:
+        apart = difference(found["difference"]) if found["pixels"] else "-"
+        rows.append([str(found["pixels"]), interval(found["soft_dice_5"]), apart, f"{found['missed']:.1%}"])
+    return markdown(header, rows)
+
+
 def average(values: list[float]) -> str:
     """A mean with its range."""
     return f"{sum(values) / len(values):.3f} ({min(values):.2f} - {max(values):.2f})"
@@ -293,6 +306,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "peers-any": lambda results: peers_full_table(ANY, results),
     "seeds": seeds_table,
     "scans": scans_table,
+    "beside": beside_table,
     "memory": memory_table,
     "graphs": graphs_table,
     "half": half_table,

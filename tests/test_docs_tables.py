@@ -179,6 +179,22 @@ def test_whole_scans_are_told_slice_by_slice(tables: ModuleType, tmp_path: Path)
     assert cells[5:] == ["0.500 (0.25 - 0.75)", *["0.500 (0.50 - 0.50)"], "0.500 (0.25 - 0.75)", "0.500 (0.00 - 1.00)"]
 
 
+def test_pointing_beside_the_middle_is_told_by_its_distance(tables: ModuleType, tmp_path: Path) -> None:
+    assert tables.NOT_MEASURED in tables.beside_table(tmp_path)
+    score, none, less = (
+        {"mean": mean, "low": mean - 0.125, "high": mean + 0.125, "n_slices": 9} for mean in (0.5, 0, -0.25)
+    )
+    found = [
+        {"pixels": 0, "soft_dice_5": score, "difference": none, "missed": 0},
+        {"pixels": 8, "soft_dice_5": score, "difference": less, "missed": 0.0625},
+    ]
+    (tmp_path / "off_centre.json").write_text(json.dumps({"found": found}))
+    assert tables.beside_table(tmp_path).splitlines()[2:] == [
+        "| 0 | 0.500 (0.375 - 0.625) | - | 0.0% |",
+        "| 8 | 0.500 (0.375 - 0.625) | -0.250 (-0.375 to -0.125) | 6.2% |",
+    ]
+
+
 def test_whole_nodules_stand_beside_the_reader(tables: ModuleType, tmp_path: Path) -> None:
     def score(mean: float) -> dict[str, float]:
         return {"mean": mean, "low": mean - 0.125, "high": mean + 0.125, "n_cases": 67}

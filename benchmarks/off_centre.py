@@ -1,0 +1,128 @@
+"""How exactly a structure must be pointed at: `python -m cdiff.benchmarks.off_centre --data DATA`.
+
+The shipped model learned from windows around nodules, and `--at` says where one is. Here each case is pointed at some pixels beside its
+middle, where LIDC's crops have their nodule, in another direction from case to case, and its maps are scored as ever: `--fast`, on the slices that
+all annotators marked.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import cdiff
+from cdiff.benchmarks.script import parser_of, script
+from cdiff.runtime.data.cases import Case, find_cases, read_masks
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.files import write_json
+from cdiff.runtime.scans.scan import read_scan
+from cdiff.runtime.scoring.choice import choose_split
+from cdiff.runtime.scoring.evaluate import Protocol
+from cdiff.runtime.scoring.metrics import at_least, bootstrap_over_cases, soft_dice
+from cdiff.runtime.segmenter import Segmenter
+
+PIXELS = (0, 2, 4, 8, 12, 16)
+"""How far beside the middle a case is pointed at."""
+DIRECTIONS = 8
+Row = dict[str, Any]
+
+
+def beside(middle: tuple[int, int], pixels: int, number: int) -> tuple[int, int]:
+    """The pixel so many pixels from `middle`, in the direction of case `number`: each next case's is three eighths of a turn further."""
+    angle = 2 * math.pi * (3 * number % DIRECTIONS) / DIRECTIONS
+    return middle[0] + round(pixels * math.sin(angle)), middle[1] + round(pixels * math.cos(angle))
+
+
+def measure(model: Segmenter, case: Case, number: int) -> list[Row]:
+    """For each of PIXELS and each slice that all annotators of a case marked: soft Dice, and whether the mask misses all that most of them marked.
+
+    The middle is that of the case's slices. Raises CdiffError for a case of another kind than volumes cut along their last axis.
+    """
+    scan = read_scan(case.scan)
+    if scan.grid.slice_axis != 2:
+        raise CdiffError(f"{case.name} is no volume; the data must be crops around a structure, such as LIDC's")
+    masks = read_masks(case, scan.grid)
+    chosen = Protocol(all_raters=True).slices(masks).tolist()
+    rows: list[Row] = []
+    for pixels in PIXELS if chosen else ():
+        row, column = beside((masks.shape[2] // 2, masks.shape[3] // 2), pixels, number)
+        whole = slice(chosen[0], chosen[-1] + 1)
+        stack = model.segment(scan, at=(row, column, chosen[0]), slices=whole, fast=True, seed=0).stack
+        for k in chosen:
+            soft, most = stack.soft[k - chosen[0]], 2 * masks[k].sum(axis=0) > len(masks[k])
+            missed = bool(most.any() and not (at_least(soft, 0.5) & most).any())
+            rows.append(
+                {"pixels": pixels, "slice": k, "soft_dice_5": soft_dice(soft, masks[k].mean(axis=0)), "missed": missed}
+            )
+    return rows
+
+
+def summary(cases: list[list[Row]]) -> list[Row]:
+    """For each of PIXELS the mean soft Dice, its difference from pointing at the middle, both with an interval over cases, and the share of slices missed."""
+    found = []
+    for pixels in PIXELS:
+        here = [[row for row in rows if row["pixels"] == pixels] for rows in cases]
+        middle = [[row for row in rows if row["pixels"] == PIXELS[0]] for rows in cases]
+        scores = [[row["soft_dice_5"] for row in rows] for rows in here]
+        apart = [
+            [a["soft_dice_5"] - b["soft_dice_5"] for a, b in zip(*pair, strict=True)]
+            for pair in zip(here, middle, strict=True)
+        ]
+        found.append(
+            {
+                "pixels": pixels,
+                "soft_dice_5": bootstrap_over_cases(scores).to_json(),
+                "difference": bootstrap_over_cases(apart).to_json(),
+                "missed": float(np.mean([row["missed"] for rows in here for row in rows])),
+            }
+        )
+    return found
+
+
+@script
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    parser = parser_of("off_centre", __doc__)
+    parser.add_argument(
+        "--data", type=Path, required=True, help="crops with a structure in the middle of each, such as LIDC's"
+    )
+    parser.add_argument("--split", default="val", choices=("train", "val", "test", "all"), help="which cases (val)")
+    parser.add_argument("--limit", type=int, metavar="N", help="the first N cases only")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="where to write the numbers")
+    options = parser.parse_args(argv)
+    split, cases = choose_split(find_cases(options.data), options.split)
+    model = cdiff.load()
+    rows = []
+    for number, case in enumerate(cases[: options.limit]):
+        rows.append(measure(model, case, number))
+        print(f"{number + 1} of {len(cases[: options.limit])} cases", file=sys.stderr)
+    rows = [one for one in rows if one]
+    if not rows:
+        raise CdiffError(
+            f"no slice of the split {split} was marked by all of its annotators; there is nothing to measure"
+        )
+    found = summary(rows)
+    for one in found:
+        score, apart = one["soft_dice_5"], one["difference"]
+        interval = "" if apart["low"] is None else f" ({apart['low']:+.3f} to {apart['high']:+.3f})"
+        print(
+            f"{one['pixels']:3} pixels beside: soft Dice {score['mean']:.3f}, {apart['mean']:+.3f}{interval}, missed {one['missed']:.1%}"
+        )
+    if options.json:
+        about = {
+            "model": model.manifest.name,
+            "bundle_sha256": model.manifest_sha256,
+            "data": options.data.resolve().name,
+            "split": split,
+        }
+        write_json(
+            options.json, {**about, "cases": len(rows), "slices": found[0]["soft_dice_5"]["n_slices"], "found": found}
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""Pointing beside a structure: where cases are pointed at, and that the scores are of maps drawn there."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+import cdiff
+from cdiff.benchmarks.off_centre import DIRECTIONS, PIXELS, beside, main, summary
+from cdiff.runtime.data.cases import find_cases
+from cdiff.runtime.scoring.metrics import soft_dice
+from tests.conftest import REPOSITORY
+from tests.synthetic import write_synthetic_dataset
+
+DEMO = REPOSITORY / "cdiff" / "demo"
+
+
+def test_cases_are_pointed_at_in_all_directions_as_far() -> None:
+    assert beside((64, 60), 0, 3) == (64, 60)
+    places = {beside((0, 0), 12, number) for number in range(DIRECTIONS)}
+    assert len(places) == DIRECTIONS
+    assert all(abs(math.hypot(*place) - 12) < 1 for place in places)
+    assert np.abs(np.sum(list(places), axis=0)).max() == 0
+
+
+def test_scores_are_compared_with_pointing_at_the_middle() -> None:
+    def rows(*scores: float) -> list[dict[str, object]]:
+        return [
+            {"pixels": pixels, "slice": k, "soft_dice_5": score - 0.01 * pixels, "missed": pixels == 16 and k == 0}
+            for pixels in PIXELS
+            for k, score in enumerate(scores)
+        ]
+
+    found = summary([rows(0.5, 1.0), rows(0.75)])
+    assert [one["pixels"] for one in found] == list(PIXELS)
+    assert found[0]["soft_dice_5"]["mean"] == 0.75
+    assert [found[3]["difference"][end] for end in ("mean", "low", "high")] == pytest.approx([-0.08] * 3)
+    assert [one["missed"] for one in found] == [0, 0, 0, 0, 0, pytest.approx(2 / 3)]
+
+
+def test_the_maps_are_those_of_the_place_that_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    case = tmp_path / "data" / "Validation" / "case01"
+    case.mkdir(parents=True)
+    for path in DEMO.glob("*.nii.gz"):
+        image = nib.load(path)
+        nib.save(nib.Nifti1Image(np.asarray(image.dataobj)[..., 2:4], image.affine), case / path.name)
+    out = tmp_path / "out.json"
+    assert main(["--data", str(tmp_path / "data"), "--json", str(out)]) == 0
+    report = json.loads(out.read_text())
+    assert (report["split"], report["cases"], report["slices"]) == ("val", 1, 2)
+    (demo,) = find_cases(tmp_path / "data")["val"]
+    row, column = beside((64, 64), 8, 0)
+    soft = cdiff.load().segment(demo.scan, at=(row, column, 0), slices=(0, 2), fast=True).soft
+    truth = np.mean([nib.load(path).get_fdata() for path in demo.masks], axis=0)
+    wanted = np.mean([soft_dice(soft[..., k], truth[..., k]) for k in range(2)])
+    assert report["found"][3]["soft_dice_5"]["mean"] == pytest.approx(wanted)
+    assert "8 pixels beside: soft Dice" in capsys.readouterr().out
+
+
+def test_data_that_it_cannot_measure_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write_synthetic_dataset(tmp_path / "flat", {"Validation": 1}, raters=4, shape=(40, 40))
+    assert main(["--data", str(root)]) == 2
+    assert "case01 is no volume" in capsys.readouterr().err
+    root = write_synthetic_dataset(tmp_path / "empty", {"Validation": 1}, raters=4, shape=(40, 40, 2))
+    mask = next(root.rglob("*seg01*"))
+    nib.save(nib.Nifti1Image(np.zeros((40, 40, 2), np.uint8), nib.load(mask).affine), mask)
+    assert main(["--data", str(root)]) == 2
+    assert "no slice of the split val was marked by all" in capsys.readouterr().err

@@ -227,6 +227,7 @@ class Manifest:
                 built = build(getattr(self, key))
             except (TypeError, ValueError, OverflowError, CdiffError) as error:
                 _refuse(source, f"key {key!r} is wrong ({error})")
+            _check_part(key, getattr(self, key), type(built)().to_json(), source)
             if isinstance(built, NoiseSchedule) and built.T != self.T:
                 _refuse(source, f"key 'schedule' has T = {built.T}, but key 'T' is {self.T}")
         self._check_fast(source)
@@ -254,7 +255,10 @@ class Manifest:
 
     def _check_fast(self, source: str) -> None:
         """Refuse a `--fast` that no sampler could take; what it leaves out, `segment` has a default for."""
-        fast: dict[str, Any] = {"sampler": SAMPLERS[0], "steps": 1, "runs": 1} | self.fast
+        fast: dict[str, Any] = {"sampler": SAMPLERS[0], "steps": 1, "runs": 1}
+        if unknown := sorted(self.fast.keys() - fast.keys()):
+            _refuse(source, f"key 'fast' has {unknown[0]!r}, which is none of {', '.join(fast)}")
+        fast |= self.fast
         if fast["sampler"] not in SAMPLERS:
             _refuse(source, f"key 'fast', sampler must be one of {', '.join(SAMPLERS)}, not {fast['sampler']!r}")
         for key, most in (("steps", self.T), ("runs", MOST_RUNS)):
@@ -309,6 +313,16 @@ def _typed(key: str, value: Any, source: str) -> Any:
     if type(value) is not kind:
         _refuse(source, f"key {key!r} must be {words}, not {value!r}")
     return value
+
+
+def _check_part(key: str, value: dict[str, Any], example: dict[str, Any], source: str) -> None:
+    """Refuse an object without the keys of `example`, or with values of other types: defaults, and "false" for false, are another model."""
+    for name, like in example.items():
+        if name not in value:
+            _refuse(source, f"key {key!r} lacks {name!r}")
+        fits = (type(like), int) if type(like) is float else (type(like),)
+        if type(value[name]) not in fits:
+            _refuse(source, f"key {key!r}, {name} cannot be {value[name]!r}")
 
 
 def _is_deeper(value: Any, most: int) -> bool:

@@ -57,13 +57,15 @@ def read_contours(data: Any, path: Path, name: str) -> Contours:
     path: as the table has it. Raises CdiffError where no one structure is meant, and where it has other contours alone; what pydicom
     raises where the file is damaged.
     """
-    rois = {int(roi.ROINumber): roi for roi in data.get("StructureSetROISequence") or []}
+    rois = _by_number(data.get("StructureSetROISequence"), "ROINumber")
     contours = {
-        int(drawn.ReferencedROINumber): drawn.get("ContourSequence") or []
-        for drawn in data.get("ROIContourSequence") or []
+        number: drawn.get("ContourSequence") or []
+        for number, drawn in _by_number(data.get("ROIContourSequence"), "ReferencedROINumber").items()
     }
     there = [(number, str(roi.get("ROIName") or "").strip()) for number, roi in rois.items()]
     number = number_of(name, path, there) if name else _only(path, there, contours)
+    if number not in contours and (lost := sorted(contours.keys() - rois.keys())):  # which may be its own
+        raise ValueError(f"it has contours of a structure {lost[0]}, which it does not list")
     kept, others = [], []
     for contour in contours.get(number, []):
         kind = str(contour.get("ContourGeometricType"))
@@ -88,6 +90,15 @@ def read_contours(data: Any, path: Path, name: str) -> Contours:
     return Contours(tuple(kept), frame, _series(data), tuple(notes))
 
 
+def _by_number(items: Any, keyword: str) -> dict[int, Any]:
+    """Items of a sequence by their number. Raises ValueError where two have the same."""
+    numbered = [(int(item[keyword].value), item) for item in items or []]
+    found = dict(numbered)
+    if len(found) < len(numbered):
+        raise ValueError(f"two of its structures have the same {keyword}")
+    return found
+
+
 def _only(path: Path, there: Structures, contours: dict[int, Any]) -> int:
     drawn = [
         (number, called)
@@ -108,7 +119,10 @@ def _points(contour: Any) -> Float64:
     values = np.array(stored.split(b"\\") if isinstance(stored, bytes) else stored, dtype=np.float64)
     if not (np.abs(values) < FARTHEST).all():  # nor where one is no number
         raise ValueError("a contour's coordinates lie nowhere in a patient")
-    return values.reshape(-1, 3)
+    points = values.reshape(-1, 3)
+    if (promised := contour.get("NumberOfContourPoints")) is not None and int(promised) != len(points):
+        raise ValueError(f"a contour has {len(points)} points where {promised} are promised")
+    return points
 
 
 def _series(data: Any) -> frozenset[str]:

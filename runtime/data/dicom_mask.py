@@ -99,12 +99,13 @@ def _opened(file: Path) -> Any:
     stored = io.BytesIO(any_bytes(file))
     with _reading(file, KIND):
         data = pydicom.dcmread(stored)
-    kind = data.get("SOPClassUID")
+        kind, modality = data.get("SOPClassUID"), data.get("Modality")  # read when they are asked for
     if kind == CONTOURS:
         return data
     if kind not in SEGMENTATIONS:
-        modality = str(data.get("Modality", "")) or "of no modality"
-        raise CdiffError(f"{file} is DICOM ({modality}) and neither a segmentation nor contours; name the mask's file")
+        raise CdiffError(
+            f"{file} is DICOM ({modality or 'of no modality'}) and neither a segmentation nor contours; name the mask's file"
+        )
     highdicom = optional("highdicom", "highdicom", file, KIND)
     with _reading(file, KIND):
         _say_spacing(data)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from cdiff.runtime.scans.metaimage import MOST_AXES, check_metaimage, files_of, 
 from cdiff.runtime.scans.nifti import check_header
 from cdiff.runtime.scans.shapes import check_kind, check_size
 from cdiff.runtime.scans.sources import any_bytes, optional
+from cdiff.runtime.scans.stored import must_not_hold_more, unpacked_size
 from cdiff.runtime.words import one_line
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0])
@@ -57,6 +60,8 @@ def parse_itk(data: bytes, path: Path, channels: int) -> nib.Nifti1Image:
     if not fields:
         check_metaimage(data, path)
     image, array = _voxels(data, path)
+    if fields:
+        _check_nrrd(data, path, array)
     check_kind(array.dtype, str(path))
     spatial = image.GetDimension()
     voxels = np.transpose(array, (*reversed(range(spatial)), *range(spatial, array.ndim))).astype(np.float32)
@@ -102,8 +107,11 @@ def _must_be_harmless(data: bytes, path: Path) -> None:
         return
     if len(os.fsencode(path)) > LONGEST:
         raise CdiffError(f"{path} has a path of more than {LONGEST} bytes; move it to one that is shorter")
+    text = _nrrd_text(data, path)
+    if "\r" in text:  # where the library ends a line, and we do not
+        raise CdiffError(f"{path} has lines in its header that end in a carriage return alone; save it again")
     free = ("#", "content: ")
-    lines = [line for line in _nrrd_text(data, path).split("\n") if not line.startswith(free) and not _is_added(line)]
+    lines = [line for line in text.split("\n") if not line.startswith(free) and not _is_added(line)]
     if long := [line for line in lines if len(line.encode()) > LONGEST]:
         raise CdiffError(
             f"{path} has a line of more than {LONGEST} bytes in its header ({long[0][:50]!r}); it is damaged: copy it again"
@@ -112,7 +120,7 @@ def _must_be_harmless(data: bytes, path: Path) -> None:
     if (axes := fields.get("dimension", "")).isdecimal() and int(axes) > MOST_AXES:
         raise CdiffError(f"{path} has {int(axes)} axes where 2-D or 3-D is meant; give one volume of it")
     if named := fields.get("data file", fields.get("datafile")):
-        below = _nrrd_text(data, path).partition(named)[2].split("\n")[1:]
+        below = text.partition(named)[2].split("\n")[1:]
         must_be_own(voxel_files(named, below, path), path)
 
 
@@ -182,6 +190,31 @@ def _placed(
         image.header["pixdim"][1:4] = np.linalg.norm(affine[:3, :3], axis=0)
     check_header(image.header, where, channels)
     return image  # type: ignore[no-any-return]
+
+
+def _check_nrrd(data: bytes, path: Path, array: Any) -> None:
+    """Raise CdiffError where a NRRD's voxels, of which `array` was made, are not what was packed, or more than the header promises.
+
+    The library that reads it stops before the check sum, and at the last voxel that it looks for.
+    """
+    fields, text = _nrrd_fields(data, path), _nrrd_text(data, path)
+    skipped = [fields.get(name, fields.get(name.replace(" ", ""), "0")) for name in ("line skip", "byte skip")]
+    encoding = fields.get("encoding", "").lower()
+    packed = encoding in ("gz", "gzip")
+    if not (packed or encoding == "raw") or skipped != ["0", "0"]:
+        return
+    if named := fields.get("data file", fields.get("datafile")):
+        files = voxel_files(named, text.partition(named)[2].split("\n")[1:], path)
+    else:
+        files = []
+    blank, held = re.search(rb"\r?\n\r?\n", data), 0
+    for file in files or [path]:
+        stored = any_bytes(file) if files else data[blank.end() :] if blank else b""
+        try:
+            held += unpacked_size(stored, 2 * array.nbytes) if packed else len(stored)
+        except (zlib.error, EOFError) as error:
+            raise CdiffError(f"{file} is truncated or damaged ({error}); copy it again") from None
+    must_not_hold_more(held, array.nbytes, array.shape, path)
 
 
 def _reason(error: RuntimeError) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.scans.detached import voxel_files
 from cdiff.runtime.scans.sources import any_bytes
+from cdiff.runtime.scans.stored import must_not_hold_more, unpacked_size
 
 TEXT_ENDS = 2**16
 """A header lies within so many bytes, but for the names of its files."""
@@ -20,15 +21,15 @@ BYTES = {
     "CHAR": 1, "UCHAR": 1, "SHORT": 2, "USHORT": 2, "INT": 4, "UINT": 4, "FLOAT": 4, "DOUBLE": 8, "LONG_LONG": 8, "ULONG_LONG": 8,
 }  # fmt: skip
 """A value's bytes by ElementType, without its MET_; that of MET_LONG hangs on who wrote it."""
-ZLIB_OR_GZIP = 47
-"""What MetaImage's own reader takes."""
-CHUNK = 2**20
+WHOLE = re.compile(r"-?[0-9]{1,18}")
 NEEDED = ("NDims", "DimSize", "ElementType")
 BY_AXIS = {
     "CenterOfRotation", "DimSize", "ElementSize", "ElementSpacing", "Offset", "Orientation", "Origin", "Position", "Rotation",
     "TransformMatrix",
 }  # fmt: skip
 """Fields with a value, or several, for each axis."""
+MATRICES = {"Orientation", "Rotation", "TransformMatrix"}
+"""Those with a value for each axis of each axis."""
 MOST_AXES = 6
 """What SimpleITK reads, the components of a voxel being one; of many more both formats have it crash."""
 MOST_VOXELS = 2**31
@@ -72,12 +73,35 @@ def must_be_whole(data: bytes, path: Path) -> None:
         wrong = f"{fields['DimSize'][:50]} voxels"
     elif not wrong and early:
         wrong = f"{early[0]} stands before NDims, which says how long it is"
+    elif not wrong and (odd := _not_by_axis(fields, int(axes))):
+        wrong = f"{odd} = {fields[odd][:50]}"
     elif not wrong and not (named and named.isprintable()):
         wrong = f"the voxels are in {named[:50]!r}"
     if wrong:
         raise CdiffError(
             f"{path} is not a NRRD or MetaImage file that can be read (its header: {wrong}); copy or save it again"
         )
+
+
+def _not_by_axis(fields: dict[str, str], axes: int) -> str | None:
+    """A field without one finite number for each axis, which ITK takes for 0 where they are too few or none."""
+    for name in (BY_AXIS - {"DimSize"}) & fields.keys():
+        words = fields[name].split()
+        try:
+            fits = all(math.isfinite(float(word)) for word in words)
+        except ValueError:
+            fits = False
+        if not fits or len(words) != axes ** (2 if name in MATRICES else 1):
+            return name
+    return None
+
+
+def _whole_number(fields: dict[str, str], name: str, default: int, path: Path) -> int:
+    """A field's value. Raises CdiffError where it is none: ITK takes what it can read of it."""
+    value = fields.get(name, str(default))
+    if not WHOLE.fullmatch(value):
+        raise CdiffError(f"{path} has {value[:50]!r} as {name} in its header; it is damaged: copy or save it again")
+    return int(value)
 
 
 def files_of(data: bytes, path: Path) -> list[Path]:
@@ -98,14 +122,16 @@ def check_metaimage(data: bytes, path: Path) -> None:
     if unit not in ("mm", "", "?", "???"):
         raise CdiffError(f"{path} gives its lengths in {unit}; save it in millimetres")
     words = fields.get("BinaryData", "True").lower() in ("false", "0")
-    try:
-        sizes = [int(n) for n in fields["DimSize"].split()]
-        values = math.prod(sizes) * int(fields.get("ElementNumberOfChannels", 1))
-        # Of numbers in words each has a digit and a space; ITK looks for all that are promised, however soon the file ends.
-        promised = 2 * values - 1 if words else values * BYTES[fields["ElementType"].removeprefix("MET_")]
-        skipped, packed_size = int(fields.get("HeaderSize", 0)), int(fields.get("CompressedDataSize", 0))
-    except (KeyError, ValueError):
+    channels, skipped, packed_size = (
+        _whole_number(fields, name, default, path)
+        for name, default in (("ElementNumberOfChannels", 1), ("HeaderSize", 0), ("CompressedDataSize", 0))
+    )
+    sizes, size = [int(n) for n in fields["DimSize"].split()], BYTES.get(fields["ElementType"].removeprefix("MET_"))
+    if size is None:
         return
+    values = math.prod(sizes) * channels
+    # Of numbers in words each has a digit and a space; ITK looks for all that are promised, however soon the file ends.
+    promised = 2 * values - 1 if words else values * size
     packed = fields.get("CompressedData", "False").lower() in ("true", "1") and not words
     files = files_of(data, path)
     if not files and named:
@@ -113,11 +139,15 @@ def check_metaimage(data: bytes, path: Path) -> None:
             raise CdiffError(f"{path} does not say how long its packed voxels are (CompressedDataSize); save it again")
         stored = memoryview(data)[begins:]
         _must_hold(promised, stored[:packed_size] if packed else stored, packed, path, path)
+        if not packed and not words:
+            must_not_hold_more(len(stored), promised, sizes, path)
     _must_be_as_many(files, named, sizes, path)
     for file in files:
         held = any_bytes(file)
         if not packed or len(files) == 1:  # of several that are packed nothing says how long each is
             _must_hold(promised // len(files) + max(skipped, 0) * (not packed), held, packed, file, path)
+        if not packed and not words and len(files) == 1 and skipped >= 0:  # below 0 the voxels are the file's end
+            must_not_hold_more(len(held) - skipped, promised, sizes, file)
 
 
 def _must_be_as_many(files: list[Path], named: str, sizes: list[int], path: Path) -> None:
@@ -133,22 +163,13 @@ def _must_be_as_many(files: list[Path], named: str, sizes: list[int], path: Path
 
 
 def _must_hold(promised: int, stored: bytes | memoryview, packed: bool, file: Path, path: Path) -> None:
-    """Raise CdiffError where `stored` has less than `promised` bytes, once unpacked, or its check sum is another's."""
-    held = len(stored)
-    if packed:
-        held, inflate = 0, zlib.decompressobj(ZLIB_OR_GZIP)
-        try:
-            for start in range(0, len(stored), CHUNK):
-                rest: bytes | memoryview = stored[start : start + CHUNK]
-                while rest and held <= promised and not inflate.eof:
-                    held += len(inflate.decompress(rest, CHUNK))
-                    rest = inflate.unconsumed_tail
-        except zlib.error as error:
-            raise CdiffError(f"{file} is truncated or damaged ({error}); copy it again") from None
-        if held == promised and not inflate.eof:
-            held = 0  # its end, with the check sum, is missing
-    if held < promised:
+    """Raise CdiffError where `stored` has less than `promised` bytes, or, once unpacked, not as many, or its check sum is another's."""
+    try:
+        held = unpacked_size(stored, promised) if packed else len(stored)
+    except (zlib.error, EOFError) as error:
+        raise CdiffError(f"{file} is truncated or damaged ({error}); copy it again") from None
+    if held < promised or (packed and held > promised):
         raise CdiffError(
-            f"{file} holds less than the header of {path.name} promises ({promised} bytes of voxels); it is truncated or damaged: "
-            "copy it again"
+            f"{file} holds {'less' if held < promised else 'more'} than the header of {path.name} promises ({promised} bytes of voxels); "
+            "it is truncated or damaged: copy it again"
         )

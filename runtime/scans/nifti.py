@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.scans.shapes import check_kind, check_size, spatial_axes
+from cdiff.runtime.scans.stored import must_not_hold_more
 from cdiff.runtime.words import one_line
 
 GZIP = b"\x1f\x8b"
@@ -47,8 +48,10 @@ def parse_nifti(data: bytes, path: Path, channels: int) -> nib.Nifti1Image:
                 f"{path} holds less than its header promises ({size} bytes of voxels); it is truncated or damaged: copy it again"
             )
         raw = start + file.read(max(0, end - len(start)))
-        while file.read(2**20):  # to the end, for gzip to check its sum; nothing of it is kept
-            pass
+        beyond = len(raw) - end
+        while more := len(file.read(2**20)):  # to the end, for gzip to check its sum; nothing of it is kept
+            beyond += more
+        must_not_hold_more(size + beyond, size, header.get_data_shape(), path)
         return kind.from_bytes(raw)
 
 

@@ -15,12 +15,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.scans.stored import unpacked_size
 from cdiff.runtime.words import by, one_line
 
 BITS_PER_SAMPLE = 258
 """TIFF's tag (TIFF 6.0, section 8): one number a channel."""
 SIZE = 256, 257
 """TIFF's tags of width and height."""
+PHOTOMETRIC = 262
+"""TIFF's tag of whether 0 is black or white, or that there are colours."""
+COMPRESSION, DEFLATE = 259, (8, 32946)
+"""TIFF's tag of how pixels are packed, and its values for zlib's streams."""
+STORED = (273, 279), (324, 325)
+"""TIFF's tags of where each strip, or each tile, begins and how long it is."""
 PLANAR, SEPARATE = 284, 2
 """TIFF's tag of how channels are stored, and its value for one after another."""
 ORIENTATION = 274
@@ -34,7 +41,6 @@ PNG_SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 WHOLE = ((0, 0, 1, 1),)
 ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
 """The parts that a PNG is stored in: first column and row, steps between columns and rows (PNG 1.2, 8.2)."""
-CHUNK = 2**20
 JPEG_BLOCK = 8
 """Pixels along a block's edge."""
 CONVERTED = {"1": "L", "P": "RGB", "PA": "RGBA", "CMYK": "RGB", "YCbCr": "RGB"}
@@ -58,21 +64,37 @@ def check_depth(picture: Any, data: bytes, path: Path) -> None:
 
 
 def check_png(data: bytes, path: Path) -> None:
-    """Raise CdiffError for a PNG that holds fewer pixels than its header promises: Pillow takes those that are missing for black."""
+    """Raise CdiffError for a PNG whose chunks are not what was written, by their check sums, or that holds fewer pixels than its header
+    promises: Pillow looks at no sum of the pixels, and takes those that are missing for black.
+    """
+    if data[12:16] != b"IHDR":  # the first, by the standard
+        raise _damaged(path)
     width, height, depth, kind, _, _, interlaced = struct.unpack(">IIBBBBB", data[16:29])
-    held, promised, at, inflate = 0, 0, 8, zlib.decompressobj()
+    promised = 0
     for column, row, across, down in ADAM7 if interlaced else WHOLE:
         columns, rows = -(-max(width - column, 0) // across), -(-max(height - row, 0) // down)
         promised += rows * (1 + -(-columns * depth * PNG_SAMPLES[kind] // 8)) if columns else 0
-    while held < promised and at + 8 <= len(data):
-        length = int.from_bytes(data[at : at + 4])
-        rest = data[at + 8 : at + 8 + length] if data[at + 4 : at + 8] == b"IDAT" else b""
-        while rest and held < promised and not inflate.eof:
-            held += len(inflate.decompress(rest, CHUNK))
-            rest = inflate.unconsumed_tail
-        at += 12 + length
+    try:
+        held = unpacked_size(b"".join(_pixel_chunks(data, path)), 2 * promised)  # a writer may have added a row
+    except EOFError:
+        held = 0
     if held < promised:
         raise _fewer(path, (width, height))
+    if held > 2 * promised:
+        raise _damaged(path)
+
+
+def _pixel_chunks(data: bytes, path: Path) -> Iterator[bytes]:
+    """The chunks of a PNG that hold its pixels. Raises CdiffError for one of any kind whose check sum is another's (PNG 1.2, 3.2)."""
+    at, name = 8, b""
+    while at + 8 <= len(data) and name != b"IEND":
+        end = at + 8 + int.from_bytes(data[at : at + 4])
+        name = data[at + 4 : at + 8]
+        if end + 4 <= len(data) and zlib.crc32(data[at + 4 : end]).to_bytes(4) != data[end : end + 4]:
+            raise _damaged(path)
+        if name == b"IDAT":
+            yield data[at + 8 : end]
+        at = end + 4
 
 
 def check_jpeg(picture: Any, data: bytes, path: Path) -> None:
@@ -85,14 +107,34 @@ def check_jpeg(picture: Any, data: bytes, path: Path) -> None:
         raise _fewer(path, (width, height))
 
 
-def check_strips(picture: Any, path: Path) -> None:
-    """Raise CdiffError for a TIFF, opened by Pillow, whose strips or tiles do not cover it: Pillow takes what lies between for black."""
+def check_strips(picture: Any, data: bytes, path: Path) -> None:
+    """Raise CdiffError for a TIFF, opened by Pillow, whose strips or tiles do not cover it: Pillow takes what lies between for black.
+
+    And for one that does not say what 0 is, which Pillow takes for white, or whose packed strips are not what was written, by their
+    check sums, at which libtiff does not look.
+    """
     width, height = (picture.tag_v2[tag] for tag in SIZE)  # the picture's own is that of one turned
     planes = len(picture.getbands()) if picture.tag_v2.get(PLANAR) == SEPARATE else 1
     boxes = [tile[1] for tile in picture.tile]
     held = sum((min(right, width) - left) * (min(low, height) - top) for left, top, right, low in boxes)
     if held < planes * width * height:
         raise _fewer(path, (width, height))
+    if PHOTOMETRIC not in picture.tag_v2:
+        raise CdiffError(f"{path} does not say whether 0 is black or white (tag {PHOTOMETRIC}); save it again as PNG")
+    if picture.tag_v2.get(COMPRESSION) in DEFLATE:
+        most = 8 * width * height * len(picture.getbands())
+        for places, lengths in STORED:
+            for place, length in zip(_numbers(picture, places), _numbers(picture, lengths), strict=True):
+                unpacked_size(memoryview(data)[place : place + length], most)
+
+
+def _numbers(picture: Any, tag: int) -> tuple[int, ...]:
+    found = picture.tag_v2.get(tag, ())
+    return found if isinstance(found, tuple) else (found,)
+
+
+def _damaged(path: Path) -> CdiffError:
+    return CdiffError(f"{path} is damaged: its check sums are not those of what it holds; copy it again")
 
 
 def _fewer(path: Path, size: tuple[int, int]) -> CdiffError:
@@ -135,7 +177,7 @@ def opened(data: bytes, path: Path) -> Iterator[tuple[Any, bool]]:
             if picture.format == "PNG":
                 check_png(data, path)
             elif picture.format == "TIFF":
-                check_strips(picture, path)
+                check_strips(picture, data, path)
             else:
                 check_jpeg(picture, data, path)
             yield upright(picture)

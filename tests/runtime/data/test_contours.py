@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -237,3 +238,30 @@ def test_what_holds_no_outline_is_refused(tmp_path: Path) -> None:
     file.save_as(tmp_path / "r.dcm")
     with pytest.raises(CdiffError, match=r"r\.dcm cannot be read as an RTSTRUCT \(.* nowhere in a patient\)"):
         on(images, tmp_path / "r.dcm")
+
+
+def test_a_structure_set_that_contradicts_itself_is_refused(tmp_path: Path) -> None:
+    """Read as it stands it would be another outline, or a reader who marked nothing."""
+    images, path = series(tmp_path / "images", box()), tmp_path / "r.dcm"
+    two = {"a": in_slices(BOX), "b": in_slices(BOX)}
+
+    def changed(change: Callable[[Any], None]) -> None:
+        file = dcmread(write_rtstruct(path, images, orthogonal(), two))
+        change(file)
+        file.save_as(path)
+
+    def cut(file: Any) -> None:
+        contour = file.ROIContourSequence[0].ContourSequence[0]
+        contour.ContourData = list(contour.ContourData)[:-3]
+
+    changed(cut)
+    with pytest.raises(CdiffError, match="a contour has 3 points where 4 are promised"):
+        on(images, Path(f"{path}#a"))
+    must_be(images, Path(f"{path}#b"))
+    changed(lambda file: setattr(file.ROIContourSequence[0], "ReferencedROINumber", 9))
+    with pytest.raises(CdiffError, match="it has contours of a structure 9, which it does not list"):
+        on(images, Path(f"{path}#a"))
+    must_be(images, Path(f"{path}#b"))
+    changed(lambda file: setattr(file.ROIContourSequence[0], "ReferencedROINumber", 2))
+    with pytest.raises(CdiffError, match="two of its structures have the same ReferencedROINumber"):
+        on(images, Path(f"{path}#b"))

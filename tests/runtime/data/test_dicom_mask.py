@@ -379,3 +379,13 @@ def test_without_highdicom_that_is_said(tmp_path: Path, monkeypatch: pytest.Monk
         CdiffError, match=r"seg.dcm is a DICOM segmentation, and highdicom, which reads it, is not installed"
     ):
         read_mask(mask)
+
+
+def test_a_file_whose_kind_is_damaged_is_refused_in_one_line(tmp_path: Path) -> None:
+    """pydicom reads a value when it is asked for."""
+    path = write_seg(tmp_path / "m.dcm", series(tmp_path / "images", drawn(), orthogonal()), drawn())
+    data = path.read_bytes()
+    kind = data.index(b"\x08\0\x16\0UI")
+    path.write_bytes(data[: kind + 4] + b"UY" + data[kind + 6 :])
+    with pytest.raises(CdiffError, match=r"m\.dcm cannot be read as a DICOM segmentation"):
+        read_mask(path)

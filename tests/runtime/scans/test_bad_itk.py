@@ -150,6 +150,18 @@ def changed(old: bytes, new: bytes) -> Callable[[Path], Path]:
     return lambda folder: edited(written(folder / "x.mha", image(voxels(8, 9, 3))), old, new)
 
 
+def zeroed(kind: str) -> Callable[[Path], Path]:
+    """A packed file that ends in zeros: it unpacks to more than there was, without a sum at the end."""
+
+    def bad(folder: Path) -> Path:
+        path = written(folder / f"x.{kind}", image(voxels(8, 9, 3)), packed=True)
+        data = path.read_bytes()
+        path.write_bytes(data[:-200] + bytes(200))
+        return path
+
+    return bad
+
+
 BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "NRRD that ends early": (lambda folder: cut(made(folder, "nrrd")), "is truncated or damaged"),
     "MetaImage that ends early": (lambda folder: cut(made(folder, "mha")), "is truncated or damaged"),
@@ -159,6 +171,21 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "no voxels' file": (bad_lost, r"has its voxels in .*x\.raw, which does not exist; copy it too"),
     "packed that is damaged": (bad_packed, r"is truncated or damaged \(Error -3 while decompressing"),
+    "packed, and its end zeros": (zeroed("mha"), "holds more than the header of x.mha promises"),
+    "packed, its length no number": (
+        lambda folder: edited(written(folder / "x.mha", image(voxels(8, 9, 3)), packed=True), b"CompressedDataSize = ", b"CompressedDataSize = 0x"),
+        "as CompressedDataSize in its header; it is damaged",
+    ),
+    "MetaImage of fewer rows than it holds": (changed(b"DimSize = 8 9 3", b"DimSize = 8 8 3"), "holds 432 bytes of voxels where its header promises 384"),
+    "the same in a file of its own, detached": (
+        lambda folder: edited(made(folder, "mhd"), b"DimSize = 8 9 3", b"DimSize = 8 9 2"), r"x\.raw holds 432 bytes of voxels where its header promises 288",
+    ),
+    "NRRD of fewer rows than it holds": (
+        lambda folder: edited(made(folder, "nrrd"), b"sizes: 8 9 3", b"sizes: 8 8 3"), "holds 432 bytes of voxels where its header promises 384",
+    ),
+    "MetaImage at no place": (changed(b"Offset = 0 0 0", b"Offset = 0 0 1e999"), "its header: Offset = 0 0 1e999"),
+    "MetaImage of axes too few": (changed(b"TransformMatrix = 1 0 0 ", b"TransformMatrix = 1 0 "), "its header: TransformMatrix = 1 0"),
+    "NRRD of one line": (lambda folder: edited(made(folder, "nrrd"), b"\ntype", b"\rtype"), "end in a carriage return alone"),
     "packed, its length unknown": (bad_length, "does not say how long its packed voxels are"),
     "a file that ends early": (bad_file, r"x\.raw holds less than the header of x\.mhd promises \(432 bytes of voxels\)"),
     "fewer files than slices": (bad_list, "names 2 files for the voxels of 3; correct the list"),
@@ -208,3 +235,18 @@ def test_bad_files_are_refused_in_one_line(what: str, tmp_path: Path, capfd: pyt
         read_scan(make(tmp_path))
     assert "\n" not in str(error.value)
     assert capfd.readouterr() == ("", ""), "ITK says nothing of its own"
+
+
+@pytest.mark.parametrize("kind", ["nrrd", "nhdr", "mha"])
+def test_a_packed_file_that_is_damaged_is_refused_wherever_that_is(kind: str, tmp_path: Path) -> None:
+    """By its check sum, at which the libraries do not look where the damage makes the stream longer: they return other voxels."""
+    path = written(tmp_path / f"x.{kind}", image(voxels(8, 9, 3) // 300), packed=True)
+    file = tmp_path / "x.raw.gz" if kind == "nhdr" else path
+    whole, wanted, refused = file.read_bytes(), read_scan(path).slices, 0
+    for place in range(len(whole) - 200, len(whole)):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ (1 + place % 255)]) + whole[place + 1 :])
+        try:
+            np.testing.assert_array_equal(read_scan(path).slices, wanted)  # some bits of a packed stream say nothing
+        except CdiffError:
+            refused += 1
+    assert refused > 180

@@ -192,6 +192,8 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "absurd size": (bad_header(DIM, "<4h", 3, 30000, 30000, 30000), "2\\^31"),
     "lying size": (bad_header(DIM, "<4h", 3, 1000, 1000, 1000), "less than its header promises"),
     "lying size, plain": (bad_header(DIM, "<4h", 3, 4, 5, 7, suffix=".nii"), "truncated|less than"),
+    "fewer voxels than it holds": (bad_header(DIM, "<4h", 3, 4, 5, 5), "holds 240 bytes of voxels where its header promises 200"),
+    "smaller voxels than it holds": (bad_header(DATATYPE, "<h", 2, suffix=".nii"), "holds 240 bytes of voxels where its header promises 120"),
     "zero size": (bad_header(DIM, "<4h", 3, 4, 0, 6), "no voxel|not a valid"),
     "negative size": (bad_header(DIM, "<4h", 3, 4, -5, 6), "no voxel|not a valid"),
     "voxels within the header": (bad_header(VOX_OFFSET, "<f", 22), "has 22.0 as vox_offset in its header; it is damaged"),

@@ -249,3 +249,11 @@ def test_a_picture_without_orientation_is_shown_as_stored() -> None:
 
 def test_a_constant_image_is_read_and_said() -> None:
     assert any("same value" in note for note in read_scan(np.ones((4, 5))).warnings)
+
+
+def test_a_file_that_is_padded_is_read(tmp_path: Path) -> None:
+    """Some copies end in a block's rest; a whole plane more would be another matter."""
+    path = nifti(tmp_path / "x.nii", voxels(16, 16, 4))
+    wanted = read_scan(path).slices
+    path.write_bytes(path.read_bytes() + bytes(16 * 4 * 2 - 1))
+    np.testing.assert_array_equal(read_scan(path).slices, wanted)

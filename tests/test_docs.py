@@ -119,6 +119,7 @@ def test_the_commands_page_has_every_option() -> None:
 
 
 LIBRARIES_SAY = {  # the GPU page's messages that are the driver's, the loader's
+    "cuDNN Frontend error: ... No valid execution plans",
     "libcudart.so.12: cannot open shared object file",
     "libnvinfer.so.10: cannot open shared object file",
     "libcuda.so.1: cannot open shared object file",

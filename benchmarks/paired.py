@@ -113,12 +113,13 @@ def main(argv: list[str] | None = None) -> None:
     first = _read(options.a)
     try:
         report = compare(first, _read(options.b), options.group)
+        doubt = joined_twins([case["case"] for case in first["cases"]], options.group)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise CdiffError(
             f"{options.a} or {options.b} does not hold what cdiff evaluate --json writes ({type(error).__name__}: {one_line(error)}); "
             "evaluate again"
         ) from None
-    if doubt := joined_twins([case["case"] for case in first["cases"]], options.group):
+    if doubt:
         print(f"note: {doubt}", file=sys.stderr)
     for part, found in {"all": report["all"], **report["by_size"]}.items():
         print(f"{part}: {found['n_cases']} cases, {found['n_slices']} slices")
@@ -133,6 +134,7 @@ def main(argv: list[str] | None = None) -> None:
 def _read(path: Path) -> Row:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
+        json.dumps(found, allow_nan=False)  # a report has null for a score that there is not
     except (OSError, ValueError, RecursionError) as error:
         raise CdiffError(
             f"{path} cannot be read as a report ({error}); give what cdiff evaluate --json wrote"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -179,10 +180,19 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def read_state(path: Path, device: torch.device) -> dict[str, Any]:
     """An optimiser.pt, of which nothing but tensors and plain values is unpickled. Raises CdiffError if it is missing or damaged."""
     try:
+        must_be_as_written(path)
         state = torch.load(path, map_location=device, weights_only=True)
         return {part: state[part] for part in ("optimiser", "scaler")}
     except Exception as error:  # a damaged file fails in the archive, the pickle or the storages, each in its own way
         raise _damaged(path, error) from error
+
+
+def must_be_as_written(path: Path) -> None:
+    """Raise OSError where a file of torch.save's is not what was written, by its archive's check sums, which PyTorch does not compare."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if (broken := archive.testzip()) is not None:
+                raise OSError(f"{broken} is not what was written")
 
 
 def _damaged(path: Path, error: Exception) -> CdiffError:

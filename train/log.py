@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import write_text
 
+STEP = re.compile("[0-9]{1,18}")
 FIELDS = ("step", "seconds", "loss", "lr", "grad_norm", "window", "mfu", "val_soft_dice_5")
 
 
@@ -109,8 +111,18 @@ def begin_log(path: Path, fields: Sequence[str], step: int) -> None:
 
 
 def read_log(path: Path) -> list[dict[str, str]]:
-    """The rows of a log.csv, oldest first; none when there is no file. A line cut short by a kill is left out."""
+    """The rows of a log.csv, oldest first; none when there is no file. A line cut short by a kill, or damaged, is left out.
+
+    Raises CdiffError where it is no such file at all.
+    """
     if not path.exists():
         return []
-    with path.open(newline="") as file:
-        return [row for row in csv.DictReader(file) if (row.get("step") or "").isdigit() and None not in row.values()]
+    try:
+        with path.open(newline="", encoding="utf-8", errors="replace") as file:
+            return [
+                row
+                for row in csv.DictReader(file)
+                if STEP.fullmatch(row.get("step") or "") and None not in row.values()
+            ]
+    except (OSError, csv.Error) as error:
+        raise CdiffError(f"{path} cannot be read as a log ({error}); move it away, and a new one is begun") from None

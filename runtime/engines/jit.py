@@ -39,7 +39,7 @@ class JitFile:
                 found = json.loads(head)
             except FileNotFoundError:
                 continue
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, RecursionError) as error:
                 LOG.warning("%s cannot be read (%s) and is not used; its kernels are compiled again", path, error)
                 continue
             if not isinstance(found, dict) or {**found, "sha256": ""} != self._head(""):

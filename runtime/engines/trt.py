@@ -131,11 +131,17 @@ class EngineKey:
     def from_json(cls, data: Any) -> EngineKey:
         """The inverse of to_json. Raises CdiffError when a field is missing, unknown or of the wrong type."""
         try:
-            values = {**data, "profile": Profile(**data["profile"])}
-            for name in ("capabilities", "options"):
-                values[name] = tuple(map(str, values[name]))
-            return cls(**values)
-        except (TypeError, KeyError) as error:
+            lists = {name: data[name] for name in ("capabilities", "options")}
+            texts = [data[name] for name in ("graph", "flavour", "version", "gpu", "precision", "graph_sha256")]
+            if not all(isinstance(words, list) for words in lists.values()):
+                raise TypeError("capabilities and options must be lists")
+            if not all(isinstance(text, str) for text in (*texts, *lists["capabilities"], *lists["options"])):
+                raise TypeError("a text is of another type")
+            if not all(type(number) is int for number in data["profile"].values()):
+                raise TypeError("a profile's numbers must be whole")
+            words = {name: tuple(found) for name, found in lists.items()}
+            return cls(**{**data, **words, "profile": Profile(**data["profile"])})
+        except (AttributeError, TypeError, KeyError) as error:
             raise CdiffError(
                 f"not the key of an engine ({error}); remove its folder, and it will be built again"
             ) from None

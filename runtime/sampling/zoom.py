@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -19,7 +20,10 @@ APART = 2**40
 def parse_zooms(text: str) -> tuple[float, ...]:
     """The numbers of "1,1.25". Raises CdiffError when they are none."""
     try:
-        return tuple(float(word) for word in text.split(","))
+        found = tuple(float(word) for word in text.split(","))
+        if not all(map(math.isfinite, found)):
+            raise ValueError("no number")
+        return found
     except ValueError:
         raise CdiffError(f"zooms {text!r} cannot be read; give numbers with commas between, such as 1,1.25") from None
 

@@ -144,6 +144,7 @@ def test_the_command_prints_and_writes_and_says_what_is_no_report(
         ("slices", [{}]),
         ("volumes", {"true_voxels": [[1], 2]}),
         ("volumes", {}),
+        ("case", {"name": "x"}),
     ],
 )
 def test_a_report_of_another_form_is_one_line(
@@ -156,3 +157,15 @@ def test_a_report_of_another_form_is_one_line(
     said = capsys.readouterr().err
     assert "does not hold what cdiff evaluate --json writes" in said
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "1e999"])
+def test_a_report_with_what_is_no_number_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], number: str
+) -> None:
+    """A mean of it would be none either, and no report could hold that."""
+    (tmp_path / "a.json").write_text(json.dumps(A).replace("0.9", number))
+    out = tmp_path / "out.json"
+    assert main([str(tmp_path / "a.json")] * 2 + ["--json", str(out)]) == 2
+    assert "cannot be read as a report" in capsys.readouterr().err
+    assert not out.exists()

@@ -67,7 +67,7 @@ def test_labels_are_whole_numbers_from_one_on() -> None:
             options.parse_labels(wrong)
 
 
-@pytest.mark.parametrize("wrong", ["", "1,", "1;2", "x"])
+@pytest.mark.parametrize("wrong", ["", "1,", "1;2", "x", "nan", "1,-inf", "1e999"])
 def test_zooms_that_are_no_numbers_are_refused(wrong: str) -> None:
     with pytest.raises(CdiffError, match=r"zooms .* cannot be read; give numbers with commas between"):
         parse_zooms(wrong)

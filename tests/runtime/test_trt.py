@@ -158,6 +158,19 @@ def test_keys_survive_json(bundle: Bundle) -> None:
     assert EngineKey.from_json(json.loads(json.dumps(made.to_json()))) == made
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"version": None}, {"version": 10}, {"gpu": []}, {"capabilities": "8.9"}, {"capabilities": [8.9]}, {"options": None},
+        {"profile": []}, {"profile": {"min_rows": 1, "opt_rows": 2, "max_rows": 1e308, "slots": 1}},
+    ],
+)  # fmt: skip
+def test_a_key_with_a_value_of_another_type_is_none(bundle: Bundle, change: dict[str, Any]) -> None:
+    """And its engine is not used, where one day it would be compared with what is wanted."""
+    with pytest.raises(CdiffError, match="not the key of an engine"):
+        EngineKey.from_json(key(bundle).to_json() | change)
+
+
 def test_every_field_makes_another_folder(bundle: Bundle) -> None:
     others = {
         "graph": "encoder",

@@ -18,6 +18,7 @@ from cdiff.train.checkpoint import (
     checkpoint_folder,
     config_of_weights,
     read_json,
+    read_state,
     save_checkpoint,
     write_tensors,
 )
@@ -50,6 +51,19 @@ def test_a_disk_that_is_full_is_one_line_and_the_checkpoint_before_stays(tmp_pat
     assert "\n" not in str(caught.value)
     assert checkpoint_folder(tmp_path, "last") == tmp_path / "checkpoints" / "step-0000001"
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-0000001"]
+
+
+def test_an_optimisers_state_with_a_changed_byte_is_refused(tmp_path: Path) -> None:
+    """By its archive's check sums, at which PyTorch does not look; the training would go on from other numbers."""
+    state = {"optimiser": {"momentum": torch.arange(100.0)}, "scaler": {}}
+    save_checkpoint(tmp_path, network={}, ema={}, optimiser=state, info={"step": 1, "is_best": False})
+    path = tmp_path / "checkpoints" / "step-0000001" / "optimiser.pt"
+    assert torch.equal(read_state(path, torch.device("cpu"))["optimiser"]["momentum"], torch.arange(100.0))
+    data = path.read_bytes()
+    place = data.index(torch.arange(100.0).numpy().tobytes()) + 50
+    path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+    with pytest.raises(CdiffError, match=r"optimiser\.pt cannot be read \(.*Bad CRC-32|is not what was written"):
+        read_state(path, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])

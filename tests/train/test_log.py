@@ -41,3 +41,13 @@ def test_a_disk_that_is_full_at_the_beginning_or_the_end_is_one_line_too(
     monkeypatch.setattr(module, "SummaryWriter", full)
     with pytest.raises(CdiffError, match="No space left on device; make room"):
         Log(tmp_path, Console(), 0, 9, True)
+
+
+def test_damaged_lines_are_left_out_and_what_is_no_log_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    whole = b"step,loss\n1,0.5\n2,0.4\n"
+    path.write_bytes(whole + b"\xff3,0.3\n" + "\u00b2,0.2\n".encode() + b"9" * 5000 + b",0.1\n")
+    assert [row["step"] for row in read_log(path)] == ["1", "2"]
+    path.write_bytes(whole + b"x" * 200_000)
+    with pytest.raises(CdiffError, match=r"log\.csv cannot be read as a log .*move it away"):
+        read_log(path)

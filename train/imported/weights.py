@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 import warnings
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.scans.sources import is_there
 from cdiff.runtime.words import first_line
+from cdiff.train.checkpoint import must_be_as_written
 from cdiff.train.imported.mapping import Link
 from cdiff.train.imported.options import CONSENSUS, IMPLICIT, Options, widths_of
 
@@ -33,10 +33,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     if not (is_there(path) and path.is_file()):
         raise CdiffError(f"{path} is not there; give the .pt file that the published code saved")
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                if (broken := archive.testzip()) is not None:  # PyTorch does not compare the checksums
-                    raise OSError(f"{broken} is not what was written")
+        must_be_as_written(path)
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # an error follows where one matters
             loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

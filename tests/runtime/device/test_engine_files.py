@@ -70,7 +70,17 @@ def test_tensorrt_itself_keeps_none(make: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", ["one byte", "cut short", "no header", "no hash", "another engine", "another GPU", "another version"]
+    "change",
+    [
+        "one byte",
+        "cut short",
+        "no header",
+        "nested without end",
+        "no hash",
+        "another engine",
+        "another GPU",
+        "another version",
+    ],
 )
 def test_damaged_and_stale_kernels_are_never_given_to_tensorrt(
     make: Any, tmp_path: Path, change: str, caplog: pytest.LogCaptureFixture
@@ -88,6 +98,8 @@ def test_damaged_and_stale_kernels_are_never_given_to_tensorrt(
         path.write_bytes(json.dumps(rest).encode() + b"\n" + blob)
     elif change == "no header":
         path.write_bytes(blob)
+    elif change == "nested without end":
+        path.write_bytes(b"[" * 100_000 + b"\n" + blob)
     else:
         field = {"another engine": "engine", "another GPU": "gpu", "another version": "version"}[change]
         path.write_bytes(json.dumps(json.loads(head) | {field: "other"}).encode() + b"\n" + blob)

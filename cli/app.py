@@ -18,7 +18,7 @@ from typer.core import TyperGroup
 
 import cdiff
 from cdiff.cli import benchmark, data, doctor, evaluate, export, importing, info, segment, train
-from cdiff.cli.console import INTERRUPTED, USER_ERROR, fail
+from cdiff.cli.console import INTERRUPTED, USER_ERROR, fail, for_eyes
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.words import one_line
 
@@ -127,6 +127,9 @@ def main(name: str | None = None) -> None:
     for ending in ("SIGTERM", "SIGHUP"):
         if hasattr(signal, ending) and signal.getsignal(number := getattr(signal, ending)) == signal.SIG_DFL:
             signal.signal(number, _interrupt)
+    sys.stderr = for_eyes(sys.stderr)
+    if sys.stdout is not None and sys.stdout.isatty():  # a program that reads results must not miss any
+        sys.stdout = for_eyes(sys.stdout)
     if isinstance(sys.stdout, io.TextIOWrapper):
         codecs.register_error("cdiff", _as_it_is)
         sys.stdout.reconfigure(errors="cdiff")

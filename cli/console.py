@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import re
 import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, TextIO
 
 from rich.console import Console
 from rich.markup import escape
@@ -34,6 +35,30 @@ INTERRUPTED = 130
 
 SPARSE_SECONDS = 30.0
 """Without a terminal: at most one line in this time, so that a log stays readable."""
+
+
+class _ForEyes(io.FileIO):
+    """What is written to nobody (a closed terminal, a dead `tee`, a log on a full disk) is lost, and no error."""
+
+    def write(self, data: Any, /) -> int:
+        left = memoryview(data).cast("B")
+        try:
+            while left and (taken := super().write(left)):  # none: a pipe that is full and not waited for
+                left = left[taken:]
+        except OSError:
+            pass
+        return len(data)
+
+
+def for_eyes(stream: TextIO | None) -> TextIO | None:
+    """The same stream for words that hours of work must not end for; itself where it is no file of the system's."""
+    if not isinstance(stream, io.TextIOWrapper):  # None where it was closed from the start
+        return stream
+    raw = getattr(stream.buffer, "raw", stream.buffer)
+    if not isinstance(raw, io.FileIO):
+        return stream
+    told: Any = _ForEyes(raw.fileno(), "w", closefd=False)
+    return io.TextIOWrapper(told, stream.encoding, stream.errors, write_through=True)
 
 
 def visible(text: str) -> str:

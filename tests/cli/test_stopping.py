@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import pty
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -67,3 +71,28 @@ def test_a_training_saves_at_each_of_them_but_not_under_nohup() -> None:
             assert not interrupt.asked
         finally:
             signal.signal(number, before)
+
+
+@pytest.mark.parametrize("ended", ["terminal closed", "terminal lost", "reader ended", "disk full"])
+def test_words_that_nobody_takes_do_not_end_the_work(tmp_path: Path, ended: str) -> None:
+    """A closed terminal still says goodbye as documented; without its signal (disown, a `tee` that died) the work goes on."""
+    screen, words = pty.openpty() if ended.startswith("terminal") else os.pipe()
+    if ended == "disk full":
+        words = os.open("/dev/full", os.O_WRONLY)
+
+    def on_it() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        os.setsid()
+        if ended == "terminal closed":
+            fcntl.ioctl(words, termios.TIOCSCTTY, 0)
+
+    out = words if ended.startswith("terminal") else subprocess.DEVNULL
+    with subprocess.Popen([*SEGMENT, "-o", tmp_path], stdout=out, stderr=words, preexec_fn=on_it) as process:
+        os.close(words)
+        while not any(tmp_path.glob(f"{PART}*")):
+            assert process.poll() is None
+            time.sleep(0.005)
+        os.close(screen)
+        assert process.wait(timeout=60) == (130 if ended == "terminal closed" else 0)
+    assert list(tmp_path.glob(f"{PART}*")) == []
+    assert (tmp_path / "image.json").is_file() == (ended != "terminal closed")

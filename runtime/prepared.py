@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from dataclasses import dataclass, replace
+
+import numpy as np
 
 from cdiff.runtime.data.case import must_be_in_order
 from cdiff.runtime.data.oddities import better_axis
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.manifest import Manifest
-from cdiff.runtime.results import Float32
-from cdiff.runtime.sampling.framing import Box, Windows
+from cdiff.runtime.results import Float32, Stack
+from cdiff.runtime.sampling.framing import Box, Windows, box_around
 from cdiff.runtime.scans.grid import Grid
 from cdiff.runtime.scans.lie import Lie, directions, lie_of, otherwise
 from cdiff.runtime.scans.place import At, Place, find_place, must_take_a_place
@@ -24,6 +27,8 @@ MUCH_LARGER = 1.25
 """From this many times the size of the training's slices on, a scan's slices are told to be larger: a crop may be a little."""
 FEW = range(2, 5)
 """So many slices may be the modalities of one: QUBIQ's tumour files have four, and a picture in colours three."""
+BESIDE = 0.1
+"""From this share of the window's side on, what lies beside its middle is told: as far as training moves its windows by itself (`shift`)."""
 AROUND = 5
 """Slices on either side of a place that the note about it takes as an example."""
 
@@ -147,18 +152,47 @@ def notes(prepared: Prepared, manifest: Manifest) -> list[str]:
     return [*read.warnings, *found]
 
 
-def missed(prepared: Prepared, manifest: Manifest, soft: Float32) -> list[str]:
-    """A note where the soft maps [n,h,w] of the chosen slices leave out the very voxel that the user named; else nothing."""
+def about_place(prepared: Prepared, manifest: Manifest, stack: Stack) -> list[str]:
+    """Notes on what the maps of the chosen slices have where the user said that the structure is; none where no place was named."""
     place = prepared.place
     if place is None:
         return []
-    share = float(soft[place.number - prepared.chosen.start, place.point[0], place.point[1]])
+    at = place.number - prepared.chosen.start
+    soft = Stack(stack.maps[at : at + 1], stack.run_std[at : at + 1]).soft[0]
+    return [*_missed(place, manifest, soft), *_beside(place, prepared.scan.grid, soft)]
+
+
+def _missed(place: Place, manifest: Manifest, soft: Float32) -> list[str]:
+    """A note where the soft map [h,w] of the slice that was named leaves out the very voxel; else nothing."""
+    share = float(soft[place.point])
     if share >= 0.5:
         return []
     return [
         f"the map leaves out {place} itself, where you say that the structure is ({share:.2f} of the annotators): the model may have missed "
         f"it, as it does with what is faint or does not lie within its {by(manifest.image_size)} pixels with something around it; "
         f"--shrink {2 * (place.shrunk.factor if place.shrunk else 1)} shows it a structure that is larger"
+    ]
+
+
+def _beside(place: Place, grid: Grid, soft: Float32) -> list[str]:
+    """A note where what the soft map [h,w] marks could lie much nearer to the middle of the window; else nothing.
+
+    The model learned from structures there, and draws others worse: docs/model.md has the shipped model's figures.
+    """
+    marked = np.argwhere(soft >= 0.5)
+    if not len(marked):
+        return []
+    row, column = (round(float(middle)) for middle in marked.mean(axis=0))
+    height, width = (part.stop - part.start for part in place.window)
+    other = box_around((soft.shape[0], soft.shape[1]), (height, width), (row, column))
+    away = math.hypot(*(there.start - here.start for there, here in zip(other, place.window, strict=True)))
+    if away <= BESIDE * min(height, width):
+        return []
+    plane = iter((row, column))
+    voxel = tuple(index if axis == grid.slice_axis else next(plane) for axis, index in enumerate(place.at))
+    return [
+        f"the middle of what the map marks in the slice of {place} lies {math.dist((row, column), place.point):.0f} pixels from there, and the "
+        f"model draws best what lies in the middle of its window: --at {','.join(map(str, voxel))} (in Python at={voxel}) puts it there"
     ]
 
 

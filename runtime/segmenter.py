@@ -23,7 +23,7 @@ from cdiff.runtime.files import sha256
 from cdiff.runtime.manifest import NAME as MANIFEST
 from cdiff.runtime.manifest import ONE_ZOOM, Manifest
 from cdiff.runtime.overlap import Outcome, overlapped
-from cdiff.runtime.prepared import Clock, Prepared, Slices, missed, notes, prepare
+from cdiff.runtime.prepared import Clock, Prepared, Slices, about_place, notes, prepare
 from cdiff.runtime.report import build_report, describe_input, meaning, volumes
 from cdiff.runtime.results import Result, Stack
 from cdiff.runtime.sampling.batching import Progress, Timings, most_rows_of, rows_per_batch
@@ -221,7 +221,7 @@ class Segmenter:
                     **{key: round(value, 3) for key, value in asdict(spent).items()},
                 },
                 "volumes": volumes(stack, read.grid),
-                "warnings": [*notes(scan, manifest), *missed(scan, manifest, stack.soft)],
+                "warnings": [*notes(scan, manifest), *about_place(scan, manifest, stack)],
             }
         )
         window = None if scan.place is None else scan.place.window

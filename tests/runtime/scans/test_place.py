@@ -12,7 +12,7 @@ from PIL import Image
 
 import cdiff
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.prepared import missed, notes
+from cdiff.runtime.prepared import notes
 from cdiff.runtime.results import Result
 from cdiff.runtime.sampling.framing import Framing, box_around, resize
 from cdiff.runtime.scans.intensity import Intensity
@@ -289,27 +289,6 @@ def test_a_point_in_space_is_the_voxel_that_lies_there(model: Segmenter, unit: s
         assert found.report["framing"]["at"] == [20, 40, 3]
     with pytest.raises(CdiffError, match=r"at R-900,A0,S0 \(voxel -\d+,.*\) is not in this scan of 60 x 70 x 6"):
         model.segment(scan, at="R-900,A0,S0", **QUICK)
-
-
-def test_who_names_a_place_that_the_map_leaves_out_is_told(model: Segmenter) -> None:
-    """A mass that fills the window looks like nothing to a model of nodules: an empty map must not pass for an answer."""
-    array = volume(60, 60, 3)
-    soft = np.zeros((2, 60, 60), np.float32)
-    soft[0] = soft[1, 20] = 1  # another slice, and elsewhere in this one
-    for shrink, larger in ((None, 2), (2, 4)):
-        ready = model.prepare(array, at=(30, 20, 2), slices="1:3", shrink=shrink)
-        soft[1, 30, 20] = 0.49
-        (note,) = missed(ready, model.manifest, soft)
-        assert note.startswith(
-            "the map leaves out 30,20,2 itself, where you say that the structure is (0.49 of the annotators)"
-        )
-        assert f"--shrink {larger} shows it" in note
-        soft[1, 30, 20] = 0.5
-        assert missed(ready, model.manifest, soft) == []
-    assert missed(model.prepare(array), model.manifest, 0 * soft) == []
-    found = model.segment(array, at=(30, 20, 1), **QUICK)
-    told = any("leaves out 30,20,1 itself" in note for note in found.report["warnings"])
-    assert told == (found.soft[30, 20, 1] < 0.5)
 
 
 @pytest.mark.parametrize(

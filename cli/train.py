@@ -80,11 +80,13 @@ def train(
     torchrun --nproc-per-node 4 --no-python cdiff train ...
     """
     with needs("training"):
+        from cdiff.runtime.scans.sources import is_there
         from cdiff.train.checkpoint import read_config
         from cdiff.train.config import Config
         from cdiff.train.data import fit_to_data
         from cdiff.train.fabric import FailedElsewhere
         from cdiff.train.presets import preset as named
+        from cdiff.train.trainer import no_run
         from cdiff.train.trainer import train as run
 
     changes = [
@@ -95,6 +97,8 @@ def train(
 
     def configure() -> Config:
         if resume and preset is None:
+            if not is_there(output / "config.json"):
+                raise no_run(output)
             return read_config(output).with_settings(changes)
         return fit_to_data(named(preset or "small"), data, changes)
 

@@ -145,4 +145,9 @@ def check_out(out: Path, config: Config, resume: bool) -> None:
                 raise CdiffError(f"{out} holds a run with other settings ({differ}); resume with its own")
         return
     if resume:
-        raise CdiffError(f"{out} holds no run to resume; start it without --resume")
+        raise no_run(out)
+
+
+def no_run(out: Path) -> CdiffError:
+    """That there is nothing to resume: also where a run was stopped before it had written anything."""
+    return CdiffError(f"{out} holds no run to resume; start it without --resume")

@@ -14,6 +14,7 @@ from cdiff.runtime.data.case import SPLITS, Entry, listed, stem
 from cdiff.runtime.data.layouts import OWN_TASK
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.scans.sources import any_bytes
+from cdiff.runtime.words import several
 
 SUFFIXES = (".csv", ".tsv")
 IMAGE = re.compile(r"image(?:[_ -](?P<name>.+))?$")
@@ -130,8 +131,13 @@ def read_table(path: Path, notes: list[str], *, masks: bool = True) -> list[Entr
 
 
 def _check_width(header: list[str], cells: list[str], where: str) -> None:
-    """Raise CdiffError for a file below no column's name, such as a mask of one annotator more; a note may hold commas, and an
-    index of a data frame stands first."""
+    """Raise CdiffError for a row that ends early, of which masks may be lost, and for a file below no column's name, such as a mask of
+    one annotator more; a note may hold commas, and an index of a data frame stands first."""
+    if any(cell.strip() for cell in cells) and len(cells) < len(header):
+        raise CdiffError(
+            f"{where} has {several(len(cells), 'cell')} below {len(header)} columns; a mask that nobody drew is a cell that is empty, so end "
+            "the row with commas, or copy the table again"
+        )
     for i, cell in enumerate(cells):
         if i and (i >= len(header) or not header[i].strip()) and stem(Path(cell.strip())) is not None:
             raise CdiffError(

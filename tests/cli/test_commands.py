@@ -196,6 +196,9 @@ def test_dry_run_writes_nothing(tiny_data: Path, tmp_path: Path) -> None:
 
 def test_resume_needs_no_settings_again(tiny_data: Path, tmp_path: Path) -> None:
     train = ("train", "--data", tiny_data, "--out", tmp_path / "run")
+    (tmp_path / "run").mkdir()  # as one that was killed before it had written anything
+    result = run(*train, "--resume", code=2)
+    assert "run holds no run to resume; start it without --resume" in result.stderr
     run(*train, "--preset", "tiny", "--set", "batch=2", "--max-steps", 2, "-q")
     result = run(*train, "--resume", "--masks-by", "array", "--max-steps", 3)
     assert "step 3" in result.stderr

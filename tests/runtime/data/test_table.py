@@ -91,6 +91,7 @@ def test_annotators_go_by_a_sign_that_is_a_digit_and_no_number(tmp_path: Path) -
             "row 3 has n.png in column 3, which the first line gives no name",
         ),
         ("image,mask,,\nx.png,m.png,n.png,o.png\n", "row 2 has n.png in column 3, which the first line gives no name"),
+        ("image,mask1,mask2\nx.png,m.png,\n\ny.png,m.png\n", "row 4 has 2 cells below 3 columns"),
         ("", "is empty"),
         (
             'image,mask1,note\nx.png,m.png,"large\ny.png,n.png,\n',

@@ -69,8 +69,8 @@ class WrittenMaps:
     """The maps of cases in a folder, a `Source` to score.
 
     Of a case NAME they are NAME_soft, and if there are NAME_levels and NAME_uncertainty, with a volume's suffix; or the soft map is NAME
-    itself; it may be a picture in grey, whose white is 1. A / in the case's name is a folder, or a _. Raises CdiffError where the soft map of a case is missing, where some have levels and others not, or levels of
-    different numbers.
+    itself. It may be a picture in grey, whose white is 1. A / in the case's name is a folder, or a _. Raises CdiffError where the soft
+    map of a case is missing, where some have levels and others not, or levels of different numbers.
     """
 
     def __init__(self, folder: Path, cases: Sequence[Case], tell: Notice) -> None:
@@ -142,7 +142,10 @@ class WrittenMaps:
         return Oddities()
 
     def read(self, case: Case, odd: Oddities) -> tuple[Case, NDArray[np.bool_], NDArray[np.bool_]]:
-        """The case, its masks, and which slices have maps. Raises CdiffError for maps that do not lie on the image's grid, or hold no shares."""
+        """The case, its masks, and which slices have maps.
+
+        Raises CdiffError for maps that do not lie on the image's grid, hold no shares, or are not all of the same slices.
+        """
         written = self._written[case.name]
         if any(written.soft.samefile(image) for image in (case.image, *case.others)):
             raise CdiffError(
@@ -153,11 +156,11 @@ class WrittenMaps:
         drawn_from = _part(written.report, "input").get("sha256")
         if drawn_from and not case.others and drawn_from != scan.sha256:
             self._tell(f"{case.name}: by its report {written.soft.name} was drawn from a file that is not {case.image}")
-        soft = _maps(written.soft, scan.grid, 1)[:, 0]
+        drawn = _drawn(_maps(written.soft, scan.grid, 1))
         for path, number in ((written.levels, self.levels), (written.uncertainty, 2)):
-            if path:
-                _maps(path, scan.grid, number)
-        return case, masks, np.asarray(~np.isnan(soft).all(axis=(1, 2)))
+            if path and (_drawn(_maps(path, scan.grid, number)) != drawn).any():
+                raise CdiffError(f"{path} is NaN in other slices than {written.soft.name}; they are of different maps")
+        return case, masks, drawn
 
     def row(self, job: Job, protocol: Protocol, progress: Progress) -> Row:
         """Score the slices of a case."""
@@ -165,7 +168,9 @@ class WrittenMaps:
         masks = read_masks(job.case, grid)
         soft = _maps(written.soft, grid, 1)
         levels = _maps(written.levels, grid, self.levels) if written.levels else SOFT_LABEL.to_levels(soft, self.levels)
-        spread = _maps(written.uncertainty, grid, 2)[:, SPREAD] if written.uncertainty else None
+        # The spread of one run is 0 everywhere and finds nothing.
+        unsure = written.uncertainty if written.report.get("runs") != 1 else None
+        spread = _maps(unsure, grid, 2)[:, SPREAD] if unsure else None
         tally = CaseTally(masks, job.slices, protocol.combine)
         for done, index in enumerate(job.slices.tolist()):
             maps = SliceMaps(
@@ -254,6 +259,11 @@ def _maps(path: Path, grid: Grid, number: int) -> Float32:
             f"{path} holds values from {low:g} to {high:g}; a map is a share of annotators, from 0 to 1: divide it"
         )
     return np.asarray(np.clip(maps, 0, 1), dtype=np.float32)
+
+
+def _drawn(maps: Float32) -> NDArray[np.bool_]:
+    """Which slices of maps [S,number,H,W] are not NaN."""
+    return np.asarray(~np.isnan(maps[:, 0, 0, 0]))
 
 
 def _shares(path: Path) -> Float32:

@@ -53,12 +53,12 @@ def scores(folder: Path, cases: list[Case], protocol: Protocol | None = None, **
     return score_cases(WrittenMaps(folder, cases, lambda line: None), cases, protocol or Protocol(), **more)
 
 
-@pytest.mark.parametrize("combine", ["mean", "vote"])
+@pytest.mark.parametrize(("combine", "runs"), [("mean", 3), ("vote", 3), ("mean", 1)])
 def test_what_segment_wrote_has_the_scores_of_its_model(
-    tiny_data: Path, tiny_bundle: Path, tmp_path: Path, combine: str
+    tiny_data: Path, tiny_bundle: Path, tmp_path: Path, combine: str, runs: int
 ) -> None:
     segmenter, cases = Segmenter.open(tiny_bundle), find_cases(tiny_data)["val"]
-    chain: dict[str, Any] = {"runs": 3, "steps": 2, "sampler": "ddim", "combine": combine, "seed": 4}
+    chain: dict[str, Any] = {"runs": runs, "steps": 2, "sampler": "ddim", "combine": combine, "seed": 4}
     for case in cases:
         segmenter.segment(case.scan, **chain).save(tmp_path / "maps", case.name, preview=False)
     protocol = Protocol(**chain, slices_per_case=2)
@@ -216,6 +216,10 @@ def test_missing_maps_and_levels_of_different_numbers_are_named(cases: list[Case
         WrittenMaps(folder, cases, print)
     with pytest.raises(CdiffError, match="case02 has 2 levels and case03 3"):
         WrittenMaps(folder, cases[1:], print)
+    write(folder / "case03_levels.nii.gz", np.where(np.arange(4)[:, None] < 2, np.nan, np.zeros((24, 20, 4, 3))))
+    write(folder / "case02_levels.nii.gz", np.zeros((24, 20, 4, 3)))
+    with pytest.raises(CdiffError, match=r"case03_levels.nii.gz is NaN in other slices than case03_soft.nii.gz"):
+        scores(folder, cases[1:])
     with pytest.raises(CdiffError, match="is not a folder of maps"):
         WrittenMaps(folder / "case01.nii.gz", cases, print)
 

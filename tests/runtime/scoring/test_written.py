@@ -86,6 +86,10 @@ def test_a_soft_map_alone_is_read_as_levels(cases: list[Case], tmp_path: Path) -
     assert found["ece"]["mean"] < 1e-6
     assert found["ged"]["mean"] == pytest.approx(found["ged_floor"]["mean"])
     assert found["auroc_run_std"]["mean"] is None
+    rounded = scores(written(tmp_path / "rounded", cases, lambda soft: soft * (1 + 5e-6)), cases)
+    exact = scores(tmp_path / "maps", cases)
+    for name in ("auroc_entropy", "crps", "brier_near", "dice_each"):
+        assert rounded[name]["mean"] == pytest.approx(exact[name]["mean"], abs=1e-5), "above 1 by a file's scale factor"
     worse = scores(written(tmp_path / "half", cases, lambda soft: soft / 2), cases)
     assert [case["volumes"]["predicted_voxels"][2] for case in worse["cases"]] == [0, 0, 0], (
         "none reaches (3 - 1/2) / 3"

@@ -95,11 +95,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, metavar="OUT", help="where to write the numbers")
     options = parser.parse_args(argv)
     split, cases = choose_split(find_cases(options.data), options.split)
-    model = cdiff.load()
+    model, cases = cdiff.load(), cases[: options.limit]
     rows = []
-    for number, case in enumerate(cases[: options.limit]):
+    for number, case in enumerate(cases):
         rows.append(measure(model, case, number))
-        print(f"{number + 1} of {len(cases[: options.limit])} cases", file=sys.stderr)
+        print(f"{number + 1} of {len(cases)} cases", file=sys.stderr)
     rows = [one for one in rows if one]
     if not rows:
         raise CdiffError(

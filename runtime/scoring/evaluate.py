@@ -240,6 +240,8 @@ def _plan(source: Source, cases: Iterable[Case], protocol: Protocol, tell: Notic
         tell(line)
     if not jobs:
         hint = "score them with --raters use" if other and protocol.raters == "skip" else "look at the masks"
+        if undrawn:
+            hint = f"the maps of {len(undrawn)} are NaN on every slice to score"
         raise CdiffError(
             f"no case is left to score: {len(other)} have another number of annotators than the model's "
             f"{source.levels} levels, {len(empty)} no marked slice; {hint}"

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cdiff.runtime.data.case import listed
-from cdiff.runtime.data.cases import Case, read_case, read_masks
+from cdiff.runtime.data.cases import Case, read_masks
 from cdiff.runtime.data.oddities import Oddities
 from cdiff.runtime.data.partition import count_annotators, count_channels
 from cdiff.runtime.errors import CdiffError
@@ -146,13 +146,13 @@ class WrittenMaps:
 
         Raises CdiffError for maps that do not lie on the image's grid, hold no shares, or are not all of the same slices.
         """
-        written = self._written[case.name]
+        written, scan = self._written[case.name], self._scan(case)
         if any(written.soft.samefile(image) for image in (case.image, *case.others)):
             raise CdiffError(
                 f"{written.soft} is the image of {case.name}, and no map of it; name the folder of the maps with --maps"
             )
-        _, masks = read_case(case, written.slice_axis, count_channels([case]), odd)
-        scan = self._scan(case)
+        odd.see_grid(case, scan.grid)
+        masks = read_masks(case, scan.grid, odd)
         drawn_from = _part(written.report, "input").get("sha256")
         if drawn_from and not case.others and drawn_from != scan.sha256:
             self._tell(f"{case.name}: by its report {written.soft.name} was drawn from a file that is not {case.image}")

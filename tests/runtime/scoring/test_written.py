@@ -114,6 +114,17 @@ def test_slices_that_were_not_drawn_are_not_scored(cases: list[Case], tmp_path: 
     assert [case["slices"][0]["slice"] for case in sample["cases"]] == [1, 1, 1], "the middle of those there are"
 
 
+def test_maps_without_a_slice_to_score_and_cases_without_their_image_are_one_line(
+    cases: list[Case], tmp_path: Path
+) -> None:
+    folder = written(tmp_path / "maps", cases, lambda soft: soft * np.nan)
+    with pytest.raises(CdiffError, match=r"no case is left to score: .*; the maps of 3 are NaN on every slice to score"):
+        scores(folder, cases)
+    cases[1].image.unlink()
+    with pytest.raises(CdiffError, match=r"case02/image\.nii\.gz does not exist"):
+        scores(folder, cases)
+
+
 def test_maps_of_a_picture_and_of_cases_in_folders_are_found(tmp_path: Path) -> None:
     root = write_synthetic_dataset(tmp_path / "data", {"Training": 1, "Validation": 1}, raters=2, shape=(24, 20))
     found = find_cases(root)

@@ -118,7 +118,9 @@ def test_maps_without_a_slice_to_score_and_cases_without_their_image_are_one_lin
     cases: list[Case], tmp_path: Path
 ) -> None:
     folder = written(tmp_path / "maps", cases, lambda soft: soft * np.nan)
-    with pytest.raises(CdiffError, match=r"no case is left to score: .*; the maps of 3 are NaN on every slice to score"):
+    with pytest.raises(
+        CdiffError, match=r"no case is left to score: .*; the maps of 3 are NaN on every slice to score"
+    ):
         scores(folder, cases)
     cases[1].image.unlink()
     with pytest.raises(CdiffError, match=r"case02/image\.nii\.gz does not exist"):

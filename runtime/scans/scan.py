@@ -140,7 +140,7 @@ def _load(scan: OneScan, channels: int, series: int | None) -> _Loaded:
         check_size(scan.shape, "the array")
         if np.ma.is_masked(scan):
             raise CdiffError(
-                f"the array masks {np.ma.count_masked(scan)} of its values, and what lies behind the mask would be segmented; fill them first, such as "
+                f"the array masks {np.ma.getmaskarray(scan).sum()} of its values, and what lies behind the mask would be segmented; fill them first, such as "
                 "with array.filled(0)"
             )
         digest = hashlib.sha256(f"{scan.dtype.str} {scan.shape}".encode())

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cdiff.runtime.pictures.drawing import new_figure, save
+from cdiff.runtime.pictures.drawing import new_figure, save, without_latex
 from cdiff.runtime.scoring.tables import Table
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ DPI = 200
 REGION_LABELS = {"whole": "whole slice", "near": "near the structure"}
 
 
+@without_latex()
 def write_reliability(report: Mapping[str, Any], path: Path) -> None:
     """Share of annotators against the map's value, a panel for each region, with the bins' pixels below."""
     figure = _page(7.6, 4.3)
@@ -61,6 +62,7 @@ def write_reliability(report: Mapping[str, Any], path: Path) -> None:
     save(figure, path, DPI)
 
 
+@without_latex()
 def write_curve(table: Table, x: str, label: str, path: Path) -> None:
     """Soft Dice at five and nine thresholds, with their 95 % intervals, against the column `x` of a table."""
     figure = _page(5.2, 3.6)

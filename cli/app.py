@@ -30,6 +30,8 @@ EPILOG = (
 
 ENVIRONMENT = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE)
 """Refusals of the system that may come anywhere: permissions, disks that are full, failing or gone."""
+NO_THREAD = "can't start new thread"
+"""Python's words, and all that it says, where a limit of processes or a container's of tasks is reached."""
 
 
 class Commands(TyperGroup):
@@ -50,6 +52,11 @@ class Commands(TyperGroup):
             raise typer.Exit(USER_ERROR) from None
         except MemoryError as error:
             fail(f"the memory is not enough ({one_line(error)}); end what else uses it, or ask for less")
+            raise typer.Exit(USER_ERROR) from None
+        except RuntimeError as error:
+            if NO_THREAD not in str(error):
+                raise
+            fail("the system lets this user start no more threads; end what else runs, or raise the limit (ulimit -u)")
             raise typer.Exit(USER_ERROR) from None
         except KeyboardInterrupt:
             fail("interrupted")

@@ -61,6 +61,16 @@ def test_more_memory_than_there_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert "the memory is not enough (Unable to allocate 7.63 GiB)" in one_line("info", tmp_path)
 
 
+def test_more_threads_than_the_system_allows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As on a login node, or in a container with a limit of tasks."""
+    said = "can't start new thread"
+    monkeypatch.setattr("cdiff.runtime.bundle.open_bundle", lambda _: (_ for _ in ()).throw(RuntimeError(said)))
+    assert "start no more threads" in one_line("info", tmp_path)
+    said = "another"
+    result = CliRunner().invoke(app, ["info", str(tmp_path)])
+    assert isinstance(result.exception, RuntimeError), "a fault of ours is not taken for that"
+
+
 def test_a_bundle_that_is_none(tmp_path: Path) -> None:
     assert "manifest.json" in one_line("info", tmp_path)
 

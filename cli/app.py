@@ -31,7 +31,7 @@ EPILOG = (
 ENVIRONMENT = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE)
 """Refusals of the system that may come anywhere: permissions, disks that are full, failing or gone."""
 NO_THREAD = "can't start new thread"
-"""Python's words, and all that it says, where a limit of processes or a container's of tasks is reached."""
+"""Python's words, and all that it says, where a limit of processes or of memory is reached, or a container's of tasks."""
 
 
 class Commands(TyperGroup):
@@ -56,7 +56,10 @@ class Commands(TyperGroup):
         except RuntimeError as error:
             if NO_THREAD not in str(error):
                 raise
-            fail("the system lets this user start no more threads; end what else runs, or raise the limit (ulimit -u)")
+            fail(
+                "no more threads can be started: a limit of processes (ulimit -u) or of memory (ulimit -v) is reached; raise it, or end "
+                "what else runs"
+            )
             raise typer.Exit(USER_ERROR) from None
         except KeyboardInterrupt:
             fail("interrupted")

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 Notice = Callable[[str], None]
 Progress = Callable[[int, int], None]
 """Called as progress(done, total) in thousandths of a slice."""
-FORMAT = 7
+FORMAT = 8
 """Of a row, and of what its scores mean: rows of another format are not gone on from."""
 RUNS_AT_ONCE = 2**28
 """Bytes of kept runs in memory at once: a longer scan is segmented part by part. One slice is the least."""

@@ -30,16 +30,17 @@ SCORES = "scores.json"
 def write_report(path: Path, report: dict[str, Any]) -> None:
     """Write `path` (scores.json) and, beside it, its tables and plots; all of them, `path` last, or none.
 
-    scores.csv, cases.csv, slices.csv, reliability.csv and .png, runs.csv and, for more than one run, runs.png. Raises
+    scores.csv, cases.csv, slices.csv, reliability.csv and .png, expected.csv and .png, runs.csv and, for more than one run, runs.png. Raises
     CdiffError when the folder cannot be written.
     """
-    from cdiff.runtime.scoring.plots import write_curve, write_reliability
+    from cdiff.runtime.scoring.plots import write_curve, write_expected, write_reliability
 
     tables = {
         "scores": scores_table(report),
         "cases": cases_table(report),
         "slices": slices_table(report),
         "reliability": reliability_table(report),
+        "expected": report["expected_bins"],
         "runs": runs_table(report),
     }
     with staged(path.parent) as stage:
@@ -49,6 +50,7 @@ def write_report(path: Path, report: dict[str, Any]) -> None:
             else:  # maps in files tell nothing of runs
                 stage.replaces(f"{name}.csv")
         write_reliability(report, stage("reliability.png"))
+        write_expected(report, stage("expected.png"))
         if len(tables["runs"]) > 1:
             write_curve(tables["runs"], "runs", "runs, the first so many of each slice", stage("runs.png"))
         else:

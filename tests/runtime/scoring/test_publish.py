@@ -24,7 +24,7 @@ from cdiff.runtime.scoring.tables import csv_text
 from cdiff.runtime.segmenter import Segmenter
 from tests.runtime.known_maps import KnownMaps, run
 
-FILES = {"scores.json", *(f"{name}.csv" for name in ("scores", "cases", "slices", "reliability", "runs"))}
+FILES = {"scores.json", *(f"{name}.csv" for name in ("scores", "cases", "slices", "reliability", "expected", "runs"))}
 
 
 def table(path: Path) -> list[dict[str, str]]:
@@ -51,7 +51,7 @@ def report(cases: list[Case], tmp_path: Path) -> dict[str, Any]:
 def test_the_tables_say_what_the_report_says(report: dict[str, Any], tmp_path: Path) -> None:
     folder = tmp_path / "report"
     write_report(folder / "scores.json", report)
-    assert {path.name for path in folder.iterdir()} == FILES | {"reliability.png", "runs.png"}
+    assert {path.name for path in folder.iterdir()} == FILES | {"reliability.png", "expected.png", "runs.png"}
     assert json.loads((folder / "scores.json").read_text()) == report
 
     scores = {(row["score"], row["at"]): row for row in table(folder / "scores.csv")}
@@ -90,7 +90,7 @@ def test_the_tables_say_what_the_report_says(report: dict[str, Any], tmp_path: P
 
 def test_the_plots_show_something(report: dict[str, Any], tmp_path: Path) -> None:
     write_report(tmp_path / "scores.json", report)
-    for name in ("reliability.png", "runs.png"):
+    for name in ("reliability.png", "expected.png", "runs.png"):
         with Image.open(tmp_path / name) as picture:
             assert min(picture.size) > 600
             colours = np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)
@@ -110,7 +110,7 @@ def test_one_run_has_no_curve_to_plot(cases: list[Case], tmp_path: Path) -> None
     folder.mkdir()
     (folder / "runs.png").write_text("of an earlier evaluation")
     write_report(folder / "scores.json", run(KnownMaps(tmp_path / "b", 3, R=1), cases[:1]))
-    assert {path.name for path in folder.iterdir()} == FILES | {"reliability.png"}
+    assert {path.name for path in folder.iterdir()} == FILES | {"reliability.png", "expected.png"}
 
 
 def test_csv_cells() -> None:

@@ -248,7 +248,8 @@ def test_the_command(cases: list[Case], tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "maps as they lie in files" in " ".join(result.stdout.split())
     assert {path.name for path in report.iterdir()} == {
-        "scores.json", "scores.csv", "cases.csv", "slices.csv", "reliability.csv", "reliability.png", "worst.png",
+        "scores.json", "scores.csv", "cases.csv", "slices.csv", "reliability.csv", "reliability.png", "expected.csv", "expected.png",
+        "worst.png",
     }  # fmt: skip
     assert json.loads((report / "scores.json").read_text())["protocol"] == {
         "all_raters": False, "all_slices": False, "slices_per_case": None, "raters": "skip",

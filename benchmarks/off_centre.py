@@ -18,14 +18,15 @@ import cdiff
 from cdiff.benchmarks.script import parser_of, script
 from cdiff.runtime.data.cases import Case, find_cases, read_masks
 from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.expected import expected_counts, expected_dice
 from cdiff.runtime.files import write_json
 from cdiff.runtime.scans.scan import read_scan
 from cdiff.runtime.scoring.choice import choose_split
 from cdiff.runtime.scoring.evaluate import Protocol
-from cdiff.runtime.scoring.metrics import at_least, bootstrap_over_cases, soft_dice
+from cdiff.runtime.scoring.metrics import at_least, bootstrap_over_cases, dice_of, overlap_with_each, soft_dice
 from cdiff.runtime.segmenter import Segmenter
 
-PIXELS = (0, 2, 4, 8, 12, 16)
+PIXELS = (0, 2, 4, 8, 12, 16, 24, 32)
 """How far beside the middle a case is pointed at."""
 DIRECTIONS = 8
 Row = dict[str, Any]
@@ -38,7 +39,8 @@ def beside(middle: tuple[int, int], pixels: int, number: int) -> tuple[int, int]
 
 
 def measure(model: Segmenter, case: Case, number: int) -> list[Row]:
-    """For each of PIXELS and each slice that all annotators of a case marked: soft Dice, and whether the mask misses all that most of them marked.
+    """For each of PIXELS and each slice that all annotators of a case marked: soft Dice, the mask's mean Dice with an annotator's and what the
+    map itself expects of that, None of an empty mask, and whether the mask misses all that most of them marked.
 
     The middle is that of the case's slices. Raises CdiffError for a case of another kind than volumes cut along their last axis.
     """
@@ -54,15 +56,24 @@ def measure(model: Segmenter, case: Case, number: int) -> list[Row]:
         stack = model.segment(scan, at=(row, column, chosen[0]), slices=whole, fast=True, seed=0).stack
         for k in chosen:
             soft, most = stack.soft[k - chosen[0]], 2 * masks[k].sum(axis=0) > len(masks[k])
-            missed = bool(most.any() and not (at_least(soft, 0.5) & most).any())
+            mask = at_least(soft, 0.5)
+            expected = float(expected_dice(expected_counts(soft, mask)))
             rows.append(
-                {"pixels": pixels, "slice": k, "soft_dice_5": soft_dice(soft, masks[k].mean(axis=0)), "missed": missed}
+                {
+                    "pixels": pixels,
+                    "slice": k,
+                    "soft_dice_5": soft_dice(soft, masks[k].mean(axis=0)),
+                    "dice_each": float(dice_of(overlap_with_each(mask, masks[k])).mean()),
+                    "expected_dice": None if math.isnan(expected) else expected,
+                    "missed": bool(most.any() and not (mask & most).any()),
+                }
             )
     return rows
 
 
 def summary(cases: list[list[Row]]) -> list[Row]:
-    """For each of PIXELS the mean soft Dice, its difference from pointing at the middle, both with an interval over cases, and the share of slices missed."""
+    """For each of PIXELS the mean soft Dice, its difference from pointing at the middle, both with an interval over cases, the share of slices
+    missed and of those with an empty mask, and of the others the Dice that the maps expect and the one found."""
     found = []
     for pixels in PIXELS:
         here = [[row for row in rows if row["pixels"] == pixels] for rows in cases]
@@ -78,9 +89,22 @@ def summary(cases: list[list[Row]]) -> list[Row]:
                 "soft_dice_5": bootstrap_over_cases(scores).to_json(),
                 "difference": bootstrap_over_cases(apart).to_json(),
                 "missed": float(np.mean([row["missed"] for rows in here for row in rows])),
+                "empty": float(np.mean([row["expected_dice"] is None for rows in here for row in rows])),
+                **{
+                    # Of the same slices, or the two could not be compared.
+                    name: bootstrap_over_cases(
+                        [[row[name] for row in rows if row["expected_dice"] is not None] for rows in here]
+                    ).to_json()
+                    for name in ("expected_dice", "dice_each")
+                },
             }
         )
     return found
+
+
+def show(interval: Row) -> str:
+    """A mean, or that there is none."""
+    return "-" if interval["mean"] is None else f"{interval['mean']:.3f}"
 
 
 @script
@@ -110,7 +134,8 @@ def main(argv: list[str] | None = None) -> None:
         score, apart = one["soft_dice_5"], one["difference"]
         interval = "" if apart["low"] is None else f" ({apart['low']:+.3f} to {apart['high']:+.3f})"
         print(
-            f"{one['pixels']:3} pixels beside: soft Dice {score['mean']:.3f}, {apart['mean']:+.3f}{interval}, missed {one['missed']:.1%}"
+            f"{one['pixels']:3} pixels beside: soft Dice {score['mean']:.3f}, {apart['mean']:+.3f}{interval}, missed {one['missed']:.1%}, "
+            f"expected Dice {show(one['expected_dice'])}, found {show(one['dice_each'])}"
         )
     if options.json:
         about = {

@@ -159,8 +159,9 @@ def segment(
             if note not in told:  # once is enough for a folder; each report has its own
                 warn(f"{item.name}: {note}")
         told.update(report["warnings"])
-        seconds = report["timings"]
-        say(f"{item.name}: {sum(seconds[part] for part in ('read', 'frame', 'segment', 'write')):.1f} s", quiet)
+        seconds, expected = report["timings"], report["expected_dice"]["mask"]
+        about = "the mask is empty" if expected is None else f"expected Dice {expected:.2f}"
+        say(f"{item.name}: {sum(seconds[part] for part in ('read', 'frame', 'segment', 'write')):.1f} s, {about}", quiet)
         shown = "page.html" if page else "preview.png" if preview else "soft.nii.gz"
         Meter.show(str(output / f"{item.name}_{shown}"))
 

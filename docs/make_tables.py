@@ -262,14 +262,53 @@ def scans_table(results: Path) -> str:
 
 def beside_table(results: Path) -> str:
     """How exactly a structure must be pointed at."""
-    header = ["pixels beside the middle", "soft Dice, 5", "difference from the middle", "slices missed"]
+    header = [
+        *("pixels beside the middle", "soft Dice, 5", "difference from the middle", "slices missed"),
+        *("mask empty", "else: expected Dice", "found"),
+    ]
     report = read("off_centre", results)
     if report is None:
         return markdown(header, [unmeasured(header)])
     rows = []
     for found in report["found"]:
         apart = difference(found["difference"]) if found["pixels"] else "-"
-        rows.append([str(found["pixels"]), interval(found["soft_dice_5"]), apart, f"{found['missed']:.1%}"])
+        rows.append([
+            str(found["pixels"]),
+            interval(found["soft_dice_5"]),
+            apart,
+            *(f"{found[share]:.1%}" for share in ("missed", "empty")),
+            *(mean(found[name]) for name in ("expected_dice", "dice_each")),
+        ])  # fmt: skip
+    return markdown(header, rows)
+
+
+EXPECTED = {
+    "Validation, any marked": "lidc_validation_marked_zooms",
+    "Testing, any marked": "lidc_testing_marked_zooms",
+}
+FEW = 0.5
+"""Below this expected Dice all slices are one row: they are few."""
+
+
+def expected_table(results: Path) -> str:
+    """What maps expect of their masks beside what was found: tenths of the expected Dice, then all slices."""
+    header = ["expected Dice", *(f"{words}: {what}" for words in EXPECTED for what in ("slices", "expected", "found"))]
+    reports = [read(name, results) for name in EXPECTED.values()]
+    if any(report is None or "expected_bins" not in report for report in reports):
+        return markdown(header, [unmeasured(header)])
+    tables = [report["expected_bins"] for report in reports if report]
+    rows = []
+    for first, end, label in (
+        (0, 5, f"below {FEW}"),
+        *((i, i + 1, f"{i / 10} to {(i + 1) / 10}") for i in range(5, 10)),
+    ):
+        row = [label]
+        for table in tables:
+            part = [one for one in table[first:end] if one["slices"]]
+            count = sum(one["slices"] for one in part)
+            sums = (sum(one["slices"] * one[what] for one in part) for what in ("expected", "found"))
+            row += [str(count), *(f"{value / count:.3f}" if count else "-" for value in sums)]
+        rows.append(row)
     return markdown(header, rows)
 
 
@@ -296,6 +335,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "headline": headline_table,
     "nodules": nodules_table,
     "each": each_table,
+    "expected": expected_table,
     "speed": speed_table,
     "paired": lambda results: paired_table("cdiff - U-Net", PAIRED, results),
     "steps": lambda results: paired_table("1 step -", STEPS, results),

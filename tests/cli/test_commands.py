@@ -39,6 +39,9 @@ def test_default_output_folder(scan: Path, tiny_bundle: Path, tmp_path: Path, mo
     assert {path.name for path in (tmp_path / "cdiff_output").iterdir()} == {f"image{end}" for end in ENDINGS}
     assert result.stdout.strip() == "cdiff_output/image_preview.png"
     assert "onnxruntime on cpu" in result.stderr
+    expected = json.loads((tmp_path / "cdiff_output" / "image.json").read_text())["expected_dice"]["mask"]
+    told = "the mask is empty" if expected is None else f"expected Dice {expected:.2f}"
+    assert any(line.startswith("image: ") and line.endswith(f" s, {told}") for line in result.stderr.splitlines())
 
 
 def test_a_page_is_what_to_open(scan: Path, tiny_bundle: Path, tmp_path: Path) -> None:

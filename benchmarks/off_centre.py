@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ from cdiff.runtime.scoring.evaluate import Protocol
 from cdiff.runtime.scoring.metrics import at_least, bootstrap_over_cases, dice_of, overlap_with_each, soft_dice
 from cdiff.runtime.segmenter import Segmenter
 
-PIXELS = (0, 2, 4, 8, 12, 16, 24, 32)
-"""How far beside the middle a case is pointed at."""
+PIXELS = (0, 2, 4, 8, 12, 16)
+"""How far beside the middle a case is pointed at, unless --pixels says."""
 DIRECTIONS = 8
 Row = dict[str, Any]
 
@@ -38,8 +39,10 @@ def beside(middle: tuple[int, int], pixels: int, number: int) -> tuple[int, int]
     return middle[0] + round(pixels * math.sin(angle)), middle[1] + round(pixels * math.cos(angle))
 
 
-def measure(model: Segmenter, case: Case, number: int) -> list[Row]:
-    """For each of PIXELS and each slice that all annotators of a case marked: soft Dice, the mask's mean Dice with an annotator's and what the
+def measure(
+    model: Segmenter, case: Case, number: int, distances: Sequence[int], slices_per_case: int | None
+) -> list[Row]:
+    """For each distance and each slice that all annotators of a case marked: soft Dice, the mask's mean Dice with an annotator's and what the
     map itself expects of that, None of an empty mask, and whether the mask misses all that most of them marked.
 
     The middle is that of the case's slices. Raises CdiffError for a case of another kind than volumes cut along their last axis.
@@ -48,9 +51,9 @@ def measure(model: Segmenter, case: Case, number: int) -> list[Row]:
     if scan.grid.slice_axis != 2:
         raise CdiffError(f"{case.name} is no volume; the data must be crops around a structure, such as LIDC's")
     masks = read_masks(case, scan.grid)
-    chosen = Protocol(all_raters=True).slices(masks).tolist()
+    chosen = Protocol(all_raters=True, slices_per_case=slices_per_case).slices(masks).tolist()
     rows: list[Row] = []
-    for pixels in PIXELS if chosen else ():
+    for pixels in distances if chosen else ():
         row, column = beside((masks.shape[2] // 2, masks.shape[3] // 2), pixels, number)
         whole = slice(chosen[0], chosen[-1] + 1)
         stack = model.segment(scan, at=(row, column, chosen[0]), slices=whole, fast=True, seed=0).stack
@@ -71,13 +74,13 @@ def measure(model: Segmenter, case: Case, number: int) -> list[Row]:
     return rows
 
 
-def summary(cases: list[list[Row]]) -> list[Row]:
-    """For each of PIXELS the mean soft Dice, its difference from pointing at the middle, both with an interval over cases, the share of slices
+def summary(cases: list[list[Row]], distances: Sequence[int]) -> list[Row]:
+    """For each distance the mean soft Dice, its difference from the first one, both with an interval over cases, the share of slices
     missed and of those with an empty mask, and of the others the Dice that the maps expect and the one found."""
     found = []
-    for pixels in PIXELS:
+    for pixels in distances:
         here = [[row for row in rows if row["pixels"] == pixels] for rows in cases]
-        middle = [[row for row in rows if row["pixels"] == PIXELS[0]] for rows in cases]
+        middle = [[row for row in rows if row["pixels"] == distances[0]] for rows in cases]
         scores = [[row["soft_dice_5"] for row in rows] for rows in here]
         apart = [
             [a["soft_dice_5"] - b["soft_dice_5"] for a, b in zip(*pair, strict=True)]
@@ -102,6 +105,11 @@ def summary(cases: list[list[Row]]) -> list[Row]:
     return found
 
 
+def distances_in(text: str) -> tuple[int, ...]:
+    """Distances with commas between."""
+    return tuple(int(part) for part in text.split(","))
+
+
 def show(interval: Row) -> str:
     """A mean, or that there is none."""
     return "-" if interval["mean"] is None else f"{interval['mean']:.3f}"
@@ -116,20 +124,30 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--split", default="val", choices=("train", "val", "test", "all"), help="which cases (val)")
     parser.add_argument("--limit", type=int, metavar="N", help="the first N cases only")
+    parser.add_argument(
+        "--slices-per-case", type=int, metavar="N", help="only so many slices of a case, evenly; 1 is the middle one"
+    )
+    parser.add_argument(
+        "--pixels",
+        type=distances_in,
+        metavar="N,N",
+        default=PIXELS,
+        help="how far beside the middle, the first being compared with",
+    )
     parser.add_argument("--json", type=Path, metavar="OUT", help="where to write the numbers")
     options = parser.parse_args(argv)
     split, cases = choose_split(find_cases(options.data), options.split)
     model, cases = cdiff.load(), cases[: options.limit]
     rows = []
     for number, case in enumerate(cases):
-        rows.append(measure(model, case, number))
+        rows.append(measure(model, case, number, options.pixels, options.slices_per_case))
         print(f"{number + 1} of {len(cases)} cases", file=sys.stderr)
     rows = [one for one in rows if one]
     if not rows:
         raise CdiffError(
             f"no slice of the split {split} was marked by all of its annotators; there is nothing to measure"
         )
-    found = summary(rows)
+    found = summary(rows, options.pixels)
     for one in found:
         score, apart = one["soft_dice_5"], one["difference"]
         interval = "" if apart["low"] is None else f" ({apart['low']:+.3f} to {apart['high']:+.3f})"

@@ -184,16 +184,24 @@ def test_pointing_beside_the_middle_is_told_by_its_distance(tables: ModuleType, 
     score, none, less = (
         {"mean": mean, "low": mean - 0.125, "high": mean + 0.125, "n_slices": 9} for mean in (0.5, 0, -0.25)
     )
-    dices = {"expected_dice": score, "dice_each": {**score, "mean": 0.75}}
     found = [
-        {"pixels": 0, "soft_dice_5": score, "difference": none, "missed": 0, "empty": 0} | dices,
-        {"pixels": 8, "soft_dice_5": score, "difference": less, "missed": 0.0625, "empty": 0.5} | dices,
+        {"pixels": 0, "soft_dice_5": score, "difference": none, "missed": 0},
+        {"pixels": 8, "soft_dice_5": score, "difference": less, "missed": 0.0625},
     ]
     (tmp_path / "off_centre.json").write_text(json.dumps({"found": found}))
     assert tables.beside_table(tmp_path).splitlines()[2:] == [
-        "| 0 | 0.500 (0.375 - 0.625) | - | 0.0% | 0.0% | 0.500 | 0.750 |",
-        "| 8 | 0.500 (0.375 - 0.625) | -0.250 (-0.375 to -0.125) | 6.2% | 50.0% | 0.500 | 0.750 |",
+        "| 0 | 0.500 (0.375 - 0.625) | - | 0.0% |",
+        "| 8 | 0.500 (0.375 - 0.625) | -0.250 (-0.375 to -0.125) | 6.2% |",
     ]
+
+
+def test_what_maps_expect_beside_the_structure(tables: ModuleType, tmp_path: Path) -> None:
+    assert tables.NOT_MEASURED in tables.expected_beside_table(tmp_path)
+    expected, found = ({"mean": mean, "low": mean - 0.125, "high": mean + 0.125} for mean in (0.5, 0.25))
+    report = {"found": [{"pixels": 24, "empty": 0.125, "expected_dice": expected, "dice_each": found}]}
+    (tmp_path / "off_centre_expected.json").write_text(json.dumps(report))
+    (row,) = tables.expected_beside_table(tmp_path).splitlines()[2:]
+    assert row == "| 24 | 12% | 0.500 (0.375 - 0.625) | 0.250 (0.125 - 0.375) |"
 
 
 def test_what_maps_expect_stands_beside_what_was_found(tables: ModuleType, tmp_path: Path) -> None:

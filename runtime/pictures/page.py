@@ -173,4 +173,4 @@ def _sizes(result: Result) -> list[list[str]]:
         cells = [name, f"{part['voxels']:,.0f} {'voxels' if len(result.grid.spatial) == 3 else 'pixels'}"]
         sizes.append([*cells, f"{three_digits(part[unit])} {unit.replace('2', '²')}"] if unit else cells)
     dice = result.report.get("expected_dice", {}).get("mask")
-    return sizes if dice is None else [*sizes, ["mask, expected Dice", f"{dice:.2f}"]]
+    return sizes if dice is None else [*sizes, ["expected Dice", f"{dice:.2f}"]]

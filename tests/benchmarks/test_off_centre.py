@@ -43,7 +43,7 @@ def test_scores_are_compared_with_pointing_at_the_middle() -> None:
             for k, score in enumerate(scores)
         ]
 
-    found = summary([rows(0.5, 1.0), rows(0.75)])
+    found = summary([rows(0.5, 1.0), rows(0.75)], PIXELS)
     assert [one["pixels"] for one in found] == list(PIXELS)
     assert found[0]["soft_dice_5"]["mean"] == 0.75
     assert [found[3]["difference"][end] for end in ("mean", "low", "high")] == pytest.approx([-0.08] * 3)
@@ -54,17 +54,14 @@ def test_scores_are_compared_with_pointing_at_the_middle() -> None:
     assert [found[0][name]["mean"] for name in ("expected_dice", "dice_each")] == [0.375, 0.75]
 
 
-def test_the_maps_are_those_of_the_place_that_is_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("cdiff.benchmarks.off_centre.PIXELS", (0, 8))
+def test_the_maps_are_those_of_the_place_that_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     case = tmp_path / "data" / "Validation" / "case01"
     case.mkdir(parents=True)
     for path in DEMO.glob("*.nii.gz"):
         image = nib.load(path)
         nib.save(nib.Nifti1Image(np.asarray(image.dataobj)[..., 2:4], image.affine), case / path.name)
     out = tmp_path / "out.json"
-    assert main(["--data", str(tmp_path / "data"), "--json", str(out)]) == 0
+    assert main(["--data", str(tmp_path / "data"), "--pixels", "0,8", "--json", str(out)]) == 0
     report = json.loads(out.read_text())
     assert (report["split"], report["cases"], report["slices"]) == ("val", 1, 2)
     (demo,) = find_cases(tmp_path / "data")["val"]

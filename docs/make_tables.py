@@ -287,8 +287,8 @@ def expected_beside_table(results: Path) -> str:
 
 
 EXPECTED = {
-    "Validation, any marked": "lidc_validation_marked_zooms",
-    "Testing, any marked": "lidc_testing_marked_zooms",
+    "Validation": "lidc_validation_marked_zooms",
+    "Testing": "lidc_testing_marked_zooms",
 }
 FEW = 0.5
 """Below this expected Dice all slices are one row: they are few."""

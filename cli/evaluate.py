@@ -171,8 +171,8 @@ def evaluate(
     from cdiff.runtime.pictures.drawing import must_draw
     from cdiff.runtime.scoring.evaluate import Protocol, Segmented, Source, score_cases
     from cdiff.runtime.scoring.paper import read_beside
-    from cdiff.runtime.scoring.publish import SCORES, check_steps, sweep_steps, write_report
-    from cdiff.runtime.scoring.worst import WORST, worst_slices, write_worst
+    from cdiff.runtime.scoring.publish import SCORES, WORST, check_steps, sweep_steps, write_report
+    from cdiff.runtime.scoring.worst import worst_slices, write_worst
     from cdiff.runtime.scoring.written import WrittenMaps
 
     steps = None if steps_curve is None else options.whole_numbers("--steps-curve", steps_curve, "1,2,5,10,25")

@@ -224,3 +224,25 @@ def test_a_file_that_cannot_stand_beside(name: str, text: str, said: str, tmp_pa
     (tmp_path / name).write_text(text, encoding="utf-8")
     with pytest.raises(CdiffError, match=said):
         read_beside(tmp_path / name)
+
+
+def test_what_was_drawn_of_another_report_gives_way_with_it(cases: list[Case], tmp_path: Path) -> None:
+    """worst.png and the steps are drawn after the report, and were a mixture where that is killed before it comes to them, or not asked for."""
+    out = tmp_path / "report" / "scores.json"
+    drawn = {out.with_name(name) for name in ("worst.png", "steps.csv", "steps.png")}
+    own = out.with_name("own.txt")
+
+    def evaluate(shift: int, chosen: list[Case], group: str | None = None) -> set[Path]:
+        run(KnownMaps(tmp_path / "b", 3, shift=shift), chosen, out=out, write=write_report, group=group)
+        return {path for path in drawn if path.exists()}
+
+    assert evaluate(0, cases) == set()
+    for path in (*drawn, own):
+        path.touch()
+    assert evaluate(0, cases) == drawn  # the same command again, for its tables
+    assert evaluate(1, cases) == set()
+    for shift, chosen, group in ((1, cases[:3], None), (1, cases[:3], "case0[1-4]")):
+        for path in drawn:
+            path.touch()
+        assert evaluate(shift, chosen, group) == set()
+    assert own.exists()

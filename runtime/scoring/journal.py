@@ -21,7 +21,7 @@ class Journal:
     `rows` has those that are known, by their key `inputs`: of a journal that exists and has the header `header`, and of a report that
     was made with it; asked are the keys of the cases to be scored now. A journal with another header is kept under the name `*.old` and a new one is begun; `notice` gets a line about
     each. A last line that was cut off by a kill is dropped, and so is a row without one of `keys`. Raises CdiffError when the
-    journal can't be read or written.
+    journal can't be read or written, or the report's name is a folder's.
     """
 
     def __init__(
@@ -85,7 +85,12 @@ def _finished(
     """
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except IsADirectoryError:
+        raise CdiffError(f"{path} is a folder; name a file for the report") from None
     except (OSError, ValueError, RecursionError):
+        notice(f"{path} is there and cannot be read as a report: this evaluation will replace it")
         return {}
     if not isinstance(report, dict) or report.get("made_with") != fingerprint(header):
         notice(f"{path} is there, of another model, protocol or data: this evaluation will replace it")

@@ -30,6 +30,8 @@ EPILOG = (
 
 ENVIRONMENT = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE)
 """Refusals of the system that may come anywhere: permissions, disks that are full, failing or gone."""
+NO_MEMORY = "can't allocate memory"
+"""What PyTorch, whose error is a RuntimeError, says where a processor's memory is not enough."""
 
 
 class Commands(TyperGroup):
@@ -48,7 +50,9 @@ class Commands(TyperGroup):
             fail(f"{where}: {os.strerror(error.errno).lower()}; check the space and the permissions there")
             _drop_unprinted()
             raise typer.Exit(USER_ERROR) from None
-        except MemoryError as error:
+        except (MemoryError, RuntimeError) as error:
+            if not isinstance(error, MemoryError) and NO_MEMORY not in str(error):
+                raise
             fail(f"the memory is not enough ({one_line(error)}); end what else uses it, or ask for less")
             raise typer.Exit(USER_ERROR) from None
         except KeyboardInterrupt:

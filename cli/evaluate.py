@@ -264,6 +264,7 @@ def _choose(
     found: DataSet, data: Path, manifest: Manifest | None, split: str | None, limit: int | None, quiet: bool
 ) -> tuple[str, list[Case]]:
     """The split to score and its first cases, once it is said which they are and why the scores of a model may mislead."""
+    from cdiff.runtime.data.case import natural
     from cdiff.runtime.scoring.choice import choose_split, held_out, may_be_too_good, trained_task
     from cdiff.runtime.words import several
 
@@ -274,7 +275,7 @@ def _choose(
     say(f"split {chosen} {whence}: {several(len(cases), 'case')}", quiet)
     if manifest is None:
         return chosen, cases
-    if found.task and (trained := trained_task(manifest)) and trained != found.task:
+    if found.task and (trained := trained_task(manifest)) and natural(trained) != natural(found.task):
         warn(f"the model was trained on {trained}, and {found.task} is scored")
     if split is None and (doubt := may_be_too_good(manifest, chosen, len(cases))):
         warn(doubt)

@@ -26,7 +26,7 @@ class Journal:
     each. A last line that was cut off by a kill is dropped, and a row without one of `keys` is not used. The rows of the report that are
     asked for are in the journal too, for the report gives way to the new one.
     The file is open, and other evaluations are kept out of it, until the end of a `with` block: their rows would be taken for its own. Raises
-    CdiffError when it is open elsewhere, or can't be read or written.
+    CdiffError when it is open elsewhere, or can't be read or written, or the report's name is a folder's.
     """
 
     def __init__(
@@ -144,7 +144,12 @@ def _finished(
     """
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except IsADirectoryError:
+        raise CdiffError(f"{path} is a folder; name a file for the report") from None
     except (OSError, ValueError, RecursionError):
+        notice(f"{path} is there and cannot be read as a report: this evaluation will replace it")
         return {}
     if not isinstance(report, dict) or report.get("made_with") != fingerprint(header):
         notice(f"{path} is there, of another model, protocol or data: this evaluation will replace it")

@@ -140,13 +140,10 @@ class TrtConnector:
         trt, engine, fail = self._trt, self._engines[graph], self._fail
         self._check(graph, engine, tensors)
         self._messages.clear()
-        memory = self._gpu.allocate(int(engine.device_memory_size_v2))
-        self._memory.append(memory)
         context, keep = self._context(graph, engine)
         if context is None:
             raise fail(f"no execution context for the {graph}")
         self._contexts.append(context)
-        context.set_device_memory(memory.address, memory.size)
         try:
             context.set_optimization_profile_async(0, stream.handle)
         except RuntimeError as error:  # what the bindings make of a refusal
@@ -168,6 +165,9 @@ class TrtConnector:
         for name, place in tensors.items():
             if (found := tuple(context.get_tensor_shape(name))) != place.shape:
                 raise fail(f"the {graph}'s {name} is {list(found)}, not {list(place.shape)}")
+        memory = self._working_memory(engine, context)
+        self._memory.append(memory)
+        context.set_device_memory(memory.address, memory.size)
         handle = stream.handle
 
         def queue() -> None:
@@ -179,6 +179,18 @@ class TrtConnector:
                 keep = None
 
         return queue
+
+    def _working_memory(self, engine: Any, context: Any) -> Buffer:
+        """Room for the most rows that the engine takes, and where there is none for the rows that the context was given: without that a
+        batch that was halved for want of memory would want as much again. Raises OutOfMemory."""
+        most = int(engine.device_memory_size_v2)
+        try:
+            return self._gpu.allocate(most)
+        except OutOfMemory:
+            enough = int(context.update_device_memory_size_for_shapes())
+            if not 0 < enough < most:  # 0: TensorRT cannot tell
+                raise
+        return self._gpu.allocate(enough)
 
     def close(self) -> None:
         """Drop the contexts, then give back their memory."""

@@ -13,7 +13,9 @@ import numpy as np
 from tests.runtime.device.fake_cuda import World
 
 SIZE = {"encoder": 1000, "denoiser": 5000}
-"""Bytes of working memory of each engine."""
+"""Bytes of working memory of each engine, for the most rows that it takes."""
+ROW = 50
+"""Bytes of it that one row needs."""
 
 
 def view(address: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray[Any, Any]:
@@ -153,7 +155,7 @@ def module(world: World, network: Network, *, rtx: bool = False, max_rows: int =
             self.shapes: dict[str, tuple[int, ...]] = {}
             self.addresses: dict[str, int] = {}
             self.profile: int | None = None
-            self.memory = 0
+            self.memory, self.needs = 0, engine.device_memory_size_v2
 
         def refuse(self, method: str, words: str) -> None:
             """As the bindings do, which make an exception of what the library returns, and not a false."""
@@ -164,8 +166,16 @@ def module(world: World, network: Network, *, rtx: bool = False, max_rows: int =
         def set_device_memory(self, memory: int, size: int) -> None:
             assert memory % 256 == 0
             world.check(memory, size)
-            assert size >= self.engine.device_memory_size_v2
+            assert size >= self.needs
             self.memory = memory
+
+        def update_device_memory_size_for_shapes(self) -> int:
+            """What the shapes that were set need; 0 where the library cannot tell."""
+            assert set(self.engine.inputs) <= set(self.shapes), "every shape comes first"
+            if trt.refused == "update_device_memory_size_for_shapes":
+                return 0
+            self.needs = ROW * self.shapes["image" if self.engine.graph == "encoder" else "x"][0]
+            return self.needs
 
         def set_optimization_profile_async(self, index: int, stream: int) -> bool:
             assert stream in world.streams

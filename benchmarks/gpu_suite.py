@@ -29,8 +29,10 @@ from cdiff.benchmarks.gpu_plan import Check, chosen, next_check, plan
 from cdiff.benchmarks.gpu_report import markdown
 from cdiff.benchmarks.gpu_targets import summary, targets
 from cdiff.benchmarks.script import parser_of
+from cdiff.runtime.device.gpu import parse_device
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import make_folder, must_take_files, write_bytes, write_json
+from cdiff.runtime.gpus import visible_gpus
 
 FORMAT = 1
 MINUTES = 7.8
@@ -59,6 +61,12 @@ def gpu_missing(device: str) -> str | None:
     )
 
 
+def gpu_name(device: str) -> str | None:
+    """The driver's name of the GPU, asked without taking any of it; None for the processor, and where the driver does not tell."""
+    number, gpus = parse_device(device), visible_gpus()
+    return gpus[number].name if number is not None and number < len(gpus) else None
+
+
 class Suite:
     """The report as far as it is known, on the disk after every check."""
 
@@ -83,11 +91,18 @@ class Suite:
                 for name, found in older["checks"].items()
                 if found["status"] != SKIPPED or "result" in found
             }
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            gpu = kept.get("machine", {}).get("result", {}).get("gpu", {}).get("name")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CdiffError(f"{self.path} cannot be gone on with ({error}); give --fresh to start anew") from None
         if not same:
             raise CdiffError(
                 f"{self.path} was measured with other settings; give --fresh to start anew, or another --out"
+            )
+        # A report may be carried from machine to machine, and numbers of two GPUs make no comparison.
+        here = gpu_name(self.settings.device)
+        if gpu and here and gpu != here:
+            raise CdiffError(
+                f"{self.path} was measured on {gpu}, and {self.settings.device} is {here}; give --fresh to start anew, or another --out"
             )
         self.report["checks"] = kept
 

@@ -134,7 +134,7 @@ class Suite:
                 "status": SKIPPED, "message": "the time was up; run the same command again", "seconds": 0,
             }  # fmt: skip
             if not late:
-                outcome = in_a_process(check.name, self.settings, min(check.seconds, left))
+                outcome = self._outcome(check, deadline)
                 broke = outcome["status"] == FAILED
                 # Cut short by --minutes, and not by its own limit: nothing broke.
                 cut = broke and time.monotonic() >= deadline
@@ -149,6 +149,21 @@ class Suite:
             self._list_packages_again(checks, deadline)
         self.save()
 
+    def _outcome(self, check: Check, deadline: float) -> dict[str, Any]:
+        """One check's outcome. Where a batch was too large for it, what smaller ones give in a process of their own: in the first nothing runs on
+        the GPU any more after an error such as an illegal memory access, or it has ended."""
+        outcome = in_a_process(check.name, self.settings, min(check.seconds, deadline - time.monotonic()))
+        rows, left = rows_that_ran(outcome), deadline - time.monotonic()
+        if outcome["status"] == DONE or rows is None or left < check.expected / 2:
+            return outcome
+        again = in_a_process(f"{check.name}@{rows}", self.settings, min(check.seconds, left))
+        if "seconds" not in again.get("result", {}):  # no whole protocol either
+            return outcome
+        again["result"]["sweep"] = outcome["result"]["sweep"] | again["result"]["sweep"]
+        # Where the first one broke is told by its log alone.
+        log = {"log": outcome["log"]} if "log" in outcome else {}
+        return again | log | {"seconds": round(outcome["seconds"] + again["seconds"], 2)}
+
     def _list_packages_again(self, checks: list[Check], deadline: float) -> None:
         """Take `machine` anew, if there is time: a check that was refused was done now, so something has been installed."""
         done = self.report["checks"]
@@ -157,6 +172,13 @@ class Suite:
             if check.name == "machine" and done["machine"]["status"] == DONE and left >= check.expected:
                 outcome = in_a_process(check.name, self.settings, min(check.seconds, left))
                 done[check.name] = outcome if outcome["status"] == DONE else done[check.name]
+
+
+def rows_that_ran(outcome: dict[str, Any]) -> int | None:
+    """The largest batch of a sweep that could be measured, where none of the larger ones could; else None."""
+    sweep = outcome.get("result", {}).get("sweep", {})
+    ran = max((int(size) for size, cell in sweep.items() if "error" not in cell), default=None)
+    return ran if ran is not None and ran < max(map(int, sweep)) else None
 
 
 def _tail(found: dict[str, Any]) -> str:

@@ -32,6 +32,8 @@ ENVIRONMENT = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUO
 """Refusals of the system that may come anywhere: permissions, disks that are full, failing or gone."""
 NO_MEMORY = "can't allocate memory"
 """What PyTorch, whose error is a RuntimeError, says where a processor's memory is not enough."""
+NO_THREAD = "can't start new thread"
+"""Python's words, and all that it says, where a limit of processes or a container's of tasks is reached."""
 
 
 class Commands(TyperGroup):
@@ -51,9 +53,14 @@ class Commands(TyperGroup):
             _drop_unprinted()
             raise typer.Exit(USER_ERROR) from None
         except (MemoryError, RuntimeError) as error:
-            if not isinstance(error, MemoryError) and NO_MEMORY not in str(error):
+            if isinstance(error, MemoryError) or NO_MEMORY in str(error):
+                fail(f"the memory is not enough ({one_line(error)}); end what else uses it, or ask for less")
+            elif NO_THREAD in str(error):
+                fail(
+                    "the system lets this user start no more threads; end what else runs, or raise the limit (ulimit -u)"
+                )
+            else:
                 raise
-            fail(f"the memory is not enough ({one_line(error)}); end what else uses it, or ask for less")
             raise typer.Exit(USER_ERROR) from None
         except KeyboardInterrupt:
             fail("interrupted")

@@ -63,8 +63,10 @@ def benchmark(
         from cdiff.benchmarks.benchmark import summary
         from cdiff.export.exporter import export_run
     from cdiff.runtime.bundle import shipped_bundle
-    from cdiff.runtime.files import write_json
+    from cdiff.runtime.files import must_be_a_file, write_json
 
+    if json_:
+        must_be_a_file(json_)
     sizes = options.whole_numbers("--batch", batch, "1,8,32")
     with TemporaryDirectory() as folder, Meter("benchmark", quiet) as meter:
         report = measure(

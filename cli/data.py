@@ -72,8 +72,11 @@ def check(
     cdiff data check my_data --json check.json --sheet check.png
     """
     from cdiff.runtime.data.datacheck import check_data
-    from cdiff.runtime.files import write_json
+    from cdiff.runtime.files import must_be_a_file, write_json
 
+    for path in (json_, sheet):
+        if path:
+            must_be_a_file(path)
     with Meter("data check", quiet) as meter:
         checked = check_data(
             data,

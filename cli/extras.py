@@ -1,7 +1,8 @@
-"""Turns a missing optional dependency into one line that says what to install."""
+"""Turns what hinders PyTorch from being imported into one line that says what to do."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,7 +11,16 @@ from cdiff.runtime.errors import CdiffError
 
 @contextmanager
 def needs(what: str) -> Iterator[None]:
-    """Around lazy imports of PyTorch and what goes with it: a package that is not installed is a CdiffError naming the extra `train`."""
+    """Around lazy imports of PyTorch and what goes with it: a package that is not installed is a CdiffError naming the extra `train`.
+
+    So is a current folder that was deleted: there the library that PyTorch computes with ends the process.
+    """
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise CdiffError(
+            f"{what} cannot start in a folder that was deleted; change to one that is there (cd)"
+        ) from None
     try:
         yield
     except ModuleNotFoundError as error:

@@ -30,12 +30,14 @@ from cdiff.runtime.sampling.mirror import VIEWS
 from cdiff.runtime.sampling.sampler import kept_timesteps
 from cdiff.runtime.sampling.zoom import check_zooms
 from cdiff.train.checkpoint import ORIGIN, LoadedRun, load_run
+from cdiff.train.machine import as_it_starts
 
 Progress = Callable[[int, int], None]
 TILE_OVERLAP = 0.25
 PARTS = 5
 
 
+@as_it_starts()
 def export_run(
     run: Path,
     out: Path,

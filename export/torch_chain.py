@@ -20,6 +20,7 @@ from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.sampling.noise import INITIAL
 from cdiff.runtime.sampling.sampler import SamplerTable
 from cdiff.runtime.words import first_line
+from cdiff.train.machine import as_it_starts
 
 if TYPE_CHECKING:
     from cdiff.export.torch_engine import TorchChainEngine
@@ -74,12 +75,12 @@ def within_memory(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def exact(function: Callable[P, R]) -> Callable[P, R]:
-    """Without gradients and without TF32, which would be a silent loss of precision; `within_memory` too."""
+    """Without gradients, and without TF32 or a caller's autocast, which would be a silent loss of precision; `within_memory` too."""
 
     @within_memory
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        with torch.inference_mode(), full_precision():
+        with as_it_starts(), torch.inference_mode(), full_precision():
             return function(*args, **kwargs)
 
     return call

@@ -26,6 +26,7 @@ from cdiff.runtime.device.gpu import parse_device
 from cdiff.runtime.engines.base import Float32, Int64, Prediction
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.sampling.schedule import NoiseSchedule
+from cdiff.train.machine import as_it_starts
 from cdiff.train.network import ConsensusNet
 
 if TYPE_CHECKING:
@@ -136,6 +137,7 @@ class TorchChainEngine:
         return x0.cpu().numpy(), None if mix is None else mix.cpu().numpy()
 
     @within_memory
+    @as_it_starts()
     def bind(self, rows: int, slots: int) -> TorchBinding:
         """See `runtime.engines.base.Engine.bind`. The last binding, and what it captured, is given again for as many rows and no more slots."""
         if self._binding is None or self._binding.rows != rows or self._binding.slots < slots:
@@ -174,6 +176,7 @@ def algorithms_timed(tuned: bool) -> Iterator[None]:
         torch.backends.cudnn.benchmark = before
 
 
+@as_it_starts()
 def open_torch(bundle: Bundle, device: str) -> TorchChainEngine:
     """The engine over a bundle's weights, in the bundle's own precision.
 

@@ -59,6 +59,14 @@ def must_take_files(folder: Path) -> None:
         raise _cannot_write(folder, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
 
 
+def must_be_a_file(path: Path) -> None:
+    """Raise `CdiffError` where a device, a pipe or a name of an open file such as /dev/stdout is at `path`: a rename would put a file in its place."""
+    named = os.path.islink(path) and os.readlink(path).startswith("/proc/")
+    # By os.path, to which what cannot be seen is not there: who writes tells why.
+    if named or (os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)):
+        raise CdiffError(f"{path} is a device or a pipe, and would be replaced by a file; name a file to write to")
+
+
 def _exists(path: Path) -> bool:
     """Raises OSError where the system does not tell, of which Path.exists says no from Python 3.14 on."""
     try:
@@ -66,6 +74,15 @@ def _exists(path: Path) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     return True
+
+
+def most_bytes_of_a_name(folder: Path) -> int:
+    """Bytes that a file's name may have in `folder`, which need not be there yet; 255, the most common limit, where the system does not tell."""
+    try:
+        there = next(there for there in (folder, *folder.absolute().parents) if there.is_dir())
+        return os.pathconf(there, "PC_NAME_MAX")
+    except (AttributeError, OSError, StopIteration, ValueError):
+        return 255
 
 
 @contextmanager
@@ -87,8 +104,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
     The temporary name keeps the suffixes, for writers that choose a format by them. Whatever ends the block early
     (an error, Ctrl-C) removes the temporary file and leaves an older `path` as it was. Raises `CdiffError` when the
-    system refuses to write (no room, no permission).
+    system refuses to write (no room, no permission), and as `must_be_a_file` does.
     """
+    must_be_a_file(path)
     with staged(path.parent) as stage:
         yield stage(path.name)
 
@@ -158,7 +176,8 @@ class Stage:
 
     def _discard(self) -> None:
         for part in self._parts.values():
-            with suppress(OSError):  # another error has its say, or none: the set is there
+            # A disk that takes nothing refuses this too, where nothing is, and why it took nothing is told already.
+            with suppress(OSError):
                 part.unlink()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import os
 import time
 from dataclasses import dataclass, replace
@@ -64,6 +65,14 @@ class Prepared:
     alone: bool = False
 
 
+def whole(name: str, value: int) -> int:
+    """An argument as Python's own number, which a report can hold: NumPy's are taken. Raises CdiffError where it is no whole one."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise CdiffError(f"{name} {value!r} is not a whole number") from None
+
+
 def prepare(
     scan: ScanInput | Scan,
     manifest: Manifest,
@@ -86,7 +95,8 @@ def prepare(
     if isinstance(scan, list | tuple) and all(isinstance(part, str | os.PathLike) for part in scan):
         must_be_in_order(scan, manifest.modalities)
     clock = Clock()
-    axis = manifest.slice_axis if slice_axis is None else slice_axis
+    axis = manifest.slice_axis if slice_axis is None else whole("slice_axis", slice_axis)
+    series, shrink = (n if n is None else whole(name, n) for name, n in (("series", series), ("shrink", shrink)))
     if isinstance(scan, Scan):
         read = scan
     else:

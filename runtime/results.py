@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.files import dump_json, sha256, staged
+from cdiff.runtime.files import dump_json, most_bytes_of_a_name, sha256, staged
 from cdiff.runtime.map_file import write_map
 from cdiff.runtime.outputs import cut_short, listed_outputs
 from cdiff.runtime.sampling.framing import Box
@@ -220,7 +220,7 @@ def _kinds(variant: Variant) -> dict[str, tuple[str, str]]:
 def must_be_free(
     folder: Path, name: str, variant: Variant, *, preview: bool = True, page: bool = False, dicom_seg: bool = False
 ) -> None:
-    """Raise CdiffError when files in `folder` that no report of ours there lists would be replaced by `Result.save`.
+    """Raise CdiffError when files in `folder` that no report of ours there lists would be replaced by `Result.save`, or their names are too long for it.
 
     A reader's own NAME_mask.nii.gz is such a file, and so is the NAME.json that dcm2niix writes beside a scan. A `save` that was killed
     while it put its files in place left its report under a temporary name, which counts too.
@@ -229,6 +229,11 @@ def must_be_free(
     files = {f"{name}_{kind}.nii.gz" for kind in _kinds(variant)}
     also = {"preview.png": preview, "page.html": page, "levels.dcm": dicom_seg}
     files |= {f"{name}_{more}" for more, asked in also.items() if asked}
+    length, longest = max((len(os.fsencode(file)), file) for file in files)
+    if length > (most := most_bytes_of_a_name(folder)):  # the shorter names would be there, and no report with them
+        raise CdiffError(
+            f"{longest} is too long for the name of a file ({length} bytes of at most {most}); rename the scan"
+        )
     for file in sorted(files | {f"{name}.json"} if listed is None else files - listed):
         # `exists` is False, not an error, in a folder that cannot be searched.
         if os.path.exists(folder / file) and file not in cut_short(folder):

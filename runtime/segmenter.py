@@ -23,7 +23,7 @@ from cdiff.runtime.files import sha256
 from cdiff.runtime.manifest import NAME as MANIFEST
 from cdiff.runtime.manifest import ONE_ZOOM, Manifest
 from cdiff.runtime.overlap import Outcome, overlapped
-from cdiff.runtime.prepared import Clock, Prepared, Slices, about_place, notes, prepare
+from cdiff.runtime.prepared import Clock, Prepared, Slices, about_place, notes, prepare, whole
 from cdiff.runtime.report import about_expected, build_report, describe_input, expectation, meaning, volumes
 from cdiff.runtime.results import Result, Stack
 from cdiff.runtime.sampling.batching import Progress, Timings, most_rows_of, rows_per_batch
@@ -98,14 +98,14 @@ class Segmenter:
         seed: int = 0,
     ) -> tuple[int, SamplerTable]:
         """The runs and the table that `segment` takes for these arguments. Raises CdiffError for one that is out of range."""
-        if not 0 <= seed < 2**64:
+        if not 0 <= whole("seed", seed) < 2**64:
             raise CdiffError(f"seed {seed} is out of range; use a whole number from 0 to 2^64 - 1")
-        runs = self.runs(runs, fast)
+        runs = whole("runs", self.runs(runs, fast))
         if runs < 1:
             raise CdiffError(f"runs {runs} is out of range; at least one is needed")
         preset = self.manifest.fast if fast else {}
         sampler = str(preset.get("sampler", SAMPLER)) if sampler is None else sampler
-        steps = int(preset.get("steps", self.manifest.T)) if steps is None else steps
+        steps = int(preset.get("steps", self.manifest.T)) if steps is None else whole("steps", steps)
         return runs, sampler_table(sampler, self.manifest.noise_schedule, steps)
 
     def segment(
@@ -161,7 +161,8 @@ class Segmenter:
                 "use 'mean'"
             )
         runs, table = self.sampling(runs, steps, sampler, fast, seed)
-        mirror = manifest.mirror if mirror is None else mirror
+        seed, batch = whole("seed", seed), None if batch is None else whole("batch", batch)
+        fast, mirror = bool(fast), manifest.mirror if mirror is None else bool(mirror)
         zooms = manifest.zooms if zooms is None else check_zooms(zooms, manifest.framing)
         if not isinstance(scan, Prepared):
             scan = self.prepare(scan, slices=slices, slice_axis=slice_axis, at=at, shrink=shrink, series=series)

@@ -10,7 +10,8 @@ from types import FrameType
 class Interrupt:
     """As a context manager, turns the first SIGINT, SIGTERM or SIGHUP into `.asked`; a second one interrupts at once, unsaved.
 
-    What is ignored stays so: SIGHUP under nohup, SIGINT of what a script started in the background.
+    What is ignored stays so: SIGHUP under nohup, SIGINT of what a script started in the background. So does what a program around Python
+    has set, which Python could not give back.
     """
 
     def __init__(self) -> None:
@@ -21,7 +22,7 @@ class Interrupt:
         if threading.current_thread() is threading.main_thread():  # only there may handlers be set
             for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # not every system has the last
                 number = getattr(signal, name, None)
-                if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+                if number is not None and signal.getsignal(number) not in (signal.SIG_IGN, None):
                     self._before[number] = signal.signal(number, self._ask)
         return self
 

@@ -26,6 +26,24 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 
 @contextmanager
+def as_it_starts() -> Iterator[None]:
+    """PyTorch as a program finds it that has changed nothing, given back as it was: new tensors are float32, no autocast computes in
+    another type than ours, and gradients are kept."""
+    kinds = ("cpu", "cuda")
+    before = torch.get_default_dtype(), [torch.is_autocast_enabled(kind) for kind in kinds]
+    torch.set_default_dtype(torch.float32)
+    for kind in kinds:
+        torch.set_autocast_enabled(kind, False)
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        torch.set_default_dtype(before[0])
+        for kind, enabled in zip(kinds, before[1], strict=True):
+            torch.set_autocast_enabled(kind, enabled)
+
+
+@contextmanager
 def arithmetic(deterministic: bool, threads: int = 0) -> Iterator[None]:
     """PyTorch's choice of algorithms during a run: the same ones each time, or whichever cuDNN finds fastest for these shapes; and how many
     threads compute on a CPU (0: as many as before, but no more than a container's quota, for PyTorch counts processors, whatever share of them

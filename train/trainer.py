@@ -20,11 +20,12 @@ from cdiff.train.fabric import check_same, fabric_on, find_device, joined, preci
 from cdiff.train.held import held
 from cdiff.train.initial import read_initial
 from cdiff.train.log import say
-from cdiff.train.machine import arithmetic
+from cdiff.train.machine import arithmetic, as_it_starts
 from cdiff.train.run import Run, TrainResult
 from cdiff.train.seen import check_seen, learned_from, seen_before, write_seen
 
 
+@as_it_starts()
 def train(
     config: Config | Callable[[], Config],
     data: Path,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,6 +32,7 @@ RUNS_LABEL = "mean over runs"
 SOFT_MAP = "plasma"
 ENTROPY_SHADES = ("#06283d", "#136f8a", "#2fd0a5", "#e8fb6a")
 MARGIN = 0.6
+LATEX = threading.RLock()
 READER_COLOURS = ("#4cc9f0", "#f9c74f", "#f94178", "#80ed99", "#c77dff", "#ff9f1c", "#ffffff")
 
 
@@ -42,6 +45,19 @@ def must_draw() -> None:
             "no picture can be drawn: matplotlib needs a folder for its cache, and neither the home nor one for temporary files can be "
             "written to; set TMPDIR to a folder that can, or ask for no picture"
         ) from None
+
+
+@contextmanager
+def without_latex() -> Iterator[None]:
+    """Draw texts as matplotlib does, also where the user's settings (`text.usetex`) give them to LaTeX, which fails at the underscore of a
+    file's name, or where it is not installed. Raises CdiffError as `must_draw`.
+    """
+    must_draw()
+    import matplotlib
+
+    # The settings are the program's, whose other threads may draw as well: they are touched where they must be alone.
+    with LATEX, matplotlib.rc_context({"text.usetex": False}) if matplotlib.rcParams["text.usetex"] else nullcontext():
+        yield
 
 
 def new_figure(width: float, height: float) -> Figure:

@@ -31,6 +31,7 @@ LEAST_OF_WINDOW = 0.5
 """Smallest side of the close-up as a share of the window that a model saw: a window is small already."""
 
 
+@drawing.without_latex()
 def write_preview(result: Result, path: Path, name: str) -> None:
     """Draw the slice with the largest soft area: where it lies, the levels' outlines, soft map, uncertainty; and a strip of
     slices through the volume. path: a PNG file. Raises OSError when it cannot be written."""
@@ -95,6 +96,7 @@ def preview_figure(result: Result, name: str) -> Figure:
     return figure
 
 
+@drawing.without_latex()
 def reader_figure(
     path: Path,
     image: Float32,

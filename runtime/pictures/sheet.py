@@ -48,6 +48,7 @@ def chosen(looks: Sequence[Look]) -> list[Look]:
     return [marked[i] for i in np.linspace(0, len(marked) - 1, CASES).round().astype(int)]
 
 
+@drawing.without_latex()
 def write_sheet(path: Path, looks: Sequence[Look], channels: int, slice_axis: int, title: str, note: str) -> None:
     """Draw the fullest slice of some cases and write a PNG. title and note: a line above and one below it.
 

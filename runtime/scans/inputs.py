@@ -45,10 +45,9 @@ def scans_at(
     """
     if path.is_file() and path.suffix.lower() in SUFFIXES:
         scans = [_scan(entry, entry.name.replace("/", "_"), modalities) for entry in read_table(path, [], masks=False)]
-    elif path.is_file():
+    elif must_exist(path) and not path.is_dir():  # a pipe too, of which reading says so
         return [NamedScan(name_of(path), path)]
     else:
-        must_exist(path)
         left = [] if left is None else left
         scans = list(_scans_in(path, channels, modalities, left))
         if not scans:

@@ -148,7 +148,7 @@ def _spans(header: nib.Nifti1Header, form: str, axes: int) -> bool:
 def nifti_voxels(image: nib.Nifti1Pair, where: str) -> NDArray[np.float32]:
     """The image's values, scaled as its header says. Raises CdiffError when the file ends early."""
     try:
-        with np.errstate(over="ignore"):  # who makes slices of them refuses infinite values
+        with np.errstate(all="ignore"):  # who makes slices of them refuses infinite values
             return np.asarray(image.get_fdata(dtype=np.float32, caching="unchanged"))
     except (EOFError, OSError, OverflowError, ValueError, zlib.error) as error:
         raise CdiffError(f"{where} is truncated or damaged ({one_line(error)}); copy it again") from None

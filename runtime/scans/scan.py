@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -97,7 +98,8 @@ def _one(scan: OneScan, channels: int, slice_axis: int, series: int | None) -> S
     loaded = _load(scan, channels, series)
     voxels, named = loaded.voxels, loaded.source if loaded.source != "array" else "the array"
     spatial = spatial_axes(voxels.shape, channels, named)
-    values = np.asarray(voxels, dtype=np.float32)
+    with np.errstate(all="ignore"):  # what is too large becomes infinite, and is refused
+        values = np.asarray(voxels, dtype=np.float32)
     finite = np.isfinite(values)
     if not finite.all():
         first = tuple(int(i) for i in np.argwhere(~finite)[0])
@@ -136,6 +138,11 @@ def _load(scan: OneScan, channels: int, series: int | None) -> _Loaded:
     if isinstance(scan, np.ndarray):
         check_kind(scan.dtype, "the array")
         check_size(scan.shape, "the array")
+        if np.ma.is_masked(scan):
+            raise CdiffError(
+                f"the array masks {np.ma.getmaskarray(scan).sum()} of its values, and what lies behind the mask would be segmented; fill them first, such as "
+                "with array.filled(0)"
+            )
         digest = hashlib.sha256(f"{scan.dtype.str} {scan.shape}".encode())
         digest.update(np.ascontiguousarray(scan).tobytes())
         return _Loaded(scan, None, "array", digest.hexdigest())
@@ -217,7 +224,10 @@ def parse_slices(slices: str | slice | tuple[int, int] | range | None, count: in
         start = 0 if slices.start is None else slices.start
         stop = count if slices.stop is None else slices.stop
     else:
-        start, stop = slices
+        try:
+            start, stop = (operator.index(edge) for edge in slices)
+        except (TypeError, ValueError):
+            raise CdiffError(f"slices {slices!r} cannot be read; {advice}") from None
     if not 0 <= start < stop <= count:
         raise CdiffError(f"slices {start}:{stop} are not in this scan of {count}; {advice}")
     return range(start, stop)

@@ -23,7 +23,7 @@ def read_bytes(path: Path) -> bytes:
     Also where its path is no text, as names are that were written in another encoding than UTF-8: no report could name it.
     """
     must_be_text(path)
-    if not path.name.lower().endswith(VOLUME_SUFFIXES + PICTURE_SUFFIXES) and is_there(path):
+    if not path.name.lower().endswith(VOLUME_SUFFIXES + PICTURE_SUFFIXES) and is_there(path) and path.is_file():
         kinds = ", ".join((*VOLUME_SUFFIXES, *PICTURE_SUFFIXES))
         raise CdiffError(f"{path} is not a kind of file that is read here ({kinds}, or DICOM); convert it")
     return any_bytes(path)

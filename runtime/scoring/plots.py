@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cdiff.runtime.pictures.drawing import new_figure, save
+from cdiff.runtime.pictures.drawing import new_figure, save, without_latex
 from cdiff.runtime.scoring.expectation import pairs_of
 from cdiff.runtime.scoring.tables import Table
 
@@ -23,6 +23,7 @@ DPI = 200
 REGION_LABELS = {"whole": "whole slice", "near": "near the structure"}
 
 
+@without_latex()
 def write_reliability(report: Mapping[str, Any], path: Path) -> None:
     """Share of annotators against the map's value, a panel for each region, with the bins' pixels below."""
     figure = _page(7.6, 4.3)
@@ -64,6 +65,7 @@ def write_reliability(report: Mapping[str, Any], path: Path) -> None:
     save(figure, path, DPI)
 
 
+@without_latex()
 def write_expected(report: Mapping[str, Any], path: Path) -> None:
     """Dice of the mask with an annotator against what the soft map expected: a point a slice, and the bins' means."""
     figure = _page(4.4, 4.5)
@@ -90,6 +92,7 @@ def write_expected(report: Mapping[str, Any], path: Path) -> None:
     save(figure, path, DPI)
 
 
+@without_latex()
 def write_curve(table: Table, x: str, label: str, path: Path) -> None:
     """Soft Dice at five and nine thresholds, with their 95 % intervals, against the column `x` of a table."""
     figure = _page(5.2, 3.6)

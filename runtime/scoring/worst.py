@@ -48,6 +48,7 @@ def worst_slices(report: Mapping[str, Any], cases: Sequence[Case], most: int) ->
     ]
 
 
+@drawing.without_latex()
 def write_worst(
     path: Path, source: Source, worst: Sequence[Worst], protocol: Protocol, progress: Progress | None = None
 ) -> None:

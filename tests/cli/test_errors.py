@@ -68,6 +68,16 @@ def test_more_memory_than_pytorch_gets(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert "the memory is not enough ([enforce fail" in one_line("info", tmp_path)
 
 
+def test_more_threads_than_the_system_allows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As on a login node, or in a container with a limit of tasks."""
+    said = "can't start new thread"
+    monkeypatch.setattr("cdiff.runtime.bundle.open_bundle", lambda _: (_ for _ in ()).throw(RuntimeError(said)))
+    assert "start no more threads" in one_line("info", tmp_path)
+    said = "another"
+    result = CliRunner().invoke(app, ["info", str(tmp_path)])
+    assert isinstance(result.exception, RuntimeError), "a fault of ours is not taken for that"
+
+
 def test_a_bundle_that_is_none(tmp_path: Path) -> None:
     assert "manifest.json" in one_line("info", tmp_path)
 
@@ -298,6 +308,32 @@ def test_what_a_library_mends_in_a_header_is_not_the_users_business(tiny_bundle:
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     notes = json.loads((tmp_path / "maps/flat.json").read_text())["warnings"]
     assert (done.returncode, done.stderr.splitlines()) == (0, [f"note: flat: {note}" for note in notes])
+
+
+def test_a_current_folder_that_was_deleted_is_told(tmp_path: Path, tiny_data: Path) -> None:
+    """Intel's library ended the process as PyTorch was imported: it could not load itself, it said."""
+    (gone := tmp_path / "gone").mkdir()
+    command = [*MODULE, "train", "--data", tiny_data, "--preset", "tiny", "--out", tmp_path / "run"]
+    delete = "import os, sys; os.rmdir(os.getcwd()); os.execv(sys.argv[1], sys.argv[1:])"
+    start = {"PYTHONPATH": str(Path(cdiff.__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-c", delete, *command],
+        cwd=gone, env=os.environ | start, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert (
+        done.stderr == "error: training cannot start in a folder that was deleted; change to one that is there (cd)\n"
+    )
+
+
+def test_a_device_is_not_replaced_by_results(tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said before the work."""
+    os.mkfifo(pipe := tmp_path / "pipe")
+    for work in ("cdiff.load", "cdiff.runtime.data.datacheck.check_data", "cdiff.benchmarks.benchmark.benchmark"):
+        monkeypatch.setattr(work, None)
+    check, evaluate = ("data", "check", tiny_data), ("evaluate", "--data", tiny_data)
+    for command in ((*check, "--json"), (*check, "--sheet"), (*evaluate, "--json"), ("benchmark", "--json")):
+        assert "pipe is a device or a pipe" in one_line(*command, pipe)
 
 
 def test_a_package_that_is_not_installed_is_named_with_what_brings_it() -> None:

@@ -73,6 +73,14 @@ def test_a_training_saves_at_each_of_them_but_not_under_nohup() -> None:
             signal.signal(number, before)
 
 
+def test_a_handler_that_python_did_not_set_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of R around Python: a training that was through ended in a TypeError, since such a one cannot be given back."""
+    monkeypatch.setattr("signal.getsignal", lambda _: None)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    with Interrupt():
+        assert signal.signal(signal.SIGHUP, before) == signal.SIG_DFL
+
+
 @pytest.mark.parametrize("ended", ["terminal closed", "terminal lost", "reader ended", "disk full"])
 def test_words_that_nobody_takes_do_not_end_the_work(tmp_path: Path, ended: str) -> None:
     """A closed terminal still says goodbye as documented; without its signal (disown, a `tee` that died) the work goes on."""

@@ -13,11 +13,14 @@ import pytest
 import torch
 from safetensors import safe_open
 
+import cdiff
 from cdiff.export.exporter import export_run
 from cdiff.export.reference import TorchEngine
 from cdiff.export.verify import BOUNDS, verify
 from cdiff.runtime.bundle import Bundle, open_bundle
+from cdiff.runtime.engines.base import Float32
 from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.manifest import DENOISER, ENCODER
 from cdiff.runtime.sampling.schedule import NoiseSchedule
 from cdiff.train.config import Config
 from cdiff.train.sections import DataConfig
@@ -86,6 +89,27 @@ def test_half_precision_is_read_back_and_real_slices_are_used(run: Path, tmp_pat
     assert bundle.denoiser.stat().st_size < 0.75 * bundle.file("model.safetensors").stat().st_size
     assert seen == sorted(seen)
     assert seen[-1][0] == seen[-1][1]
+
+
+def test_what_the_program_around_set_changes_no_graph_and_no_map(run: Path, bundle: Bundle, tmp_path: Path) -> None:
+    """A caller's autocast and type of new tensors: neither is in the graphs, nor in the maps of the engine torch."""
+
+    def drawn() -> Float32:
+        scan = np.random.default_rng(0).random((16, 2, 16))
+        return cdiff.load(bundle.path, engine="torch").segment(scan, runs=1, steps=2).maps
+
+    plain = drawn()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            np.testing.assert_array_equal(drawn(), plain)
+            again = export_run(run, tmp_path / "again")
+            assert torch.is_autocast_enabled("cpu")
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name in (ENCODER, DENOISER):
+        assert again.manifest.files[name] == bundle.manifest.files[name]
 
 
 def test_a_graph_of_other_weights_is_refused(bundle: Bundle) -> None:

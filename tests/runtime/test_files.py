@@ -16,7 +16,17 @@ from pathlib import Path
 import pytest
 
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.files import PART, atomic_folder, atomic_path, sha256, staged, write_json, write_text
+from cdiff.runtime.files import (
+    PART,
+    atomic_folder,
+    atomic_path,
+    most_bytes_of_a_name,
+    must_be_a_file,
+    sha256,
+    staged,
+    write_json,
+    write_text,
+)
 
 
 def fill(folder: Path, files: dict[str, str], error: BaseException | None = None) -> None:
@@ -249,6 +259,43 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
     with pytest.raises(CdiffError, match="cannot write"):
         write_text(tmp_path / ("n" * 300), "x")
+
+
+def test_a_disk_that_is_read_only_is_told_by_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes no file, and refuses the removal of one that is not there too: the user was told of a name that nobody had given."""
+
+    def refuse(path: Path, **_: bool) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    monkeypatch.setattr(Path, "write_bytes", lambda path, data: refuse(path))
+    with pytest.raises(CdiffError, match=f"^cannot write to {tmp_path}: read-only file system"):
+        write_text(tmp_path / "sheet.txt", "")
+
+
+def test_what_is_no_file_is_not_replaced_by_one(tmp_path: Path) -> None:
+    """The superuser may rename a file to /dev/null, and every program would write into it from then on."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "null").symlink_to("/dev/null")
+    (tmp_path / "stdout").symlink_to("/proc/self/fd/1")  # a file where stdout goes to one
+    for name in ("pipe", "null", "stdout"):
+        before = os.lstat(tmp_path / name)
+        with pytest.raises(CdiffError, match=f"{name} is a device or a pipe"):
+            write_json(tmp_path / name, {})
+        assert os.lstat(tmp_path / name) == before
+    (tmp_path / "real").write_text("old")
+    (tmp_path / "link").symlink_to("real")
+    for name in ("real", "link", "new"):
+        must_be_a_file(tmp_path / name)
+
+
+def test_how_long_a_name_may_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    longest = most_bytes_of_a_name(tmp_path / "not/there/yet")
+    (tmp_path / ("n" * longest)).write_text("")
+    with pytest.raises(OSError, match="too long"):
+        (tmp_path / ("n" * (longest + 1))).write_text("")
+    monkeypatch.delattr("os.pathconf")  # as on Windows
+    assert most_bytes_of_a_name(tmp_path) == 255
 
 
 def test_ctrl_c_in_a_real_process_leaves_nothing(tmp_path: Path) -> None:

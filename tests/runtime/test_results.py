@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.files import PART, sha256
+from cdiff.runtime.files import PART, most_bytes_of_a_name, sha256
 from cdiff.runtime.report import build_report, volumes
 from cdiff.runtime.results import Result, Stack, entropy
 from cdiff.runtime.scans.inputs import scans_at
@@ -277,6 +277,19 @@ def test_a_name_cannot_leave_the_folder(tmp_path: Path, name: str) -> None:
     with pytest.raises(CdiffError, match="name"):
         dataclasses.replace(segmented(np.eye(4)), name="").save(tmp_path / "out", name)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_too_long_for_its_files_is_told_before_any_is_there(tmp_path: Path) -> None:
+    """The shorter ones were put in place, and no report with them: the next try would not even have known them as ours."""
+    result, longest = segmented(np.eye(4)), most_bytes_of_a_name(tmp_path)
+    name = "é" + "n" * (longest - len("_uncertainty.nii.gz") - 1)
+    with pytest.raises(
+        CdiffError, match=rf"_uncertainty\.nii\.gz is too long .* \({longest + 1} bytes of at most {longest}\)"
+    ):
+        result.save(tmp_path / "out", name, preview=False)
+    assert list(tmp_path.iterdir()) == []
+    result.save(tmp_path / "out", name[1:], preview=False)
+    assert (tmp_path / f"out/{name[1:]}.json").is_file()
 
 
 def test_a_long_scan_is_never_whole_in_memory_for_its_files(tmp_path: Path) -> None:

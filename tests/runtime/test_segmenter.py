@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 import tracemalloc
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,45 @@ def test_a_long_scans_maps_are_in_memory_once(tmp_path: Path, monkeypatch: pytes
     one = 4 * array.size
     assert segmented < (2 + C + 1 + 1.25 + 0.25) * one
     assert saved < one, "a few blocks' worth"
+
+
+def test_numbers_of_numpy_are_numbers(segmenter: Segmenter, tmp_path: Path) -> None:
+    """As of a loop over np.arange: the maps were computed, and their report could not be written."""
+    array = volume(SIZE, SIZE, 2)
+    numbers = {"runs": np.int32(2), "steps": np.int64(3), "seed": np.uint64(2**64 - 1), "batch": np.int8(2)}
+    more = {"slice_axis": np.int64(2), "slices": (np.int64(0), np.int64(1)), "mirror": np.True_, "fast": np.True_}
+    found = segmenter.segment(array, **numbers, **more)
+    same = segmenter.segment(
+        array, runs=2, steps=3, seed=2**64 - 1, batch=2, slice_axis=2, slices=(0, 1), mirror=True, fast=True
+    )
+    np.testing.assert_array_equal(found.soft, same.soft)
+    report = found.save(tmp_path, preview=False)
+    assert [report[key] for key in ("runs", "steps", "seed", "batch")] == [2, 3, 2**64 - 1, 2]
+
+
+@pytest.mark.parametrize("name", ["runs", "steps", "seed", "batch", "slice_axis", "series"])
+def test_a_number_that_is_not_whole_is_told(segmenter: Segmenter, name: str) -> None:
+    for value in (2.0, "2"):
+        with pytest.raises(CdiffError, match=f"^{name} {value!r} is not a whole number$"):
+            segmenter.segment(volume(SIZE, SIZE, 2), **{name: value})
+
+
+def test_how_the_callers_numpy_treats_errors_changes_nothing(segmenter: Segmenter, tmp_path: Path) -> None:
+    """Neither as exceptions nor as warnings: values too small for float32 are zeros, those too large are refused as infinite ones are."""
+    array = np.where(volume(SIZE, SIZE, 2) > 128, 1.0, 1e-60)
+    path = saved(tmp_path / "scan.nii", array)
+    plain = segmenter.segment(array, **QUICK), segmenter.segment(path, **QUICK)
+    with np.errstate(all="raise"):
+        for result, scan in zip(plain, (array, path), strict=True):
+            np.testing.assert_array_equal(segmenter.segment(scan, **QUICK).soft, result.soft)
+        plain[1].save(tmp_path / "maps", page=True)
+    for behaviour in ("raise", "warn"):
+        with (
+            warnings.catch_warnings(action="error"),
+            np.errstate(all=behaviour),  # type: ignore[call-overload]
+            pytest.raises(CdiffError, match="512 NaN or infinite values"),
+        ):
+            segmenter.segment(np.full((SIZE, SIZE, 2), 1e60), **QUICK)
 
 
 def test_runs_are_mirrored_where_the_bundle_says_so_or_the_caller_does(segmenter: Segmenter, tmp_path: Path) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -257,6 +260,40 @@ def test_deterministic_algorithms_are_asked_for_and_given_back() -> None:
     with arithmetic(deterministic=False):
         assert torch.backends.cudnn.benchmark
     assert torch.are_deterministic_algorithms_enabled() == before
+
+
+@contextmanager
+def in_double() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+AROUND: list[Callable[[], AbstractContextManager[object]]] = [
+    functools.partial(torch.autocast, "cpu", torch.bfloat16),
+    in_double,
+    torch.inference_mode,
+]
+
+
+@pytest.mark.parametrize("around", AROUND)
+def test_what_the_program_around_set_changes_no_step(
+    around: Callable[[], AbstractContextManager[object]], tiny_data: Path, tmp_path: Path
+) -> None:
+    """A caller's autocast trained in half precision what said that it was trained in float32; the others ended in a traceback."""
+
+    def state() -> tuple[object, ...]:
+        return torch.is_autocast_enabled("cpu"), torch.get_default_dtype(), torch.is_grad_enabled()
+
+    train(preset("tiny"), tiny_data, tmp_path / "plain", max_steps=2, quiet=True)
+    with around():
+        before = state()
+        train(preset("tiny"), tiny_data, tmp_path / "run", max_steps=2, quiet=True)
+        assert state() == before
+    name = "checkpoints/step-0000002/model.safetensors"
+    assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
 
 
 @pytest.mark.parametrize(("had", "asked", "takes"), [(3, 0, 2), (1, 0, 1), (1, 3, 3)])

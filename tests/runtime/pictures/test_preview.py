@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -198,6 +199,21 @@ def test_the_preview_is_a_picture_in_colour(tmp_path: Path) -> None:
         pixels = np.asarray(picture.convert("RGB"), dtype=int)
     assert picture.format == "PNG"
     assert np.ptp(pixels, axis=2).max() > 150
+
+
+def test_a_user_who_has_latex_set_texts_gets_the_same_picture(tmp_path: Path) -> None:
+    """A scan's maps were lost after the work: LaTeX fails at the underscore in a file's name, or is not there."""
+    import matplotlib
+
+    one = KINDS["one slice"]
+    write_preview(one, tmp_path / "plain.png", "a_b%")
+    with matplotlib.rc_context({"text.usetex": True}):
+        with ThreadPoolExecutor() as pool:
+            for k in range(3):
+                pool.submit(write_preview, one, tmp_path / f"{k}.png", "a_b%")
+        assert matplotlib.rcParams["text.usetex"]
+    plain = (tmp_path / "plain.png").read_bytes()
+    assert [(tmp_path / f"{k}.png").read_bytes() == plain for k in range(3)] == [True] * 3
 
 
 def test_three_modalities_are_not_taken_for_colours() -> None:

@@ -263,6 +263,7 @@ def test_an_image_of_nibabels_whose_voxels_are_at_no_place_gets_one_clear_line(t
         (np.zeros((3, 4)), 3, "3 channels"),
         (np.broadcast_to(np.uint8(0), (2**11, 2**10, 2**11)), 1, "2\\^31"),
         ([[1, 2], [3, 4]], 1, "list"),
+        (np.ma.masked_greater(np.arange(6.0).reshape(2, 3), 3), 1, r"masks 2 of its values.*array\.filled"),
     ],
 )
 def test_a_bad_array_gets_one_clear_line(scan: Any, channels: int, said: str) -> None:

@@ -12,6 +12,7 @@ import pytest
 from cdiff.runtime.data.cases import find_cases
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.scans.inputs import scans_at, scans_named
+from cdiff.runtime.scans.scan import read_scan
 
 
 def _touch(*paths: Path) -> None:
@@ -29,6 +30,17 @@ def test_one_file_is_called_by_its_name(tmp_path: Path) -> None:
         _touch(tmp_path / file)
         (scan,) = scans_at(tmp_path / file)
         assert (scan.name, scan.path) == (name, tmp_path / file)
+
+
+def test_a_pipe_or_device_is_told_as_that(tmp_path: Path) -> None:
+    """It was taken for a folder that could not be listed."""
+    for name in ("pipe", "pipe.nii.gz"):
+        os.mkfifo(tmp_path / name)
+    (tmp_path / "stdin").symlink_to("/dev/null")
+    for name in ("pipe", "pipe.nii.gz", "stdin"):
+        (scan,) = scans_at(tmp_path / name)
+        with pytest.raises(CdiffError, match="is no file but a device or a pipe"):
+            read_scan(scan.path)
 
 
 def test_a_folder_of_scans_and_cases(tmp_path: Path) -> None:

@@ -111,7 +111,9 @@ def test_slices_are_counted_from_zero_and_the_end_is_left_out() -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("wrong", ["5", "a:b", "5:5", "4:2", "0:10", "-3:4", "", slice(0, 8, 2), (3, 3)])
+@pytest.mark.parametrize(
+    "wrong", ["5", "a:b", "5:5", "4:2", "0:10", "-3:4", "", slice(0, 8, 2), (3, 3), 4, (2.0, 5), (1, 2, 3)]
+)
 def test_slices_that_are_not_there_are_refused(wrong: Any) -> None:
     with pytest.raises(CdiffError, match="0 <= A < B <= 9"):
         parse_slices(wrong, 9)

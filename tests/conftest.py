@@ -102,6 +102,18 @@ def tiny_bundle(tiny_run: Path, tiny: Made) -> Path:
     return tiny("bundle", make)
 
 
+def pytest_configure() -> None:
+    """Each of several processes that share the tests keeps to a core of its own, and so does all that it starts.
+
+    ONNX Runtime would start a thread a core in each, and these wait for one another in a loop: with two processes on two cores the same
+    calls took more than twice the processor's time.
+    """
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+    if worker.startswith("gw") and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(worker[2:]) % len(cores)]})
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """With ``-m gpu`` a file without such a test is not even imported: a machine with a GPU may lack what it needs."""
     unwanted = config.option.markexpr == "gpu" and collection_path.suffix == ".py"

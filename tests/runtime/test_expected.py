@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+import cdiff
 from cdiff.runtime.expected import expected_counts, expected_dice
 from cdiff.runtime.report import DOUBTFUL, about_expected, expectation
 from cdiff.runtime.results import Stack
@@ -63,3 +66,10 @@ def test_little_is_told_and_enough_is_not() -> None:
     assert "0.31" in note
     assert "an annotator's mask" in note
     assert "the true mask" in about_expected({"mask": 0.31}, IMPLICIT_ENSEMBLE)[0]
+
+
+def test_the_note_is_in_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cdiff.runtime.report.DOUBTFUL", 1.01)
+    scan = Path(cdiff.__file__).parent / "demo" / "image.nii.gz"
+    report = cdiff.load().segment(scan, fast=True, runs=1, zooms=(1.0,), slices="3:4").report
+    assert f"{report['expected_dice']['mask']:.2f} of the mask" in report["warnings"][-1]

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -123,10 +124,11 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests marked ``gpu``, with the reason, where no NVIDIA GPU is to be seen; and order the files, those with long tests first.
 
-    Files are shared out whole among processes, and a long one left for the end would keep the others waiting.
+    Files are shared out whole among processes, and a long one left for the end would keep the others waiting: those of few tests come last.
     """
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    tests = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path not in slow, -tests[item.path]))
     if Path("/proc/driver/nvidia/version").exists() or Path("/dev/nvidiactl").exists():
         return
     no_gpu = pytest.mark.skip(reason="needs an NVIDIA GPU: none on this machine")

@@ -23,7 +23,8 @@ demo: $(VENV)/cpu.installed
 	@echo "Open the picture: $(CURDIR)/demo-output/demo_preview.png"
 	@echo "Leaf through it in a browser: $(CURDIR)/demo-output/demo_page.html"
 
-# One process a core, each with one thread: most tests are small, and threads would only wait for one another.
+# One process a core, each with one thread (tests/conftest.py keeps it to its core): most tests are small, and threads would only
+# wait for one another.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder -m "not minutes"
 

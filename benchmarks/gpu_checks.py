@@ -1,6 +1,6 @@
 """The GPU suite's checks, each run in a process of its own: `python -m cdiff.benchmarks.gpu_checks CHECK SETTINGS OUT`.
 
-A check is `kind:path:model`, such as `protocol:graph-compiled:paper`. OUT gets {"status", "result", "message", "seconds"}, JSON: a result, and why
+A check is `kind:path:model`, such as `protocol:graph-compiled:paper`; with `@25` behind it no batch of more than 25 rows is measured. OUT gets {"status", "result", "message", "seconds"}, JSON: a result, and why
 there is none or but a part of one.
 """
 
@@ -120,7 +120,7 @@ def largest_batch(engine: Engine, model: Subject) -> int:
     """Rows of the largest batch that is measured: with TensorRT those that the runtime takes, for more would be another engine to build."""
     from cdiff.benchmarks.gpu_measure import evened, usual_batch
 
-    largest = min(evened(model, LARGEST[model.name]), model.rows)
+    largest = min(evened(model, LARGEST[model.name]), model.rows, model.most or model.rows)
     return min(largest, usual_batch(engine, model)) if isinstance(engine, LimitedRows) else largest
 
 
@@ -194,6 +194,9 @@ def check_protocol(path: str, model: Subject, settings: Settings, keep: Keep) ->
         return float(-(-model.rows // size) * model.config.network.T * sweep[str(size)]["ms_a_step"] / 1e3)
 
     for size in sizes:
+        sweep[str(size)] = {"error": "the check's process ended while it was measured"}
+        if "batch" in found:
+            keep(found)
         try:
             spent = step_seconds(engine, model, image, size)
         except Exception as error:  # of memory, of cuDNN, of Triton: the sizes before are measured all the same
@@ -332,8 +335,10 @@ def _result(name: str, settings: Settings, keep: Keep) -> dict[str, Any]:
         from cdiff.benchmarks.gpu_tests import run_marked_tests
 
         return run_marked_tests()
-    kind, path, model = name.split(":")
-    return KINDS[kind](path, subject(model, settings.small), settings, keep)
+    kind, path, rest = name.split(":")
+    model, _, most = rest.partition("@")
+    measured = dataclasses.replace(subject(model, settings.small), most=int(most) if most else None)
+    return KINDS[kind](path, measured, settings, keep)
 
 
 def shortened(error: BaseException) -> str:

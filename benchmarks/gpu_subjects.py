@@ -32,12 +32,16 @@ TYPES = {2: "u1", 4: "<i2", 8: "<i4", 16: "<f4", 512: "<u2"}
 
 @dataclass(frozen=True)
 class Subject:
-    """One model to measure: its configuration, whether its weights were trained, and the runs of its whole protocol."""
+    """One model to measure: its configuration, whether its weights were trained, and the runs of its whole protocol.
+
+    most: no batch of more rows is measured, because one has broken the check before; None where none has.
+    """
 
     name: str
     config: Config
     trained: bool
     runs: int
+    most: int | None = None
 
     @property
     def schedule(self) -> NoiseSchedule:

@@ -29,8 +29,10 @@ from cdiff.benchmarks.gpu_plan import Check, chosen, next_check, plan
 from cdiff.benchmarks.gpu_report import markdown
 from cdiff.benchmarks.gpu_targets import summary, targets
 from cdiff.benchmarks.script import parser_of
+from cdiff.runtime.device.gpu import parse_device
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import make_folder, must_take_files, write_bytes, write_json
+from cdiff.runtime.gpus import visible_gpus
 
 FORMAT = 1
 MINUTES = 7.8
@@ -59,6 +61,12 @@ def gpu_missing(device: str) -> str | None:
     )
 
 
+def gpu_name(device: str) -> str | None:
+    """The driver's name of the GPU, asked without taking any of it; None for the processor, and where the driver does not tell."""
+    number, gpus = parse_device(device), visible_gpus()
+    return gpus[number].name if number is not None and number < len(gpus) else None
+
+
 class Suite:
     """The report as far as it is known, on the disk after every check."""
 
@@ -83,11 +91,18 @@ class Suite:
                 for name, found in older["checks"].items()
                 if found["status"] != SKIPPED or "result" in found
             }
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            gpu = kept.get("machine", {}).get("result", {}).get("gpu", {}).get("name")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CdiffError(f"{self.path} cannot be gone on with ({error}); give --fresh to start anew") from None
         if not same:
             raise CdiffError(
                 f"{self.path} was measured with other settings; give --fresh to start anew, or another --out"
+            )
+        # A report may be carried from machine to machine, and numbers of two GPUs make no comparison.
+        here = gpu_name(self.settings.device)
+        if gpu and here and gpu != here:
+            raise CdiffError(
+                f"{self.path} was measured on {gpu}, and {self.settings.device} is {here}; give --fresh to start anew, or another --out"
             )
         self.report["checks"] = kept
 
@@ -119,7 +134,7 @@ class Suite:
                 "status": SKIPPED, "message": "the time was up; run the same command again", "seconds": 0,
             }  # fmt: skip
             if not late:
-                outcome = in_a_process(check.name, self.settings, min(check.seconds, left))
+                outcome = self._outcome(check, deadline)
                 broke = outcome["status"] == FAILED
                 # Cut short by --minutes, and not by its own limit: nothing broke.
                 cut = broke and time.monotonic() >= deadline
@@ -134,6 +149,21 @@ class Suite:
             self._list_packages_again(checks, deadline)
         self.save()
 
+    def _outcome(self, check: Check, deadline: float) -> dict[str, Any]:
+        """One check's outcome. Where a batch was too large for it, what smaller ones give in a process of their own: in the first nothing runs on
+        the GPU any more after an error such as an illegal memory access, or it has ended."""
+        outcome = in_a_process(check.name, self.settings, min(check.seconds, deadline - time.monotonic()))
+        rows, left = rows_that_ran(outcome), deadline - time.monotonic()
+        if outcome["status"] == DONE or rows is None or left < check.expected / 2:
+            return outcome
+        again = in_a_process(f"{check.name}@{rows}", self.settings, min(check.seconds, left))
+        if "seconds" not in again.get("result", {}):  # no whole protocol either
+            return outcome
+        again["result"]["sweep"] = outcome["result"]["sweep"] | again["result"]["sweep"]
+        # Where the first one broke is told by its log alone.
+        log = {"log": outcome["log"]} if "log" in outcome else {}
+        return again | log | {"seconds": round(outcome["seconds"] + again["seconds"], 2)}
+
     def _list_packages_again(self, checks: list[Check], deadline: float) -> None:
         """Take `machine` anew, if there is time: a check that was refused was done now, so something has been installed."""
         done = self.report["checks"]
@@ -142,6 +172,13 @@ class Suite:
             if check.name == "machine" and done["machine"]["status"] == DONE and left >= check.expected:
                 outcome = in_a_process(check.name, self.settings, min(check.seconds, left))
                 done[check.name] = outcome if outcome["status"] == DONE else done[check.name]
+
+
+def rows_that_ran(outcome: dict[str, Any]) -> int | None:
+    """The largest batch of a sweep that could be measured, where none of the larger ones could; else None."""
+    sweep = outcome.get("result", {}).get("sweep", {})
+    ran = max((int(size) for size, cell in sweep.items() if "error" not in cell), default=None)
+    return ran if ran is not None and ran < max(map(int, sweep)) else None
 
 
 def _tail(found: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,16 @@ import cdiff
 from cdiff.benchmarks.script import parser_of, script
 from cdiff.runtime.data.cases import Case, find_cases, read_masks
 from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.expected import expected_counts, expected_dice
 from cdiff.runtime.files import write_json
 from cdiff.runtime.scans.scan import read_scan
 from cdiff.runtime.scoring.choice import choose_split
 from cdiff.runtime.scoring.evaluate import Protocol
-from cdiff.runtime.scoring.metrics import at_least, bootstrap_over_cases, soft_dice
+from cdiff.runtime.scoring.metrics import at_least, bootstrap_over_cases, dice_of, overlap_with_each, soft_dice
 from cdiff.runtime.segmenter import Segmenter
 
 PIXELS = (0, 2, 4, 8, 12, 16)
-"""How far beside the middle a case is pointed at."""
+"""How far beside the middle a case is pointed at, unless --pixels says."""
 DIRECTIONS = 8
 Row = dict[str, Any]
 
@@ -37,8 +39,11 @@ def beside(middle: tuple[int, int], pixels: int, number: int) -> tuple[int, int]
     return middle[0] + round(pixels * math.sin(angle)), middle[1] + round(pixels * math.cos(angle))
 
 
-def measure(model: Segmenter, case: Case, number: int) -> list[Row]:
-    """For each of PIXELS and each slice that all annotators of a case marked: soft Dice, and whether the mask misses all that most of them marked.
+def measure(
+    model: Segmenter, case: Case, number: int, distances: Sequence[int], slices_per_case: int | None
+) -> list[Row]:
+    """For each distance and each slice that all annotators of a case marked: soft Dice, the mask's mean Dice with an annotator's and what the
+    map itself expects of that, None of an empty mask, and whether the mask misses all that most of them marked.
 
     The middle is that of the case's slices. Raises CdiffError for a case of another kind than volumes cut along their last axis.
     """
@@ -46,27 +51,36 @@ def measure(model: Segmenter, case: Case, number: int) -> list[Row]:
     if scan.grid.slice_axis != 2:
         raise CdiffError(f"{case.name} is no volume; the data must be crops around a structure, such as LIDC's")
     masks = read_masks(case, scan.grid)
-    chosen = Protocol(all_raters=True).slices(masks).tolist()
+    chosen = Protocol(all_raters=True, slices_per_case=slices_per_case).slices(masks).tolist()
     rows: list[Row] = []
-    for pixels in PIXELS if chosen else ():
+    for pixels in distances if chosen else ():
         row, column = beside((masks.shape[2] // 2, masks.shape[3] // 2), pixels, number)
         whole = slice(chosen[0], chosen[-1] + 1)
         stack = model.segment(scan, at=(row, column, chosen[0]), slices=whole, fast=True, seed=0).stack
         for k in chosen:
             soft, most = stack.soft[k - chosen[0]], 2 * masks[k].sum(axis=0) > len(masks[k])
-            missed = bool(most.any() and not (at_least(soft, 0.5) & most).any())
+            mask = at_least(soft, 0.5)
+            expected = float(expected_dice(expected_counts(soft, mask)))
             rows.append(
-                {"pixels": pixels, "slice": k, "soft_dice_5": soft_dice(soft, masks[k].mean(axis=0)), "missed": missed}
+                {
+                    "pixels": pixels,
+                    "slice": k,
+                    "soft_dice_5": soft_dice(soft, masks[k].mean(axis=0)),
+                    "dice_each": float(dice_of(overlap_with_each(mask, masks[k])).mean()),
+                    "expected_dice": None if math.isnan(expected) else expected,
+                    "missed": bool(most.any() and not (mask & most).any()),
+                }
             )
     return rows
 
 
-def summary(cases: list[list[Row]]) -> list[Row]:
-    """For each of PIXELS the mean soft Dice, its difference from pointing at the middle, both with an interval over cases, and the share of slices missed."""
+def summary(cases: list[list[Row]], distances: Sequence[int]) -> list[Row]:
+    """For each distance the mean soft Dice, its difference from the first one, both with an interval over cases, the share of slices
+    missed and of those with an empty mask, and of the others the Dice that the maps expect and the one found."""
     found = []
-    for pixels in PIXELS:
+    for pixels in distances:
         here = [[row for row in rows if row["pixels"] == pixels] for rows in cases]
-        middle = [[row for row in rows if row["pixels"] == PIXELS[0]] for rows in cases]
+        middle = [[row for row in rows if row["pixels"] == distances[0]] for rows in cases]
         scores = [[row["soft_dice_5"] for row in rows] for rows in here]
         apart = [
             [a["soft_dice_5"] - b["soft_dice_5"] for a, b in zip(*pair, strict=True)]
@@ -78,9 +92,27 @@ def summary(cases: list[list[Row]]) -> list[Row]:
                 "soft_dice_5": bootstrap_over_cases(scores).to_json(),
                 "difference": bootstrap_over_cases(apart).to_json(),
                 "missed": float(np.mean([row["missed"] for rows in here for row in rows])),
+                "empty": float(np.mean([row["expected_dice"] is None for rows in here for row in rows])),
+                **{
+                    # Of the same slices, or the two could not be compared.
+                    name: bootstrap_over_cases(
+                        [[row[name] for row in rows if row["expected_dice"] is not None] for rows in here]
+                    ).to_json()
+                    for name in ("expected_dice", "dice_each")
+                },
             }
         )
     return found
+
+
+def distances_in(text: str) -> tuple[int, ...]:
+    """Distances with commas between."""
+    return tuple(int(part) for part in text.split(","))
+
+
+def show(interval: Row) -> str:
+    """A mean, or that there is none."""
+    return "-" if interval["mean"] is None else f"{interval['mean']:.3f}"
 
 
 @script
@@ -92,25 +124,36 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--split", default="val", choices=("train", "val", "test", "all"), help="which cases (val)")
     parser.add_argument("--limit", type=int, metavar="N", help="the first N cases only")
+    parser.add_argument(
+        "--slices-per-case", type=int, metavar="N", help="only so many slices of a case, evenly; 1 is the middle one"
+    )
+    parser.add_argument(
+        "--pixels",
+        type=distances_in,
+        metavar="N,N",
+        default=PIXELS,
+        help="how far beside the middle, the first being compared with",
+    )
     parser.add_argument("--json", type=Path, metavar="OUT", help="where to write the numbers")
     options = parser.parse_args(argv)
     split, cases = choose_split(find_cases(options.data), options.split)
     model, cases = cdiff.load(), cases[: options.limit]
     rows = []
     for number, case in enumerate(cases):
-        rows.append(measure(model, case, number))
+        rows.append(measure(model, case, number, options.pixels, options.slices_per_case))
         print(f"{number + 1} of {len(cases)} cases", file=sys.stderr)
     rows = [one for one in rows if one]
     if not rows:
         raise CdiffError(
             f"no slice of the split {split} was marked by all of its annotators; there is nothing to measure"
         )
-    found = summary(rows)
+    found = summary(rows, options.pixels)
     for one in found:
         score, apart = one["soft_dice_5"], one["difference"]
         interval = "" if apart["low"] is None else f" ({apart['low']:+.3f} to {apart['high']:+.3f})"
         print(
-            f"{one['pixels']:3} pixels beside: soft Dice {score['mean']:.3f}, {apart['mean']:+.3f}{interval}, missed {one['missed']:.1%}"
+            f"{one['pixels']:3} pixels beside: soft Dice {score['mean']:.3f}, {apart['mean']:+.3f}{interval}, missed {one['missed']:.1%}, "
+            f"expected Dice {show(one['expected_dice'])}, found {show(one['dice_each'])}"
         )
     if options.json:
         about = {

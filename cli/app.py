@@ -30,6 +30,8 @@ EPILOG = (
 
 ENVIRONMENT = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE)
 """Refusals of the system that may come anywhere: permissions, disks that are full, failing or gone."""
+NO_MEMORY = "can't allocate memory"
+"""What PyTorch, whose error is a RuntimeError, says where a processor's memory is not enough."""
 NO_THREAD = "can't start new thread"
 """Python's words, and all that it says, where a limit of processes or of memory is reached, or a container's of tasks."""
 
@@ -50,16 +52,16 @@ class Commands(TyperGroup):
             fail(f"{where}: {os.strerror(error.errno).lower()}; check the space and the permissions there")
             _drop_unprinted()
             raise typer.Exit(USER_ERROR) from None
-        except MemoryError as error:
-            fail(f"the memory is not enough ({one_line(error)}); end what else uses it, or ask for less")
-            raise typer.Exit(USER_ERROR) from None
-        except RuntimeError as error:
-            if NO_THREAD not in str(error):
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, MemoryError) or NO_MEMORY in str(error):
+                fail(f"the memory is not enough ({one_line(error)}); end what else uses it, or ask for less")
+            elif NO_THREAD in str(error):
+                fail(
+                    "no more threads can be started: a limit of processes (ulimit -u) or of memory (ulimit -v) is reached; raise it, or "
+                    "end what else runs"
+                )
+            else:
                 raise
-            fail(
-                "no more threads can be started: a limit of processes (ulimit -u) or of memory (ulimit -v) is reached; raise it, or end "
-                "what else runs"
-            )
             raise typer.Exit(USER_ERROR) from None
         except KeyboardInterrupt:
             fail("interrupted")

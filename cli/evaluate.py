@@ -171,8 +171,8 @@ def evaluate(
     from cdiff.runtime.pictures.drawing import must_draw
     from cdiff.runtime.scoring.evaluate import Protocol, Segmented, Source, score_cases
     from cdiff.runtime.scoring.paper import read_beside
-    from cdiff.runtime.scoring.publish import SCORES, check_steps, sweep_steps, write_report
-    from cdiff.runtime.scoring.worst import WORST, worst_slices, write_worst
+    from cdiff.runtime.scoring.publish import SCORES, WORST, check_steps, sweep_steps, write_report
+    from cdiff.runtime.scoring.worst import worst_slices, write_worst
     from cdiff.runtime.scoring.written import WrittenMaps
 
     steps = None if steps_curve is None else options.whole_numbers("--steps-curve", steps_curve, "1,2,5,10,25")
@@ -266,6 +266,7 @@ def _choose(
     found: DataSet, data: Path, manifest: Manifest | None, split: str | None, limit: int | None, quiet: bool
 ) -> tuple[str, list[Case]]:
     """The split to score and its first cases, once it is said which they are and why the scores of a model may mislead."""
+    from cdiff.runtime.data.case import natural
     from cdiff.runtime.scoring.choice import choose_split, held_out, may_be_too_good, trained_task
     from cdiff.runtime.words import several
 
@@ -276,7 +277,7 @@ def _choose(
     say(f"split {chosen} {whence}: {several(len(cases), 'case')}", quiet)
     if manifest is None:
         return chosen, cases
-    if found.task and (trained := trained_task(manifest)) and trained != found.task:
+    if found.task and (trained := trained_task(manifest)) and natural(trained) != natural(found.task):
         warn(f"the model was trained on {trained}, and {found.task} is scored")
     if split is None and (doubt := may_be_too_good(manifest, chosen, len(cases))):
         warn(doubt)

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from cdiff.runtime.results import Result
     from cdiff.runtime.scans.inputs import NamedScan
 
+FIRST = 3
+"""So many scans of a folder are named as those to look at first."""
+
 
 @options.spread
 def segment(
@@ -152,6 +155,7 @@ def segment(
             return segmenter.segment(ready, **chain.arguments(), progress=meter)
 
     told: set[str] = set()
+    known: dict[str, float] = {}
 
     def write(item: NamedScan, result: Result) -> None:
         report = result.save(output, item.name, preview=preview, page=page, dicom_seg=dicom_seg)
@@ -159,8 +163,13 @@ def segment(
             if note not in told:  # once is enough for a folder; each report has its own
                 warn(f"{item.name}: {note}")
         told.update(report["warnings"])
-        seconds = report["timings"]
-        say(f"{item.name}: {sum(seconds[part] for part in ('read', 'frame', 'segment', 'write')):.1f} s", quiet)
+        seconds, expected = report["timings"], report["expected_dice"]["mask"]
+        if expected is not None:
+            known[item.name] = expected
+        about = "the mask is empty" if expected is None else f"expected Dice {expected:.2f}"
+        say(
+            f"{item.name}: {sum(seconds[part] for part in ('read', 'frame', 'segment', 'write')):.1f} s, {about}", quiet
+        )
         shown = "page.html" if page else "preview.png" if preview else "soft.nii.gz"
         Meter.show(str(output / f"{item.name}_{shown}"))
 
@@ -175,6 +184,12 @@ def segment(
             fail(f"{outcome.item.name}: {outcome.error}")
     if len(scans) > 1:
         say(f"{len(scans) - failed} of {len(scans)} scans are in {output}", quiet)
+        if len(known) > FIRST:
+            lowest = sorted(known, key=lambda name: known[name])[:FIRST]
+            say(
+                f"look first at {', '.join(f'{name} ({known[name]:.2f})' for name in lowest)}: the lowest expected Dice",
+                quiet,
+            )
     if failed:
         fail(f"{failed} of {len(scans)} scans failed; the lines above say why")
         raise typer.Exit(SOME_FAILED)

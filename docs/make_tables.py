@@ -273,6 +273,49 @@ def beside_table(results: Path) -> str:
     return markdown(header, rows)
 
 
+def expected_beside_table(results: Path) -> str:
+    """What maps expect of their masks where the structure is not where the model looks."""
+    header = ["pixels beside the middle", "masks that are empty", "the others: expected Dice", "found"]
+    report = read("off_centre_expected", results)
+    if report is None:
+        return markdown(header, [unmeasured(header)])
+    rows = [
+        [str(one["pixels"]), f"{one['empty']:.0%}", interval(one["expected_dice"]), interval(one["dice_each"])]
+        for one in report["found"]
+    ]
+    return markdown(header, rows)
+
+
+EXPECTED = {
+    "Validation": "lidc_validation_marked_zooms",
+    "Testing": "lidc_testing_marked_zooms",
+}
+FEW = 0.5
+"""Below this expected Dice all slices are one row: they are few."""
+
+
+def expected_table(results: Path) -> str:
+    """What maps expect of their masks beside what was found: tenths of the expected Dice, then all slices."""
+    header = ["expected Dice", *(f"{words}: {what}" for words in EXPECTED for what in ("slices", "expected", "found"))]
+    reports = [read(name, results) for name in EXPECTED.values()]
+    if any(report is None or "expected_bins" not in report for report in reports):
+        return markdown(header, [unmeasured(header)])
+    tables = [report["expected_bins"] for report in reports if report]
+    rows = []
+    for first, end, label in (
+        (0, 5, f"below {FEW}"),
+        *((i, i + 1, f"{i / 10} to {(i + 1) / 10}") for i in range(5, 10)),
+    ):
+        row = [label]
+        for table in tables:
+            part = [one for one in table[first:end] if one["slices"]]
+            count = sum(one["slices"] for one in part)
+            sums = (sum(one["slices"] * one[what] for one in part) for what in ("expected", "found"))
+            row += [str(count), *(f"{value / count:.3f}" if count else "-" for value in sums)]
+        rows.append(row)
+    return markdown(header, rows)
+
+
 def average(values: list[float]) -> str:
     """A mean with its range."""
     return f"{sum(values) / len(values):.3f} ({min(values):.2f} - {max(values):.2f})"
@@ -296,6 +339,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "headline": headline_table,
     "nodules": nodules_table,
     "each": each_table,
+    "expected": expected_table,
+    "expected_beside": expected_beside_table,
     "speed": speed_table,
     "paired": lambda results: paired_table("cdiff - U-Net", PAIRED, results),
     "steps": lambda results: paired_table("1 step -", STEPS, results),

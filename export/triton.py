@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 from cdiff.runtime.bundle import Bundle
 from cdiff.runtime.engines.registry import NAMES
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.files import atomic_folder
+from cdiff.runtime.files import PART, atomic_folder
 from cdiff.runtime.manifest import NAME
 from cdiff.runtime.serving import BUNDLE
 
@@ -27,8 +28,8 @@ def write_repository(bundle: Bundle, folder: Path) -> Path:
     """Write FOLDER/NAME/config.pbtxt, 1/model.py and 1/bundle, whole or not at all; returns FOLDER/NAME. NAME is the bundle's own.
 
     It makes an instance on every GPU that the server sees, until config.pbtxt is told otherwise (docs/gpu.md).
-    Raises CdiffError for a name that Triton or a folder cannot have, a model of that name that is there, or a folder that cannot be
-    written.
+    Raises CdiffError for a name that Triton or a folder cannot have, a model of that name that is there, a folder that cannot be
+    written, or a bundle that is replaced meanwhile.
     """
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", bundle.manifest.name)
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
@@ -36,24 +37,32 @@ def write_repository(bundle: Bundle, folder: Path) -> Path:
     model = folder / name
     with atomic_folder(model) as stage:
         version = stage / VERSION
-        _copy(bundle, version / BUNDLE)
+        try:
+            _copy(bundle, version / BUNDLE)
+        except FileNotFoundError as error:
+            bundle.must_be_unchanged()
+            if not stage.exists():
+                raise
+            raise CdiffError(f"{error.filename} was removed while it was copied; run the same again") from None
+        bundle.must_be_unchanged()
         (version / "model.py").write_text(MODEL, encoding="utf-8")
         (stage / "config.pbtxt").write_text(config(bundle, name), encoding="utf-8")
     return model
 
 
 def _copy(bundle: Bundle, folder: Path) -> None:
-    """The manifest, what it lists, and the cache of engines; nothing else that lies there, and nothing that a link in the cache leads to."""
+    """The manifest, what it lists, and the cache of engines; nothing else that lies there, nothing that a link in the cache leads to, and
+    no engine that is being built or was left unfinished."""
     folder.mkdir(parents=True)
     for name in (NAME, *bundle.manifest.files):
         shutil.copy2(bundle.path / name, folder / name)
-
-    def odd(inside: str, names: list[str]) -> list[str]:
-        paths = [Path(inside) / name for name in names]
-        return [path.name for path in paths if path.is_symlink() or not (path.is_file() or path.is_dir())]
-
-    if bundle.engines.is_dir():
-        shutil.copytree(bundle.engines, folder / bundle.engines.name, ignore=odd)
+    for inside, folders, files in os.walk(bundle.engines):  # into no links
+        folders[:] = [name for name in folders if not name.startswith(PART)]
+        to = folder / Path(inside).relative_to(bundle.path)
+        to.mkdir()
+        for file in map(Path(inside).joinpath, files):
+            if file.is_file() and not file.is_symlink() and not file.name.startswith(PART):
+                shutil.copy2(file, to / file.name)
 
 
 def config(bundle: Bundle, name: str) -> str:

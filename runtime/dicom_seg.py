@@ -64,6 +64,12 @@ def write_dicom_seg(result: Result, path: Path) -> None:
     if not result.dicom:
         raise CdiffError(f"{result.name} was not read from DICOM, and a DICOM segmentation belongs to DICOM images")
     images = _headers(result.dicom)
+    series = {str(image.get("SeriesInstanceUID") or "") for image in images}
+    if result.grid.series and series != {result.grid.series}:
+        raise CdiffError(
+            f"{result.name}: other DICOM images lie where those were that it was read from, and a segmentation would name their patient; "
+            "segment it again"
+        )
     marked = (np.nan_to_num(result.levels) >= 0.5).astype(np.uint8)
     planes = _planes_of(
         marked.reshape(*(*result.grid.spatial, 1)[:3], marked.shape[-1]), result.grid, images, result.name
@@ -72,9 +78,19 @@ def write_dicom_seg(result: Result, path: Path) -> None:
 
 
 def _headers(files: Sequence[Path]) -> list[Any]:
-    """The images without their pixels, and with every attribute that may be empty."""
+    """The images without their pixels, and with every attribute that may be empty.
+
+    They were read before: CdiffError where one is gone since, or damaged.
+    """
     pydicom = optional("pydicom", "pydicom", files[0], "DICOM")
-    images = [pydicom.dcmread(file, stop_before_pixels=True) for file in files]
+    images = []
+    for file in files:
+        try:
+            images.append(pydicom.dcmread(file, stop_before_pixels=True))
+        except Exception as error:  # a library's own kinds too
+            raise CdiffError(
+                f"{file} has changed since it was segmented ({one_line(error)[:100]}), and a DICOM segmentation refers to it; put it back"
+            ) from None
     for image in images:
         for keyword in MAY_BE_EMPTY:
             if keyword not in image:

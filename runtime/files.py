@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +20,9 @@ from cdiff.runtime.errors import CdiffError
 
 PART = ".part-"
 """Prefix of unfinished files. Only a killed process (SIGKILL, power cut) can leave one; they are safe to delete."""
+
+PATIENCE = 30.0
+"""Seconds to wait for another process that puts its files in place, which takes it milliseconds."""
 
 
 def sha256(path: Path) -> str:
@@ -113,31 +118,61 @@ class Stage:
         self.folder = folder
         self._parts: dict[str, Path] = {}
         self._stale: list[str] = []
+        self._aside: dict[str, Path] = {}
 
     def __call__(self, name: str) -> Path:
         """Temporary path for `name`: same folder (so that the rename is atomic), same suffixes."""
         if Path(name).name != name:
             raise ValueError(f"a file name without folders is needed, not {name!r}")
         if name not in self._parts:
-            suffixes = "".join(Path(name).suffixes[-2:])[-20:]
-            self._parts[name] = self.folder / f"{PART}{secrets.token_hex(8)}{suffixes}"
+            self._parts[name] = self._temporary(name)
         return self._parts[name]
 
     def replaces(self, name: str) -> None:
         """An older `name` in the folder is out of date once the set is there: remove it then."""
         self._stale.append(name)
 
+    def _temporary(self, name: str) -> Path:
+        return self.folder / f"{PART}{secrets.token_hex(8)}{''.join(Path(name).suffixes[-2:])[-20:]}"
+
     def _commit(self) -> None:
         for part in self._parts.values():
             _sync(part)
+        if len(self._parts) == 1 and not self._stale:
+            [(name, part)] = self._parts.items()
+            os.replace(part, self.folder / name)
+        else:
+            with _alone(self.folder):
+                try:
+                    self._put_in_place()
+                except BaseException:
+                    self._put_back()
+                    raise
+        _sync(self.folder)
+        for old in self._aside.values():
+            with suppress(OSError):
+                old.unlink()
+
+    def _put_in_place(self) -> None:
+        # The last file vouches for the others (a report with their hashes), so an older one of that name goes first: a set whose
+        # last file is there is a complete set, even when a kill cuts the renames short.
         names = list(self._parts)
-        # The last file vouches for the others (a report with their hashes), so an older one of that name goes first:
-        # a set whose last file is there is a complete set, even when the renames are cut short.
-        for name in [*names[-1:], *self._stale] if len(names) > 1 else self._stale:
-            (self.folder / name).unlink(missing_ok=True)
+        for name in [*names[-1:], *self._stale, *names[:-1]]:
+            if (self.folder / name).is_symlink() or (self.folder / name).is_file():
+                self._aside[name] = self._temporary(name)
+                os.rename(self.folder / name, self._aside[name])
         for name in names:
             os.replace(self._parts[name], self.folder / name)
-        _sync(self.folder)
+
+    def _put_back(self) -> None:
+        """The older set as it was. What cannot be put back stays under its temporary name."""
+        for name in reversed(self._parts):  # what vouches for the new set goes first
+            if not self._parts[name].exists():
+                with suppress(OSError):
+                    os.rename(self.folder / name, self._parts[name])
+        for name in reversed(self._aside):  # and what vouches for the older one comes last
+            with suppress(OSError):
+                os.rename(self._aside[name], self.folder / name)
 
     def _discard(self) -> None:
         for part in self._parts.values():
@@ -150,7 +185,8 @@ class Stage:
 def staged(folder: Path) -> Iterator[Stage]:
     """Write several files that appear together: every one is complete and on the disk before the first is renamed.
 
-    Renames happen in the order in which the names were asked for; ask for the one that vouches for the rest last.
+    Renames happen in the order in which the names were asked for; ask for the one that vouches for the rest last. An older set
+    gives way as a whole, and is back where an error or Ctrl-C ends the renames; two processes' sets do not mix.
     Makes `folder` when it is missing. Raises `CdiffError` when the system refuses to write.
     """
     stage = Stage(make_folder(folder))
@@ -158,6 +194,8 @@ def staged(folder: Path) -> Iterator[Stage]:
         yield stage
         stage._commit()
     except OSError as error:
+        if error.errno == errno.ENOENT and _is_of(error, folder):
+            raise _gone(folder) from None
         raise _cannot_write(folder, error) from None
     finally:
         stage._discard()  # after a commit nothing is left to remove
@@ -176,33 +214,64 @@ def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     token = secrets.token_hex(8)
     part, old = path.parent / f"{PART}{token}", path.parent / f"{PART}{token}-old"
     try:
-        try:
-            part.mkdir()
-        except OSError as error:
-            raise _cannot_write(path, error) from None
+        part.mkdir()
         yield part
-        try:
-            for item in sorted(part.rglob("*"), reverse=True):  # what lies deeper first, then its folder
-                _sync(item)
-            _sync(part)
+        for item in sorted(part.rglob("*"), reverse=True):  # what lies deeper first, then its folder
+            _sync(item)
+        _sync(part)
+        with _alone(path.parent):
             if not replace:
                 must_be_new(path)  # somebody else may have written it meanwhile
-            if _is_empty_folder(path):
-                path.rmdir()
-            elif path.exists():
-                os.rename(path, old)
             try:
+                if _is_empty_folder(path):
+                    path.rmdir()
+                elif path.exists():
+                    os.rename(path, old)
                 os.rename(part, path)
             except BaseException:
-                if old.exists():
+                if old.exists() and not path.exists():
                     os.rename(old, path)
                 raise
-            _sync(path.parent)
-        except OSError as error:
-            raise _cannot_write(path, error) from None
+        _sync(path.parent)
+    except OSError as error:
+        if not _is_of(error, part, path):  # of what is read, not written
+            raise
+        raise (_gone(path.parent) if error.errno == errno.ENOENT else _cannot_write(path, error)) from None
     finally:
-        for leftover in (part, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.rmtree(part, ignore_errors=True)
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _is_of(error: OSError, *paths: Path) -> bool:
+    """Whether an error names one of these paths or what lies in them, or nothing, as one of a write does not."""
+    named = [Path(os.fsdecode(name)) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+    return not named or any(name.is_relative_to(path) for name in named for path in paths)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep others out who put files or a folder in place in `folder`.
+
+    Where the file system has no locks, as some network ones, nobody is kept out, and who holds the folder for long, as a training its
+    run's, is not waited for any longer than PATIENCE.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        until = time.monotonic() + PATIENCE
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() < until:
+                    time.sleep(0.01)
+                    continue
+            except OSError:
+                pass
+            break
+        yield
+    finally:
+        os.close(handle)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -256,3 +325,7 @@ def _cannot_write(path: Path, error: OSError) -> CdiffError:
     return CdiffError(
         f"cannot write to {path}: {reason[:1].lower()}{reason[1:]}; check the space and the permissions there"
     )
+
+
+def _gone(folder: Path) -> CdiffError:
+    return CdiffError(f"{folder}, or what was being written in it, was removed meanwhile; run the same again")

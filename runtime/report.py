@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cdiff import __version__
+from cdiff.runtime.expected import expected_counts, expected_dice
 
 if TYPE_CHECKING:
     from cdiff.runtime.results import Float32, Stack
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from cdiff.runtime.variants import Variant
 
 NOTICE = "Research use only. Not a medical device."
+DOUBTFUL = 0.5
+"""Below this expected Dice a scan's mask is told to be doubtful: half of it, or of what it should cover, may well be wrong."""
 
 
 def volumes(stack: Stack, grid: Grid) -> dict[str, Any]:
@@ -48,6 +51,34 @@ def volumes(stack: Stack, grid: Grid) -> dict[str, Any]:
     }
 
 
+def expectation(stack: Stack, chosen: range) -> dict[str, Any]:
+    """The Dice that the map itself expects of its mask with an annotator's (`runtime.expected`); None where the mask is empty.
+
+    mask: of all slices that were computed together, as one mask; slices: of each, by its number.
+    """
+    counts = np.stack([expected_counts(soft, soft >= 0.5) for soft in stack.soft])
+
+    def number(value: Any) -> float | None:
+        return None if np.isnan(value) else round(float(value), 4)
+
+    return {
+        "mask": number(expected_dice(counts.sum(axis=0))),
+        "slices": [
+            {"slice": index, "mask": number(value)} for index, value in zip(chosen, expected_dice(counts), strict=True)
+        ],
+    }
+
+
+def about_expected(expected: dict[str, Any], variant: Variant) -> list[str]:
+    """A note where `expectation` is little; none where it is not, or the mask is empty."""
+    value = expected["mask"]
+    if value is None or value >= DOUBTFUL:
+        return []
+    return [
+        f"by its own map the model expects a Dice of {value:.2f} of the mask with {variant.whose} mask: look at it before you use it"
+    ]
+
+
 def meaning(variant: Variant) -> dict[str, str]:
     """What each map is, in a few words."""
     return {
@@ -55,6 +86,7 @@ def meaning(variant: Variant) -> dict[str, str]:
         "levels": variant.levels,
         "uncertainty": variant.uncertainty,
         "mask": "soft map at least one half",
+        "expected_dice": f"of the mask with {variant.whose} mask, by the soft map itself",
         "network": f"draws {variant.drawn}",
     }
 

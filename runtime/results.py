@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from dataclasses import dataclass, field, replace
@@ -13,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.files import PART, dump_json, most_bytes_of_a_name, sha256, staged
+from cdiff.runtime.files import dump_json, most_bytes_of_a_name, sha256, staged
 from cdiff.runtime.map_file import write_map
+from cdiff.runtime.outputs import cut_short, listed_outputs
 from cdiff.runtime.sampling.framing import Box
 from cdiff.runtime.scans.grid import Grid
 from cdiff.runtime.variants import CONSENSUS, Variant
@@ -196,7 +196,8 @@ class Result:
                 parts[f"{name}_levels.dcm"] = stage(f"{name}_levels.dcm")
                 write_dicom_seg(self, parts[f"{name}_levels.dcm"])
             not_always = {f"{name}_{more}" for more in ("preview.png", "page.html", "annotators.nii.gz", "levels.dcm")}
-            for file in (_listed(Path(folder) / f"{name}.json") or set()) & not_always - set(parts):
+            ours = (listed_outputs(Path(folder) / f"{name}.json") or set()) | cut_short(Path(folder))
+            for file in ours & not_always - set(parts):
                 stage.replaces(file)
             outputs = {file: {"sha256": sha256(part), "bytes": part.stat().st_size} for file, part in parts.items()}
             timings = {**self.report.get("timings", {}), "write": round(time.perf_counter() - started, 3)}
@@ -224,7 +225,7 @@ def must_be_free(
     A reader's own NAME_mask.nii.gz is such a file, and so is the NAME.json that dcm2niix writes beside a scan. A `save` that was killed
     while it put its files in place left its report under a temporary name, which counts too.
     """
-    listed = _listed(folder / f"{name}.json")
+    listed = listed_outputs(folder / f"{name}.json")
     files = {f"{name}_{kind}.nii.gz" for kind in _kinds(variant)}
     also = {"preview.png": preview, "page.html": page, "levels.dcm": dicom_seg}
     files |= {f"{name}_{more}" for more, asked in also.items() if asked}
@@ -235,18 +236,8 @@ def must_be_free(
         )
     for file in sorted(files | {f"{name}.json"} if listed is None else files - listed):
         # `exists` is False, not an error, in a folder that cannot be searched.
-        if os.path.exists(folder / file) and not any(
-            file in (_listed(part) or ()) for part in folder.glob(f"{PART}*.json")
-        ):
+        if os.path.exists(folder / file) and file not in cut_short(folder):
             raise CdiffError(
                 f"{folder / file} is there, would be replaced, and no report there says that it is an older result; move it, or "
                 "write to another folder"
             )
-
-
-def _listed(report: Path) -> set[str] | None:
-    """The files that an older report says were written; None where there is no report of ours."""
-    try:
-        return set(json.loads(report.read_text(encoding="utf-8"))["outputs"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None

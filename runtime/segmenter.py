@@ -24,7 +24,7 @@ from cdiff.runtime.manifest import NAME as MANIFEST
 from cdiff.runtime.manifest import ONE_ZOOM, Manifest
 from cdiff.runtime.overlap import Outcome, overlapped
 from cdiff.runtime.prepared import Clock, Prepared, Slices, about_place, notes, prepare, whole
-from cdiff.runtime.report import build_report, describe_input, meaning, volumes
+from cdiff.runtime.report import about_expected, build_report, describe_input, expectation, meaning, volumes
 from cdiff.runtime.results import Result, Stack
 from cdiff.runtime.sampling.batching import Progress, Timings, most_rows_of, rows_per_batch
 from cdiff.runtime.sampling.framing import Windows
@@ -203,6 +203,7 @@ class Segmenter:
             maps = (maps >= 0.5).astype(np.float32)
         stack = Stack(maps, finished.spread, finished.kept, variant, manifest.levels)
         clock.lap("segment")
+        expected = expectation(stack, chosen)
         report = build_report(
             {
                 **self._model_report(),
@@ -222,7 +223,12 @@ class Segmenter:
                     **{key: round(value, 3) for key, value in asdict(spent).items()},
                 },
                 "volumes": volumes(stack, read.grid),
-                "warnings": [*notes(scan, manifest), *about_place(scan, manifest, stack)],
+                "expected_dice": expected,
+                "warnings": [
+                    *notes(scan, manifest),
+                    *about_place(scan, manifest, stack),
+                    *about_expected(expected, variant),
+                ],
             }
         )
         window = None if scan.place is None else scan.place.window

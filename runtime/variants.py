@@ -83,6 +83,11 @@ class Variant:
         return bool(self.told)
 
     @property
+    def whose(self) -> str:
+        """Whose mask a pixel of the soft map is the probability of."""
+        return "an annotator's" if self.of_annotators else "the true"
+
+    @property
     def uncertainty(self) -> str:
         """The channels of the uncertainty."""
         return f"entropy (bits); {self.spread} over runs"

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -102,6 +103,18 @@ def tiny_bundle(tiny_run: Path, tiny: Made) -> Path:
     return tiny("bundle", make)
 
 
+def pytest_configure() -> None:
+    """Each of several processes that share the tests keeps to a core of its own, and so does all that it starts.
+
+    ONNX Runtime would start a thread a core in each, and these wait for one another in a loop: with two processes on two cores the same
+    calls took more than twice the processor's time.
+    """
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+    if worker.startswith("gw") and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(worker[2:]) % len(cores)]})
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """With ``-m gpu`` a file without such a test is not even imported: a machine with a GPU may lack what it needs."""
     unwanted = config.option.markexpr == "gpu" and collection_path.suffix == ".py"
@@ -111,10 +124,11 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests marked ``gpu``, with the reason, where no NVIDIA GPU is to be seen; and order the files, those with long tests first.
 
-    Files are shared out whole among processes, and a long one left for the end would keep the others waiting.
+    Files are shared out whole among processes, and a long one left for the end would keep the others waiting: those of few tests come last.
     """
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    tests = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path not in slow, -tests[item.path]))
     if Path("/proc/driver/nvidia/version").exists() or Path("/dev/nvidiactl").exists():
         return
     no_gpu = pytest.mark.skip(reason="needs an NVIDIA GPU: none on this machine")

@@ -195,6 +195,29 @@ def test_pointing_beside_the_middle_is_told_by_its_distance(tables: ModuleType, 
     ]
 
 
+def test_what_maps_expect_beside_the_structure(tables: ModuleType, tmp_path: Path) -> None:
+    assert tables.NOT_MEASURED in tables.expected_beside_table(tmp_path)
+    expected, found = ({"mean": mean, "low": mean - 0.125, "high": mean + 0.125} for mean in (0.5, 0.25))
+    report = {"found": [{"pixels": 24, "empty": 0.125, "expected_dice": expected, "dice_each": found}]}
+    (tmp_path / "off_centre_expected.json").write_text(json.dumps(report))
+    (row,) = tables.expected_beside_table(tmp_path).splitlines()[2:]
+    assert row == "| 24 | 12% | 0.500 (0.375 - 0.625) | 0.250 (0.125 - 0.375) |"
+
+
+def test_what_maps_expect_stands_beside_what_was_found(tables: ModuleType, tmp_path: Path) -> None:
+    assert tables.NOT_MEASURED in tables.expected_table(tmp_path)
+    bins = [{"slices": 0, "expected": None, "found": None} for _ in range(10)]
+    bins[2], bins[4] = ({"slices": n, "expected": x, "found": x + 0.25} for n, x in ((1, 0.25), (3, 0.45)))
+    bins[9] = {"slices": 7, "expected": 0.9375, "found": 0.875}
+    for name in tables.EXPECTED.values():
+        (tmp_path / f"{name}.json").write_text(json.dumps({"expected_bins": bins}))
+    rows = tables.expected_table(tmp_path).splitlines()[2:]
+    assert rows[0] == "| below 0.5 | 4 | 0.400 | 0.650 | 4 | 0.400 | 0.650 |"
+    assert rows[1] == "| 0.5 to 0.6 | 0 | - | - | 0 | - | - |"
+    assert rows[-1] == "| 0.9 to 1.0 | 7 | 0.938 | 0.875 | 7 | 0.938 | 0.875 |"
+    assert len(rows) == 6
+
+
 def test_whole_nodules_stand_beside_the_reader(tables: ModuleType, tmp_path: Path) -> None:
     def score(mean: float) -> dict[str, float]:
         return {"mean": mean, "low": mean - 0.125, "high": mean + 0.125, "n_cases": 67}

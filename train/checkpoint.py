@@ -3,6 +3,7 @@
 RUN/config.json            the configuration
 RUN/data.json              the cases that it began with (train.seen)
 RUN/checkpoints/step-N/    model.safetensors (weights), ema.safetensors (their average: what is exported), optimiser.pt, checkpoint.json
+                           (how far training was, and the weights' SHA-256)
 RUN/last.json, best.json   which of them is the last and the best; replaced in one rename, so a kill leaves the old or the new one
 """
 
@@ -23,7 +24,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.files import atomic_folder, write_json
+from cdiff.runtime.files import atomic_folder, sha256, write_json
 from cdiff.runtime.sampling.schedule import NoiseSchedule
 from cdiff.runtime.scans.intensity import Intensity
 from cdiff.runtime.scans.sources import is_there
@@ -31,6 +32,7 @@ from cdiff.runtime.words import first_line
 from cdiff.train.config import Config
 from cdiff.train.network import ConsensusNet
 
+MODEL, EMA = "model.safetensors", "ema.safetensors"
 ORIGIN = ("init", "imported")
 """What `info` holds where the weights did not begin at random: another run's, a published code's."""
 
@@ -62,7 +64,7 @@ def load_run(run: Path) -> LoadedRun:
     if folder is None:
         raise CdiffError(f"{run} holds no checkpoint; train it first (cdiff train --out {run})")
     network = ConsensusNet(config.network)
-    load_weights(network, read_tensors(folder / "ema.safetensors"), folder / "ema.safetensors")
+    load_weights(network, read_weights(folder, EMA), folder / EMA)
     return LoadedRun(config, network.eval().requires_grad_(False), read_json(folder / "checkpoint.json"))
 
 
@@ -109,11 +111,11 @@ def save_checkpoint(
     """Write the checkpoint of info["step"] whole, then point best.json (if info["is_best"]) and last.json at it."""
     folder = run / "checkpoints" / checkpoint_name(info["step"])
     with atomic_folder(folder, replace=True) as stage:
-        write_tensors(stage / "model.safetensors", network)
-        write_tensors(stage / "ema.safetensors", ema)
+        write_tensors(stage / MODEL, network)
+        write_tensors(stage / EMA, ema)
         with _room(stage / "optimiser.pt"):
             torch.save(optimiser, stage / "optimiser.pt")
-        write_json(stage / "checkpoint.json", info)
+        write_json(stage / "checkpoint.json", info | {"sha256": {file: sha256(stage / file) for file in (MODEL, EMA)}})
     # Last comes last: a run killed between the two resumes before this step, comes here again, and loses no best one.
     for which in ("best", "last") if info["is_best"] else ("last",):
         write_json(run / f"{which}.json", {"checkpoint": folder.name})
@@ -175,6 +177,21 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except Exception as error:  # safetensors raises its own SafetensorError, OSError or ValueError
         raise _damaged(path, error) from error
+
+
+def read_weights(folder: Path, file: str) -> dict[str, Tensor]:
+    """The tensors of MODEL or EMA in a checkpoint's folder. Raises CdiffError if the file is missing, damaged, or another than was written.
+
+    Checkpoints of older versions do not say what was written; theirs are taken as they are.
+    """
+    tensors, path = read_tensors(folder / file), folder / file
+    written = read_json(folder / "checkpoint.json").get("sha256")
+    if isinstance(written, dict) and written.get(file) not in (None, sha256(path)):
+        raise CdiffError(
+            f"{path} is not what was written (its SHA-256 is another than in checkpoint.json); copy the run again, or, if you "
+            'changed the weights yourself, remove "sha256" there'
+        )
+    return tensors
 
 
 def read_state(path: Path, device: torch.device) -> dict[str, Any]:

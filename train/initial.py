@@ -8,16 +8,20 @@ from typing import Any
 
 from torch import Tensor
 
+from cdiff.runtime.bundle import open_bundle
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import sha256
 from cdiff.runtime.scans.sources import is_there
 from cdiff.train.checkpoint import (
+    EMA,
+    MODEL,
     checkpoint_folder,
     config_of_weights,
     origin,
     read_config,
     read_json,
     read_tensors,
+    read_weights,
 )
 from cdiff.train.config import Config
 
@@ -55,15 +59,18 @@ class Initial:
 def read_initial(init: Path) -> Initial:
     """The last checkpoint's weights of the run `init`, or those of the bundle `init`. Raises CdiffError where there are none."""
     folder = checkpoint_folder(init, "last")
-    path = init / "model.safetensors" if folder is None else folder / "ema.safetensors"
+    path = init / MODEL if folder is None else folder / EMA
     if not is_there(path):
         raise CdiffError(f"{init} holds no weights to start from; give the folder of a training run or of a bundle")
     if folder is None:
-        config, before = config_of_weights(path), read_json(init / "manifest.json").get("training", {})
+        bundle = open_bundle(init)  # which compares its files with their hashes
+        tensors = read_tensors(bundle.file(MODEL))
+        config, before = config_of_weights(path), bundle.manifest.training
     else:
+        tensors = read_weights(folder, EMA)
         config, before = read_config(init), read_json(folder / "checkpoint.json")
     began = {"name": init.resolve().name, "sha256": sha256(path)} | origin(before)
-    return Initial(init, path, read_tensors(path), config, began)
+    return Initial(init, path, tensors, config, began)
 
 
 def _other(keys: tuple[str, ...], there: Config, here: Config) -> list[tuple[str, Any, Any]]:

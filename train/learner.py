@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from cdiff.runtime.errors import CdiffError
-from cdiff.train.checkpoint import check_weights, load_weights, read_state, read_tensors
+from cdiff.train.checkpoint import EMA, MODEL, check_weights, load_weights, read_state, read_weights
 from cdiff.train.config import Config
 from cdiff.train.diffusion import Diffusion
 from cdiff.train.fabric import summed
@@ -143,9 +143,9 @@ class Learner:
 
     def restore(self, folder: Path) -> None:
         """Take up the checkpoint in `folder`. Raises CdiffError when its tensors do not fit."""
-        load_weights(self.network, read_tensors(folder / "model.safetensors"), folder / "model.safetensors")
-        averaged = read_tensors(folder / "ema.safetensors")
-        check_weights(self.network, averaged, folder / "ema.safetensors")
+        load_weights(self.network, read_weights(folder, MODEL), folder / MODEL)
+        averaged = read_weights(folder, EMA)
+        check_weights(self.network, averaged, folder / EMA)
         self.ema = {k: v.to(self.device) for k, v in averaged.items()}
         state = read_state(folder / "optimiser.pt", self.device)
         try:

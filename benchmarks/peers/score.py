@@ -158,26 +158,26 @@ def score_unet(
         "format": FORMAT,
     }
     out = run / scoring.file
-    journal = Journal(out, header, ROW_KEYS, [case_sha256(case) for case in cases], say)
     rows: list[Row] = []
     empty: list[str] = []
     tick = Ticker(f"scoring {name}", len(cases), say)
-    for number, case in enumerate(cases):
-        inputs = case_sha256(case)
-        row = journal.rows.get(inputs) or score_case(peer, network, case, number, annotators, scoring)
-        if row is None:
-            empty.append(case.name)
-            continue
-        row |= {"inputs": inputs, "chain": chain, "case": case.name}
-        if inputs not in journal.rows:
-            journal.add(row)
-        rows.append(row)
-        tick(number + 1)
-    if not rows:
-        raise CdiffError(f"no slice of the split {scoring.split} is marked as asked; there is nothing to score")
-    report = summarise(rows, header | {"made_with": fingerprint(header)}, {"no_marked_slice": empty})
-    write_json(out, report)
-    journal.remove()
+    with Journal(out, header, ROW_KEYS, [case_sha256(case) for case in cases], say) as journal:
+        for number, case in enumerate(cases):
+            inputs = case_sha256(case)
+            row = journal.rows.get(inputs) or score_case(peer, network, case, number, annotators, scoring)
+            if row is None:
+                empty.append(case.name)
+                continue
+            row |= {"inputs": inputs, "chain": chain, "case": case.name}
+            if inputs not in journal.rows:
+                journal.add(row)
+            rows.append(row)
+            tick(number + 1)
+        if not rows:
+            raise CdiffError(f"no slice of the split {scoring.split} is marked as asked; there is nothing to score")
+        report = summarise(rows, header | {"made_with": fingerprint(header)}, {"no_marked_slice": empty})
+        write_json(out, report)
+        journal.remove()
 
     def draw(case: Case, chosen: range) -> None:
         images = INTENSITY.apply(read_scan(case.scan).slices)

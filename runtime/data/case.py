@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.outputs import cut_short
 from cdiff.runtime.scans.sources import PICTURE_SUFFIXES, VOLUME_SUFFIXES, is_there
 
 SPLITS = {
@@ -150,14 +151,16 @@ def name_of(path: Path) -> str:
 
 
 def is_output(path: Path) -> bool:
-    """A map, picture, page or report of ours: it ends like one, and the report of its scan, or that one's map, lies beside it."""
+    """A map, picture, page or report of ours: it ends like one, and the report of its scan, or that one's map, lies beside it.
+
+    Also where the report lies there under a temporary name, because the command that wrote it was killed.
+    """
     if path.suffix == ".json":
         return is_there(path.with_name(f"{path.stem}_soft.nii.gz"))
     scan = stem(path)
     name, endings = (scan, OUTPUT_ENDINGS) if scan else (path.name, ("_page.html", "_levels.dcm"))
-    return any(
-        name.endswith(ending) and (path.parent / f"{name.removesuffix(ending)}.json").is_file() for ending in endings
-    )
+    reports = [path.parent / f"{name.removesuffix(ending)}.json" for ending in endings if name.endswith(ending)]
+    return any(report.is_file() for report in reports) or (bool(reports) and path.name in cut_short(path.parent))
 
 
 def natural(text: str) -> list[tuple[int, str]]:

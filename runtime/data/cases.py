@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from cdiff.runtime.data.case import ARRAY, MASKS_BY, Case, Entry, listed, natural
 from cdiff.runtime.data.dicom_mask import Opened
-from cdiff.runtime.data.layouts import LAYOUTS, OWN_TASK, READERS, TABLE, walk
-from cdiff.runtime.data.leftover import Leftover
+from cdiff.runtime.data.layouts import LAYOUTS, OWN_TASK, READERS, TABLE, two_digits, walk
+from cdiff.runtime.data.leftover import BESIDE, Leftover
 from cdiff.runtime.data.masks import mask_slices, read_mask
 from cdiff.runtime.data.oddities import Oddities
 from cdiff.runtime.data.table import SUFFIXES, is_table, names_scans, read_table
@@ -28,6 +28,7 @@ __all__ = ["Case", "DataSet", "Problem", "find_cases", "read_case", "read_masks"
 EXPECTED = (
     "folders with image.nii.gz and task01_seg01.nii.gz, task01_seg02.nii.gz ..., or a table of them (docs/own-data.md)"
 )
+ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".7z", ".rar")
 MOST = 12
 """Data sets that a message names."""
 
@@ -79,14 +80,14 @@ def find_cases(
     notes: list[str] = []
     layout, entries = _entries(root, layout, notes)
     asked = task = (task or "").strip("/") or None  # a shell's completion ends a folder's name with a slash
-    entries, task = _one_data_set(root, entries, task)
+    entries, task = _one_data_set(root, entries, task, notes)
     chosen = _one_task(root, entries, task, asked if task is None else None)
     found = DataSet(layout, chosen)
     found.notes = notes
     found.modalities = _modalities([entry for entry in entries if OWN_TASK not in entry.clashes] or entries)
     for entry in entries:
         _sort_in(found, entry.case(chosen, labels, masks_by), entry)
-    if strict and found.problems:
+    if strict and found and found.problems:
         raise CdiffError(found.problems[0].text)
     if "all" in found and len(found) > 1:
         stray = found.pop("all")
@@ -96,7 +97,9 @@ def find_cases(
     if not found:
         many = f"none of the {len(entries)} cases in {root} has a mask and can be used"
         reason = found.problems[0].text if found.problems else "there is nothing to learn from or to compare with"
-        raise CdiffError(f"{many if len(entries) > 1 else f'the case in {root} cannot be used'}: {reason}")
+        # Masks of other names may be among them.
+        beside = "".join(f"; {note}" for note in notes if note.startswith(BESIDE))
+        raise CdiffError(f"{many if len(entries) > 1 else f'the case in {root} cannot be used'}: {reason}{beside}")
     for split, cases in found.unlabelled.items():
         names = listed([case.name for case in cases])
         found.notes.append(
@@ -143,7 +146,7 @@ def _entries(root: Path, layout: str, notes: list[str]) -> tuple[str, list[Entry
     if tables:
         return TABLE, read_table(tables[0], notes)
     if not by_layout:
-        raise CdiffError(f"no case in {root}: expected {EXPECTED}{_why_no_table(named)}")
+        raise CdiffError(f"no case in {root}: expected {EXPECTED}{_why_no_table(named)}{_packed(root)}")
     notes += left.told(root)
     return next(iter(by_layout.items()))
 
@@ -167,27 +170,46 @@ def _why_no_table(files: Sequence[Path]) -> str:
     return ""
 
 
-def _one_data_set(root: Path, entries: list[Entry], task: str | None) -> tuple[list[Entry], str | None]:
-    """The entries of the one data set that is meant, and what is left of `task` (the structure)."""
+def _packed(root: Path) -> str:
+    """That a folder without cases holds archives, to end a message with."""
+    archives = [path.name for path in sorted(root.iterdir()) if path.name.lower().endswith(ARCHIVES)]
+    return f"; unpack {listed(archives)} first" if archives else ""
+
+
+def _one_data_set(
+    root: Path, entries: list[Entry], task: str | None, notes: list[str]
+) -> tuple[list[Entry], str | None]:
+    """The entries of the one data set that is meant, and what is left of `task` (the structure).
+
+    Beside one data set with masks, folders of scans alone, such as those that a benchmark keeps the masks of back, are left out with a note.
+    """
     groups: dict[str, list[Entry]] = {}
     for entry in entries:
         groups.setdefault(entry.data_set, []).append(entry)
     groups = _joined(groups)
+    head, _, tail = (task or "").rpartition("/")
+    drawn = [name for name, group in groups.items() if any(entry.tasks for entry in group)]
+    if len(groups) > 1 and len(drawn) == 1 and not groups.keys() & ({task, head} - {""}):
+        bare = [
+            f"{name or 'the folder itself'} ({several(len(groups[name]), 'case')})"
+            for name in groups
+            if name != drawn[0]
+        ]
+        notes.append(f"folders of cases without masks, left out: {listed(bare)}")
+        groups = {drawn[0]: groups[drawn[0]]}
     if len(groups) == 1:
-        (name,) = groups
-        head, _, tail = (task or "").rpartition("/")
+        ((name, group),) = groups.items()
         if name and task in (name, name.rpartition("/")[2]):
-            return entries, None
-        return entries, tail if head and head in (name, name.rpartition("/")[2]) else task
+            return group, None
+        return group, tail if head and head in (name, name.rpartition("/")[2]) else task
     if task in groups:
         return groups[task], None
-    head, _, tail = (task or "").rpartition("/")
     if head and head in groups:
         return groups[head], tail
     kinds = listed(
         [f"{name or 'the folder itself'} ({several(len(group), 'case')})" for name, group in groups.items()], MOST
     )
-    name = next(filter(None, groups))
+    name = next(filter(None, [*drawn, *groups]))
     patients = "if they are patients of one, put them in a split folder, such as Training"
     together = "to take all as one, put them in one folder" if "" in groups else patients
     raise CdiffError(
@@ -223,9 +245,10 @@ def _one_task(root: Path, entries: list[Entry], task: str | None, data_set: str 
     counts = Counter(name for entry in entries for name, masks in entry.tasks.items() if masks)
     kinds = ", ".join(f"{name} (in {several(counts[name], 'case')})" for name in sorted(counts, key=natural))
     if task is not None:
-        if task not in counts:
-            raise CdiffError(f"no case in {root} has masks of the task {task!r}; there is {kinds or 'no mask at all'}")
-        return task
+        for known in (task, two_digits(task)):
+            if known in counts:
+                return known
+        raise CdiffError(f"no case in {root} has masks of the task {task!r}; there is {kinds or 'no mask at all'}")
     if len(counts) > 1:
         example = "/".join(filter(None, (data_set, min(counts, key=natural))))
         raise CdiffError(f"{root} has masks of several tasks: {kinds}; name one, such as --task {example}")

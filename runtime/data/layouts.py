@@ -24,6 +24,8 @@ IMAGE = re.compile(r"image(?:[_-](?P<modality>.+))?$", re.IGNORECASE)
 TASK_MASK = re.compile(r"(?:(?P<task>task\d+)|case[\d-]+)_(?P<rater>seg\d+)$", re.IGNORECASE)
 CASE_TASK = "task01"
 """The structure of a mask that names its case in its place, as some of QUBIQ 2021 do (`case05_seg01.nii.gz`)."""
+SCAN_OF_PATIENT = re.compile(r"(?P<patient>case\d+)-\d+$", re.IGNORECASE)
+"""A case that is one of several of a patient, by its name: QUBIQ 2021's of the pancreas (`case1-1`, `case1-2`), whose own split keeps them together."""
 OWN_MASK = re.compile(r"mask(?:[_-]?(?P<rater>.+))?$", re.IGNORECASE)
 BRATS = re.compile(r"(?P<head>(?:.+_)?)(?P<kind>t1ce|t1|t2|flair|seg)(?P<tail>(?:_\d+)?(?:_w)?)$", re.IGNORECASE)
 BRATS_MODALITIES = ("t1", "t1ce", "t2", "flair")
@@ -60,8 +62,8 @@ def cases_in(folder: Path, files: Files) -> list[Entry]:
         if (match := IMAGE.match(name)) and not (match["modality"] or "").isdigit():
             place(images, match["modality"] or "", file, "", "the case's image")
         elif match := TASK_MASK.match(name):
-            task = (match["task"] or CASE_TASK).lower()
-            place(tasks.setdefault(task, {}), match["rater"].lower(), file, task, "one annotator's mask")
+            task = two_digits(match["task"] or CASE_TASK)
+            place(tasks.setdefault(task, {}), two_digits(match["rater"]), file, task, "one annotator's mask")
         elif match := OWN_MASK.match(name):
             first = place(tasks.setdefault(OWN_TASK, {}), match["rater"] or "1", file, OWN_TASK, "one annotator's mask")
             if (stem(first) or "").lower() != name.lower():
@@ -78,6 +80,11 @@ def cases_in(folder: Path, files: Files) -> list[Entry]:
             "or name them in a table"
         )
     return [Entry(_called(folder), dict(sorted(images.items())), tasks, clashes=clashes)]
+
+
+def two_digits(name: str) -> str:
+    """The name of a structure or an annotator as QUBIQ writes it: `Task1` and `task01` are one, and so are `seg1` and `seg01`."""
+    return re.sub(r"\d+", lambda number: f"{int(number[0]):02d}", name.lower())
 
 
 def _has_masks(image: str, raters: Iterable[str]) -> bool:
@@ -148,6 +155,8 @@ def walk(root: Path, readers: Sequence[str], left: Leftover) -> Iterator[tuple[s
         own = len(here) == 1 and not (parts and parts[-1].lower() in SPLITS)
         for _, entry in here:
             _place(entry, parts[:-1] if own else parts, parts[:-1])
+            if not entry.patient and (match := SCAN_OF_PATIENT.match(entry.name)):
+                entry.patient = match["patient"]
         names = (stem(file) or "" for file in inside.files)
         masks = any(TASK_MASK.match(name) or OWN_MASK.match(name) for name in names)
         left.see(folder, inside.files, [entry for _, entry in here], masks=masks)

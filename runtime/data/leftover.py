@@ -9,6 +9,8 @@ from pathlib import Path
 
 from cdiff.runtime.data.case import Entry, is_output, listed
 
+BESIDE = "files beside those of a case"
+
 
 @dataclass
 class Leftover:
@@ -43,7 +45,7 @@ class Leftover:
         notes = [f"{folder} has masks but no image.nii.gz: left out" for folder in self.masks]
         if self.files:
             names = [name if n == 1 else f"{name} (in {n} folders)" for name, n in self.files.most_common()]
-            notes.append(f"files beside those of a case, not used: {listed(names)}")
+            notes.append(f"{BESIDE}, not used: {listed(names)}")
         for what, paths in (
             ("folders with scans that are no case", [path for path in self.folders if path not in self._above]),
             ("folders of cases inside a case's folder", self.below),

@@ -121,6 +121,10 @@ def mask_slices(mask: Mask, grid: Grid, case: Case, path: Path) -> NDArray[np.bo
         hint = ", or be laid by their headers (--masks-by header)" if placed else ""
         if len(wanted) == 3 and counted(shape) == counted(wanted[:2]):
             hint = f"; if the image's last axis holds channels, say so (image_channels={wanted[2]})"
+        elif counted(shape) == counted(wanted)[::-1] and not placed:
+            hint = (
+                "; its axes are the image's in the opposite order: another program turned one of them, store both alike"
+            )
         elif len(wanted) == 3 and counted(shape) == wanted[1:]:
             hint = "; channels, or a single slice's axis, are read from the end: move the image's first axis there"
         raise CdiffError(

@@ -102,7 +102,15 @@ class OnnxRuntimeEngine:
 
     def encode(self, images: Float32) -> NDArray[Any]:
         """See `base.Engine.encode`; float16 when the graph is in half precision."""
-        return np.asarray(self._run(self._encoder, {"image": images})[0])
+        features = np.asarray(self._run(self._encoder, {"image": images}, ["features"])[0])
+        slices, *size = len(images), *images.shape[2:]
+        fits = features.ndim == 4 and [features.shape[0], *features.shape[2:]] == [slices, *size]
+        if not fits or features.dtype not in (np.float32, np.float16):
+            wanted = f"[{slices}, channels, {', '.join(map(str, size))}] float32 or float16"
+            raise CdiffError(
+                f"the encoder's features are {list(features.shape)} {features.dtype}, not {wanted}: export the model again"
+            )
+        return features
 
     def denoise(self, x: Float32, features: NDArray[Any], row_slice: Int64, t: Int64, level: Int64) -> Prediction:
         """See `base.Engine.denoise`."""

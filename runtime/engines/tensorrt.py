@@ -140,15 +140,14 @@ class TrtConnector:
         trt, engine, fail = self._trt, self._engines[graph], self._fail
         self._check(graph, engine, tensors)
         self._messages.clear()
-        memory = self._gpu.allocate(int(engine.device_memory_size_v2))
-        self._memory.append(memory)
         context, keep = self._context(graph, engine)
         if context is None:
             raise fail(f"no execution context for the {graph}")
         self._contexts.append(context)
-        context.set_device_memory(memory.address, memory.size)
-        if not context.set_optimization_profile_async(0, stream.handle):
-            raise fail(f"the {graph}'s optimisation profile cannot be set")
+        try:
+            context.set_optimization_profile_async(0, stream.handle)
+        except RuntimeError as error:  # what the bindings make of a refusal
+            raise fail(f"the {graph}'s optimisation profile cannot be set") from error
         stream.synchronize()  # what the change of profile copies must be there before anything runs
         for name, place in tensors.items():
             if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT and not context.set_input_shape(
@@ -157,11 +156,18 @@ class TrtConnector:
                 raise fail(f"the {graph} does not take {name} {list(place.shape)}")
             if not context.set_tensor_address(name, place.address):
                 raise fail(f"the {graph} does not take an address for {name}")
-        if unknown := list(context.infer_shapes()):
+        try:
+            unknown = list(context.infer_shapes())
+        except RuntimeError as error:  # for any reason but an input's that has no shape
+            raise fail(f"the {graph}'s shapes do not go together ({error})") from error
+        if unknown:
             raise fail(f"the {graph} lacks the shape of {', '.join(unknown)}")
         for name, place in tensors.items():
             if (found := tuple(context.get_tensor_shape(name))) != place.shape:
                 raise fail(f"the {graph}'s {name} is {list(found)}, not {list(place.shape)}")
+        memory = self._working_memory(engine, context)
+        self._memory.append(memory)
+        context.set_device_memory(memory.address, memory.size)
         handle = stream.handle
 
         def queue() -> None:
@@ -173,6 +179,18 @@ class TrtConnector:
                 keep = None
 
         return queue
+
+    def _working_memory(self, engine: Any, context: Any) -> Buffer:
+        """Room for the most rows that the engine takes, and where there is none for the rows that the context was given: without that a
+        batch that was halved for want of memory would want as much again. Raises OutOfMemory."""
+        most = int(engine.device_memory_size_v2)
+        try:
+            return self._gpu.allocate(most)
+        except OutOfMemory:
+            enough = int(context.update_device_memory_size_for_shapes())
+            if not 0 < enough < most:  # 0: TensorRT cannot tell
+                raise
+        return self._gpu.allocate(enough)
 
     def close(self) -> None:
         """Drop the contexts, then give back their memory."""
@@ -203,9 +221,11 @@ class TrtConnector:
         self._caches.append(runtime_cache)
 
         def keep() -> None:
-            compiled = bytes(runtime_cache.serialize())
-            if compiled != known:
-                kept.write(compiled)
+            compiled = runtime_cache.serialize()
+            if compiled is None:
+                LOG.info("TensorRT for RTX does not give its compiled kernels to be kept: %s", self._said())
+            elif bytes(compiled) != known:
+                kept.write(bytes(compiled))
 
         return engine.create_execution_context(runtime_config), keep
 

@@ -72,6 +72,7 @@ def _contents(result: Result, name: str) -> dict[str, Any]:
         "of": len(result.image),
         "numbers": [int(result.slices[i]) for i in kept],
         "some": some,
+        "expected": _expected(result, kept),
         "areas": np.count_nonzero(outlines >= 0.5, axis=(2, 3)).tolist(),
         "slices": slices,
         "channels": 3 if pictures[0].ndim == 3 else 1,
@@ -108,6 +109,12 @@ def _kept(soft: Float32) -> tuple[NDArray[np.intp], str]:
     around = every[max(held[0] - 2, 0) : held[-1] + 3] if held.size else every
     chosen = np.unique(np.linspace(around[0], around[-1], min(MOST, len(around))).round().astype(np.intp))
     return chosen, f"; this page holds {len(chosen)} of them"
+
+
+def _expected(result: Result, kept: NDArray[np.intp]) -> list[str]:
+    """What is said beside the number of each slice of the page: the Dice that its mask is expected to have."""
+    values = [one["mask"] for one in result.report.get("expected_dice", {}).get("slices", [])]
+    return [f", expected Dice {values[i]:.2f}" if values and values[i] is not None else "" for i in kept]
 
 
 def _packed(channels: list[Float32]) -> str:
@@ -165,4 +172,5 @@ def _sizes(result: Result) -> list[list[str]]:
     for name, part in parts:
         cells = [name, f"{part['voxels']:,.0f} {'voxels' if len(result.grid.spatial) == 3 else 'pixels'}"]
         sizes.append([*cells, f"{three_digits(part[unit])} {unit.replace('2', '²')}"] if unit else cells)
-    return sizes
+    dice = result.report.get("expected_dice", {}).get("mask")
+    return sizes if dice is None else [*sizes, ["expected Dice", f"{dice:.2f}"]]

@@ -227,6 +227,10 @@ def _heading(figure: Figure, result: Result, name: str) -> None:
     )
     count = "pixels" if result.grid.slice_axis is None else "voxels"
     lines = _sizes(report.get("volumes", {}), count, result.stack.variant.of_annotators)
+    expected = report.get("expected_dice", {}).get("mask")
+    if lines and expected is not None:
+        beside = f"{lines[1][0]}  ·  " if len(lines) > 1 else ""
+        lines[1:] = [(f"{beside}expected Dice {expected:.2f}", drawing.FAINT)]
     for line, (text, colour) in enumerate(lines):
         figure.text(
             1 - EDGE / width, 1 - (0.3 + 0.3 * line) / height, text, color=colour,

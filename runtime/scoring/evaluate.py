@@ -6,6 +6,7 @@ import hashlib
 import time
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from cdiff.runtime.files import sha256, write_json
 from cdiff.runtime.scans.itk import itk_bytes
 from cdiff.runtime.scans.scan import Scan, read_scan
 from cdiff.runtime.scans.sources import ITK_SUFFIXES
+from cdiff.runtime.scoring.changed import stamps_of, unchanged
 from cdiff.runtime.scoring.journal import Journal, fingerprint
 from cdiff.runtime.scoring.scores import CaseTally, evenly, marked_slices
 from cdiff.runtime.scoring.summary import ROW_KEYS, Row, joined_twins, summarise
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
 Notice = Callable[[str], None]
 Progress = Callable[[int, int], None]
 """Called as progress(done, total) in thousandths of a slice."""
-FORMAT = 7
+FORMAT = 8
 """Of a row, and of what its scores mean: rows of another format are not gone on from."""
 RUNS_AT_ONCE = 2**28
 """Bytes of kept runs in memory at once: a longer scan is segmented part by part. One slice is the least."""
@@ -169,6 +171,7 @@ def score_cases(
     cannot be read, a group that cannot be found, fewer than one slice a case, and when nothing is left to score.
     """
     tell = notice or (lambda line: None)
+    stamps = {case.name: stamps_of(case) for case in cases}
     jobs, left_out = _plan(source, cases, protocol, tell)
     if doubt := joined_twins([job.case.name for job in jobs], group):
         tell(doubt)
@@ -180,38 +183,39 @@ def score_cases(
         "format": FORMAT,
     }
     inputs = [case_sha256(job.case) for job in jobs]
-    journal = Journal(out, header, ROW_KEYS, inputs, tell) if out else None
-    known = journal.rows if journal else {}
     total, done = sum(job.work for job in jobs), 0
     tick = progress or (lambda done, total: None)
     rows: list[Row] = []
-    for job, files in zip(jobs, inputs, strict=True):
-        row = known.get(files)
-        if row is None:
+    with Journal(out, header, ROW_KEYS, inputs, tell) if out else nullcontext() as journal:
+        known = journal.rows if journal else {}
+        for job, files in zip(jobs, inputs, strict=True):
+            row = known.get(files)
+            if row is None:
 
-            def within(part: int, whole: int, before: int = done, work: int = job.work) -> None:
-                tick(before + work * part // max(whole, 1), total)
+                def within(part: int, whole: int, before: int = done, work: int = job.work) -> None:
+                    tick(before + work * part // max(whole, 1), total)
 
-            began = time.monotonic()
-            row = source.row(job, protocol, within) | {"inputs": files}
-            row["seconds"] = round(time.monotonic() - began, 2)
-            if journal:
-                journal.add(row)
-        rows.append(row | {"case": job.case.name})
-        done += job.work
-        tick(done, total)
-    try:
-        report = summarise(rows, header | {"made_with": fingerprint(header)}, left_out, group)
-        if out and journal:
-            write(out, report)
-            journal.remove()
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        if not journal or not known:
-            raise
-        raise CdiffError(
-            f"the cases that were computed before, in {out} or {journal.path}, are damaged ({one_line(error)[:200]}); "
-            "move both away to compute them anew"
-        ) from error
+                began = time.monotonic()
+                with unchanged(job.case, stamps[job.case.name]):
+                    row = source.row(job, protocol, within) | {"inputs": files}
+                row["seconds"] = round(time.monotonic() - began, 2)
+                if journal:
+                    journal.add(row)
+            rows.append(row | {"case": job.case.name})
+            done += job.work
+            tick(done, total)
+        try:
+            report = summarise(rows, header | {"made_with": fingerprint(header)}, left_out, group)
+            if out and journal:
+                write(out, report)
+                journal.remove()
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            if not journal or not known:
+                raise
+            raise CdiffError(
+                f"the cases that were computed before, in {out} or {journal.path}, are damaged ({one_line(error)[:200]}); "
+                "move both away to compute them anew"
+            ) from error
     return report
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from io import FileIO
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.files import make_folder, write_text
+from cdiff.runtime.files import make_folder
 
 Rows = dict[str, dict[str, Any]]
 
@@ -20,8 +23,10 @@ class Journal:
 
     `rows` has those that are known, by their key `inputs`: of a journal that exists and has the header `header`, and of a report that
     was made with it; asked are the keys of the cases to be scored now. A journal with another header is kept under the name `*.old` and a new one is begun; `notice` gets a line about
-    each. A last line that was cut off by a kill is dropped, and so is a row without one of `keys`. Raises CdiffError when the
-    journal can't be read or written.
+    each. A last line that was cut off by a kill is dropped, and a row without one of `keys` is not used. The rows of the report that are
+    asked for are in the journal too, for the report gives way to the new one.
+    The file is open, and other evaluations are kept out of it, until the end of a `with` block: their rows would be taken for its own. Raises
+    CdiffError when it is open elsewhere, or can't be read or written, or the report's name is a folder's.
     """
 
     def __init__(
@@ -33,42 +38,96 @@ class Journal:
         notice: Callable[[str], None],
     ) -> None:
         self.path = path = report.with_name(f"{report.stem}.partial.jsonl")
-        finished, own = _finished(report, header, keys, asked, notice), Rows()
-        first = json.dumps(header, allow_nan=False)
-        lines = _lines(path)
-        if lines and lines[0] == json.loads(first):
-            own = _whole(lines[1:], keys)
-            if own:
-                notice(f"{path} has {len(own)} finished cases of an interrupted evaluation: going on from there")
-        elif lines:
-            kept = path.with_name(path.name + ".old")
-            try:
-                os.replace(path, kept)
-            except OSError as error:
-                reason = str(error.strerror).lower()
-                raise CdiffError(
-                    f"cannot rename {path} to {kept.name}: {reason}; remove one of them, or check the permissions"
-                ) from None
-            notice(f"{path} was made with {_difference(lines[0], dict(header))}: starting anew, it is now {kept.name}")
-        # Written anew: what a kill cut off must not stand in the middle of the file.
         make_folder(path.parent)
-        text = "\n".join([first, *(json.dumps(row) for row in own.values())])
-        write_text(path, text + "\n")
-        self.rows = finished | own
+        self._file = _held(path)
+        try:
+            finished, own = _finished(report, header, keys, asked, notice), Rows()
+            first = json.dumps(header, allow_nan=False)
+            lines, whole = _lines(path)
+            if lines and lines[0] == json.loads(first):
+                own = _whole(lines[1:], keys)
+                if own:
+                    notice(f"{path} has {len(own)} finished cases of an interrupted evaluation: going on from there")
+                # What a kill cut off must not stand in the middle of the file.
+                self._file.truncate(whole)
+            else:
+                if lines:
+                    kept = _kept(path)
+                    notice(
+                        f"{path} was made with {_difference(lines[0], dict(header))}: starting anew, it is now {kept.name}"
+                    )
+                    self._file.close()
+                    self._file = _held(path)
+                self._file.truncate(0)
+                self._write([first])
+            self._write(json.dumps(row) for key, row in finished.items() if key in asked and key not in own)
+            self.rows = finished | own
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Append one row; it's on the disk when this returns."""
+        self._write([json.dumps(row, allow_nan=False)])
+
+    def _write(self, lines: Iterable[str]) -> None:
         try:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row, allow_nan=False) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            left = memoryview("".join(f"{line}\n" for line in lines).encode())
+            while left:
+                left = left[self._file.write(left) :]
+            os.fsync(self._file.fileno())
         except OSError as error:
             raise CdiffError(f"cannot write to {self.path}: {error.strerror}; check the space there") from None
 
     def remove(self) -> None:
         """Delete the file: the report that it was for is written."""
         self.path.unlink(missing_ok=True)
+
+
+def _held(path: Path) -> FileIO:
+    """The file, made where it is missing, for appending; no other evaluation has it. Raises CdiffError where one does, or it cannot be opened."""
+    while True:
+        try:
+            file = FileIO(path, "ab")  # nothing waits in a buffer that a full disk does not take
+        except OSError as error:
+            raise CdiffError(
+                f"cannot write to {path}: {error.strerror}; remove it to start anew, or check the permissions"
+            ) from None
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):  # another may just have removed or renamed it
+                return file
+        except BlockingIOError:
+            file.close()
+            raise CdiffError(
+                f"{path} is being written by another evaluation; wait until that ends, or give this one another place"
+            ) from None
+        except FileNotFoundError:
+            pass
+        except OSError:  # no locks on this file system
+            return file
+        file.close()
+
+
+def _kept(path: Path) -> Path:
+    """Where the journal of another evaluation is kept from now on."""
+    kept = path.with_name(path.name + ".old")
+    try:
+        os.replace(path, kept)
+    except OSError as error:
+        reason = str(error.strerror).lower()
+        raise CdiffError(
+            f"cannot rename {path} to {kept.name}: {reason}; remove one of them, or check the permissions"
+        ) from None
+    return kept
 
 
 def fingerprint(header: Mapping[str, Any]) -> str:
@@ -85,7 +144,12 @@ def _finished(
     """
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except IsADirectoryError:
+        raise CdiffError(f"{path} is a folder; name a file for the report") from None
     except (OSError, ValueError, RecursionError):
+        notice(f"{path} is there and cannot be read as a report: this evaluation will replace it")
         return {}
     if not isinstance(report, dict) or report.get("made_with") != fingerprint(header):
         notice(f"{path} is there, of another model, protocol or data: this evaluation will replace it")
@@ -109,20 +173,24 @@ def _whole(rows: Iterable[Any], keys: Sequence[str]) -> Rows:
     return {row["inputs"]: row for row in whole if isinstance(row["inputs"], str)}
 
 
-def _lines(path: Path) -> list[Any]:
+def _lines(path: Path) -> tuple[list[Any], int]:
+    """What the lines hold up to the first that is no JSON, and how many bytes those are."""
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        return []
+        data = path.read_bytes()
     except OSError as error:
         raise CdiffError(f"cannot read {path}: {error.strerror}; remove it to start anew") from None
-    lines = []
-    for line in text.splitlines():
+    lines: list[Any] = []
+    whole = 0
+    for line in data.splitlines(keepends=True):
         try:
             lines.append(json.loads(line))
         except (ValueError, RecursionError):
             break
-    return lines
+        if not line.endswith(b"\n"):
+            lines.pop()
+            break
+        whole += len(line)
+    return lines, whole
 
 
 def _difference(old: Any, new: dict[str, Any]) -> str:

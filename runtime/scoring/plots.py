@@ -1,4 +1,4 @@
-"""The plots of an evaluation, for print: reliability diagram, soft Dice against the number of runs or steps."""
+"""The plots of an evaluation, for print: reliability diagram, expected Dice, soft Dice against the number of runs or steps."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from cdiff.runtime.pictures.drawing import new_figure, save, without_latex
+from cdiff.runtime.scoring.expectation import pairs_of
 from cdiff.runtime.scoring.tables import Table
 
 if TYPE_CHECKING:
@@ -59,6 +62,33 @@ def write_reliability(report: Mapping[str, Any], path: Path) -> None:
             top.set_ylabel("share of annotators\nwho include the pixel", fontsize=9, color=INK)
             below.set_ylabel("pixels", fontsize=9, color=INK)
             figure.align_ylabels([top, below])
+    save(figure, path, DPI)
+
+
+@without_latex()
+def write_expected(report: Mapping[str, Any], path: Path) -> None:
+    """Dice of the mask with an annotator against what the soft map expected: a point a slice, and the bins' means."""
+    figure = _page(4.4, 4.5)
+    axes = figure.add_axes((0.14, 0.12, 0.83, 0.8))
+    pairs = np.concatenate([pairs_of(case) for case in report["cases"]])
+    bins = [row for row in report["expected_bins"] if row["slices"]]
+    axes.plot([0, 1], [0, 1], color=FAINT, lw=1, ls=(0, (4, 3)))
+    axes.plot(pairs[:, 0], pairs[:, 1], "o", color=PALE, ms=3, mew=0, label="a slice")
+    axes.plot(
+        [row["expected"] for row in bins],
+        [row["found"] for row in bins],
+        "o-",
+        color=COLOURS[0],
+        lw=1.6,
+        ms=4.5,
+        label="mean of a tenth",
+    )
+    axes.set_xlim(-0.03, 1.03)
+    axes.set_ylim(-0.03, 1.03)
+    axes.set_xlabel("Dice that the soft map expects", fontsize=9, color=INK)
+    axes.set_ylabel("Dice with one annotator, mean over annotators", fontsize=9, color=INK)
+    axes.legend(frameon=False, fontsize=9, loc="lower left", bbox_to_anchor=(0, 0.99), ncols=2, labelcolor=INK)
+    _tidy(axes)
     save(figure, path, DPI)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,21 +26,25 @@ if TYPE_CHECKING:
     from cdiff.runtime.segmenter import Segmenter
 
 SCORES = "scores.json"
+WORST = "worst.png"
+OF_OTHERS = (WORST, "steps.csv", "steps.png")
+"""What is drawn after the report, from it: of another report's scores it must not lie beside this one's."""
 
 
 def write_report(path: Path, report: dict[str, Any]) -> None:
     """Write `path` (scores.json) and, beside it, its tables and plots; all of them, `path` last, or none.
 
-    scores.csv, cases.csv, slices.csv, reliability.csv and .png, runs.csv and, for more than one run, runs.png. Raises
-    CdiffError when the folder cannot be written.
+    scores.csv, cases.csv, slices.csv, reliability.csv and .png, expected.csv and .png, runs.csv and, for more than one run, runs.png. What an
+    evaluation of something else drew there from its own scores gives way. Raises CdiffError when the folder cannot be written.
     """
-    from cdiff.runtime.scoring.plots import write_curve, write_reliability
+    from cdiff.runtime.scoring.plots import write_curve, write_expected, write_reliability
 
     tables = {
         "scores": scores_table(report),
         "cases": cases_table(report),
         "slices": slices_table(report),
         "reliability": reliability_table(report),
+        "expected": report["expected_bins"],
         "runs": runs_table(report),
     }
     with staged(path.parent) as stage:
@@ -49,11 +54,28 @@ def write_report(path: Path, report: dict[str, Any]) -> None:
             else:  # maps in files tell nothing of runs
                 stage.replaces(f"{name}.csv")
         write_reliability(report, stage("reliability.png"))
+        write_expected(report, stage("expected.png"))
         if len(tables["runs"]) > 1:
             write_curve(tables["runs"], "runs", "runs, the first so many of each slice", stage("runs.png"))
         else:
             stage.replaces("runs.png")
+        if _scored(path) != _of(report):
+            for name in OF_OTHERS:
+                stage.replaces(name)
         stage(path.name).write_text(dump_json(report), encoding="utf-8")
+
+
+def _of(report: Mapping[str, Any]) -> Any:
+    """What a report's numbers come from: how they were made, of which cases, over which groups its intervals are."""
+    return report["made_with"], [(case["case"], case["inputs"]) for case in report["cases"]], report["intervals"]
+
+
+def _scored(path: Path) -> Any:
+    """`_of` the report that is there; None without one."""
+    try:
+        return _of(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def check_steps(segmenter: Segmenter, protocol: Protocol, steps: Sequence[int]) -> list[int]:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.expected import expected_counts, expected_dice
 from cdiff.runtime.results import entropy
 from cdiff.runtime.scoring.calibration import BINS, auroc, brier, crps, reliability
 from cdiff.runtime.scoring.curves import FIVE_OF_NINE, run_counts, soft_dice_by_runs
@@ -57,6 +58,8 @@ PER_SLICE = (
     "dice_each",
     "dice_each_annotators",
     "dice_each_difference",
+    "expected_dice",
+    "expected_dice_difference",
     "false_positive_slices",
 )
 """The scores with one number a slice."""
@@ -73,6 +76,8 @@ PER_CASE = (
     "case_dice_each",
     "case_dice_each_annotators",
     "case_dice_each_difference",
+    "case_expected_dice",
+    "case_expected_dice_difference",
 )
 """The scores with one number a case, whose slices count together."""
 PER_CASE_LEVEL = ("case_dice_per_level", "case_iou_per_level")
@@ -119,7 +124,8 @@ class Overlaps:
 
     thresholds [9,3]: soft map and fraction of annotators, at each threshold of NINE; levels [C,3]: the model's level maps and the
     true ones; others [n,9,3]: each annotator and the fraction of the others; pairs [n(n-1)/2,3]: the annotators' masks; each [n,3]:
-    the soft map at one half and each annotator; panels [n,3]: the majority of the others and each annotator.
+    the soft map at one half and each annotator; panels [n,3]: the majority of the others and each annotator; expected [3]: what the
+    soft map expects of the first of these (`runtime.expected`).
     """
 
     thresholds: Counts
@@ -128,6 +134,7 @@ class Overlaps:
     pairs: Counts
     each: Counts
     panels: Counts
+    expected: NDArray[np.float64]
 
     def __add__(self, more: Overlaps) -> Overlaps:
         """Those of the slices of both, which are of one case."""
@@ -137,6 +144,7 @@ class Overlaps:
         """A number, or one for each level or threshold; None where one annotator alone leaves a score undefined."""
         by_threshold, by_annotator = dice_of(self.thresholds), dice_of(self.others)
         each, panels = _mean(dice_of(self.each)), _mean(dice_of(self.panels))
+        expected = _number(expected_dice(self.expected))
         return {
             "soft_dice_5": _mean(by_threshold[FIVE_OF_NINE]),
             "soft_dice_9": _mean(by_threshold),
@@ -149,6 +157,8 @@ class Overlaps:
             "dice_each": each,
             "dice_each_annotators": panels,
             "dice_each_difference": None if each is None or panels is None else each - panels,
+            "expected_dice": expected,
+            "expected_dice_difference": None if each is None or expected is None else expected - each,
         }
 
 
@@ -203,6 +213,7 @@ class SliceMaps:
             overlap_of_pairs(self.masks),
             overlap_with_each(self.mask, self.masks),
             overlap_of_panels(self.masks),
+            expected_counts(self.soft, self.mask),
         )
 
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from cdiff.runtime.data.case import listed
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.scoring.calibration import BINS, ece
+from cdiff.runtime.scoring.expectation import expectation_bins, rank_correlation
 from cdiff.runtime.scoring.metrics import (
     COVERAGE,
     NINE,
@@ -129,6 +130,8 @@ def summarise(
         PER_CASE_THRESHOLD: [{"threshold": h, **of_cases(PER_CASE_THRESHOLD, i)} for i, h in enumerate(NINE)],
         **{name: [{"level": c + 1, **of_cases(name, c)} for c in range(levels)] for name in PER_CASE_LEVEL},
         **_volume_errors(rows, levels, groups),
+        "expected_dice_rank": rank_correlation(rows, groups),
+        "expected_bins": expectation_bins(rows),
         "ece": _calibration_error(tables["whole"], counts, groups),
         "ece_near": _calibration_error(tables["near"], marked, groups),
         "reliability": {region: _diagram(table.sum(axis=0)) for region, table in tables.items()},

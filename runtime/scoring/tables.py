@@ -37,7 +37,9 @@ def csv_text(table: Table) -> str:
 
 def scores_table(report: Mapping[str, Any]) -> Table:
     """One row a score: its key, at which level or threshold, mean, 95 % interval, how many slices (cases for a case's own scores)."""
-    rows = [_score_row(name, "", report[name]) for name in (*PER_SLICE, "ece", "ece_near", *PER_CASE)]
+    rows = [
+        _score_row(name, "", report[name]) for name in (*PER_SLICE, "expected_dice_rank", "ece", "ece_near", *PER_CASE)
+    ]
     for name in (PER_THRESHOLD, PER_CASE_THRESHOLD):
         rows += [_score_row(name, f"threshold {e['threshold']:g}", e) for e in report[name]]
     rows += [_score_row(name, f"level {e['level']}", e) for name in (*PER_LEVEL, *PER_CASE_LEVEL) for e in report[name]]

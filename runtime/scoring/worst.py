@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 HEADS = ("image", "fraction of annotators", "the model's soft map")
-WORST = "worst.png"
-"""Its name in a report's folder."""
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from cdiff.runtime.data.oddities import Oddities
 from cdiff.runtime.data.partition import count_annotators, count_channels
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import sha256
+from cdiff.runtime.outputs import cut_short
 from cdiff.runtime.scans.grid import Grid
 from cdiff.runtime.scans.nifti import nifti_voxels
 from cdiff.runtime.scans.picture import opened
@@ -87,6 +88,12 @@ class WrittenMaps:
                 f"{missing[0].replace('/', '_')}_soft.nii.gz; draw them, or score others"
             )
         self._written = {name: written for name, written in found.items() if written}
+        without = {name: one.soft for name, one in self._written.items() if not one.report}
+        killed = {place: cut_short(place) for place in {soft.parent for soft in without.values()}}
+        if cut := [name for name, soft in without.items() if soft.name in killed[soft.parent]]:
+            raise CdiffError(
+                f"{listed(cut)}: the maps in {folder} are of a `cdiff segment` that was killed while it put them in place; segment again"
+            )
         self.levels = self._count_levels(cases)
         self.name = f"maps of {folder.resolve().name}"
 

@@ -22,6 +22,7 @@ from cdiff.benchmarks.gpu_report import markdown
 from cdiff.benchmarks.gpu_subjects import PAPER, demo_slices, shipped_config, subject
 from cdiff.benchmarks.gpu_suite import Suite, in_a_process, main
 from cdiff.runtime.bundle import open_bundle, shipped_bundle
+from cdiff.runtime.engines.trt import Gpu
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.scans.scan import read_scan
 from tests.benchmarks.tiny import CPU
@@ -181,6 +182,21 @@ def test_it_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "gpu_suite.json").write_text("{")
     with pytest.raises(CdiffError, match="give --fresh"):
         Suite(tmp_path, CPU, checks, fresh=False)
+
+
+def test_a_report_of_another_gpu_is_not_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may have been carried here; the same card, and a driver that does not tell, are no hindrance."""
+    settings, checks = Settings(), [Check("machine", "", 60, 1)]
+    suite = Suite(tmp_path, settings, checks, fresh=False)
+    suite.report["checks"]["machine"] = {"status": "done", "result": {"gpu": {"name": "NVIDIA H200"}}, "seconds": 1}
+    suite.save()
+    for names in ([], ["NVIDIA H200"], ["NVIDIA H200", "NVIDIA T4"]):
+        monkeypatch.setattr(gpu_suite, "visible_gpus", lambda names=names: [Gpu(name, "9.0", 0) for name in names])
+        assert "machine" in Suite(tmp_path, settings, checks, fresh=False).report["checks"]
+    monkeypatch.setattr(gpu_suite, "visible_gpus", lambda: [Gpu("NVIDIA T4", "7.5", 0)])
+    with pytest.raises(CdiffError, match=r"was measured on NVIDIA H200, and cuda:0 is NVIDIA T4; give --fresh"):
+        Suite(tmp_path, settings, checks, fresh=False)
+    assert Suite(tmp_path, settings, checks, fresh=True).report["checks"] == {}
 
 
 def test_what_was_refused_is_tried_again_after_what_was_never_measured(

@@ -31,37 +31,48 @@ def test_cases_are_pointed_at_in_all_directions_as_far() -> None:
 def test_scores_are_compared_with_pointing_at_the_middle() -> None:
     def rows(*scores: float) -> list[dict[str, object]]:
         return [
-            {"pixels": pixels, "slice": k, "soft_dice_5": score - 0.01 * pixels, "missed": pixels == 16 and k == 0}
+            {
+                "pixels": pixels,
+                "slice": k,
+                "soft_dice_5": score - 0.01 * pixels,
+                "dice_each": score,
+                "expected_dice": None if pixels == 16 and k == 0 else score / 2,
+                "missed": pixels == 16 and k == 0,
+            }
             for pixels in PIXELS
             for k, score in enumerate(scores)
         ]
 
-    found = summary([rows(0.5, 1.0), rows(0.75)])
+    found = summary([rows(0.5, 1.0), rows(0.75)], PIXELS)
     assert [one["pixels"] for one in found] == list(PIXELS)
     assert found[0]["soft_dice_5"]["mean"] == 0.75
     assert [found[3]["difference"][end] for end in ("mean", "low", "high")] == pytest.approx([-0.08] * 3)
-    assert [one["missed"] for one in found] == [0, 0, 0, 0, 0, pytest.approx(2 / 3)]
+    shares = [pytest.approx(2 / 3) if pixels == 16 else 0 for pixels in PIXELS]
+    assert [one["missed"] for one in found] == [one["empty"] for one in found] == shares
+    # What is expected stands beside what was found of the same slices.
+    assert [found[5][name]["mean"] for name in ("expected_dice", "dice_each")] == [0.5, 1]
+    assert [found[0][name]["mean"] for name in ("expected_dice", "dice_each")] == [0.375, 0.75]
 
 
-def test_the_maps_are_those_of_the_place_that_is_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("cdiff.benchmarks.off_centre.PIXELS", (0, 8))
+def test_the_maps_are_those_of_the_place_that_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     case = tmp_path / "data" / "Validation" / "case01"
     case.mkdir(parents=True)
     for path in DEMO.glob("*.nii.gz"):
         image = nib.load(path)
         nib.save(nib.Nifti1Image(np.asarray(image.dataobj)[..., 2:4], image.affine), case / path.name)
     out = tmp_path / "out.json"
-    assert main(["--data", str(tmp_path / "data"), "--json", str(out)]) == 0
+    assert main(["--data", str(tmp_path / "data"), "--pixels", "0,8", "--json", str(out)]) == 0
     report = json.loads(out.read_text())
     assert (report["split"], report["cases"], report["slices"]) == ("val", 1, 2)
     (demo,) = find_cases(tmp_path / "data")["val"]
     row, column = beside((64, 64), 8, 0)
-    soft = cdiff.load().segment(demo.scan, at=(row, column, 0), slices=(0, 2), fast=True).soft
+    result = cdiff.load().segment(demo.scan, at=(row, column, 0), slices=(0, 2), fast=True)
+    soft = result.soft
     truth = np.mean([nib.load(path).get_fdata() for path in demo.masks], axis=0)
     wanted = np.mean([soft_dice(soft[..., k], truth[..., k]) for k in range(2)])
     assert report["found"][1]["soft_dice_5"]["mean"] == pytest.approx(wanted)
+    expected = np.mean([one["mask"] for one in result.report["expected_dice"]["slices"]])
+    assert report["found"][1]["expected_dice"]["mean"] == pytest.approx(expected, abs=1e-4)
     assert "8 pixels beside: soft Dice" in capsys.readouterr().out
 
 

@@ -39,6 +39,9 @@ def test_default_output_folder(scan: Path, tiny_bundle: Path, tmp_path: Path, mo
     assert {path.name for path in (tmp_path / "cdiff_output").iterdir()} == {f"image{end}" for end in ENDINGS}
     assert result.stdout.strip() == "cdiff_output/image_preview.png"
     assert "onnxruntime on cpu" in result.stderr
+    expected = json.loads((tmp_path / "cdiff_output" / "image.json").read_text())["expected_dice"]["mask"]
+    told = "the mask is empty" if expected is None else f"expected Dice {expected:.2f}"
+    assert any(line.startswith("image: ") and line.endswith(f" s, {told}") for line in result.stderr.splitlines())
 
 
 def test_a_page_is_what_to_open(scan: Path, tiny_bundle: Path, tmp_path: Path) -> None:
@@ -119,6 +122,7 @@ def test_several_scans_and_folders_at_once(tiny_data: Path, tiny_bundle: Path, t
         f"{name}.json" for name in ("a", "b", "case01", "case02")
     }
     assert "task01_seg01.nii.gz: masks or results by their names, not taken" in result.stderr
+    assert "look first at" not in result.stderr  # one step of the tiny model marks nothing
     for names, said in (
         ((one, tiny_data / "Training/case01", tiny_data / "Validation/case01"), "would both write case01_soft.nii.gz"),
         ((mask, mask.with_name("task01_seg02.nii.gz")), "only masks or results are named"),
@@ -127,6 +131,22 @@ def test_several_scans_and_folders_at_once(tiny_data: Path, tiny_bundle: Path, t
         refused = run("segment", *names, "-o", tmp_path / "none", *short, code=2)
         assert said in " ".join(refused.stderr.split())
     assert not (tmp_path / "none").exists() or not list((tmp_path / "none").iterdir())
+
+
+def test_the_scans_to_look_at_first_are_those_of_the_least_expected_dice(tmp_path: Path) -> None:
+    """Of the demo's nodule, and crops of it from farther and farther beside: what lies in the middle is drawn best."""
+    demo = nib.load(Path(cdiff.__file__).parent / "demo" / "image.nii.gz")
+    voxels = np.asarray(demo.dataobj)
+    for name, shift in (("a", 20), ("b", 0), ("c", 30), ("d", 10), ("e", 25)):
+        nib.save(nib.Nifti1Image(np.roll(voxels[..., 3:4], shift, axis=1), demo.affine), tmp_path / f"{name}.nii.gz")
+    out = tmp_path / "maps"
+    result = run("segment", tmp_path, "-o", out, "--fast", "--runs", 1, "--zooms", "1", "--no-mirror", "--no-preview")
+    expected = {name: json.loads((out / f"{name}.json").read_text())["expected_dice"]["mask"] for name in "abcde"}
+    known = sorted((value, name) for name, value in expected.items() if value is not None)
+    assert len(known) > 3
+    lowest = ", ".join(f"{name} ({value:.2f})" for value, name in known[:3])
+    assert f"look first at {lowest}: the lowest expected Dice" in result.stderr
+    assert known[-1][1] in "bd"
 
 
 def test_what_a_reader_of_the_maps_should_know_is_said_once(tiny_bundle: Path, tmp_path: Path) -> None:

@@ -61,6 +61,13 @@ def test_more_memory_than_there_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert "the memory is not enough (Unable to allocate 7.63 GiB)" in one_line("info", tmp_path)
 
 
+def test_more_memory_than_pytorch_gets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As a run's config.json with a batch of a thousand millions asks for; its error is of no kind of its own."""
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr("cdiff.runtime.bundle.open_bundle", lambda *_, **__: torch.empty(10**15))
+    assert "the memory is not enough ([enforce fail" in one_line("info", tmp_path)
+
+
 def test_more_threads_than_the_system_allows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """As on a login node, or in a container with a limit of tasks."""
     said = "can't start new thread"

@@ -35,8 +35,16 @@ def test_a_report_with_everything(tiny_data: Path, tiny_bundle: Path, tmp_path: 
     assert code == 0, said
     assert re.search(r"somebody else.*kidney.*87\.65", printed)
     names = {path.name for path in folder.iterdir()}
-    tables = {f"{name}.csv" for name in ("scores", "cases", "slices", "reliability", "runs", "steps")}
-    assert names == tables | {"scores.json", "reliability.png", "runs.png", "steps.png", "steps", "worst.png"}
+    tables = {f"{name}.csv" for name in ("scores", "cases", "slices", "reliability", "expected", "runs", "steps")}
+    assert names == tables | {
+        "scores.json",
+        "reliability.png",
+        "expected.png",
+        "runs.png",
+        "steps.png",
+        "steps",
+        "worst.png",
+    }
     report = json.loads((folder / "scores.json").read_text())
     assert json.loads(copy.read_text()) == report
     asked = {"runs": 3, "steps": 2, "sampler": "ddim", "seed": 7, "combine": "vote", "mirror": False, "fast": False}

@@ -141,14 +141,17 @@ def test_the_error_of_maps_is_in_the_maps_unit(bundle: Bundle, monkeypatch: pyte
 
 
 def test_a_broken_network_leaves_no_bundle(tmp_path: Path) -> None:
-    run = random_run(tmp_path / "run", CONFIG)
+    run = random_run(tmp_path / "run", replace(CONFIG, network=replace(CONFIG.network, rrdbs=0)))
     (weights,) = run.glob("checkpoints/*/ema.safetensors")
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(weights)
     tensors["denoiser.last.bias"][:] = float("nan")
     save_file(tensors, weights)
-    with pytest.raises(CdiffError):
+    with pytest.raises(CdiffError, match=r"ema\.safetensors is not what was written"):
+        export_run(run, tmp_path / "bundle")
+    (weights.parent / "checkpoint.json").write_text("{}")  # as an older version, which wrote no hashes
+    with pytest.raises(CdiffError, match=r"differ from PyTorch|not finite"):
         export_run(run, tmp_path / "bundle")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 

@@ -22,7 +22,10 @@ from tests.export.networks import BASE, random_network
 
 KINDS: dict[str, dict[str, Any]] = {
     "x0": {},
-    "eps-learned": {"target": "eps", "variance": "learned", "rrdbs": 0},
+    "eps-learned": {
+        **{"target": "eps", "variance": "learned", "rrdbs": 0},
+        **{"channel_mult": (1,), "attention_depths": ()},
+    },
     "v-two-blocks-rgb": {
         **{"target": "v", "rrdbs": 0, "image_channels": 3},
         **{"channel_mult": (1,), "attention_depths": (), "residual_blocks": 2},

@@ -100,6 +100,26 @@ def test_images_that_dcm2niix_turns_keep_their_own_frames(sense: int, tmp_path: 
     assert own_frames(tmp_path / "seg.dcm", folder) == 10
 
 
+@pytest.mark.parametrize("change", ["removed", "cut off", "emptied", "another patient's"])
+def test_images_that_change_after_they_were_segmented(change: str, tmp_path: Path) -> None:
+    """Headers are read again when the maps are there, which may be hours later."""
+    folder = write_series(tmp_path / "a", voxels(), orthogonal())
+    result, image = found_in(folder), sorted(folder.iterdir())[1]
+    if change == "another patient's":
+        write_series(folder, voxels(), orthogonal())
+    elif change == "removed":
+        image.unlink()
+    else:
+        image.write_bytes(image.read_bytes()[: 100 if change == "cut off" else 0])
+    says = (
+        "would name their patient" if change == "another patient's" else f"{image} has changed since it was segmented"
+    )
+    with pytest.raises(CdiffError, match=says) as caught:
+        write_dicom_seg(result, tmp_path / "seg.dcm")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "seg.dcm").exists()
+
+
 def own_frames(path: Path, folder: Path) -> int:
     """How many frames refer to an image, which must be one that lies at the very same place."""
     images = [pydicom.dcmread(file) for file in folder.iterdir()]

@@ -175,6 +175,33 @@ def test_what_fails_while_it_runs_is_told_by_nobody_else(tmp_path: Path, capfd: 
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize(
+    ("operator", "attributes", "said"),
+    [
+        ("ReduceSum", {"keepdims": 0}, r"\[\] float32"),
+        ("Cast", {"to": onnx.TensorProto.STRING}, r"\[2, \d+, 16, 16\] object"),
+        ("AveragePool", {"kernel_shape": [2, 2]}, r"\[2, \d+, 15, 15\] float32"),
+    ],
+)
+def test_an_encoder_that_gives_no_features_is_one_line(
+    tmp_path: Path, operator: str, attributes: dict[str, Any], said: str
+) -> None:
+    """A valid graph in its place, whose file the manifest may even name."""
+    encoder, denoiser = write_pair(tmp_path)
+    model = onnx.load(encoder)
+    (last,) = (node for node in model.graph.node if "features" in node.output)
+    last.output[0] = "before"
+    model.graph.node.append(onnx.helper.make_node(operator, ["before"], ["features"], **attributes))
+    (value,) = model.graph.output
+    value.type.tensor_type.ClearField("shape")
+    if operator == "Cast":
+        value.type.tensor_type.elem_type = onnx.TensorProto.STRING
+    onnx.save(model, encoder)
+    engine = OnnxRuntimeEngine(encoder, denoiser, threads=1)
+    with pytest.raises(CdiffError, match=rf"the encoder's features are {said}, not \[2, channels, 16, 16\] float32"):
+        engine.encode(np.zeros((2, 1, 16, 16), np.float32))
+
+
 def test_wrong_shapes_are_one_line(tmp_path: Path) -> None:
     engine = OnnxRuntimeEngine(*write_pair(tmp_path), threads=1)
     with pytest.raises(CdiffError, match=r"failed on cpu with image \[1, 1, 8, 8\] float32") as error:

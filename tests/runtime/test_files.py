@@ -5,15 +5,19 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import (
+    PART,
     atomic_folder,
     atomic_path,
     most_bytes_of_a_name,
@@ -84,12 +88,96 @@ def test_a_set_replaces_what_it_makes_out_of_date(tmp_path: Path) -> None:
     }
 
 
-def test_no_report_vouches_for_a_mixture(tmp_path: Path) -> None:
-    fill(tmp_path, {"a.bin": "old", "report.json": "old"})
+def read(folder: Path) -> dict[str, str]:
+    """What the files of a set hold, without unfinished ones."""
+    return {name: (folder / name).read_text() for name in names(folder) if not name.startswith(PART)}
+
+
+def replace_set(folder: Path) -> None:
+    """A set of two files and one that is out of date with them."""
+    with staged(folder) as stage:
+        stage("a.bin").write_text("new")
+        stage.replaces("page.html")
+        stage("report.json").write_text("new")
+
+
+OLD = {"a.bin": "old", "page.html": "old", "report.json": "old"}
+NEW = {"a.bin": "new", "report.json": "new"}
+RENAMES = 5
+"""Of `replace_set` over OLD: three aside and two in place."""
+
+
+def at_rename(number: int, happens: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have something happen in place of the rename of that number (from 1) and no other."""
+    count, real = [0], os.rename
+
+    def counted(source: Path, target: Path) -> None:
+        count[0] += 1
+        if count[0] == number:
+            happens()
+        real(source, target)
+
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(os, name, counted)
+
+
+@pytest.mark.parametrize("number", range(1, RENAMES + 1))
+@pytest.mark.parametrize("error", [OSError(errno.EIO, os.strerror(errno.EIO)), KeyboardInterrupt()])
+def test_an_older_set_is_back_where_the_renames_end_early(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, error: BaseException
+) -> None:
+    fill(tmp_path, OLD)
+
+    def fail() -> None:
+        raise error
+
+    at_rename(number, fail, monkeypatch)
+    with pytest.raises(CdiffError if isinstance(error, OSError) else KeyboardInterrupt):
+        replace_set(tmp_path)
+    assert read(tmp_path) == OLD
+    assert names(tmp_path) == sorted(OLD)
+
+
+def test_a_new_set_that_is_cut_short_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "b.bin").mkdir()  # the second rename must fail
     with pytest.raises(CdiffError, match="cannot write"):
         fill(tmp_path, {"a.bin": "new", "b.bin": "new", "report.json": "new"})
-    assert names(tmp_path) == ["a.bin", "b.bin"]
+    assert names(tmp_path) == ["b.bin"]
+
+
+def test_of_a_killed_replacement_no_report_vouches_for_a_mixture(tmp_path: Path) -> None:
+    for number in range(1, RENAMES + 1):
+        folder = tmp_path / str(number)
+        fill(folder, OLD)
+        if (child := os.fork()) == 0:
+            with pytest.MonkeyPatch.context() as patch:
+                at_rename(number, lambda: os.kill(os.getpid(), signal.SIGKILL), patch)
+                replace_set(folder)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        left = read(folder)
+        assert left == OLD if number == 1 else "report.json" not in left
+        kept = [path.read_text() for path in folder.iterdir()]
+        assert kept.count("old") == 3  # under whatever name
+        replace_set(folder)
+        assert read(folder).items() >= NEW.items()
+
+
+def test_two_sets_do_not_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second waits while the first is being put in place."""
+    fill(tmp_path, OLD)
+    second = threading.Thread(target=fill, args=(tmp_path, {"a.bin": "second", "report.json": "second"}))
+
+    def start_second() -> None:
+        second.start()
+        second.join(0.3)
+        assert second.is_alive()
+
+    at_rename(4, start_second, monkeypatch)
+    replace_set(tmp_path)
+    second.join(10)
+    assert read(tmp_path) == {"a.bin": "second", "report.json": "second"}
+    assert names(tmp_path) == ["a.bin", "report.json"]
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -112,6 +200,42 @@ def test_an_older_folder_is_replaced_only_when_asked(tmp_path: Path) -> None:
     fill_folder(target, "b.json", replace=True)
     assert names(target / "sub") == ["b.json"]
     assert names(tmp_path) == ["bundle"]
+
+
+def test_an_older_folder_is_back_where_the_renames_end_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "bundle"
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    fill_folder(target, "a.json")
+    for number in (1, 2):
+        with monkeypatch.context() as patch:
+            at_rename(number, interrupt, patch)
+            with pytest.raises(KeyboardInterrupt):
+                fill_folder(target, "b.json", replace=True)
+        assert names(target / "sub") == ["a.json"]
+        assert names(tmp_path) == ["bundle"]
+
+
+def test_a_folder_that_is_removed_meanwhile_is_one_line(tmp_path: Path) -> None:
+    def write_folder() -> None:
+        with atomic_folder(tmp_path / "out" / "bundle") as part:
+            shutil.rmtree(tmp_path / "out")
+            (part / "a.bin").write_bytes(b"x")
+
+    def write_set() -> None:
+        with staged(tmp_path / "out") as stage:
+            stage("a.bin").write_bytes(b"x")
+            shutil.rmtree(tmp_path / "out")
+            stage("report.json").write_bytes(b"x")
+
+    for write in (write_folder, write_set):
+        with pytest.raises(CdiffError, match="out, or what was being written in it, was removed meanwhile") as caught:
+            write()
+        assert "\n" not in str(caught.value)
+    with pytest.raises(FileNotFoundError), atomic_folder(tmp_path / "other"):  # of what is read its reader says it
+        (tmp_path / "nowhere").read_bytes()
 
 
 def test_of_two_folders_written_at_once_the_first_that_is_whole_stays(tmp_path: Path) -> None:

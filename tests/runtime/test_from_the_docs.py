@@ -45,7 +45,11 @@ def same(got: Result, number: int, want: dict[str, Array], box: tuple[slice, sli
         whole[..., *box] = want[name]
         # Float32's rounding of the maps, which the entropy's slope near 0 magnifies some twentyfold.
         np.testing.assert_allclose(found, whole, rtol=0, atol=1e-5, err_msg=name)
-    assert np.array_equal(got.mask[:, :, number], answer["soft"] >= 0.5)
+    mask = got.mask[:, :, number] > 0
+    assert np.array_equal(mask, answer["soft"] >= 0.5)
+    (expected,) = (one["mask"] for one in got.report["expected_dice"]["slices"] if one["slice"] == number)
+    sums = 2 * answer["soft"][mask].sum(dtype=np.float64), mask.sum() + answer["soft"].sum(dtype=np.float64)
+    assert expected is None if not mask.any() else expected == pytest.approx(sums[0] / sums[1], abs=1e-4)
 
 
 @pytest.fixture(scope="module")

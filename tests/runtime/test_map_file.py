@@ -23,6 +23,12 @@ from cdiff.runtime.scans.grid import Grid
 RNG = np.random.default_rng(0)
 
 
+@pytest.fixture(autouse=True)
+def _two_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the tests have one core."""
+    monkeypatch.setattr(map_file, "physical_cores", lambda: 2)
+
+
 def grid_of(shape: tuple[int, ...], axis: int | None, kind: Any = nib.Nifti1Header) -> Grid:
     header = kind()
     header.set_data_shape(shape)

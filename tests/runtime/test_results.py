@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.files import most_bytes_of_a_name, sha256
+from cdiff.runtime.files import PART, most_bytes_of_a_name, sha256
 from cdiff.runtime.report import build_report, volumes
 from cdiff.runtime.results import Result, Stack, entropy
+from cdiff.runtime.scans.inputs import scans_at
 from cdiff.runtime.scans.scan import read_scan
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -299,3 +300,15 @@ def test_a_long_scan_is_never_whole_in_memory_for_its_files(tmp_path: Path) -> N
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1.5 * result.soft.nbytes
+
+
+def test_what_a_killed_save_left_goes_with_the_next(tmp_path: Path) -> None:
+    """Killed after the older report gave way: its page must not stay beside a result that has none, and its maps are no scans."""
+    scan = scan_file(tmp_path, (5, 6, 4))
+    segmented(scan).save(tmp_path, preview=False, page=True)
+    (tmp_path / "scan.json").rename(tmp_path / f"{PART}0.json")
+    assert [one.name for one in scans_at(tmp_path)] == ["scan"]
+    segmented(scan).save(tmp_path, preview=False)
+    assert not (tmp_path / "scan_page.html").exists()
+    listed = json.loads((tmp_path / "scan.json").read_text())["outputs"]
+    assert {path.name for path in tmp_path.glob("scan_*")} == set(listed)

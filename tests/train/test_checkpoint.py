@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from cdiff.train.checkpoint import (
     config_of_weights,
     read_json,
     read_state,
+    read_weights,
     save_checkpoint,
     write_tensors,
 )
@@ -64,6 +66,23 @@ def test_an_optimisers_state_with_a_changed_byte_is_refused(tmp_path: Path) -> N
     path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
     with pytest.raises(CdiffError, match=r"optimiser\.pt cannot be read \(.*Bad CRC-32|is not what was written"):
         read_state(path, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "ema.safetensors"])
+def test_weights_with_a_changed_byte_are_refused(file: str, tmp_path: Path) -> None:
+    """Which fit and are finite: nothing else would show that maps or a training that goes on come from other numbers."""
+    weights = {"a": torch.arange(100.0)}
+    save_checkpoint(tmp_path, network=weights, ema=weights, optimiser={}, info={"step": 1, "is_best": False})
+    folder = tmp_path / "checkpoints" / "step-0000001"
+    assert read_weights(folder, file)["a"].equal(weights["a"])
+    data = (folder / file).read_bytes()
+    (folder / file).write_bytes(data[:-4] + torch.tensor([98.0]).numpy().tobytes())
+    with pytest.raises(CdiffError, match=rf"{file} is not what was written .* remove \"sha256\" there"):
+        read_weights(folder, file)
+    told = read_json(folder / "checkpoint.json")
+    for older in ({file: None}, None):  # changed on purpose; written by an older version
+        (folder / "checkpoint.json").write_text(json.dumps(told | {"sha256": older}))
+        assert read_weights(folder, file)["a"][-1] == 98
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])

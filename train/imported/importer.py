@@ -95,7 +95,8 @@ def _read_args(checkpoint: Path, args: Path | None, source: str, settings: list[
     if args is not None:
         if not (is_there(args) and args.is_file()):
             raise CdiffError(f"{args} is not there; give the args.json that the training wrote")
-        said = read_json(args, "it must be an args.json")
+        # A null is an option that was left out, as the code's own number_of_annotators.
+        said = {name: value for name, value in read_json(args, "it must be an args.json").items() if value is not None}
     trained = {f"{variant}_training" for variant in ("consensus", "annotators", "no_annotator", "soft_label")}
     if source == CONSENSUS and trained.isdisjoint([*said, *(setting.partition("=")[0] for setting in settings)]):
         lacking = (

@@ -125,3 +125,17 @@ def test_masks_of_another_structure_may_be_called_as_they_are(tmp_path: Path) ->
     assert len(find_cases(tmp_path, "task01")["train"]) == 2
     with pytest.raises(CdiffError, match=r"mask.nii.gz and mask1.nii.gz in .* are both one annotator's mask"):
         find_cases(tmp_path, "mask")
+
+
+def test_what_lies_there_in_place_of_cases_is_said(tmp_path: Path) -> None:
+    """Archives that nobody unpacked, and masks of other names."""
+    (tmp_path / "training_data_v3_QC.zip").write_bytes(b"PK")
+    with pytest.raises(CdiffError, match=r"no case in .*; unpack training_data_v3_QC\.zip first$"):
+        find_cases(tmp_path)
+    for case in ("case01", "case02"):
+        for name in ("image", "annotation_1", "annotation_2"):
+            save(tmp_path / case / f"{name}.nii.gz", disc((16, 16)))
+    with pytest.raises(
+        CdiffError, match=r"no mask task01_seg01.*; files beside those of a case, not used: annotation_1"
+    ):
+        find_cases(tmp_path)

@@ -215,6 +215,9 @@ def test_without_the_option_nothing_is_moved_and_it_is_named(case01: Path) -> No
     write(case01 / "task01_seg01.nii.gz", drawn()[1:], np.eye(4))  # which says nothing of its place
     with pytest.raises(CdiffError, match=r"must be on one grid$"):
         read_case(case)
+    write(case01 / "task01_seg01.nii.gz", np.moveaxis(drawn(), 0, -1).swapaxes(0, 1), np.eye(4))
+    with pytest.raises(CdiffError, match=r"must be on one grid; its axes are the image's in the opposite order"):
+        read_case(case)
     with pytest.raises(CdiffError, match="masks_by=heads is not known; use array or header"):
         find_cases(case01.parent.parent, masks_by="heads")
 

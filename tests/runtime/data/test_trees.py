@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cdiff.runtime.data.cases import find_cases, read_case
-from cdiff.runtime.data.partition import count_annotators
+from cdiff.runtime.data.partition import count_annotators, partition
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.scans.inputs import scans_at
 from tests.layouts import write_qubiq
@@ -102,6 +102,53 @@ def test_masks_that_name_their_case_are_of_the_first_structure(tmp_path: Path) -
     assert [case.raters for case in found["train"]] == [("seg01", "seg02", "seg03")] * 2
     assert [path.name for path in found["train"][1].masks] == [f"case02_seg{k:02d}.nii.gz" for k in (1, 2, 3)]
     assert [scan.name for scan in scans_at(tmp_path / "Training/case02")] == ["case02"]
+
+
+def test_a_structure_and_an_annotator_are_known_by_their_numbers(tmp_path: Path) -> None:
+    """Folders that several people put together write them with and without zeros."""
+    write_qubiq(tmp_path, {"Training": 3}, raters=3, tasks=2)
+    for case, old, new in (("case02", "task0", "Task"), ("case03", "seg0", "seg")):
+        for path in (tmp_path / "Training" / case).glob("task*"):
+            path.rename(path.with_name(path.name.replace(old, new)))
+    for task in ("task02", "task2", "Task2"):
+        found = find_cases(tmp_path, task)
+        assert found.task == "task02"
+        assert [case.raters for case in found["train"]] == [("seg01", "seg02", "seg03")] * 3
+    twice = tmp_path / "Training/case01/task02_seg1.nii.gz"
+    shutil.copy(twice.with_name("task02_seg01.nii.gz"), twice)
+    with pytest.raises(CdiffError, match=r"task02_seg01\.nii\.gz and task02_seg1\.nii\.gz in .* one annotator's mask"):
+        find_cases(tmp_path, "task02")
+
+
+def test_scans_of_one_patient_that_only_their_names_tell_stay_together(tmp_path: Path) -> None:
+    """QUBIQ 2021's of the pancreas: case1-1, case1-2; a patient's folder says more than a name."""
+    for place in ("Training/anna", "Training/ben"):
+        write_qubiq(tmp_path / "folders" / place, {"": 1})
+        (tmp_path / "folders" / place / "case01").rename(tmp_path / "folders" / place / "case1-1")
+    assert {case.patient for case in find_cases(tmp_path / "folders")["train"]} == {"anna", "ben"}
+    cases = write_qubiq(tmp_path / "pancreas", {"": 12})
+    for number, path in enumerate(sorted(cases.iterdir())):
+        path.rename(cases / f"case{number // 2 + 1}-{number % 2 + 1}")
+    found = find_cases(cases)
+    for seed in range(4):
+        split = partition(found, cases, seed=seed)
+        assert len(split.val) == 2
+        assert {case.name[:-2] for case in split.val}.isdisjoint(case.name[:-2] for case in split.train)
+
+
+def test_a_folder_of_scans_alone_is_no_data_set(qubiq: Path) -> None:
+    """Validation cases whose masks the benchmark keeps, in a folder that is not called Validation."""
+    kidney = qubiq / "kidney"
+    for number in (8, 9):
+        shutil.copytree(kidney / "train/case01", kidney / f"Validation_No_Mask/case0{number}")
+    for path in kidney.glob("Validation_No_Mask/*/task*"):
+        path.unlink()
+    found = find_cases(kidney)
+    assert {split: len(cases) for split, cases in found.items()} == {"train": 2, "val": 1}
+    assert found.notes == ["folders of cases without masks, left out: Validation_No_Mask (2 cases)"]
+    assert find_cases(kidney, "task01") == found
+    with pytest.raises(CdiffError, match=r"case08 .*has an image but no mask"):
+        find_cases(kidney, "Validation_No_Mask")
 
 
 def test_a_linked_case_has_the_links_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

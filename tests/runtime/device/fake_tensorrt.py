@@ -13,7 +13,9 @@ import numpy as np
 from tests.runtime.device.fake_cuda import World
 
 SIZE = {"encoder": 1000, "denoiser": 5000}
-"""Bytes of working memory of each engine."""
+"""Bytes of working memory of each engine, for the most rows that it takes."""
+ROW = 50
+"""Bytes of it that one row needs."""
 
 
 def view(address: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray[Any, Any]:
@@ -62,6 +64,7 @@ def module(world: World, network: Network, *, rtx: bool = False, max_rows: int =
     trt: Any = ModuleType("tensorrt_rtx" if rtx else "tensorrt")
     trt.__version__ = "1.7.1.116" if rtx else "10.16.1.11"
     trt.driver = "driver-580"
+    trt.refused = ""  # the method that the library refuses
 
     class Severity(enum.IntEnum):
         INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE = range(5)
@@ -89,7 +92,9 @@ def module(world: World, network: Network, *, rtx: bool = False, max_rows: int =
         def __init__(self) -> None:
             self.kernels: set[str] = set()
 
-        def serialize(self) -> memoryview:
+        def serialize(self) -> memoryview | None:
+            if trt.refused == "serialize":
+                return None
             return memoryview(" ".join([trt.driver, *sorted(self.kernels)]).encode())
 
         def deserialize(self, blob: bytes) -> bool:
@@ -150,16 +155,31 @@ def module(world: World, network: Network, *, rtx: bool = False, max_rows: int =
             self.shapes: dict[str, tuple[int, ...]] = {}
             self.addresses: dict[str, int] = {}
             self.profile: int | None = None
-            self.memory = 0
+            self.memory, self.needs = 0, engine.device_memory_size_v2
+
+        def refuse(self, method: str, words: str) -> None:
+            """As the bindings do, which make an exception of what the library returns, and not a false."""
+            if trt.refused == method:
+                self.engine.recorder.report_error("OUT_OF_MEMORY", f"no room in {method}: out of memory")
+                raise RuntimeError(words)
 
         def set_device_memory(self, memory: int, size: int) -> None:
             assert memory % 256 == 0
             world.check(memory, size)
-            assert size >= self.engine.device_memory_size_v2
+            assert size >= self.needs
             self.memory = memory
+
+        def update_device_memory_size_for_shapes(self) -> int:
+            """What the shapes that were set need; 0 where the library cannot tell."""
+            assert set(self.engine.inputs) <= set(self.shapes), "every shape comes first"
+            if trt.refused == "update_device_memory_size_for_shapes":
+                return 0
+            self.needs = ROW * self.shapes["image" if self.engine.graph == "encoder" else "x"][0]
+            return self.needs
 
         def set_optimization_profile_async(self, index: int, stream: int) -> bool:
             assert stream in world.streams
+            self.refuse("set_optimization_profile_async", "Error in set optimization profile async.")
             world.note("profile", self.engine.graph, index)
             self.profile = index
             return True
@@ -182,6 +202,7 @@ def module(world: World, network: Network, *, rtx: bool = False, max_rows: int =
             return name in self.engine.tensors
 
         def infer_shapes(self) -> list[str]:
+            self.refuse("infer_shapes", "infer_shapes error code: -1")
             missing = [name for name in self.engine.inputs if name not in self.shapes]
             first = self.shapes["image" if self.engine.graph == "encoder" else "x"][0]
             for name, (shape, _) in self.engine.outputs.items():

@@ -64,6 +64,17 @@ def test_they_are_kept_before_a_step_is_captured(make: Any) -> None:
     assert max(i for i, name in enumerate(names) if name == "compile") < names.index("begin capture")
 
 
+def test_kernels_that_tensorrt_does_not_give_cost_the_scan_nothing(
+    make: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "cdiff")
+    setup = make(rtx=True)
+    setup.engine._trt.refused = "serialize"
+    segment(setup)
+    assert kernel_files(tmp_path) == []
+    assert any("does not give its compiled kernels" in record.message for record in caplog.records)
+
+
 def test_tensorrt_itself_keeps_none(make: Any, tmp_path: Path) -> None:
     segment(make())
     assert kernel_files(tmp_path) == []

@@ -19,6 +19,7 @@ import pytest
 from numpy.typing import NDArray
 
 from cdiff.runtime.pictures.page import MOST, write_page
+from cdiff.runtime.report import expectation, volumes
 from cdiff.runtime.results import Result, Stack, entropy
 from cdiff.runtime.scans.scan import read_scan
 from cdiff.runtime.variants import VARIANTS
@@ -146,6 +147,24 @@ def test_sizes_of_any_magnitude_are_read_without_an_exponent(tmp_path: Path) -> 
     write_page(made, tmp_path / "x.html", "x")
     shown = [row[-1] for row in contents(tmp_path / "x.html")[0]["sizes"]]
     assert shown == ["98.8 ml", "0.300 ml", "0.000125 ml", "1,520 ml", "1,520 ml"]
+
+
+def test_each_slice_of_the_page_says_what_its_map_expects(tmp_path: Path) -> None:
+    """Of the slices that the page holds; nothing where the mask is empty, or the report says nothing."""
+    made = result((8, 8, 402))
+    made.stack.maps[:] = 0
+    made.stack.maps[50:60, 0] = 0.75
+    made.stack.maps[50:60, 1:] = np.linspace(0.5, 0.95, 10, dtype=np.float32)[:, None, None, None]
+    write_page(made, tmp_path / "x.html", "x")
+    assert set(contents(tmp_path / "x.html")[0]["expected"]) == {""}
+    made.report["expected_dice"] = expectation(made.stack, made.slices)
+    made.report["volumes"] = volumes(made.stack, made.grid)
+    write_page(made, tmp_path / "x.html", "x")
+    data, _ = contents(tmp_path / "x.html")
+    known = {one["slice"]: one["mask"] for one in made.report["expected_dice"]["slices"]}
+    assert data["expected"] == [f", expected Dice {known[n]:.2f}" if known[n] else "" for n in data["numbers"]]
+    assert len(set(data["expected"])) > 5
+    assert data["sizes"][-1] == ["expected Dice", f"{made.report['expected_dice']['mask']:.2f}"]
 
 
 def test_a_long_scan_keeps_what_is_found(tmp_path: Path) -> None:

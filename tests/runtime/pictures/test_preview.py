@@ -19,7 +19,7 @@ from scipy.ndimage import gaussian_filter
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.pictures.drawing import close_up
 from cdiff.runtime.pictures.preview import preview_figure, reader_figure, write_preview
-from cdiff.runtime.report import volumes
+from cdiff.runtime.report import expectation, volumes
 from cdiff.runtime.results import Result, Stack, entropy
 from cdiff.runtime.scans.grid import View
 from cdiff.runtime.scans.scan import read_scan
@@ -44,6 +44,7 @@ def result(
     report = {
         "bundle": "a model with quite a long name", "sampler": "dpm++2m", "steps": 1000, "runs": 100, "seed": 2**63,
         "engine": "onnxruntime", "device": "cuda:0", "volumes": volumes(stack, read.grid),
+        "expected_dice": expectation(stack, range(n)),
     }  # fmt: skip
     return Result(read.grid, read.slices, range(n), stack, "x", report)
 
@@ -86,6 +87,15 @@ def test_nothing_overlaps_or_leaves_the_page(kind: str, tmp_path: Path) -> None:
         assert inside, f"{text.get_text()!r} leaves the page"
     for (one, a), (two, b) in combinations(boxes.items(), 2):
         assert not a.overlaps(b), f"{one.get_text()!r} overlaps {two.get_text()!r}"
+
+
+def test_the_expected_dice_stands_where_there_is_a_mask() -> None:
+    def told(kind: str) -> list[str]:
+        return [text.get_text() for text in preview_figure(KINDS[kind], "x").texts if "Dice" in text.get_text()]
+
+    expected = KINDS["volume"].report["expected_dice"]["mask"]
+    assert [text.rpartition("  ·  ")[2] for text in told("volume")] == [f"expected Dice {expected:.2f}"]
+    assert told("nothing found") == []
 
 
 def test_a_scale_bar_needs_a_spacing_that_can_be_trusted() -> None:

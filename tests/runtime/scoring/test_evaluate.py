@@ -126,6 +126,18 @@ def test_a_journal_of_another_shape_is_not_used(cases: list[Case], tmp_path: Pat
     if damage == "other format":
         assert f"format none (now {FORMAT})" in told[0]
         assert (tmp_path / "scores.partial.jsonl.old").exists()
+    if damage in ("not JSON", "not ended"):  # the report is lost, and its cases are computed anew: that is said
+        assert told[0] == f"{out} is there and cannot be read as a report: this evaluation will replace it"
+
+
+def test_a_report_that_would_be_called_as_a_folder_is_refused_before_the_work(
+    cases: list[Case], tmp_path: Path
+) -> None:
+    (tmp_path / "scores.json").mkdir()
+    segmenter = KnownMaps(tmp_path / "b", 3)
+    with pytest.raises(CdiffError, match=r"scores\.json is a folder; name a file for the report"):
+        run(segmenter, cases, out=tmp_path / "scores.json")
+    assert not segmenter.asked
 
 
 def test_only_marked_slices_are_scored_and_computed(cases: list[Case], tmp_path: Path) -> None:

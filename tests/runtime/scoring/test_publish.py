@@ -24,7 +24,7 @@ from cdiff.runtime.scoring.tables import csv_text
 from cdiff.runtime.segmenter import Segmenter
 from tests.runtime.known_maps import KnownMaps, run
 
-FILES = {"scores.json", *(f"{name}.csv" for name in ("scores", "cases", "slices", "reliability", "runs"))}
+FILES = {"scores.json", *(f"{name}.csv" for name in ("scores", "cases", "slices", "reliability", "expected", "runs"))}
 
 
 def table(path: Path) -> list[dict[str, str]]:
@@ -51,7 +51,7 @@ def report(cases: list[Case], tmp_path: Path) -> dict[str, Any]:
 def test_the_tables_say_what_the_report_says(report: dict[str, Any], tmp_path: Path) -> None:
     folder = tmp_path / "report"
     write_report(folder / "scores.json", report)
-    assert {path.name for path in folder.iterdir()} == FILES | {"reliability.png", "runs.png"}
+    assert {path.name for path in folder.iterdir()} == FILES | {"reliability.png", "expected.png", "runs.png"}
     assert json.loads((folder / "scores.json").read_text()) == report
 
     scores = {(row["score"], row["at"]): row for row in table(folder / "scores.csv")}
@@ -90,7 +90,7 @@ def test_the_tables_say_what_the_report_says(report: dict[str, Any], tmp_path: P
 
 def test_the_plots_show_something(report: dict[str, Any], tmp_path: Path) -> None:
     write_report(tmp_path / "scores.json", report)
-    for name in ("reliability.png", "runs.png"):
+    for name in ("reliability.png", "expected.png", "runs.png"):
         with Image.open(tmp_path / name) as picture:
             assert min(picture.size) > 600
             colours = np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)
@@ -110,7 +110,7 @@ def test_one_run_has_no_curve_to_plot(cases: list[Case], tmp_path: Path) -> None
     folder.mkdir()
     (folder / "runs.png").write_text("of an earlier evaluation")
     write_report(folder / "scores.json", run(KnownMaps(tmp_path / "b", 3, R=1), cases[:1]))
-    assert {path.name for path in folder.iterdir()} == FILES | {"reliability.png"}
+    assert {path.name for path in folder.iterdir()} == FILES | {"reliability.png", "expected.png"}
 
 
 def test_csv_cells() -> None:
@@ -224,3 +224,25 @@ def test_a_file_that_cannot_stand_beside(name: str, text: str, said: str, tmp_pa
     (tmp_path / name).write_text(text, encoding="utf-8")
     with pytest.raises(CdiffError, match=said):
         read_beside(tmp_path / name)
+
+
+def test_what_was_drawn_of_another_report_gives_way_with_it(cases: list[Case], tmp_path: Path) -> None:
+    """worst.png and the steps are drawn after the report, and were a mixture where that is killed before it comes to them, or not asked for."""
+    out = tmp_path / "report" / "scores.json"
+    drawn = {out.with_name(name) for name in ("worst.png", "steps.csv", "steps.png")}
+    own = out.with_name("own.txt")
+
+    def evaluate(shift: int, chosen: list[Case], group: str | None = None) -> set[Path]:
+        run(KnownMaps(tmp_path / "b", 3, shift=shift), chosen, out=out, write=write_report, group=group)
+        return {path for path in drawn if path.exists()}
+
+    assert evaluate(0, cases) == set()
+    for path in (*drawn, own):
+        path.touch()
+    assert evaluate(0, cases) == drawn  # the same command again, for its tables
+    assert evaluate(1, cases) == set()
+    for shift, chosen, group in ((1, cases[:3], None), (1, cases[:3], "case0[1-4]")):
+        for path in drawn:
+            path.touch()
+        assert evaluate(shift, chosen, group) == set()
+    assert own.exists()

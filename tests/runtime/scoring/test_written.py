@@ -248,7 +248,8 @@ def test_the_command(cases: list[Case], tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "maps as they lie in files" in " ".join(result.stdout.split())
     assert {path.name for path in report.iterdir()} == {
-        "scores.json", "scores.csv", "cases.csv", "slices.csv", "reliability.csv", "reliability.png", "worst.png",
+        "scores.json", "scores.csv", "cases.csv", "slices.csv", "reliability.csv", "reliability.png", "expected.csv", "expected.png",
+        "worst.png",
     }  # fmt: skip
     assert json.loads((report / "scores.json").read_text())["protocol"] == {
         "all_raters": False, "all_slices": False, "slices_per_case": None, "raters": "skip",
@@ -261,3 +262,16 @@ def test_the_command(cases: list[Case], tmp_path: Path) -> None:
         assert f"--{name} says how a model draws maps, and --maps names maps that are drawn" in refused.stderr
     refused = CliRunner().invoke(app, [*command, "--report", str(report), "--steps-curve", "1,2"])
     assert "--steps-curve says how" in refused.stderr
+
+
+def test_maps_of_a_killed_segmentation_are_not_scored(cases: list[Case], tmp_path: Path) -> None:
+    maps = tmp_path / "maps"
+    for case in cases:
+        write(maps / f"{case.name}_soft.nii.gz", fraction(case), nib.load(case.image).affine)
+    scores(maps, cases)
+    left = json.dumps({"outputs": {f"{cases[1].name}_soft.nii.gz": {}}})
+    (maps / ".part-0.json").write_text(left)
+    with pytest.raises(CdiffError, match=f"^{cases[1].name}: .* was killed while it put them in place; segment again"):
+        scores(maps, cases)
+    (maps / f"{cases[1].name}.json").write_text('{"cdiff": "0"}')  # segmented again
+    scores(maps, cases)

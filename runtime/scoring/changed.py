@@ -1,0 +1,45 @@
+"""Whether a case's files stay as they are while it is scored: they are read several times over, hours apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from cdiff.runtime.data.cases import Case
+from cdiff.runtime.data.structures import parted
+from cdiff.runtime.errors import CdiffError
+
+Stamps = Mapping[Path, tuple[int, int]]
+"""Of each file its size in bytes and the time of its last change in ns."""
+
+
+def stamps_of(case: Case) -> Stamps:
+    """The stamps of a case's files; those of a folder (a DICOM series) one by one."""
+    found: dict[Path, tuple[int, int]] = {}
+    for path in (parted(path)[0] for path in case.files):
+        for file in filter(Path.is_file, path.iterdir()) if path.is_dir() else [path]:
+            with suppress(OSError):  # whoever reads it says why
+                now = file.stat()
+                found[file] = now.st_size, now.st_mtime_ns
+    return found
+
+
+@contextmanager
+def unchanged(case: Case, stamps: Stamps) -> Iterator[None]:
+    """Raise CdiffError after the block where a file is not as it was: what was read of it is of two minds, and fails in any way."""
+
+    def check() -> None:
+        now, named = stamps_of(case), {parted(path)[0] for path in case.files}
+        both = [path for path in {**stamps, **now} if path in named or path.parent in named]
+        if changed := [path for path in both if stamps.get(path) != now.get(path)]:
+            raise CdiffError(
+                f"{case.name}: {changed[0]} has changed since the evaluation began; run the same command again"
+            )
+
+    try:
+        yield
+    except Exception:
+        check()
+        raise
+    check()

@@ -1,0 +1,77 @@
+"""What a model repository takes of a bundle that changes, or on a disk that is full, while it is copied."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cdiff.export.triton import write_repository
+from cdiff.runtime.bundle import open_bundle
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.files import PART
+from tests.runtime.test_segmenter import make_bundle
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    """A bundle with an engine in its cache."""
+    folder = make_bundle(tmp_path / "bundle", levels=2)
+    (folder / "engines" / "denoiser_x").mkdir(parents=True)
+    (folder / "engines" / "denoiser_x" / "denoiser.engine").write_bytes(b"plan")
+    return folder
+
+
+def at_copy_of(name: str, happens: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have something happen before a file of that name is copied."""
+    real = shutil.copy2
+
+    def copy(source: Path, target: Path) -> None:
+        if source.name == name:
+            happens()
+        real(source, target)
+
+    monkeypatch.setattr(shutil, "copy2", copy)
+
+
+def test_an_engine_that_is_not_finished_is_not_served(bundle: Path, tmp_path: Path) -> None:
+    left = bundle / "engines" / f"{PART}0"
+    left.mkdir()
+    (left / "denoiser.engine").write_bytes(b"half")
+    (bundle / "engines" / f"{PART}1.cache").write_bytes(b"half")
+    served = write_repository(open_bundle(bundle), tmp_path / "models") / "1" / "bundle"
+    assert [path.name for path in (served / "engines").iterdir()] == ["denoiser_x"]
+    assert (served / "engines" / "denoiser_x" / "denoiser.engine").read_bytes() == b"plan"
+
+
+@pytest.mark.parametrize("what", ["replaced", "removed", "engine removed", "disk full", "folder removed"])
+def test_what_ends_the_copy_is_one_line_and_leaves_nothing(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    opened, models = open_bundle(bundle), tmp_path / "models"
+
+    def happens() -> None:
+        if what == "replaced":
+            (bundle / "encoder.onnx").write_bytes(b"another")
+        elif what == "disk full":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        else:
+            gone = {"removed": bundle, "engine removed": bundle / "engines" / "denoiser_x", "folder removed": models}
+            shutil.rmtree(gone[what])
+
+    at_copy_of("denoiser.engine" if what in ("engine removed", "disk full") else "denoiser.onnx", happens, monkeypatch)
+    says = {
+        "replaced": "encoder.onnx has changed since",
+        "removed": "has changed since",
+        "engine removed": "denoiser.engine was removed while it was copied",
+        "disk full": "cannot write to .*no space left",
+        "folder removed": "removed meanwhile",
+    }[what]
+    with pytest.raises(CdiffError, match=says) as caught:
+        write_repository(opened, models)
+    assert "\n" not in str(caught.value)
+    assert not models.exists() or not any(models.iterdir())

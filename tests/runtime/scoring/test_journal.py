@@ -1,0 +1,102 @@
+"""What an evaluation keeps beside its report while it works: killed anywhere, two at once, files that change meanwhile."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from cdiff.runtime.data.cases import Case
+from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.scoring.evaluate import Protocol
+from cdiff.runtime.scoring.journal import Journal
+from cdiff.runtime.scoring.publish import write_report
+from tests.runtime.known_maps import KnownMaps, run, without_seconds
+
+
+def test_two_evaluations_do_not_share_a_journal(cases: list[Case], tmp_path: Path) -> None:
+    """The rows of one would be the other's when that is gone on with."""
+    out, partial = tmp_path / "scores.json", tmp_path / "scores.partial.jsonl"
+    refused: list[str] = []
+
+    def another(done: int, total: int) -> None:
+        before = partial.read_bytes()
+        with pytest.raises(CdiffError, match="is being written by another evaluation") as caught:
+            run(KnownMaps(tmp_path / "other", 3), cases, Protocol(seed=1), out=out)
+        refused.append(str(caught.value))
+        assert partial.read_bytes() == before
+        run(KnownMaps(tmp_path / "other", 3), cases[:1], Protocol(seed=1), out=tmp_path / "beside.json")
+
+    report = run(KnownMaps(tmp_path / "b", 3), cases[:2], out=out, progress=another)
+    assert refused
+    assert json.loads(out.read_text()) == report
+    assert not list(tmp_path.glob("*.jsonl*"))
+
+
+def test_a_journal_that_is_renamed_or_removed_meanwhile_is_not_the_one_that_is_held(tmp_path: Path) -> None:
+    for away in (os.remove, lambda path: os.rename(path, f"{path}.old")):
+        with Journal(tmp_path / "a.json", {}, ("inputs",), [], lambda line: None) as first:
+            away(first.path)
+            with Journal(tmp_path / "a.json", {}, ("inputs",), [], lambda line: None) as second:
+                second.add({"inputs": "x"})
+                assert json.loads(second.path.read_text().splitlines()[1]) == {"inputs": "x"}
+                second.remove()
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_killed_while_the_report_is_put_in_place_no_case_is_lost(
+    cases: list[Case], tmp_path: Path, replaced: bool
+) -> None:
+    """Over an older report of the same, which gives way first: its cases are hours of work."""
+    out = tmp_path / "report" / "scores.json"
+    known = cases if replaced else cases[:3]
+    whole = run(KnownMaps(tmp_path / "b", 3, shift=1), cases)
+    run(KnownMaps(tmp_path / "b", 3, shift=1), known, out=out, write=write_report)
+
+    def killed(path: Path, report: dict[str, Any]) -> None:
+        path.unlink()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if (child := os.fork()) == 0:
+        run(KnownMaps(tmp_path / "b", 3, shift=1), cases, out=out, write=killed)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    rest = KnownMaps(tmp_path / "b", 3, shift=1)
+    assert without_seconds(run(rest, cases, out=out, write=write_report)) == without_seconds(whole)
+    assert rest.asked == []
+
+
+@pytest.mark.parametrize("change", ["other values", "fewer slices", "cut off", "removed"])
+@pytest.mark.parametrize("file", ["image", "mask"])
+def test_a_case_that_changes_while_it_is_scored_is_one_line(
+    cases: list[Case], tmp_path: Path, change: str, file: str
+) -> None:
+    out, path = tmp_path / "scores.json", cases[1].image if file == "image" else cases[1].masks[0]
+    kept = path.read_bytes()
+
+    def replace(done: int, total: int) -> None:
+        """When the first case is done, which is after all masks were read."""
+        if change == "removed":
+            path.unlink(missing_ok=True)
+        elif change == "cut off":
+            path.write_bytes(kept[: len(kept) // 2])
+        elif path.read_bytes() == kept:
+            image = nib.load(path)
+            voxels = np.asanyarray(image.dataobj)
+            voxels = 1 - voxels if change == "other values" else voxels[..., :2]
+            nib.save(nib.Nifti1Image(voxels.astype(np.uint8), image.affine), path)
+
+    with pytest.raises(CdiffError, match=f"^{cases[1].name}: {path} has changed since the evaluation began") as caught:
+        run(KnownMaps(tmp_path / "b", 3), cases, out=out, progress=replace)
+    assert "\n" not in str(caught.value)
+    assert not out.exists()
+    path.write_bytes(kept)
+    rest = KnownMaps(tmp_path / "b", 3)
+    assert run(rest, cases, out=out)["n_cases"] == 4
+    assert [name for name, _ in rest.asked] == [case.name for case in cases[1:]]

@@ -33,7 +33,7 @@ ENVIRONMENT = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUO
 NO_MEMORY = "can't allocate memory"
 """What PyTorch, whose error is a RuntimeError, says where a processor's memory is not enough."""
 NO_THREAD = "can't start new thread"
-"""Python's words, and all that it says, where a limit of processes or a container's of tasks is reached."""
+"""Python's words, and all that it says, where a limit of processes or of memory is reached, or a container's of tasks."""
 
 
 class Commands(TyperGroup):
@@ -57,7 +57,8 @@ class Commands(TyperGroup):
                 fail(f"the memory is not enough ({one_line(error)}); end what else uses it, or ask for less")
             elif NO_THREAD in str(error):
                 fail(
-                    "the system lets this user start no more threads; end what else runs, or raise the limit (ulimit -u)"
+                    "no more threads can be started: a limit of processes (ulimit -u) or of memory (ulimit -v) is reached; raise it, or "
+                    "end what else runs"
                 )
             else:
                 raise

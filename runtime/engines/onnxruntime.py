@@ -54,7 +54,7 @@ def open_session(
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    options.log_severity_level = 3  # errors are raised; warnings about its own optimiser are not the user's business
+    options.log_severity_level = 4  # errors are raised; warnings about its own optimiser are not the user's business
     providers: list[Any] = ["CPUExecutionProvider"]
     if provider is not None:
         where = f"cuda:{provider[1]['device_id']}"

@@ -72,7 +72,7 @@ def test_more_threads_than_the_system_allows(monkeypatch: pytest.MonkeyPatch, tm
     """As on a login node, or in a container with a limit of tasks."""
     said = "can't start new thread"
     monkeypatch.setattr("cdiff.runtime.bundle.open_bundle", lambda _: (_ for _ in ()).throw(RuntimeError(said)))
-    assert "start no more threads" in one_line("info", tmp_path)
+    assert "no more threads can be started" in one_line("info", tmp_path)
     said = "another"
     result = CliRunner().invoke(app, ["info", str(tmp_path)])
     assert isinstance(result.exception, RuntimeError), "a fault of ours is not taken for that"

@@ -167,6 +167,14 @@ def test_a_graph_that_does_not_give_what_it_says_is_one_line(tmp_path: Path, cha
         engine.denoise(**batch(3, 1))
 
 
+def test_what_fails_while_it_runs_is_told_by_nobody_else(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """ONNX Runtime printed lines of its own, in colours, before ours: where the memory was not enough, say."""
+    engine = OnnxRuntimeEngine(*write_pair(tmp_path), threads=1)
+    with pytest.raises(CdiffError, match="failed on cpu with x"):
+        engine.denoise(**batch(2, 1) | {"row_slice": np.array([0, 9])})
+    assert capfd.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize(
     ("operator", "attributes", "said"),
     [

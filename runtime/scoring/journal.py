@@ -98,9 +98,8 @@ def _held(path: Path) -> FileIO:
         try:
             file = FileIO(path, "ab")  # nothing waits in a buffer that a full disk does not take
         except OSError as error:
-            raise CdiffError(
-                f"cannot write to {path}: {error.strerror}; remove it to start anew, or check the permissions"
-            ) from None
+            reason = str(error.strerror).lower()
+            raise CdiffError(f"cannot write to {path}: {reason}; check the space and the permissions there") from None
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):  # another may just have removed or renamed it

@@ -209,7 +209,7 @@ def test_an_older_folder_is_back_where_the_renames_end_early(tmp_path: Path, mon
         raise KeyboardInterrupt
 
     fill_folder(target, "a.json")
-    for number in (1, 2):
+    for number in (1, 2, 3):  # of the file, then of the older folder, then of the new one
         with monkeypatch.context() as patch:
             at_rename(number, interrupt, patch)
             with pytest.raises(KeyboardInterrupt):

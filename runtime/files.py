@@ -101,6 +101,7 @@ class Stage:
         self._parts: dict[str, Path] = {}
         self._stale: list[str] = []
         self._aside: dict[str, Path] = {}
+        self._given_way: list[Path] = []
 
     def __call__(self, name: str) -> Path:
         """Temporary path for `name`: same folder (so that the rename is atomic), same suffixes."""
@@ -130,10 +131,8 @@ class Stage:
                 except BaseException:
                     self._put_back()
                     raise
+            self._given_way += self._aside.values()
         _sync(self.folder)
-        for old in self._aside.values():
-            with suppress(OSError):
-                old.unlink()
 
     def _put_in_place(self) -> None:
         # The last file vouches for the others (a report with their hashes), so an older one of that name goes first: a set whose
@@ -157,7 +156,7 @@ class Stage:
                 os.rename(self._aside[name], self.folder / name)
 
     def _discard(self) -> None:
-        for part in self._parts.values():
+        for part in (*self._parts.values(), *self._given_way):
             with suppress(OSError):  # another error has its say, or none: the set is there
                 part.unlink()
 
@@ -179,7 +178,7 @@ def staged(folder: Path) -> Iterator[Stage]:
             raise _gone(folder) from None
         raise _cannot_write(folder, error) from None
     finally:
-        stage._discard()  # after a commit nothing is left to remove
+        stage._discard()  # after a commit the older set
 
 
 @contextmanager

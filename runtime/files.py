@@ -119,6 +119,7 @@ class Stage:
         self._parts: dict[str, Path] = {}
         self._stale: list[str] = []
         self._aside: dict[str, Path] = {}
+        self._given_way: list[Path] = []
 
     def __call__(self, name: str) -> Path:
         """Temporary path for `name`: same folder (so that the rename is atomic), same suffixes."""
@@ -148,10 +149,8 @@ class Stage:
                 except BaseException:
                     self._put_back()
                     raise
+            self._given_way += self._aside.values()
         _sync(self.folder)
-        for old in self._aside.values():
-            with suppress(OSError):
-                old.unlink()
 
     def _put_in_place(self) -> None:
         # The last file vouches for the others (a report with their hashes), so an older one of that name goes first: a set whose
@@ -175,8 +174,8 @@ class Stage:
                 os.rename(self._aside[name], self.folder / name)
 
     def _discard(self) -> None:
-        for part in self._parts.values():
-            # A disk that takes nothing refuses this too, where nothing is, and why it took nothing is told already.
+        for part in (*self._parts.values(), *self._given_way):
+            # Another error has its say (a disk that takes nothing refuses this too, where nothing is), or none: the set is there.
             with suppress(OSError):
                 part.unlink()
 
@@ -198,7 +197,7 @@ def staged(folder: Path) -> Iterator[Stage]:
             raise _gone(folder) from None
         raise _cannot_write(folder, error) from None
     finally:
-        stage._discard()  # after a commit nothing is left to remove
+        stage._discard()  # after a commit the older set
 
 
 @contextmanager

@@ -138,6 +138,24 @@ def test_an_older_set_is_back_where_the_renames_end_early(
     assert names(tmp_path) == sorted(OLD)
 
 
+def test_ctrl_c_once_the_new_set_is_there_leaves_nothing_of_the_older_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(tmp_path, OLD)
+    real = os.fsync
+
+    def interrupt(handle: int) -> None:
+        real(handle)
+        if os.path.isdir(f"/proc/self/fd/{handle}"):  # the folder comes after the renames
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        replace_set(tmp_path)
+    assert read(tmp_path) == NEW
+    assert names(tmp_path) == sorted(NEW)
+
+
 def test_a_new_set_that_is_cut_short_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "b.bin").mkdir()  # the second rename must fail
     with pytest.raises(CdiffError, match="cannot write"):

@@ -125,6 +125,7 @@ LIBRARIES_SAY = {  # the GPU page's messages that are the driver's, the loader's
     "libcuda.so.1: cannot open shared object file",
     "CUDA driver version is insufficient for CUDA runtime version",
     "no CUDA-capable device is detected",
+    "cuDNN is not available",
 }
 
 PUT_TOGETHER = {  # those in which the code puts a name or a number

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import functools
+import io
+import logging
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +28,7 @@ from cdiff.runtime.words import first_line
 if os.environ.get(TELEMETRY_OFF) == "1":
     ort.disable_telemetry_events()  # the variable came too late where a program had imported ONNX Runtime before cdiff
 
+LOG = logging.getLogger("cdiff")
 CUDA = "CUDAExecutionProvider"
 Provider = tuple[str, dict[str, str]]
 ENCODER = frozenset({"image"}), frozenset({"features"})
@@ -63,7 +70,7 @@ def open_session(
                 f"device {where} needs ONNX Runtime's CUDA build, but onnxruntime {ort.__version__} has no {provider[0]}: "
                 "pip uninstall onnxruntime, then pip install '.[gpu]' in cdiff's clone; or use --device cpu"
             )
-        ort.preload_dlls()  # CUDA's and cuDNN's libraries where they came as wheels
+        lacking = load_libraries()
         providers.insert(0, provider)
     try:
         session = ort.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
@@ -71,13 +78,36 @@ def open_session(
         raise CdiffError(f"{path}: ONNX Runtime {ort.__version__} cannot open it: {error_line(error)}") from error
     if provider is not None and provider[0] not in session.get_providers():
         raise CdiffError(
-            f"ONNX Runtime {ort.__version__} could not start its {provider[0]} on {where} and fell back to the CPU: "
+            f"ONNX Runtime {ort.__version__} could not start its {provider[0]} on {where} and fell back to the CPU{lacking}: "
             "check that CUDA and cuDNN match it (cdiff doctor shows what is there), or use --device cpu"
         )
     found = {item.name for item in session.get_inputs()}, {item.name for item in session.get_outputs()}
     if found[0] != names[0] or not names[1] <= found[1]:
         raise CdiffError(f"{path} is not a graph of this version of cdiff (inputs {sorted(found[0])}): export it again")
     return session
+
+
+def load_libraries() -> str:
+    """Load CUDA's and cuDNN's libraries where they came as wheels. Returns what of CUDA's is not there, in brackets for an error, or nothing."""
+    with contextlib.redirect_stdout(io.StringIO()) as said:  # ONNX Runtime prints it
+        ort.preload_dlls()
+    look_for_cudnn()
+    failed = [line for line in said.getvalue().splitlines() if line.startswith("Failed to load")]
+    return f" ({'; '.join(failed)})" if failed else ""
+
+
+@functools.cache
+def look_for_cudnn() -> None:
+    """Say it, once, where cuDNN is not there: ONNX Runtime (1.31, say) starts on a GPU without it, and only its convolutions fail or crawl."""
+    for name in ("libcudnn.so.9", "libcudnn.so"):  # as its CUDA provider looks for it
+        with contextlib.suppress(OSError):
+            ctypes.CDLL(name)
+            return
+    if sys.platform == "linux":
+        LOG.warning(
+            "cuDNN 9 is not there (libcudnn.so.9), without which ONNX Runtime's convolutions fail or are slow on a GPU: "
+            "pip install nvidia-cudnn-cu13, or add cuDNN's folder to LD_LIBRARY_PATH"
+        )
 
 
 class OnnxRuntimeEngine:

@@ -203,11 +203,23 @@ def test_an_allocation_within_a_capture_is_no_want_of_memory(
     )
 
 
-def test_a_provider_that_did_not_start_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """ONNX Runtime goes on with the CPU where a provider's libraries are missing, and tells only its log."""
+def without_cudnn(name: str) -> None:
+    raise OSError(f"{name}: cannot open shared object file")
+
+
+def test_a_provider_that_did_not_start_is_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """ONNX Runtime goes on with the CPU where a provider's libraries are missing, and tells only its log and the output."""
     encoder, _ = write_pair(tmp_path)
     monkeypatch.setattr(plain.ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
-    monkeypatch.setattr(plain.ort, "preload_dlls", lambda: None)
+    missing = "Failed to load libcublas.so.13: cannot open shared object file"
+    monkeypatch.setattr(plain.ort, "preload_dlls", lambda: print(missing))
+    monkeypatch.setattr(plain.ctypes, "CDLL", without_cudnn)
+    plain.look_for_cudnn.cache_clear()
     real = ort.InferenceSession
 
     def without_cuda(path: str, options: Any, providers: Any, **rest: Any) -> Any:
@@ -215,7 +227,13 @@ def test_a_provider_that_did_not_start_is_an_error(monkeypatch: pytest.MonkeyPat
         return real(path, options, providers=["CPUExecutionProvider"])
 
     monkeypatch.setattr(plain.ort, "InferenceSession", without_cuda)
-    with pytest.raises(
-        CdiffError, match="could not start its CUDAExecutionProvider on cuda:3 and fell back to the CPU"
-    ):
-        open_session(encoder, plain.ENCODER, ("CUDAExecutionProvider", plain.cuda_options(3)))
+    for _ in range(2):
+        with pytest.raises(
+            CdiffError,
+            match=rf"could not start its CUDAExecutionProvider on cuda:3 and fell back to the CPU \({missing}\): check",
+        ):
+            open_session(encoder, plain.ENCODER, ("CUDAExecutionProvider", plain.cuda_options(3)))
+    assert capsys.readouterr().out == ""
+    (said,) = [record.message for record in caplog.records if "cuDNN 9 is not there" in record.message]
+    assert "pip install nvidia-cudnn-cu13" in said
+    plain.look_for_cudnn.cache_clear()

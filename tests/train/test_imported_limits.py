@@ -62,9 +62,23 @@ def test_weights_alone_show_their_network(name: str) -> None:
     assert networks[0] == networks[1]
 
 
+@pytest.mark.parametrize("name", ["implicit", "implicit_options"])
+def test_blocks_that_halve_the_size_are_told_from_those_that_do_not(name: str) -> None:
+    """They look alike; those that double it have a place of their own."""
+    case = recorded(name)
+    found = shown({key: torch.empty(shape, device="meta") for key, shape in case.shapes.items()}, case.source)
+    for option in ("resblock_updown", "num_res_blocks", "use_scale_shift_norm"):
+        assert found[option] == case.args[option], option
+    assert name == "implicit" or found["resblock_updown"]
+
+
 def test_what_the_tensors_leave_open_is_not_guessed() -> None:
-    """Blocks that halve the size look like any other, and so do those that a damaged file has lost."""
-    lost_of = {"implicit_options": "none", "consensus": "input_blocks.3.", "consensus_options": "input_blocks.4."}
+    """A damaged file has lost blocks that look like any other."""
+    lost_of = {
+        "implicit_options": "input_blocks.3.",
+        "consensus": "input_blocks.3.",
+        "consensus_options": "input_blocks.4.",
+    }
     for name, lost in lost_of.items():
         case = recorded(name)
         left = {key: shape for key, shape in case.shapes.items() if not key.startswith(lost)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from cdiff.train.imported.options import CONSENSUS, IMPLICIT, Options, widths_of
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 KINDS = ("missing", "extra", "misshapen", "wrong type", "not finite")
 """What can be wrong with a tensor, in the order in which a message says it."""
+DOUBLING_BLOCK = re.compile(r"output_blocks\.\d+\.[12]\.in_layers\.0\.weight")
 MOST = 12
 """Tensors that a message names of each kind."""
 
@@ -129,8 +131,13 @@ def shown(tensors: dict[str, Tensor], source: str) -> dict[str, Any]:
     }
     if rows and (width := size("middle_block.0.out_layers.0.weight", 0)):
         found["use_scale_shift_norm"] = rows == 2 * width
-    # Between two depths stands a convolution of stride 2, or with resblock_updown another residual block, which nothing tells from the others.
-    depths = sum(name.startswith("input_blocks.") and name.endswith(".op.weight") for name in tensors) + 1
+    # Between two depths stands a convolution of stride 2. With resblock_updown it is another residual block, which nothing tells from the
+    # others on the way down; on the way up it is a second one in its place.
+    halved = sum(name.startswith("input_blocks.") and name.endswith(".op.weight") for name in tensors)
+    doubled = sum(DOUBLING_BLOCK.fullmatch(name) is not None for name in tensors)
+    if source == IMPLICIT and (halved or doubled):
+        found["resblock_updown"] = not halved
+    depths = (halved or doubled) + 1
     blocks, rest = divmod(_count(tensors, "input_blocks.") - depths, depths)
     if depths > 1 and rest == 0 and blocks > 0:
         found["num_res_blocks"] = blocks

@@ -33,14 +33,7 @@ def write_reliability(report: Mapping[str, Any], path: Path) -> None:
         error = report["ece" if region == "whole" else "ece_near"]["mean"]
         top, below = figure.add_subplot(grid[0, column]), figure.add_subplot(grid[1, column])
         top.plot([0, 1], [0, 1], color=FAINT, lw=1, ls=(0, (4, 3)))
-        top.plot(
-            [row["predicted"] for row in bins],
-            [row["observed"] for row in bins],
-            "o-",
-            color=COLOURS[0],
-            lw=1.6,
-            ms=4.5,
-        )
+        _draw_bins(top, bins, "predicted", "observed")
         top.set_title(
             f"{label}: ECE {'-' if error is None else format(error, '.4f')}", loc="left", fontsize=10, color=INK
         )
@@ -74,15 +67,7 @@ def write_expected(report: Mapping[str, Any], path: Path) -> None:
     bins = [row for row in report["expected_bins"] if row["slices"]]
     axes.plot([0, 1], [0, 1], color=FAINT, lw=1, ls=(0, (4, 3)))
     axes.plot(pairs[:, 0], pairs[:, 1], "o", color=PALE, ms=3, mew=0, label="a slice")
-    axes.plot(
-        [row["expected"] for row in bins],
-        [row["found"] for row in bins],
-        "o-",
-        color=COLOURS[0],
-        lw=1.6,
-        ms=4.5,
-        label="mean of a tenth",
-    )
+    _draw_bins(axes, bins, "expected", "found", label="mean of a tenth")
     axes.set_xlim(-0.03, 1.03)
     axes.set_ylim(-0.03, 1.03)
     axes.set_xlabel("Dice that the soft map expects", fontsize=9, color=INK)
@@ -115,6 +100,11 @@ def write_curve(table: Table, x: str, label: str, path: Path) -> None:
     axes.legend(frameon=False, fontsize=9, loc="lower left", bbox_to_anchor=(0, 0.99), ncols=2, labelcolor=INK)
     _tidy(axes)
     save(figure, path, DPI)
+
+
+def _draw_bins(axes: Axes, bins: Table, x: str, y: str, **more: Any) -> None:
+    """The means of bins, as a line through points."""
+    axes.plot(_column(bins, x), _column(bins, y), "o-", color=COLOURS[0], lw=1.6, ms=4.5, **more)
 
 
 def _ticks(at: Sequence[int]) -> list[int]:

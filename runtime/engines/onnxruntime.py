@@ -61,7 +61,8 @@ def open_session(
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    options.log_severity_level = 4  # errors are raised; warnings about its own optimiser are not the user's business
+    # What fails is raised, on the processor with all that there is to say; why a GPU cannot be had is in the log's errors alone.
+    options.log_severity_level = 4 if provider is None else 3
     providers: list[Any] = ["CPUExecutionProvider"]
     if provider is not None:
         where = f"cuda:{provider[1]['device_id']}"

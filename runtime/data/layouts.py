@@ -24,8 +24,9 @@ IMAGE = re.compile(r"image(?:[_-](?P<modality>.+))?$", re.IGNORECASE)
 TASK_MASK = re.compile(r"(?:(?P<task>task\d+)|case[\d-]+)_(?P<rater>seg\d+)$", re.IGNORECASE)
 CASE_TASK = "task01"
 """The structure of a mask that names its case in its place, as some of QUBIQ 2021 do (`case05_seg01.nii.gz`)."""
-SCAN_OF_PATIENT = re.compile(r"(?P<patient>case\d+)-\d+$", re.IGNORECASE)
-"""A case that is one of several of a patient, by its name: QUBIQ 2021's of the pancreas (`case1-1`, `case1-2`), whose own split keeps them together."""
+SCAN_OF_PATIENT = re.compile(r"(?P<patient>case\d{1,3})-\d{1,2}$", re.IGNORECASE)
+"""A case that is one of several of a patient, by its name: QUBIQ 2021's of the pancreas (`case1-1`, `case1-2`), whose own split keeps them together.
+Longer numbers may be years."""
 OWN_MASK = re.compile(r"mask(?:[_-]?(?P<rater>.+))?$", re.IGNORECASE)
 BRATS = re.compile(r"(?P<head>(?:.+_)?)(?P<kind>t1ce|t1|t2|flair|seg)(?P<tail>(?:_\d+)?(?:_w)?)$", re.IGNORECASE)
 BRATS_MODALITIES = ("t1", "t1ce", "t2", "flair")

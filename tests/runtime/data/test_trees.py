@@ -134,6 +134,10 @@ def test_scans_of_one_patient_that_only_their_names_tell_stay_together(tmp_path:
         split = partition(found, cases, seed=seed)
         assert len(split.val) == 2
         assert {case.name[:-2] for case in split.val}.isdisjoint(case.name[:-2] for case in split.train)
+    years = write_qubiq(tmp_path / "years", {"": 3})
+    for number, path in enumerate(sorted(years.iterdir())):
+        path.rename(years / f"case2023-{number}")
+    assert {case.patient for case in find_cases(years)["all"]} == {""}
 
 
 def test_a_folder_of_scans_alone_is_no_data_set(qubiq: Path) -> None:

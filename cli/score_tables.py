@@ -35,12 +35,12 @@ MODEL_SCORES = (
     ("Dice with one annotator: of the soft map at 1/2", "dice_each"),
     ("  of the other annotators' majority", "dice_each_annotators"),
     ("  difference", "dice_each_difference"),
+    ("  that the soft map itself expects", "expected_dice"),
+    ("    less what was found", "expected_dice_difference"),
+    ("    rank correlation of the two over slices", "expected_dice_rank"),
     ("  each case as a whole: of the soft map", "case_dice_each"),
     ("  of the majority", "case_dice_each_annotators"),
     ("  difference", "case_dice_each_difference"),
-    ("  that the soft map itself expects", "expected_dice"),
-    ("  less what was found", "expected_dice_difference"),
-    ("  rank correlation of the two over slices", "expected_dice_rank"),
     ("unmarked slices in which the model marks", "false_positive_slices"),
 )
 

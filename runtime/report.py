@@ -24,8 +24,8 @@ DOUBTFUL = 0.5
 """Below this expected Dice a scan's mask is told to be doubtful: half of it, or of what it should cover, may well be wrong."""
 
 
-def volumes(stack: Stack, grid: Grid) -> dict[str, Any]:
-    """Volumes of the slices that were computed, in voxels, and in ml where the header has a spacing in three axes.
+def volumes(stack: Stack, soft: Float32, grid: Grid) -> dict[str, Any]:
+    """Volumes of the slices that were computed, whose soft map is `soft` [n,h,w], in voxels, and in ml where the header has a spacing in three axes.
 
     levels: of each level, where its map is at least one half; annotators: the same of each annotator's map, for a model that draws
     them. mask: where the soft map is at least one half. expected: the sum of the soft map, which is the mean over the maps of the
@@ -41,7 +41,6 @@ def volumes(stack: Stack, grid: Grid) -> dict[str, Any]:
         inside = sum((np.count_nonzero(one >= 0.5, axis=(1, 2)) for one in maps), np.zeros(maps.shape[1], np.int64))
         return [{name: k, **measure(float(count))} for k, count in enumerate(inside, start=1)]
 
-    soft = stack.soft
     return {
         "levels": each("level", stack.levels),
         **({"annotators": each("annotator", stack.maps)} if stack.variant.told == "annotator" else {}),
@@ -51,12 +50,12 @@ def volumes(stack: Stack, grid: Grid) -> dict[str, Any]:
     }
 
 
-def expectation(stack: Stack, chosen: range) -> dict[str, Any]:
-    """The Dice that the map itself expects of its mask with an annotator's (`runtime.expected`); None where the mask is empty.
+def expectation(soft: Float32, chosen: range) -> dict[str, Any]:
+    """The Dice that the soft map [n,h,w] itself expects of its mask with an annotator's (`runtime.expected`); None where the mask is empty.
 
     mask: of all slices that were computed together, as one mask; slices: of each, by its number.
     """
-    counts = np.stack([expected_counts(soft, soft >= 0.5) for soft in stack.soft])
+    counts = np.stack([expected_counts(one, one >= 0.5) for one in soft])
 
     def number(value: Any) -> float | None:
         return None if np.isnan(value) else round(float(value), 4)

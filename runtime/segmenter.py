@@ -203,7 +203,8 @@ class Segmenter:
             maps = (maps >= 0.5).astype(np.float32)
         stack = Stack(maps, finished.spread, finished.kept, variant, manifest.levels)
         clock.lap("segment")
-        expected = expectation(stack, chosen)
+        soft = stack.soft
+        expected = expectation(soft, chosen)
         report = build_report(
             {
                 **self._model_report(),
@@ -222,7 +223,7 @@ class Segmenter:
                     **clock.laps,
                     **{key: round(value, 3) for key, value in asdict(spent).items()},
                 },
-                "volumes": volumes(stack, read.grid),
+                "volumes": volumes(stack, soft, read.grid),
                 "expected_dice": expected,
                 "warnings": [
                     *notes(scan, manifest),

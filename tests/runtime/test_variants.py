@@ -230,7 +230,7 @@ def test_pictures_say_what_they_show(name: str) -> None:
         np.stack([far < 12 - 2 * k for k in range(VARIANTS[name].conditions(C))])[None].repeat(3, 0).astype(np.float32)
     )
     stack = Stack(maps, 0 * maps[:, 0], None, VARIANTS[name], C)
-    result = Result(read.grid, read.slices, range(3), stack, "a", {"volumes": volumes(stack, read.grid)})
+    result = Result(read.grid, read.slices, range(3), stack, "a", {"volumes": volumes(stack, stack.soft, read.grid)})
     figure = preview_figure(result, "a")
     figure.canvas.draw()
     texts = {text.get_text() for text in drawn_texts(figure)}

@@ -157,8 +157,8 @@ def test_each_slice_of_the_page_says_what_its_map_expects(tmp_path: Path) -> Non
     made.stack.maps[50:60, 1:] = np.linspace(0.5, 0.95, 10, dtype=np.float32)[:, None, None, None]
     write_page(made, tmp_path / "x.html", "x")
     assert set(contents(tmp_path / "x.html")[0]["expected"]) == {""}
-    made.report["expected_dice"] = expectation(made.stack, made.slices)
-    made.report["volumes"] = volumes(made.stack, made.grid)
+    made.report["expected_dice"] = expectation(made.stack.soft, made.slices)
+    made.report["volumes"] = volumes(made.stack, made.stack.soft, made.grid)
     write_page(made, tmp_path / "x.html", "x")
     data, _ = contents(tmp_path / "x.html")
     known = {one["slice"]: one["mask"] for one in made.report["expected_dice"]["slices"]}

@@ -43,8 +43,8 @@ def result(
     stack = Stack(levels, 0 * levels[:, 0])
     report = {
         "bundle": "a model with quite a long name", "sampler": "dpm++2m", "steps": 1000, "runs": 100, "seed": 2**63,
-        "engine": "onnxruntime", "device": "cuda:0", "volumes": volumes(stack, read.grid),
-        "expected_dice": expectation(stack, range(n)),
+        "engine": "onnxruntime", "device": "cuda:0", "volumes": volumes(stack, stack.soft, read.grid),
+        "expected_dice": expectation(stack.soft, range(n)),
     }  # fmt: skip
     return Result(read.grid, read.slices, range(n), stack, "x", report)
 

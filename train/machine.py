@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -27,15 +27,19 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 @contextmanager
 def as_it_starts() -> Iterator[None]:
-    """PyTorch as a program finds it that has changed nothing, given back as it was: new tensors are float32, no autocast computes in
-    another type than ours, and gradients are kept."""
+    """PyTorch as a program finds it that has changed nothing, given back as it was: new tensors are float32 and on the CPU, no autocast
+    computes in another type than ours, and gradients are kept."""
     kinds = ("cpu", "cuda")
     before = torch.get_default_dtype(), [torch.is_autocast_enabled(kind) for kind in kinds]
     torch.set_default_dtype(torch.float32)
     for kind in kinds:
         torch.set_autocast_enabled(kind, False)
     try:
-        with torch.inference_mode(False), torch.enable_grad():
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            if torch.get_default_device() != torch.device("cpu"):  # elsewhere it would only slow every call down
+                stack.enter_context(torch.device("cpu"))
             yield
     finally:
         torch.set_default_dtype(before[0])
@@ -47,7 +51,7 @@ def as_it_starts() -> Iterator[None]:
 def arithmetic(deterministic: bool, threads: int = 0) -> Iterator[None]:
     """PyTorch's choice of algorithms during a run: the same ones each time, or whichever cuDNN finds fastest for these shapes; and how many
     threads compute on a CPU (0: as many as before, but no more than a container's quota, for PyTorch counts processors, whatever share of them
-    that is). All is given back after it.
+    that is). All is given back after it, and so is the state of PyTorch's own generators, which a run seeds.
 
     With `deterministic`, an operation that has no deterministic form raises RuntimeError.
     """
@@ -57,8 +61,10 @@ def arithmetic(deterministic: bool, threads: int = 0) -> Iterator[None]:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when the GPU is first used
         torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = not deterministic
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
     try:
-        yield
+        with torch.random.fork_rng(gpus):
+            yield
     finally:
         torch.use_deterministic_algorithms(before[0])
         torch.backends.cudnn.benchmark = before[1]

@@ -92,7 +92,7 @@ def test_half_precision_is_read_back_and_real_slices_are_used(run: Path, tmp_pat
 
 
 def test_what_the_program_around_set_changes_no_graph_and_no_map(run: Path, bundle: Bundle, tmp_path: Path) -> None:
-    """A caller's autocast and type of new tensors: neither is in the graphs, nor in the maps of the engine torch."""
+    """A caller's autocast, type and device of new tensors: none is in the graphs, nor in the maps of the engine torch."""
 
     def drawn() -> Float32:
         scan = np.random.default_rng(0).random((16, 2, 16))
@@ -100,14 +100,16 @@ def test_what_the_program_around_set_changes_no_graph_and_no_map(run: Path, bund
 
     plain = drawn()
     torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
     try:
         with torch.autocast("cpu", torch.bfloat16):
             np.testing.assert_array_equal(drawn(), plain)
             again = export_run(run, tmp_path / "again")
             assert torch.is_autocast_enabled("cpu")
-        assert torch.get_default_dtype() == torch.float64
+        assert (torch.get_default_dtype(), torch.get_default_device()) == (torch.float64, torch.device("meta"))
     finally:
         torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
     for name in (ENCODER, DENOISER):
         assert again.manifest.files[name] == bundle.manifest.files[name]
 

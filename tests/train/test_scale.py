@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,14 +11,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 from cdiff.runtime.errors import CdiffError
-from cdiff.train.checkpoint import checkpoint_folder, load_run, read_config, save_checkpoint
+from cdiff.train.checkpoint import checkpoint_folder, read_config, save_checkpoint
 from cdiff.train.config import Config
 from cdiff.train.data import Data, read_data
 from cdiff.train.fabric import fabric_on
 from cdiff.train.feed import Feed
 from cdiff.train.learner import Learner
 from cdiff.train.log import read_log
-from cdiff.train.machine import arithmetic
 from cdiff.train.mfu import Utilisation, image_flop, sheet_flops
 from cdiff.train.network import ConsensusNet
 from cdiff.train.presets import preset
@@ -250,66 +246,6 @@ def test_a_resumed_run_may_be_computed_in_another_way(tiny_data: Path, tmp_path:
     other = config.with_values({"accumulate": 4, "checkpointing": True, "deterministic": True})
     assert train(other, tiny_data, tmp_path / "run", resume=True, quiet=True).step == 3
     assert read_config(tmp_path / "run") == other
-
-
-def test_deterministic_algorithms_are_asked_for_and_given_back() -> None:
-    before = torch.are_deterministic_algorithms_enabled()
-    with arithmetic(deterministic=True):
-        assert torch.are_deterministic_algorithms_enabled()
-        assert not torch.backends.cudnn.benchmark
-    with arithmetic(deterministic=False):
-        assert torch.backends.cudnn.benchmark
-    assert torch.are_deterministic_algorithms_enabled() == before
-
-
-@contextmanager
-def in_double() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
-AROUND: list[Callable[[], AbstractContextManager[object]]] = [
-    functools.partial(torch.autocast, "cpu", torch.bfloat16),
-    in_double,
-    torch.inference_mode,
-]
-
-
-@pytest.mark.parametrize("around", AROUND)
-def test_what_the_program_around_set_changes_no_step(
-    around: Callable[[], AbstractContextManager[object]], tiny_data: Path, tmp_path: Path
-) -> None:
-    """A caller's autocast trained in half precision what said that it was trained in float32; the others ended in a traceback."""
-
-    def state() -> tuple[object, ...]:
-        return torch.is_autocast_enabled("cpu"), torch.get_default_dtype(), torch.is_grad_enabled()
-
-    train(preset("tiny"), tiny_data, tmp_path / "plain", max_steps=2, quiet=True)
-    with around():
-        before = state()
-        train(preset("tiny"), tiny_data, tmp_path / "run", max_steps=2, quiet=True)
-        assert state() == before
-    name = "checkpoints/step-0000002/model.safetensors"
-    assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
-
-
-@pytest.mark.parametrize(("had", "asked", "takes"), [(3, 0, 2), (1, 0, 1), (1, 3, 3)])
-def test_threads_are_set_for_a_run_and_given_back(
-    had: int, asked: int, takes: int, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Those that are asked for, or PyTorch's, of which a container with a quota of two cores uses no more than two."""
-    monkeypatch.setattr("cdiff.train.machine.quota", lambda: 2)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(had)
-        train(preset("tiny").with_values({"threads": asked}), tiny_data, tmp_path / "run", max_steps=1, quiet=True)
-        assert torch.get_num_threads() == had
-    finally:
-        torch.set_num_threads(before)
-    assert load_run(tmp_path / "run").info["machine"]["threads"] == takes
 
 
 def test_model_flops_by_hand() -> None:

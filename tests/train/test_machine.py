@@ -1,0 +1,89 @@
+"""PyTorch's settings around a run: it takes none of its caller's that would change what is learned, and gives all of them back."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from cdiff.train.checkpoint import load_run
+from cdiff.train.machine import arithmetic
+from cdiff.train.presets import preset
+from cdiff.train.trainer import train
+
+
+def test_deterministic_algorithms_are_asked_for_and_given_back() -> None:
+    before = torch.are_deterministic_algorithms_enabled()
+    with arithmetic(deterministic=True):
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.backends.cudnn.benchmark
+    with arithmetic(deterministic=False):
+        assert torch.backends.cudnn.benchmark
+    assert torch.are_deterministic_algorithms_enabled() == before
+
+
+@contextmanager
+def in_double() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@contextmanager
+def on_meta() -> Iterator[None]:
+    """As a notebook that set the default device to a GPU, of which there is none here."""
+    torch.set_default_device("meta")
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+
+
+AROUND: list[Callable[[], AbstractContextManager[object]]] = [
+    functools.partial(torch.autocast, "cpu", torch.bfloat16),
+    in_double,
+    torch.inference_mode,
+    on_meta,
+]
+
+
+@pytest.mark.parametrize("around", AROUND)
+def test_what_the_program_around_set_changes_no_step(
+    around: Callable[[], AbstractContextManager[object]], tiny_data: Path, tmp_path: Path
+) -> None:
+    """A caller's autocast trained in half precision what said that it was trained in float32; the others ended in a traceback."""
+
+    def state() -> tuple[object, ...]:
+        asked = torch.is_autocast_enabled("cpu"), torch.get_default_dtype(), torch.is_grad_enabled()
+        return *asked, torch.get_default_device(), torch.random.initial_seed(), torch.get_rng_state().tolist()
+
+    train(preset("tiny"), tiny_data, tmp_path / "plain", max_steps=2, quiet=True)
+    torch.manual_seed(3)
+    with around():
+        before = state()
+        train(preset("tiny"), tiny_data, tmp_path / "run", max_steps=2, quiet=True)
+        assert state() == before
+    name = "checkpoints/step-0000002/model.safetensors"
+    assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+
+
+@pytest.mark.parametrize(("had", "asked", "takes"), [(3, 0, 2), (1, 0, 1), (1, 3, 3)])
+def test_threads_are_set_for_a_run_and_given_back(
+    had: int, asked: int, takes: int, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that are asked for, or PyTorch's, of which a container with a quota of two cores uses no more than two."""
+    monkeypatch.setattr("cdiff.train.machine.quota", lambda: 2)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(had)
+        train(preset("tiny").with_values({"threads": asked}), tiny_data, tmp_path / "run", max_steps=1, quiet=True)
+        assert torch.get_num_threads() == had
+    finally:
+        torch.set_num_threads(before)
+    assert load_run(tmp_path / "run").info["machine"]["threads"] == takes

@@ -48,7 +48,7 @@ class Clock:
         self._last = now
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Prepared:
     """What `Segmenter.prepare` gives and `Segmenter.segment` takes.
 

@@ -33,7 +33,7 @@ def entropy(soft: Float32) -> Float32:
     return found
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Stack:
     """The maps of the slices that were computed, n of them, in-plane axes as stored.
 
@@ -96,7 +96,7 @@ class _Lazily:
         return found
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Result:
     """The maps of one scan on the scan's own grid. Outside the chosen slices floats are NaN and the mask is 0.
 

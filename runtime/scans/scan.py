@@ -30,7 +30,7 @@ ScanInput = OneScan | Sequence[str | os.PathLike[str]]
 """One scan, or the paths of its modalities, one file each."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Scan:
     """A scan that is fit to be segmented.
 

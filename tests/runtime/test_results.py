@@ -282,6 +282,13 @@ def test_a_picture_too_long_for_nifti_1_is_written_as_nifti_2(tmp_path: Path) ->
     np.testing.assert_array_equal(read_scan(tmp_path / "scan_soft.nii.gz").slices[0, 0], result.soft)
 
 
+def test_results_lie_in_lists_and_sets_as_other_objects_do() -> None:
+    """Their arrays were compared, whose truth is ambiguous, and there was no hash."""
+    one, other = segmented(np.eye(4)), segmented(np.eye(4))
+    assert other in [one, other]
+    assert len({one, other, one.stack, other.stack}) == 4
+
+
 @pytest.mark.parametrize("name", ["a/b", "../a", ""])
 def test_a_name_cannot_leave_the_folder(tmp_path: Path, name: str) -> None:
     with pytest.raises(CdiffError, match="name"):

@@ -14,10 +14,10 @@ from types import FrameType
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 import cdiff
 from cdiff.cli import benchmark, data, doctor, evaluate, export, importing, info, segment, train
+from cdiff.cli.base import Command, Group
 from cdiff.cli.console import INTERRUPTED, USER_ERROR, fail, for_eyes
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.words import one_line
@@ -36,7 +36,7 @@ NO_THREAD = "can't start new thread"
 """Python's words, and all that it says, where a limit of processes or of memory is reached, or a container's of tasks."""
 
 
-class Commands(TyperGroup):
+class Commands(Group):
     """The group of all commands; the one place where errors that a user can mend end."""
 
     def invoke(self, ctx: Any) -> Any:
@@ -97,15 +97,15 @@ def options(
     """Options that come before a command."""
 
 
-app.command("segment", rich_help_panel="Use a model")(segment.segment)
-app.command("evaluate", rich_help_panel="Use a model")(evaluate.evaluate)
-app.command("info", rich_help_panel="Use a model")(info.info)
+app.command("segment", cls=Command, rich_help_panel="Use a model")(segment.segment)
+app.command("evaluate", cls=Command, rich_help_panel="Use a model")(evaluate.evaluate)
+app.command("info", cls=Command, rich_help_panel="Use a model")(info.info)
 app.add_typer(data.app, name="data", rich_help_panel="Make a model")
-app.command("train", rich_help_panel="Make a model")(train.train)
-app.command("import", rich_help_panel="Make a model")(importing.import_)
-app.command("export", rich_help_panel="Make a model")(export.export)
-app.command("doctor", rich_help_panel="This machine")(doctor.doctor)
-app.command("benchmark", rich_help_panel="This machine")(benchmark.benchmark)
+app.command("train", cls=Command, rich_help_panel="Make a model")(train.train)
+app.command("import", cls=Command, rich_help_panel="Make a model")(importing.import_)
+app.command("export", cls=Command, rich_help_panel="Make a model")(export.export)
+app.command("doctor", cls=Command, rich_help_panel="This machine")(doctor.doctor)
+app.command("benchmark", cls=Command, rich_help_panel="This machine")(benchmark.benchmark)
 
 
 def _drop_unprinted() -> None:

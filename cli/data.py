@@ -11,13 +11,14 @@ from rich.table import Table
 from rich.text import Text
 
 from cdiff.cli import options
+from cdiff.cli.base import Command, Group
 from cdiff.cli.console import USER_ERROR, Meter, facts, fail, number, out, written
 from cdiff.runtime.words import several
 
 if TYPE_CHECKING:
     from cdiff.runtime.data.datacheck import Check
 
-app = typer.Typer(no_args_is_help=True, help="Look at several annotators' masks before training on them.")
+app = typer.Typer(cls=Group, no_args_is_help=True, help="Look at several annotators' masks before training on them.")
 COLOURS = {"error": "bold red", "warning": "yellow", "note": "dim"}
 MOST = 6
 MOST_NAMES = 12
@@ -28,7 +29,7 @@ def group() -> None:
     """Look at several annotators' masks before training on them."""
 
 
-@app.command("check")
+@app.command("check", cls=Command)
 def check(
     data: Annotated[
         Path,

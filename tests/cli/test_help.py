@@ -68,8 +68,7 @@ def test_help_fits_and_is_whole(command: str, width: int, monkeypatch: pytest.Mo
     for word in OPTIONS[command]:
         assert word in result.output
     assert "…" not in result.output  # rich shortens what does not fit
-    switches = [line for line in result.output.splitlines() if "<bool>" in line]
-    assert all("--help" in line for line in switches), "a switch looks as if it took a value"
+    assert "<bool>" not in result.output, "a switch looks as if it took a value"
 
 
 def test_version() -> None:

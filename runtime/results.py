@@ -217,9 +217,7 @@ def _kinds(variant: Variant) -> dict[str, tuple[str, str]]:
     return kinds | ({"annotators": ("maps", "one map an annotator, last axis")} if variant.told == "annotator" else {})
 
 
-def must_be_free(
-    folder: Path, name: str, variant: Variant, *, preview: bool = True, page: bool = False, dicom_seg: bool = False
-) -> None:
+def must_be_free(folder: Path, name: str, variant: Variant, *, preview: bool, page: bool, dicom_seg: bool) -> None:
     """Raise CdiffError when files in `folder` that no report of ours there lists would be replaced by `Result.save`, or their names are too long for it.
 
     A reader's own NAME_mask.nii.gz is such a file, and so is the NAME.json that dcm2niix writes beside a scan. A `save` that was killed

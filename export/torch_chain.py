@@ -20,7 +20,7 @@ from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.sampling.noise import INITIAL
 from cdiff.runtime.sampling.sampler import SamplerTable
 from cdiff.runtime.words import first_line
-from cdiff.train.machine import as_it_starts
+from cdiff.train.machine import as_it_starts, own_attention
 
 if TYPE_CHECKING:
     from cdiff.export.torch_engine import TorchChainEngine
@@ -80,7 +80,7 @@ def exact(function: Callable[P, R]) -> Callable[P, R]:
     @within_memory
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        with as_it_starts(), torch.inference_mode(), full_precision():
+        with as_it_starts(), torch.inference_mode(), full_precision(), own_attention():
             return function(*args, **kwargs)
 
     return call

@@ -98,15 +98,16 @@ def test_an_engine_computes_in_full_precision_whatever_a_program_chose(
 ) -> None:
     ask(value)
     engine = TorchChainEngine(network := random_network(BASE), SCHEDULE, "cpu", Options(half=False))
-    seen: list[tuple[set[str], Any]] = []
+    seen: list[tuple[set[str], Any, bool]] = []
     forward = torch.nn.Conv2d.forward
 
     def watched(self: torch.nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
-        seen.append((set(newer().values()), older()[:2]))
+        seen.append((set(newer().values()), older()[:2], torch.backends.cuda.cudnn_sdp_enabled()))
         return forward(self, x)
 
     monkeypatch.setattr(torch.nn.Conv2d, "forward", watched)
     windows = Framing("resize", (SIZE, SIZE)).frame(np.zeros((1, 1, SIZE, SIZE), np.float32))
     list(segment_windows(engine, windows, sampler_table("ddim", SCHEDULE, 1), levels=1, runs=1))
     assert len(seen) == sum(isinstance(module, torch.nn.Conv2d) for module in network.modules())
-    assert all(found == ({"ieee"}, ["highest", False]) for found in seen)
+    assert all(found == ({"ieee"}, ["highest", False], False) for found in seen)  # attention is never left to cuDNN
+    assert torch.backends.cuda.cudnn_sdp_enabled()

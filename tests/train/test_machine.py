@@ -16,6 +16,22 @@ from cdiff.train.presets import preset
 from cdiff.train.trainer import train
 
 
+def test_attention_is_pytorchs_own_in_a_run(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the cards that PyTorch leaves it to cuDNN for, a shape that cuDNN has no plan for would end the run."""
+    seen: list[bool] = []
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(*parts: torch.Tensor) -> torch.Tensor:
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return attention(*parts)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    train(preset("tiny").with_values({"attention_depths": (1,)}), tiny_data, tmp_path / "run", max_steps=1, quiet=True)
+    assert seen
+    assert not any(seen)
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
 def test_deterministic_algorithms_are_asked_for_and_given_back() -> None:
     before = torch.are_deterministic_algorithms_enabled()
     with arithmetic(deterministic=True):

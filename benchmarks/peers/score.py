@@ -28,7 +28,7 @@ from cdiff.runtime.results import Stack
 from cdiff.runtime.scans.scan import read_scan
 from cdiff.runtime.scoring.choice import choose_split
 from cdiff.runtime.scoring.evaluate import FORMAT, Protocol, case_sha256, evaluate
-from cdiff.runtime.scoring.journal import Journal, fingerprint
+from cdiff.runtime.scoring.journal import Journal, fingerprint, sealed
 from cdiff.runtime.scoring.scores import CaseTally
 from cdiff.runtime.scoring.summary import ROW_KEYS, Row, summarise
 from cdiff.runtime.segmenter import Segmenter
@@ -157,7 +157,7 @@ def score_unet(
         "cdiff": __version__,
         "format": FORMAT,
     }
-    out = run / scoring.file
+    out, made_with = run / scoring.file, fingerprint(header)
     rows: list[Row] = []
     empty: list[str] = []
     tick = Ticker(f"scoring {name}", len(cases), say)
@@ -168,14 +168,14 @@ def score_unet(
             if row is None:
                 empty.append(case.name)
                 continue
-            row |= {"inputs": inputs, "chain": chain, "case": case.name}
             if inputs not in journal.rows:
+                row = sealed(row | {"inputs": inputs, "chain": chain}, made_with)
                 journal.add(row)
-            rows.append(row)
+            rows.append(row | {"case": case.name})
             tick(number + 1)
         if not rows:
             raise CdiffError(f"no slice of the split {scoring.split} is marked as asked; there is nothing to score")
-        report = summarise(rows, header | {"made_with": fingerprint(header)}, {"no_marked_slice": empty})
+        report = summarise(rows, header | {"made_with": made_with}, {"no_marked_slice": empty})
         write_json(out, report)
         journal.remove()
 

@@ -25,10 +25,10 @@ from cdiff.runtime.scans.itk import itk_bytes
 from cdiff.runtime.scans.scan import Scan, read_scan
 from cdiff.runtime.scans.sources import ITK_SUFFIXES
 from cdiff.runtime.scoring.changed import stamps_of, unchanged
-from cdiff.runtime.scoring.journal import Journal, fingerprint
+from cdiff.runtime.scoring.journal import Journal, fingerprint, sealed
 from cdiff.runtime.scoring.scores import CaseTally, evenly, marked_slices
 from cdiff.runtime.scoring.summary import ROW_KEYS, Row, joined_twins, summarise
-from cdiff.runtime.words import one_line, several
+from cdiff.runtime.words import several
 
 if TYPE_CHECKING:
     from cdiff.runtime.segmenter import Segmenter
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 Notice = Callable[[str], None]
 Progress = Callable[[int, int], None]
 """Called as progress(done, total) in thousandths of a slice."""
-FORMAT = 8
+FORMAT = 9
 """Of a row, and of what its scores mean: rows of another format are not gone on from."""
 RUNS_AT_ONCE = 2**28
 """Bytes of kept runs in memory at once: a longer scan is segmented part by part. One slice is the least."""
@@ -182,6 +182,7 @@ def score_cases(
         "cdiff": __version__,
         "format": FORMAT,
     }
+    made_with = fingerprint(header)
     inputs = [case_sha256(job.case) for job in jobs]
     total, done = sum(job.work for job in jobs), 0
     tick = progress or (lambda done, total: None)
@@ -198,24 +199,16 @@ def score_cases(
                 began = time.monotonic()
                 with unchanged(job.case, stamps[job.case.name]):
                     row = source.row(job, protocol, within) | {"inputs": files}
-                row["seconds"] = round(time.monotonic() - began, 2)
+                row = sealed(row | {"seconds": round(time.monotonic() - began, 2)}, made_with)
                 if journal:
                     journal.add(row)
             rows.append(row | {"case": job.case.name})
             done += job.work
             tick(done, total)
-        try:
-            report = summarise(rows, header | {"made_with": fingerprint(header)}, left_out, group)
-            if out and journal:
-                write(out, report)
-                journal.remove()
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            if not journal or not known:
-                raise
-            raise CdiffError(
-                f"the cases that were computed before, in {out} or {journal.path}, are damaged ({one_line(error)[:200]}); "
-                "move both away to compute them anew"
-            ) from error
+        report = summarise(rows, header | {"made_with": made_with}, left_out, group)
+        if out and journal:
+            write(out, report)
+            journal.remove()
     return report
 
 

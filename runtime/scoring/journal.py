@@ -14,8 +14,11 @@ from typing import Any
 
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import make_folder
+from cdiff.runtime.words import several
 
 Rows = dict[str, dict[str, Any]]
+SEAL = "row_sha256"
+"""The key of a row by which it is known, when it is read again, to be as it was written."""
 
 
 class Journal:
@@ -23,8 +26,8 @@ class Journal:
 
     `rows` has those that are known, by their key `inputs`: of a journal that exists and has the header `header`, and of a report that
     was made with it; asked are the keys of the cases to be scored now. A journal with another header is kept under the name `*.old` and a new one is begun; `notice` gets a line about
-    each. A last line that was cut off by a kill is dropped, and a row without one of `keys` is not used. The rows of the report that are
-    asked for are in the journal too, for the report gives way to the new one.
+    each. A last line that was cut off by a kill is dropped, and a row that is not as `sealed` made it for this header is not used, which is said.
+    The rows of the report that are asked for are in the journal too, for the report gives way to the new one.
     The file is open, and other evaluations are kept out of it, until the end of a `with` block: their rows would be taken for its own. Raises
     CdiffError when it is open elsewhere, or can't be read or written, or the report's name is a folder's.
     """
@@ -45,7 +48,7 @@ class Journal:
             first = json.dumps(header, allow_nan=False)
             lines, whole = _lines(path)
             if lines and lines[0] == json.loads(first):
-                own = _whole(lines[1:], keys)
+                own = _whole(lines[1:], path, fingerprint(header), keys, notice)
                 if own:
                     notice(f"{path} has {len(own)} finished cases of an interrupted evaluation: going on from there")
                 # What a kill cut off must not stand in the middle of the file.
@@ -75,7 +78,7 @@ class Journal:
         self._file.close()
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Append one row; it's on the disk when this returns."""
+        """Append one row, `sealed`; it's on the disk when this returns."""
         self._write([json.dumps(row, allow_nan=False)])
 
     def _write(self, lines: Iterable[str]) -> None:
@@ -134,6 +137,15 @@ def fingerprint(header: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
 
 
+def sealed(row: Mapping[str, Any], made_with: str) -> dict[str, Any]:
+    """The row with the SHA-256 of what it holds and holds for: a digit that a disk changes would be a wrong score that nobody sees.
+
+    made_with: the `fingerprint` of the header. The case's name is not in it: the same files under another are the same case.
+    """
+    held = {key: value for key, value in row.items() if key not in ("case", SEAL)}
+    return {**row, SEAL: hashlib.sha256(f"{made_with} {json.dumps(held, sort_keys=True)}".encode()).hexdigest()}
+
+
 def _finished(
     path: Path, header: Mapping[str, Any], keys: Sequence[str], asked: Container[str], notice: Callable[[str], None]
 ) -> Rows:
@@ -154,7 +166,7 @@ def _finished(
         notice(f"{path} is there, of another model, protocol or data: this evaluation will replace it")
         return {}
     cases = report.get("cases")
-    rows = _whole(cases if isinstance(cases, list) else [], keys)
+    rows = _whole(cases if isinstance(cases, list) else [], path, report["made_with"], keys, notice)
     used, there = sum(key in asked for key in rows), f"{path} is there, made with the same model, protocol and data"
     if rows and used == len(rows):
         notice(f"{there}: its {used} cases are not computed again")
@@ -163,13 +175,25 @@ def _finished(
             f"{there}: {used} of its {len(rows)} cases are not computed again; the others are not asked for, or their files changed, "
             "and the new report will not hold them"
         )
-    return {key: {name: row[name] for name in keys} for key, row in rows.items()}
+    return rows
 
 
-def _whole(rows: Iterable[Any], keys: Sequence[str]) -> Rows:
-    """Those rows that have all keys, by the one named `inputs`."""
-    whole = [row for row in rows if isinstance(row, dict) and all(key in row for key in keys)]
-    return {row["inputs"]: row for row in whole if isinstance(row["inputs"], str)}
+def _whole(rows: Sequence[Any], path: Path, made_with: str, keys: Sequence[str], notice: Callable[[str], None]) -> Rows:
+    """Of each of the rows in `path` that is as it was written what stands under `keys`, by the one named `inputs`."""
+
+    def whole(row: Any) -> bool:
+        try:
+            return bool(sealed(row, made_with)[SEAL] == row[SEAL])
+        except RecursionError:
+            return False
+
+    held = [
+        {key: row[key] for key in keys} for row in rows if isinstance(row, dict) and all(key in row for key in keys)
+    ]
+    own = [row for row in held if whole(row)]
+    if lost := len(rows) - len(own):
+        notice(f"{path}: {several(lost, 'case')} of it damaged or of another evaluation, and not used")
+    return {row["inputs"]: row for row in own}
 
 
 def _lines(path: Path) -> tuple[list[Any], int]:

@@ -14,6 +14,7 @@ from cdiff.runtime.data.case import listed
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.scoring.calibration import BINS, ece
 from cdiff.runtime.scoring.expectation import expectation_bins, rank_correlation
+from cdiff.runtime.scoring.journal import SEAL
 from cdiff.runtime.scoring.metrics import (
     COVERAGE,
     NINE,
@@ -36,7 +37,7 @@ from cdiff.runtime.scoring.scores import (
 )
 
 Row = dict[str, Any]
-"""One case: name, annotators, hash of its files, seconds, the chain as it was resolved, and what `CaseTally.row` gives."""
+"""One case: name, annotators, hash of its files, seconds, the chain as it was resolved, what `CaseTally.row` gives, and the seal (`journal.sealed`)."""
 ROW_KEYS = (
     "case",
     "annotators",
@@ -49,6 +50,7 @@ ROW_KEYS = (
     "by_runs",
     "case_scores",
     "slices",
+    SEAL,
 )
 
 

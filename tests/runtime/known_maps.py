@@ -14,6 +14,7 @@ from cdiff.runtime.files import sha256
 from cdiff.runtime.results import Stack
 from cdiff.runtime.scans.scan import Scan
 from cdiff.runtime.scoring.evaluate import Protocol, evaluate
+from cdiff.runtime.scoring.journal import SEAL
 from cdiff.runtime.scoring.scores import true_levels
 from cdiff.runtime.segmenter import Segmenter
 from tests.runtime.test_manifest import example
@@ -68,5 +69,6 @@ def run(segmenter: KnownMaps, cases: list[Case], protocol: Protocol | None = Non
 
 
 def without_seconds(report: dict[str, Any]) -> dict[str, Any]:
-    cases = [{key: value for key, value in case.items() if key != "seconds"} for case in report["cases"]]
+    """What a report says that is the same each time: neither how long a case took nor the seal, which holds for that too."""
+    cases = [{key: value for key, value in case.items() if key not in ("seconds", SEAL)} for case in report["cases"]]
     return report | {"cases": cases}

@@ -53,31 +53,6 @@ def test_a_finished_report_is_not_computed_again(cases: list[Case], tmp_path: Pa
     assert len(other.asked) == 4
 
 
-@pytest.mark.parametrize("file", ["scores.json", "scores.partial.jsonl"])
-@pytest.mark.parametrize(
-    "damage", ['"slices": 3', '"slices": [{}]', '"volumes": {}', '"samples": 1e999', '"reliability": {"a": 1}']
-)
-def test_cases_that_were_computed_before_and_are_damaged_are_one_line(
-    cases: list[Case], tmp_path: Path, file: str, damage: str
-) -> None:
-    out = tmp_path / "scores.json"
-    run(KnownMaps(tmp_path / "b", 3), cases[:2], out=out)
-    report = json.loads(out.read_text())
-    key, _, value = damage.partition(": ")
-    report["cases"][0][json.loads(key)] = json.loads(value)
-    if file == out.name:
-        out.write_text(json.dumps(report))
-    else:
-        out.unlink()
-        with pytest.raises(KeyboardInterrupt):
-            run(KnownMaps(tmp_path / "b", 3, stop_after=0), cases[:2], out=out)
-        with (tmp_path / file).open("a") as journal:
-            journal.write(json.dumps(report["cases"][0]) + "\n")
-    with pytest.raises(CdiffError, match=r"scores\.json or .*scores\.partial\.jsonl, are damaged") as caught:
-        run(KnownMaps(tmp_path / "b", 3), cases[:2], out=out)
-    assert "\n" not in str(caught.value)
-
-
 def test_rows_that_name_no_files_are_no_cases_computed_before(cases: list[Case], tmp_path: Path) -> None:
     out = tmp_path / "scores.json"
     first = run(KnownMaps(tmp_path / "b", 3), cases[:2], out=out)

@@ -100,3 +100,36 @@ def test_a_case_that_changes_while_it_is_scored_is_one_line(
     rest = KnownMaps(tmp_path / "b", 3)
     assert run(rest, cases, out=out)["n_cases"] == 4
     assert [name for name, _ in rest.asked] == [case.name for case in cases[1:]]
+
+
+@pytest.mark.parametrize("file", ["scores.json", "scores.partial.jsonl"])
+@pytest.mark.parametrize("damage", ["a digit", "no scores", "too deep", "of another model", "no case"])
+def test_cases_that_are_not_as_they_were_written_are_computed_anew(
+    cases: list[Case], tmp_path: Path, file: str, damage: str
+) -> None:
+    """A wrong digit is a number like any other: nothing else would tell that a score is wrong."""
+    out, partial = tmp_path / "scores.json", tmp_path / "scores.partial.jsonl"
+    whole = without_seconds(run(KnownMaps(tmp_path / "b", 3, shift=1), cases[:2], out=out))
+    other = run(KnownMaps(tmp_path / "other", 3, shift=2), cases[:1], out=tmp_path / "other.json")
+    report = json.loads(out.read_text())
+    first = report["cases"][0]
+    if damage == "a digit":
+        first["slices"][0]["ged"] += 0.1
+    elif damage == "no scores":
+        del first["slices"]
+    elif damage == "too deep":
+        first["chain"] = json.loads("[" * 900 + "]" * 900)
+    else:
+        report["cases"][0] = other["cases"][0] if damage == "of another model" else 3
+    if file == out.name:
+        out.write_text(json.dumps(report))
+    else:
+        out.unlink()
+        with pytest.raises(KeyboardInterrupt):
+            run(KnownMaps(tmp_path / "b", 3, shift=1, stop_after=0), cases[:2], out=out)
+        with partial.open("a") as journal:
+            journal.writelines(f"{json.dumps(row)}\n" for row in report["cases"])
+    again, told = KnownMaps(tmp_path / "b", 3, shift=1), list[str]()
+    assert without_seconds(run(again, cases[:2], out=out, notice=told.append)) == whole
+    assert [name for name, _ in again.asked] == [cases[0].name]
+    assert told[0] == f"{tmp_path / file}: 1 case of it damaged or of another evaluation, and not used"

@@ -186,10 +186,11 @@ def _read(cases: list[Case], config: Config, C: int, notes: list[str], whose: tu
         others = bool(whose) and [natural(name) for name in case.raters] != [natural(name) for name in whose]
         if len(case.masks) != C or others:
             policy = config.data.missing_raters
-            what, remedy = (
-                f"{several(len(case.masks), 'mask')}, not {C}",
-                f"levels={len(case.masks)} or missing_raters=skip",
-            )
+            what, remedy = f"{several(len(case.masks), 'mask')}, not {C}", "missing_raters=skip"
+            if len(case.masks) > C:
+                remedy = f"levels={len(case.masks)} or {remedy}"
+            elif not whose:  # who drew the masks that there are must be known otherwise
+                remedy = f"{remedy} or as-is"
             if len(case.masks) == C:
                 what = f"masks of {', '.join(case.raters)}, others of {', '.join(whose)}"
                 remedy = "missing_raters=skip, or a variant that does not tell annotators apart"

@@ -143,7 +143,10 @@ def check_out(out: Path, config: Config, resume: bool) -> None:
             keys = [(s, k) for s, k in keys if k != "task" or old[s][k]]  # an imported run knows of no structure yet
             differ = "; ".join(f"{k}: {old[s][k]} there, {new[s][k]} now" for s, k in keys)
             if differ:
-                raise CdiffError(f"{out} holds a run with other settings ({differ}); resume with its own")
+                raise CdiffError(
+                    f"{out} holds a run with other settings ({differ}); resume with its own, or start a new run from its weights: "
+                    f"--init {out} with another --out"
+                )
         return
     if resume:
         raise no_run(out)

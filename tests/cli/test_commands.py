@@ -224,6 +224,7 @@ def test_resume_needs_no_settings_again(tiny_data: Path, tmp_path: Path) -> None
     assert "step 3" in result.stderr
     result = run(*train, "--resume", "--masks-by", "header", code=2)
     assert "other settings (masks_by: array there, header now)" in result.stderr
+    assert f"--init {tmp_path / 'run'} with another --out" in result.stderr
 
 
 def test_a_place_in_a_large_scan(tmp_path: Path) -> None:

@@ -69,8 +69,9 @@ def test_a_case_with_fewer_raters_is_reported_and_handled_as_chosen(
     data = read_data(root, preset("tiny").with_values({"missing_raters": policy}))
     assert data.summary["train"]["cases"] == cases
     assert any("case02 has 2 masks, not 3" in note for note in data.notes)
-    with pytest.raises(CdiffError, match="case02 has 2 masks"):
-        read_data(root, preset("tiny").with_values({"missing_raters": "error"}))
+    for variant, remedy in (("consensus", "skip or as-is"), ("annotator", "skip")):
+        with pytest.raises(CdiffError, match=rf"case02 has 2 masks, not 3; set missing_raters={remedy}$"):
+            read_data(root, preset("tiny").with_values({"missing_raters": "error", "variant": variant}))
 
 
 def test_a_case_with_more_raters_is_never_used_in_part(tiny_data: Path) -> None:

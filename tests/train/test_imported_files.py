@@ -38,6 +38,7 @@ class Trap:
         ("text", "is not a PyTorch checkpoint"),
         ("truncated", "is damaged"),
         ("nothing", "is not there"),
+        ("folder", "is a folder; give the .pt file in it"),
     ],
 )
 @pytest.mark.filterwarnings("error")
@@ -60,6 +61,8 @@ def test_files_that_are_no_checkpoint_are_refused_in_one_line(content: str, says
     elif content == "tar":
         with tarfile.open(path, "w") as archive:
             archive.add(__file__, "storages")
+    elif content == "folder":
+        path.mkdir()
     elif content == "text":
         path.write_text("<html>not found</html>")
     elif content == "truncated":

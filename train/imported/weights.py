@@ -32,6 +32,10 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     Raises CdiffError when the file is missing or damaged, would need anything but tensors to be unpickled (nothing is then), or
     holds something else than a dictionary of floating-point tensors.
     """
+    if is_there(path) and path.is_dir():
+        raise CdiffError(
+            f"{path} is a folder; give the .pt file in it that the published code saved, such as {path / 'ema.pt'}"
+        )
     if not (is_there(path) and path.is_file()):
         raise CdiffError(f"{path} is not there; give the .pt file that the published code saved")
     try:

@@ -28,8 +28,17 @@ EPILOG = (
 )
 
 
-ENVIRONMENT = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE)
-"""Refusals of the system that may come anywhere: permissions, disks that are full, failing or gone."""
+ENVIRONMENT = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EIO,
+    errno.ESTALE,
+    errno.ENAMETOOLONG,
+)
+"""Refusals of the system that may come anywhere: permissions, disks that are full, failing or gone, names that are too long."""
 NO_MEMORY = "can't allocate memory"
 """What PyTorch, whose error is a RuntimeError, says where a processor's memory is not enough."""
 NO_THREAD = "can't start new thread"
@@ -49,7 +58,12 @@ class Commands(TyperGroup):
             if error.errno not in ENVIRONMENT:
                 raise
             where = os.fsdecode(error.filename or "stdout or a temporary file")  # what is printed has no name
-            fail(f"{where}: {os.strerror(error.errno).lower()}; check the space and the permissions there")
+            advice = (
+                "give a shorter one"
+                if error.errno == errno.ENAMETOOLONG
+                else "check the space and the permissions there"
+            )
+            fail(f"{where}: {os.strerror(error.errno).lower()}; {advice}")
             _drop_unprinted()
             raise typer.Exit(USER_ERROR) from None
         except (MemoryError, RuntimeError) as error:

@@ -51,6 +51,14 @@ def test_a_scan_that_is_not_there(tmp_path: Path) -> None:
     assert "does not exist" in one_line("segment", "-i", tmp_path / "a.nii.gz")
 
 
+@pytest.mark.parametrize(
+    "command", [("info",), ("data", "check"), ("evaluate", "--data"), ("train", "--out", "run", "--data"), ("export",)]
+)
+def test_a_name_that_no_file_can_have(command: tuple[str, ...], tmp_path: Path) -> None:
+    """A list of names or what a variable holds, where a path is meant."""
+    assert "too long" in one_line(*command, tmp_path / ("x" * 300))
+
+
 def test_more_memory_than_there_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A bundle's `--fast` may have a million runs, and NumPy says how much it lacks."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import errno
 import io
+import itertools
 import logging
 import os
 import signal
@@ -47,6 +48,14 @@ NO_THREAD = "can't start new thread"
 
 class Commands(TyperGroup):
     """The group of all commands; the one place where errors that a user can mend end."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """As Typer does, but for what is empty: a path would be the current folder, and other values as if they were not given."""
+        for before, one in itertools.pairwise(["cdiff", *args]):
+            if not one or (one.startswith("--") and one.find("=") == len(one) - 1):
+                fail(f"what follows {one or before} is empty; give a value (is a variable of the shell not set?)")
+                raise typer.Exit(USER_ERROR)
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         try:

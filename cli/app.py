@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import errno
 import io
+import itertools
 import logging
 import os
 import signal
@@ -28,8 +29,17 @@ EPILOG = (
 )
 
 
-ENVIRONMENT = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE)
-"""Refusals of the system that may come anywhere: permissions, disks that are full, failing or gone."""
+ENVIRONMENT = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EIO,
+    errno.ESTALE,
+    errno.ENAMETOOLONG,
+)
+"""Refusals of the system that may come anywhere: permissions, disks that are full, failing or gone, names that are too long."""
 NO_MEMORY = "can't allocate memory"
 """What PyTorch, whose error is a RuntimeError, says where a processor's memory is not enough."""
 NO_THREAD = "can't start new thread"
@@ -38,6 +48,14 @@ NO_THREAD = "can't start new thread"
 
 class Commands(Group):
     """The group of all commands; the one place where errors that a user can mend end."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """As Typer does, but for what is empty: a path would be the current folder, and other values as if they were not given."""
+        for before, one in itertools.pairwise(["cdiff", *args]):
+            if not one or (one.startswith("--") and one.find("=") == len(one) - 1):
+                fail(f"what follows {one or before} is empty; give a value (is a variable of the shell not set?)")
+                raise typer.Exit(USER_ERROR)
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -49,7 +67,12 @@ class Commands(Group):
             if error.errno not in ENVIRONMENT:
                 raise
             where = os.fsdecode(error.filename or "stdout or a temporary file")  # what is printed has no name
-            fail(f"{where}: {os.strerror(error.errno).lower()}; check the space and the permissions there")
+            advice = (
+                "give a shorter one"
+                if error.errno == errno.ENAMETOOLONG
+                else "check the space and the permissions there"
+            )
+            fail(f"{where}: {os.strerror(error.errno).lower()}; {advice}")
             _drop_unprinted()
             raise typer.Exit(USER_ERROR) from None
         except (MemoryError, RuntimeError) as error:

@@ -6,6 +6,7 @@ For GPUs without TensorRT, and as the baseline that an engine has to beat. Behin
 from __future__ import annotations
 
 import copy
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -83,6 +84,7 @@ class TorchChainEngine:
         self.network: Callable[..., Tensor] = prepared.denoiser
         self.noise: Callable[..., Tensor] = normals
         self._binding: TorchBinding | None = None
+        self.turn = threading.Lock()
         if self.options.compiled is not None:
             self.network = torch.compile(prepared.denoiser, mode=self.options.compiled, dynamic=False)
             if number is not None:  # for a CPU PyTorch 2.11 makes other words of them

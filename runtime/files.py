@@ -60,10 +60,13 @@ def must_take_files(folder: Path) -> None:
 
 
 def must_be_a_file(path: Path) -> None:
-    """Raise `CdiffError` where a device, a pipe or a name of an open file such as /dev/stdout is at `path`: a rename would put a file in its place."""
+    """Raise `CdiffError` where a folder, a device, a pipe or a name of an open file such as /dev/stdout is at `path`: a rename would fail, or put
+    a file in its place."""
+    if os.path.isdir(path):
+        raise CdiffError(f"{path} is a folder; name a file to write to")
     named = os.path.islink(path) and os.readlink(path).startswith("/proc/")
     # By os.path, to which what cannot be seen is not there: who writes tells why.
-    if named or (os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)):
+    if named or (os.path.exists(path) and not os.path.isfile(path)):
         raise CdiffError(f"{path} is a device or a pipe, and would be replaced by a file; name a file to write to")
 
 

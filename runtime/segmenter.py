@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NoReturn, get_args
 
 import numpy as np
 
@@ -43,7 +43,7 @@ SAMPLER = "ddpm"
 
 
 class Segmenter:
-    """`Segmenter.open(folder)` once, then `.segment(scan)` for as many scans as there are."""
+    """`Segmenter.open(folder)` once, then `.segment(scan)` for as many scans as there are, in as many threads; another process opens its own."""
 
     def __init__(self, bundle: Bundle, engine: Engine, *more: Engine) -> None:
         """`more` engines share a scan's slices with the first. Raises CdiffError where the bundle was replaced while they were opened."""
@@ -79,6 +79,12 @@ class Segmenter:
     def __repr__(self) -> str:
         devices = ",".join(engine.device for engine in self.engines)
         return f"<Segmenter {self.manifest.name}: {self.engine.name} {self.engine.version} on {devices}>"
+
+    def __reduce__(self) -> NoReturn:
+        """Raise CdiffError: an engine, and what it holds on its device, is of this process."""
+        raise CdiffError(
+            "a model that is loaded cannot be copied, pickled or sent to another process; open it there, with cdiff.load (threads share one)"
+        )
 
     @property
     def manifest(self) -> Manifest:

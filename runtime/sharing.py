@@ -5,10 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
-from cdiff.runtime.engines.base import Engine
+from cdiff.runtime.engines.base import Engine, OneScanAtATime
 from cdiff.runtime.sampling.batching import Progress, Timings, segment_windows
 from cdiff.runtime.sampling.framing import Windows
 from cdiff.runtime.sampling.sampler import SamplerTable
@@ -29,12 +30,13 @@ def segment_shared(
 
     The arguments are `segment_windows`'s; `options` are its others. The noise belongs to a slice's number, so the maps do not
     depend on who computed them but for the batch's make-up. `timings` adds the engines' up. The first error of any of them
-    stops the others after the slice that they are at, and is raised.
+    stops the others after the slice that they are at, and is raised. Several threads may call it with the same engines.
     """
     total = len(windows.slices)
     if len(engines) == 1:
         shared: dict[str, Any] = {"slice_ids": slice_ids, "progress": progress, "timings": timings}
-        return Gathered.of(segment_windows(engines[0], windows, table, **shared, **options), total)
+        with _turn(engines[0]):
+            return Gathered.of(segment_windows(engines[0], windows, table, **shared, **options), total)
     edges = [total * k // len(engines) for k in range(len(engines) + 1)]
     meter, stop = _Meter(progress), threading.Event()
 
@@ -51,10 +53,11 @@ def segment_shared(
             "timings": mine,
         }
         try:
-            for result in segment_windows(engines[k], share, table, **rest, **options):
-                found.append(replace(result, index=result.index + first))
-                if stop.is_set():
-                    break
+            with _turn(engines[k]):
+                for result in segment_windows(engines[k], share, table, **rest, **options):
+                    found.append(replace(result, index=result.index + first))
+                    if stop.is_set():
+                        break
         except BaseException:
             stop.set()
             raise
@@ -70,6 +73,11 @@ def segment_shared(
     for _, mine in parts:
         vars(timings).update(vars(timings + mine))
     return Gathered.of((result for found, _ in parts for result in found), total)
+
+
+def _turn(engine: Engine) -> AbstractContextManager[Any]:
+    """What is held while a scan is computed with the engine."""
+    return engine.turn if isinstance(engine, OneScanAtATime) else nullcontext()
 
 
 class _Meter:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -152,6 +153,14 @@ class LimitedRows(Protocol):
     @property
     def most_rows(self) -> int:
         """Most rows of a batch."""
+
+
+@runtime_checkable
+class OneScanAtATime(Protocol):
+    """An engine that gives the same binding for scan after scan: a second one would begin its sums anew and write over its features, so
+    whoever computes a scan holds `turn` until that is done."""
+
+    turn: threading.Lock
 
 
 def features_not_finite() -> CdiffError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -33,6 +34,7 @@ class GpuEngine(ABC):
 
     def __init__(self, number: int) -> None:
         self._binding: DeviceBinding | None = None
+        self.turn = threading.Lock()
         self.gpu = Gpu(number)
         self.device = f"cuda:{number}"
         with self.gpu.current():
@@ -45,7 +47,7 @@ class GpuEngine(ABC):
     def bind(self, rows: int, slots: int) -> DeviceBinding:
         """See `base.Engine.bind`. The last binding is given again for as many rows and no more slots; other numbers close it first.
 
-        So one scan at a time: a second one begins the sums anew.
+        So one scan at a time, which is `turn`'s: a second one begins the sums anew.
         """
         if self._binding is not None and self._binding.rows == rows and self._binding.slots >= slots:
             return self._binding

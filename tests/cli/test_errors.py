@@ -51,6 +51,37 @@ def test_a_scan_that_is_not_there(tmp_path: Path) -> None:
     assert "does not exist" in one_line("segment", "-i", tmp_path / "a.nii.gz")
 
 
+@pytest.mark.parametrize(
+    "command", [("info",), ("data", "check"), ("evaluate", "--data"), ("train", "--out", "run", "--data"), ("export",)]
+)
+def test_a_name_that_no_file_can_have(command: tuple[str, ...], tmp_path: Path) -> None:
+    """A list of names or what a variable holds, where a path is meant."""
+    assert "too long" in one_line(*command, tmp_path / ("x" * 300))
+
+
+@pytest.mark.parametrize(
+    ("command", "before"),
+    [
+        (("segment", ""), "segment"),
+        (("segment", "-q", "--", ""), "--"),
+        (("segment", "scan.nii.gz", "-o", ""), "-o"),
+        (("evaluate", "--data", "data", "--report="), "--report="),
+        (("data", "check", "data", "--labels", ""), "--labels"),
+        (("train", "--data", "data", "--out=", "--preset", "tiny"), "--out="),
+    ],
+)
+def test_a_shell_s_variable_that_is_not_set(
+    command: tuple[str, ...], before: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An empty path is the current folder to Python: its scans were segmented, or results written there, and nobody had asked for that."""
+    write_synthetic_dataset(tmp_path / "data", 1, raters=3, shape=(16, 16, 2))
+    monkeypatch.chdir(tmp_path)
+    there = sorted(tmp_path.rglob("*"))
+    said = f"error: what follows {before} is empty; give a value (is a variable of the shell not set?)\n"
+    assert one_line(*command) == said
+    assert sorted(tmp_path.rglob("*")) == there
+
+
 def test_more_memory_than_there_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A bundle's `--fast` may have a million runs, and NumPy says how much it lacks."""
 
@@ -334,6 +365,7 @@ def test_a_device_is_not_replaced_by_results(tmp_path: Path, tiny_data: Path, mo
     check, evaluate = ("data", "check", tiny_data), ("evaluate", "--data", tiny_data)
     for command in ((*check, "--json"), (*check, "--sheet"), (*evaluate, "--json"), ("benchmark", "--json")):
         assert "pipe is a device or a pipe" in one_line(*command, pipe)
+        assert f"{tmp_path} is a folder; name a file to write to" in one_line(*command, tmp_path)
 
 
 def test_a_package_that_is_not_installed_is_named_with_what_brings_it() -> None:

@@ -8,6 +8,7 @@ import os
 import shutil
 import sysconfig
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -73,6 +74,19 @@ def test_a_longer_chain_after_a_shorter_one_starts_anew() -> None:
     first = maps(engine, windows, "dpm++2m")
     list(segment_windows(engine, windows, sampler_table("ddpm", SCHEDULE, 3), levels=3, runs=2, batch=4))
     np.testing.assert_array_equal(maps(engine, windows, "dpm++2m"), first)
+
+
+def test_threads_may_share_a_model(tiny_bundle: Path) -> None:
+    """The engine keeps its buffers for the next scan, and two scans at once would share them: wrong maps, and not a word."""
+    model, scan = cdiff.load(tiny_bundle, engine="torch"), slices(1)[0, 0]
+
+    def soft(seed: int) -> np.ndarray:
+        return model.segment(scan, runs=2, steps=3, seed=seed).soft
+
+    expected = [soft(seed) for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        for seed, found in enumerate(pool.map(soft, [0, 1, 2, 3] * 4)):
+            np.testing.assert_array_equal(found, expected[seed % 4])
 
 
 def test_a_chain_that_was_not_finite_leaves_nothing_to_the_next() -> None:

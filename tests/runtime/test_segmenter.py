@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
+import pickle
 import shutil
 import tracemalloc
 import warnings
@@ -160,6 +162,17 @@ def test_what_a_notebook_shows_is_a_line(segmenter: Segmenter) -> None:
     assert repr(segmenter) == f"<Segmenter tiny: onnxruntime {segmenter.engine.version} on cpu>"
     assert dir(cdiff) == ["__version__", "load"]
     assert len(repr(next(segmenter.segment_many([volume(SIZE, SIZE)], **QUICK)).value)) < 100
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_loaded_model_says_why_it_cannot_be_copied_or_sent(segmenter: Segmenter, copied: Any) -> None:
+    """As multiprocessing, joblib and the like would; what it made can be."""
+    with pytest.raises(CdiffError, match=r"open it there, with cdiff\.load"):
+        copied(segmenter)
+    result = segmenter.segment(volume(10, 12, 2), runs=1, steps=1)
+    sent = pickle.loads(pickle.dumps(copy.deepcopy(result)))
+    np.testing.assert_array_equal(sent.soft, result.soft)
+    assert sent.report == result.report
 
 
 def test_a_bundle_that_is_replaced_while_it_is_opened_is_no_mixture(tmp_path: Path, segmenter: Segmenter) -> None:

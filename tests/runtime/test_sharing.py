@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
@@ -151,6 +152,36 @@ def test_where_no_batch_fits_the_next_scan_begins_with_a_whole_one_again(tmp_pat
     engine.room = 100
     segmenter.segment(slices, **options)
     assert engine.asked[4:] == [6]
+
+
+class Kept(FakeEngine):
+    """As the engines of a GPU do, it gives every scan the same buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.turn = threading.Lock()
+        self.kept: Binding | None = None
+
+    def bind(self, rows: int, slots: int) -> Binding:
+        self.kept = self.kept or super().bind(rows, slots)
+        return self.kept
+
+
+@pytest.mark.parametrize("engines", [1, 2])
+def test_threads_that_share_engines_do_not_write_over_one_another_s_features(engines: int) -> None:
+    table, shared = sampler_table("ddpm", SCHEDULE, 6), [Kept() for _ in range(engines)]
+
+    def maps(number: int, engines: list[Any]) -> np.ndarray:
+        windows = framed(scan((4, SIZE, SIZE)) + number)
+        found = segment_shared(
+            engines, windows, table, slice_ids=range(4), levels=C, runs=R, seed=9, batch=12, timings=Timings()
+        )
+        return np.stack([one.level_means for one in found])
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda number: maps(number, shared), range(8)))
+    for number, got in enumerate(found):
+        np.testing.assert_array_equal(got, maps(number, [FakeEngine() for _ in range(engines)]))
 
 
 def test_devices_are_opened_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,8 +111,12 @@ def _over_cases(looks: list[Look], C: int) -> list[Finding]:
             lacking = [
                 rater for rater, count in usual.items() if count * 2 > len(looks) and rater not in look.case.raters
             ]
-            without = f" ({', '.join(lacking)} missing)" if lacking and len(look.case.masks) < C else ""
-            text = f"{several(len(look.case.masks), 'mask')}{without}, the others have {C}; training leaves it out unless told otherwise"
+            fewer = len(look.case.masks) < C
+            without = f" ({', '.join(lacking)} missing)" if lacking and fewer else ""
+            unless = " unless missing_raters says otherwise" if fewer else ""  # no setting takes a part of the masks
+            text = (
+                f"{several(len(look.case.masks), 'mask')}{without}, the others have {C}; training leaves it out{unless}"
+            )
             out.append(Finding("warning", "annotators", look.case.name, text, look.split))
     same = [look for look in looks if look.at_least is not None and len(look.case.masks) == C]
     if same and not any(look.at_least[-1] for look in same if look.at_least is not None) and C > 1:

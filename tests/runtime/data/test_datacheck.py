@@ -65,6 +65,13 @@ def test_the_numbers_are_those_of_the_masks(clean: Path) -> None:
     assert report["cases"][0]["pairwise_dice"] == pytest.approx(expected[0])
 
 
+def test_a_case_of_more_masks_than_the_others_is_not_said_to_be_usable_by_a_setting(tmp_path: Path) -> None:
+    root = write_qubiq(tmp_path, {"Training": 4, "Validation": 1})
+    shutil.copy(root / "Training/case02/task01_seg01.nii.gz", root / "Training/case02/task01_seg04.nii.gz")
+    ((_, case, text),) = said(check_data(root), "annotators")
+    assert (case, text) == ("case02", "4 masks, the others have 3; training leaves it out")
+
+
 def test_qubiqs_oddities(tmp_path: Path) -> None:
     """A rater who lacks, one who saw nothing, two who are one, the fake spacing, two sizes."""
     root = write_qubiq(tmp_path, {"Training": 5, "Validation": 1}, raters=6, shapes=((64, 64, 1), (96, 64, 1)))
@@ -77,6 +84,7 @@ def test_qubiqs_oddities(tmp_path: Path) -> None:
     ((_, case, text),) = said(check, "annotators")
     assert case == "case03"
     assert text.startswith("5 masks (seg04 missing), the others have 6")
+    assert text.endswith("training leaves it out unless missing_raters says otherwise")
     assert said(check, "empty") == [("note", "case02", "seg02 marked nothing")]
     assert said(check, "duplicated") == [("warning", "case04", "identical masks: seg05 and seg06")]
     assert [case for _, case, _ in said(check, "spacing")] == [f"case{k:02d}" for k in range(1, 7)]

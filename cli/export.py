@@ -73,7 +73,9 @@ def export(
     ] = None,
     workspace: Annotated[
         float | None,
-        engine_option("--workspace GIB", "Most scratch memory a layer may use, in GiB.", default="no limit", min=0.001),
+        engine_option(
+            "--workspace GIB", "Most scratch memory a layer may use, in GiB.", default="no limit", min=0.001, max=2**20
+        ),
     ] = None,
     refit: Annotated[bool, engine_option("--refit", "Weights can be replaced in the engine.")] = False,
     version_compatible: Annotated[

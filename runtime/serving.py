@@ -17,6 +17,7 @@ from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.prepared import Prepared
 from cdiff.runtime.results import entropy
 from cdiff.runtime.segmenter import Segmenter
+from cdiff.runtime.words import one_line
 
 BUNDLE = "bundle"
 """The bundle's folder inside the model's version folder."""
@@ -49,11 +50,21 @@ class TritonPythonModel:
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """A response for each request, in order; what is wrong with one of them is that one's error alone."""
-        return [self._answer(request) for request in requests]
+        return [self._answer_or_lack_memory(request) for request in requests]
 
     def finalize(self) -> None:
         """Let go of the engine, whose memory goes with it."""
         del self.segmenter
+
+    def _answer_or_lack_memory(self, request: Any) -> Any:
+        """A request may ask for more runs than there is memory for; an exception that is let go would be every request's error."""
+        try:
+            return self._answer(request)
+        except MemoryError as error:
+            lacking = (
+                f"the server's memory is not enough ({one_line(error)}); ask for fewer runs, or of a smaller slice"
+            )
+            return self._refusal(CdiffError(lacking), self._triton.TritonError.INTERNAL)
 
     def _answer(self, request: Any) -> Any:
         triton = self._triton

@@ -96,6 +96,11 @@ def test_options_that_do_not_go_together(bundle: Bundle, options: list[str], rea
     assert not bundle.engines.exists()
 
 
+@pytest.mark.parametrize("workspace", ["1e999", "nan", "0"])
+def test_a_workspace_that_is_no_size(bundle: Bundle, workspace: str) -> None:
+    assert "Invalid value for '--workspace'" in run(2, bundle.path, "--engine", "tensorrt", "--workspace", workspace)[1]
+
+
 def test_a_run_that_is_not_there_and_one_without_an_output(tmp_path: Path) -> None:
     assert "does not exist" in run(2, tmp_path / "nothing")[1]
     assert "--out BUNDLE" in run(2, tmp_path)[1]

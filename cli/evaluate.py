@@ -272,9 +272,12 @@ def _choose(
 
     held = held_out(found, data, manifest) if manifest else None
     chosen, cases = choose_split(found, split, held)
-    whence = "(held out of this data when the model was trained)" if cases is held else f"of {', '.join(found)}"
+    whence = " (held out of this data when the model was trained)"
+    if cases is not held:
+        others = [name for name in found if name != chosen]
+        whence = f" ({' and '.join(others)} left out)" if others else ""
     cases = cases[:limit]
-    say(f"split {chosen} {whence}: {several(len(cases), 'case')}", quiet)
+    say(f"split {chosen}{whence}: {several(len(cases), 'case')}", quiet)
     if manifest is None:
         return chosen, cases
     if found.task and (trained := trained_task(manifest)) and natural(trained) != natural(found.task):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import sys
 import types
 import typing
 from dataclasses import dataclass, field
@@ -104,6 +103,8 @@ class Config:
         return self.with_values(values)
 
 
+LARGEST = {int: 2**40, float: 2**63}
+"""Whole numbers of a setting are below these: PyTorch's have 64 bits, and a tensor's size in bytes is one of them."""
 BROUGHT: dict[str, dict[str, Any]] = {IMPLICIT_ENSEMBLE.name: {"rrdbs": 0}}
 """Settings that a variant cannot do without."""
 
@@ -118,11 +119,11 @@ def _section_of(key: str) -> str:
 
 
 def _is(kind: Any, value: Any) -> bool:
-    """Whether a value, from JSON or of a section, is of a setting's type; whole numbers are floats too."""
+    """Whether a value, from JSON or of a section, is of a setting's type; whole numbers are floats too, and those from `LARGEST` on are none."""
     if isinstance(kind, types.GenericAlias):
         return isinstance(value, list | tuple) and all(_is(typing.get_args(kind)[0], item) for item in value)
-    if kind is float and type(value) is int:
-        return abs(value) <= sys.float_info.max
+    if kind in (int, float) and type(value) is int:
+        return abs(value) < LARGEST[kind]
     return type(value) is kind
 
 

@@ -20,7 +20,7 @@ from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.sampling.noise import INITIAL
 from cdiff.runtime.sampling.sampler import SamplerTable
 from cdiff.runtime.words import first_line
-from cdiff.train.machine import as_it_starts, own_attention
+from cdiff.train.machine import as_it_starts, for_all_threads, own_attention
 
 if TYPE_CHECKING:
     from cdiff.export.torch_engine import TorchChainEngine
@@ -33,6 +33,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+@for_all_threads
 @contextmanager
 def full_precision() -> Iterator[None]:
     """float32 means float32: no TF32 and no bfloat16 in convolutions and products within the block, however the program around asked for them."""

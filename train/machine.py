@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -23,6 +24,33 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
+
+
+def for_all_threads(
+    switched: Callable[[], AbstractContextManager[object]],
+) -> Callable[[], AbstractContextManager[None]]:
+    """Of a context that switches something of the whole process: the first thread to enter switches it, the last to leave switches it back.
+
+    Each for itself, a thread that leaves would give back what others, one for each GPU, still compute without.
+    """
+    lock, stack, inside = threading.Lock(), ExitStack(), 0
+
+    @contextmanager
+    def entered() -> Iterator[None]:
+        nonlocal inside
+        with lock:
+            if inside == 0:
+                stack.enter_context(switched())
+            inside += 1
+        try:
+            yield
+        finally:
+            with lock:
+                inside -= 1
+                if inside == 0:
+                    stack.close()
+
+    return entered
 
 
 @contextmanager
@@ -47,6 +75,7 @@ def as_it_starts() -> Iterator[None]:
             torch.set_autocast_enabled(kind, enabled)
 
 
+@for_all_threads
 @contextmanager
 def own_attention() -> Iterator[None]:
     """Attention on a GPU by PyTorch's own kernels. On cards of compute capability 9.0 and 10.0 it prefers cuDNN's, which ends a step in an

@@ -92,6 +92,19 @@ def test_a_program_that_chose_a_precision_gets_full_precision_and_its_own_back(
 
 
 @pytest.mark.usefixtures("as_pytorch_starts")
+def test_what_one_thread_gives_back_another_still_computes_with() -> None:
+    """Engines of several GPUs compute in a thread each: what was PyTorch's rounding again when one had done was the other's too."""
+    before = newer(), older()
+    one, other = full_precision(), full_precision()
+    one.__enter__()
+    other.__enter__()
+    one.__exit__(None, None, None)
+    assert set(newer().values()) == {"ieee"}
+    other.__exit__(None, None, None)
+    assert (newer(), older()) == before
+
+
+@pytest.mark.usefixtures("as_pytorch_starts")
 @pytest.mark.parametrize(("ask", "value"), [(torch.set_float32_matmul_precision, "high"), (generic, "tf32")])
 def test_an_engine_computes_in_full_precision_whatever_a_program_chose(
     ask: Callable[[str], None], value: str, monkeypatch: pytest.MonkeyPatch

@@ -63,10 +63,11 @@ def benchmark(
         from cdiff.benchmarks.benchmark import summary
         from cdiff.export.exporter import export_run
     from cdiff.runtime.bundle import shipped_bundle
-    from cdiff.runtime.files import must_be_a_file, write_json
+    from cdiff.runtime.files import must_be_a_file, must_not_be_read, write_json
 
     if json_:
         must_be_a_file(json_)
+        must_not_be_read(json_, [scan] if scan else [])
     sizes = options.whole_numbers("--batch", batch, "1,8,32")
     with TemporaryDirectory() as folder, Meter("benchmark", quiet) as meter:
         report = measure(

@@ -73,11 +73,12 @@ def check(
     cdiff data check my_data --json check.json --sheet check.png
     """
     from cdiff.runtime.data.datacheck import check_data
-    from cdiff.runtime.files import must_be_a_file, write_json
+    from cdiff.runtime.files import must_be_a_file, must_not_be_read, write_json
 
-    for path in (json_, sheet):
-        if path:
-            must_be_a_file(path)
+    given = [path for path in (json_, sheet) if path]
+    for path in given:
+        must_be_a_file(path)
+        must_not_be_read(path, [data])
     with Meter("data check", quiet) as meter:
         checked = check_data(
             data,
@@ -88,6 +89,8 @@ def check(
             slice_axis=slice_axis,
             progress=meter,
         )
+    for path in given:
+        must_not_be_read(path, (file for look in checked.looks for file in look.case.files))
     _print(checked)
     if json_:
         write_json(json_, checked.report)

@@ -167,7 +167,7 @@ def evaluate(
     cdiff evaluate --data my_data --group "patient[0-9]+" --paper-table --beside annotator.json
     """
     from cdiff.runtime.data.cases import find_cases
-    from cdiff.runtime.files import must_be_a_file, write_json
+    from cdiff.runtime.files import must_be_a_file, must_not_be_read, write_json
     from cdiff.runtime.pictures.drawing import must_draw
     from cdiff.runtime.scoring.evaluate import Protocol, Segmented, Source, score_cases
     from cdiff.runtime.scoring.paper import read_beside
@@ -198,6 +198,8 @@ def evaluate(
         raters=raters,
     )
     found = find_cases(data, task, layout=layout, labels=asked)
+    if json_:
+        must_not_be_read(json_, (data, *(file for cases in found.values() for case in cases for file in case.files)))
     for note in found.notes:
         warn(note)
     told: set[str] = set()

@@ -11,7 +11,7 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,12 @@ def must_be_a_file(path: Path) -> None:
     # By os.path, to which what cannot be seen is not there: who writes tells why.
     if named or (os.path.exists(path) and not os.path.isfile(path)):
         raise CdiffError(f"{path} is a device or a pipe, and would be replaced by a file; name a file to write to")
+
+
+def must_not_be_read(path: Path, read: Iterable[Path]) -> None:
+    """Raise `CdiffError` where `path`, which will be written, is one of the files that are read: whoever names it so would lose it."""
+    if os.path.isfile(path) and any(os.path.isfile(one) and os.path.samefile(path, one) for one in read):
+        raise CdiffError(f"{path} is read, and would be replaced; name another file to write to")
 
 
 def _exists(path: Path) -> bool:

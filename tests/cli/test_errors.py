@@ -368,6 +368,26 @@ def test_a_device_is_not_replaced_by_results(tmp_path: Path, tiny_data: Path, mo
         assert f"{tmp_path} is a folder; name a file to write to" in one_line(*command, tmp_path)
 
 
+def test_no_result_replaces_what_is_read(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table that names the cases, or a scan of theirs, was gone."""
+    data = Path(shutil.copytree(tiny_data, tmp_path / "data"))
+    case = next(path.parent for path in data.rglob("image.nii.gz"))
+    images = sorted(f"data/{path.relative_to(data)}" for path in case.iterdir())
+    (table := tmp_path / "table.csv").write_text("case,image,mask1,mask2,mask3\none," + ",".join(images) + "\n")
+    before = {path: path.read_bytes() for path in (table, *case.iterdir())}
+    monkeypatch.setattr("cdiff.benchmarks.benchmark.benchmark", None)
+    for command in (
+        ("data", "check", table, "--json"),
+        ("data", "check", table, "--sheet"),
+        ("evaluate", "--data", table, "--json"),
+    ):
+        for path in (table, case / "image.nii.gz", case / "task01_seg02.nii.gz"):
+            assert f"{path} is read, and would be replaced" in fails(2, *command, path)
+    scan = case / "image.nii.gz"
+    assert "is read, and would be replaced" in one_line("benchmark", "--scan", scan, "--json", scan)
+    assert {path: path.read_bytes() for path in before} == before
+
+
 def test_a_package_that_is_not_installed_is_named_with_what_brings_it() -> None:
     says = r"^export needs nowhere, which is not installed; try: pip install '\.\[train\]'"
     with pytest.raises(CdiffError, match=says), needs("export"):

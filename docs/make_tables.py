@@ -17,6 +17,7 @@ from export_tables import builds_table, graphs_table, half_table
 from peer_tables import ANY, FOUR, peers_full_table, peers_table, seeds_table
 from table_cells import (
     GED,
+    GLUE,
     NOT_MEASURED,
     Scores,
     difference,
@@ -318,7 +319,7 @@ def expected_table(results: Path) -> str:
 
 def average(values: list[float]) -> str:
     """A mean with its range."""
-    return f"{sum(values) / len(values):.3f} ({min(values):.2f} - {max(values):.2f})"
+    return f"{sum(values) / len(values):.3f} ({min(values):.2f}{GLUE}-{GLUE}{max(values):.2f})"
 
 
 def memory_table(results: Path) -> str:

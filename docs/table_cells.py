@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 NOT_MEASURED = "not measured"
+GLUE = "\N{NO-BREAK SPACE}"
+"""In an interval, which a narrow column would break after its dash."""
 
 Scores = Mapping[str, Any]
 
@@ -28,7 +30,7 @@ def interval(score: Mapping[str, float] | None) -> str:
     """A mean with its 95 % interval."""
     if score is None or score.get("mean") is None:
         return "-"
-    return f"{score['mean']:.3f} ({score['low']:.3f} - {score['high']:.3f})"
+    return f"{score['mean']:.3f} ({score['low']:.3f}{GLUE}-{GLUE}{score['high']:.3f})"
 
 
 def difference(score: Mapping[str, float] | None) -> str:
@@ -37,7 +39,7 @@ def difference(score: Mapping[str, float] | None) -> str:
         return NOT_MEASURED
     if score["mean"] is None:
         return "-"
-    return f"{score['mean']:+.3f} ({score['low']:+.3f} to {score['high']:+.3f})"
+    return f"{score['mean']:+.3f} ({score['low']:+.3f}{GLUE}to{GLUE}{score['high']:+.3f})"
 
 
 def markdown(header: list[str], rows: list[list[str]], words: int = 1) -> str:

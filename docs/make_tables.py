@@ -319,7 +319,7 @@ def expected_table(results: Path) -> str:
 
 def average(values: list[float]) -> str:
     """A mean with its range."""
-    return f"{sum(values) / len(values):.3f} ({min(values):.2f}{GLUE}-{GLUE}{max(values):.2f})"
+    return f"{sum(values) / len(values):.3f} ({min(values):.2f}{GLUE}to{GLUE}{max(values):.2f})"
 
 
 def memory_table(results: Path) -> str:

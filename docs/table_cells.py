@@ -9,7 +9,7 @@ from typing import Any
 
 NOT_MEASURED = "not measured"
 GLUE = "\N{NO-BREAK SPACE}"
-"""In an interval, which a narrow column would break after its dash."""
+"""In an interval, which a narrow column would break."""
 
 Scores = Mapping[str, Any]
 
@@ -30,7 +30,7 @@ def interval(score: Mapping[str, float] | None) -> str:
     """A mean with its 95 % interval."""
     if score is None or score.get("mean") is None:
         return "-"
-    return f"{score['mean']:.3f} ({score['low']:.3f}{GLUE}-{GLUE}{score['high']:.3f})"
+    return f"{score['mean']:.3f} ({score['low']:.3f}{GLUE}to{GLUE}{score['high']:.3f})"
 
 
 def difference(score: Mapping[str, float] | None) -> str:

@@ -25,10 +25,10 @@ def test_a_result_reaches_the_headline_table(tables: ModuleType, tmp_path: Path)
     (tmp_path / "lidc_testing_all_raters_zooms.json").write_text(json.dumps(result(0.75, 0.625)))
     own, _, unet, reader = rows = tables.headline_table(tmp_path).splitlines()[2:]
     assert [cell.strip() for cell in own.split("|")[2:-1]] == [
-        "0.750 (0.688\xa0-\xa00.812)", tables.NOT_MEASURED, "0.500", "0.250 (16)", "0.062",
+        "0.750 (0.688\xa0to\xa00.812)", tables.NOT_MEASURED, "0.500", "0.250 (16)", "0.062",
     ]  # fmt: skip
     assert [cell.strip() for cell in reader.split("|")[2:-1]] == [
-        "0.625 (0.562\xa0-\xa00.688)",
+        "0.625 (0.562\xa0to\xa00.688)",
         tables.NOT_MEASURED,
         *"---",
     ]
@@ -58,13 +58,13 @@ def test_a_result_reaches_the_model_table(tables: ModuleType, tmp_path: Path) ->
     (tmp_path / "unet_testing_all_raters.json").write_text(json.dumps(beside))
     rows = tables.model_table(tmp_path).splitlines()
     (own,) = [row for row in rows if "25 runs" in row and "351" in row]
-    assert "0.812 (0.802\xa0-\xa00.823)" in own
+    assert "0.812 (0.802\xa0to\xa00.823)" in own
     assert [cell.strip() for cell in own.split("|")][5:10] == ["0.800", "0.700", "0.600", "0.500", "0.250 (16)"]
     (reader,) = [row for row in rows if "radiologist" in row and "351" in row]
     assert "0.762" in reader
     assert "0.800" not in reader
     (unet,) = [row for row in rows if "U-Net" in row and "351" in row]
-    assert "0.500 (0.490\xa0-\xa00.510)" in unet
+    assert "0.500 (0.490\xa0to\xa00.510)" in unet
 
 
 def test_the_reader_and_the_panel_stand_beside_the_model(tables: ModuleType, tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_the_reader_and_the_panel_stand_beside_the_model(tables: ModuleType, tmp
     four, vote, anybody, *validation = tables.each_table(tmp_path).splitlines()[2:]
     assert [cell.strip() for cell in four.split("|")[1:-1]] == [
         "Testing, four marked (351)",
-        *("0.750 (0.625\xa0-\xa00.875)", "0.500 (0.375\xa0-\xa00.625)", "+0.250 (+0.125\xa0to\xa0+0.375)"),
+        *("0.750 (0.625\xa0to\xa00.875)", "0.500 (0.375\xa0to\xa00.625)", "+0.250 (+0.125\xa0to\xa0+0.375)"),
     ]
     assert tables.NOT_MEASURED in vote
     assert tables.NOT_MEASURED in anybody
@@ -123,9 +123,9 @@ def test_the_peers_stand_best_first_and_all_have_a_row(
     assert names[:3] == [f"{heads} (50% of its budget)", soft, f"{consensus}, 1 step"]
     assert tables.NOT_MEASURED in rows[3]
     assert names[-1] == "a radiologist against the other three"
-    assert "0.762 (0.762\xa0-\xa00.762)" in rows[-1]
+    assert "0.762 (0.762\xa0to\xa00.762)" in rows[-1]
     cells = [cell.strip() for cell in rows[1].split("|")[2:-1]]
-    assert cells[0] == "0.625 (0.625\xa0-\xa00.625)"
+    assert cells[0] == "0.625 (0.625\xa0to\xa00.625)"
     assert cells[2] == "0.250 (16)"
     assert cells[5:] == ["0.900", "0.800", "0.700", "0.600", "1.98", "123", "60", "0.12"]
     assert all(tables.NOT_MEASURED in row for row in tables.TABLES["peers-any"](tmp_path).splitlines()[2:])
@@ -178,13 +178,13 @@ def test_whole_scans_are_told_slice_by_slice(tables: ModuleType, tmp_path: Path)
     (tmp_path / "whole_scans.json").write_text(json.dumps({"scans": [scan]}))
     row, shrunk = tables.scans_table(tmp_path).splitlines()[2:]
     cells = [cell.strip() for cell in row.split("|")[1:-1]]
-    assert cells[:5] == ["lung1", "as it is", "2", "12", "0.625 (0.50\xa0-\xa00.75)"]
-    assert shrunk.startswith("| lung1 | `--shrink 2` | 1 | 12 | 0.750 (0.75\xa0-\xa00.75) |")
+    assert cells[:5] == ["lung1", "as it is", "2", "12", "0.625 (0.50\xa0to\xa00.75)"]
+    assert shrunk.startswith("| lung1 | `--shrink 2` | 1 | 12 | 0.750 (0.75\xa0to\xa00.75) |")
     assert cells[5:] == [
-        "0.500 (0.25\xa0-\xa00.75)",
-        *["0.500 (0.50\xa0-\xa00.50)"],
-        "0.500 (0.25\xa0-\xa00.75)",
-        "0.500 (0.00\xa0-\xa01.00)",
+        "0.500 (0.25\xa0to\xa00.75)",
+        *["0.500 (0.50\xa0to\xa00.50)"],
+        "0.500 (0.25\xa0to\xa00.75)",
+        "0.500 (0.00\xa0to\xa01.00)",
     ]
 
 
@@ -199,8 +199,8 @@ def test_pointing_beside_the_middle_is_told_by_its_distance(tables: ModuleType, 
     ]
     (tmp_path / "off_centre.json").write_text(json.dumps({"found": found}))
     assert tables.beside_table(tmp_path).splitlines()[2:] == [
-        "| 0 | 0.500 (0.375\xa0-\xa00.625) | - | 0.0% |",
-        "| 8 | 0.500 (0.375\xa0-\xa00.625) | -0.250 (-0.375\xa0to\xa0-0.125) | 6.2% |",
+        "| 0 | 0.500 (0.375\xa0to\xa00.625) | - | 0.0% |",
+        "| 8 | 0.500 (0.375\xa0to\xa00.625) | -0.250 (-0.375\xa0to\xa0-0.125) | 6.2% |",
     ]
 
 
@@ -210,7 +210,7 @@ def test_what_maps_expect_beside_the_structure(tables: ModuleType, tmp_path: Pat
     report = {"found": [{"pixels": 24, "empty": 0.125, "expected_dice": expected, "dice_each": found}]}
     (tmp_path / "off_centre_expected.json").write_text(json.dumps(report))
     (row,) = tables.expected_beside_table(tmp_path).splitlines()[2:]
-    assert row == "| 24 | 12% | 0.500 (0.375\xa0-\xa00.625) | 0.250 (0.125\xa0-\xa00.375) |"
+    assert row == "| 24 | 12% | 0.500 (0.375\xa0to\xa00.625) | 0.250 (0.125\xa0to\xa00.375) |"
 
 
 def test_what_maps_expect_stands_beside_what_was_found(tables: ModuleType, tmp_path: Path) -> None:
@@ -241,8 +241,8 @@ def test_whole_nodules_stand_beside_the_reader(tables: ModuleType, tmp_path: Pat
     rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in tables.nodules_table(tmp_path).splitlines()[2:]]
     own, vote, one_size, _, reader, *anybody = rows
     levels = ["0.800", "0.700", "0.600", "0.500"]
-    assert own == ["four marked (67)", "cdiff `--fast`", *["0.750 (0.625\xa0-\xa00.875)"] * 2, *levels]
-    assert reader[1:] == ["a radiologist against the other three", *["0.500 (0.375\xa0-\xa00.625)"] * 2, *["-"] * 4]
+    assert own == ["four marked (67)", "cdiff `--fast`", *["0.750 (0.625\xa0to\xa00.875)"] * 2, *levels]
+    assert reader[1:] == ["a radiologist against the other three", *["0.500 (0.375\xa0to\xa00.625)"] * 2, *["-"] * 4]
     assert vote[2] == tables.NOT_MEASURED
     assert one_size[2] == tables.NOT_MEASURED
     assert [row[2] for row in anybody] == [tables.NOT_MEASURED] * 5

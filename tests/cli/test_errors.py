@@ -370,6 +370,7 @@ def test_a_device_is_not_replaced_by_results(tmp_path: Path, tiny_data: Path, mo
 
 def test_no_result_replaces_what_is_read(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The table that names the cases, or a scan of theirs, was gone."""
+    monkeypatch.chdir(tmp_path)
     data = Path(shutil.copytree(tiny_data, tmp_path / "data"))
     case = next(path.parent for path in data.rglob("image.nii.gz"))
     images = sorted(f"data/{path.relative_to(data)}" for path in case.iterdir())

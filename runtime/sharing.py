@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
+from contextvars import ContextVar, copy_context
 from dataclasses import replace
 from typing import Any
 
 from cdiff.runtime.engines.base import Engine, OneScanAtATime
+from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.sampling.batching import Progress, Timings, segment_windows
 from cdiff.runtime.sampling.framing import Windows
 from cdiff.runtime.sampling.sampler import SamplerTable
 from cdiff.runtime.sampling.sums import Gathered, SliceResult
+
+# Whose turn is held by what called us, by the engines' identities: a progress callback runs within the scan that it is about.
+_HELD: ContextVar[frozenset[int]] = ContextVar("_HELD", default=frozenset())
 
 
 def segment_shared(
@@ -31,7 +36,13 @@ def segment_shared(
     The arguments are `segment_windows`'s; `options` are its others. The noise belongs to a slice's number, so the maps do not
     depend on who computed them but for the batch's make-up. `timings` adds the engines' up. The first error of any of them
     stops the others after the slice that they are at, and is raised. Several threads may call it with the same engines.
+    Raises CdiffError where `progress` calls it for an engine that takes one scan at a time: it would wait for itself.
     """
+    if any(id(engine) in _HELD.get() for engine in engines):
+        raise CdiffError(
+            f"progress cannot segment with the model that it reports on: {engines[0].name} on {engines[0].device} takes one scan at a "
+            "time; segment the other scan after this one, or open the model a second time"
+        )
     total = len(windows.slices)
     if len(engines) == 1:
         shared: dict[str, Any] = {"slice_ids": slice_ids, "progress": progress, "timings": timings}
@@ -64,7 +75,7 @@ def segment_shared(
         return found, mine
 
     with ThreadPoolExecutor(len(engines), "cdiff-gpu") as pool:
-        running = [pool.submit(work, k) for k in range(len(engines))]
+        running = [pool.submit(copy_context().run, work, k) for k in range(len(engines))]
         try:
             parts = [one.result() for one in running]
         except BaseException:  # Ctrl-C too: the threads would go on to the end of their share
@@ -75,9 +86,18 @@ def segment_shared(
     return Gathered.of((result for found, _ in parts for result in found), total)
 
 
-def _turn(engine: Engine) -> AbstractContextManager[Any]:
-    """What is held while a scan is computed with the engine."""
-    return engine.turn if isinstance(engine, OneScanAtATime) else nullcontext()
+@contextmanager
+def _turn(engine: Engine) -> Iterator[None]:
+    """Within it a scan may be computed with the engine."""
+    if not isinstance(engine, OneScanAtATime):
+        yield
+        return
+    with engine.turn:
+        token = _HELD.set(_HELD.get() | {id(engine)})
+        try:
+            yield
+        finally:
+            _HELD.reset(token)
 
 
 class _Meter:

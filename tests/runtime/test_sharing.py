@@ -17,7 +17,7 @@ from cdiff.runtime.device.cuda import OutOfMemory
 from cdiff.runtime.engines.base import Binding
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.sampling import batching
-from cdiff.runtime.sampling.batching import Timings
+from cdiff.runtime.sampling.batching import Progress, Timings
 from cdiff.runtime.sampling.sampler import sampler_table
 from cdiff.runtime.segmenter import Segmenter
 from cdiff.runtime.sharing import segment_shared
@@ -182,6 +182,44 @@ def test_threads_that_share_engines_do_not_write_over_one_another_s_features(eng
         found = list(pool.map(lambda number: maps(number, shared), range(8)))
     for number, got in enumerate(found):
         np.testing.assert_array_equal(got, maps(number, [FakeEngine() for _ in range(engines)]))
+
+
+@pytest.mark.parametrize("engines", [1, 2])
+def test_progress_that_segments_with_its_own_model_is_an_error_and_does_not_wait_for_itself(engines: int) -> None:
+    table, shared = sampler_table("ddpm", SCHEDULE, 2), [Kept() for _ in range(engines)]
+
+    def maps(progress: Progress | None = None) -> np.ndarray:
+        found = segment_shared(
+            shared,
+            framed(scan((4, SIZE, SIZE))),
+            table,
+            slice_ids=range(4),
+            levels=C,
+            runs=R,
+            seed=9,
+            batch=12,
+            timings=Timings(),
+            progress=progress,
+        )
+        return np.stack([one.level_means for one in found])
+
+    told: list[CdiffError] = []
+
+    def work() -> None:
+        try:
+            maps(lambda done, total: (maps(), None)[1])
+        except CdiffError as error:
+            told.append(error)
+
+    # A thread that does not keep the process: one that waited for itself would never end.
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(30)
+    assert [str(error) for error in told] == [
+        "progress cannot segment with the model that it reports on: fake on cpu takes one scan at a time; segment the other scan after "
+        "this one, or open the model a second time"
+    ]
+    np.testing.assert_array_equal(maps(), maps(lambda done, total: None))
 
 
 def test_devices_are_opened_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,7 +64,11 @@ def train(
         Path | None, options.option("--init RUN", "Start a new run from the weights of another or of a bundle.")
     ] = None,
     dry_run: Annotated[
-        bool, options.option("--dry-run", "Read the data, take one step, say what was found, write nothing.")
+        bool,
+        options.option(
+            "--dry-run",
+            "Read the data, take two steps, say what was found and how long the run would take, write nothing.",
+        ),
     ] = False,
     device: Annotated[
         str, options.option("--device DEVICE", "auto (a GPU if PyTorch sees one), cpu, cuda, cuda:1 ...")
@@ -122,13 +126,15 @@ def train(
             raise typer.Exit(INTERRUPTED)
         return
     if dry_run:
-        say(f"dry run: one step taken, loss {result.loss:.4f}; nothing is written", quiet)
+        say(f"dry run: two steps taken, the first's loss {result.loss:.4f}; nothing is written", quiet)
         return
     best = "not validated yet" if result.best is None else f"best validation soft Dice {result.best:.3f}"
     say(f"step {result.step}, {result.seconds / 60:.1f} minutes of training, {best}", quiet)
     if result.interrupted:
         fail(f"interrupted; what was done is saved, and --resume goes on from step {result.step}")
         raise typer.Exit(INTERRUPTED)
+    if not result.finished:
+        say("stopped before the run's end, as --max-steps says; --resume goes on from here", quiet)
     written(result.out)
 
 

@@ -13,6 +13,14 @@ def several(number: int, word: str) -> str:
     return f"{number} {word}" if number == 1 else f"{number} {word}s"
 
 
+def lasting(seconds: float) -> str:
+    """A time in words, of two digits or so: 0.42 s, 35 minutes, 2.3 hours, 41 days."""
+    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.{0 if seconds >= 9.95 * size else 1}f} {unit}"
+    return f"{seconds:.2g} s" if seconds < 9.95 else f"{seconds:.0f} s"
+
+
 def one_line(error: BaseException) -> str:
     """What an error says, on one line; its kind where it says nothing."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 
+from cdiff.runtime.words import lasting, several
 from cdiff.train.config import Config
 
 
@@ -18,6 +19,17 @@ def progress(config: Config, done: int, seconds: float) -> float:
     settings = config.training
     share = done / settings.steps
     return max(share, seconds / (60 * settings.minutes)) if settings.minutes else share
+
+
+def forecast(config: Config, done: int, seconds: float, step: float) -> str:
+    """What a run that has taken `done` steps in `seconds` will take yet, in words, if a step takes `step` seconds on the budget's clock."""
+    settings, clock = config.training, " of processor time" if config.training.clock == "cpu" else ""
+    left = max(0, settings.steps - done)
+    said = f"a step takes about {lasting(step)}{clock} here, so {left:,} {'more ' if done else ''}steps take"
+    said += f" about {lasting(left * step)}, and {several(math.ceil(left / settings.val_every), 'validation')} besides"
+    if settings.minutes and (fit := max(0, settings.minutes * 60 - seconds) / step) < left:
+        said += f"; the setting minutes ends the run after {fit:,.0f} of them at most"
+    return said
 
 
 def window_size(config: Config, progress: float) -> int:

@@ -39,7 +39,8 @@ class TrainResult:
     seconds of training, over all calls.
 
     out: the run folder. parameters: the network's. data: what was found (Data.summary). interrupted: whether Ctrl-C, SIGTERM or SIGHUP ended
-    it. first: whether this is the process that should tell, of those that trained together.
+    it. finished: whether the run is at its end, and not at `max_steps`. first: whether this is the process that should tell, of those
+    that trained together.
     """
 
     step: int
@@ -50,6 +51,7 @@ class TrainResult:
     parameters: int
     data: dict[str, Any]
     interrupted: bool = False
+    finished: bool = False
     first: bool = True
 
 
@@ -82,6 +84,9 @@ class Run:
 
     def progress(self) -> float:
         return pace.progress(self.config, self.done, self.seconds)
+
+    def finished(self) -> bool:
+        return self.done >= self.config.training.steps or self.progress() >= 1
 
     def window(self) -> int:
         return pace.window_size(self.config, self.progress())
@@ -139,7 +144,7 @@ class Run:
                 self.done += 1
                 stop = self._settle(began, interrupt)
                 log.step(self.done, settings.steps)
-                finished = self.done == settings.steps or self.progress() >= 1
+                finished = self.finished()
                 row: dict[str, Any] = {"step": self.done, "seconds": round(self.seconds, 1)}
                 row |= {"loss": loss, "lr": lr, "grad_norm": norm, "window": self.window()}
                 if finished or self.done % settings.val_every == 0 or self.done % settings.log_every == 0:
@@ -170,7 +175,15 @@ class Run:
         best = self.best if math.isfinite(self.best) else None
         counted = self.learner.parameters, self.data.summary
         return TrainResult(
-            self.done, loss, best, self.seconds, self.out, *counted, interrupted, self.fabric.is_global_zero
+            self.done,
+            loss,
+            best,
+            self.seconds,
+            self.out,
+            *counted,
+            interrupted,
+            self.finished(),
+            self.fabric.is_global_zero,
         )
 
     def restore(self) -> None:

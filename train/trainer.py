@@ -13,6 +13,7 @@ from rich.console import Console
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import make_folder, write_json
 from cdiff.runtime.scans.sources import is_there
+from cdiff.train import pace
 from cdiff.train.checkpoint import read_config
 from cdiff.train.config import HOW, Config
 from cdiff.train.data import read_data
@@ -45,7 +46,7 @@ def train(
     resume: go on with the run in `out`, on the cases that it began with; only the settings that say how it is computed (config.HOW)
     may be others.
     max_steps: end this call after step `max_steps` without changing the schedule, as if it had been stopped there.
-    dry_run: read the data, take one step (of a resumed run the next one) and write nothing.
+    dry_run: read the data, take two steps (of a resumed run the next ones), say what the run would take by the second, and write nothing.
     device: auto (a GPU if PyTorch sees one), cpu, cuda or cuda:N.
     quiet: notes alone, no progress; console: where they go, stderr unless given.
 
@@ -123,6 +124,10 @@ def _train(run: Run, started: bool, max_steps: int | None, dry_run: bool, quiet:
         )
     if dry_run:
         loss, _ = run.step(run.done)
+        began = pace.now(run.config)
+        run.step(run.done + 1)  # the first step is the slower one: it makes what the others use again
+        if not quiet:
+            say(console, pace.forecast(run.config, run.done, run.seconds, pace.now(run.config) - began))
         return run.result(loss)
     if first:
         if started:
@@ -133,7 +138,8 @@ def _train(run: Run, started: bool, max_steps: int | None, dry_run: bool, quiet:
 
 
 def check_out(out: Path, config: Config, resume: bool) -> None:
-    """Raise CdiffError unless `out` holds no run, or is to be resumed and holds this very one (but for how it is computed)."""
+    """Raise CdiffError unless `out` holds no run, and no file that one would write over, or is to be resumed and holds this very one (but
+    for how it is computed)."""
     if is_there(out / "config.json"):
         if not resume:
             raise CdiffError(f"{out} already holds a run; add --resume to go on with it, or choose another --out")
@@ -150,6 +156,11 @@ def check_out(out: Path, config: Config, resume: bool) -> None:
         return
     if resume:
         raise no_run(out)
+    if taken := [name for name in ("data.json", "log.csv", "samples.npz") if is_there(out / name)]:
+        raise CdiffError(
+            f"{out} holds no run but {' and '.join(taken)}, which a run would write over; choose another --out, or move "
+            f"{'it' if len(taken) == 1 else 'them'} away"
+        )
 
 
 def no_run(out: Path) -> CdiffError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +212,7 @@ def test_doctor_names_the_engine() -> None:
 def test_dry_run_writes_nothing(tiny_data: Path, tmp_path: Path) -> None:
     result = run("train", "--data", tiny_data, "--preset", "tiny", "--out", tmp_path / "run", "--dry-run")
     assert "nothing is written" in result.stderr
+    assert re.search("a step takes about [0-9.]+ s here, so 40 steps take about", result.stderr)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -222,6 +224,7 @@ def test_resume_needs_no_settings_again(tiny_data: Path, tmp_path: Path) -> None
     run(*train, "--preset", "tiny", "--set", "batch=2", "--max-steps", 2, "-q")
     result = run(*train, "--resume", "--masks-by", "array", "--max-steps", 3)
     assert "step 3" in result.stderr
+    assert "stopped before the run's end" in result.stderr
     result = run(*train, "--resume", "--masks-by", "header", code=2)
     assert "other settings (masks_by: array there, header now)" in result.stderr
     assert f"--init {tmp_path / 'run'} with another --out" in result.stderr

@@ -10,12 +10,15 @@ import pytest
 import torch
 from rich.console import Console
 
+from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import write_json
+from cdiff.runtime.words import lasting
 from cdiff.train import checkpoint
 from cdiff.train.checkpoint import checkpoint_folder, load_run, read_json
 from cdiff.train.data import read_data
 from cdiff.train.fabric import fabric_on
 from cdiff.train.log import read_log
+from cdiff.train.pace import forecast
 from cdiff.train.presets import preset
 from cdiff.train.run import Run
 from cdiff.train.trainer import train
@@ -42,6 +45,68 @@ def test_a_kill_before_either_pointer_loses_no_best_checkpoint(
     best = json.loads((run / "best.json").read_text())["checkpoint"]
     assert (run / "checkpoints" / best).is_dir()
     assert load_run(run).info["val_soft_dice_5"] == result.best
+
+
+@pytest.mark.parametrize("names", [["data.json"], ["log.csv", "samples.npz"]])
+def test_a_folder_with_files_that_a_run_would_replace_is_none_to_train_in(
+    tiny_data: Path, tmp_path: Path, names: list[str]
+) -> None:
+    for name in names:
+        (tmp_path / name).write_text("mine")
+    with pytest.raises(CdiffError, match=f"holds no run but {' and '.join(names)}, which a run would write over"):
+        train(preset("tiny"), tiny_data, tmp_path, quiet=True)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys(names, "mine")
+
+
+def test_a_run_says_whether_it_is_at_its_end(tiny_data: Path, tmp_path: Path) -> None:
+    config = preset("tiny").with_values({"steps": 2, "val_every": 2})
+    assert not train(config, tiny_data, tmp_path / "run", max_steps=1, quiet=True).finished
+    assert train(config, tiny_data, tmp_path / "run", resume=True, max_steps=2, quiet=True).finished
+    timed = config.with_values({"steps": 100, "minutes": 1e-6})
+    assert train(timed, tiny_data, tmp_path / "timed", quiet=True).finished, "its minutes are over"
+
+
+@pytest.mark.parametrize(
+    ("settings", "done", "seconds", "said"),
+    [
+        ({}, 0, 0, "a step takes about 0.42 s here, so 10,000 steps take about 70 minutes, and 40 validations besides"),
+        ({"steps": 4}, 0, 0, "a step takes about 0.42 s here, so 4 steps take about 1.7 s, and 1 validation besides"),
+        (
+            {"clock": "cpu", "minutes": 7},
+            9_400,
+            100,
+            "a step takes about 0.42 s of processor time here, so 600 more steps take about 4.2 minutes, and 3 validations besides",
+        ),
+        (
+            {"minutes": 7},
+            100,
+            84,
+            "a step takes about 0.42 s here, so 9,900 more steps take about 69 minutes, and 40 validations besides; the setting minutes ends "
+            "the run after 800 of them at most",
+        ),
+    ],
+)
+def test_what_a_run_will_take_is_told_from_one_step(
+    settings: dict[str, object], done: int, seconds: float, said: str
+) -> None:
+    assert forecast(preset("small").with_values(settings), done, seconds, 0.42) == said
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        (0.04167, "0.042 s"),
+        (9.96, "10 s"),
+        (119, "119 s"),
+        (120, "2.0 minutes"),
+        (3540, "59 minutes"),
+        (8100, "2.2 hours"),
+        (100 * 3600, "4.2 days"),
+        (86400 * 1234.6, "1,235 days"),
+    ],
+)
+def test_a_time_is_told_in_two_digits_or_so(seconds: float, said: str) -> None:
+    assert lasting(seconds) == said
 
 
 def test_a_validation_that_scores_nothing_is_no_best_and_ends_nothing(

@@ -10,7 +10,7 @@ from typing import Any
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.words import first_line
 
-INSTALL = "pip install '.[gpu]' in cdiff's clone (see docs/gpu.md for what goes together)"
+INSTALL = "pip install pycuda 'cuda-bindings<14' 'nvidia-cuda-nvrtc<14' (see docs/gpu.md for what goes together)"
 PACKAGES = {
     "pycuda.driver": "pycuda",
     "cuda.bindings.driver": "cuda-bindings",

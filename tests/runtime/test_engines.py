@@ -104,7 +104,7 @@ def test_unknown_engines_and_devices_are_refused(tmp_path: Path, name: str, devi
         ),
         ("onnxruntime", "onnxruntime does not run on cuda:0 here: for cuda: onnxruntime-gpu"),
         ("tensorrt", r"tensorrt cannot run here: tensorrt is not installed: .*'\.\[gpu\]"),
-        ("tensorrt-rtx", r"tensorrt-rtx cannot run here: .*'\.\[(rtx|gpu)\]"),
+        ("tensorrt-rtx", r"tensorrt-rtx cannot run here: .*pip install ('\.\[rtx\]|pycuda )"),
         ("onnxruntime-tensorrt", "onnxruntime-tensorrt cannot run here: onnxruntime-gpu"),
     ],
 )

@@ -103,7 +103,7 @@ def test_capture_and_replay_by_cuda_bindings(driver: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.skipif(
-    importlib.util.find_spec("pycuda") is None, reason="PyCUDA is not installed: pip install '.[gpu]' in cdiff's clone"
+    importlib.util.find_spec("pycuda") is None, reason="PyCUDA is not installed: pip install pycuda"
 )
 @pytest.mark.parametrize(("script", "contexts"), [("chains", 2), ("threads", 1), ("forked", 1)])
 def test_the_layer_on_pycuda(driver: Path, tmp_path: Path, script: str, contexts: int) -> None:

@@ -102,9 +102,7 @@ def test_capture_and_replay_by_cuda_bindings(driver: Path, tmp_path: Path) -> No
     assert said_by("bindings", driver, tmp_path) == ["context 0 released"]
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("pycuda") is None, reason="PyCUDA is not installed: pip install pycuda"
-)
+@pytest.mark.skipif(importlib.util.find_spec("pycuda") is None, reason="PyCUDA is not installed: pip install pycuda")
 @pytest.mark.parametrize(("script", "contexts"), [("chains", 2), ("threads", 1), ("forked", 1)])
 def test_the_layer_on_pycuda(driver: Path, tmp_path: Path, script: str, contexts: int) -> None:
     """Nothing is said but that the contexts are released at the end: no fault, no warning, nothing left."""

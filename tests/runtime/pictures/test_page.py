@@ -184,6 +184,21 @@ def test_a_long_scan_keeps_what_is_found(tmp_path: Path) -> None:
     assert (len(slices), data["numbers"][0], data["numbers"][-1]) == (MOST, 19, 382)
 
 
+@pytest.mark.parametrize(
+    ("variant", "names"),
+    [
+        ("consensus", ["at least 1", "at least 2", "at least 3"]),
+        ("annotator", ["annotator 1", "annotator 2", "annotator 3"]),
+        ("soft-label", ["at least 1", "at least 2", "at least 3"]),
+        ("implicit-ensemble", ["mask"]),
+    ],
+)
+def test_an_outline_is_named_after_what_it_outlines(variant: str, names: list[str], tmp_path: Path) -> None:
+    write_page(result(variant=variant), tmp_path / "x.html", "x")
+    data, _ = contents(tmp_path / "x.html")
+    assert [one["name"] for one in data["outlines"]] == names
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(
     ("shape", "read"), [((12, 9), {}), ((2, 3, 1), {}), ((9, 12, 4), {}), ((9, 12, 3), {"channels": 3})]

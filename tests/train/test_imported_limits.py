@@ -50,6 +50,22 @@ def test_a_consensus_checkpoint_that_has_lost_its_table_is_refused(tmp_path: Pat
         import_checkpoint(path, tmp_path / "run")
 
 
+def test_a_checkpoint_without_a_table_is_no_network_of_levels(tmp_path: Path) -> None:
+    """Its one map would be taken for the first level's; it is what somebody's, or the mean, would be."""
+    case = recorded("consensus")
+    path = case.save(tmp_path / "given")
+    path.with_name("args.json").unlink()
+    torch.save({name: tensor for name, tensor in case.tensors().items() if name != "label_emb.weight"}, path)
+    for training in ("consensus", "annotators"):
+        with pytest.raises(CdiffError, match=r"has no table of levels .*was it --option no_annotator_training=True or"):
+            import_checkpoint(path, tmp_path / "run", settings=[f"{training}_training=True"])
+    done = import_checkpoint(path, tmp_path / "run", settings=["no_annotator_training=True"])
+    assert any("number_of_annotators=C" in note for note in done.notes)
+    settings = ["no_annotator_training=True", "number_of_annotators=1"]
+    told = import_checkpoint(path, tmp_path / "told", settings=settings)
+    assert not any("number_of_annotators" in note for note in told.notes)
+
+
 @pytest.mark.parametrize("name", ["consensus", "consensus_256", "consensus_224"])
 def test_weights_alone_show_their_network(name: str) -> None:
     """Without args.json: what a shape shows need not be said, only which training it was and what no tensor shows."""
@@ -321,8 +337,10 @@ def test_an_implicit_ensemble_of_other_channels_and_a_schedule_that_cannot_be(tm
     """Four channels are written into its code, and who has others changed it there. With 20 steps the last beta is 1."""
     case = recorded("implicit")
     path = case.save(tmp_path / "given")
-    with pytest.raises(CdiffError, match=r"the noise schedule's betas run from 0\.005 to 1 "):
-        import_checkpoint(path, tmp_path / "run", settings=["diffusion_steps=20"])
+    for steps, last in ((20, "1"), (10, "2")):
+        says = f"diffusion_steps={steps} cannot be imported with noise_schedule=linear: the last beta would be {last},"
+        with pytest.raises(CdiffError, match=says):
+            import_checkpoint(path, tmp_path / "run", settings=[f"diffusion_steps={steps}"])
     assert not (tmp_path / "run").exists()
     tensors, first = case.tensors(), "input_blocks.0.0.weight"
     torch.save(tensors | {first: tensors[first][:, 2:]}, path)

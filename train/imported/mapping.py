@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from cdiff.train.imported.options import CONSENSUS, Options
+from cdiff.train.imported.options import CONSENSUS, TABLE, Options
 from cdiff.train.network import Attention, ConsensusNet
 
 Into = Callable[[Tensor], dict[str, Tensor]]
@@ -188,7 +188,7 @@ def _embeddings(width: int, options: Options) -> list[Link]:
     ]
     if options.annotators:
         into = _nothing if options.variant == "soft-label" else _rename("denoiser.level_table.weight")
-        found.append(Link("label_emb.weight", (options.annotators, 4 * width), into))
+        found.append(Link(TABLE, (options.annotators, 4 * width), into))
     return found
 
 

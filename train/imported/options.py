@@ -98,6 +98,8 @@ CHANNEL_MULT: dict[str, dict[int, tuple[int, ...]]] = {
     IMPLICIT: {**dict.fromkeys((512, 256), (1, 1, 2, 2, 4, 4)), 128: (1, 1, 2, 3, 4), 64: (1, 2, 3, 4)},
 }
 DEEPER_256 = (1, 1, 1, 2, 2, 4, 4)
+TABLE = "label_emb.weight"
+"""The tensor with a row for each level or annotator."""
 GROUPS, RRDB_CHANNELS, RRDB_GROWTH = 32, 64, 32
 """Fixed in both codes, and in the consensus code's RRDB."""
 BRATS_CROP = 224
@@ -135,7 +137,7 @@ class Options:
         wrong type, or options that the published code itself could not have trained with.
         """
         values = dict(DEFAULTS[source])
-        values |= {key: _typed(key, args[key], values[key]) for key in values if args.get(key) is not None}
+        values |= {key: typed(key, args[key], values[key]) for key in values if args.get(key) is not None}
         for setting in settings:
             key, equals, text = setting.partition("=")
             if not equals:
@@ -146,7 +148,7 @@ class Options:
                 raise CdiffError(
                     f"--option {setting}: the {source} code's options here are {', '.join(sorted(values))}"
                 )
-            values[key] = _typed(key, text, values[key])
+            values[key] = typed(key, text, values[key])
         options = cls(source, values)
         options._check()
         return options
@@ -175,6 +177,12 @@ class Options:
                 f"timestep_respacing={self['timestep_respacing']} cannot be imported: the training saw those timesteps alone, and here all "
                 f"{self['diffusion_steps']} are drawn; --option timestep_respacing= imports it all the same"
             )
+        last = 1000 / self["diffusion_steps"] * DiffusionConfig().beta_end
+        if self.source == IMPLICIT and self["noise_schedule"] == "linear" and last >= 1:
+            raise CdiffError(
+                f"diffusion_steps={self['diffusion_steps']} cannot be imported with noise_schedule=linear: the last beta would be {last:.3g}, "
+                "and must be below 1; the published scripts train and sample with 1000 steps"
+            )
         if self.source == IMPLICIT and self["class_cond"]:
             raise CdiffError("class_cond=True cannot be imported: the published segmentation scripts give no class")
         if self.source == IMPLICIT and not self["learn_sigma"]:
@@ -202,7 +210,7 @@ class Options:
 
     def fitted(self, tensors: Container[str]) -> Options:
         """The same for a checkpoint of these names: the published soft-label training makes no table of levels, whatever C is."""
-        bare = self.variant == "soft-label" and "label_emb.weight" not in tensors
+        bare = self.variant == "soft-label" and TABLE not in tensors
         return replace(self, level_table=False) if bare else self
 
     @property
@@ -232,7 +240,7 @@ class Options:
     @property
     def ema_rate(self) -> float:
         """The first of the rates, commas between them, at which the code averages its weights."""
-        return float(_typed("ema_rate", self["ema_rate"].partition(",")[0], 0.0))
+        return float(typed("ema_rate", self["ema_rate"].partition(",")[0], 0.0))
 
     @property
     def unseen(self) -> list[str]:
@@ -317,7 +325,7 @@ def widths_of(channel_mult: tuple[int, ...]) -> dict[str, Any]:
     return {"image_size": 224 if 224 in sizes else sizes[0]} if sizes else {}
 
 
-def _typed(name: str, value: Any, default: Any) -> Any:
+def typed(name: str, value: Any, default: Any) -> Any:
     """`value`, from JSON or a command line, as the type of `default`. Raises CdiffError naming the option."""
     kind, text = type(default), str(value).strip()
     try:

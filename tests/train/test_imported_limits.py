@@ -100,7 +100,11 @@ def test_what_the_tensors_leave_open_is_not_guessed() -> None:
         left = {key: shape for key, shape in case.shapes.items() if not key.startswith(lost)}
         found = shown({key: torch.empty(shape, device="meta") for key, shape in left.items()}, case.source)
         assert found["num_channels"] == 32
-        assert not found.keys() & {"num_res_blocks", "image_size", "deeper_net"}
+        assert not found.keys() & {"num_res_blocks", "image_size", "deeper_net", "channel_mult"}
+    case, lost = recorded("implicit"), "input_blocks.1.0.out_layers.3.weight"
+    left = {key: torch.empty(shape, device="meta") for key, shape in case.shapes.items() if key != lost}
+    assert "num_res_blocks" in shown(left, case.source)
+    assert "channel_mult" not in shown(left, case.source)
 
 
 def test_weights_alone_are_imported_once_the_training_is_named(tmp_path: Path) -> None:
@@ -132,8 +136,10 @@ def test_weights_alone_are_imported_once_the_training_is_named(tmp_path: Path) -
     implicit = recorded("implicit")
     path = implicit.save(tmp_path / "implicit")
     path.with_name("args.json").unlink()
-    settings = ["channel_mult=1,2", "image_size=32", "num_heads=4"]
-    assert import_checkpoint(path, tmp_path / "ensemble", settings=settings).config.network.base_channels == 32
+    done = import_checkpoint(path, tmp_path / "ensemble", settings=["image_size=32", "num_heads=4"])
+    assert (done.config.network.base_channels, done.config.network.channel_mult) == (32, (1, 2))
+    with pytest.raises(CdiffError, match="the options say channel_mult=1,2,2, the tensors 1,2"):
+        import_checkpoint(path, tmp_path / "run", settings=["channel_mult=1,2,2", "image_size=32"])
 
 
 @pytest.mark.parametrize(
@@ -155,7 +161,10 @@ def test_options_that_the_shapes_disprove_are_named(change: dict[str, Any], says
     options = Options.read("consensus", shared.args | {"deeper_net": False, "rrdb_blocks": 3}, [])
     with pytest.raises(CdiffError, match="rrdb_blocks=3, the tensors 10") as caught:
         check_fit(tensors, [], options, path)
-    assert "image_size" not in str(caught.value)
+    assert "say image_size" not in str(caught.value)
+    assert "attention_resolutions=16,8 with image_size=256, the tensors nowhere but in the bottleneck" in str(
+        caught.value
+    )
 
 
 def test_what_no_tensor_shows_is_said_where_nothing_says_it(tmp_path: Path) -> None:

@@ -76,6 +76,7 @@ def test_weights_alone_show_their_network(name: str) -> None:
     channels = case.args["condition_input_channel"]
     networks = [each.config(image_channels=channels, step=0, intensity=Intensity()).network for each in (alone, told)]
     assert networks[0] == networks[1]
+    assert ("image_size" in alone.unseen) == (name == "consensus_224")  # 256 and 128 pixels have the same widths
 
 
 @pytest.mark.parametrize("name", ["implicit", "implicit_options"])
@@ -138,6 +139,10 @@ def test_weights_alone_are_imported_once_the_training_is_named(tmp_path: Path) -
     path.with_name("args.json").unlink()
     done = import_checkpoint(path, tmp_path / "ensemble", settings=["image_size=32", "num_heads=4"])
     assert (done.config.network.base_channels, done.config.network.channel_mult) == (32, (1, 2))
+    # Its size is not shown by its widths, and 256 would be cut to the loader's 224 without a word.
+    assert not any("image_size=32, " in note for note in done.notes if "taken for granted" in note)
+    unsaid = import_checkpoint(path, tmp_path / "unsaid", settings=["num_heads=4", "attention_resolutions=128"]).notes
+    assert any("taken for granted" in note and "image_size=256, " in note for note in unsaid)
     with pytest.raises(CdiffError, match="the options say channel_mult=1,2,2, the tensors 1,2"):
         import_checkpoint(path, tmp_path / "run", settings=["channel_mult=1,2,2", "image_size=32"])
 

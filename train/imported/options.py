@@ -246,7 +246,10 @@ class Options:
     def unseen(self) -> list[str]:
         """The options that no tensor shows and that change the maps all the same."""
         fixed = () if self["learn_sigma"] else ("sigma_small",)
-        return [name for name in (*UNSEEN, *fixed) if name in self.values]
+        # The widths show the size where the code chooses them by it, and no other size has the same.
+        alike = [size for size, widths in CHANNEL_MULT[self.source].items() if widths == self.channel_mult]
+        size = ("image_size",) if self.source == IMPLICIT or len(alike) > 1 else ()
+        return [name for name in (*size, *UNSEEN, *fixed) if name in self.values]
 
     @property
     def fixed_large(self) -> bool:

@@ -225,6 +225,15 @@ def test_tensors_that_are_no_plain_finite_numbers_are_one_line(how: str, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
+def test_a_tensor_that_is_stored_as_its_negative_keeps_its_sign(tmp_path: Path) -> None:
+    case = recorded("consensus")
+    path, name = case.save(tmp_path / "given"), "out.2.bias"
+    bias = case.tensors()[name]
+    torch.save(case.tensors() | {name: torch._neg_view(-bias)}, path)
+    network = load_run(import_checkpoint(path, tmp_path / "run").path).network
+    torch.testing.assert_close(network.denoiser.last.bias.data, bias, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     ("option", "says"),
     [

@@ -110,7 +110,8 @@ def convert(network: ConsensusNet, options: Options, theirs: dict[str, Tensor]) 
     """Our tensors, float32, from theirs, which must be the ones of `links`: every name there and of that shape."""
     converted: dict[str, Tensor] = {}
     for link in links(network, options):
-        converted |= link.into(theirs[link.theirs].float())
+        # PyTorch may keep a tensor as the negative of what is stored, and the file of a run holds what is stored.
+        converted |= link.into(theirs[link.theirs].resolve_neg().float())
     converted["denoiser.time_table.weight"] = time_table(options, theirs)
     table = "denoiser.level_table.weight"
     if table not in converted:  # a network that is told no level

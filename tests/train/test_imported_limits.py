@@ -189,6 +189,13 @@ def test_what_no_tensor_shows_is_said_where_nothing_says_it(tmp_path: Path) -> N
     assert any("timestep_respacing=10 is a matter of sampling: all 100 timesteps" in n for n in fewer)
 
 
+def test_an_x0_that_was_not_clipped_is_said(tmp_path: Path) -> None:
+    path = recorded("consensus").save(tmp_path / "given")
+    for said, notes in (("True", 0), ("False", 1)):
+        done = import_checkpoint(path, tmp_path / said, settings=[f"clip_denoised={said}"])
+        assert sum("x0 is clipped to -1 and 1 here all the same" in note for note in done.notes) == notes
+
+
 def test_the_published_loaders_crop_can_be_asked_for(tmp_path: Path) -> None:
     case = recorded("implicit")
     path = case.save(tmp_path / "given", "savedmodel050000.pt")

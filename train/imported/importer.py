@@ -174,6 +174,11 @@ def _notes(checkpoint: Path, options: Options, config: Config, normalised: bool)
             "the published code normalises by its training images' mean and standard deviation, which no checkpoint holds: "
             "each slice's own stand in; give --images TRAIN_FOLDER, or --mean and --std, for theirs"
         )
+    if options.source == CONSENSUS and not options["clip_denoised"]:
+        notes.append(
+            "clip_denoised=False: the published scripts turn it on, and x0 is clipped to -1 and 1 here all the same; maps of a script "
+            "that was changed to leave it off differ"
+        )
     if options.variant in ("soft-label", "no-annotator") and not options["number_of_annotators"]:
         notes.append(
             "how many annotators there were is in neither file: give --option number_of_annotators=C, or evaluate takes cases of one "

@@ -55,6 +55,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "rrdb_blocks": 10,
         "number_of_annotators": 0,
         "condition_input_channel": 1,
+        "clip_denoised": True,
         "consensus_training": False,
         "soft_label_training": False,
         "no_annotator_training": False,
@@ -81,7 +82,7 @@ _NOT_READ_BY_BOTH = {
 NOT_READ = {
     CONSENSUS: {
         *_NOT_READ_BY_BOTH,
-        *("class_name", "expansion", "seed", "clip_denoised", "run_without_test", "start_print_iter", "n_gen"),
+        *("class_name", "expansion", "seed", "run_without_test", "start_print_iter", "n_gen"),
         *("erosion", "annotators_training"),
     },
     IMPLICIT: _NOT_READ_BY_BOTH,

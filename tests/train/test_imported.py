@@ -121,9 +121,12 @@ def test_the_implicit_ensemble_s_configuration() -> None:
     assert (network.attention_depths, network.heads) == ((4,), 1)
     assert (config.data.framing, config.training.augment) == ("centre", False)
     # Its loader does not read image_size: who set that to the 224 pixels it cuts has them cut all the same.
-    stated = Options.read("implicit-ensemble", {"image_size": 224, "channel_mult": "1,1,2,2,4,4"}, [])
-    config = stated.config(image_channels=4, step=0, intensity=Intensity())
-    assert (config.network.image_size, config.data.framing) == (224, "centre")
+    # So has who set it to BraTS's own 240, which no U-Net of six depths takes; one of two depths could be of a changed loader.
+    six = "1,1,2,2,4,4"
+    for size, widths, seen in ((224, six, (224, "centre")), (240, six, (224, "centre")), (240, "1,2", (240, "resize"))):
+        stated = Options.read("implicit-ensemble", {"image_size": size, "channel_mult": widths}, [])
+        config = stated.config(image_channels=4, step=0, intensity=Intensity())
+        assert (config.network.image_size, config.data.framing) == seen
 
 
 def test_masks_are_coded_as_in_the_published_code(imported: dict[str, Imported]) -> None:

@@ -105,7 +105,7 @@ GROUPS, RRDB_CHANNELS, RRDB_GROWTH = 32, 64, 32
 """Fixed in both codes, and in the consensus code's RRDB."""
 BRATS_CROP = 224
 """The implicit-ensemble code's loader cuts BraTS's 240 pixels to the central 224, whatever image_size says. With 256, as in its README,
-or 224 that is what is meant; with another a changed loader is as likely."""
+224, or a number that the U-Net cannot halve so often, such as BraTS's 240, that is what is meant; with another a changed loader is as likely."""
 LARGEST_BETA = 0.8
 """Where the consensus code cuts its linear schedule, which 1000/T would take beyond 1 for fewer than 20 steps."""
 MOST = {"image_size": 4096, "num_channels": 4096, "num_res_blocks": 64, "rrdb_blocks": 256, "diffusion_steps": 100_000}
@@ -259,7 +259,8 @@ class Options:
 
     @property
     def crops_brats(self) -> bool:
-        return self.source == IMPLICIT and self["image_size"] in (256, BRATS_CROP)
+        odd = self["image_size"] % 2 ** (len(self.channel_mult) - 1)
+        return self.source == IMPLICIT and bool(odd or self["image_size"] in (256, BRATS_CROP))
 
     def config(self, *, image_channels: int, step: int, intensity: Intensity, image_size: int | None = None) -> Config:
         """The configuration of ours. image_size: the side in pixels that the network is to see, unless given the code's own."""

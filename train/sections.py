@@ -80,9 +80,14 @@ class NetworkConfig:
             raise CdiffError(f"base_channels * channel_mult = {widest} must be at most {WIDEST}")
         if not 0 <= self.dropout < 1:
             raise CdiffError(f"dropout={self.dropout} must lie in [0, 1)")
-        attending = {*self.attention_depths, len(self.channel_mult) - 1}
+        bottleneck = len(self.channel_mult) - 1
         for depth, mult in enumerate(self.channel_mult):
-            for name in ("groups", *(self._head_settings if depth in attending else ())):
+            used = ["groups"]
+            if depth in self.attention_depths or depth == bottleneck:
+                used.append("head_channels" if self.head_channels else "heads")
+            if depth in self.attention_depths and not self.head_channels:
+                used.append("heads_up")
+            for name in used:
                 divisor = getattr(self, name)
                 if divisor and (self.base_channels * mult) % divisor:
                     raise CdiffError(
@@ -95,11 +100,6 @@ class NetworkConfig:
     def conditions(self) -> int:
         """K, the number of maps of an image: one for each level or annotator, or one."""
         return variant_called(self.variant).conditions(self.levels)
-
-    @property
-    def _head_settings(self) -> tuple[str, ...]:
-        """The settings that decide how many heads an attention has."""
-        return ("head_channels",) if self.head_channels else ("heads", "heads_up")
 
     @property
     def stride(self) -> int:

@@ -46,11 +46,12 @@ def test_it_says_what_it_found_and_prints_the_run(checkpoint: Path, tmp_path: Pa
     ("arguments", "says"),
     [
         (["--option", "rrdb_blocks=2"], "missing    rrdb.RRDB_trunk.1.RDB1.conv1.bias [32]\n"),
-        (["--from", "implicit-ensemble", "--option", "channel_mult=1,2,2,2"], "extra      rrdb.HRconv.bias [64]\n"),
+        (["--from", "implicit-ensemble"], "is of the consensus code by its tensors' names, and not implicit-ensemble"),
         (["--option", "rrdb_blocks"], "write it as name=value"),
         (["--mean", "one", "--std", "1"], "give numbers with commas"),
         (["--mean", "1,2", "--std", "1"], "must be as many numbers"),
         (["--args", "nowhere.json"], "nowhere.json is not there"),
+        (["--args", "."], "error: . is a folder; give the args.json"),
     ],
 )
 def test_mistakes_are_one_error_and_no_run(arguments: list[str], says: str, checkpoint: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tarfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ class Trap:
         ("protocol", "with a pickle_protocol above 3"),
         ("tar", "is a TorchScript archive or of a PyTorch before 0.4"),
         ("text", "is not a PyTorch checkpoint"),
+        ("zip", "is not a PyTorch checkpoint"),
         ("truncated", "is damaged"),
         ("nothing", "is not there"),
         ("folder", "is a folder; give the .pt file in it"),
@@ -61,6 +63,9 @@ def test_files_that_are_no_checkpoint_are_refused_in_one_line(content: str, says
     elif content == "tar":
         with tarfile.open(path, "w") as archive:
             archive.add(__file__, "storages")
+    elif content == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.write(__file__, "logs/log.txt")
     elif content == "folder":
         path.mkdir()
     elif content == "text":

@@ -50,6 +50,22 @@ def test_a_consensus_checkpoint_that_has_lost_its_table_is_refused(tmp_path: Pat
         import_checkpoint(path, tmp_path / "run")
 
 
+def test_a_checkpoint_without_a_table_is_no_network_of_levels(tmp_path: Path) -> None:
+    """Its one map would be taken for the first level's; it is what somebody's, or the mean, would be."""
+    case = recorded("consensus")
+    path = case.save(tmp_path / "given")
+    path.with_name("args.json").unlink()
+    torch.save({name: tensor for name, tensor in case.tensors().items() if name != "label_emb.weight"}, path)
+    for training in ("consensus", "annotators"):
+        with pytest.raises(CdiffError, match=r"has no table of levels .*was it --option no_annotator_training=True or"):
+            import_checkpoint(path, tmp_path / "run", settings=[f"{training}_training=True"])
+    done = import_checkpoint(path, tmp_path / "run", settings=["no_annotator_training=True"])
+    assert any("number_of_annotators=C" in note for note in done.notes)
+    settings = ["no_annotator_training=True", "number_of_annotators=1"]
+    told = import_checkpoint(path, tmp_path / "told", settings=settings)
+    assert not any("number_of_annotators" in note for note in told.notes)
+
+
 @pytest.mark.parametrize("name", ["consensus", "consensus_256", "consensus_224"])
 def test_weights_alone_show_their_network(name: str) -> None:
     """Without args.json: what a shape shows need not be said, only which training it was and what no tensor shows."""
@@ -60,6 +76,7 @@ def test_weights_alone_show_their_network(name: str) -> None:
     channels = case.args["condition_input_channel"]
     networks = [each.config(image_channels=channels, step=0, intensity=Intensity()).network for each in (alone, told)]
     assert networks[0] == networks[1]
+    assert ("image_size" in alone.unseen) == (name == "consensus_224")  # 256 and 128 pixels have the same widths
 
 
 @pytest.mark.parametrize("name", ["implicit", "implicit_options"])
@@ -84,7 +101,11 @@ def test_what_the_tensors_leave_open_is_not_guessed() -> None:
         left = {key: shape for key, shape in case.shapes.items() if not key.startswith(lost)}
         found = shown({key: torch.empty(shape, device="meta") for key, shape in left.items()}, case.source)
         assert found["num_channels"] == 32
-        assert not found.keys() & {"num_res_blocks", "image_size", "deeper_net"}
+        assert not found.keys() & {"num_res_blocks", "image_size", "deeper_net", "channel_mult"}
+    case, lost = recorded("implicit"), "input_blocks.1.0.out_layers.3.weight"
+    left = {key: torch.empty(shape, device="meta") for key, shape in case.shapes.items() if key != lost}
+    assert "num_res_blocks" in shown(left, case.source)
+    assert "channel_mult" not in shown(left, case.source)
 
 
 def test_weights_alone_are_imported_once_the_training_is_named(tmp_path: Path) -> None:
@@ -116,8 +137,14 @@ def test_weights_alone_are_imported_once_the_training_is_named(tmp_path: Path) -
     implicit = recorded("implicit")
     path = implicit.save(tmp_path / "implicit")
     path.with_name("args.json").unlink()
-    settings = ["channel_mult=1,2", "image_size=32", "num_heads=4"]
-    assert import_checkpoint(path, tmp_path / "ensemble", settings=settings).config.network.base_channels == 32
+    done = import_checkpoint(path, tmp_path / "ensemble", settings=["image_size=32", "num_heads=4"])
+    assert (done.config.network.base_channels, done.config.network.channel_mult) == (32, (1, 2))
+    # Its size is not shown by its widths, and 256 would be cut to the loader's 224 without a word.
+    assert not any("image_size=32, " in note for note in done.notes if "taken for granted" in note)
+    unsaid = import_checkpoint(path, tmp_path / "unsaid", settings=["num_heads=4", "attention_resolutions=128"]).notes
+    assert any("taken for granted" in note and "image_size=256, " in note for note in unsaid)
+    with pytest.raises(CdiffError, match="the options say channel_mult=1,2,2, the tensors 1,2"):
+        import_checkpoint(path, tmp_path / "run", settings=["channel_mult=1,2,2", "image_size=32"])
 
 
 @pytest.mark.parametrize(
@@ -139,7 +166,10 @@ def test_options_that_the_shapes_disprove_are_named(change: dict[str, Any], says
     options = Options.read("consensus", shared.args | {"deeper_net": False, "rrdb_blocks": 3}, [])
     with pytest.raises(CdiffError, match="rrdb_blocks=3, the tensors 10") as caught:
         check_fit(tensors, [], options, path)
-    assert "image_size" not in str(caught.value)
+    assert "say image_size" not in str(caught.value)
+    assert "attention_resolutions=16,8 with image_size=256, the tensors nowhere but in the bottleneck" in str(
+        caught.value
+    )
 
 
 def test_what_no_tensor_shows_is_said_where_nothing_says_it(tmp_path: Path) -> None:
@@ -157,6 +187,13 @@ def test_what_no_tensor_shows_is_said_where_nothing_says_it(tmp_path: Path) -> N
     assert not any("num_heads=" in n for n in fewer)
     assert any("1000 steps" in n for n in fewer)
     assert any("timestep_respacing=10 is a matter of sampling: all 100 timesteps" in n for n in fewer)
+
+
+def test_an_x0_that_was_not_clipped_is_said(tmp_path: Path) -> None:
+    path = recorded("consensus").save(tmp_path / "given")
+    for said, notes in (("True", 0), ("False", 1)):
+        done = import_checkpoint(path, tmp_path / said, settings=[f"clip_denoised={said}"])
+        assert sum("x0 is clipped to -1 and 1 here all the same" in note for note in done.notes) == notes
 
 
 def test_the_published_loaders_crop_can_be_asked_for(tmp_path: Path) -> None:
@@ -193,6 +230,15 @@ def test_tensors_that_are_no_plain_finite_numbers_are_one_line(how: str, tmp_pat
     with pytest.raises(CdiffError, match="is damaged" if how == "flipped" else rf"(wrong type|not finite) {name}"):
         import_checkpoint(path, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_tensor_that_is_stored_as_its_negative_keeps_its_sign(tmp_path: Path) -> None:
+    case = recorded("consensus")
+    path, name = case.save(tmp_path / "given"), "out.2.bias"
+    bias = case.tensors()[name]
+    torch.save(case.tensors() | {name: torch._neg_view(-bias)}, path)
+    network = load_run(import_checkpoint(path, tmp_path / "run").path).network
+    torch.testing.assert_close(network.denoiser.last.bias.data, bias, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -321,8 +367,10 @@ def test_an_implicit_ensemble_of_other_channels_and_a_schedule_that_cannot_be(tm
     """Four channels are written into its code, and who has others changed it there. With 20 steps the last beta is 1."""
     case = recorded("implicit")
     path = case.save(tmp_path / "given")
-    with pytest.raises(CdiffError, match=r"the noise schedule's betas run from 0\.005 to 1 "):
-        import_checkpoint(path, tmp_path / "run", settings=["diffusion_steps=20"])
+    for steps, last in ((20, "1"), (10, "2")):
+        says = f"diffusion_steps={steps} cannot be imported with noise_schedule=linear: the last beta would be {last},"
+        with pytest.raises(CdiffError, match=says):
+            import_checkpoint(path, tmp_path / "run", settings=[f"diffusion_steps={steps}"])
     assert not (tmp_path / "run").exists()
     tensors, first = case.tensors(), "input_blocks.0.0.weight"
     torch.save(tensors | {first: tensors[first][:, 2:]}, path)

@@ -102,6 +102,7 @@ def test_heads_of_every_attention() -> None:
     # One block down, the bottleneck, two blocks up, all 16 channels wide.
     assert heads() == [2, 2, 2, 2]
     assert heads(heads_up=4) == [2, 2, 4, 4]
+    assert heads(heads_up=5, attention_depths=()) == [2]  # 5 are no divisor, and none there
     assert heads(head_channels=2) == [8, 8, 8, 8]
 
 

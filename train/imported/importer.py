@@ -17,7 +17,8 @@ from cdiff.train.checkpoint import read_json, save_checkpoint
 from cdiff.train.config import Config
 from cdiff.train.imported.mapping import convert, links
 from cdiff.train.imported.normalisation import intensity_of
-from cdiff.train.imported.options import CONSENSUS, IMPLICIT, REPOSITORIES, Options
+from cdiff.train.imported.options import CONSENSUS, IMPLICIT, REPOSITORIES, TABLE, Options
+from cdiff.train.imported.trainings import with_training
 from cdiff.train.imported.weights import check_fit, read_state_dict, shown, source_of
 from cdiff.train.network import ConsensusNet
 
@@ -48,7 +49,7 @@ def import_checkpoint(
 ) -> Imported:
     """Write the network in `checkpoint`, a state_dict saved by published code, as the run folder `out`, whole or not at all.
 
-    source: "consensus" or "implicit-ensemble"; told by the tensors' names unless given. args: the args.json of the training, unless
+    source: "consensus" or "implicit-ensemble", which the tensors' names must tell too. args: the args.json of the training, unless
     given the one beside the checkpoint; what it leaves out the tensors show, or else the code's defaults stand in (the implicit-ensemble
     code writes none; its README's flags do). settings: "name=value" options of the published code, over those of `args`. image_size: the
     side in pixels that exported graphs will take, unless given the published one. mean, std, images: see `normalisation.intensity_of`.
@@ -57,9 +58,19 @@ def import_checkpoint(
     """
     must_be_new(out)
     theirs = read_state_dict(checkpoint)
-    source = source or source_of(theirs, checkpoint)
+    found = source_of(theirs, checkpoint)
+    if source not in (None, found):
+        raise CdiffError(
+            f"{checkpoint} is of the {found} code by its tensors' names, and not {source}; leave out --from"
+        )
+    source = found
     said = _read_args(checkpoint, args, source, settings or [])
     options = Options.read(source, shown(theirs, source) | said, settings or []).fitted(theirs)
+    if options.variant in ("consensus", "annotator") and not (options.annotators or TABLE in theirs):
+        raise CdiffError(
+            f"{checkpoint} has no table of levels or annotators ({TABLE}), as that training's networks have; was it "
+            "--option no_annotator_training=True or soft_label_training=True?"
+        )
     step = _step(checkpoint)
     channels = _image_channels(theirs, options)
     intensity = intensity_of(source, mean, std, images)
@@ -94,19 +105,16 @@ def _read_args(checkpoint: Path, args: Path | None, source: str, settings: list[
     said: dict[str, Any] = {}
     if args is not None:
         if not (is_there(args) and args.is_file()):
-            raise CdiffError(f"{args} is not there; give the args.json that the training wrote")
+            what = "is a folder" if is_there(args) and args.is_dir() else "is not there"
+            raise CdiffError(f"{args} {what}; give the args.json that the training wrote")
         # A null is an option that was left out, as the code's own number_of_annotators.
         said = {name: value for name, value in read_json(args, "it must be an args.json").items() if value is not None}
-    trained = {f"{variant}_training" for variant in ("consensus", "annotators", "no_annotator", "soft_label")}
-    if source == CONSENSUS and trained.isdisjoint([*said, *(setting.partition("=")[0] for setting in settings)]):
-        lacking = (
-            f"there is no args.json beside {checkpoint}" if args is None else f"{args} does not say how it was trained"
-        )
-        raise CdiffError(
-            f"{lacking}: give the one that its training wrote with --args, or say which training it was: "
-            "--option consensus_training=True, or annotators_training, no_annotator_training or soft_label_training"
-        )
-    return said
+    if source != CONSENSUS:
+        return said
+    lacking = (
+        f"there is no args.json beside {checkpoint}" if args is None else f"{args} does not say how it was trained"
+    )
+    return with_training(said, settings, lacking)
 
 
 def _image_channels(theirs: dict[str, Tensor], options: Options) -> int:
@@ -166,10 +174,15 @@ def _notes(checkpoint: Path, options: Options, config: Config, normalised: bool)
             "the published code normalises by its training images' mean and standard deviation, which no checkpoint holds: "
             "each slice's own stand in; give --images TRAIN_FOLDER, or --mean and --std, for theirs"
         )
-    if options.variant == "soft-label" and options.levels == 1:
+    if options.source == CONSENSUS and not options["clip_denoised"]:
         notes.append(
-            "how many annotators a soft label was made of is in neither file: give --option number_of_annotators=C, or evaluate "
-            "takes cases of one annotator only"
+            "clip_denoised=False: the published scripts turn it on, and x0 is clipped to -1 and 1 here all the same; maps of a script "
+            "that was changed to leave it off differ"
+        )
+    if options.variant in ("soft-label", "no-annotator") and not options["number_of_annotators"]:
+        notes.append(
+            "how many annotators there were is in neither file: give --option number_of_annotators=C, or evaluate takes cases of one "
+            "annotator only"
         )
     if config.data.framing == "resize" and options.source == IMPLICIT:
         notes.append(

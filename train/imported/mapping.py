@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from cdiff.train.imported.options import CONSENSUS, Options
+from cdiff.train.imported.options import CONSENSUS, TABLE, Options
 from cdiff.train.network import Attention, ConsensusNet
 
 Into = Callable[[Tensor], dict[str, Tensor]]
@@ -110,7 +110,8 @@ def convert(network: ConsensusNet, options: Options, theirs: dict[str, Tensor]) 
     """Our tensors, float32, from theirs, which must be the ones of `links`: every name there and of that shape."""
     converted: dict[str, Tensor] = {}
     for link in links(network, options):
-        converted |= link.into(theirs[link.theirs].float())
+        # PyTorch may keep a tensor as the negative of what is stored, and the file of a run holds what is stored.
+        converted |= link.into(theirs[link.theirs].resolve_neg().float())
     converted["denoiser.time_table.weight"] = time_table(options, theirs)
     table = "denoiser.level_table.weight"
     if table not in converted:  # a network that is told no level
@@ -188,7 +189,7 @@ def _embeddings(width: int, options: Options) -> list[Link]:
     ]
     if options.annotators:
         into = _nothing if options.variant == "soft-label" else _rename("denoiser.level_table.weight")
-        found.append(Link("label_emb.weight", (options.annotators, 4 * width), into))
+        found.append(Link(TABLE, (options.annotators, 4 * width), into))
     return found
 
 

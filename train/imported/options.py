@@ -55,6 +55,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "rrdb_blocks": 10,
         "number_of_annotators": 0,
         "condition_input_channel": 1,
+        "clip_denoised": True,
         "consensus_training": False,
         "soft_label_training": False,
         "no_annotator_training": False,
@@ -81,7 +82,7 @@ _NOT_READ_BY_BOTH = {
 NOT_READ = {
     CONSENSUS: {
         *_NOT_READ_BY_BOTH,
-        *("class_name", "expansion", "seed", "clip_denoised", "run_without_test", "start_print_iter", "n_gen"),
+        *("class_name", "expansion", "seed", "run_without_test", "start_print_iter", "n_gen"),
         *("erosion", "annotators_training"),
     },
     IMPLICIT: _NOT_READ_BY_BOTH,
@@ -98,11 +99,13 @@ CHANNEL_MULT: dict[str, dict[int, tuple[int, ...]]] = {
     IMPLICIT: {**dict.fromkeys((512, 256), (1, 1, 2, 2, 4, 4)), 128: (1, 1, 2, 3, 4), 64: (1, 2, 3, 4)},
 }
 DEEPER_256 = (1, 1, 1, 2, 2, 4, 4)
+TABLE = "label_emb.weight"
+"""The tensor with a row for each level or annotator."""
 GROUPS, RRDB_CHANNELS, RRDB_GROWTH = 32, 64, 32
 """Fixed in both codes, and in the consensus code's RRDB."""
 BRATS_CROP = 224
 """The implicit-ensemble code's loader cuts BraTS's 240 pixels to the central 224, whatever image_size says. With 256, as in its README,
-or 224 that is what is meant; with another a changed loader is as likely."""
+224, or a number that the U-Net cannot halve so often, such as BraTS's 240, that is what is meant; with another a changed loader is as likely."""
 LARGEST_BETA = 0.8
 """Where the consensus code cuts its linear schedule, which 1000/T would take beyond 1 for fewer than 20 steps."""
 MOST = {"image_size": 4096, "num_channels": 4096, "num_res_blocks": 64, "rrdb_blocks": 256, "diffusion_steps": 100_000}
@@ -135,7 +138,7 @@ class Options:
         wrong type, or options that the published code itself could not have trained with.
         """
         values = dict(DEFAULTS[source])
-        values |= {key: _typed(key, args[key], values[key]) for key in values if args.get(key) is not None}
+        values |= {key: typed(key, args[key], values[key]) for key in values if args.get(key) is not None}
         for setting in settings:
             key, equals, text = setting.partition("=")
             if not equals:
@@ -146,7 +149,7 @@ class Options:
                 raise CdiffError(
                     f"--option {setting}: the {source} code's options here are {', '.join(sorted(values))}"
                 )
-            values[key] = _typed(key, text, values[key])
+            values[key] = typed(key, text, values[key])
         options = cls(source, values)
         options._check()
         return options
@@ -175,6 +178,12 @@ class Options:
                 f"timestep_respacing={self['timestep_respacing']} cannot be imported: the training saw those timesteps alone, and here all "
                 f"{self['diffusion_steps']} are drawn; --option timestep_respacing= imports it all the same"
             )
+        last = 1000 / self["diffusion_steps"] * DiffusionConfig().beta_end
+        if self.source == IMPLICIT and self["noise_schedule"] == "linear" and last >= 1:
+            raise CdiffError(
+                f"diffusion_steps={self['diffusion_steps']} cannot be imported with noise_schedule=linear: the last beta would be {last:.3g}, "
+                "and must be below 1; the published scripts train and sample with 1000 steps"
+            )
         if self.source == IMPLICIT and self["class_cond"]:
             raise CdiffError("class_cond=True cannot be imported: the published segmentation scripts give no class")
         if self.source == IMPLICIT and not self["learn_sigma"]:
@@ -202,7 +211,7 @@ class Options:
 
     def fitted(self, tensors: Container[str]) -> Options:
         """The same for a checkpoint of these names: the published soft-label training makes no table of levels, whatever C is."""
-        bare = self.variant == "soft-label" and "label_emb.weight" not in tensors
+        bare = self.variant == "soft-label" and TABLE not in tensors
         return replace(self, level_table=False) if bare else self
 
     @property
@@ -232,13 +241,16 @@ class Options:
     @property
     def ema_rate(self) -> float:
         """The first of the rates, commas between them, at which the code averages its weights."""
-        return float(_typed("ema_rate", self["ema_rate"].partition(",")[0], 0.0))
+        return float(typed("ema_rate", self["ema_rate"].partition(",")[0], 0.0))
 
     @property
     def unseen(self) -> list[str]:
         """The options that no tensor shows and that change the maps all the same."""
         fixed = () if self["learn_sigma"] else ("sigma_small",)
-        return [name for name in (*UNSEEN, *fixed) if name in self.values]
+        # The widths show the size where the code chooses them by it, and no other size has the same.
+        alike = [size for size, widths in CHANNEL_MULT[self.source].items() if widths == self.channel_mult]
+        size = ("image_size",) if self.source == IMPLICIT or len(alike) > 1 else ()
+        return [name for name in (*size, *UNSEEN, *fixed) if name in self.values]
 
     @property
     def fixed_large(self) -> bool:
@@ -247,7 +259,8 @@ class Options:
 
     @property
     def crops_brats(self) -> bool:
-        return self.source == IMPLICIT and self["image_size"] in (256, BRATS_CROP)
+        odd = self["image_size"] % 2 ** (len(self.channel_mult) - 1)
+        return self.source == IMPLICIT and bool(odd or self["image_size"] in (256, BRATS_CROP))
 
     def config(self, *, image_channels: int, step: int, intensity: Intensity, image_size: int | None = None) -> Config:
         """The configuration of ours. image_size: the side in pixels that the network is to see, unless given the code's own."""
@@ -317,7 +330,7 @@ def widths_of(channel_mult: tuple[int, ...]) -> dict[str, Any]:
     return {"image_size": 224 if 224 in sizes else sizes[0]} if sizes else {}
 
 
-def _typed(name: str, value: Any, default: Any) -> Any:
+def typed(name: str, value: Any, default: Any) -> Any:
     """`value`, from JSON or a command line, as the type of `default`. Raises CdiffError naming the option."""
     kind, text = type(default), str(value).strip()
     try:

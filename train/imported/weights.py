@@ -16,7 +16,7 @@ from cdiff.runtime.scans.sources import is_there
 from cdiff.runtime.words import first_line
 from cdiff.train.checkpoint import must_be_as_written
 from cdiff.train.imported.mapping import Link
-from cdiff.train.imported.options import CONSENSUS, IMPLICIT, Options, widths_of
+from cdiff.train.imported.options import CONSENSUS, IMPLICIT, TABLE, Options, widths_of
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 KINDS = ("missing", "extra", "misshapen", "wrong type", "not finite")
@@ -53,10 +53,10 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
                 f"{path} holds more than tensors, and unpickling that could run any code: it was not loaded; "
                 "save the network's state_dict() alone with torch.save"
             ) from None
-        raise CdiffError(
-            f"{path} is not a PyTorch checkpoint; give the .pt file that the published code saved"
-        ) from None
+        raise _no_checkpoint(path) from None
     except Exception as error:  # a damaged file fails in the archive, the pickle or the storages, each in its own way
+        if "hasRecord" in str(error):  # another program's ZIP archive
+            raise _no_checkpoint(path) from None
         if "weights_only" in str(error):  # PyTorch advises to run what the file holds
             raise CdiffError(
                 f"{path} is a TorchScript archive or of a PyTorch before 0.4, and no state_dict; save the state_dict with torch.save"
@@ -73,6 +73,10 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     if all(name.startswith("module.") for name in tensors):
         tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
     return tensors
+
+
+def _no_checkpoint(path: Path) -> CdiffError:
+    return CdiffError(f"{path} is not a PyTorch checkpoint; give the .pt file that the published code saved")
 
 
 def source_of(tensors: dict[str, Tensor], path: Path) -> str:
@@ -148,10 +152,14 @@ def shown(tensors: dict[str, Tensor], source: str) -> dict[str, Any]:
     if source == CONSENSUS:
         found["rrdb_blocks"] = _count(tensors, "rrdb.RRDB_trunk.") or None
         found["condition_input_channel"] = size("rrdb.conv_first.weight", 1)
-        found["number_of_annotators"] = size("label_emb.weight", 0)
-        if channels and "num_res_blocks" in found:
-            firsts = (f"input_blocks.{d * (blocks + 1) + 1}.0.out_layers.3.weight" for d in range(depths))
-            found |= widths_of(tuple((size(name, 0) or 0) // channels for name in firsts))
+        found["number_of_annotators"] = size(TABLE, 0)
+    firsts = [f"input_blocks.{d * (blocks + 1) + 1}.0.out_layers.3.weight" for d in range(depths)]
+    if channels and "num_res_blocks" in found:
+        widths = tuple((size(name, 0) or 0) // channels for name in firsts)
+        if source == CONSENSUS:
+            found |= widths_of(widths)
+        elif min(widths):
+            found["channel_mult"] = ",".join(map(str, widths))
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -163,15 +171,27 @@ def _count(tensors: dict[str, Tensor], prefix: str) -> int:
 def _contradictions(tensors: dict[str, Tensor], options: Options) -> list[str]:
     """Options that the tensors themselves disprove, in words."""
     found = shown(tensors, options.source)
+    said = {**options.values, "channel_mult": ",".join(map(str, options.channel_mult))}
     if options.source == CONSENSUS:
         found.setdefault("number_of_annotators", 0)
+        said["number_of_annotators"] = options.annotators
+        if options.variant == "no-annotator" and found.pop("number_of_annotators"):
+            found["no_annotator_training"] = False
         drawn = widths_of(
             options.channel_mult
         )  # several sizes share their widths: what is said may be right, though not what is shown
         found = {name: value for name, value in found.items() if drawn.get(name) != value}
-    said = {name: options.annotators if name == "number_of_annotators" else options[name] for name in found}
+    depths, blocks = len(options.channel_mult), options["num_res_blocks"] + 1
+    firsts = (f"input_blocks.{depth * blocks + 1}.1.qkv.weight" for depth in range(depths))
+    attending = tuple(depth for depth, name in enumerate(firsts) if name in tensors)
+    if _count(tensors, "input_blocks.") == depths * blocks and attending != options.attention_depths:
+        size = options["image_size"]
+        said["attention_resolutions"] += f" with image_size={size}"
+        found["attention_resolutions"] = (
+            ",".join(str(size >> depth) for depth in attending) or "nowhere but in the bottleneck"
+        )
     return [
-        f"the options say {name}={theirs}, the tensors {found[name]}"
-        for name, theirs in said.items()
-        if theirs != found[name]
+        f"the options say {name}={said[name]}, the tensors {value}"
+        for name, value in found.items()
+        if said[name] != value
     ]

@@ -13,6 +13,7 @@ from rich.text import Text
 from cdiff.cli import options
 from cdiff.cli.base import Command, Group
 from cdiff.cli.console import USER_ERROR, Meter, facts, fail, number, out, written
+from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.words import several
 
 if TYPE_CHECKING:
@@ -75,10 +76,16 @@ def check(
     from cdiff.runtime.data.datacheck import check_data
     from cdiff.runtime.files import must_be_a_file, must_not_be_read, write_json
 
+    if sheet and no_sheet:
+        raise CdiffError(f"--sheet {sheet} and --no-sheet contradict each other; leave one out")
+    name = data.resolve().name.removesuffix(data.suffix if data.is_file() else "")
+    target = sheet or Path(f"{name}_sheet.png")
     given = [path for path in (json_, sheet) if path]
     for path in given:
         must_be_a_file(path)
         must_not_be_read(path, [data])
+    if json_ and not no_sheet and json_.resolve() == target.resolve():
+        raise CdiffError(f"the report and the contact sheet would both be {json_}; give --json and --sheet two names")
     with Meter("data check", quiet) as meter:
         checked = check_data(
             data,
@@ -98,8 +105,6 @@ def check(
     if not no_sheet and any(look.readable for look in checked.looks):
         from cdiff.runtime.pictures.sheet import write_sheet
 
-        name = data.resolve().name.removesuffix(data.suffix if data.is_file() else "")
-        target = sheet or Path(f"{name}_sheet.png")
         dice = checked.report["pairwise_dice"]["mean"]
         first = "; outlines on the first channel" if checked.channels not in (1, 3) else ""
         note = f"{checked.report['layout']} layout; pairwise Dice {number(dice)}; frame: what the others show{first}"

@@ -21,10 +21,11 @@ def builder(quiet: bool) -> BuildEngines:
 
 
 def check(flavour: Flavour | None, options: BuildOptions, rows: int | None, capabilities: list[str]) -> None:
-    """Raise CdiffError for options of another engine, or a TensorRT that is needed now and not installed.
+    """Raise CdiffError for options of another engine or that it cannot have here, or a TensorRT that is needed now and not installed.
 
     flavour: None for ONNX graphs alone, which have none of these options.
     """
+    from cdiff.export.tensorrt import must_be_buildable
     from cdiff.runtime.engines.trt import load_trt
     from cdiff.runtime.gpus import visible_gpus
 
@@ -37,7 +38,9 @@ def check(flavour: Flavour | None, options: BuildOptions, rows: int | None, capa
     options.words(flavour)
     if flavour == "tensorrt" and capabilities:
         raise CdiffError("--capability is for --engine tensorrt-rtx; TensorRT builds for the GPU that it runs on")
-    if flavour == "tensorrt-rtx" or visible_gpus():
+    if flavour == "tensorrt-rtx":
+        must_be_buildable(load_trt(flavour), options, tuple(capabilities))
+    elif visible_gpus():
         load_trt(flavour)
 
 

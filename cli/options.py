@@ -88,19 +88,25 @@ MasksByOption = Annotated[
 ]
 
 
+LARGEST = 2**31 - 1
+"""Of the whole numbers of an option such as "1,2,5"."""
+
+
 def parse_labels(text: str | None) -> tuple[int, ...]:
     """The numbers of --labels, none where it is not given. Raises CdiffError as whole_numbers does."""
     return whole_numbers("--labels", text, "1,4") if text else ()
 
 
 def whole_numbers(name: str, text: str, example: str) -> tuple[int, ...]:
-    """The numbers of an option such as "1,2,5". Raises CdiffError, with the option's name and an example, when they are not whole numbers from 1 on."""
+    """The numbers of an option such as "1,2,5". Raises CdiffError, with the option's name and an example, when they are not whole numbers from 1 to LARGEST."""
     try:
         numbers = tuple(int(word) for word in text.split(",") if word.strip())
     except ValueError:
         numbers = ()
     if not numbers or min(numbers) < 1:
         raise CdiffError(f"{name} {text} is not a list of whole numbers from 1 on, such as {example}")
+    if max(numbers) > LARGEST:
+        raise CdiffError(f"{name} {text} has a number above {LARGEST}; give smaller ones, such as {example}")
     return numbers
 
 

@@ -19,7 +19,7 @@ from cdiff.export.engine_report import (
     inspected_layers,
     plan_layers,
 )
-from cdiff.export.trt_build import Built, Request, inspect, serialise
+from cdiff.export.trt_build import Built, Request, inspect, must_build_for, serialise
 from cdiff.runtime.bundle import Bundle
 from cdiff.runtime.engines.hostcode import note_own
 from cdiff.runtime.engines.trt import (
@@ -96,6 +96,13 @@ class BuildOptions:
         return (*["REFIT"] * self.refit, *["VERSION_COMPATIBLE"] * self.version_compatible)
 
 
+def must_be_buildable(trt: Any, options: BuildOptions, capabilities: tuple[str, ...]) -> None:
+    """Raise CdiffError for what TensorRT for RTX, the module `trt`, cannot build on this machine."""
+    if options.refit and not visible_gpus():
+        raise CdiffError("TensorRT for RTX makes engines to refit only on a machine with a GPU; leave --refit out here")
+    must_build_for(trt, capabilities)
+
+
 def build_engines(
     bundle: Bundle,
     flavour: Flavour,
@@ -119,8 +126,8 @@ def build_engines(
         raise CdiffError(
             "TensorRT builds on the GPU that it builds for, and none is here; build at the first run there"
         )
-    if flavour == "tensorrt-rtx" and options.refit and not visible_gpus():
-        raise CdiffError("TensorRT for RTX makes engines to refit only on a machine with a GPU; leave --refit out here")
+    if flavour == "tensorrt-rtx":
+        must_be_buildable(trt, options, () if isinstance(gpu, Gpu) else gpu)
     report = progress or (lambda done, total: None)
     paths = []
     for number, graph in enumerate(FILES):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -132,15 +132,29 @@ def _configure(trt: Any, builder: Any, network: Any, config: Any, request: Reque
         raise _failed(trt, log, f"refuses the shapes {request.free_axes} for {request.graph.name}")
 
 
-def _target(trt: Any, config: Any, capabilities: tuple[str, ...]) -> None:
-    known = {name: f"{name[2:-1]}.{name[-1]}" for name in trt.ComputeCapability.__members__ if name.startswith("SM")}
-    config.num_compute_capabilities = len(capabilities)
-    for i, capability in enumerate(capabilities):
-        name = f"SM{capability.replace('.', '')}"
-        if name not in known or not config.set_compute_capability(getattr(trt.ComputeCapability, name), i):
+def must_build_for(trt: Any, capabilities: Iterable[str]) -> None:
+    """Raise CdiffError where one of them is no compute capability, such as "8.9", that this TensorRT for RTX builds for."""
+    known = _targets(trt)
+    for capability in capabilities:
+        if capability not in known:
             raise CdiffError(
                 f"TensorRT for RTX {trt.__version__} does not build for compute capability {capability}; it knows "
-                f"{', '.join(known.values())}: use --engine tensorrt, or onnxruntime"
+                f"{', '.join(known)}: use --engine tensorrt, or onnxruntime"
+            )
+
+
+def _targets(trt: Any) -> dict[str, Any]:
+    members = trt.ComputeCapability.__members__
+    return {f"{name[2:-1]}.{name[-1]}": member for name, member in members.items() if name.startswith("SM")}
+
+
+def _target(trt: Any, config: Any, capabilities: tuple[str, ...]) -> None:
+    must_build_for(trt, capabilities)
+    config.num_compute_capabilities = len(capabilities)
+    for i, capability in enumerate(capabilities):
+        if not config.set_compute_capability(_targets(trt)[capability], i):
+            raise CdiffError(
+                f"TensorRT for RTX {trt.__version__} refuses compute capability {capability}: leave it out, or use --engine tensorrt"
             )
 
 

@@ -100,10 +100,14 @@ class Learner:
         value, size = torch.stack([summed(fabric, total), norm]).tolist()  # the step's one wait for the device
         for what, result in (("loss", value), ("gradient", size)):
             if not math.isfinite(result) and (what == "loss" or self.loss_scale <= 1):
-                raise CdiffError(
-                    f"the {what} became {result} at step {k + 1}; start a new run with a lower lr (now {lr:.3g}), anew or from this one's last "
-                    "checkpoint (--init); --resume takes the same lr again"
+                advice = (
+                    f"start a new run with a lower lr (now {lr:.3g}), anew or from this one's last checkpoint (--init); --resume takes the "
+                    "same lr again"
+                    if k
+                    else "no lr has moved a weight yet, so start a new run with other settings of the loss or the network: a lower dice_weight, "
+                    "fewer rrdbs or residual_blocks, another amp"
                 )
+                raise CdiffError(f"the {what} became {result} at step {k + 1}; {advice}")
         return value, size
 
     def loss(self, rows: Rows) -> Tensor:

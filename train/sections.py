@@ -18,6 +18,10 @@ WIDEST = 8192
 """Most channels of a feature map. The published networks have at most 512: so many more are a slip, and would end in a lack of memory."""
 MOST_BLOCKS = 1000
 """Most blocks in a row, which would else be made one after another without end."""
+MOST_THREADS = 4096
+"""Most threads: each takes memory, and where the system has no more of it OpenMP ends the process."""
+MOST_DECAY, MOST_DICE = 1e4, 1e6
+"""Most of what takes weights down, and weighs a loss, which would else be beyond float32."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,11 @@ class NetworkConfig:
             )
         if not self.channel_mult or min(self.channel_mult) < 1:
             raise CdiffError(f"channel_mult={list(self.channel_mult)} must be one number of at least 1 a depth")
+        if self.stride > LONGEST_SIDE:
+            raise CdiffError(
+                f"channel_mult has {len(self.channel_mult)} depths, each half as long as the one before, and an image_size of at most "
+                f"{LONGEST_SIDE}; take some out"
+            )
         check_size(self.image_size, self, "image_size")
         _at_least(self, 1, "image_channels", "levels", "T", "base_channels", "residual_blocks", "heads", "groups")
         _at_least(self, 1, "rrdb_channels", "rrdb_growth")
@@ -123,11 +132,11 @@ def _at_least(section: Any, low: int, *names: str) -> None:
             raise CdiffError(f"{name}={getattr(section, name)} must {'be at least 1' if low else 'not be negative'}")
 
 
-def _at_most(section: Any, **limits: int) -> None:
+def _at_most(section: Any, **limits: float) -> None:
     """Raise CdiffError where one of these settings of a section is above its limit."""
     for name, high in limits.items():
         if getattr(section, name) > high:
-            raise CdiffError(f"{name}={getattr(section, name)} must be at most {high}")
+            raise CdiffError(f"{name}={getattr(section, name)} must be at most {high:g}")
 
 
 def check_size(size: int, network: NetworkConfig, name: str) -> None:
@@ -197,6 +206,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _one_of(self, framing=get_args(FramingMode), missing_raters=("skip", "as-is", "error"), masks_by=MASKS_BY)
+        if any(label < 1 for label in self.labels):
+            raise CdiffError(f"labels={list(self.labels)} must be whole numbers from 1 on; 0 is outside")
         if self.slice_axis not in (0, 1, 2):
             raise CdiffError(f"slice_axis={self.slice_axis} must be 0, 1 or 2")
         _at_least(self, 0, "crop", "jitter")
@@ -294,6 +305,8 @@ class TrainingConfig:
         _at_least(self, 1, "val_every", "val_slices", "val_steps", "val_runs")
         _at_least(self, 0, "late_batch", "weight_decay", "warmup", "minutes", "dice_weight")
         _at_least(self, 0, "seed", "threads", "save_every_s", "peak_tflops")
+        # A step of AdamW moves each weight by about lr: above 1 it is a slip, and would be beyond float32 in the end.
+        _at_most(self, lr=1, weight_decay=MOST_DECAY, dice_weight=MOST_DICE, threads=MOST_THREADS)
         if self.seed >= 2**32:  # steps are numbered above it, in the 64 bits of PyTorch's
             raise CdiffError(f"seed={self.seed} must be below 2^32")
         for name in ("lr", "clip", "t_power"):

@@ -164,8 +164,10 @@ def is_output(path: Path) -> bool:
 
 
 def natural(text: str) -> list[tuple[int, str]]:
-    """A sorting key that puts seg2 before seg10."""
-    return [(int(part), "") if part.isdecimal() else (-1, part.lower()) for part in re.split(r"(\d+)", text)]
+    """A sorting key that puts seg2 before seg10, and takes seg02 for seg2."""
+    parts = re.split(r"(\d+)", text)
+    # Numbers by their length and digits: `int` takes some thousands of digits and no more.
+    return [(len(digits := part.lstrip("0")), digits) if part.isdecimal() else (-1, part.lower()) for part in parts]
 
 
 def listed(names: Sequence[str], most: int = 5) -> str:

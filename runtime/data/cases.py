@@ -171,8 +171,11 @@ def _why_no_table(files: Sequence[Path]) -> str:
 
 
 def _packed(root: Path) -> str:
-    """That a folder without cases holds archives, to end a message with."""
-    archives = [path.name for path in sorted(root.iterdir()) if path.name.lower().endswith(ARCHIVES)]
+    """That a folder without cases holds archives, or files whose names are paths of Windows, to end a message with."""
+    names = sorted(path.name for path in root.iterdir())
+    if paths := [name for name in names if "\\" in name]:
+        return f"; {listed(paths, 2)} should lie in folders: unpack the archive again with a program that takes \\ for /, such as unzip"
+    archives = [name for name in names if name.lower().endswith(ARCHIVES)]
     return f"; unpack {listed(archives)} first" if archives else ""
 
 

@@ -85,7 +85,7 @@ def cases_in(folder: Path, files: Files) -> list[Entry]:
 
 def two_digits(name: str) -> str:
     """The name of a structure or an annotator as QUBIQ writes it: `Task1` and `task01` are one, and so are `seg1` and `seg01`."""
-    return re.sub(r"\d+", lambda number: f"{int(number[0]):02d}", name.lower())
+    return re.sub(r"\d+", lambda number: number[0].lstrip("0").zfill(2), name.lower())
 
 
 def _has_masks(image: str, raters: Iterable[str]) -> bool:

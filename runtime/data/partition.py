@@ -23,6 +23,7 @@ from cdiff.runtime.scans.picture import read_picture
 from cdiff.runtime.scans.sources import PICTURE_SUFFIXES, read_bytes
 from cdiff.runtime.scans.volume import volume_shape
 from cdiff.runtime.variants import ANNOTATOR, CONSENSUS, Variant
+from cdiff.runtime.words import several
 
 VAL_FRACTION = 0.1
 HELD_OUT = "held out"
@@ -50,7 +51,7 @@ def partition(
     """The data's own split; without a validation split, `val_fraction` of the training cases (by patient, seeded).
 
     levels: how many masks a case must have to be used; of those that have as many one is held out at least.
-    Raises CdiffError without training cases, or with too few to keep one.
+    Raises CdiffError without training cases, with too few to keep one, or where that share is all of them.
     """
     train, val = training_cases(found, root), found.get("val", [])
     why = "the validation cases have no masks" if found.unlabelled.get("val") else "no validation folder"
@@ -107,6 +108,10 @@ def _hold_out(cases: list[Case], fraction: float, seed: int, why: str, levels: i
     order = np.random.default_rng(seed).permutation(len(groups)).tolist()
     members = list(groups.values())
     number = max(1, round(fraction * len(groups)))
+    if number >= len(groups):
+        raise CdiffError(
+            f"val_fraction={fraction:g} of {several(len(cases), 'case')} leaves none to train on; lower it, or name the validation cases"
+        )
     usable = [place for place in order if any(levels in (None, len(cases[i].masks)) for i in members[place])]
     if usable and not set(usable) & set(order[:number]):
         order.insert(0, usable[0])

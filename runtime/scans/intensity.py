@@ -56,15 +56,21 @@ class Intensity:
 
         over: what percentiles, or the image's own mean, are taken of, where that is not the array itself: a part of each of its
         slices [S, channels, h, w], or for the scope "volume" also other slices of the scan.
-        Raises CdiffError when `mean` is neither one number nor one a channel.
+        Raises CdiffError when `mean` is neither one number nor one a channel, or what it makes of the array is not finite.
         """
         axes = (2, 3) if self.scope == "slice" else (0, 2, 3)
         values = np.asarray(array, dtype=np.float32)
         if self.mean:
             if len(self.mean) not in (1, values.shape[1]):
                 raise CdiffError(f"the intensity has {len(self.mean)} means, and the image {values.shape[1]} channels")
-            mean, std = (np.asarray(numbers, np.float32)[:, None, None] for numbers in (self.mean, self.std))
-            return np.asarray((values - mean) / std, dtype=np.float32)
+            with np.errstate(all="ignore"):
+                mean, std = (np.asarray(numbers, np.float32)[:, None, None] for numbers in (self.mean, self.std))
+                scaled = np.asarray((values - mean) / std, dtype=np.float32)
+            if not np.isfinite(scaled).all():
+                raise CdiffError(
+                    f"the image's values, minus {self.mean} and divided by {self.std}, are beyond float32; correct the intensity's mean and std"
+                )
+            return scaled
         # In one piece: a sum over a part of an array may round otherwise than one over its copy.
         seen = values if over is None else np.ascontiguousarray(over, dtype=np.float32)
         if self.method == "standard":
@@ -74,7 +80,7 @@ class Intensity:
         low, high = np.percentile(seen, (self.lower, self.upper), axis=axes, keepdims=True).astype(np.float32)
         span = high - low
         flat = span <= 0
-        scaled: NDArray[np.float32] = values - low
+        scaled = values - low
         scaled /= np.where(flat, 1, span)  # in place: of a long scan each array is hundreds of megabytes
         scaled *= 2
         scaled -= 1

@@ -28,6 +28,8 @@ from cdiff.runtime.scans.volume import parse_volume
 OneScan = str | os.PathLike[str] | NDArray[Any] | nib.Nifti1Image
 ScanInput = OneScan | Sequence[str | os.PathLike[str]]
 """One scan, or the paths of its modalities, one file each."""
+MOST = float(np.finfo(np.float32).max) / 2
+"""Most of the distance between a scan's values, so that float32 has numbers for them once they are normalised too."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,8 +63,8 @@ def read_scan(scan: ScanInput, *, channels: int = 1, slice_axis: int = 2, series
     slice_axis: the array axis (0, 1 or 2, as stored) to cut a volume along. series: the number of the DICOM series that is meant
     in a folder that holds several.
     Raises CdiffError, one line, for everything that cannot be segmented faithfully: unreadable or truncated files, NaN,
-    a wrong number of axes or channels, spacing that is not positive, a singular affine, more than 2^31 voxels, modalities
-    that do not lie on one grid.
+    values too far apart for float32, a wrong number of axes or channels, spacing that is not positive, a singular affine, more
+    than 2^31 voxels, modalities that do not lie on one grid.
     """
     if isinstance(scan, list | tuple) and scan and all(isinstance(part, str | os.PathLike) for part in scan):
         return _stacked(scan, channels, slice_axis, series)
@@ -109,7 +111,12 @@ def _one(scan: OneScan, channels: int, slice_axis: int, series: int | None) -> S
     shape = voxels.shape if channels == 1 else spatial
     grid = Grid(tuple(shape), slice_axis if len(spatial) == 3 else None, loaded.header, loaded.frame, loaded.series)
     notes = list(loaded.notes)
-    if values.min() == values.max():
+    low, high = float(values.min()), float(values.max())
+    if high - low > MOST:
+        raise CdiffError(
+            f"{named} holds values from {low:.3g} to {high:.3g}, farther apart than float32 has numbers; replace what fills its empty voxels"
+        )
+    if low == high:
         notes.append("every voxel has the same value: the maps say nothing about this scan")
     notes += grid.spacing_notes
     slices = grid.cut(values.reshape(*spatial, channels))

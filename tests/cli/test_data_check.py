@@ -50,3 +50,21 @@ def test_nothing_is_said_of_a_network_that_is_not_there(tmp_path: Path, monkeypa
     lines = findings(grey, monkeypatch)
     assert "note image case02: the grey picture was taken for each of the three channels" in lines
     assert "model" not in " ".join(lines)
+
+
+def test_the_report_and_the_sheet_are_two_files(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one name the sheet took the report's place; and a sheet that was asked for and was not is told before the work."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link.png").symlink_to("both.png")
+    for options, says in (
+        (("--json", "both.png", "--sheet", "./both.png"), "would both be both.png"),
+        (("--json", "both.png", "--sheet", "link.png"), "would both be both.png"),
+        (("--json", f"{tiny_data.name}_sheet.png"), f"would both be {tiny_data.name}_sheet.png"),
+        (("--sheet", "both.png", "--no-sheet"), "--sheet both.png and --no-sheet contradict each other"),
+    ):
+        result = CliRunner().invoke(app, ["data", "check", str(tiny_data), *options])
+        assert result.exit_code == 2
+        assert says in result.output
+    assert [path.name for path in tmp_path.iterdir()] == ["link.png"]

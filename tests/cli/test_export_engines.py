@@ -57,6 +57,27 @@ def test_where_triton_reads_must_be_writable_before_anything_is_exported(tiny_ru
     assert not (tmp_path / "bundle").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--capability", "8.9", "--capability", "99.9"], "does not build for compute capability 99.9; it knows 7.5"),
+        (["--capability", "89"], "does not build for compute capability 89; it knows 7.5"),
+        (["--refit"], "makes engines to refit only on a machine with a GPU"),
+    ],
+)
+def test_what_rtx_cannot_build_is_said_before_anything_is_exported(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], reason: str
+) -> None:
+    pytest.importorskip(
+        "tensorrt_rtx_bindings", reason="TensorRT for RTX is not installed: pip install '.[rtx]' in cdiff's clone"
+    )
+    monkeypatch.setattr("cdiff.export.tensorrt.visible_gpus", lambda: [])
+    _, said = run(2, tiny_run, "--out", tmp_path / "bundle", "--engine", "tensorrt-rtx", *options)
+    assert reason in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "bundle").exists()
+
+
 def test_tensorrt_for_rtx_builds_without_a_gpu(bundle: Bundle) -> None:
     pytest.importorskip(
         "tensorrt_rtx_bindings", reason="TensorRT for RTX is not installed: pip install '.[rtx]' in cdiff's clone"

@@ -65,6 +65,11 @@ def test_labels_are_whole_numbers_from_one_on() -> None:
     for wrong in (",", "0", "1,0", "-1", "1.5", "1;4", "x"):
         with pytest.raises(CdiffError, match=r"--labels .* is not a list of whole numbers from 1 on, such as 1,4"):
             options.parse_labels(wrong)
+    assert options.parse_labels("2147483647") == (2147483647,)
+    # The second is beyond a float, with which masks' values are compared.
+    for large in ("2147483648", "1," + "1" * 400):
+        with pytest.raises(CdiffError, match=rf"--labels {large} has a number above 2147483647; give smaller ones"):
+            options.parse_labels(large)
 
 
 @pytest.mark.parametrize("wrong", ["", "1,", "1;2", "x", "nan", "1,-inf", "1e999"])

@@ -88,3 +88,12 @@ def test_without_a_seed_nothing_is_held_out_whatever_numpy_draws(tmp_path: Path)
     root = folder_of(tmp_path, 2)
     manifest = trained_on(root, seed=None)
     assert [held_out(find_cases(root), root, manifest) for _ in range(40)] == [[]] * 40
+
+
+def test_a_share_that_leaves_none_to_train_on_is_told(tmp_path: Path) -> None:
+    root = folder_of(tmp_path, 6)
+    found = find_cases(root)
+    split = partition(found, root, 0.9)
+    assert (len(split.train), len(split.val)) == (1, 5)
+    with pytest.raises(CdiffError, match=r"val_fraction=0\.99 of 6 cases leaves none to train on; lower it"):
+        partition(found, root, 0.99)

@@ -128,10 +128,17 @@ def test_masks_of_another_structure_may_be_called_as_they_are(tmp_path: Path) ->
 
 
 def test_what_lies_there_in_place_of_cases_is_said(tmp_path: Path) -> None:
-    """Archives that nobody unpacked, and masks of other names."""
+    """Archives that nobody unpacked, or not into folders, and masks of other names."""
     (tmp_path / "training_data_v3_QC.zip").write_bytes(b"PK")
     with pytest.raises(CdiffError, match=r"no case in .*; unpack training_data_v3_QC\.zip first$"):
         find_cases(tmp_path)
+    # As some programs unpack an archive of Windows.
+    (flat := tmp_path / r"Training\case01\image.nii.gz").write_bytes(b"")
+    with pytest.raises(
+        CdiffError, match=r"; Training\\case01\\image\.nii\.gz should lie in folders: unpack the archive"
+    ):
+        find_cases(tmp_path)
+    flat.unlink()
     for case in ("case01", "case02"):
         for name in ("image", "annotation_1", "annotation_2"):
             save(tmp_path / case / f"{name}.nii.gz", disc((16, 16)))

@@ -56,6 +56,19 @@ def test_a_table_of_one_row_a_mask(tmp_path: Path) -> None:
         find_cases(tmp_path)
 
 
+def test_names_may_hold_numbers_of_any_length(tmp_path: Path) -> None:
+    """Python makes no whole number of more than 4300 digits."""
+    long = "9" * 5000
+    table = write_table(tmp_path, 2, raters=2)
+    text = table.read_text().replace("mask1", f"mask1{long}").replace("mask2", "mask02")
+    table.write_text(text.replace("p0,", f"p{long},"))
+    found = find_cases(table)
+    assert [case.name for cases in found.values() for case in cases] == [f"p{long}", "p1"]
+    assert {case.raters for cases in found.values() for case in cases} == {("02", f"1{long}")}
+    with pytest.raises(CdiffError, match=rf"has masks of the task '{long}'"):
+        find_cases(table, long)
+
+
 def test_annotators_go_by_a_sign_that_is_a_digit_and_no_number(tmp_path: Path) -> None:
     """As of a second reading: Python takes ² for a digit, and for no whole number."""
     table = tmp_path / "cases.csv"

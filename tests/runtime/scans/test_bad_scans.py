@@ -259,6 +259,7 @@ def test_an_image_of_nibabels_whose_voxels_are_at_no_place_gets_one_clear_line(t
         (np.zeros((0, 4)), 1, "no voxel"),
         (np.zeros(7), 1, "1-D"),
         (np.full((3, 4), np.nan), 1, "NaN"),
+        (np.array([[-3e38, 0], [5, 3e38]]), 1, r"from -3e\+38 to 3e\+38, farther apart than float32 has numbers"),
         (np.zeros((3, 4, 5)), 4, "4 channels"),
         (np.zeros((3, 4)), 3, "3 channels"),
         (np.broadcast_to(np.uint8(0), (2**11, 2**10, 2**11)), 1, "2\\^31"),

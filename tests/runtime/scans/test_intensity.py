@@ -77,6 +77,9 @@ def test_given_numbers_do_not_depend_on_the_image() -> None:
     np.testing.assert_array_equal(as_stored.apply(IMAGE), IMAGE.astype(np.float32))
     with pytest.raises(CdiffError, match="2 means, and the image 1 channels"):
         intensity.apply(IMAGE[:, :1])
+    for mean, std in ((0.0, 1e-40), (0.0, 1e-300), (1e300, 1.0)):  # the last two are 0 and infinite as float32
+        with pytest.raises(CdiffError, match=r"are beyond float32; correct the intensity's mean and std"):
+            Intensity(method="standard", mean=(mean,), std=(std,)).apply(IMAGE)
 
 
 @pytest.mark.parametrize(

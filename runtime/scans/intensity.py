@@ -65,12 +65,12 @@ class Intensity:
                 raise CdiffError(f"the intensity has {len(self.mean)} means, and the image {values.shape[1]} channels")
             with np.errstate(all="ignore"):
                 mean, std = (np.asarray(numbers, np.float32)[:, None, None] for numbers in (self.mean, self.std))
-                scaled = np.asarray((values - mean) / std, dtype=np.float32)
-            if not np.isfinite(scaled).all():
+                given = np.asarray((values - mean) / std, dtype=np.float32)
+            if not np.isfinite(given).all():
                 raise CdiffError(
                     f"the image's values, minus {self.mean} and divided by {self.std}, are beyond float32; correct the intensity's mean and std"
                 )
-            return scaled
+            return given
         # In one piece: a sum over a part of an array may round otherwise than one over its copy.
         seen = values if over is None else np.ascontiguousarray(over, dtype=np.float32)
         if self.method == "standard":
@@ -80,7 +80,7 @@ class Intensity:
         low, high = np.percentile(seen, (self.lower, self.upper), axis=axes, keepdims=True).astype(np.float32)
         span = high - low
         flat = span <= 0
-        scaled = values - low
+        scaled: NDArray[np.float32] = values - low
         scaled /= np.where(flat, 1, span)  # in place: of a long scan each array is hundreds of megabytes
         scaled *= 2
         scaled -= 1

@@ -37,4 +37,4 @@ def _one(flags: dict[str, Any]) -> str | None:
             f"the options say {' and '.join(f'{flag}=True' for flag in others)}, and the published code trains one of them; turn the others "
             f"off, as with --option {others[1]}=False"
         )
-    return (others or on or [None])[0]
+    return next(iter(others or on), None)

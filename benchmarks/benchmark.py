@@ -25,12 +25,14 @@ from cdiff.benchmarks.contenders import COMPILED, EXPORTED, PUBLISHED, PYTORCH
 from cdiff.benchmarks.tables import summary
 from cdiff.runtime.bundle import open_bundle
 from cdiff.runtime.device.gpu import parse_device
+from cdiff.runtime.engines.registry import must_run
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import sha256
 from cdiff.runtime.host import physical_cores
 from cdiff.runtime.manifest import NAME as MANIFEST
 from cdiff.runtime.manifest import Manifest
 from cdiff.runtime.sampling.batching import rows_per_batch
+from cdiff.runtime.sampling.sampler import kept_timesteps
 from cdiff.runtime.scans.inputs import scans_at
 from cdiff.runtime.scans.scan import parse_slices, read_scan
 
@@ -110,6 +112,7 @@ def benchmark(
         from cdiff.train.fabric import must_have
 
         must_have(device, number)
+    must_run(engine, device)
     opened = open_bundle(bundle)
     manifest = opened.manifest
     say, tick = notice or (lambda line: None), progress or (lambda done, total: None)
@@ -123,6 +126,7 @@ def benchmark(
         "runs": runs, "engine": engine, "device": device, "threads": threads,
     }  # fmt: skip
     steps = manifest.T if steps is None else steps
+    kept_timesteps(manifest.T, steps)  # an error now, not after the warm-up
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     if load > BUSY:
         say(f"the machine is busy (load {load:.1f} before this run): times are longer than they need be")

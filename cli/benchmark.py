@@ -35,7 +35,9 @@ def benchmark(
     repeats: Annotated[int, options.option("--repeats K", "Rounds; medians are shown.", min=1)] = 3,
     threads: Annotated[
         int | None,
-        options.option("--threads N", "Processor threads of every contender.", default="the physical cores", min=1),
+        options.option(
+            "--threads N", "Processor threads of every contender.", default="the physical cores", min=1, max=4096
+        ),
     ] = None,
     compiled: Annotated[
         bool, options.option("--compile", "Time torch.compile as well; compiling takes minutes.")
@@ -63,10 +65,10 @@ def benchmark(
         from cdiff.benchmarks.benchmark import summary
         from cdiff.export.exporter import export_run
     from cdiff.runtime.bundle import shipped_bundle
-    from cdiff.runtime.files import must_be_a_file, must_not_be_read, write_json
+    from cdiff.runtime.files import must_not_be_read, must_take, write_json
 
     if json_:
-        must_be_a_file(json_)
+        must_take(json_)
         must_not_be_read(json_, [scan] if scan else [])
     sizes = options.whole_numbers("--batch", batch, "1,8,32")
     with TemporaryDirectory() as folder, Meter("benchmark", quiet) as meter:

@@ -74,7 +74,7 @@ def check(
     cdiff data check my_data --json check.json --sheet check.png
     """
     from cdiff.runtime.data.datacheck import check_data
-    from cdiff.runtime.files import must_be_a_file, must_not_be_read, write_json
+    from cdiff.runtime.files import must_not_be_read, must_take, write_json
 
     if sheet and no_sheet:
         raise CdiffError(f"--sheet {sheet} and --no-sheet contradict each other; leave one out")
@@ -82,7 +82,7 @@ def check(
     target = sheet or Path(f"{name}_sheet.png")
     given = [path for path in (json_, sheet) if path]
     for path in given:
-        must_be_a_file(path)
+        must_take(path)
         must_not_be_read(path, [data])
     if json_ and not no_sheet and json_.resolve() == target.resolve():
         raise CdiffError(f"the report and the contact sheet would both be {json_}; give --json and --sheet two names")

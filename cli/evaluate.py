@@ -167,7 +167,7 @@ def evaluate(
     cdiff evaluate --data my_data --group "patient[0-9]+" --paper-table --beside annotator.json
     """
     from cdiff.runtime.data.cases import find_cases
-    from cdiff.runtime.files import must_be_a_file, must_not_be_read, write_json
+    from cdiff.runtime.files import must_not_be_read, must_take, write_json
     from cdiff.runtime.pictures.drawing import must_draw
     from cdiff.runtime.scoring.evaluate import Protocol, Segmented, Source, score_cases
     from cdiff.runtime.scoring.paper import read_beside
@@ -187,7 +187,7 @@ def evaluate(
     if report_:
         must_draw()
     if json_:
-        must_be_a_file(json_)
+        must_take(json_)
     others = [row for path in beside or () for row in read_beside(path)]  # before hours are spent
     asked = options.parse_labels(labels)
     protocol = Protocol(

@@ -29,6 +29,7 @@ from cdiff.runtime.manifest import CARD, DENOISER, ENCODER, ONE_ZOOM, WEIGHTS, M
 from cdiff.runtime.sampling.mirror import VIEWS
 from cdiff.runtime.sampling.sampler import kept_timesteps
 from cdiff.runtime.sampling.zoom import check_zooms
+from cdiff.runtime.scans.sources import must_be_text
 from cdiff.train.checkpoint import ORIGIN, LoadedRun, load_run
 from cdiff.train.machine import as_it_starts
 
@@ -63,6 +64,7 @@ def export_run(
         raise CdiffError(
             "export compares its graphs by ONNX Runtime, which is not here: pip install '.[train,cpu]' in cdiff's clone"
         )
+    must_be_text(Path(out.name))  # by which the model is called
     loaded = load_run(run)
     fast_steps = min(loaded.config.training.val_steps, loaded.config.network.T) if fast_steps is None else fast_steps
     kept_timesteps(loaded.config.network.T, fast_steps)  # an error now, not after the graphs

@@ -70,6 +70,16 @@ def must_be_a_file(path: Path) -> None:
         raise CdiffError(f"{path} is a device or a pipe, and would be replaced by a file; name a file to write to")
 
 
+def must_take(path: Path) -> None:
+    """Raise `CdiffError` where a file cannot be written to `path`, as far as that shows: worth knowing before long work."""
+    must_be_a_file(path)
+    must_take_files(path.parent)
+    if (length := len(os.fsencode(path.name))) > (most := most_bytes_of_a_name(path.parent)):
+        raise CdiffError(
+            f"{path.name} is too long for the name of a file ({length} bytes of at most {most}); give a shorter one"
+        )
+
+
 def must_not_be_read(path: Path, read: Iterable[Path]) -> None:
     """Raise `CdiffError` where `path`, which will be written, is one of the files that are read: whoever names it so would lose it."""
     if os.path.isfile(path) and any(os.path.isfile(one) and os.path.samefile(path, one) for one in read):

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
 from lightning_fabric import Fabric
 from rich.console import Console
 
+from cdiff.runtime.data.case import listed
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import make_folder, write_json
-from cdiff.runtime.scans.sources import is_there
+from cdiff.runtime.scans.sources import is_there, must_be_text
 from cdiff.train import pace
-from cdiff.train.checkpoint import read_config
+from cdiff.train.checkpoint import checkpoint_folder, read_config
 from cdiff.train.config import HOW, Config
 from cdiff.train.data import read_data
 from cdiff.train.fabric import check_same, fabric_on, find_device, joined, precision_of, together
@@ -23,6 +25,7 @@ from cdiff.train.initial import read_initial
 from cdiff.train.log import say
 from cdiff.train.machine import arithmetic, as_it_starts
 from cdiff.train.run import Run, TrainResult
+from cdiff.train.seen import NAME as SEEN
 from cdiff.train.seen import check_seen, learned_from, seen_before, write_seen
 
 
@@ -138,8 +141,9 @@ def _train(run: Run, started: bool, max_steps: int | None, dry_run: bool, quiet:
 
 
 def check_out(out: Path, config: Config, resume: bool) -> None:
-    """Raise CdiffError unless `out` holds no run, and no file that one would write over, or is to be resumed and holds this very one (but
-    for how it is computed)."""
+    """Raise CdiffError unless `out` holds no run, nor files that one would replace, or is to be resumed and holds this very one (but for how
+    it is computed)."""
+    must_be_text(out)
     if is_there(out / "config.json"):
         if not resume:
             raise CdiffError(f"{out} already holds a run; add --resume to go on with it, or choose another --out")
@@ -156,11 +160,19 @@ def check_out(out: Path, config: Config, resume: bool) -> None:
         return
     if resume:
         raise no_run(out)
-    if taken := [name for name in ("data.json", "log.csv", "samples.npz") if is_there(out / name)]:
-        raise CdiffError(
-            f"{out} holds no run but {' and '.join(taken)}, which a run would write over; choose another --out, or move "
-            f"{'it' if len(taken) == 1 else 'them'} away"
-        )
+    if others := _not_of_a_run(out):
+        raise CdiffError(f"{out} holds no run, but {listed(others)}, which one would replace; choose another --out")
+
+
+def _not_of_a_run(out: Path) -> list[str]:
+    """Files of a folder without a run that are called as a run's are; not those that a run leaves which ends before it says what it is."""
+    names = [name for name in ("log.csv", "samples.npz", "best.json", "tensorboard") if is_there(out / name)]
+    for name, read in ((SEEN, seen_before), ("last.json", partial(checkpoint_folder, which="last"))):
+        try:
+            read(out)
+        except CdiffError:
+            names.append(name)
+    return names
 
 
 def no_run(out: Path) -> CdiffError:

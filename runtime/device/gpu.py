@@ -37,7 +37,7 @@ class Buffer:
 
 def parse_device(device: str) -> int | None:
     """None for `cpu`, the GPU's number for `cuda` (0) and `cuda:N`. Raises CdiffError for anything else."""
-    match = re.fullmatch(r"cpu|cuda(?::(\d+))?", device)
+    match = re.fullmatch(r"cpu|cuda(?::([0-9]{1,9}))?", device)
     if match is None:
         raise CdiffError(f"device {device!r} is not known; use cpu, cuda or cuda:N")
     return None if device == "cpu" else int(match[1] or 0)

@@ -123,12 +123,10 @@ def open_engine(
     physical cores available. build: makes TensorRT's engines where the cache has none for this GPU.
     Raises CdiffError when the engine or the device is unknown or cannot run here: never another one in silence.
     """
-    if name not in ("auto", *NAMES):
-        raise CdiffError(f"engine {name!r} is not known; use one of auto, {', '.join(NAMES)}")
+    must_run(name, device)
     number = parse_device(device)
     kind = "cpu" if number is None else "cuda"
     if name != "auto":
-        _must_run(engine_status(name), kind, device)
         return _open(bundle, name, number, threads, build)
     reasons = []
     for picked in AUTO[kind]:
@@ -142,8 +140,12 @@ def open_engine(
     raise CdiffError(f"no engine can run on {device} here: {'; '.join(reasons)}")
 
 
-def _must_run(state: EngineStatus, kind: str, device: str) -> None:
-    if kind in state.devices:
+def must_run(name: str, device: str) -> None:
+    """Raise CdiffError where the engine called `name` or the device is unknown, or that engine cannot run there; `auto` finds out later."""
+    if name not in ("auto", *NAMES):
+        raise CdiffError(f"engine {name!r} is not known; use one of auto, {', '.join(NAMES)}")
+    kind = "cpu" if parse_device(device) is None else "cuda"
+    if name == "auto" or kind in (state := engine_status(name)).devices:
         return
     if state.devices:
         raise CdiffError(

@@ -236,6 +236,18 @@ def test_a_device_that_is_not_one_is_refused_before_anything_runs(device: str, t
         benchmark(tiny_bundle, device=device)
 
 
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [({"engine": "x"}, "engine 'x' is not known; use one of auto"), ({"steps": 26}, "trained with 25: use 1 to 25")],
+)
+def test_what_no_contender_can_do_is_said_before_one_starts(
+    asked: dict[str, Any], says: str, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cdiff.benchmarks.benchmark.Worker", lambda spec: pytest.fail("a contender was started"))
+    with pytest.raises(CdiffError, match=says):
+        benchmark(tiny_bundle, **asked)
+
+
 @pytest.mark.slow
 def test_command_prints_tables(measured: tuple[str, dict[str, Any]]) -> None:
     for words in ("End to end", "One denoiser call", "Where the time goes", "one chain after another", "onnxruntime"):

@@ -68,3 +68,19 @@ def test_the_report_and_the_sheet_are_two_files(
         assert result.exit_code == 2
         assert says in result.output
     assert [path.name for path in tmp_path.iterdir()] == ["link.png"]
+
+
+def test_a_report_that_cannot_be_written_is_told_before_the_work(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for work in ("cdiff.load", "cdiff.runtime.data.datacheck.check_data", "cdiff.benchmarks.benchmark.benchmark"):
+        monkeypatch.setattr(work, None)
+    (tmp_path / "file").touch()
+    for path, says in (
+        (tmp_path / ("x" * 300), "is too long for the name of a file (300 bytes of at most 255); give a shorter one"),
+        (tmp_path / "file/report.json", "file is not a folder, or lies below a file"),
+    ):
+        for command in (("data", "check", tiny_data), ("evaluate", "--data", tiny_data), ("benchmark",)):
+            result = CliRunner().invoke(app, [*map(str, command), "--json", str(path)])
+            assert result.exit_code == 2
+            assert says in result.output

@@ -214,6 +214,12 @@ def test_devices_are_read(device: str, number: int | None) -> None:
     assert parse_device(device) == number
 
 
+@pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:-1", "cuda:\u0663", f"cuda:{'9' * 5000}"])
+def test_devices_that_cannot_be_are_one_line(device: str) -> None:
+    with pytest.raises(CdiffError, match=rf"^device '{device}' is not known; use cpu, cuda or cuda:N$"):
+        parse_device(device)
+
+
 @pytest.mark.parametrize(
     ("said", "lacking"),
     [

@@ -26,6 +26,39 @@ from cdiff.train.trainer import train
 GROWING = {"framing": "tile", "crop": 16}
 
 
+@pytest.mark.parametrize("name", ["log.csv", "samples.npz", "best.json", "tensorboard", "data.json", "last.json"])
+def test_a_file_that_is_called_as_a_runs_is_not_replaced(tiny_data: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text('{"mine": 1}')
+    (tmp_path / "notes.txt").touch()  # which no run has
+    with pytest.raises(CdiffError, match=rf"{tmp_path} holds no run, but {name}, which one would replace"):
+        train(preset("tiny").with_values({"steps": 1}), tiny_data, tmp_path, quiet=True)
+    assert {path.name for path in tmp_path.iterdir()} == {name, "notes.txt"}
+    assert (tmp_path / name).read_text() == '{"mine": 1}'
+
+
+def test_a_run_that_ended_before_it_said_what_it_is_can_be_started_again(
+    tiny_run: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(path: Path, value: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("cdiff.train.trainer.write_json", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(preset("tiny"), tiny_data, tmp_path, init=tiny_run, quiet=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoints", "last.json", "data.json"}
+    train(preset("tiny").with_values({"steps": 1}), tiny_data, tmp_path, quiet=True)
+    assert (tmp_path / "config.json").is_file()
+
+
+def test_a_run_whose_name_is_no_text_is_refused_before_anything_is_written(tiny_data: Path, tmp_path: Path) -> None:
+    """TensorBoard's log cannot be there."""
+    for out in (tmp_path / "\udcff", tmp_path / "\udcff/run"):
+        with pytest.raises(CdiffError, match=r"\\xff.* has a name that is not UTF-8"):
+            train(preset("tiny"), tiny_data, out, quiet=True)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("pointer", ["best", "last"])
 def test_a_kill_before_either_pointer_loses_no_best_checkpoint(
     tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pointer: str
@@ -45,17 +78,6 @@ def test_a_kill_before_either_pointer_loses_no_best_checkpoint(
     best = json.loads((run / "best.json").read_text())["checkpoint"]
     assert (run / "checkpoints" / best).is_dir()
     assert load_run(run).info["val_soft_dice_5"] == result.best
-
-
-@pytest.mark.parametrize("names", [["data.json"], ["log.csv", "samples.npz"]])
-def test_a_folder_with_files_that_a_run_would_replace_is_none_to_train_in(
-    tiny_data: Path, tmp_path: Path, names: list[str]
-) -> None:
-    for name in names:
-        (tmp_path / name).write_text("mine")
-    with pytest.raises(CdiffError, match=f"holds no run but {' and '.join(names)}, which a run would write over"):
-        train(preset("tiny"), tiny_data, tmp_path, quiet=True)
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys(names, "mine")
 
 
 def test_a_run_says_whether_it_is_at_its_end(tiny_data: Path, tmp_path: Path) -> None:

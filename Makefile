@@ -23,10 +23,10 @@ demo: $(VENV)/cpu.installed
 	@echo "Open the picture: $(CURDIR)/demo-output/demo_preview.png"
 	@echo "Leaf through it in a browser: $(CURDIR)/demo-output/demo_page.html"
 
-# One process a core, each with one thread (tests/conftest.py keeps it to its core): most tests are small, and threads would only
-# wait for one another.
+# One process a core with one thread (tests/conftest.py keeps it to its core): most tests are small, and threads would only wait for
+# one another. At most eight, as two of them were seen to take 4.5 GB together.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder -m "not minutes"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder -m "not minutes"
 
 minutes: $(VENV)/test.installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m minutes

@@ -10,6 +10,7 @@ from cdiff.cli import options
 from cdiff.cli.console import Meter, out, warn, written
 from cdiff.cli.extras import needs
 from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.host import MOST_THREADS
 
 
 def benchmark(
@@ -36,7 +37,11 @@ def benchmark(
     threads: Annotated[
         int | None,
         options.option(
-            "--threads N", "Processor threads of every contender.", default="the physical cores", min=1, max=4096
+            "--threads N",
+            "Processor threads of every contender.",
+            default="the physical cores",
+            min=1,
+            max=MOST_THREADS,
         ),
     ] = None,
     compiled: Annotated[

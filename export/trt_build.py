@@ -149,10 +149,10 @@ def _targets(trt: Any) -> dict[str, Any]:
 
 
 def _target(trt: Any, config: Any, capabilities: tuple[str, ...]) -> None:
-    must_build_for(trt, capabilities)
+    known = _targets(trt)
     config.num_compute_capabilities = len(capabilities)
-    for i, capability in enumerate(capabilities):
-        if not config.set_compute_capability(_targets(trt)[capability], i):
+    for i, capability in enumerate(capabilities):  # which `must_build_for` has seen
+        if not config.set_compute_capability(known[capability], i):
             raise CdiffError(
                 f"TensorRT for RTX {trt.__version__} refuses compute capability {capability}: leave it out, or use --engine tensorrt"
             )

@@ -10,6 +10,8 @@ CPUS = Path("/sys/devices/system/cpu")
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUPS = Path("/proc/self/cgroup")
 NO_QUOTA = 2**30
+MOST_THREADS = 4096
+"""Most threads that may be asked for: each takes memory, and where the system has no more of it OpenMP ends the process."""
 
 
 def processor() -> str:

@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 from cdiff.runtime.data.case import ARRAY, MASKS_BY
 from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.host import MOST_THREADS
 from cdiff.runtime.manifest import LONGEST_SIDE, MOST_LEVELS, TARGETS, VARIANCES
 from cdiff.runtime.sampling.framing import FramingMode
 from cdiff.runtime.scans.intensity import Intensity
@@ -18,8 +19,6 @@ WIDEST = 8192
 """Most channels of a feature map. The published networks have at most 512: so many more are a slip, and would end in a lack of memory."""
 MOST_BLOCKS = 1000
 """Most blocks in a row, which would else be made one after another without end."""
-MOST_THREADS = 4096
-"""Most threads: each takes memory, and where the system has no more of it OpenMP ends the process."""
 MOST_DECAY, MOST_DICE = 1e4, 1e6
 """Most of what takes weights down, and weighs a loss, which would else be beyond float32."""
 

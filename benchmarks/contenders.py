@@ -143,7 +143,7 @@ class Published:
         return {"engine": "pytorch, plain loop", "version": str(torch.__version__), "device": self.spec["device"]}
 
     def end_to_end(self, steps: int, maps: str | None) -> dict[str, Any]:
-        """Read the scan as the runtime does, then one chain after another."""
+        """Read the scan as the runtime does, then one run after another."""
         from cdiff.benchmarks.plain_loop import plain_loop
 
         manifest, spec, start = self.bundle.manifest, self.spec, time.perf_counter()
@@ -158,7 +158,7 @@ class Published:
             np.save(maps, soft)
         spent = asdict(timings)
         parts = {part: spent[part] for part in ("encode", "denoise", "noise", "update", "collect")}
-        return {"parts": {"read": reading, **parts}, "calls": timings.calls, "batch": 1}
+        return {"parts": {"read": reading, **parts}, "calls": timings.calls, "batch": manifest.conditions}
 
 
 def _repeat(call: Any) -> list[float]:

@@ -177,8 +177,9 @@ def usual_batch(engine: Engine, model: Subject) -> int:
     return rows_per_batch(model.rows, engine.device, model.rows, most)
 
 
-def published(model: Subject, image: Float32, device: str, seconds: float) -> dict[str, Any]:
-    """The published way, float32 by PyTorch's own settings: one chain after another, the encoder for each; a share of it, and the rest in proportion."""
+def published(model: Subject, image: Float32, device: str, seconds: float, *, by_row: bool = False) -> dict[str, Any]:
+    """The published way, float32 by PyTorch's own settings: one run after another, its levels in one batch, or by_row one at a time; the encoder
+    for each row. A share of it, and the rest in proportion."""
     network = model.network().to(device)
     diffusion = Diffusion(model.schedule, model.config.network.target, device, outside=model.config.network.outside)
     T, chains = model.config.network.T, model.config.network.levels
@@ -186,7 +187,7 @@ def published(model: Subject, image: Float32, device: str, seconds: float) -> di
     def took(steps: int) -> float:
         wait(device)
         start = time.perf_counter()
-        plain_loop(network, diffusion, windows_of(image), table_of(model, steps), 1, Timings())
+        plain_loop(network, diffusion, windows_of(image), table_of(model, steps), 1, Timings(), by_row=by_row)
         return time.perf_counter() - start
 
     few = min(FEW, T - 1)
@@ -204,7 +205,7 @@ def published(model: Subject, image: Float32, device: str, seconds: float) -> di
     whole = model.rows * (a_chain + T * a_step)
     return {
         "seconds": whole, "seconds_a_slice": whole, "share": more / T / model.runs, "measured_seconds": short + longer,
-        "ms_a_row": 1e3 * a_step, "ms_a_chain_encoder_and_copy": 1e3 * a_chain, "peak_bytes": memory.peak,
+        "batch": 1 if by_row else chains, "ms_a_row": 1e3 * a_step, "ms_a_row_encoder_and_copy": 1e3 * a_chain, "peak_bytes": memory.peak,
         "tf32_convolutions": device != "cpu" and bool(torch.backends.cudnn.allow_tf32),
         "tf32_products": device != "cpu" and bool(torch.backends.cuda.matmul.allow_tf32),
     }  # fmt: skip

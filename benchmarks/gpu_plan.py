@@ -50,7 +50,7 @@ def plan(device: str, small: bool) -> list[Check]:
     calls_and_maps = "against PyTorch float32: calls and final maps"
     parts = "sweep, whole protocol, parts"
     slices = "1, 2 and 4 slices"
-    one_by_one = "float32, one chain after another, encoder for each: a share of it"
+    one_by_one = "float32, one run after another, encoder for each row: a share of it"
     add("published", "published", PAPER, f"baseline: {one_by_one}", 90, 25)
     add("protocol", "graph", PAPER, f"our captured half-precision chain: {parts}", 180, 85)
     add("parity", "graph", SHIPPED, calls_and_maps, 90, 20)

@@ -11,7 +11,7 @@ from cdiff.benchmarks.gpu_plan import fault_of
 from cdiff.benchmarks.gpu_subjects import PAPER, SHIPPED
 
 NAMES = {
-    "published": "PyTorch float32, one chain after another, encoder for each",
+    "published": "PyTorch float32, one run after another, encoder for each row",
     "eager16": "PyTorch float16 eager, encoder once",
     "compiled": "PyTorch float16, torch.compile with CUDA graphs",
     "graph": "cdiff, PyTorch float16, our kernels, captured",
@@ -116,17 +116,19 @@ def _targets(found: list[dict[str, Any]], checks: dict[str, Any], planned: set[s
 
 def _protocol(checks: dict[str, Any], model: str) -> str:
     """Seconds a slice, beside the baselines of the same run."""
-    published = _result(checks, f"published:published:{model}")
+    published = _result(checks, f"published:published:{model}") or {}
     rate = checks.get("machine", {}).get("result", {}).get("matmul_flop_per_s", {}).get("float16")
     rows = []
-    measured = [*_of(checks, ("published",), model), *_of(checks, ("protocol",), model)]
-    if published and published.get("tf32_convolutions") and "without_tf32" in published:
-        measured.insert(1, (f"published:published:{model}", published["without_tf32"]))
-    for name, result in measured:
-        own, steps = name.split(":")[1], result.get("step_seconds", {})
+    baselines = [(NAMES["published"], published)]
+    baselines.append((f"{NAMES['published']}, row by row", published.get("by_row", {})))
+    if published.get("tf32_convolutions"):
+        baselines.append((NAMES["published"], published.get("without_tf32", {})))
+    ways = [(_name(name.split(":")[1]), result) for name, result in _of(checks, ("protocol",), model)]
+    for name, result in [*((name, result) for name, result in baselines if result), *ways]:
+        steps = result.get("step_seconds", {})
         batch = result.get("batch", 1)
         rows.append((
-            _name(own) + _tf32(result), f"{result['seconds_a_slice']:.2f}", _share(result["share"]),
+            name + _tf32(result), f"{result['seconds_a_slice']:.2f}", _share(result["share"]),
             f"{published['seconds_a_slice'] / result['seconds_a_slice']:.1f}" if published else NONE,
             f"{result['flop'] / result['seconds_a_slice'] / rate:.0%}" if rate else NONE,
             str(batch), _ms(result.get("encoder_seconds")), _ms(steps.get("denoise")), _ms(steps.get("noise")), _ms(steps.get("update")),

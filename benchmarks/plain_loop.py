@@ -1,6 +1,7 @@
-"""The published way to sample, as the yardstick: plain PyTorch, one chain after another, the encoder run anew for each chain.
+"""The published way to sample, as the yardstick: plain PyTorch, one run after another, the encoder run anew for each row of each run.
 
-Amit et al. 2023, algorithm 2, as their code runs it: a batch of one row (slice, level, run), G(I) once a chain.
+Amit et al. 2023, algorithm 2, as their code runs it (`sampling_major_vote_func`): a run's levels are one batch, into which the image goes once a
+level; G(I) is kept over the run's steps.
 """
 
 from __future__ import annotations
@@ -25,45 +26,48 @@ def plain_loop(
     table: SamplerTable,
     runs: int,
     timings: Timings,
+    *,
+    by_row: bool = False,
 ) -> Float32:
-    """Soft maps [S, h, w]: the mean over runs and levels of clip((x + 1)/2, 0, 1), each chain sampled on its own; of x where masks are 0 outside.
+    """Soft maps [S, h, w]: the mean over runs and levels of clip((x + 1)/2, 0, 1); of x where masks are 0 outside.
 
-    The noise is PyTorch's own, in the order of the windows, runs, levels and steps.
+    by_row: a batch holds a single level, so that one chain is sampled after another. The noise is PyTorch's own, in the order of the windows, runs,
+    batches and steps.
 
-    The network and `diffusion` must be on one device; results come back to the host once a chain. `timings` is filled; on a GPU its
+    The network and `diffusion` must be on one device; results come back to the host once a batch. `timings` is filled; on a GPU its
     parts other than the sum are only when the work was queued.
     """
     device = next(network.parameters()).device
-    levels, maps = network.config.conditions, []
+    levels, maps = torch.arange(1, network.config.conditions + 1, device=device), []
     for image in windows:
         total = np.zeros(windows.framing.size, np.float32)
         for _ in range(runs):
-            for level in range(1, levels + 1):
-                total += _chain(network, diffusion, torch.from_numpy(image)[None].to(device), level, table, timings)
-        maps.append(total / np.float32(runs * levels))
+            for batch in levels.split(1 if by_row else len(levels)):
+                total += _run(network, diffusion, torch.from_numpy(image).to(device), batch, table, timings)
+        maps.append(total / np.float32(runs * len(levels)))
     soft = windows.unframe(np.stack(maps))
     return soft if diffusion.outside == -1 else np.maximum(2 * soft - 1, 0)
 
 
-def _chain(
+def _run(
     network: ConsensusNet,
     diffusion: Diffusion,
     image: Tensor,
-    level: int,
+    levels: Tensor,
     table: SamplerTable,
     timings: Timings,
 ) -> Float32:
-    """One reverse chain: image [1, ch, H, W], level 1..C -> fraction [H, W] in 0..1."""
+    """A reverse chain a level: image [ch, H, W], levels int64 [B] -> the sum [H, W] of their fractions in 0..1."""
+    rows = image.expand(len(levels), -1, -1, -1)
     with timings.part("encode"):
-        features = network.encoder(image)
+        features = network.encoder(rows)
     with timings.part("noise"):
-        x = torch.randn_like(image[:, :1])
-    c = torch.full((1,), level, dtype=torch.int64, device=x.device)
+        x = torch.randn_like(rows[:, :1])
     x0_prev = torch.zeros_like(x)
     for step in range(len(table)):
-        t = torch.full_like(c, int(table.t[step]))
+        t = torch.full_like(levels, int(table.t[step]))
         with timings.part("denoise"):
-            output = network.denoiser(x, features, t, c)
+            output = network.denoiser(x, features, t, levels)
         timings.calls += 1
         z: Tensor | float = 0.0
         if table.d[step] > 0:
@@ -74,9 +78,9 @@ def _chain(
             x = float(table.a[step]) * x + float(table.b[step]) * x0 + float(table.c[step]) * x0_prev
             x = x + _deviation(table, step, output) * z
             x0_prev = x0
-    timings.rows += 1
+    timings.rows += len(levels)
     with timings.part("collect"):
-        return np.asarray(((x[0, 0] + 1) / 2).clamp(0, 1).cpu().numpy())
+        return np.asarray(((x[:, 0] + 1) / 2).clamp(0, 1).sum(dim=0).cpu().numpy())
 
 
 def _deviation(table: SamplerTable, step: int, output: Tensor) -> Tensor | float:

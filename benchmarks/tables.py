@@ -9,12 +9,12 @@ from rich.table import Table
 from rich.text import Text
 
 NAMES = {
-    "published": "PyTorch, one chain after another",
+    "published": "PyTorch, one run after another",
     "pytorch": "PyTorch, batched, encoder once",
     "compiled": "PyTorch compiled, batched",
     "exported": "exported engine",
 }
-SHORT = {"published": "chain after chain", "pytorch": "batched", "compiled": "compiled", "exported": "exported"}
+SHORT = {"published": "run after run", "pytorch": "batched", "compiled": "compiled", "exported": "exported"}
 PARTS = {
     "read": "reading the scan", "encode": "encoder", "denoise": "denoiser", "noise": "drawing noise",
     "update": "the sampler's update", "collect": "adding up maps", "other": "anything else",

@@ -126,7 +126,7 @@ def headline_table(results: Path) -> str:
 
 
 SPEED_ROWS = {  # as in the report of `cdiff benchmark`
-    "published": "PyTorch, one chain after another, as published",
+    "published": "PyTorch, one run after another, as published",
     "pytorch": "PyTorch, batched, encoder once a slice",
     "compiled": "PyTorch compiled, batched, encoder once a slice",
     "exported": "cdiff, exported engine",

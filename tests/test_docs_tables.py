@@ -156,7 +156,7 @@ def test_a_benchmark_reaches_the_speed_table(tables: ModuleType, tmp_path: Path)
     (tmp_path / "benchmark_cpu.json").write_text(json.dumps(report))
     cells = {row.split("|")[1].strip(): [c.strip() for c in row.split("|")[2:-1]] for row in rows_of(tables, tmp_path)}
     assert cells["cdiff, exported engine"] == ["1.25", "2.50", "12.3", "56.8", "300"]
-    assert cells["PyTorch, one chain after another, as published"] == ["0.50", "1", "-", "-", "500"]
+    assert cells["PyTorch, one run after another, as published"] == ["0.50", "1", "-", "-", "500"]
     assert cells["floor: FLOPs over the measured matrix-product rate"] == ["2.00", "-", "3.0", "24.0", "-"]
     for name in ("onnxruntime", "onnxruntime-gpu"):
         machine = {**report["machine"], "versions": {name: "1.31.1"}}

@@ -65,38 +65,45 @@ def report(measured: tuple[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def with_the_runtime_s_noise(
-    monkeypatch: pytest.MonkeyPatch, windows: int, levels: int, table: SamplerTable
-) -> Iterator[tuple[int, ...]]:
+    monkeypatch: pytest.MonkeyPatch, windows: int, levels: int, table: SamplerTable, by_row: bool = False
+) -> Iterator[tuple[Any, ...]]:
     """Let PyTorch draw, in the plain loop's order of two runs, what the runtime draws with the seed 7. Returns the keys still to come."""
     steps = [INITIAL, *map(int, np.flatnonzero(table.d > 0))]
-    keys = iter(
-        [(w, c, r, step) for w in range(windows) for r in range(2) for c in range(1, levels + 1) for step in steps]
-    )
+    every = list(range(1, levels + 1))
+    batches = [[c] for c in every] if by_row else [every]
+    keys = iter([(w, batch, r, step) for w in range(windows) for r in range(2) for batch in batches for step in steps])
 
     def drawn(x: torch.Tensor) -> torch.Tensor:
-        w, c, r, step = next(keys)
-        return torch.from_numpy(normal(7, w, c, r, step, (x.shape[-2], x.shape[-1])))[None, None]
+        w, batch, r, step = next(keys)
+        assert len(x) == len(batch)
+        return torch.from_numpy(np.stack([normal(7, w, c, r, step, (x.shape[-2], x.shape[-1])) for c in batch]))[
+            :, None
+        ]
 
     monkeypatch.setattr(torch, "randn_like", drawn)
     return keys
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++2m"])
-def test_plain_loop_is_the_same_method(tiny_bundle: Path, sampler: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the runtime's noise, one chain after another in PyTorch ends at the maps of the batched exported engine."""
+@pytest.mark.parametrize(("sampler", "by_row"), [("ddpm", False), ("ddpm", True), ("ddim", False), ("dpm++2m", False)])
+def test_plain_loop_is_the_same_method(
+    tiny_bundle: Path, sampler: str, by_row: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the runtime's noise, one run after another in PyTorch ends at the maps of the batched exported engine."""
     bundle = open_bundle(tiny_bundle)
     network, schedule = load_network(bundle, "cpu"), bundle.manifest.noise_schedule
     images = np.random.default_rng(0).uniform(-1, 1, (2, 1, 32, 32)).astype(np.float32)
     windows = Framing("resize", (32, 32)).frame(images)
     table = sampler_table(sampler, schedule, 5)
 
-    timings, keys = Timings(), with_the_runtime_s_noise(monkeypatch, 2, bundle.manifest.levels, table)
-    plain = plain_loop(network, Diffusion(schedule, network.config.target), windows, table, 2, timings)
+    timings, keys = Timings(), with_the_runtime_s_noise(monkeypatch, 2, bundle.manifest.levels, table, by_row)
+    diffusion = Diffusion(schedule, network.config.target)
+    plain = plain_loop(network, diffusion, windows, table, 2, timings, by_row=by_row)
     found = segment_windows(open_engine(bundle), windows, table, levels=bundle.manifest.levels, runs=2, seed=7)
     batched = np.stack([one.level_means.mean(axis=0) for one in found])
     assert np.ptp(batched) > 0.01, "a flat map would agree with anything"
     np.testing.assert_allclose(plain, batched, atol=1e-4)
-    assert timings.calls == 2 * 2 * bundle.manifest.levels * 5
+    assert timings.calls == 2 * 2 * 5 * (bundle.manifest.levels if by_row else 1)
+    assert timings.rows == 2 * 2 * bundle.manifest.levels
     assert next(keys, None) is None
 
 
@@ -159,9 +166,10 @@ def test_report_holds_together(report: dict[str, Any]) -> None:
     end = report["end_to_end"]
     assert set(end) == {"published", "pytorch", "exported"}
     assert report["protocol"]["steps"] == 4
-    # The same rows through the same steps: one row a call as published, all in one batch otherwise.
+    # The same rows through the same steps: a run's levels a call as published, all in one batch otherwise.
     levels = report["model"]["levels"]
-    assert end["published"]["calls"] == 2 * levels * 4
+    assert end["published"]["calls"] == 2 * 4
+    assert end["published"]["batch"] == levels
     assert end["pytorch"]["calls"] == end["exported"]["calls"] == 4
     assert end["exported"]["batch"] == 2 * levels
     for found in end.values():
@@ -250,7 +258,7 @@ def test_what_no_contender_can_do_is_said_before_one_starts(
 
 @pytest.mark.slow
 def test_command_prints_tables(measured: tuple[str, dict[str, Any]]) -> None:
-    for words in ("End to end", "One denoiser call", "Where the time goes", "one chain after another", "onnxruntime"):
+    for words in ("End to end", "One denoiser call", "Where the time goes", "one run after another", "onnxruntime"):
         assert words in measured[0]
 
 

@@ -166,19 +166,23 @@ def test_memory_is_looked_at_apart_from_the_clock_and_without_leftovers(
     )
 
 
-def test_the_published_way_is_measured_as_pytorch_is_set_and_without_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[bool] = []
+def test_the_published_way_is_measured_as_pytorch_is_set_and_row_by_row_and_without_tf32(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[tuple[bool, bool]] = []
 
-    def noted(*_: Any) -> dict[str, Any]:
-        seen.append(torch.backends.cudnn.allow_tf32)
+    def noted(*_: Any, by_row: bool = False) -> dict[str, Any]:
+        seen.append((torch.backends.cudnn.allow_tf32, by_row))
         return {"seconds_a_slice": float(len(seen))}
 
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     monkeypatch.setattr(gpu_measure, "published", noted)
     found = gpu_checks.check_published("published", TINY, CPU, lambda found: None)
-    assert seen == [True, False]
-    assert (found["seconds_a_slice"], found["without_tf32"]["seconds_a_slice"]) == (1.0, 2.0)
-    assert found["flop"] == found["without_tf32"]["flop"] > 0
+    assert seen == [(True, False), (True, True), (False, False)]
+    looks = [found, found["by_row"], found["without_tf32"]]
+    assert [one["seconds_a_slice"] for one in looks] == [1.0, 2.0, 3.0]
+    assert found["flop"] > 0
+    assert {one["flop"] for one in looks} == {found["flop"]}
 
 
 def test_a_protocol_in_part_is_extrapolated_and_says_so(engine: TorchChainEngine) -> None:
@@ -195,6 +199,8 @@ def test_a_protocol_in_part_is_extrapolated_and_says_so(engine: TorchChainEngine
     plain = published(TINY, image, "cpu", seconds=0)
     assert 0 < plain["share"] < 1
     assert plain["seconds"] > plain["measured_seconds"]
+    assert plain["batch"] == TINY.config.network.levels
+    assert published(TINY, image, "cpu", seconds=0, by_row=True)["batch"] == 1
 
 
 def test_the_usual_batch_is_what_the_runtime_takes_of_that_engine() -> None:

@@ -26,6 +26,7 @@ NAMES = {
     "onnxruntime-tensorrt": "cdiff, ONNX Runtime's TensorRT provider",
     "onnxruntime-cpu": "ONNX Runtime on the host's processor",
 }
+BY_ROW = "PyTorch float32, one row after another, encoder for each"
 MODELS = {PAPER: "the paper's network, random weights", SHIPPED: "the shipped model"}
 NONE = "-"
 MOST_KERNELS, LONGEST_NAME = 25, 120
@@ -120,7 +121,7 @@ def _protocol(checks: dict[str, Any], model: str) -> str:
     rate = checks.get("machine", {}).get("result", {}).get("matmul_flop_per_s", {}).get("float16")
     rows = []
     baselines = [(NAMES["published"], published)]
-    baselines.append((f"{NAMES['published']}, row by row", published.get("by_row", {})))
+    baselines.append((BY_ROW, published.get("by_row", {})))
     if published.get("tf32_convolutions"):
         baselines.append((NAMES["published"], published.get("without_tf32", {})))
     ways = [(_name(name.split(":")[1]), result) for name, result in _of(checks, ("protocol",), model)]

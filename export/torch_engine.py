@@ -24,7 +24,7 @@ from cdiff.export.torch_chain import TorchBinding, exact, within_memory
 from cdiff.export.torch_noise import normals
 from cdiff.runtime.bundle import Bundle
 from cdiff.runtime.device.gpu import parse_device
-from cdiff.runtime.engines.base import Float32, Int64, Prediction
+from cdiff.runtime.engines.base import Float32, Int64, Prediction, variance_as_listed
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.sampling.schedule import NoiseSchedule
 from cdiff.train.machine import as_it_starts, for_all_threads, thread_as_it_starts
@@ -190,10 +190,12 @@ def algorithms_timed(tuned: bool) -> Iterator[None]:
 def open_torch(bundle: Bundle, device: str) -> TorchChainEngine:
     """The engine over a bundle's weights, in the bundle's own precision.
 
-    Raises CdiffError as `load_network` and `TorchChainEngine` do.
+    Raises CdiffError as `load_network`, `variance_as_listed` and `TorchChainEngine` do.
     """
     options = Options(half=bundle.manifest.precision == "float16")
-    return TorchChainEngine(load_network(bundle), bundle.manifest.noise_schedule, device, options)
+    network = load_network(bundle)
+    variance_as_listed(bundle, network.config.variance == "learned")
+    return TorchChainEngine(network, bundle.manifest.noise_schedule, device, options)
 
 
 def half_precision(network: ConsensusNet) -> ConsensusNet:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from cdiff.benchmarks.memory import peak_memory
+from cdiff.benchmarks.processes import end_with_parent
 from cdiff.runtime.bundle import Bundle, open_bundle
 from cdiff.runtime.engines.base import Engine
 from cdiff.runtime.engines.registry import open_engine
@@ -181,7 +182,8 @@ def answer(contender: Through | Published, request: dict[str, Any]) -> dict[str,
 
 
 def main() -> None:
-    """Answer until stdin closes. A CdiffError is an answer too."""
+    """Answer until stdin closes, or the benchmark is killed. A CdiffError is an answer too."""
+    end_with_parent()
     # Libraries may print: the real stdout is kept for the answers alone.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

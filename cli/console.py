@@ -62,9 +62,8 @@ def for_eyes(stream: TextIO | None) -> TextIO | None:
 
 
 def visible(text: str) -> str:
-    """Text that a terminal shows and does not obey, whatever names of files and bundles hold: all but what is printed, and the ends of
-    lines, is escaped."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+    """Text that a terminal shows on one line and does not obey, whatever names of files and bundles hold: all but what is printed is escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def written(path: Path | str) -> None:
@@ -84,7 +83,7 @@ def warn(message: str) -> None:
 
 def _line(message: str) -> str:
     """The message as one line, whatever a name or a setting that it quotes holds; what it lists below that stands indented."""
-    return escape(re.sub(r"\n(?!  )", r"\\n", visible(message)))
+    return escape("\n".join(visible(line) for line in re.split(r"\n(?=  )", message)))
 
 
 def facts(title: str, rows: Iterable[tuple[str | Text, ...]]) -> None:
@@ -101,7 +100,7 @@ def facts(title: str, rows: Iterable[tuple[str | Text, ...]]) -> None:
 def say(message: str, quiet: bool = False) -> None:
     """One line on stderr about the work; nothing with -q."""
     if not quiet:
-        err.print(escape(visible(message)), soft_wrap=True)
+        err.print(_line(message), soft_wrap=True)
 
 
 def number(value: float | None, digits: int = 3) -> str:

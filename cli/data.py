@@ -74,6 +74,7 @@ def check(
     cdiff data check my_data --json check.json --sheet check.png
     """
     from cdiff.runtime.data.datacheck import check_data
+    from cdiff.runtime.data.structures import files_read
     from cdiff.runtime.files import must_not_be_read, must_take, write_json
 
     if sheet and no_sheet:
@@ -97,7 +98,7 @@ def check(
             progress=meter,
         )
     for path in given:
-        must_not_be_read(path, (file for look in checked.looks for file in look.case.files))
+        must_not_be_read(path, (file for look in checked.looks for file in files_read(look.case)))
     _print(checked)
     if json_:
         write_json(json_, checked.report)

@@ -167,6 +167,7 @@ def evaluate(
     cdiff evaluate --data my_data --group "patient[0-9]+" --paper-table --beside annotator.json
     """
     from cdiff.runtime.data.cases import find_cases
+    from cdiff.runtime.data.structures import files_read
     from cdiff.runtime.files import must_not_be_read, must_take, write_json
     from cdiff.runtime.pictures.drawing import must_draw
     from cdiff.runtime.scoring.evaluate import Protocol, Segmented, Source, score_cases
@@ -199,7 +200,9 @@ def evaluate(
     )
     found = find_cases(data, task, layout=layout, labels=asked)
     if json_:
-        must_not_be_read(json_, (data, *(file for cases in found.values() for case in cases for file in case.files)))
+        must_not_be_read(
+            json_, (data, *(file for cases in found.values() for case in cases for file in files_read(case)))
+        )
     for note in found.notes:
         warn(note)
     told: set[str] = set()

@@ -51,7 +51,7 @@ class Card:
     def read(cls, path: Path) -> Card:
         """Read a card.json. Raises CdiffError naming the file and the key if it is not an object of the fields above."""
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = json.loads(path.read_text(encoding="utf-8-sig"))
             # Of what JSON may hold neither NaN, 1e999 nor half a pair of surrogates can stand in a bundle.
             json.dumps(values, ensure_ascii=False, allow_nan=False).encode()
         except (OSError, ValueError, RecursionError) as error:

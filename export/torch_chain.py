@@ -20,7 +20,7 @@ from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.sampling.noise import INITIAL
 from cdiff.runtime.sampling.sampler import SamplerTable
 from cdiff.runtime.words import first_line
-from cdiff.train.machine import as_it_starts, for_all_threads, own_attention
+from cdiff.train.machine import for_all_threads, own_attention, thread_as_it_starts
 
 if TYPE_CHECKING:
     from cdiff.export.torch_engine import TorchChainEngine
@@ -76,12 +76,15 @@ def within_memory(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def exact(function: Callable[P, R]) -> Callable[P, R]:
-    """Without gradients, and without TF32 or a caller's autocast, which would be a silent loss of precision; `within_memory` too."""
+    """Without gradients, and without TF32 or a caller's autocast, which would be a silent loss of precision; `within_memory` too.
+
+    PyTorch's default type, one for all threads, stays the program's: `function` must make no tensor by it.
+    """
 
     @within_memory
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        with as_it_starts(), torch.inference_mode(), full_precision(), own_attention():
+        with thread_as_it_starts(), torch.inference_mode(), full_precision(), own_attention():
             return function(*args, **kwargs)
 
     return call
@@ -102,13 +105,13 @@ class TorchBinding:
         # Places not used yet hold zeros, so that a padding row never meets a NaN left in memory.
         width = engine.config.base_channels
         self.features = torch.zeros(slots, size, size, width, dtype=engine.dtype, device=device)
-        self.x = torch.zeros(rows, 1, size, size, device=device)
+        self.x = torch.zeros(rows, 1, size, size, dtype=torch.float32, device=device)
         self.previous = torch.zeros_like(self.x)
         self.slot, self.slice_id, self.run_number = whole(rows), whole(rows), whole(rows)
         self.level, self.origin = whole(rows) + 1, whole(rows, 2)
         self.seed, self.step = whole(1), whole(1)
         self.t = whole(engine.schedule.T) + 1
-        self.table = torch.zeros(len(COLUMNS), engine.schedule.T, device=device)
+        self.table = torch.zeros(len(COLUMNS), engine.schedule.T, dtype=torch.float32, device=device)
         self.graphs: dict[tuple[Any, ...], Captured] = {}
 
     @exact

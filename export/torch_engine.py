@@ -24,10 +24,10 @@ from cdiff.export.torch_chain import TorchBinding, exact, within_memory
 from cdiff.export.torch_noise import normals
 from cdiff.runtime.bundle import Bundle
 from cdiff.runtime.device.gpu import parse_device
-from cdiff.runtime.engines.base import Float32, Int64, Prediction
+from cdiff.runtime.engines.base import Float32, Int64, Prediction, variance_as_listed
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.sampling.schedule import NoiseSchedule
-from cdiff.train.machine import as_it_starts
+from cdiff.train.machine import as_it_starts, for_all_threads, thread_as_it_starts
 from cdiff.train.network import ConsensusNet
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ class TorchChainEngine:
         return x0.cpu().numpy(), None if mix is None else mix.cpu().numpy()
 
     @within_memory
-    @as_it_starts()
+    @thread_as_it_starts()
     def bind(self, rows: int, slots: int) -> TorchBinding:
         """See `runtime.engines.base.Engine.bind`. The last binding, and what it captured, is given again for as many rows and no more slots."""
         if self._binding is None or self._binding.rows != rows or self._binding.slots < slots:
@@ -167,25 +167,35 @@ class TorchChainEngine:
         return found if isinstance(found, tuple) else (found, None)
 
 
+@for_all_threads
 @contextmanager
-def algorithms_timed(tuned: bool) -> Iterator[None]:
-    """Within the block cuDNN looks up, and where it must measures, its fastest algorithms; or goes by its heuristics."""
+def cudnns_choice_kept() -> Iterator[None]:
+    """How cuDNN chooses its algorithms may be changed within the block, and is as before when the last thread has left it."""
     before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = tuned
     try:
         yield
     finally:
         torch.backends.cudnn.benchmark = before
 
 
+@contextmanager
+def algorithms_timed(tuned: bool) -> Iterator[None]:
+    """Within the block cuDNN looks up, and where it must measures, its fastest algorithms; or goes by its heuristics."""
+    with cudnns_choice_kept():
+        torch.backends.cudnn.benchmark = tuned
+        yield
+
+
 @as_it_starts()
 def open_torch(bundle: Bundle, device: str) -> TorchChainEngine:
     """The engine over a bundle's weights, in the bundle's own precision.
 
-    Raises CdiffError as `load_network` and `TorchChainEngine` do.
+    Raises CdiffError as `load_network`, `variance_as_listed` and `TorchChainEngine` do.
     """
     options = Options(half=bundle.manifest.precision == "float16")
-    return TorchChainEngine(load_network(bundle), bundle.manifest.noise_schedule, device, options)
+    network = load_network(bundle)
+    variance_as_listed(bundle, network.config.variance == "learned")
+    return TorchChainEngine(network, bundle.manifest.noise_schedule, device, options)
 
 
 def half_precision(network: ConsensusNet) -> ConsensusNet:

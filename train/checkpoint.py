@@ -217,11 +217,18 @@ def _damaged(path: Path, error: Exception) -> CdiffError:
 
 
 def read_json(path: Path, advice: str = "is this the folder of a training run?") -> dict[str, Any]:
-    """A JSON object. Raises CdiffError, which ends in `advice`, if the file is missing or is not one."""
+    """A JSON object, in UTF-8 with or without a mark. Raises CdiffError, which ends in `advice`, if the file is missing or is not one."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8-sig")
+        if "\0" in text:  # UTF-16 without its mark
+            raise UnicodeError
+        value = json.loads(text)
     except FileNotFoundError:
         raise CdiffError(f"{path} is not there; {advice}") from None
+    except UnicodeError:
+        raise CdiffError(
+            f"{path} is not text in UTF-8: where another program has written it, save it as UTF-8; {advice}"
+        ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise CdiffError(f"{path} cannot be read ({error}); {advice}") from error
     if not isinstance(value, dict):

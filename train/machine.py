@@ -53,13 +53,25 @@ def for_all_threads(
     return entered
 
 
+@for_all_threads
 @contextmanager
-def as_it_starts() -> Iterator[None]:
-    """PyTorch as a program finds it that has changed nothing, given back as it was: new tensors are float32 and on the CPU, no autocast
-    computes in another type than ours, and gradients are kept."""
-    kinds = ("cpu", "cuda")
-    before = torch.get_default_dtype(), [torch.is_autocast_enabled(kind) for kind in kinds]
+def float32_by_default() -> Iterator[None]:
+    """New tensors are float32 unless they say otherwise. PyTorch has one default for the whole process: who computes in a thread of its own
+    sees it change too, so what runs often says its types instead."""
+    before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
+def thread_as_it_starts() -> Iterator[None]:
+    """What PyTorch keeps for each thread apart is as a program finds it that has changed nothing, and is given back: new tensors are on the
+    CPU, no autocast computes in another type than ours, and gradients are kept."""
+    kinds = ("cpu", "cuda")
+    before = [torch.is_autocast_enabled(kind) for kind in kinds]
     for kind in kinds:
         torch.set_autocast_enabled(kind, False)
     try:
@@ -70,9 +82,15 @@ def as_it_starts() -> Iterator[None]:
                 stack.enter_context(torch.device("cpu"))
             yield
     finally:
-        torch.set_default_dtype(before[0])
-        for kind, enabled in zip(kinds, before[1], strict=True):
+        for kind, enabled in zip(kinds, before, strict=True):
             torch.set_autocast_enabled(kind, enabled)
+
+
+@contextmanager
+def as_it_starts() -> Iterator[None]:
+    """PyTorch as a program finds it that has changed nothing, given back as it was: `thread_as_it_starts` and `float32_by_default`."""
+    with float32_by_default(), thread_as_it_starts():
+        yield
 
 
 @for_all_threads

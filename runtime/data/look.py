@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from cdiff.runtime.data.case import Case
 from cdiff.runtime.data.dicom_mask import NoImage, Opened
 from cdiff.runtime.data.masks import Mask, mask_slices, read_mask
-from cdiff.runtime.data.oddities import is_above, marks_the_background, misplaced, outside
+from cdiff.runtime.data.oddities import holds_a_picture, is_above, marks_the_background, misplaced, outside
 from cdiff.runtime.data.turned import gains
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.scans.lie import Lie, lie_of
@@ -194,6 +194,10 @@ def _measure(look: Look, masks: NDArray[np.bool_]) -> None:
         verb = "marks" if len(around) == 1 else "mark"
         text = f"{', '.join(around)} {verb} the corners of every slice and most of it: is what was drawn 0 there, and the rest not?"
         look.tell("warning", "inverted", text)
+    if pictures := [rater for i, rater in enumerate(raters) if holds_a_picture(masks[:, i])]:
+        verb = "marks" if len(pictures) == 1 else "mark"
+        text = f"{', '.join(pictures)} {verb} all of the fourth slice of four: are these a picture's colours and transparency? Save one colour alone"
+        look.tell("warning", "colours", text)
     votes = masks.sum(axis=1)
     if apart := [rater for i, rater in enumerate(raters) if _is_apart(masks[:, i], votes)]:
         verb = "shares" if len(apart) == 1 else "share"

@@ -26,6 +26,7 @@ VALUES = "masks that hold more than 0 and one other value"
 LABELS = "masks of a value above all labels that are inside"
 CONTOURS = "contours that are not all used as they are"
 BACKGROUND = "masks that mark the background"
+COLOURS = "masks that seem to hold a picture's colours for slices"
 AXIS = "volumes that are cut into strips"
 MIXED = "images whose slices lie in the patient otherwise than most"
 SCALE = "images whose pixels are of another size than in training"
@@ -75,6 +76,10 @@ class Oddities:
             self._add(LABELS, case, f"{path.name} holds 0 and {mask.values.max():g}, so nothing of it is inside")
         if marks_the_background(drawn):
             self._add(BACKGROUND, case, f"{path.name} marks the corners of every slice and most of it")
+        if holds_a_picture(drawn):
+            self._add(
+                COLOURS, case, f"{path.name} marks all of its fourth slice of four, as a picture's transparency would"
+            )
 
     def told(self) -> list[str]:
         """A line for each kind, with the cases and where to look."""
@@ -139,6 +144,11 @@ def marks_the_background(drawn: NDArray[np.bool_]) -> bool:
     """Whether a mask [S, H, W] looks like one whose values are exchanged, as black drawn on white, or marks everything."""
     corners = drawn[:, :: max(drawn.shape[1] - 1, 1), :: max(drawn.shape[2] - 1, 1)]
     return bool(corners.all() and drawn.mean() > 0.5)
+
+
+def holds_a_picture(drawn: NDArray[np.bool_]) -> bool:
+    """Whether the slices [S, H, W] of a mask may be a picture's red, green, blue and what is not transparent, of which all of a mask is."""
+    return len(drawn) == 4 and bool(drawn[3].all()) and not drawn[:3].all()
 
 
 def better_axis(shape: tuple[int, ...], slice_axis: int | None) -> int | None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from cdiff.runtime.data.case import listed
+from cdiff.runtime.data.case import Case, listed
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.scans.sources import is_there
 
@@ -30,6 +30,12 @@ def parted(path: Path) -> tuple[Path, str]:
             return file, text[at + 1 :]
         at = text.rfind(SIGN, 0, at)
     return path, ""
+
+
+def files_read(case: Case) -> Iterator[Path]:
+    """Every file that is read of a case: those of a folder (a DICOM series) one by one, and the one that a structure lies in."""
+    for path in (parted(path)[0] for path in case.files):
+        yield from filter(Path.is_file, path.iterdir()) if path.is_dir() else [path]
 
 
 def number_of(name: str, path: Path, there: Structures) -> int:

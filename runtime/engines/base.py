@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from cdiff.runtime.errors import CdiffError
 
 if TYPE_CHECKING:
+    from cdiff.runtime.bundle import Bundle
     from cdiff.runtime.sampling.sampler import SamplerTable
 
 Float32 = NDArray[np.float32]
@@ -169,6 +170,17 @@ def features_not_finite() -> CdiffError:
         "the encoder returned a value that is not finite; "
         "check the scan's values, and a half-precision model against its float32 form"
     )
+
+
+def variance_as_listed(bundle: Bundle, learned: bool) -> None:
+    """Raise CdiffError unless the manifest says of the denoiser what it gives: a chain takes the noise's size from `mix` where there is one,
+    and would draw other maps with it than those that the model was trained for, or without it."""
+    listed = bundle.manifest.variance
+    if (listed == "learned") != learned:
+        gives = "gives a variance of its own (mix)" if learned else "gives no variance (mix)"
+        raise CdiffError(
+            f"{bundle.path}: the manifest says variance {listed}, and the denoiser {gives}: export the model again"
+        )
 
 
 class HostBinding:

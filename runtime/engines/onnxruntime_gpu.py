@@ -12,6 +12,7 @@ import onnxruntime as ort
 
 from cdiff.runtime.bundle import Bundle
 from cdiff.runtime.device.spec import Connector, GraphSpec, Tensor
+from cdiff.runtime.engines.base import variance_as_listed
 from cdiff.runtime.engines.gpu import GpuEngine
 from cdiff.runtime.engines.onnxruntime import CUDA, DENOISER, ENCODER, Provider, cuda_options, failure, open_session
 from cdiff.runtime.engines.trt import FILES, Graph, load_trt, writable_cache
@@ -62,15 +63,17 @@ class OnnxRuntimeGpuEngine(GpuEngine):
                 "encoder": open_session(bundle.encoder, ENCODER, self._on(encoder, self.encoder_stream)),
                 "denoiser": open_session(bundle.denoiser, DENOISER, self._on(denoiser, self.stream)),
             }
+        self._learned = "mix" in {one.name for one in self._sessions["denoiser"].get_outputs()}
         # Attributes go in the order in which they came, and a session must be closed before the stream that it was opened on.
         self._outliving = self.encoder_stream, self.stream
+        variance_as_listed(bundle, self._learned)
 
     def prepare(self, rows: int, slots: int) -> tuple[GraphSpec, Connector]:
         """See `GpuEngine.prepare`: the sessions are open already."""
         (image,) = self._sessions["encoder"].get_inputs()
         features = next(one for one in self._sessions["denoiser"].get_inputs() if one.name == "features")
-        learned = "mix" in {one.name for one in self._sessions["denoiser"].get_outputs()}
-        spec = GraphSpec(tuple(image.shape[1:]), tuple(features.shape[1:]), np.dtype(TYPES[features.type]), learned)
+        dtype = np.dtype(TYPES[features.type])
+        spec = GraphSpec(tuple(image.shape[1:]), tuple(features.shape[1:]), dtype, self._learned)
         return spec, SessionConnector(self._sessions, self.gpu.number, f"{self.name} {self.version}")
 
     @staticmethod

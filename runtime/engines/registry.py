@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cdiff.runtime.device.cuda import INSTALL, missing_packages
 from cdiff.runtime.device.gpu import not_there, parse_device
-from cdiff.runtime.engines.base import Engine
+from cdiff.runtime.engines.base import Engine, variance_as_listed
 from cdiff.runtime.engines.trt import BuildEngines, Flavour, has_engines, trt_version
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.gpus import visible_gpus
@@ -170,6 +170,7 @@ def _open(bundle: Bundle, name: str, number: int | None, threads: int | None, bu
         LOG.warning("on cuda:%d every step goes through the host, which is slow: %s", number, _device_layer_missing())
     from cdiff.runtime.engines.onnxruntime import OnnxRuntimeEngine
 
-    return OnnxRuntimeEngine(
-        bundle.encoder, bundle.denoiser, "cpu" if number is None else f"cuda:{number}", threads=threads
-    )
+    device = "cpu" if number is None else f"cuda:{number}"
+    engine = OnnxRuntimeEngine(bundle.encoder, bundle.denoiser, device, threads=threads)
+    variance_as_listed(bundle, engine.learned_variance)
+    return engine

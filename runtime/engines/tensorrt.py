@@ -18,6 +18,7 @@ from cdiff.runtime.bundle import Bundle
 from cdiff.runtime.device.cuda import OutOfMemory
 from cdiff.runtime.device.gpu import Buffer
 from cdiff.runtime.device.spec import Connector, GraphSpec, Tensor
+from cdiff.runtime.engines.base import variance_as_listed
 from cdiff.runtime.engines.gpu import GpuEngine
 from cdiff.runtime.engines.hostcode import must_be_trusted
 from cdiff.runtime.engines.jit import JitFile
@@ -81,7 +82,9 @@ class TensorRtEngine(GpuEngine):
             for graph, path in (("encoder", pair.encoder), ("denoiser", pair.denoiser)):
                 self._engines[graph] = self._load(graph, path, path in pair.host_code)
             self._loaded = pair[:2]
-        return self._spec(), TrtConnector(self, self._engines, self._kernels, self._trt)
+        spec = self._spec()
+        variance_as_listed(self._bundle, spec.learned)
+        return spec, TrtConnector(self, self._engines, self._kernels, self._trt)
 
     @cached_property
     def most_rows(self) -> int:

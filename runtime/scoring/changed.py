@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cdiff.runtime.data.cases import Case
-from cdiff.runtime.data.structures import parted
+from cdiff.runtime.data.structures import files_read, parted
 from cdiff.runtime.errors import CdiffError
 
 Stamps = Mapping[Path, tuple[int, int]]
@@ -17,11 +17,10 @@ Stamps = Mapping[Path, tuple[int, int]]
 def stamps_of(case: Case) -> Stamps:
     """The stamps of a case's files; those of a folder (a DICOM series) one by one."""
     found: dict[Path, tuple[int, int]] = {}
-    for path in (parted(path)[0] for path in case.files):
-        for file in filter(Path.is_file, path.iterdir()) if path.is_dir() else [path]:
-            with suppress(OSError):  # whoever reads it says why
-                now = file.stat()
-                found[file] = now.st_size, now.st_mtime_ns
+    for file in files_read(case):
+        with suppress(OSError):  # whoever reads it says why
+            now = file.stat()
+            found[file] = now.st_size, now.st_mtime_ns
     return found
 
 

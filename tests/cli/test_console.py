@@ -71,14 +71,12 @@ def test_a_path_is_printed_as_it_is(name: str, capsys: pytest.CaptureFixture[str
 
 
 def test_a_terminal_does_not_obey_a_name(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of a file or in a bundle: a title, colours, or a line that runs backwards."""
-    name, seen = "a\x1b]0;x\x07b\u202egnp[/]:heart:\\.", r"a\x1b]0;x\x07b\u202egnp[/]:heart:\."
+    """Of a file or in a bundle: a title, colours, a line that runs backwards, or one that ends early."""
+    name, seen = "a\x1b]0;x\x07b\u202egnp\n[/]:heart:\\.", r"a\x1b]0;x\x07b\u202egnp\n[/]:heart:\."
     for function in (console.fail, console.warn, console.say):
         function(name)
     text = capsys.readouterr().err
     assert text == f"error: {seen}\nnote: {seen}\n{seen}\n"
-    console.fail("a\nb")
-    assert capsys.readouterr().err == "error: a\\nb\n"
     console.fail("wrong are:\n  a\n  b")  # a list, as of tensors that do not fit
     assert capsys.readouterr().err == "error: wrong are:\n  a\n  b\n"
     console.facts("Model", [("name", name)])

@@ -11,6 +11,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from cdiff.cli.app import app
+from tests.runtime.dicom_files import orthogonal, write_series
 from tests.synthetic import write_synthetic_dataset
 
 
@@ -84,3 +85,22 @@ def test_a_report_that_cannot_be_written_is_told_before_the_work(
             result = CliRunner().invoke(app, [*map(str, command), "--json", str(path)])
             assert result.exit_code == 2
             assert says in result.output
+
+
+@pytest.mark.parametrize("command", [("data", "check"), ("evaluate", "--maps", "maps", "--data")])
+def test_no_report_replaces_a_slice_of_a_series_or_the_file_of_a_structure(
+    command: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither stands in the table by its own name."""
+    monkeypatch.chdir(tmp_path)
+    write_series(tmp_path / "ct", np.zeros((8, 8, 2), np.int16), orthogonal())
+    for folder in ("maps", "masks"):
+        (tmp_path / folder).mkdir()
+    (structures := tmp_path / "masks/all.dcm").write_bytes(b"DICM")
+    (tmp_path / "cases.csv").write_text("case,image,mask1,mask2\none,ct,masks/all.dcm#A,masks/all.dcm#B\n")
+    for path in (next((tmp_path / "ct").iterdir()), structures):
+        before = path.read_bytes()
+        result = CliRunner().invoke(app, [*command, "cases.csv", "--json", str(path)])
+        assert result.exit_code == 2
+        assert f"error: {path} is read, and would be replaced" in result.stderr
+        assert path.read_bytes() == before

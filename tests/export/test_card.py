@@ -108,5 +108,6 @@ def test_a_wrong_card_is_named(tmp_path: Path, text: str, word: str) -> None:
 
 def test_a_card_file_is_read_whole(tmp_path: Path) -> None:
     path = tmp_path / "card.json"
-    path.write_text(json.dumps({"name": "n", "tags": ["x", "y"], "scores": {"a": 1}}))
+    text = json.dumps({"name": "n", "tags": ["x", "y"], "scores": {"a": 1}})
+    path.write_text(text, encoding="utf-8-sig")  # as some editors save it
     assert Card.read(path) == replace(Card(), name="n", tags=["x", "y"], scores={"a": 1})

@@ -20,7 +20,8 @@ import torch
 import cdiff
 from cdiff.export.reference import TorchEngine
 from cdiff.export.torch_chain import full_precision
-from cdiff.export.torch_engine import Options, TorchChainEngine
+from cdiff.export.torch_engine import Options, TorchChainEngine, open_torch
+from cdiff.runtime.bundle import open_bundle, shipped_bundle
 from cdiff.runtime.device.cuda import OutOfMemory
 from cdiff.runtime.engines.base import ChainBinding, Engine
 from cdiff.runtime.errors import CdiffError
@@ -324,6 +325,13 @@ def test_load_takes_torch_by_name(tiny_bundle) -> None:  # type: ignore[no-untyp
     np.testing.assert_allclose(by_torch.soft, cdiff.load(tiny_bundle).segment(scan, **options).soft, atol=1e-4)
     with pytest.raises(CdiffError, match="name one"):
         cdiff.load(tiny_bundle, engine="torch", device="cuda:0,cuda:1")
+
+
+def test_weights_whose_variance_is_not_the_manifests_are_refused() -> None:
+    bundle = open_bundle(shipped_bundle())
+    wrong = dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, variance="learned"))
+    with pytest.raises(CdiffError, match="says variance learned, and the denoiser gives no variance"):
+        open_torch(wrong, "cpu")
 
 
 def compiles() -> bool:

@@ -33,9 +33,13 @@ def batch(B: int, S: int, size: int = 16) -> dict[str, Any]:
     }
 
 
-def as_bundle(pair: tuple[Path, Path]) -> Bundle:
-    """What the registry needs of a bundle: where its graphs and its engines lie."""
-    return cast(Bundle, SimpleNamespace(encoder=pair[0], denoiser=pair[1], engines=pair[0].parent / "engines"))
+def as_bundle(pair: tuple[Path, Path], variance: str = "fixed") -> Bundle:
+    """What the registry needs of a bundle: where its graphs and its engines lie, and which outputs they have."""
+    folder, manifest = pair[0].parent, SimpleNamespace(variance=variance)
+    return cast(
+        Bundle,
+        SimpleNamespace(path=folder, encoder=pair[0], denoiser=pair[1], engines=folder / "engines", manifest=manifest),
+    )
 
 
 @pytest.mark.parametrize("learned", [False, True])
@@ -133,6 +137,20 @@ def test_the_cuda_provider_agrees_with_the_cpu(tmp_path: Path) -> None:
 def test_a_gpu_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(CdiffError):
         OnnxRuntimeEngine(*write_pair(tmp_path), device="cuda:99")
+
+
+@pytest.mark.parametrize(
+    ("listed", "said"),
+    [
+        ("fixed", "says variance fixed, and the denoiser gives a variance of its own"),
+        ("learned", "says variance learned, and the denoiser gives no variance"),
+    ],
+)
+def test_a_denoiser_whose_variance_is_not_the_manifests_is_refused(tmp_path: Path, listed: str, said: str) -> None:
+    """Its maps would be another model's: with noise of its own size where it was trained for a fixed one, or the reverse."""
+    pair = write_pair(tmp_path, learned=listed == "fixed")
+    with pytest.raises(CdiffError, match=said):
+        open_engine(as_bundle(pair, listed))
 
 
 def test_broken_and_foreign_graphs_are_named(tmp_path: Path) -> None:

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from cdiff.runtime.errors import CdiffError
+from cdiff.train.checkpoint import load_run
 from cdiff.train.imported.importer import import_checkpoint
+from tests.train.published import recorded
 
 
 class Trap:
@@ -79,3 +81,20 @@ def test_files_that_are_no_checkpoint_are_refused_in_one_line(content: str, says
     assert len(str(caught.value).splitlines()) == 1
     assert not witness.exists()
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("code", ["utf-8-sig", "utf-16", "utf-16-le"])
+def test_an_args_json_that_another_program_has_saved(code: str, tmp_path: Path) -> None:
+    """An editor puts a mark before UTF-8; a shell's redirection wrote UTF-16, with a mark or without, which had a decoder's words for an error."""
+    case = recorded("consensus")
+    path = case.save(tmp_path / "given")
+    plain = import_checkpoint(path, tmp_path / "plain")
+    args = path.with_name("args.json")
+    args.write_text(args.read_text(), encoding=code)
+    if code == "utf-8-sig":
+        assert load_run(import_checkpoint(path, tmp_path / "run").path).config == load_run(plain.path).config
+        return
+    with pytest.raises(
+        CdiffError, match=r"args\.json is not text in UTF-8: .*save it as UTF-8; it must be an args\.json"
+    ):
+        import_checkpoint(path, tmp_path / "run")

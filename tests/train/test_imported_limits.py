@@ -180,7 +180,9 @@ def test_what_no_tensor_shows_is_said_where_nothing_says_it(tmp_path: Path) -> N
     plain = [one for one in named if not one.startswith("num_heads=")]
     (note,) = [n for n in import_checkpoint(path, tmp_path / "a", settings=plain).notes if "taken for granted" in n]
     assert "num_heads=1" in note
-    whole = import_checkpoint(path, tmp_path / "c", settings=[*plain, "diffusion_steps=1000"]).notes
+    whole = import_checkpoint(
+        path, tmp_path / "c", settings=[*plain, "diffusion_steps=1000", "timestep_respacing=ddim1000"]
+    ).notes
     assert not any("1000 steps" in n or "respacing" in n.partition(":")[0] for n in whole)
     others = [*plain, "num_heads=1", "diffusion_steps=100", "timestep_respacing=10"]
     fewer = import_checkpoint(path, tmp_path / "b", settings=others).notes
@@ -358,8 +360,11 @@ def test_a_network_that_saw_some_timesteps_alone_is_refused_unless_its_user_says
     args = recorded("consensus").args | {"timestep_respacing": "50"}
     with pytest.raises(CdiffError, match="timestep_respacing=50 cannot be imported"):
         Options.read("consensus", args, [])
-    for setting in ("timestep_respacing=", "timestep_respacing=100"):  # of 100 these are all
-        assert Options.read("consensus", args, [setting])["diffusion_steps"] == 100
+    for every in ("", "100", "ddim100", "34,33,33"):  # of 100 these are all
+        assert Options.read("consensus", args, [f"timestep_respacing={every}"])["diffusion_steps"] == 100
+    for some in ("ddim50", "34,33,32", "33,33,34", "ddim50,50", "ddim", "all", "99", "0"):
+        with pytest.raises(CdiffError, match=f"timestep_respacing={some} cannot be imported"):
+            Options.read("consensus", args, [f"timestep_respacing={some}"])
     assert Options.read("implicit-ensemble", {}, ["timestep_respacing=50"])["diffusion_steps"] == 1000
 
 

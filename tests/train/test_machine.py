@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cdiff.train.checkpoint import load_run
-from cdiff.train.machine import arithmetic
+from cdiff.train.machine import arithmetic, as_it_starts
 from cdiff.train.presets import preset
 from cdiff.train.trainer import train
 
@@ -103,3 +103,16 @@ def test_threads_are_set_for_a_run_and_given_back(
     finally:
         torch.set_num_threads(before)
     assert load_run(tmp_path / "run").info["machine"]["threads"] == takes
+
+
+def test_the_default_type_that_one_thread_gives_back_another_still_computes_with() -> None:
+    """PyTorch has one for all threads: it was the program's again when one model was loaded and the next was still loading, and in the end the
+    program had ours."""
+    with in_double():
+        one, other = as_it_starts(), as_it_starts()
+        one.__enter__()
+        other.__enter__()
+        one.__exit__(None, None, None)
+        assert torch.get_default_dtype() == torch.float32
+        other.__exit__(None, None, None)
+        assert torch.get_default_dtype() == torch.float64

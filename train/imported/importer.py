@@ -194,7 +194,7 @@ def _notes(checkpoint: Path, options: Options, config: Config, normalised: bool)
             f"diffusion_steps={options['diffusion_steps']}: the published scripts train and sample with 1000 steps, whatever this "
             "option says; a checkpoint of theirs needs 1000"
         )
-    if options.source == IMPLICIT and options["timestep_respacing"]:
+    if options.source == IMPLICIT and not options.all_timesteps:
         notes.append(
             f"timestep_respacing={options['timestep_respacing']} is a matter of sampling: all {config.network.T} timesteps "
             "are imported, and cdiff segment --steps keeps fewer of them"

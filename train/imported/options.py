@@ -173,7 +173,7 @@ class Options:
             )
         if self.source == CONSENSUS and self["rrdb_blocks"] < 1:
             raise CdiffError("rrdb_blocks=0 cannot be imported: an encoder without RRDBs has no counterpart here")
-        if self.source == CONSENSUS and self["timestep_respacing"] not in ("", str(self["diffusion_steps"])):
+        if self.source == CONSENSUS and not self.all_timesteps:
             raise CdiffError(
                 f"timestep_respacing={self['timestep_respacing']} cannot be imported: the training saw those timesteps alone, and here all "
                 f"{self['diffusion_steps']} are drawn; --option timestep_respacing= imports it all the same"
@@ -191,6 +191,20 @@ class Options:
                 "learn_sigma=False cannot be imported: the published network always has two output channels"
             )
         _ = self.channel_mult, self.attention_depths, self.ema_rate
+
+    @property
+    def all_timesteps(self) -> bool:
+        """Whether timestep_respacing keeps every timestep: it is empty, or their number, alone, after `ddim`, or shared out among equal sections
+        (which no section can hold more of than it has)."""
+        kept = self["timestep_respacing"]
+        try:
+            counts = [int(part) for part in kept.removeprefix("ddim").split(",")] if kept else [self["diffusion_steps"]]
+        except ValueError:
+            return False
+        whole, more = divmod(self["diffusion_steps"], len(counts))
+        if kept.startswith("ddim"):  # a stride, of one section alone
+            return counts == [whole]
+        return counts == [whole + (place < more) for place in range(len(counts))]
 
     @property
     def variant(self) -> str:

@@ -171,3 +171,25 @@ def test_a_report_of_another_protocol_is_replaced_with_a_word(data: Path, tiny_b
         said.clear()
         evaluate(segmenter, cases, Protocol(runs=1, steps=1, seed=seed, raters="use"), out=out, notice=said.append)
     assert any(f"{out} is there, of another model, protocol or data" in line for line in said)
+
+
+@pytest.mark.parametrize("ink", [(255, 255, 255, 255), (255, 0, 0, 255)])
+def test_a_mask_that_holds_a_pictures_colours_is_told(ink: tuple[int, ...], tmp_path: Path) -> None:
+    """Beside an image of as many slices it was read as four, in the last of which everything is marked; beside one slice it is refused."""
+    colours = np.where(disc((16, 16))[..., None], np.uint8(ink), np.uint8((0, 0, 0, 255)))
+    image = np.random.default_rng(0).random((16, 16, 4)).astype(np.float32)
+    for case in ("case01", "case02", "case03"):
+        save(tmp_path / "data" / case / "image.nii.gz", image, None)
+        for k in (1, 2):
+            save(tmp_path / "data" / case / f"task01_seg0{k}.nii.gz", disc((16, 16, 4), seed=k), None)
+    assert not any("colours" in note for note in training_notes(tmp_path / "data"))
+    save(tmp_path / "data/case02/task01_seg02.nii.gz", colours, None)
+    (found,) = [f for f in check_data(tmp_path / "data").report["findings"] if f["kind"] == "colours"]
+    assert (found["severity"], found["case"]) == ("warning", "case02")
+    assert found["text"].startswith("seg02 marks all of the fourth slice of four: are these a picture's colours")
+    (note,) = [note for note in training_notes(tmp_path / "data") if "colours" in note]
+    assert "in 1 case (case02): case02: task01_seg02.nii.gz marks all of its fourth slice of four" in note
+    save(tmp_path / "data/case02/image.nii.gz", image[..., 0], None)
+    save(tmp_path / "data/case02/task01_seg01.nii.gz", disc((16, 16)), None)
+    (found,) = [f for f in check_data(tmp_path / "data").report["findings"] if f["kind"] == "shape"]
+    assert found["text"].endswith("on one grid; if its last axis holds a picture's colours, save one of them alone")

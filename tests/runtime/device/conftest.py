@@ -34,6 +34,7 @@ def open_engine(
     *,
     plan: bytes | None = None,
     host_code: bool = False,
+    variance: str = "fixed",
 ) -> tuple[tensorrt.TensorRtEngine, list[Profile]]:
     """An engine of the double `trt` on GPU `number`, its files in `folder`; and the list of the profiles that it asks for."""
     asked: list[Profile] = []
@@ -50,7 +51,8 @@ def open_engine(
     monkeypatch.setattr(tensorrt, "load_trt", lambda flavour: trt)
     monkeypatch.setattr(tensorrt, "open_or_build", open_or_build)
     flavour: Flavour = "tensorrt-rtx" if trt.__name__ == "tensorrt_rtx" else "tensorrt"
-    return tensorrt.TensorRtEngine(cast(Bundle, SimpleNamespace()), flavour, number), asked
+    bundle = SimpleNamespace(path=folder, manifest=SimpleNamespace(variance=variance))
+    return tensorrt.TensorRtEngine(cast(Bundle, bundle), flavour, number), asked
 
 
 @pytest.fixture
@@ -64,6 +66,7 @@ def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
         max_rows: int = 10**6,
         plan: bytes | None = None,
         host_code: bool = False,
+        variance: str | None = None,
         **world: Any,
     ) -> Setup:
         model = model or FakeEngine()
@@ -71,7 +74,8 @@ def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
         here = install(monkeypatch, **world)
         network = fake_tensorrt.Network(model, (size, size), 2, dtype, model.learned)
         trt = fake_tensorrt.module(here, network, rtx=rtx, max_rows=max_rows)
-        engine, asked = open_engine(monkeypatch, tmp_path, trt, plan=plan, host_code=host_code)
+        variance = variance or ("learned" if model.learned else "fixed")
+        engine, asked = open_engine(monkeypatch, tmp_path, trt, plan=plan, host_code=host_code, variance=variance)
         made.add(engine)
         return Setup(here, engine, asked)
 

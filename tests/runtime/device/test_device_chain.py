@@ -375,7 +375,7 @@ def test_the_engines_are_built_when_the_cache_has_none(make: Any, monkeypatch: p
         setup.engine.bind(12, 8)
     setup.engine._build = lambda *_: None
     setup.engine._bundle = SimpleNamespace(
-        manifest=SimpleNamespace(image_size=(16, 16), features_channels=2, conditions=3)
+        manifest=SimpleNamespace(image_size=(16, 16), features_channels=2, conditions=3, variance="fixed")
     )
     setup.engine.bind(12, 8)
     built = setup.asked[-1]

@@ -63,7 +63,7 @@ def test_onnx_runtime_gives_the_cpu_s_maps_captured_or_not(gpu: Gpu, tmp_path: P
     from cdiff.runtime.engines.onnxruntime_gpu import OnnxRuntimeGpuEngine
 
     encoder, denoiser = write_pair(tmp_path, size=SIZE, T=20, levels=C, learned=learned)
-    manifest: Any = SimpleNamespace(precision="float32")
+    manifest: Any = SimpleNamespace(precision="float32", variance="learned" if learned else "fixed")
     bundle = cast(Bundle, SimpleNamespace(encoder=encoder, denoiser=denoiser, manifest=manifest, path=tmp_path))
     windows, table = framed(scan((2, SIZE, SIZE))), sampler_table("ddpm", SCHEDULE, 10)
     want = run(OnnxRuntimeEngine(encoder, denoiser), windows, table, batch=12, mirror=True)

@@ -73,7 +73,7 @@ class Session:
 
 @pytest.fixture
 def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    def build(*, learned: bool = False, tensorrt: bool = False, precision: str = "float32") -> Any:
+    def build(*, learned: bool = False, tensorrt: bool = False, precision: str = "float32", variance: str = "") -> Any:
         world = install(monkeypatch)
         opened: list[Any] = []
 
@@ -85,7 +85,8 @@ def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         monkeypatch.setattr(onnxruntime_gpu, "load_trt", lambda flavour: opened.append(flavour))
         encoder, denoiser = write_pair(tmp_path, size=SIZE, T=20, levels=C, learned=learned)
         files = {path.name: {"sha256": sha256(path)} for path in (encoder, denoiser)}
-        manifest = SimpleNamespace(precision=precision, files=files)
+        listed = variance or ("learned" if learned else "fixed")
+        manifest = SimpleNamespace(precision=precision, files=files, variance=listed)
         bundle = SimpleNamespace(
             encoder=encoder, denoiser=denoiser, manifest=manifest, path=tmp_path, engines=tmp_path / "engines"
         )
@@ -119,6 +120,12 @@ def test_the_maps_are_the_cpu_engine_s(make: Any, learned: bool) -> None:
         np.testing.assert_allclose(a.level_means, b.level_means, rtol=0, atol=2e-6)
         np.testing.assert_allclose(a.run_std, b.run_std, rtol=0, atol=2e-6)
     assert (setup.engine.name, setup.engine.device, setup.engine.version) == ("onnxruntime", "cuda:0", ort.__version__)
+
+
+@pytest.mark.parametrize(("learned", "listed"), [(True, "fixed"), (False, "learned")])
+def test_graphs_whose_variance_is_not_the_manifests_are_refused(make: Any, learned: bool, listed: str) -> None:
+    with pytest.raises(CdiffError, match=f"the manifest says variance {listed}, and the denoiser gives"):
+        make(learned=learned, variance=listed)
 
 
 def test_each_session_has_its_stream_and_no_tf32(make: Any) -> None:

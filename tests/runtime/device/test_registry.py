@@ -28,7 +28,7 @@ class Machine:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
         self.patch, self.opened = monkeypatch, list[tuple[Any, ...]]()
-        manifest = SimpleNamespace(files={DENOISER: {"sha256": "this model's"}})
+        manifest = SimpleNamespace(files={DENOISER: {"sha256": "this model's"}}, variance="fixed")
         self.bundle = cast(
             Bundle,
             SimpleNamespace(encoder=Path("e"), denoiser=Path("d"), engines=folder / "engines", manifest=manifest),
@@ -43,9 +43,12 @@ class Machine:
             monkeypatch.setattr(module, name, self._opener(name))
 
     def _opener(self, name: str) -> Any:
+        class Opened(str):
+            learned_variance = False
+
         def open_(*arguments: Any, **options: Any) -> str:
             self.opened.append((name, *arguments[1:], options))
-            return name
+            return Opened(name)
 
         return open_
 

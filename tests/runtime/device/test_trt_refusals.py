@@ -25,6 +25,12 @@ def test_what_tensorrt_says_is_in_the_error(make: Any) -> None:
         make(devices=0)
 
 
+@pytest.mark.parametrize(("learned", "listed"), [(True, "fixed"), (False, "learned")])
+def test_an_engine_whose_variance_is_not_the_manifests_is_refused(make: Any, learned: bool, listed: str) -> None:
+    with pytest.raises(CdiffError, match=f"the manifest says variance {listed}, and the denoiser gives"):
+        make(FakeEngine(learned=learned), variance=listed).engine.bind(12, 2)
+
+
 @pytest.mark.parametrize("method", ["set_optimization_profile_async", "infer_shapes"])
 def test_what_the_bindings_raise_is_tensorrt_s_refusal_too(make: Any, method: str) -> None:
     """They return no false here. Want of memory is told as that, so that fewer rows are tried."""

@@ -1,4 +1,4 @@
-"""The GPU suite and its check end together, however they are ended: what is left behind would keep the GPU."""
+"""A benchmark and its contender, the GPU suite and its check end together, however they are ended: what is left behind would keep the machine busy."""
 
 from __future__ import annotations
 
@@ -74,6 +74,25 @@ def test_a_check_that_is_killed_takes_its_tests_along(tmp_path: Path) -> None:
         "from pathlib import Path; from cdiff.benchmarks import gpu_tests\n"
         f"gpu_tests.marked_files = lambda root: [Path({str(path)!r})]\n"
         "gpu_tests.run_marked_tests()\n"
+    )
+    assert_ends_with(program, begun)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's promise to end a process with its parent is Linux's")
+def test_a_benchmark_that_is_killed_takes_its_contender_along(tmp_path: Path) -> None:
+    """In the middle of an answer, which the contender would go on computing for nobody."""
+    python, code, begun = tmp_path / "python", tmp_path / "contender.py", tmp_path / "pid"
+    python.write_text(f"#!/bin/sh\nexec '{sys.executable}' '{code}' \"$@\"\n")
+    code.write_text(
+        "import os, sys, time\nfrom pathlib import Path\nfrom cdiff.benchmarks import contenders\n"
+        f"def begin(spec):\n    Path({str(begun)!r}).write_text(f'{{os.getpid()}}\\n')\n    time.sleep(600)\n"
+        "contenders.Through, sys.argv = begin, sys.argv[2:]\ncontenders.main()\n"
+    )
+    python.chmod(0o755)
+    program = (
+        "import sys; from cdiff.benchmarks.benchmark import Worker\n"
+        f"sys.executable = {str(python)!r}\n"
+        "Worker({'kind': 'exported', 'threads': 1}).ask('about')\n"
     )
     assert_ends_with(program, begun)
 

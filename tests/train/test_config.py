@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
@@ -117,7 +118,7 @@ def test_unknown_preset_names_the_known_ones() -> None:
 # What the kidney and brain-growth scripts set for themselves; the rest is the defaults of their command line.
 KIDNEY_SCRIPT = {"image_size": 256, "num_res_blocks": 3, "learn_sigma": True, "deeper_net": True, "clip_denoised": True}
 # The flags of the implicit ensemble's README are the defaults of `Options`.
-PUBLISHED_SETTINGS = {
+PUBLISHED_SETTINGS: dict[str, tuple[str, dict[str, Any], int]] = {
     "paper": ("consensus", {**KIDNEY_SCRIPT, "consensus_training": True, "number_of_annotators": 4}, 1),
     "implicit-ensemble": ("implicit-ensemble", {}, 4),
 }

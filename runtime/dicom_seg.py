@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from cdiff.runtime.scans.scan import Scan
 
 SCHEME = "99CDIFF"
-"""Of codes that are no standard's; DICOM has private schemes begin with 99 (PS3.16, section 8)."""
+"""Of codes that are no standard's; private schemes begin with 99, in HL7's way (PS3.3, 8.2)."""
 SERIES_ABOVE = 1000
 """How much higher a segmentation's series number is than its images'."""
 MAY_BE_EMPTY = (

@@ -126,7 +126,7 @@ def _normal_cdf(z: Tensor) -> Tensor:
 
 
 def _soft_overlap(p: Tensor, y: Tensor) -> Tensor:
-    """Soft Dice a row, [B], of two maps in [0, 1] (Milletari et al. 2016, eq. 3); 1 where both are empty."""
+    """Soft Dice a row, [B], of two maps in [0, 1] (Milletari et al. 2016: squares below the line); 1 where both are empty."""
     p, y = p.flatten(1), y.flatten(1)
     # One pixel's worth of smoothing: a level that nobody reached has no overlap to gain, but a stray mask there must still cost.
     return (2 * (p * y).sum(1) + 1) / ((p * p).sum(1) + (y * y).sum(1) + 1)

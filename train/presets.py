@@ -56,17 +56,17 @@ SMALL = Config(
 
 PRESETS: dict[str, Config] = {
     # Section 4 of the paper: 256x256, T = 100, L = 128, depths [L, L, L, 2L, 2L, 4L, 4L], 8 RRDBs, attention at 16 and 8,
-    # AdamW, batch 4. Three residual blocks a depth, 64 channels and growth 32 in an RRDB, the learning rate and EMA are the
-    # published code's; the paper does not give them.
+    # AdamW, batch 4. Three residual blocks a depth, four heads, 64 channels and growth 32 in an RRDB, the learning rate and EMA
+    # are the published code's; the paper does not give them. What is ours: docs/variants.md.
     "paper": Config(
         network=NetworkConfig(),
         data=DataConfig(framing="resize"),
-        training=TrainingConfig(batch=4, lr=1e-4, ema=0.9999),
+        training=TrainingConfig(batch=4, lr=2e-5, ema=0.9999),
     ),
     # Wolleb et al. 2022, and the flags of their published code: four MRI sequences, the central 224x224 of 240x240 pixels, depths
     # [L, L, 2L, 2L, 4L, 4L] with two residual blocks and attention with one head at 1/16, T = 1000, learned variance, AdamW at
-    # 1e-4, batch 10, EMA 0.9999, no augmentation, masks of 0 and 1. The number of steps, clipped gradients and the
-    # intensities are ours. An ensemble of five runs is theirs.
+    # 1e-4, batch 10, EMA 0.9999, no augmentation, masks of 0 and 1. An ensemble of five runs is theirs. What is ours:
+    # docs/variants.md.
     "implicit-ensemble": Config(
         network=NetworkConfig(
             image_size=224,

@@ -34,7 +34,7 @@ class NetworkConfig:
 
     What the published code can be told besides, and an imported checkpoint may need: `heads_up`, other heads on the way up (0:
     `heads`); `head_channels`, channels a head, which then decides their number (0: `heads` does); embedding "scale-shift"
-    multiplies and shifts the normalised features by z instead of adding it to them (Nichol & Dhariwal 2021, section 2.1);
+    multiplies and shifts the normalised features by z instead of adding it to them (Nichol & Dhariwal 2021, appendix A);
     resample "block" halves and doubles the size inside a residual block instead of by a convolution (Dhariwal & Nichol 2021);
     `outside`, what x0 is where a mask is not: -1, or 0 as in the implicit ensemble's code. Inside it is 1.
     """

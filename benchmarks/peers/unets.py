@@ -22,7 +22,7 @@ from cdiff.runtime.variants import ANNOTATOR, IMPLICIT_ENSEMBLE, NO_ANNOTATOR, V
 DROPOUT = 0.1
 """The rate of MC dropout, after every convolution; it was not searched for."""
 BETA = 1.0
-"""The weight of the KL term, Kohl et al.'s on LIDC-IDRI."""
+"""The weight of the KL term, as in Kohl et al.'s published code, whose configuration is for Cityscapes."""
 
 
 @dataclass(frozen=True)

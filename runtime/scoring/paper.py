@@ -132,8 +132,8 @@ def paper_notes(rows: list[PaperRow]) -> list[str]:
     notes = [
         "Published rows are of QUBIQ 2021 as its authors split it; the others of the data named beside them. Rows of "
         "different data compare nothing.",
-        "The published score rounds each level's mean over runs before averaging (--levels vote); its Table 3 counts the "
-        "training images, with smoothing 1e-4.",
+        "The published score rounds each level's mean over runs before averaging (--levels vote), and its code compares at the "
+        "network's size; its Table 3 counts the training images, with smoothing 1e-4.",
     ]
     if missing:
         tables = f"Table{'s' * (len(missing) > 1)} {' and '.join(missing)}"

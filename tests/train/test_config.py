@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
 from cdiff.runtime.errors import CdiffError
 from cdiff.train.config import Config
+from cdiff.train.imported.options import Options
 from cdiff.train.presets import PRESETS, preset
 
 
@@ -111,6 +113,37 @@ def test_settings_that_contradict_each_other_are_one_clear_line(settings: list[s
 def test_unknown_preset_names_the_known_ones() -> None:
     with pytest.raises(CdiffError, match="paper, implicit-ensemble, small, lidc, tiny"):
         preset("big")
+
+
+# What the kidney and brain-growth scripts set for themselves; the rest is the defaults of their command line.
+KIDNEY_SCRIPT = {"image_size": 256, "num_res_blocks": 3, "learn_sigma": True, "deeper_net": True, "clip_denoised": True}
+# The flags of the implicit ensemble's README are the defaults of `Options`.
+PUBLISHED_SETTINGS: dict[str, tuple[str, dict[str, Any], int]] = {
+    "paper": ("consensus", {**KIDNEY_SCRIPT, "consensus_training": True, "number_of_annotators": 4}, 1),
+    "implicit-ensemble": ("implicit-ensemble", {}, 4),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [
+        # The paper has 8 RRDBs, a fixed variance and a batch of 4 in place of its code's 10, learned one and 1.
+        ("paper", {"rrdbs", "variance", "batch", "steps", "warmup"}),
+        ("implicit-ensemble", {"steps", "jitter", "val_runs"}),
+    ],
+)
+def test_a_preset_of_a_paper_has_the_settings_of_its_published_scripts(name: str, ours: set[str]) -> None:
+    source, args, channels = PUBLISHED_SETTINGS[name]
+    given = preset(name)
+    script = Options.read(source, args, []).config(image_channels=channels, step=0, intensity=given.data.intensity)
+    theirs = script.to_json()
+    differ = {
+        key
+        for section, values in given.to_json().items()
+        for key, value in values.items()
+        if value != theirs[section][key]
+    }
+    assert differ == ours
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ _BOTH: dict[str, Any] = {
     "ema_rate": "0.9999",
 }
 DEFAULTS: dict[str, dict[str, Any]] = {
-    # args.json holds every one of these; the defaults are the sampling scripts', for a file of an older version.
+    # args.json holds every one of these; the defaults are the scripts', for a file of an older version.
     CONSENSUS: _BOTH
     | {
         "image_size": 64,

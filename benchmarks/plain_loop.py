@@ -42,7 +42,7 @@ def plain_loop(
     for image in windows:
         total = np.zeros(windows.framing.size, np.float32)
         for _ in range(runs):
-            for batch in levels.split(1 if by_row else len(levels)):
+            for batch in torch.split(levels, 1 if by_row else len(levels)):
                 total += _run(network, diffusion, torch.from_numpy(image).to(device), batch, table, timings)
         maps.append(total / np.float32(runs * len(levels)))
     soft = windows.unframe(np.stack(maps))

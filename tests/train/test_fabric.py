@@ -145,6 +145,16 @@ def test_two_processes_that_accumulate_have_the_loss_of_one(tiny_data: Path, tmp
         assert float(two[1][name]) == pytest.approx(float(one[1][name]), rel=second)
 
 
+def test_half_precision_is_scaled_for_two_processes_as_for_one(tiny_data: Path, tmp_path: Path) -> None:
+    """The loss was doubled for two of them, so that a gradient that overflows in half precision did so a step sooner."""
+    config = short(amp="fp16", steps=2, val_every=2, threads=1, rows_per_image=1)
+    assert together(train_once, config, tiny_data, tmp_path / "two") == [("", 2), ("", 2)]
+    train(config.with_values({"accumulate": 2}), tiny_data, tmp_path / "one", quiet=True)
+    one, two = tensors(tmp_path / "one"), tensors(tmp_path / "two")
+    assert [name for name in one if not torch.equal(one[name], two[name])] == []
+    assert rows(tmp_path / "one") == rows(tmp_path / "two")
+
+
 def train_on_own(config: Config, folders: list[Path], out: Path) -> None:
     train(config, folders[rank()], out, quiet=True)
 

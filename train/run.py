@@ -72,6 +72,8 @@ class Run:
         self.best_window = 0
         # Where the first weights came from, if they were not random (checkpoint.origin).
         self.origin: dict[str, Any] = {}
+        # The SHA-256 of the weights that it begins or goes on with, where it is known: several processes must have the same.
+        self.weights_from = ""
         marked = [i for i, masks in enumerate(data.val.masks) if masks.any()]
         count = min(config.training.val_slices, len(marked))
         self.val_chosen = [marked[i] for i in np.linspace(0, len(marked) - 1, count).round().astype(int)]
@@ -193,7 +195,9 @@ class Run:
             return
         info = read_json(folder / "checkpoint.json")
         self.learner.restore(folder)
-        self.origin = origin(info)
+        self.origin, self.weights_from = origin(info), str(info.get("sha256"))
+        if (before := info.get("precision", self.precision)) != self.precision:
+            self.notes.append(f"the run was computed in {before} so far, and goes on in {self.precision}")
         try:
             self.done, self.seconds, self.best_window = (
                 int(info["step"]),

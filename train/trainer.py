@@ -26,7 +26,7 @@ from cdiff.train.log import say
 from cdiff.train.machine import arithmetic, as_it_starts
 from cdiff.train.run import Run, TrainResult
 from cdiff.train.seen import NAME as SEEN
-from cdiff.train.seen import check_seen, learned_from, seen_before, write_seen
+from cdiff.train.seen import check_seen, differences, learned_from, seen_before, write_seen
 
 
 @as_it_starts()
@@ -61,6 +61,8 @@ def train(
     """
     with joined(device != "cpu" and torch.cuda.is_available()) as meeting:
         with together(meeting):
+        # Before the first step that only some of them would take, and wait in for the others.
+        check_same(meeting, {"--resume": resume, "--init": bool(init), "--dry-run": dry_run, "--max-steps": max_steps})
             chosen = config if isinstance(config, Config) else config()
             if resume and init is not None:
                 raise CdiffError(
@@ -81,7 +83,7 @@ def train(
             if resume:
                 with together(fabric):
                     run.restore()
-                check_same(fabric, {"the step to go on from": run.done})
+                check_same(fabric, {"the step to go on from": run.done, "the checkpoint": run.weights_from})
             elif not dry_run:  # only now, when data and settings have proved usable, is there a run
                 with together(fabric):
                     if writes:
@@ -100,6 +102,12 @@ def _start(config: Config, data: Path, out: Path, init: Path | None, fabric: Fab
         elif init is not None:
             found.learned_before(learned_from(init))
     facts = {"the data": found.summary, "the device": fabric.device.type, "the precision": precision_of(fabric)}
+    theirs = fabric.broadcast(found.seen)
+    with together(fabric):
+        if what := differences(found.seen, theirs):
+            raise CdiffError(
+                f"the processes do not agree: what they read is not the same (here, against process 0, {what}); give all of them the same data"
+            )
     check_same(fabric, config.values() | facts | {"PyTorch": torch.__version__})
     with together(fabric):
         run = Run(config, found, fabric, out)
@@ -109,6 +117,8 @@ def _start(config: Config, data: Path, out: Path, init: Path | None, fabric: Fab
             run.origin = {"init": initial.origin}
             run.notes += initial.notes(config)
     return run
+            run.weights_from = initial.origin["sha256"]
+    check_same(fabric, {"the weights to start from": run.weights_from})
 
 
 def _train(run: Run, started: bool, max_steps: int | None, dry_run: bool, quiet: bool, console: Console) -> TrainResult:

@@ -159,14 +159,18 @@ def train_on_own(config: Config, folders: list[Path], out: Path) -> None:
     train(config, folders[rank()], out, quiet=True)
 
 
+def text_of(outcomes: list[tuple[str, Any]]) -> str:
+    """What the one process says that says something."""
+    assert sorted(kind for kind, _ in outcomes) == ["CdiffError", "FailedElsewhere"]
+    return str(next(text for kind, text in outcomes if kind == "CdiffError"))
+
+
 def test_data_that_one_process_cannot_read_ends_all(tiny_data: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(tiny_data, broken)
     (broken / "Training" / "case01" / "image.nii.gz").write_bytes(b"not a scan")
     outcomes = together(train_on_own, short(), [tiny_data, broken], tmp_path / "run")
-    assert sorted(kind for kind, _ in outcomes) == ["CdiffError", "FailedElsewhere"]
-    (text,) = [text for kind, text in outcomes if kind == "CdiffError"]
-    assert re.search(r"process 1 of 2 on .*image\.nii\.gz", text)
+    assert re.search(r"process 1 of 2 on .*image\.nii\.gz", text_of(outcomes))
     assert not (tmp_path / "run").exists()
 
 
@@ -175,8 +179,41 @@ def test_processes_with_other_data_do_not_train(tiny_data: Path, tmp_path: Path)
     shutil.copytree(tiny_data, smaller)
     shutil.rmtree(smaller / "Training" / "case01")
     outcomes = together(train_on_own, short(), [tiny_data, smaller], tmp_path / "run")
-    assert sorted(kind for kind, _ in outcomes) == ["CdiffError", "FailedElsewhere"]
-    assert "do not agree: the data is" in next(text for kind, text in outcomes if kind == "CdiffError")
+    assert re.search(r"^process 1 of 2 on .*do not agree: .*cases to train on: case01 gone\)", text_of(outcomes))
+
+
+def test_processes_whose_masks_are_not_the_same_do_not_train(tiny_data: Path, tmp_path: Path) -> None:
+    """As many cases, masks and slices in both: two machines of which one has an older copy."""
+    older = tmp_path / "older"
+    shutil.copytree(tiny_data, older)
+    case = older / "Training" / "case02"
+    shutil.copy(case / "task01_seg01.nii.gz", case / "task01_seg03.nii.gz")
+    outcomes = together(train_on_own, short(), [tiny_data, older], tmp_path / "run")
+    assert re.search(r"^process 1 of 2 on .*case02 has \d+ pixels marked and had \d+\)", text_of(outcomes))
+    assert not (tmp_path / "run").exists()
+
+
+def train_until_own(config: Config, data: Path, out: Path, ends: list[int]) -> None:
+    train(config, data, out, max_steps=ends[rank()], quiet=True)
+
+
+def test_processes_that_are_to_end_at_different_steps_do_not_begin(tiny_data: Path, tmp_path: Path) -> None:
+    """The first to end left the other alone in its next step."""
+    outcomes = together(train_until_own, short(), tiny_data, tmp_path / "run", [1, 3])
+    assert "do not agree: --max-steps is 3 here and 1 in process 0" in text_of(outcomes)
+    assert not (tmp_path / "run").exists()
+
+
+def train_from_own(config: Config, data: Path, out: Path, starts: list[Path]) -> None:
+    train(config, data, out, init=starts[rank()], quiet=True)
+
+
+def test_processes_that_start_from_other_weights_do_not_train(tiny_data: Path, tiny_run: Path, tmp_path: Path) -> None:
+    """One path on two machines may hold two runs; what is learned from there on would be neither's."""
+    train(short(seed=1, steps=1), tiny_data, tmp_path / "other", quiet=True)
+    outcomes = together(train_from_own, short(), tiny_data, tmp_path / "run", [tiny_run, tmp_path / "other"])
+    assert "do not agree: the weights to start from is" in text_of(outcomes)
+    assert not (tmp_path / "run").exists()
 
 
 def crash() -> None:

@@ -93,14 +93,13 @@ def train(
         from cdiff.train.trainer import no_run
         from cdiff.train.trainer import train as run
 
-    changes = [
-        *(settings or []),
-        *_data_settings(task, layout, labels, masks_by),
-        *([f"variant={variant}"] if variant else []),
-    ]
-
     def configure() -> Config:
         if resume and preset is None:
+        changes = [
+            *(settings or []),
+            *_data_settings(task, layout, labels, masks_by),
+            *([f"variant={variant}"] if variant else []),
+        ]
             if not is_there(output / "config.json"):
                 raise no_run(output)
             return read_config(output).with_settings(changes)

@@ -26,6 +26,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from cdiff.runtime.errors import CdiffError
+from cdiff.train import run as training
 from cdiff.train.checkpoint import checkpoint_folder
 from cdiff.train.config import Config
 from cdiff.train.fabric import fabric_on, find_device, joined, precision_of
@@ -243,7 +244,35 @@ def test_a_crash_in_one_process_ends_all_and_is_told_once(tiny_data: Path, tmp_p
 def test_a_killed_process_ends_all_with_one_line(tiny_data: Path, tmp_path: Path) -> None:
     (kind, text), killed = together(train_with_trouble, short(), tiny_data, tmp_path / "run", kill)
     assert (kind, killed) == ("CdiffError", ("killed", None))
-    assert re.fullmatch(r"process 0 of 2 on \S+ lost its connection to another process.*--resume", text)
+    assert re.fullmatch(r"process 0 of 2 on \S+ lost its connection to another process.*--resume.*", text)
+
+
+def test_a_last_checkpoint_that_cannot_be_written_is_told_once(tiny_data: Path, tmp_path: Path) -> None:
+    """The others have no step left to take and wait for its end."""
+    outcomes = together(train_to_a_full_disk, short(), tiny_data, tmp_path / "run")
+    assert outcomes == [("CdiffError", "no room"), ("FailedElsewhere", "")]
+
+
+def train_to_a_full_disk(config: Config, data: Path, out: Path) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise CdiffError("no room")
+
+    training.save_checkpoint = full
+    train(config, data, out, quiet=True)
+
+
+def test_an_interrupt_of_all_is_told_once(tiny_data: Path, tmp_path: Path) -> None:
+    """Ctrl-C before a run can save, or twice: torchrun hands it on to every process."""
+    outcomes = together(train_interrupted, short(), tiny_data, tmp_path / "run")
+    assert sorted(outcomes) == [("FailedElsewhere", ""), ("KeyboardInterrupt", "")]
+
+
+def train_interrupted(config: Config, data: Path, out: Path) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    at_step(0, interrupted)
+    train(config, data, out, quiet=True)
 
 
 def test_asking_one_process_to_stop_stops_all_after_the_same_step(tiny_data: Path, tmp_path: Path) -> None:

@@ -67,7 +67,8 @@ def train(
         bool,
         options.option(
             "--dry-run",
-            "Read the data, take two steps, say what was found and how long the run would take, write nothing.",
+            "Read the data, take two steps (two more of the late phase, where windows grow), say what was found and how long the run would "
+            "take, write nothing.",
         ),
     ] = False,
     device: Annotated[
@@ -93,13 +94,12 @@ def train(
         from cdiff.train.trainer import no_run
         from cdiff.train.trainer import train as run
 
-    changes = [
-        *(settings or []),
-        *_data_settings(task, layout, labels, masks_by),
-        *([f"variant={variant}"] if variant else []),
-    ]
-
     def configure() -> Config:
+        changes = [
+            *(settings or []),
+            *_data_settings(task, layout, labels, masks_by),
+            *([f"variant={variant}"] if variant else []),
+        ]
         if resume and preset is None:
             if not is_there(output / "config.json"):
                 raise no_run(output)
@@ -126,7 +126,7 @@ def train(
             raise typer.Exit(INTERRUPTED)
         return
     if dry_run:
-        say(f"dry run: two steps taken, the first's loss {result.loss:.4f}; nothing is written", quiet)
+        say(f"dry run: the first step's loss is {result.loss:.4f}; nothing is written", quiet)
         return
     best = "not validated yet" if result.best is None else f"best validation soft Dice {result.best:.3f}"
     say(f"step {result.step}, {result.seconds / 60:.1f} minutes of training, {best}", quiet)

@@ -126,7 +126,7 @@ def joined(cuda: bool) -> Iterator[Fabric]:
     """Meet the processes that torchrun started with this one, on their CPUs and before anything can fail; without torchrun, be alone.
 
     cuda: whether gradients will be averaged between GPUs. Raises CdiffError when the environment is incomplete or the others do not
-    come; and, when any process fails inside, the error in one of them and FailedElsewhere in the others.
+    come; and, when any process fails inside or is interrupted, the error in one of them and FailedElsewhere in the others.
     """
     text = os.environ.get("WORLD_SIZE", "1")
     if text == "1":
@@ -148,13 +148,13 @@ def joined(cuda: bool) -> Iterator[Fabric]:
         ) from None
     try:
         yield fabric
-    except Exception as error:
+        fabric.barrier()  # nobody leaves while another still needs it; and here others wait for the first one's last checkpoint
+    except (Exception, KeyboardInterrupt) as error:
         blamed = _blame(error, fabric, store)
         # And no farewell to the others: a collective call would wait for those that cannot answer.
         if blamed is error:
             raise
         raise blamed from None
-    fabric.barrier()  # nobody leaves while another still needs it
     atexit.register(_leave)  # and no sooner, or a second run in this process could not meet again
 
 
@@ -211,14 +211,14 @@ def check_same(fabric: Fabric, facts: dict[str, Any]) -> None:
                 )
 
 
-def _blame(error: Exception, fabric: Fabric, store: Any) -> Exception:
+def _blame(error: BaseException, fabric: Fabric, store: Any) -> BaseException:
     """What this process should raise after `error`: one process speaks, the others raise FailedElsewhere."""
     if isinstance(error, FailedElsewhere) or not _claim(store):
         return FailedElsewhere()
     if isinstance(error, dist.DistError) or "gloo" in str(error).lower():
         return CdiffError(
             f"{name_of(fabric)} lost its connection to another process, which ended without saying why (killed, or out of memory?); "
-            "start the same command again with --resume"
+            "start the same command again, with --resume where it has begun a run"
         )
     return error
 

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType
+
+ECHO = 2.0
+"""Seconds in which further signals are the first one's echo: timeout(1) sends it twice, and batch systems and containers send it to every
+process, torchrun among them, which hands it on to its own."""
 
 
 class Interrupt:
-    """As a context manager, turns the first SIGINT, SIGTERM or SIGHUP into `.asked`; a second one interrupts at once, unsaved.
+    """As a context manager, turns the first SIGINT, SIGTERM or SIGHUP into `.asked`; one that comes later than its `ECHO` interrupts at
+    once, unsaved.
 
     What is ignored stays so: SIGHUP under nohup, SIGINT of what a script started in the background. So does what a program around Python
     has set, which Python could not give back.
@@ -16,6 +22,7 @@ class Interrupt:
 
     def __init__(self) -> None:
         self.asked = False
+        self._since = 0.0
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> Interrupt:
@@ -27,9 +34,11 @@ class Interrupt:
         return self
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+        now = time.monotonic()
+        if not self.asked:
+            self.asked, self._since = True, now
+        elif now - self._since > ECHO:
             raise KeyboardInterrupt
-        self.asked = True
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():

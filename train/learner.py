@@ -88,9 +88,13 @@ class Learner:
             # Gradients travel between the processes once a step, when its last part is done.
             with fabric.no_backward_sync(self.model, enabled=number < len(parts) - 1):
                 loss = part.share * self.loss(part.to(self.device))
-                # Processes' gradients are averaged; what the step needs is their sum.
-                fabric.backward(fabric.world_size * loss)
+                fabric.backward(loss)
             total += loss.detach()
+        if fabric.world_size > 1:
+            # Processes' gradients are averaged; what the step needs is their sum. A larger loss would give it too, but in half precision
+            # overflow that many times sooner, so that other steps were left out than in one process.
+            gradients = [value.grad for value in self.network.parameters() if value.grad is not None]
+            torch._foreach_mul_(gradients, float(fabric.world_size))
         norm = fabric.clip_gradients(
             self.model, self.optimiser, max_norm=self.config.training.clip, error_if_nonfinite=False
         )

@@ -21,14 +21,29 @@ def progress(config: Config, done: int, seconds: float) -> float:
     return max(share, seconds / (60 * settings.minutes)) if settings.minutes else share
 
 
-def forecast(config: Config, done: int, seconds: float, step: float) -> str:
-    """What a run that has taken `done` steps in `seconds` will take yet, in words, if a step takes `step` seconds on the budget's clock."""
+def grows(config: Config, done: int, seconds: float) -> bool:
+    """Whether windows are to grow yet in a run that has taken `done` steps in `seconds`."""
+    return window_size(config, progress(config, done, seconds)) != window_size(config, 1.0)
+
+
+def forecast(config: Config, done: int, seconds: float, step: float, late: float) -> str:
+    """What a run that has taken `done` steps in `seconds` will take yet, in words, if a step takes `step` seconds on the budget's clock, and
+    one of the late phase `late` seconds."""
     settings, clock = config.training, " of processor time" if config.training.clock == "cpu" else ""
-    left = max(0, settings.steps - done)
-    said = f"a step takes about {lasting(step)}{clock} here, so {left:,} {'more ' if done else ''}steps take"
-    said += f" about {lasting(left * step)}, and {several(math.ceil(left / settings.val_every), 'validation')} besides"
-    if settings.minutes and (fit := max(0, settings.minutes * 60 - seconds) / step) < left:
-        said += f"; the setting minutes ends the run after {fit:,.0f} of them at most"
+    left, small = max(0, settings.steps - done), 0
+    if grows(config, done, seconds):
+        small = sum(window_size(config, k / settings.steps) == config.crop for k in range(done, settings.steps))
+    else:
+        step = late
+    said = f"a step takes about {lasting(step)}{clock} here"
+    said += f", and {lasting(late)} once windows have {config.network.image_size} pixels" if small else ""
+    said += f", so {left:,} {'more ' if done else ''}steps take about {lasting(small * step + (left - small) * late)}"
+    said += f", and {several(math.ceil(left / settings.val_every), 'validation')} besides"
+    if settings.minutes:
+        budget, end = settings.minutes * 60, (1 - config.data.late if small else 0) * settings.minutes * 60
+        fit = max(0, end - seconds) / step + max(0, budget - max(seconds, end)) / late
+        if fit < left:
+            said += f"; the setting minutes ends the run after {fit:,.0f} of them at most"
     return said
 
 

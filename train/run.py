@@ -72,6 +72,8 @@ class Run:
         self.best_window = 0
         # Where the first weights came from, if they were not random (checkpoint.origin).
         self.origin: dict[str, Any] = {}
+        # The SHA-256 of the weights that it begins or goes on with, where it is known: several processes must have the same.
+        self.weights_from = ""
         marked = [i for i, masks in enumerate(data.val.masks) if masks.any()]
         count = min(config.training.val_slices, len(marked))
         self.val_chosen = [marked[i] for i in np.linspace(0, len(marked) - 1, count).round().astype(int)]
@@ -94,13 +96,28 @@ class Run:
     def lr(self) -> float:
         return pace.learning_rate(self.config, self.done, self.progress())
 
-    def step(self, k: int) -> tuple[float, float]:
-        """Step k (from 0): the loss and the gradient's norm before clipping. Raises CdiffError when one is not finite, or when the GPU's
-        memory is not enough."""
+    def step(self, k: int, window: int | None = None) -> tuple[float, float]:
+        """Step k (from 0), on windows of `window` pixels, those of now unless given: the loss and the gradient's norm before clipping.
+
+        Raises CdiffError when one is not finite, or when the GPU's memory is not enough.
+        """
         settings = self.config.training
         more = "" if settings.checkpointing else ", or checkpointing=true"
         with _enough_memory(f"at step {k + 1}", f"set accumulate above {settings.accumulate} (the same result){more}"):
-            return self.learner.step(k, self.feed.take(k, self.window()), self.lr())
+            return self.learner.step(k, self.feed.take(k, window or self.window()), self.lr())
+
+    def try_out(self, window: int) -> tuple[float, float]:
+        """Take two steps on windows of `window` pixels: the first one's loss, and the seconds that a step takes, on the budget's clock."""
+        loss, _ = self.step(self.done, window)
+        began = pace.now(self.config)
+        self.step(self.done + 1, window)  # the first step is the slower one: it makes what the others use again
+        took = pace.now(self.config) - began
+        if (ahead := self.feed.ahead) and self.config.training.clock == "wall":
+            # This step's data lay ready since the slow one; a run whose data take longer than its steps waits for them.
+            began = pace.now(self.config)
+            self.feed.prepare(self.done + 1, window)
+            took = max(took, (pace.now(self.config) - began) / ahead)
+        return loss, took
 
     def _prepare(self, k: int, window: int) -> list[Rows]:
         parts = draw_rows(self.data.train, self.config, k, window, self.fabric.global_rank, self.fabric.world_size)
@@ -193,7 +210,9 @@ class Run:
             return
         info = read_json(folder / "checkpoint.json")
         self.learner.restore(folder)
-        self.origin = origin(info)
+        self.origin, self.weights_from = origin(info), str(info.get("sha256"))
+        if (before := info.get("precision", self.precision)) != self.precision:
+            self.notes.append(f"the run was computed in {before} so far, and goes on in {self.precision}")
         try:
             self.done, self.seconds, self.best_window = (
                 int(info["step"]),

@@ -95,12 +95,16 @@ def check_seen(run: Path, seen: dict[str, list[Seen]], data: Path) -> None:
     """
     if not (run / NAME).exists():
         return
-    began = _read(run / NAME)
-    if found := [f"cases {PARTS[part]}: {what}" for part in PARTS if (what := _differences(seen[part], began[part]))]:
+    if found := differences(seen, _read(run / NAME)):
         raise CdiffError(
-            f"{data} does not hold what {run} began with ({'; '.join(found)}); resume with the data as they were, or start a new "
+            f"{data} does not hold what {run} began with ({found}); resume with the data as they were, or start a new "
             f"run from its weights: --init {run} with another --out"
         )
+
+
+def differences(now: dict[str, list[Seen]], then: dict[str, list[Seen]]) -> str:
+    """Where the cases to train on and to validate on are others `now` than `then`, in words; nothing where a training sees the same."""
+    return "; ".join(f"cases {PARTS[part]}: {what}" for part in PARTS if (what := _differences(now[part], then[part])))
 
 
 def _differences(now: list[Seen], then: list[Seen]) -> str:

@@ -26,7 +26,7 @@ from cdiff.train.log import say
 from cdiff.train.machine import arithmetic, as_it_starts
 from cdiff.train.run import Run, TrainResult
 from cdiff.train.seen import NAME as SEEN
-from cdiff.train.seen import check_seen, learned_from, seen_before, write_seen
+from cdiff.train.seen import check_seen, differences, learned_from, seen_before, write_seen
 
 
 @as_it_starts()
@@ -49,7 +49,8 @@ def train(
     resume: go on with the run in `out`, on the cases that it began with; only the settings that say how it is computed (config.HOW)
     may be others.
     max_steps: end this call after step `max_steps` without changing the schedule, as if it had been stopped there.
-    dry_run: read the data, take two steps (of a resumed run the next ones), say what the run would take by the second, and write nothing.
+    dry_run: read the data, take two steps (of a resumed run the next ones), and two as the late phase has them where windows are to grow, say
+    what the run would take by each second one, and write nothing.
     device: auto (a GPU if PyTorch sees one), cpu, cuda or cuda:N.
     quiet: notes alone, no progress; console: where they go, stderr unless given.
 
@@ -60,6 +61,8 @@ def train(
     raises its error and the others FailedElsewhere.
     """
     with joined(device != "cpu" and torch.cuda.is_available()) as meeting:
+        # Before the first step that only some of them would take, and wait in for the others.
+        check_same(meeting, {"--resume": resume, "--init": bool(init), "--dry-run": dry_run, "--max-steps": max_steps})
         with together(meeting):
             chosen = config if isinstance(config, Config) else config()
             if resume and init is not None:
@@ -81,7 +84,7 @@ def train(
             if resume:
                 with together(fabric):
                     run.restore()
-                check_same(fabric, {"the step to go on from": run.done})
+                check_same(fabric, {"the step to go on from": run.done, "the checkpoint": run.weights_from})
             elif not dry_run:  # only now, when data and settings have proved usable, is there a run
                 with together(fabric):
                     if writes:
@@ -99,6 +102,12 @@ def _start(config: Config, data: Path, out: Path, init: Path | None, fabric: Fab
             found.learned_before(seen_before(out))
         elif init is not None:
             found.learned_before(learned_from(init))
+    theirs = fabric.broadcast(found.seen)
+    with together(fabric):
+        if what := differences(found.seen, theirs):
+            raise CdiffError(
+                f"the processes do not agree: what they read is not the same (here, against process 0, {what}); give all of them the same data"
+            )
     facts = {"the data": found.summary, "the device": fabric.device.type, "the precision": precision_of(fabric)}
     check_same(fabric, config.values() | facts | {"PyTorch": torch.__version__})
     with together(fabric):
@@ -108,6 +117,8 @@ def _start(config: Config, data: Path, out: Path, init: Path | None, fabric: Fab
             run.learner.start_from(initial)
             run.origin = {"init": initial.origin}
             run.notes += initial.notes(config)
+            run.weights_from = initial.origin["sha256"]
+    check_same(fabric, {"the weights to start from": run.weights_from})
     return run
 
 
@@ -126,11 +137,12 @@ def _train(run: Run, started: bool, max_steps: int | None, dry_run: bool, quiet:
             + (f"; {run.fabric.world_size} processes" if run.fabric.world_size > 1 else ""),
         )
     if dry_run:
-        loss, _ = run.step(run.done)
-        began = pace.now(run.config)
-        run.step(run.done + 1)  # the first step is the slower one: it makes what the others use again
+        loss, step = run.try_out(run.window())
+        late = step
+        if pace.grows(run.config, run.done, run.seconds):  # the larger windows may take more memory than there is
+            late = run.try_out(run.config.network.image_size)[1]
         if not quiet:
-            say(console, pace.forecast(run.config, run.done, run.seconds, pace.now(run.config) - began))
+            say(console, pace.forecast(run.config, run.done, run.seconds, step, late))
         return run.result(loss)
     if first:
         if started:

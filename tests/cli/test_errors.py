@@ -42,6 +42,15 @@ def one_line(*arguments: object) -> str:
     return text
 
 
+def test_of_a_machines_processes_one_says_what_is_wrong_with_their_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun gives all of them the same; errors past these words are told among the processes (tests/train/test_fabric.py)."""
+    wrong = ("train", "--data", "data", "--out", "run", "--steps", "3")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert "No such option" in fails(2, *wrong)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert fails(2, *wrong) == ""
+
+
 def test_no_scan() -> None:
     assert "cdiff segment SCAN" in one_line("segment")
 

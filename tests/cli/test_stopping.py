@@ -73,6 +73,22 @@ def test_a_training_saves_at_each_of_them_but_not_under_nohup() -> None:
             signal.signal(number, before)
 
 
+def test_an_echo_of_the_signal_does_not_cut_a_training_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch system signals torchrun and all its processes, and torchrun signals these once more; a user who asks again is heard."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        with Interrupt() as interrupt:
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+            assert interrupt.asked
+            later = time.monotonic() + 3
+            monkeypatch.setattr(time, "monotonic", lambda: later)
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_a_handler_that_python_did_not_set_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """As of R around Python: a training that was through ended in a TypeError, since such a one cannot be given back."""
     monkeypatch.setattr("signal.getsignal", lambda _: None)

@@ -26,6 +26,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from cdiff.runtime.errors import CdiffError
+from cdiff.train import run as training
 from cdiff.train.checkpoint import checkpoint_folder
 from cdiff.train.config import Config
 from cdiff.train.fabric import fabric_on, find_device, joined, precision_of
@@ -145,8 +146,24 @@ def test_two_processes_that_accumulate_have_the_loss_of_one(tiny_data: Path, tmp
         assert float(two[1][name]) == pytest.approx(float(one[1][name]), rel=second)
 
 
+def test_half_precision_is_scaled_for_two_processes_as_for_one(tiny_data: Path, tmp_path: Path) -> None:
+    """The loss was doubled for two of them, so that a gradient that overflows in half precision did so a step sooner."""
+    config = short(amp="fp16", steps=2, val_every=2, threads=1, rows_per_image=1)
+    assert together(train_once, config, tiny_data, tmp_path / "two") == [("", 2), ("", 2)]
+    train(config.with_values({"accumulate": 2}), tiny_data, tmp_path / "one", quiet=True)
+    one, two = tensors(tmp_path / "one"), tensors(tmp_path / "two")
+    assert [name for name in one if not torch.equal(one[name], two[name])] == []
+    assert rows(tmp_path / "one") == rows(tmp_path / "two")
+
+
 def train_on_own(config: Config, folders: list[Path], out: Path) -> None:
     train(config, folders[rank()], out, quiet=True)
+
+
+def text_of(outcomes: list[tuple[str, Any]]) -> str:
+    """What the one process says that says something."""
+    assert sorted(kind for kind, _ in outcomes) == ["CdiffError", "FailedElsewhere"]
+    return str(next(text for kind, text in outcomes if kind == "CdiffError"))
 
 
 def test_data_that_one_process_cannot_read_ends_all(tiny_data: Path, tmp_path: Path) -> None:
@@ -154,9 +171,7 @@ def test_data_that_one_process_cannot_read_ends_all(tiny_data: Path, tmp_path: P
     shutil.copytree(tiny_data, broken)
     (broken / "Training" / "case01" / "image.nii.gz").write_bytes(b"not a scan")
     outcomes = together(train_on_own, short(), [tiny_data, broken], tmp_path / "run")
-    assert sorted(kind for kind, _ in outcomes) == ["CdiffError", "FailedElsewhere"]
-    (text,) = [text for kind, text in outcomes if kind == "CdiffError"]
-    assert re.search(r"process 1 of 2 on .*image\.nii\.gz", text)
+    assert re.search(r"process 1 of 2 on .*image\.nii\.gz", text_of(outcomes))
     assert not (tmp_path / "run").exists()
 
 
@@ -165,8 +180,41 @@ def test_processes_with_other_data_do_not_train(tiny_data: Path, tmp_path: Path)
     shutil.copytree(tiny_data, smaller)
     shutil.rmtree(smaller / "Training" / "case01")
     outcomes = together(train_on_own, short(), [tiny_data, smaller], tmp_path / "run")
-    assert sorted(kind for kind, _ in outcomes) == ["CdiffError", "FailedElsewhere"]
-    assert "do not agree: the data is" in next(text for kind, text in outcomes if kind == "CdiffError")
+    assert re.search(r"^process 1 of 2 on .*do not agree: .*cases to train on: case01 gone\)", text_of(outcomes))
+
+
+def test_processes_whose_masks_are_not_the_same_do_not_train(tiny_data: Path, tmp_path: Path) -> None:
+    """As many cases, masks and slices in both: two machines of which one has an older copy."""
+    older = tmp_path / "older"
+    shutil.copytree(tiny_data, older)
+    case = older / "Training" / "case02"
+    shutil.copy(case / "task01_seg01.nii.gz", case / "task01_seg03.nii.gz")
+    outcomes = together(train_on_own, short(), [tiny_data, older], tmp_path / "run")
+    assert re.search(r"^process 1 of 2 on .*case02 has \d+ pixels marked and had \d+\)", text_of(outcomes))
+    assert not (tmp_path / "run").exists()
+
+
+def train_until_own(config: Config, data: Path, out: Path, ends: list[int]) -> None:
+    train(config, data, out, max_steps=ends[rank()], quiet=True)
+
+
+def test_processes_that_are_to_end_at_different_steps_do_not_begin(tiny_data: Path, tmp_path: Path) -> None:
+    """The first to end left the other alone in its next step."""
+    outcomes = together(train_until_own, short(), tiny_data, tmp_path / "run", [1, 3])
+    assert "do not agree: --max-steps is 3 here and 1 in process 0" in text_of(outcomes)
+    assert not (tmp_path / "run").exists()
+
+
+def train_from_own(config: Config, data: Path, out: Path, starts: list[Path]) -> None:
+    train(config, data, out, init=starts[rank()], quiet=True)
+
+
+def test_processes_that_start_from_other_weights_do_not_train(tiny_data: Path, tiny_run: Path, tmp_path: Path) -> None:
+    """One path on two machines may hold two runs; what is learned from there on would be neither's."""
+    train(short(seed=1, steps=1), tiny_data, tmp_path / "other", quiet=True)
+    outcomes = together(train_from_own, short(), tiny_data, tmp_path / "run", [tiny_run, tmp_path / "other"])
+    assert "do not agree: the weights to start from is" in text_of(outcomes)
+    assert not (tmp_path / "run").exists()
 
 
 def crash() -> None:
@@ -196,7 +244,35 @@ def test_a_crash_in_one_process_ends_all_and_is_told_once(tiny_data: Path, tmp_p
 def test_a_killed_process_ends_all_with_one_line(tiny_data: Path, tmp_path: Path) -> None:
     (kind, text), killed = together(train_with_trouble, short(), tiny_data, tmp_path / "run", kill)
     assert (kind, killed) == ("CdiffError", ("killed", None))
-    assert re.fullmatch(r"process 0 of 2 on \S+ lost its connection to another process.*--resume", text)
+    assert re.fullmatch(r"process 0 of 2 on \S+ lost its connection to another process.*--resume.*", text)
+
+
+def test_a_last_checkpoint_that_cannot_be_written_is_told_once(tiny_data: Path, tmp_path: Path) -> None:
+    """The others have no step left to take and wait for its end."""
+    outcomes = together(train_to_a_full_disk, short(), tiny_data, tmp_path / "run")
+    assert outcomes == [("CdiffError", "no room"), ("FailedElsewhere", "")]
+
+
+def train_to_a_full_disk(config: Config, data: Path, out: Path) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise CdiffError("no room")
+
+    training.save_checkpoint = full
+    train(config, data, out, quiet=True)
+
+
+def test_an_interrupt_of_all_is_told_once(tiny_data: Path, tmp_path: Path) -> None:
+    """Ctrl-C before a run can save, or twice: torchrun hands it on to every process."""
+    outcomes = together(train_interrupted, short(), tiny_data, tmp_path / "run")
+    assert sorted(outcomes) == [("FailedElsewhere", ""), ("KeyboardInterrupt", "")]
+
+
+def train_interrupted(config: Config, data: Path, out: Path) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    at_step(0, interrupted)
+    train(config, data, out, quiet=True)
 
 
 def test_asking_one_process_to_stop_stops_all_after_the_same_step(tiny_data: Path, tmp_path: Path) -> None:

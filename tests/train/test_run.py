@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -111,7 +113,7 @@ def test_a_run_says_whether_it_is_at_its_end(tiny_data: Path, tmp_path: Path) ->
 def test_what_a_run_will_take_is_told_from_one_step(
     settings: dict[str, object], done: int, seconds: float, said: str
 ) -> None:
-    assert forecast(preset("small").with_values(settings), done, seconds, 0.42) == said
+    assert forecast(preset("small").with_values(settings), done, seconds, 0.42, 0.42) == said
 
 
 @pytest.mark.parametrize(
@@ -129,6 +131,19 @@ def test_what_a_run_will_take_is_told_from_one_step(
 )
 def test_a_time_is_told_in_two_digits_or_so(seconds: float, said: str) -> None:
     assert lasting(seconds) == said
+
+
+def test_a_run_that_goes_on_in_another_precision_says_so(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
+    """amp=auto is bf16 on one machine and float32 on the next."""
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    folder = checkpoint_folder(run, "last")
+    assert folder is not None
+    for before, notes in (("mixed bf16", 1), ("float32", 0)):
+        write_json(folder / "checkpoint.json", read_json(folder / "checkpoint.json") | {"precision": before})
+        said = StringIO()
+        train(preset("tiny"), tiny_data, run, resume=True, dry_run=True, quiet=True, console=Console(file=said))
+        told = "note: the run was computed in mixed bf16 so far, and goes on in float32\n"
+        assert said.getvalue().count(told) == notes
 
 
 def test_a_validation_that_scores_nothing_is_no_best_and_ends_nothing(

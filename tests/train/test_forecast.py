@@ -1,0 +1,83 @@
+"""What a dry run says that the whole run would take."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from cdiff.runtime.errors import CdiffError
+from cdiff.train import pace
+from cdiff.train.config import Config
+from cdiff.train.data import Data, read_data
+from cdiff.train.fabric import fabric_on
+from cdiff.train.learner import Learner
+from cdiff.train.presets import preset
+from cdiff.train.rows import Rows
+from cdiff.train.run import Run
+from cdiff.train.trainer import train
+from tests.train.test_scale import CPU
+
+GROWING = preset("tiny").with_values({"steps": 100, "val_every": 50, "framing": "tile", "crop": 16, "late": 0.25})
+
+
+@pytest.fixture(scope="module")
+def data(tiny_data: Path) -> Data:
+    return read_data(tiny_data, preset("tiny"))
+
+
+def test_steps_after_the_windows_have_grown_count_as_what_they_take() -> None:
+    """75 steps of 1 s and 25 of 10 s; a forecast by the first ones alone said 100 s."""
+    said = pace.forecast(GROWING, 0, 0.0, 1.0, 10.0)
+    assert said == (
+        "a step takes about 1 s here, and 10 s once windows have 32 pixels, so 100 steps take about 5.4 minutes, and 2 validations besides"
+    )
+    assert "50 more steps take about 4.6 minutes" in pace.forecast(GROWING, 50, 50.0, 1.0, 10.0)
+    assert pace.forecast(GROWING, 80, 125.0, 10.0, 10.0).startswith("a step takes about 10 s here, so 20 more steps")
+    assert "so 100 steps take about 100 s" in pace.forecast(
+        preset("tiny").with_values({"steps": 100}), 0, 0.0, 1.0, 1.0
+    )
+
+
+def test_the_minutes_hold_fewer_of_the_later_steps() -> None:
+    """Of two minutes, 90 s hold 90 steps and the last 30 s three."""
+    config = GROWING.with_values({"minutes": 2.0, "steps": 1000})
+    assert "after 93 of them at most" in pace.forecast(config, 0, 0.0, 1.0, 10.0)
+    assert "after 33 of them at most" in pace.forecast(config, 60, 60.0, 1.0, 10.0)
+    assert "after 2 of them at most" in pace.forecast(config, 91, 100.0, 10.0, 10.0)
+
+
+def test_a_dry_run_also_takes_the_larger_steps(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a run whose last quarter does not fit into the memory would be found out after three."""
+    step = Learner.step
+
+    def small_alone(self: Learner, k: int, parts: list[Rows], lr: float) -> tuple[float, float]:
+        if parts[0].image.shape[-1] > 16:
+            raise CdiffError("too large")
+        return step(self, k, parts, lr)
+
+    monkeypatch.setattr(Learner, "step", small_alone)
+    with pytest.raises(CdiffError, match="too large"):
+        train(GROWING, tiny_data, tmp_path / "run", dry_run=True, quiet=True)
+
+
+@pytest.mark.parametrize(("ahead", "least"), [(0, 0.4), (2, 0.2)])
+def test_a_step_is_not_quicker_than_its_data(data: Data, tmp_path: Path, ahead: int, least: float) -> None:
+    """What is prepared while the first, slow step is taken is no measure of what a run waits for."""
+    run = Run(
+        Config.from_json(preset("tiny").with_values({"prefetch": ahead}).to_json()), data, fabric_on(CPU), tmp_path
+    )
+    prepare = run.feed.prepare
+
+    def slowly(k: int, window: int) -> list[Rows]:
+        time.sleep(0.4)
+        return prepare(k, window)
+
+    run.feed.prepare = slowly
+    run.feed.take(0, 32)
+    time.sleep(0.5)
+    _, took = run.try_out(32)
+    assert took >= least

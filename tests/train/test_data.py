@@ -152,7 +152,9 @@ def test_without_augmentation_a_smaller_slice_is_trained_on_as_it_is_segmented(s
     )
     (window,) = Framing("centre", (32, 32)).frame(image[None].numpy())
     assert np.array_equal(batch.image[0].numpy(), window)
-    assert int(batch.masks.sum()) == int(masks.sum()), "outside the slice nothing is marked, and within it nothing is lost"
+    assert int(batch.masks.sum()) == int(masks.sum()), (
+        "outside the slice nothing is marked, and within it nothing is lost"
+    )
 
 
 def test_votes_count_the_annotators(tiny_data: Path) -> None:

@@ -12,7 +12,7 @@ def doctor() -> None:
     """Tell what this machine has and what is missing for each engine.
 
     Looks only: imports no PyTorch, changes nothing. Exit code 0 when at least
-    one engine can run a model here, else 2.
+    one engine besides PyTorch can run a model here, else 2.
     """
     from cdiff.runtime.doctor import diagnose
 

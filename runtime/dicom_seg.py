@@ -56,8 +56,8 @@ def must_allow_dicom_seg(scan: Scan) -> None:
 def write_dicom_seg(result: Result, path: Path) -> None:
     """Write `result`'s levels, one half and more, as a binary segmentation (PS3.3, A.51) of the images that it was read from.
 
-    Segments overlap: level 2 lies within level 1. Frames without a pixel of a segment are left out, as are slices that were not
-    segmented. It names the patient and study as its images do.
+    Segments overlap: level 2 lies within level 1, but for what chains of their own drew otherwise. Frames without a pixel of a segment are
+    left out (of nothing at all, none is), as are slices that were not segmented. It names the patient and study as its images do.
     Raises CdiffError where `result` was not read from DICOM, highdicom is missing, or the images lack what a segmentation must take
     over from them.
     """

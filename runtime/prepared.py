@@ -177,10 +177,12 @@ def _missed(place: Place, manifest: Manifest, soft: Float32) -> list[str]:
     share = float(soft[place.point])
     if share >= 0.5:
         return []
+    factor = 2 * (place.shrunk.factor if place.shrunk else 1)
+    fits = all(n >= factor * seen for n, seen in zip(soft.shape, manifest.image_size, strict=True))
     return [
         f"the map leaves out {place} itself, where you say that the structure is ({share:.2f} of the annotators): the model may have missed "
-        f"it, as it does with what is faint or does not lie within its {by(manifest.image_size)} pixels with something around it; "
-        f"--shrink {2 * (place.shrunk.factor if place.shrunk else 1)} shows it a structure that is larger"
+        f"it, as it does with what is faint or does not lie within its {by(manifest.image_size)} pixels with something around it"
+        + (f"; --shrink {factor} shows it a structure that is larger" if fits else "")
     ]
 
 

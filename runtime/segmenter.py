@@ -161,10 +161,9 @@ class Segmenter:
         manifest, variant = self.manifest, self.manifest.draws
         if combine not in get_args(Combine):
             raise CdiffError(f"combine {combine!r} is not known; use 'mean' or 'vote'")
-        if combine == "vote" and not variant.votes:
+        if combine == "vote" and manifest.conditions == 1:
             raise CdiffError(
-                f"'vote' rounds each map at one half, and a model of the variant {variant.name} draws a single one: the soft map would be the mask; "
-                "use 'mean'"
+                f"'vote' rounds each map at one half, and this model ({variant.name}) draws a single one: the soft map would be the mask; use 'mean'"
             )
         runs, table = self.sampling(runs, steps, sampler, fast, seed)
         seed, batch = whole("seed", seed), None if batch is None else whole("batch", batch)

@@ -78,11 +78,6 @@ class Variant:
         return annotators if self.told else 1
 
     @property
-    def votes(self) -> bool:
-        """Whether rounding each map at one half, as the published code does, leaves a fraction to show."""
-        return bool(self.told)
-
-    @property
     def whose(self) -> str:
         """Whose mask a pixel of the soft map is the probability of."""
         return "an annotator's" if self.of_annotators else "the true"

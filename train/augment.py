@@ -46,11 +46,17 @@ def cut(image: Tensor, masks: Tensor, window: Window) -> tuple[Tensor, Tensor]:
     frame would be a structure of its own) and masks are empty.
     """
     n, (h, w) = window.size, image.shape[-2:]
-    plain = window.matrix == ((1.0, 0.0), (0.0, 1.0))
-    top, left = (round(c - n / 2) for c in window.centre)
-    if plain and top >= 0 and left >= 0 and top + n <= h and left + n <= w:
-        area = (..., slice(top, top + n), slice(left, left + n))
-        return image[area], masks[area] > 0
+    if window.matrix == ((1.0, 0.0), (0.0, 1.0)):
+        # A slice that is smaller lies in its window as the runtime pads it: half of what is missing, rounded down, comes before it.
+        starts = (c - n / 2 for c in window.centre)
+        top, left = (round(start) if start >= 0 else math.ceil(start) for start in starts)
+        if top >= 0 and left >= 0 and top + n <= h and left + n <= w:
+            area = (..., slice(top, top + n), slice(left, left + n))
+            return image[area], masks[area] > 0
+        rows, columns = torch.arange(top, top + n), torch.arange(left, left + n)
+        held = ((rows >= 0) & (rows < h))[:, None] & (columns >= 0) & (columns < w)
+        taken = (..., rows.clamp(0, h - 1)[:, None], columns.clamp(0, w - 1))
+        return image[taken], (masks[taken] > 0) & held
     offsets = torch.arange(n, dtype=torch.float32) - (n - 1) / 2
     (rr, rc), (cr, cc) = window.matrix
     # Pixel centres: a slice's row i lies at i + 1/2, and grid_sample's -1 and 1 are the outer edges.

@@ -13,7 +13,7 @@ FIVE_OF_NINE = [NINE.index(h) for h in FIVE]
 
 
 def run_counts(runs: int) -> list[int]:
-    """The numbers of runs that the curve shows: all up to 25; of more, 25 that grow by a constant factor, the last too."""
+    """The numbers of runs that the curve shows: all up to 25; of more, at most 25 that grow by about a constant factor, the last too."""
     if runs <= MOST_POINTS:
         return list(range(1, runs + 1))
     return sorted({round(float(r)) for r in np.geomspace(1, runs, MOST_POINTS)})

@@ -56,6 +56,24 @@ def test_a_series_that_cannot_be_converted_is_one_line(tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "command", [("train", "--data", DEMO, "--out"), ("export", DEMO, "--out"), ("benchmark", "--json")]
+)
+def test_what_asks_pytorch_says_so_in_a_line(tmp_path: Path, command: tuple[object, ...]) -> None:
+    """Its import ends in an error that no user would read."""
+    nowhere = f"import tempfile; tempfile._candidate_tempdir_list = lambda: [{NOWHERE!r}]; "
+    main = "from cdiff.cli.app import main; main('cdiff')"
+    done = subprocess.run(
+        [sys.executable, "-c", nowhere + main, *map(str, command), str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "needs a folder for PyTorch's temporary files" in done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+
+
 def test_the_doctor_works_there() -> None:
     done = run("doctor")
     assert done.returncode == 0, done.stderr

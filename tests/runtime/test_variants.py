@@ -167,9 +167,17 @@ def test_a_perfect_model_scores_as_it_should(name: str) -> None:
 
 def test_rounding_a_single_map_is_refused(tmp_path: Path) -> None:
     array = np.zeros((SIZE, SIZE), np.uint8)
-    for name in ("no-annotator", "soft-label", "implicit-ensemble"):
-        with pytest.raises(CdiffError, match=f"a model of the variant {name} draws a single one.*use 'mean'"):
-            cdiff.load(_bundle(tmp_path / name, name)).segment(array, runs=1, steps=1, combine="vote")
+    alone = {"levels": 1}  # of a single annotator these draw one map too
+    for name, changes in (
+        ("no-annotator", {}),
+        ("soft-label", {}),
+        ("implicit-ensemble", {}),
+        ("consensus", alone),
+        ("annotator", alone),
+    ):
+        model = cdiff.load(_bundle(tmp_path / name, name, **changes))
+        with pytest.raises(CdiffError, match=rf"this model \({name}\) draws a single one.*use 'mean'"):
+            model.segment(array, runs=1, steps=1, combine="vote")
     voted = cdiff.load(_bundle(tmp_path / "a", "annotator")).segment(array, runs=1, steps=1, combine="vote")
     assert set(np.unique(voted.maps)) <= {0, 1}
     assert (

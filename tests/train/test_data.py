@@ -143,6 +143,20 @@ def test_a_slice_smaller_than_the_window_looks_in_training_as_when_segmenting(
     assert any(np.abs(shown.numpy() - one).max() < 1e-5 for one in windows)
 
 
+@pytest.mark.parametrize("shape", [(7, 11), (32, 31), (29, 32)])
+def test_without_augmentation_a_smaller_slice_is_trained_on_as_it_is_segmented(shape: tuple[int, int]) -> None:
+    image = torch.rand(1, *shape, generator=torch.Generator().manual_seed(0))
+    masks = (image > 0.5).to(torch.uint8)
+    batch = training_batch(
+        Slices([image], [masks], [1], ["a"]), tile_config(augment=False, image_size=32, crop=0), 0, 1, 32
+    )
+    (window,) = Framing("centre", (32, 32)).frame(image[None].numpy())
+    assert np.array_equal(batch.image[0].numpy(), window)
+    assert int(batch.masks.sum()) == int(masks.sum()), (
+        "outside the slice nothing is marked, and within it nothing is lost"
+    )
+
+
 def test_votes_count_the_annotators(tiny_data: Path) -> None:
     config = preset("tiny").with_values({"augment": False})
     data = read_data(tiny_data, config)

@@ -143,7 +143,7 @@ def open_engine(
 def must_run(name: str, device: str) -> None:
     """Raise CdiffError where the engine called `name` or the device is unknown, or that engine cannot run there; `auto` finds out later."""
     if name not in ("auto", *NAMES):
-        raise CdiffError(f"engine {name!r} is not known; use one of auto, {', '.join(NAMES)}")
+        raise CdiffError(f"engine {name!r} is not known; use one of auto, {', '.join(NAMES)}, or to segment with torch")
     kind = "cpu" if parse_device(device) is None else "cuda"
     if name == "auto" or kind in (state := engine_status(name)).devices:
         return

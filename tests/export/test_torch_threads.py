@@ -19,18 +19,16 @@ from cdiff.runtime.sampling.framing import Framing
 from cdiff.runtime.sampling.sampler import sampler_table
 from cdiff.runtime.sampling.schedule import NoiseSchedule
 from cdiff.train.sections import NetworkConfig
+from tests.double import in_double
 from tests.export.networks import BASE, FLAT, random_network
 
 SCHEDULE, SIZE = NoiseSchedule(BASE.T), BASE.image_size
 
 
 @pytest.fixture
-def in_double() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    try:
+def double() -> Iterator[None]:
+    with in_double():
         yield
-    finally:
-        torch.set_default_dtype(torch.float32)
 
 
 def drawn(engine: TorchChainEngine, sampler: str = "ddpm") -> list[np.ndarray[Any, Any]]:
@@ -79,7 +77,7 @@ def test_no_step_makes_a_tensor_by_the_default_type_or_changes_it(
     assert wide == []
 
 
-@pytest.mark.usefixtures("in_double")
+@pytest.mark.usefixtures("double")
 def test_models_that_load_at_once_are_all_single_precision() -> None:
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)

@@ -14,6 +14,7 @@ from cdiff.train.checkpoint import load_run
 from cdiff.train.machine import arithmetic, as_it_starts
 from cdiff.train.presets import preset
 from cdiff.train.trainer import train
+from tests.double import in_double
 
 
 def test_attention_is_pytorchs_own_in_a_run(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,15 +41,6 @@ def test_deterministic_algorithms_are_asked_for_and_given_back() -> None:
     with arithmetic(deterministic=False):
         assert torch.backends.cudnn.benchmark
     assert torch.are_deterministic_algorithms_enabled() == before
-
-
-@contextmanager
-def in_double() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(torch.float32)
 
 
 @contextmanager

@@ -162,14 +162,17 @@ def check_published(path: str, model: Subject, settings: Settings, keep: Keep) -
     from cdiff.benchmarks.gpu_measure import flops, published
     from cdiff.export.torch_chain import full_precision
 
-    image, flop = model.images()["real"], flops(model)["protocol"]
-    found = {**published(model, image, settings.device, settings.seconds / 2), "flop": flop}
+    network, image, flop = model.network().to(settings.device), model.images()["real"], flops(model)["protocol"]
+
+    def look(seconds: float = 0.0, by_row: bool = False) -> dict[str, Any]:
+        return {**published(model, network, image, settings.device, seconds, by_row=by_row), "flop": flop}
+
+    found = look(settings.seconds / 2)
     keep(found)
-    found["by_row"] = {**published(model, image, settings.device, 0.0, by_row=True), "flop": flop}
+    found["by_row"] = look(by_row=True)
     keep(found)
     with full_precision():
-        exact = published(model, image, settings.device, 0.0)
-    return {**found, "without_tf32": {**exact, "flop": flop}}
+        return {**found, "without_tf32": look()}
 
 
 def check_protocol(path: str, model: Subject, settings: Settings, keep: Keep) -> dict[str, Any]:

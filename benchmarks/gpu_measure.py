@@ -23,6 +23,7 @@ from cdiff.runtime.sampling.framing import Framing, Windows
 from cdiff.runtime.sampling.noise import INITIAL, Noise, normal
 from cdiff.runtime.sampling.sampler import SamplerTable, sampler_table
 from cdiff.train.diffusion import Diffusion
+from cdiff.train.network import ConsensusNet
 
 FEW, MORE = 2, 6
 """Steps of the two chains whose difference is the time of a step."""
@@ -177,10 +178,11 @@ def usual_batch(engine: Engine, model: Subject) -> int:
     return rows_per_batch(model.rows, engine.device, model.rows, most)
 
 
-def published(model: Subject, image: Float32, device: str, seconds: float, *, by_row: bool = False) -> dict[str, Any]:
+def published(
+    model: Subject, network: ConsensusNet, image: Float32, device: str, seconds: float, *, by_row: bool = False
+) -> dict[str, Any]:
     """The published way, float32 by PyTorch's own settings: one run after another, its levels in one batch, or by_row one at a time; the encoder
-    for each row. A share of it, and the rest in proportion."""
-    network = model.network().to(device)
+    for each row. A share of it, and the rest in proportion. network: the model's, on the device."""
     diffusion = Diffusion(model.schedule, model.config.network.target, device, outside=model.config.network.outside)
     T, chains = model.config.network.T, model.config.network.levels
 
@@ -293,7 +295,6 @@ def matmul_rates(device: str) -> dict[str, float]:
 def flops(model: Subject) -> dict[str, float]:
     """FLOPs of an encoding, of a row's step, and of the whole protocol, counted without computing anything."""
     from cdiff.benchmarks.floor import count_flop
-    from cdiff.train.network import ConsensusNet
 
     with torch.device("meta"):
         network = ConsensusNet(model.config.network)

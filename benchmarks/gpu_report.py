@@ -120,10 +120,9 @@ def _protocol(checks: dict[str, Any], model: str) -> str:
     published = _result(checks, f"published:published:{model}") or {}
     rate = checks.get("machine", {}).get("result", {}).get("matmul_flop_per_s", {}).get("float16")
     rows = []
-    baselines = [(NAMES["published"], published)]
-    baselines.append((BY_ROW, published.get("by_row", {})))
+    baselines = [(NAMES["published"], published), (BY_ROW, published.get("by_row"))]
     if published.get("tf32_convolutions"):
-        baselines.append((NAMES["published"], published.get("without_tf32", {})))
+        baselines.append((NAMES["published"], published.get("without_tf32")))
     ways = [(_name(name.split(":")[1]), result) for name, result in _of(checks, ("protocol",), model)]
     for name, result in [*((name, result) for name, result in baselines if result), *ways]:
         steps = result.get("step_seconds", {})

@@ -159,7 +159,7 @@ def test_memory_is_looked_at_apart_from_the_clock_and_without_leftovers(
     seen("plain_loop", 3)
     image = TINY.images()["real"]
     whole_protocol(engine, TINY, image, 6, seconds=1e9)
-    published(TINY, image, "cpu", seconds=0)
+    published(TINY, TINY.network(), image, "cpu", seconds=0)
     T = TINY.config.network.T
     assert steps == [(2, 0), (2, 1), (T, 0), (2, 0), (2, 1), (2, 0), (6, 0)], (
         "steps, and whether the memory was watched"
@@ -196,11 +196,11 @@ def test_a_protocol_in_part_is_extrapolated_and_says_so(engine: TorchChainEngine
     assert part["seconds"] > part["measured_seconds"]
     assert part["seconds"] == pytest.approx(sum(part["parts"].values()))
     assert 0 <= part["host_share"] < 1
-    plain = published(TINY, image, "cpu", seconds=0)
+    plain = published(TINY, TINY.network(), image, "cpu", seconds=0)
     assert 0 < plain["share"] < 1
     assert plain["seconds"] > plain["measured_seconds"]
     assert plain["batch"] == TINY.config.network.levels
-    assert published(TINY, image, "cpu", seconds=0, by_row=True)["batch"] == 1
+    assert published(TINY, TINY.network(), image, "cpu", seconds=0, by_row=True)["batch"] == 1
 
 
 def test_the_usual_batch_is_what_the_runtime_takes_of_that_engine() -> None:

@@ -139,9 +139,9 @@ def test_real_nodules(lidc: Path, tmp_path: Path) -> None:
             (data / split / case.name).symlink_to(case)
     trained, bundle, maps = tmp_path / "run", tmp_path / "bundle", tmp_path / "maps"
 
-    train = ("train", "--data", data, "--preset", "tiny", *flat_settings(32), "--set", "levels=4", "--max-steps", 6)
+    train = ("train", "--data", data, "--preset", "tiny", *flat_settings(24), "--set", "levels=4", "--max-steps", 6)
     run(*train, "--out", trained)
-    run("export", trained, "--out", bundle)
+    within("export", trained, "--out", bundle)
     run("segment", data / "Testing", "--model", bundle, "-o", maps, "--runs", 1, "--steps", 2)
     for case in sorted((data / "Testing").iterdir()):
         _, before = load(case / "image.nii.gz")

@@ -27,8 +27,8 @@ def test_the_place_is_the_middle_of_the_middle_slice() -> None:
 
 def test_it_scores_the_maps_of_the_labels_slices(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The demo's nodule within larger slices, once with a reader's mask and once with nothing like it."""
-    crop = nib.load(DEMO / "image.nii.gz").get_fdata()[..., 2:5].astype(np.int16)
-    mask = nib.load(sorted(DEMO.glob("*seg*.nii.gz"))[0]).get_fdata()[..., 2:5] > 0
+    crop = nib.load(DEMO / "image.nii.gz").get_fdata()[..., 3:5].astype(np.int16)
+    mask = nib.load(sorted(DEMO.glob("*seg*.nii.gz"))[0]).get_fdata()[..., 3:5] > 0
     whole = np.pad(crop, ((40, 90), (60, 30), (0, 0)))
     for name, drawn in (("lung1", mask), ("lung2", np.roll(mask, 30, axis=0))):
         label = np.pad(drawn, ((40, 90), (60, 30), (0, 0))).astype(np.uint8)

@@ -26,6 +26,8 @@ ELEMENTS = 4096
 """Numbers that a program holds at a time: a tile of so many pixels x channels. Pixels' tiles lie along the grid's first axis, the only one of more than 65,535."""
 MOST_CHUNKS = 64
 """Most parts that a row's pixels are shared out in, each with moments of its own."""
+FUSION = {"enable_fp_fusion": True}
+"""Products and sums in one rounding: an option of every launch, since what Triton takes for granted changes with its version and the environment."""
 
 
 @triton.jit
@@ -257,7 +259,7 @@ def normed(
         own = one.x.shape[1]
         tile, wide = _tile(own)
         _apply[(triton.cdiv(pixels, tile), rows)](
-            one.x, scale, shift, out, pixels, own, channels, before, ACT=act, TILE=tile, WIDE=wide
+            one.x, scale, shift, out, pixels, own, channels, before, ACT=act, TILE=tile, WIDE=wide, **FUSION
         )
         before += own
     return out
@@ -278,8 +280,8 @@ def normed_conv(
     given = torch.empty((rows, len(taps), height * width), dtype=torch.float32, device=source.x.device)
     tile, wide = _tile(channels)
     _give[(triton.cdiv(height * width, tile), rows)](
-        source.x, scale, shift, taps, given, height * width, channels, TAPS=len(taps), TILE=tile, WIDE=wide
-    )
+        source.x, scale, shift, taps, given, height * width, channels, TAPS=len(taps), TILE=tile, WIDE=wide, **FUSION
+    )  # fmt: skip
     return nnf.fold(given, (height, width), 3, padding=1) + bias[:, None, None]
 
 
@@ -300,7 +302,7 @@ def drawn(
     with on(slice_.device):
         _draw[(triton.cdiv(height * pairs, 256), rows)](
             seed, slice_, level, run, step, origin, out, height, width, (canvas[1] + 1) // 2, pairs,
-            M0=MULTIPLIERS[0], M1=MULTIPLIERS[1], W0=WEYL[0], W1=WEYL[1], ROUNDS=ROUNDS, TILE=256,
+            M0=MULTIPLIERS[0], M1=MULTIPLIERS[1], W0=WEYL[0], W1=WEYL[1], ROUNDS=ROUNDS, TILE=256, **FUSION,
         )  # fmt: skip
     return out
 
@@ -343,6 +345,7 @@ def _measured(x: Tensor, out: Tensor, other: Tensor | None, bias: Tensor | None,
         x, x if other is None else other, mean if bias is None else bias, *(first or (mean, mean, mean)),
         out, mean, m2, height * width, channels, chunk, width if first else 0,
         SUM=out is not x, OTHER=other is not None, FIRST=bool(first), BIAS=bias is not None, TILE=tile, WIDE=wide,
+        **FUSION,
     )  # fmt: skip
     return Features(out, mean, m2)
 
@@ -361,6 +364,7 @@ def _weighed(
         mean, m2, gain if added is None else added, gain, offset, scale, shift, pixels, channels, chunk, chunks,
         gain.stride(0) if gain.ndim == 2 else 0, added.stride(0) if added is not None and added.ndim == 2 else 0, eps,
         ADDED=added is not None, CHUNKS=triton.next_power_of_2(chunks), PER=per, WIDE=triton.next_power_of_2(per), num_warps=1,
+        **FUSION,
     )  # fmt: skip
     return scale, shift
 

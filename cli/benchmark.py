@@ -29,7 +29,9 @@ def benchmark(
             "--scan SCAN", "What to segment end to end: a scan, or a case's folder.", default="the demo scan"
         ),
     ] = None,
-    slices: Annotated[str | None, options.option("--slices A:B", "Slices of it.", default="its middle one")] = None,
+    slices: Annotated[
+        str | None, options.option("--slices A:B", "Which of its slices.", default="its middle one")
+    ] = None,
     batch: Annotated[str, options.option("--batch B,B,...", "Batch sizes to time one denoiser call at.")] = "1,8,32",
     runs: Annotated[int, options.option("--runs R", "Chains a slice and level.", min=1)] = 4,
     steps: Annotated[int | None, options.option("--steps N", "Steps a chain.", default="all T", min=1)] = None,

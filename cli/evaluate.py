@@ -29,7 +29,7 @@ def evaluate(
         Path | None,
         options.data_option(
             "--maps DIR",
-            "Score no model but the maps in DIR, of `cdiff segment` or of another program: of each case NAME the share of annotators, 0 to 1, "
+            "Score the maps in DIR in place of a model, from `cdiff segment` or another program: for each case NAME the share of annotators, 0 to 1, "
             "as NAME_soft.nii.gz or NAME.nii.gz.",
             default="a model draws them",
         ),
@@ -62,8 +62,8 @@ def evaluate(
         int | None,
         options.output_option(
             "--worst N",
-            "Of each case take the slice with the lowest soft Dice, segment the N lowest of these again, and draw them beside what "
-            "the annotators drew, into the report's worst.png.",
+            "Segment the N slices with the lowest soft Dice again, one a case at most, and draw them beside what the annotators "
+            "drew, into the report's worst.png.",
             default="none",
             min=1,
             max=40,
@@ -144,7 +144,7 @@ def evaluate(
         str | None,
         options.data_option(
             "--group REGEX",
-            "Intervals over groups of cases, such as patients: what this finds in a case's name (its first bracket, if "
+            "Intervals over groups of cases, such as patients: what the expression finds in a case's name (its first bracket, if "
             "it has one) names the group.",
             default="cases",
         ),

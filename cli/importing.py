@@ -18,7 +18,7 @@ def import_(
         Path,
         typer.Argument(
             metavar="CHECKPOINT",
-            help="A .pt file of the published code, best of averaged weights: ema*.pt.",
+            help="A .pt file of the published code; best is one of averaged weights, ema*.pt.",
             show_default=False,
         ),
     ],
@@ -45,11 +45,11 @@ def import_(
         Path | None,
         option(
             "--images DIR",
-            "The folder of its training cases; their mean and standard deviation normalise, as in the published code.",
+            "The folder of its training cases, whose mean and standard deviation normalise images, as in the published code.",
         ),
     ] = None,
-    mean: Annotated[str | None, option("--mean M,...", "The same by numbers, one a channel.")] = None,
-    std: Annotated[str | None, option("--std S,...", "The standard deviations to --mean.")] = None,
+    mean: Annotated[str | None, option("--mean M,...", "These means as numbers, one a channel.")] = None,
+    std: Annotated[str | None, option("--std S,...", "The standard deviations that go with --mean.")] = None,
     image_size: Annotated[
         int | None,
         option(

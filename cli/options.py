@@ -133,7 +133,12 @@ class Chain:
 
     runs: Annotated[
         int | None,
-        chain_option("--runs R", "Chains a slice and level, averaged.", default="25; with --fast the bundle's", min=1),
+        chain_option(
+            "--runs R",
+            "How many chains to average for each slice and level.",
+            default="25; with --fast the bundle's",
+            min=1,
+        ),
     ] = None
     steps: Annotated[
         int | None, chain_option("--steps N", "Steps a chain.", default="all T; with --fast the bundle's", min=1)

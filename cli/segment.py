@@ -56,7 +56,7 @@ def segment(
             "--at I,J,K",
             "Where the structure is, in a scan larger than the crops that a model was trained on: a voxel, counted from 0 "
             "along the axes of the array as stored; ROW,COLUMN of a picture; or a point in space as a viewer shows it, in mm, "
-            "such as L30,P20,S50. Without --slices its slice alone.",
+            "such as L30,P20,S50. Without --slices only its slice is segmented.",
             default="the middle of each slice",
         ),
     ] = None,
@@ -97,7 +97,7 @@ def segment(
 
     Written to OUT for each scan, on the scan's own grid:
 
-    NAME_soft.nii.gz         share of annotators who would agree, 0 to 1
+    NAME_soft.nii.gz         share of annotators who would include a voxel, 0 to 1
     NAME_levels.nii.gz       one map a level: at least 1, 2 ... C agree
     NAME_uncertainty.nii.gz  entropy in bits; standard deviation over runs
     NAME_mask.nii.gz         1 where the share is one half or more

@@ -22,6 +22,11 @@ from tests.conftest import REPOSITORY
 PAGES = sorted([REPOSITORY / "README.md", REPOSITORY / "cdiff/demo/README.md", *(REPOSITORY / "docs").glob("*.md")])
 
 
+def prose(page: str) -> str:
+    """A page's text on one line: a test that looks for words must not care where lines end."""
+    return " ".join((REPOSITORY / page).read_text(encoding="utf-8").split())
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(REPOSITORY).as_posix())
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
@@ -72,7 +77,7 @@ def test_every_setting_stands_in_the_page_of_settings_with_the_values_of_its_pre
 def test_the_command_that_lists_every_setting_does() -> None:
     from cdiff.cli.app import app
 
-    page = (REPOSITORY / "docs" / "own-data.md").read_text(encoding="utf-8")
+    page = prose("docs/own-data.md")
     (command,) = re.findall(r"`cdiff (train [^`]*nonsense=1)` lists every setting", page)
     done = CliRunner().invoke(app, command.split())
     assert done.exit_code == 2
@@ -181,13 +186,13 @@ def test_the_comparison_with_the_unet_claims_what_its_intervals_allow(tables: Mo
     assert not any(differ(one[f"dice_level_{c}"]) for one in (four, anybody) for c in (1, 2, 3))
     assert differ(vote["soft_dice_5"])
     assert differ(whole["soft_dice_5"])
-    page = (REPOSITORY / "docs" / "choices.md").read_text(encoding="utf-8")
+    page = prose("docs/choices.md")
     assert f"cdiff is {-whole['soft_dice_5']['mean']:.3f} behind on the middle slices" in page
-    assert "better on the level of all four where all four marked" in (REPOSITORY / "README.md").read_text("utf-8")
+    assert "better on the level of all four where all four marked" in prose("README.md")
 
 
 def test_the_energy_distances_that_are_compared_are_of_equally_many_masks_or_it_is_said(tables: ModuleType) -> None:
-    page = " ".join((REPOSITORY / "docs" / "choices.md").read_text(encoding="utf-8").split())
+    page = prose("docs/choices.md")
     found = tables.read("ged_by_masks", tables.RESULTS)["ged"]
     one, levels, runs, readers = (found[name] for name in ("one_mask", "levels_of_the_map", "levels_of_every_run", "annotators_majority"))  # fmt: skip
     unet = tables.read_peer("unet_testing_all_raters", "unet-soft", tables.RESULTS)["ged"]["mean"]
@@ -203,7 +208,7 @@ def test_the_energy_distances_that_are_compared_are_of_equally_many_masks_or_it_
     assert f"goes from {first['mean']:.3f} as one mask to {four['mean']:.3f} as its four levels" in page
     assert f"([{other:.3f}](benchmarks.md#peers))" in page
     assert four["low"] < other < four["high"], "next to"
-    peers = " ".join((REPOSITORY / "docs" / "benchmarks.md").read_text(encoding="utf-8").split())
+    peers = prose("docs/benchmarks.md")
     spans = [f"{one['mean']:.3f} ({one['low']:.3f} to {one['high']:.3f})" for one in (first, four)]
     assert f"has {spans[0]} as one mask and {spans[1]} as its four levels" in peers
     same = tables.read("lidc_testing_all_raters_fast", tables.RESULTS)["ged"]["mean"]
@@ -224,7 +229,7 @@ def test_how_much_of_the_largest_nodules_is_missed_is_what_was_measured(tables: 
     assert share.mean is not None
     assert share.low is not None
     assert share.high is not None
-    page = " ".join((REPOSITORY / "docs" / "choices.md").read_text(encoding="utf-8").split())
+    page = prose("docs/choices.md")
     told = f"by {100 * share.mean:.0f} % of its volume on average ({100 * share.low:.0f} to {100 * share.high:.0f} %; all together by"
     assert f"{told} {100 * (1 - drawn.sum() / true.sum()):.0f} %" in page
 
@@ -241,7 +246,7 @@ def test_what_training_slices_score_is_told_with_the_chance_in_it(tables: Module
         draws.append(sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1))
         means.append(sums.sum() / sizes.sum())
         counts.append(sizes.sum())
-    page = " ".join((REPOSITORY / "docs" / "choices.md").read_text(encoding="utf-8").split())
+    page = prose("docs/choices.md")
     assert f"soft Dice {means[0]:.3f}" in page
     assert f"against {means[1]:.3f} " in page
     assert f"on the {counts[0]} that" in page
@@ -261,7 +266,7 @@ def test_what_a_second_training_of_the_peers_tells_is_what_was_measured(
     def apart(key: str) -> list[float]:
         return sorted(abs(first[name][key]["mean"] - second[name][key]["mean"]) for name in top)
 
-    page = (REPOSITORY / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    page = prose("docs/benchmarks.md")
     dice, distance = apart("soft_dice_5"), apart("ged")
     assert f"moves a peer by {dice[0]:.3f} to {dice[-1]:.3f}" in page
     assert f"energy distance moves by {distance[-1]:.3f} at most" in page
@@ -275,7 +280,7 @@ def test_what_a_second_training_of_the_peers_tells_is_what_was_measured(
 
 
 def test_the_hours_of_the_whole_protocol_are_those_of_its_sample(tables: ModuleType) -> None:
-    page = (REPOSITORY / "docs" / "model.md").read_text(encoding="utf-8")
+    page = prose("docs/model.md")
     sample, every = (
         tables.read(name, tables.RESULTS) for name in ("lidc_testing_middle", "lidc_testing_all_raters_fast")
     )
@@ -286,7 +291,7 @@ def test_the_hours_of_the_whole_protocol_are_those_of_its_sample(tables: ModuleT
 
 
 def test_what_five_steps_scored_on_testing_is_what_was_measured(tables: ModuleType) -> None:
-    choices, model = ((REPOSITORY / "docs" / f"{page}.md").read_text(encoding="utf-8") for page in ("choices", "model"))
+    choices, model = (prose(f"docs/{page}.md") for page in ("choices", "model"))
     mean, vote, anybody = (
         tables.read(f"paired_steps_testing{which}", tables.RESULTS)["all"] for which in ("", "_vote", "_marked")
     )
@@ -300,7 +305,7 @@ def test_what_five_steps_scored_on_testing_is_what_was_measured(tables: ModuleTy
 def test_how_far_the_conventions_of_the_energy_distance_lie_apart_is_what_was_measured(tables: ModuleType) -> None:
     found = tables.read("lidc_testing_all_raters_zooms", tables.RESULTS)
     told = f"({found['ged']['mean']:.3f} and {found['ged_no_diagonal']['mean']:.3f} for the shipped model's {found['ged_samples']['model']} masks,"
-    assert told in (REPOSITORY / "docs" / "metrics.md").read_text(encoding="utf-8")
+    assert told in prose("docs/metrics.md")
 
 
 def test_the_joins_are_those_of_the_shipped_graph() -> None:
@@ -310,13 +315,13 @@ def test_the_joins_are_those_of_the_shipped_graph() -> None:
     joins = [
         node for node in graph.node if node.op_type == "Concat" and node.attribute[0].i == 1
     ]  # the others join sizes
-    assert f"The {len(joins)} joins" in (REPOSITORY / "docs" / "export.md").read_text(encoding="utf-8")
+    assert f"The {len(joins)} joins" in prose("docs/export.md")
 
 
 def test_what_mirroring_does_is_what_was_measured(tables: ModuleType) -> None:
     found = tables.read("paired_mirror", tables.RESULTS)["all"]  # a: without, b: with it
     dice, distance = found["soft_dice_5"], found["ged"]
-    page = (REPOSITORY / "docs" / "commands.md").read_text(encoding="utf-8")
+    page = prose("docs/commands.md")
     assert f"{found['n_slices']} Validation slices: {dice['b']:.3f} with it, {dice['a']:.3f} without" in page
     assert f"a little less ({distance['b']:.3f}, {distance['a']:.3f};" in page
     assert dice["low"] < 0 < dice["high"]
@@ -324,7 +329,7 @@ def test_what_mirroring_does_is_what_was_measured(tables: ModuleType) -> None:
 
 
 def test_the_page_says_what_intervals_over_patients_would_be(tables: ModuleType) -> None:
-    page = " ".join((REPOSITORY / "docs" / "model.md").read_text(encoding="utf-8").split())
+    page = prose("docs/model.md")
     pattern = re.findall(r"Drawn by patient \(`--group \"(.+?)\"`", page)[0]
     wider: dict[str, list[float]] = {"": [], "_annotators": []}
     protocols = [f"all_raters_{sizes}{rounded}" for sizes in ("fast", "zooms") for rounded in ("", "_vote")]
@@ -347,7 +352,7 @@ def test_the_page_says_what_intervals_over_patients_would_be(tables: ModuleType)
 
 
 def test_the_first_page_says_of_the_full_protocol_what_was_measured(tables: ModuleType) -> None:
-    page = " ".join((REPOSITORY / "README.md").read_text(encoding="utf-8").split())
+    page = prose("README.md")
     full, fast = (tables.read(f"lidc_testing_middle{name}", tables.RESULTS) for name in ("", "_fast"))
     means = [one["soft_dice_5"]["mean"] for one in (full, fast)]
     assert f"25 runs of 100 steps score {means[0]:.3f} and 4 runs of one step {means[1]:.3f}, both at one size" in page
@@ -368,7 +373,7 @@ def test_the_model_page_describes_the_data_as_they_are(lidc: Path) -> None:
         if case.parent.name == "Training":
             union[32:96, 32:96] = False
             outside += np.count_nonzero(union.any(axis=(0, 1)))
-    page = " ".join((REPOSITORY / "docs" / "model.md").read_text(encoding="utf-8").split())
+    page = prose("docs/model.md")
     share = np.mean(np.array(slices) <= 15)
     assert f"{min(slices)} to {max(slices)} slices ({100 * share:.0f} % of them at most 15)" in page
     small, usual, large = np.percentile(areas, [5, 50, 95])

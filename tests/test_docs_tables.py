@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from types import ModuleType
 
+from tests.test_docs import prose
+
 
 def test_a_result_reaches_the_headline_table(tables: ModuleType, tmp_path: Path) -> None:
     def score(mean: float) -> dict[str, float]:
@@ -293,7 +295,7 @@ def test_the_export_tables_have_a_row_for_every_result(tables: ModuleType, tmp_p
 
 
 def test_the_shares_of_the_profile_are_those_measured(tables: ModuleType) -> None:
-    page = (tables.ROOT / "docs" / "export.md").read_text(encoding="utf-8")
+    page = prose("docs/export.md")
     shares = tables.read("export_choices", tables.RESULTS)["speed"]["opset 20"]["profile"]
     assert f"The 10 joins are {shares['Concat']:.0%} of".replace("%", " %") in page
-    assert f"{shares['Gemm']:.1%} of the time of\na call".replace("%", " %") in page
+    assert f"{shares['Gemm']:.1%} of the time of a call".replace("%", " %") in page

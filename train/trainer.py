@@ -16,7 +16,7 @@ from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import make_folder, write_json
 from cdiff.runtime.scans.sources import is_there, must_be_text
 from cdiff.train import pace
-from cdiff.train.checkpoint import checkpoint_folder, read_config
+from cdiff.train.checkpoint import checkpoint_folder, point_at_best, read_config
 from cdiff.train.config import HOW, Config
 from cdiff.train.data import read_data
 from cdiff.train.fabric import check_same, fabric_on, find_device, joined, precision_of, together
@@ -149,6 +149,7 @@ def _train(run: Run, started: bool, max_steps: int | None, dry_run: bool, quiet:
             run.save(None)  # before the run can be resumed, which knows nothing of where its weights came from
         write_seen(run.out, run.data.seen)
         write_json(run.out / "config.json", run.config.to_json())
+        point_at_best(run.out)
     return run.loop(max_steps, console, quiet)
 
 

@@ -23,12 +23,13 @@ from cdiff.train.fabric import check_same, fabric_on, find_device, joined, preci
 from cdiff.train.held import held
 from cdiff.train.initial import read_initial
 from cdiff.train.log import say
-from cdiff.train.machine import arithmetic, as_it_starts
+from cdiff.train.machine import alone, arithmetic, as_it_starts
 from cdiff.train.run import Run, TrainResult
 from cdiff.train.seen import NAME as SEEN
 from cdiff.train.seen import check_seen, differences, learned_from, seen_before, write_seen
 
 
+@alone()
 @as_it_starts()
 def train(
     config: Config | Callable[[], Config],
@@ -54,8 +55,8 @@ def train(
     device: auto (a GPU if PyTorch sees one), cpu, cuda or cuda:N.
     quiet: notes alone, no progress; console: where they go, stderr unless given.
 
-    Raises CdiffError for unusable data, an `out` that holds another run or is being trained now, other data than a resumed run began
-    with, a device that is not there, a GPU's memory that is not enough, or a loss that is not finite.
+    Raises CdiffError for unusable data, an `out` that holds another run or is being trained now, another training in a thread of this
+    program, other data than a resumed run began with, a device that is not there, a GPU's memory that is not enough, or a loss that is not finite.
 
     Started by torchrun, each process calls this alike and they train together; only the first writes and prints. When one fails, it
     raises its error and the others FailedElsewhere.

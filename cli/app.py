@@ -19,7 +19,7 @@ import typer
 import cdiff
 from cdiff.cli import benchmark, data, doctor, evaluate, export, importing, info, segment, train
 from cdiff.cli.base import Command, Group
-from cdiff.cli.console import INTERRUPTED, USER_ERROR, fail, for_eyes
+from cdiff.cli.console import INTERRUPTED, USER_ERROR, Notes, fail, for_eyes
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.words import one_line
 
@@ -168,6 +168,7 @@ def main(name: str | None = None) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         codecs.register_error("cdiff", _as_it_is)
         sys.stdout.reconfigure(errors="cdiff")
+    logging.getLogger("cdiff").addHandler(Notes())
     # What it says of its home, where that cannot be written to, is not the user's business.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     # Nor what nibabel mends in a header; what a map hangs on is refused before that.

@@ -1,9 +1,10 @@
-"""Typer's command and group as all of ours are: `--help` is shown as the flag that it is, and of the processes that torchrun started on a
-machine with the same words one says what is wrong with them."""
+"""Typer's command and group as all of ours are: `--help` is shown as the flag that it is, an option with one value is given once, and of the
+processes that torchrun started on a machine with the same words one says what is wrong with them."""
 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from typing import Any
 
 import typer
@@ -34,7 +35,20 @@ class _OneVoice:
             raise typer.Exit(error.exit_code) from None
 
 
-class Command(_PlainHelp, _OneVoice, TyperCommand):
+class _Once:
+    """An option that takes one value is an error where it is given twice: Typer would take the last, as if `--labels 1 --labels 4` were 4."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        command: Any = self  # of the class that this is mixed into
+        _, _, given = command.make_parser(ctx).parse_args(args=list(args))
+        for option, times in Counter(given).items():
+            one = option.param_type_name == "option" and not option.multiple
+            if one and times > 1 and (not option.is_flag or option.secondary_opts):
+                ctx.fail(f"{'/'.join([*option.opts[:1], *option.secondary_opts])} is given twice; give it once.")
+        return super().parse_args(ctx, args)  # type: ignore[misc, no-any-return]
+
+
+class Command(_PlainHelp, _OneVoice, _Once, TyperCommand):
     """A command."""
 
 

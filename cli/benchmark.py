@@ -72,11 +72,12 @@ def benchmark(
         from cdiff.benchmarks.benchmark import summary
         from cdiff.export.exporter import export_run
     from cdiff.runtime.bundle import shipped_bundle
+    from cdiff.runtime.data.structures import files_of_image
     from cdiff.runtime.files import must_not_be_read, must_take, write_json
 
     if json_:
         must_take(json_)
-        must_not_be_read(json_, [scan] if scan else [])
+        must_not_be_read(json_, files_of_image(scan) if scan else [])
     sizes = options.whole_numbers("--batch", batch, "1,8,32")
     with TemporaryDirectory() as folder, Meter("benchmark", quiet) as meter:
         report = measure(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import re
 import threading
 import time
@@ -79,6 +80,13 @@ def fail(message: str) -> None:
 def warn(message: str) -> None:
     """One yellow line on stderr, printed with -q too: what a user must not miss."""
     err.print(f"[yellow]note:[/] {_line(message)}", soft_wrap=True)
+
+
+class Notes(logging.Handler):
+    """What the runtime logs that a user should know (a batch that was halved) as `warn` has it; Python would print it bare."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        warn(record.getMessage())
 
 
 def _line(message: str) -> str:

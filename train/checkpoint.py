@@ -108,7 +108,7 @@ def checkpoint_name(step: int) -> str:
 def save_checkpoint(
     run: Path, *, network: dict[str, Tensor], ema: dict[str, Tensor], optimiser: dict[str, Any], info: dict[str, Any]
 ) -> None:
-    """Write the checkpoint of info["step"] whole, then point best.json (if info["is_best"]) and last.json at it."""
+    """Write the checkpoint of info["step"] whole, then point last.json and (if info["is_best"]) best.json at it."""
     folder = run / "checkpoints" / checkpoint_name(info["step"])
     with atomic_folder(folder, replace=True) as stage:
         write_tensors(stage / MODEL, network)
@@ -116,13 +116,20 @@ def save_checkpoint(
         with _room(stage / "optimiser.pt"):
             torch.save(optimiser, stage / "optimiser.pt")
         write_json(stage / "checkpoint.json", info | {"sha256": {file: sha256(stage / file) for file in (MODEL, EMA)}})
-    # Last comes last: a run killed between the two resumes before this step, comes here again, and loses no best one.
-    for which in ("best", "last") if info["is_best"] else ("last",):
-        write_json(run / f"{which}.json", {"checkpoint": folder.name})
+    # Best comes last: it never names a step that a resumed run takes again, which on another machine may score less, and be no best one.
+    write_json(run / "last.json", {"checkpoint": folder.name})
+    point_at_best(run)
     kept = {checkpoint_folder(run, which) for which in ("last", "best")}
     for old in (run / "checkpoints").iterdir():
         if old not in kept:
             shutil.rmtree(old, ignore_errors=True)
+
+
+def point_at_best(run: Path) -> None:
+    """Point best.json at the last checkpoint where that is the best one: also after a kill before it had been."""
+    last = checkpoint_folder(run, "last")
+    if last is not None and read_json(last / "checkpoint.json").get("is_best"):
+        write_json(run / "best.json", {"checkpoint": last.name})
 
 
 def load_weights(

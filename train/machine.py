@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.host import logical_cores, processor, quota
 
 
@@ -106,6 +107,24 @@ def own_attention() -> Iterator[None]:
         yield
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+_TRAINING = threading.Lock()
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """One training at a time in a program: dropout and first weights are drawn from PyTorch's one generator on a device, which each run
+    seeds, so that of two in threads neither could be repeated. Raises CdiffError in the second."""
+    if not _TRAINING.acquire(blocking=False):
+        raise CdiffError(
+            "another training is under way in this program, and the two would draw from one random generator; wait until it ends, or train "
+            "in another process"
+        )
+    try:
+        yield
+    finally:
+        _TRAINING.release()
 
 
 @contextmanager

@@ -65,12 +65,13 @@ def parts_of(images: int, parts: int) -> list[range]:
 def check_parts(config: Config, world: int) -> None:
     """Raise CdiffError unless every part of a step has an image, among `world` processes."""
     settings = config.training
-    parts, smallest = world * settings.accumulate, min(settings.batch, settings.late_batch or settings.batch)
-    if smallest < parts:
-        raise CdiffError(
-            f"a step of {smallest} images cannot be shared by {world} processes with accumulate={settings.accumulate}; "
-            f"raise batch to {parts} or more"
-        )
+    parts = world * settings.accumulate
+    for name, images in (("batch", settings.batch), ("late_batch", settings.late_batch or settings.batch)):
+        if images < parts:
+            raise CdiffError(
+                f"a step of {images} images cannot be shared by {world} processes with accumulate={settings.accumulate}; "
+                f"raise {name} to {parts} or more"
+            )
 
 
 def draw_rows(slices: Slices, config: Config, k: int, window: int, rank: int = 0, world: int = 1) -> list[Rows]:

@@ -16,19 +16,20 @@ from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import make_folder, write_json
 from cdiff.runtime.scans.sources import is_there, must_be_text
 from cdiff.train import pace
-from cdiff.train.checkpoint import checkpoint_folder, read_config
+from cdiff.train.checkpoint import checkpoint_folder, point_at_best, read_config
 from cdiff.train.config import HOW, Config
 from cdiff.train.data import read_data
 from cdiff.train.fabric import check_same, fabric_on, find_device, joined, precision_of, together
 from cdiff.train.held import held
 from cdiff.train.initial import read_initial
 from cdiff.train.log import say
-from cdiff.train.machine import arithmetic, as_it_starts
+from cdiff.train.machine import alone, arithmetic, as_it_starts
 from cdiff.train.run import Run, TrainResult
 from cdiff.train.seen import NAME as SEEN
 from cdiff.train.seen import check_seen, differences, learned_from, seen_before, write_seen
 
 
+@alone()
 @as_it_starts()
 def train(
     config: Config | Callable[[], Config],
@@ -54,8 +55,8 @@ def train(
     device: auto (a GPU if PyTorch sees one), cpu, cuda or cuda:N.
     quiet: notes alone, no progress; console: where they go, stderr unless given.
 
-    Raises CdiffError for unusable data, an `out` that holds another run or is being trained now, other data than a resumed run began
-    with, a device that is not there, a GPU's memory that is not enough, or a loss that is not finite.
+    Raises CdiffError for unusable data, an `out` that holds another run or is being trained now, another training in a thread of this
+    program, other data than a resumed run began with, a device that is not there, a GPU's memory that is not enough, or a loss that is not finite.
 
     Started by torchrun, each process calls this alike and they train together; only the first writes and prints. When one fails, it
     raises its error and the others FailedElsewhere.
@@ -149,6 +150,7 @@ def _train(run: Run, started: bool, max_steps: int | None, dry_run: bool, quiet:
             run.save(None)  # before the run can be resumed, which knows nothing of where its weights came from
         write_seen(run.out, run.data.seen)
         write_json(run.out / "config.json", run.config.to_json())
+        point_at_best(run.out)
     return run.loop(max_steps, console, quiet)
 
 

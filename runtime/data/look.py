@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from cdiff.runtime.data.case import Case
 from cdiff.runtime.data.dicom_mask import NoImage, Opened
 from cdiff.runtime.data.masks import Mask, mask_slices, read_mask
-from cdiff.runtime.data.oddities import holds_a_picture, is_above, marks_the_background, misplaced, outside
+from cdiff.runtime.data.oddities import holds_a_picture, is_above, is_negative, marks_the_background, misplaced, outside
 from cdiff.runtime.data.turned import gains
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.scans.lie import Lie, lie_of
@@ -111,7 +111,10 @@ def _values(look: Look, masks: dict[Path, Mask]) -> None:
     for path, mask in masks.items():
         values = np.unique(mask.values)
         some = ", ".join(f"{value:g}" for value in values[:SHOWN_VALUES]) + " ..." * (len(values) > SHOWN_VALUES)
-        if labels and mask.values.dtype != np.bool_:
+        if is_negative(mask.values):
+            text = f"{some}, nothing above 0: nothing of it is inside; store what was drawn as 1"
+            odd.setdefault(("warning", text), []).append(path.name)
+        elif labels and mask.values.dtype != np.bool_:
             if is_above(mask.values, labels):
                 text = f"{some}, and none of the labels that are inside ({', '.join(map(str, labels))}): nothing of it counts"
                 odd.setdefault(("warning", text), []).append(path.name)

@@ -23,6 +23,7 @@ PLACE = "masks whose headers put them elsewhere than their image"
 OUTSIDE = "masks of which a part lies outside their image"
 KIND = "masks of another kind of file than their image"
 VALUES = "masks that hold more than 0 and one other value"
+NEGATIVE = "masks of values below 0"
 LABELS = "masks of a value above all labels that are inside"
 CONTOURS = "contours that are not all used as they are"
 BACKGROUND = "masks that mark the background"
@@ -70,7 +71,9 @@ class Oddities:
             self._add(CONTOURS, case, f"{path.name} {note}")
         if (mask.header is None) != (grid.header is None):
             self._add(KIND, case, f"{path.name} and {case.image.name} are usually stored turned against each other")
-        if not case.labels and not is_plain(mask.values):
+        if is_negative(mask.values):
+            self._add(NEGATIVE, case, f"{path.name} holds nothing above 0, so nothing of it is inside")
+        elif not case.labels and not is_plain(mask.values):
             self._add(VALUES, case, f"of {path.name} what is above half of its largest value counts as inside")
         if is_above(mask.values, case.labels):
             self._add(LABELS, case, f"{path.name} holds 0 and {mask.values.max():g}, so nothing of it is inside")
@@ -133,6 +136,11 @@ def is_plain(values: NDArray[np.generic]) -> bool:
     """Whether a mask holds nothing but 0 and one other value, so that no rule decides what is inside."""
     largest = values.max(initial=0)
     return bool(((values == 0) | (values == largest)).all())
+
+
+def is_negative(values: NDArray[np.generic]) -> bool:
+    """Whether a mask holds values below 0 and none above, as 255 in eight bits with a sign is -1: rather no mask of one who saw nothing."""
+    return bool(values.min(initial=0) < 0 and values.max(initial=0) <= 0)
 
 
 def is_above(values: NDArray[np.generic], labels: tuple[int, ...]) -> bool:

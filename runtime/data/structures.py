@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cdiff.runtime.data.case import Case, listed
 from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.scans.itk import detached
 from cdiff.runtime.scans.sources import is_there
 
 SIGN = "#"
@@ -33,9 +34,14 @@ def parted(path: Path) -> tuple[Path, str]:
 
 
 def files_read(case: Case) -> Iterator[Path]:
-    """Every file that is read of a case: those of a folder (a DICOM series) one by one, and the one that a structure lies in."""
-    for path in (parted(path)[0] for path in case.files):
-        yield from filter(Path.is_file, path.iterdir()) if path.is_dir() else [path]
+    """Every file that is read of a case: as `files_of_image` has them, and the one that a structure lies in."""
+    for path in case.files:
+        yield from files_of_image(parted(path)[0])
+
+
+def files_of_image(path: Path) -> Iterator[Path]:
+    """Every file that is read of an image: those of a folder (a DICOM series) one by one, and those with the voxels of a header."""
+    yield from filter(Path.is_file, path.iterdir()) if path.is_dir() else [path, *detached(path)]
 
 
 def number_of(name: str, path: Path, there: Structures) -> int:

@@ -20,7 +20,7 @@ from cdiff.runtime.scans.grid import NIFTI1_LONGEST
 from cdiff.runtime.scans.metaimage import MOST_AXES, check_metaimage, files_of, must_be_whole
 from cdiff.runtime.scans.nifti import check_header
 from cdiff.runtime.scans.shapes import check_kind, check_size
-from cdiff.runtime.scans.sources import any_bytes, optional
+from cdiff.runtime.scans.sources import ITK_SUFFIXES, any_bytes, optional
 from cdiff.runtime.scans.stored import must_not_hold_more, unpacked_size
 from cdiff.runtime.words import one_line
 
@@ -75,6 +75,23 @@ def itk_bytes(path: Path) -> bytes:
     return bytes(_voxels(any_bytes(path), path)[1].tobytes())
 
 
+def detached(path: Path) -> list[Path]:
+    """The files with the voxels of an image whose own file is a text that names them; none of another image, or of one that cannot be read."""
+    if path.name.lower().endswith(ITK_SUFFIXES[1::2]):
+        with contextlib.suppress(CdiffError):
+            return _files_of(any_bytes(path), path)
+    return []
+
+
+def _files_of(data: bytes, path: Path) -> list[Path]:
+    """The files that the header in `data` names for its voxels, none where they lie behind it. Raises CdiffError as `voxel_files` does."""
+    if not _is_nrrd(data):
+        return files_of(data, path)
+    fields = _nrrd_fields(data, path)
+    named = fields.get("data file", fields.get("datafile"))
+    return voxel_files(named, _nrrd_text(data, path).partition(named)[2].split("\n")[1:], path) if named else []
+
+
 def _voxels(data: bytes, path: Path) -> tuple[Any, Any]:
     """SimpleITK's image, which must outlive its array, the last axis first."""
     try:
@@ -103,7 +120,7 @@ def _must_be_harmless(data: bytes, path: Path) -> None:
     """Raise CdiffError for a header that ITK should not follow: `detached` says why, and what it has no room for ends the process."""
     if not _is_nrrd(data):
         must_be_whole(data, path)
-        must_be_own(files_of(data, path), path)
+        must_be_own(_files_of(data, path), path)
         return
     if len(os.fsencode(path)) > LONGEST:
         raise CdiffError(f"{path} has a path of more than {LONGEST} bytes; move it to one that is shorter")
@@ -119,9 +136,7 @@ def _must_be_harmless(data: bytes, path: Path) -> None:
     fields = _nrrd_fields(data, path)
     if (axes := fields.get("dimension", "")).isdecimal() and int(axes) > MOST_AXES:
         raise CdiffError(f"{path} has {int(axes)} axes where 2-D or 3-D is meant; give one volume of it")
-    if named := fields.get("data file", fields.get("datafile")):
-        below = text.partition(named)[2].split("\n")[1:]
-        must_be_own(voxel_files(named, below, path), path)
+    must_be_own(_files_of(data, path), path)
 
 
 def _is_nrrd(data: bytes) -> bool:
@@ -197,16 +212,13 @@ def _check_nrrd(data: bytes, path: Path, array: Any) -> None:
 
     The library that reads it stops before the check sum, and at the last voxel that it looks for.
     """
-    fields, text = _nrrd_fields(data, path), _nrrd_text(data, path)
+    fields = _nrrd_fields(data, path)
     skipped = [fields.get(name, fields.get(name.replace(" ", ""), "0")) for name in ("line skip", "byte skip")]
     encoding = fields.get("encoding", "").lower()
     packed = encoding in ("gz", "gzip")
     if not (packed or encoding == "raw") or skipped != ["0", "0"]:
         return
-    if named := fields.get("data file", fields.get("datafile")):
-        files = voxel_files(named, text.partition(named)[2].split("\n")[1:], path)
-    else:
-        files = []
+    files = _files_of(data, path)
     blank, held = re.search(rb"\r?\n\r?\n", data), 0
     for file in files or [path]:
         stored = any_bytes(file) if files else data[blank.end() :] if blank else b""

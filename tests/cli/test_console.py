@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from io import StringIO
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from cdiff.cli import console
+from cdiff.cli.app import main
 
 
 def test_a_result_shown_beside_a_bar_goes_to_stdout(
@@ -85,3 +87,15 @@ def test_a_terminal_does_not_obey_a_name(monkeypatch: pytest.MonkeyPatch, capsys
     console.written(name)
     assert capsys.readouterr().out == f"{seen}\n"
     assert console.visible("患者 é \U0001f600") == "患者 é \U0001f600"
+
+
+def test_what_the_runtime_warns_of_is_a_note(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As all else that a user must not miss; Python's own handler printed it without a word before it."""
+    log = logging.getLogger("cdiff")
+    monkeypatch.setattr(log, "handlers", [])
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    monkeypatch.setattr("cdiff.cli.app.app", lambda prog_name: log.warning("%s; going on with %d rows", "no [room]", 4))
+    main("cdiff")
+    assert capsys.readouterr().err == "note: no [room]; going on with 4 rows\n"

@@ -7,6 +7,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK as sitk
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -85,6 +86,34 @@ def test_a_report_that_cannot_be_written_is_told_before_the_work(
             result = CliRunner().invoke(app, [*map(str, command), "--json", str(path)])
             assert result.exit_code == 2
             assert says in result.output
+
+
+@pytest.mark.parametrize(
+    ("command", "ends"),
+    [
+        (("data", "check", "cases.csv"), "mhd"),
+        (("data", "check", "cases.csv"), "nhdr"),
+        (("evaluate", "--maps", "maps", "--data", "cases.csv"), "mhd"),
+        (("benchmark", "--scan", "scan.mhd"), "mhd"),
+    ],
+)
+def test_no_report_replaces_the_voxels_that_a_header_names(
+    command: tuple[str, ...], ends: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of which the table names the header alone."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("cdiff.benchmarks.benchmark.benchmark", None)
+    (tmp_path / "maps").mkdir()
+    for name in ("scan", "one", "two"):
+        image = sitk.GetImageFromArray(np.zeros((2, 8, 8), np.uint8))
+        sitk.WriteImage(image, str(tmp_path / f"{name}.{ends}"))
+    (tmp_path / "cases.csv").write_text(f"case,image,mask1,mask2\na,scan.{ends},one.{ends},two.{ends}\n")
+    raw = tmp_path / "scan.raw"
+    before = raw.read_bytes()
+    result = CliRunner().invoke(app, [*command, "--json", str(raw)])
+    assert f"error: {raw} is read, and would be replaced" in result.stderr
+    assert result.exit_code == 2
+    assert raw.read_bytes() == before
 
 
 @pytest.mark.parametrize("command", [("data", "check"), ("evaluate", "--maps", "maps", "--data")])

@@ -74,9 +74,11 @@ def test_segment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_evaluate(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chain = ("--runs", 3, "--steps", 2, "--sampler", "ddim", "--fast", "--levels", "vote", "--mirror", "--seed", 5)
-    which = ("--split", "train", "--limit", 1, "--group", "c.", "--all-slices", "--slices-per-case", 2)
+    which = ("--split", "train", "--group", "c.", "--all-slices", "--slices-per-case", 2)
     command = ("evaluate", "--data", data, "--model", make_bundle(tmp_path / "tiny"), *chain, *which, "--raters", "use")
-    (_, cases, protocol), named = given_to("cdiff.runtime.scoring.evaluate.score_cases", monkeypatch, *command)
+    (_, cases, protocol), named = given_to(
+        "cdiff.runtime.scoring.evaluate.score_cases", monkeypatch, *command, "--limit", 1
+    )
     assert [case.name for case in cases] == ["case01"]
     assert protocol == Protocol(
         runs=3, steps=2, sampler="ddim", fast=True, combine="vote", mirror=True, seed=5, all_slices=True,

@@ -10,6 +10,7 @@ import typer
 from typer.testing import CliRunner
 
 from cdiff.cli import options
+from cdiff.cli.app import app
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.sampling.zoom import parse_zooms
 
@@ -31,10 +32,10 @@ def test_the_options_stand_where_the_block_stood() -> None:
 
 
 def test_what_was_given_reaches_the_command() -> None:
-    app = typer.Typer()
-    app.command()(command)
+    only = typer.Typer()
+    only.command()(command)
     given = "s.nii --device cuda:1 --sampler dpm++2m --levels vote --no-mirror --zooms 1,1.25 --seed 3 -q"
-    result = CliRunner().invoke(app, given)
+    result = CliRunner().invoke(only, given)
     assert result.exit_code == 0, result.output
     scan, model, chain, quiet = seen
     assert (scan, quiet) == (Path("s.nii"), True)
@@ -49,14 +50,37 @@ def test_what_was_given_reaches_the_command() -> None:
 
 
 def test_what_was_not_given_is_the_commands_default() -> None:
-    app = typer.Typer()
-    app.command()(command)
-    assert CliRunner().invoke(app, ["s.nii"]).exit_code == 0
+    only = typer.Typer()
+    only.command()(command)
+    assert CliRunner().invoke(only, ["s.nii"]).exit_code == 0
     assert seen == [Path("s.nii"), options.Model(), options.Chain(), False]
     assert options.Chain().arguments() == {
         **dict.fromkeys(("runs", "steps", "sampler", "mirror", "zooms")),
         **{"fast": False, "combine": "mean", "seed": 0},
     }
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ("segment a.nii -o a --output b", "--output"),
+        ("segment a.nii --runs 4 --fast --runs=8", "--runs"),
+        ("segment a.nii --mirror --no-mirror", "--mirror/--no-mirror"),
+        ("data check folder --labels 1 --labels 4", "--labels"),
+    ],
+)
+def test_an_option_of_one_value_is_given_once(given: str, name: str) -> None:
+    """The last counted, and nothing was said of the first."""
+    result = CliRunner().invoke(app, given.split())
+    assert result.exit_code == 2
+    assert f"{name} is given twice; give it once" in result.stderr
+
+
+def test_options_that_take_several_values_and_switches_may_be_repeated(tmp_path: Path) -> None:
+    for given in (f"train --data {tmp_path} --out b --set seed=1 --set lr=1 --dry-run", f"data check -q -q {tmp_path}"):
+        result = CliRunner().invoke(app, given.split())
+        assert str(tmp_path) in result.stderr
+        assert "twice" not in result.stderr
 
 
 def test_labels_are_whole_numbers_from_one_on() -> None:

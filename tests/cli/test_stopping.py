@@ -19,7 +19,8 @@ from cdiff.runtime.files import PART
 from cdiff.train.interrupt import Interrupt
 
 SCAN = Path(cdiff.__file__).parent / "demo" / "image.nii.gz"
-SEGMENT = [sys.executable, "-m", "cdiff.cli", "segment", SCAN, "--fast", "--runs", "1", "--slices", "3:4"]
+LONG = [sys.executable, "-m", "cdiff.cli", "segment", SCAN, "--fast", "--slices", "3:4", "--runs", "400"]
+SEGMENT = [*LONG[:-1], "1"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -111,8 +112,8 @@ def test_words_that_nobody_takes_do_not_end_the_work(tmp_path: Path, ended: str)
             fcntl.ioctl(words, termios.TIOCSCTTY, 0)
 
     out = words if ended.startswith("terminal") else subprocess.DEVNULL
-    much = ["--runs", "400"] if ended == "terminal closed" else []  # or it may be done before the signal comes
-    with subprocess.Popen([*SEGMENT, *much, "-o", tmp_path], stdout=out, stderr=words, preexec_fn=on_it) as process:
+    segment = LONG if ended == "terminal closed" else SEGMENT  # or it may be done before the signal comes
+    with subprocess.Popen([*segment, "-o", tmp_path], stdout=out, stderr=words, preexec_fn=on_it) as process:
         os.close(words)
         if ended == "terminal closed":
             said = b""

@@ -360,7 +360,7 @@ def test_a_network_that_saw_some_timesteps_alone_is_refused_unless_its_user_says
     args = recorded("consensus").args | {"timestep_respacing": "50"}
     with pytest.raises(CdiffError, match="timestep_respacing=50 cannot be imported"):
         Options.read("consensus", args, [])
-    for every in ("", "100", "ddim100", "34,33,33"):  # of 100 these are all
+    for every in ("", "100", "ddim100", "34, 33,33"):  # of 100 these are all
         assert Options.read("consensus", args, [f"timestep_respacing={every}"])["diffusion_steps"] == 100
     for some in ("ddim50", "34,33,32", "33,33,34", "ddim50,50", "ddim", "all", "99", "0"):
         with pytest.raises(CdiffError, match=f"timestep_respacing={some} cannot be imported"):

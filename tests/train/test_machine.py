@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
+from cdiff.runtime.errors import CdiffError
 from cdiff.train.checkpoint import load_run
+from cdiff.train.config import Config
 from cdiff.train.machine import arithmetic, as_it_starts
 from cdiff.train.presets import preset
 from cdiff.train.trainer import train
@@ -95,6 +98,23 @@ def test_threads_are_set_for_a_run_and_given_back(
     finally:
         torch.set_num_threads(before)
     assert load_run(tmp_path / "run").info["machine"]["threads"] == takes
+
+
+def test_of_two_trainings_in_threads_the_second_is_refused(tiny_data: Path, tmp_path: Path) -> None:
+    """Both seeded and drew from one generator: neither run had the weights that it has alone."""
+
+    def second() -> Config:
+        with ThreadPoolExecutor() as pool:
+            both = pool.submit(train, preset("tiny"), tiny_data, tmp_path / "second", max_steps=1, quiet=True)
+        with pytest.raises(
+            CdiffError, match=r"^another training is under way in this program, .* train in another process$"
+        ):
+            both.result()
+        return preset("tiny")
+
+    train(second, tiny_data, tmp_path / "first", max_steps=1, quiet=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"first"}
+    assert train(preset("tiny"), tiny_data, tmp_path / "third", max_steps=1, quiet=True).step == 1
 
 
 def test_the_default_type_that_one_thread_gives_back_another_still_computes_with() -> None:

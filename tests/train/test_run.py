@@ -82,6 +82,30 @@ def test_a_kill_before_either_pointer_loses_no_best_checkpoint(
     assert load_run(run).info["val_soft_dice_5"] == result.best
 
 
+@pytest.mark.parametrize("pointer", ["best", "last"])
+@pytest.mark.parametrize("again", [0.3, 0.5, 0.7])
+def test_a_kill_between_the_pointers_keeps_the_best_where_the_step_scores_otherwise_when_taken_again(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pointer: str, again: float
+) -> None:
+    """As it may on another machine."""
+    run, config, scores = tmp_path / "run", preset("tiny").with_values({"steps": 2, "val_every": 1}), [0.4, 0.5]
+
+    def killed(path: Path, value: dict[str, str]) -> None:
+        if path.name == f"{pointer}.json" and value["checkpoint"] == "step-0000002":
+            raise KeyboardInterrupt
+        write_json(path, value)
+
+    monkeypatch.setattr(Run, "validate", lambda self, window: scores.pop(0))
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_json", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, tiny_data, run, quiet=True)
+    assert load_run(run).info["val_soft_dice_5"] == 0.4, "what was the best until then"
+    scores.append(again)
+    result = train(config, tiny_data, run, resume=True, quiet=True)
+    assert load_run(run).info["val_soft_dice_5"] == result.best == (0.5 if pointer == "best" else max(0.4, again))
+
+
 def test_a_run_says_whether_it_is_at_its_end(tiny_data: Path, tmp_path: Path) -> None:
     config = preset("tiny").with_values({"steps": 2, "val_every": 2})
     assert not train(config, tiny_data, tmp_path / "run", max_steps=1, quiet=True).finished

@@ -196,15 +196,10 @@ class Options:
     def all_timesteps(self) -> bool:
         """Whether timestep_respacing keeps every timestep: it is empty, or their number, alone, after `ddim`, or shared out among equal sections
         (which no section can hold more of than it has)."""
-        kept = self["timestep_respacing"]
-        try:
-            counts = [int(part) for part in kept.removeprefix("ddim").split(",")] if kept else [self["diffusion_steps"]]
-        except ValueError:
-            return False
-        whole, more = divmod(self["diffusion_steps"], len(counts))
-        if kept.startswith("ddim"):  # a stride, of one section alone
-            return counts == [whole]
-        return counts == [whole + (place < more) for place in range(len(counts))]
+        T, kept = self["diffusion_steps"], self["timestep_respacing"].replace(" ", "")
+        sections = kept.count(",") + 1
+        whole, more = divmod(T, sections)
+        return kept in ("", f"ddim{T}", ",".join(str(whole + (place < more)) for place in range(sections)))
 
     @property
     def variant(self) -> str:

@@ -110,6 +110,23 @@ def test_a_mask_of_0_and_255_among_label_maps_is_told(data: Path) -> None:
     assert "task01_seg01.nii.gz holds 0, 255, and none of the labels that are inside (1, 4)" in warned[0]["text"]
 
 
+@pytest.mark.parametrize("labels", [(), (1,)])
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_a_mask_of_negative_values_is_told(data: Path, everywhere: bool, labels: tuple[int, ...]) -> None:
+    """As 255 is read that was stored in eight bits with a sign: it counted as the mask of one who saw nothing."""
+    mask = np.full((32, 32, 1), -1) if everywhere else -disc((32, 32, 1)).astype(np.int8)
+    save(data / "Training/case02/task01_seg01.nii.gz", mask.astype(np.int8), (0.5, 0.6, 3.0))
+    (note,) = training_notes(data, f"labels={list(labels)}")
+    assert (
+        "values below 0, in 1 case (case02): case02: task01_seg01.nii.gz holds nothing above 0, so nothing of it is"
+        in note
+    )
+    warned = [f for f in check_data(data, labels=labels).report["findings"] if f["kind"] == "values"]
+    assert [(f["severity"], f["case"]) for f in warned if f["severity"] == "warning"] == [("warning", "case02")]
+    held = "-1" if everywhere else "-1, 0"
+    assert f"task01_seg01.nii.gz holds {held}, nothing above 0: nothing of it is inside" in warned[0]["text"]
+
+
 @pytest.mark.parametrize("everything", [False, True])
 def test_black_drawn_on_white_and_masks_of_everything_are_told_to_training(data: Path, everything: bool) -> None:
     mask = np.ones((32, 32, 1), bool) if everything else ~disc((32, 32, 1))

@@ -22,11 +22,11 @@ from cdiff.benchmarks.script import parser_of, script
 from cdiff.runtime.data.cases import Case, find_cases, read_masks
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import sha256, write_json
-from cdiff.runtime.results import Stack
 from cdiff.runtime.scans.scan import read_scan
 from cdiff.runtime.scoring.choice import choose_split
 from cdiff.runtime.scoring.evaluate import Protocol
 from cdiff.runtime.scoring.metrics import at_least, bootstrap_over_cases, ged
+from cdiff.runtime.stack import Stack
 from cdiff.runtime.variants import NO_ANNOTATOR
 
 Masks = NDArray[np.bool_]

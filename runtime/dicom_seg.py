@@ -70,11 +70,14 @@ def write_dicom_seg(result: Result, path: Path) -> None:
             f"{result.name}: other DICOM images lie where those were that it was read from, and a segmentation would name their patient; "
             "segment it again"
         )
-    marked = (np.nan_to_num(result.levels) >= 0.5).astype(np.uint8)
-    planes = _planes_of(
-        marked.reshape(*(*result.grid.spatial, 1)[:3], marked.shape[-1]), result.grid, images, result.name
-    )
-    _segmentation(images, np.stack(planes), result.report, result.name).save_as(path)
+    _segmentation(images, _marked(result, images), result.report, result.name).save_as(path)
+
+
+def _marked(result: Result, images: list[Any]) -> Any:
+    """[frames, rows, columns, C] uint8: where the levels are one half and more, in a frame of each image."""
+    marked = result.on_grid("levels", lambda levels: (levels >= 0.5).astype(np.uint8))
+    on_planes = marked.reshape(*(*result.grid.spatial, 1)[:3], marked.shape[-1])
+    return np.stack(_planes_of(on_planes, result.grid, images, result.name))
 
 
 def _headers(files: Sequence[Path]) -> list[Any]:

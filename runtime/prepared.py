@@ -14,13 +14,14 @@ from cdiff.runtime.data.case import must_be_in_order
 from cdiff.runtime.data.oddities import better_axis
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.manifest import Manifest
-from cdiff.runtime.results import Float32, Stack
 from cdiff.runtime.sampling.framing import Box, Windows, box_around
 from cdiff.runtime.scans.grid import Grid
+from cdiff.runtime.scans.intensity import Normalised
 from cdiff.runtime.scans.lie import Lie, directions, lie_of, otherwise
 from cdiff.runtime.scans.place import At, Place, find_place, must_take_a_place
 from cdiff.runtime.scans.scale import out_of_scale, pixel_mm
 from cdiff.runtime.scans.scan import Scan, ScanInput, parse_slices, read_scan
+from cdiff.runtime.stack import Float32, Stack
 from cdiff.runtime.words import by
 
 Slices = str | slice | tuple[int, int] | range | None
@@ -168,7 +169,7 @@ def about_place(prepared: Prepared, manifest: Manifest, stack: Stack) -> list[st
     if place is None:
         return []
     at = place.number - prepared.chosen.start
-    soft = Stack(stack.maps[at : at + 1], stack.run_std[at : at + 1]).soft[0]
+    soft = stack[at : at + 1].soft[0]
     return [*_missed(place, manifest, soft), *_beside(place, prepared.scan.grid, soft)]
 
 
@@ -268,11 +269,16 @@ def _chosen(slices: Slices, count: int, place: Place | None) -> range:
     return chosen
 
 
-def _normalised(slices: Float32, manifest: Manifest, chosen: range, field: Box | None) -> Float32:
+def _normalised(slices: Float32, manifest: Manifest, chosen: range, field: Box | None) -> Normalised:
     """The chosen slices [S,ch,h,w] in the model's intensities; where the scope is the volume, the percentiles are those of all.
 
     field: the part of each slice that percentiles are taken over; all of it unless given.
     """
-    part = slices[chosen.start : chosen.stop]
-    over = slices if manifest.normalisation.scope == "volume" else part
-    return manifest.normalisation.apply(part, over if field is None else over[..., *field])
+    intensity, part = manifest.normalisation, slice(chosen.start, chosen.stop)
+    over = slices if field is None else slices[..., *field]
+    limits = intensity.limits(over) if intensity.scope == "volume" else None
+    found = Normalised(intensity, slices[part], over[part], limits)
+    if intensity.mean:  # of what such numbers make infinite, the user is told before the work
+        for index in range(len(found)):
+            found[index]
+    return found

@@ -12,9 +12,9 @@ import numpy as np
 
 from cdiff import __version__
 from cdiff.runtime.expected import expected_counts, expected_dice
+from cdiff.runtime.stack import Lazily, Stack
 
 if TYPE_CHECKING:
-    from cdiff.runtime.results import Float32, Stack
     from cdiff.runtime.scans.grid import Grid
     from cdiff.runtime.scans.scan import Scan
     from cdiff.runtime.variants import Variant
@@ -24,8 +24,8 @@ DOUBTFUL = 0.5
 """Below this expected Dice a scan's mask is told to be doubtful: half of it, or of what it should cover, may well be wrong."""
 
 
-def volumes(stack: Stack, soft: Float32, grid: Grid) -> dict[str, Any]:
-    """Volumes of the slices that were computed, whose soft map is `soft` [n,h,w], in voxels, and in ml where the header has a spacing in three axes.
+def volumes(stack: Stack, grid: Grid) -> dict[str, Any]:
+    """Volumes of the slices that were computed, in voxels, and in ml where the header has a spacing in three axes.
 
     levels: of each level, where its map is at least one half; annotators: the same of each annotator's map, for a model that draws
     them. mask: where the soft map is at least one half. expected: the sum of the soft map, which is the mean over the maps of the
@@ -33,29 +33,31 @@ def volumes(stack: Stack, soft: Float32, grid: Grid) -> dict[str, Any]:
     along every axis, so that only voxels can be trusted.
     """
     unit, size = _voxel(grid)
+    soft = Lazily(stack.inside, "soft")
 
     def measure(voxels: float) -> dict[str, float]:
         return {"voxels": round(voxels, 2), **({unit: round(voxels * size, 6)} if size is not None else {})}
 
-    def each(name: str, maps: Float32) -> list[dict[str, Any]]:
+    def each(name: str, attribute: str) -> list[dict[str, Any]]:
+        maps = Lazily(stack.inside, attribute)
         inside = sum((np.count_nonzero(one >= 0.5, axis=(1, 2)) for one in maps), np.zeros(maps.shape[1], np.int64))
         return [{name: k, **measure(float(count))} for k, count in enumerate(inside, start=1)]
 
     return {
-        "levels": each("level", stack.levels),
-        **({"annotators": each("annotator", stack.maps)} if stack.variant.told == "annotator" else {}),
-        "mask": measure(float(np.count_nonzero(soft >= 0.5))),
-        "expected": measure(float(soft.sum(dtype=np.float64))),
+        "levels": each("level", "levels"),
+        **({"annotators": each("annotator", "maps")} if stack.variant.told == "annotator" else {}),
+        "mask": measure(float(sum(np.count_nonzero(one >= 0.5) for one in soft))),
+        "expected": measure(float(sum(one.sum(dtype=np.float64) for one in soft))),
         **({"unreliable": f"{unit}: the header's spacing may be a placeholder"} if grid.is_placeholder else {}),
     }
 
 
-def expectation(soft: Float32, chosen: range) -> dict[str, Any]:
-    """The Dice that the soft map [n,h,w] itself expects of its mask with an annotator's (`runtime.expected`); None where the mask is empty.
+def expectation(stack: Stack, chosen: range) -> dict[str, Any]:
+    """The Dice that the soft map of `stack` itself expects of its mask with an annotator's (`runtime.expected`); None where the mask is empty.
 
     mask: of all slices that were computed together, as one mask; slices: of each, by its number.
     """
-    counts = np.stack([expected_counts(one, one >= 0.5) for one in soft])
+    counts = np.stack([expected_counts(one, one >= 0.5) for one in Lazily(stack.inside, "soft")])
 
     def number(value: Any) -> float | None:
         return None if np.isnan(value) else round(float(value), 4)

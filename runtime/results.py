@@ -1,10 +1,11 @@
-"""What a scan's segmentation gives: soft map, one map a level, uncertainty, majority mask, report; and its files."""
+"""What a scan's segmentation gives on the scan's own grid: soft map, one map a level, uncertainty, majority mask, report; and its files."""
 
 from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,83 +18,12 @@ from cdiff.runtime.map_file import write_map
 from cdiff.runtime.outputs import cut_short, listed_outputs
 from cdiff.runtime.sampling.framing import Box
 from cdiff.runtime.scans.grid import Grid
-from cdiff.runtime.variants import CONSENSUS, Variant
+from cdiff.runtime.stack import Float32, Lazily, Stack
+from cdiff.runtime.variants import Variant
 from cdiff.runtime.words import by, several
 
-Float32 = NDArray[np.float32]
-
-
-def entropy(soft: Float32) -> Float32:
-    """Entropy in bits of a pixel's yes or no, H(p) = -p log2 p - (1-p) log2 (1-p); 0 where all agree, 1 at p = 1/2."""
-    found, unsure = np.zeros(soft.shape, np.float32), (soft != 0) & (soft != 1)  # of most maps few pixels are
-    p = soft[unsure].astype(np.float64)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        terms = [np.where(q > 0, -q * np.log2(q), 0.0) for q in (p, 1 - p)]
-    found[unsure] = np.where(np.isnan(p), np.nan, terms[0] + terms[1])
-    return found
-
-
-@dataclass(frozen=True, eq=False)
-class Stack:
-    """The maps of the slices that were computed, n of them, in-plane axes as stored.
-
-    maps [n,K,h,w] float32: what the network drew, mean over runs; K and what they are is the variant's. run_std [n,h,w] float32:
-    standard deviation over runs of a run's soft map. runs [n,K,R,h,w] uint8 (255 = 1), when they were kept. annotators is C, K
-    unless given.
-    """
-
-    maps: Float32
-    run_std: Float32
-    runs: NDArray[np.uint8] | None = None
-    variant: Variant = CONSENSUS
-    annotators: int | None = None
-
-    @property
-    def soft(self) -> Float32:
-        """[n,h,w]: the mean over the maps, a fraction of annotators (from levels: the sum of P(at least c) over c, divided by C)."""
-        found = np.empty((len(self.maps), *self.maps.shape[2:]), np.float32)
-        # Slice by slice, or a long scan would lie in memory in float64.
-        for one, maps in zip(found, self.maps, strict=True):
-            one[...] = maps.mean(axis=0, dtype=np.float64)
-        return found
-
-    @property
-    def levels(self) -> Float32:
-        """[n,C,h,w]: at index c-1 the map of "at least c annotators", as the variant has it."""
-        return self.variant.to_levels(self.maps, self.annotators or self.maps.shape[1])
-
-    @property
-    def spread(self) -> Float32:
-        """[n,h,w]: how much the runs differ: their standard deviation, or their variance where the variant's paper has that."""
-        return self.run_std**2 if self.variant.spread == "variance" else self.run_std
-
-    @property
-    def uncertainty(self) -> Float32:
-        """[n,2,h,w]: entropy of the soft map in bits, and `spread`."""
-        found = np.empty((len(self.maps), 2, *self.maps.shape[2:]), np.float32)
-        for one, soft, spread in zip(found, self.soft, self.spread, strict=True):
-            one[0], one[1] = entropy(soft), spread
-        return found
-
-    @property
-    def mask(self) -> NDArray[np.uint8]:
-        """[n,h,w]: 1 where the soft map is at least one half."""
-        return (self.soft >= 0.5).astype(np.uint8)
-
-
-class _Lazily:
-    """A map of a stack as an array whose slices are computed when they are asked for: all of them would be as large as the scan."""
-
-    def __init__(self, stack: Stack, attribute: str) -> None:
-        self._stack, self._attribute = stack, attribute
-        one = self[:1]
-        self.shape: tuple[int, ...] = (len(stack.maps), *one.shape[1:])
-        self.dtype: np.dtype[Any] = one.dtype
-
-    def __getitem__(self, part: slice, /) -> NDArray[Any]:
-        stack = replace(self._stack, maps=self._stack.maps[part], run_std=self._stack.run_std[part], runs=None)
-        found: NDArray[Any] = getattr(stack, self._attribute)
-        return found
+TOGETHER = 16
+"""Slices that are put on a scan's grid at a time, where those next to one another lie within one line of the processor's cache."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,40 +47,48 @@ class Result:
 
     def __repr__(self) -> str:
         """One line, as a notebook shows it: the arrays would fill pages."""
-        levels = self.stack.annotators or self.stack.maps.shape[1]
+        levels = self.stack.annotators or self.stack.held_maps.shape[1]
         numbers = f"slices {self.slices.start} to {self.slices.stop - 1}"
         return f"<Result {self.name}: {by(self.grid.shape)}, {numbers}, {several(levels, 'level')}>"
 
     @property
     def soft(self) -> Float32:
         """Fraction of annotators who would include the voxel, float32, shape of the input."""
-        return self._on_grid(self.stack.soft[:, None]).reshape(self.grid.shape)
+        return self.on_grid("soft").reshape(self.grid.shape)
 
     @property
     def levels(self) -> Float32:
         """[*spatial, C] float32: at index c-1 the map of "at least c annotators"."""
-        return self._on_grid(self.stack.levels)
+        return self.on_grid("levels")
 
     @property
     def maps(self) -> Float32:
         """[*spatial, K] float32: the network's own maps, one a level, one an annotator, or one."""
-        return self._on_grid(self.stack.maps)
+        return self.on_grid("maps")
 
     @property
     def uncertainty(self) -> Float32:
         """[*spatial, 2] float32: entropy of the soft map in bits; its standard deviation, or variance, over runs."""
-        return self._on_grid(self.stack.uncertainty)
+        return self.on_grid("uncertainty")
 
     @property
     def mask(self) -> NDArray[np.uint8]:
         """1 where the soft map is at least one half, uint8, shape of the input."""
-        return (self.soft >= 0.5).astype(np.uint8)
+        return self.on_grid("mask").reshape(self.grid.shape)
 
-    def _on_grid(self, maps: Float32) -> Float32:
-        """[n,K,h,w] of the chosen slices -> [*spatial,K], NaN in the others."""
-        whole = np.full((len(self.image), *maps.shape[1:]), np.nan, np.float32)
-        whole[self.slices.start : self.slices.stop] = maps
-        return self.grid.restore(whole)
+    def on_grid(self, attribute: str, make: Callable[[NDArray[Any]], NDArray[Any]] = np.asarray) -> NDArray[Any]:
+        """A map of `stack` as [*spatial,K], or what `make` makes of its slices, [m,K,h,w]: in the slices that were not chosen NaN, or 0 in whole
+        numbers."""
+        maps = Lazily(self.stack, attribute)
+        one = make(maps[:1])
+        K = 1 if one.ndim == 3 else one.shape[1]
+        whole = np.full((*self.grid.spatial, K), np.nan if one.dtype.kind == "f" else 0, one.dtype)
+        into = self.grid.planes(whole)
+        for i in range(0, len(maps), TOGETHER):
+            part = make(maps[i : i + TOGETHER])
+            first = self.slices.start + i
+            into[first : first + len(part)] = part.reshape(len(part), K, *part.shape[-2:])
+        return whole
 
     def save(
         self,
@@ -179,7 +117,7 @@ class Result:
         with staged(Path(folder)) as stage:
             parts = {f"{name}_{kind}.nii.gz": stage(f"{name}_{kind}.nii.gz") for kind in kinds}
             for part, (attribute, intent) in zip(parts.values(), kinds.values(), strict=True):
-                write_map(part, self.grid, self.slices, _Lazily(self.stack, attribute), intent)
+                write_map(part, self.grid, self.slices, Lazily(self.stack, attribute), intent)
             if preview:
                 from cdiff.runtime.pictures.preview import write_preview
 

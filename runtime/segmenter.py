@@ -25,7 +25,7 @@ from cdiff.runtime.manifest import ONE_ZOOM, Manifest
 from cdiff.runtime.overlap import Outcome, overlapped
 from cdiff.runtime.prepared import Clock, Prepared, Slices, about_place, notes, prepare, whole
 from cdiff.runtime.report import about_expected, build_report, describe_input, expectation, meaning, volumes
-from cdiff.runtime.results import Result, Stack
+from cdiff.runtime.results import Result
 from cdiff.runtime.sampling.batching import Progress, Timings, most_rows_of, rows_per_batch
 from cdiff.runtime.sampling.framing import Windows
 from cdiff.runtime.sampling.sampler import SamplerTable, sampler_table
@@ -34,6 +34,7 @@ from cdiff.runtime.sampling.zoom import check_zooms, numbered, shared_out, toget
 from cdiff.runtime.scans.place import At
 from cdiff.runtime.scans.scan import Scan, ScanInput
 from cdiff.runtime.sharing import segment_shared
+from cdiff.runtime.stack import Stack
 from cdiff.runtime.variants import Variant
 
 LOG = logging.getLogger("cdiff")
@@ -202,14 +203,12 @@ class Segmenter:
         finished = together(found, [number for _, number in shares], [view.covered for view in seen])
         if manifest.outside == 0:
             finished = Gathered.of((one.for_masks_from_zero() for one in finished), len(chosen))
-        finished = finished.on_grid()
         maps = finished.means
         if combine == "vote":
             maps = (maps >= 0.5).astype(np.float32)
-        stack = Stack(maps, finished.spread, finished.kept, variant, manifest.levels)
+        stack = Stack(maps, finished.spread, finished.kept, variant, manifest.levels, finished.box, finished.shape)
         clock.lap("segment")
-        soft = stack.soft
-        expected = expectation(soft, chosen)
+        expected = expectation(stack, chosen)
         report = build_report(
             {
                 **self._model_report(),
@@ -228,7 +227,7 @@ class Segmenter:
                     **clock.laps,
                     **{key: round(value, 3) for key, value in asdict(spent).items()},
                 },
-                "volumes": volumes(stack, soft, read.grid),
+                "volumes": volumes(stack, read.grid),
                 "expected_dice": expected,
                 "warnings": [
                     *notes(scan, manifest),

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.prepared import Prepared
-from cdiff.runtime.results import entropy
 from cdiff.runtime.segmenter import Segmenter
+from cdiff.runtime.stack import entropy
 from cdiff.runtime.words import one_line
 
 BUNDLE = "bundle"

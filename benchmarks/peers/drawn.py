@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from cdiff.runtime.results import Stack
 from cdiff.runtime.scans.grid import Grid
+from cdiff.runtime.stack import Stack
 
 
 @dataclass(frozen=True)

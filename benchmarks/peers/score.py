@@ -24,7 +24,6 @@ from cdiff.runtime.data.cases import Case, find_cases, read_masks
 from cdiff.runtime.engines.registry import open_engine
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import sha256, write_json
-from cdiff.runtime.results import Stack
 from cdiff.runtime.scans.scan import read_scan
 from cdiff.runtime.scoring.choice import choose_split
 from cdiff.runtime.scoring.evaluate import FORMAT, Protocol, case_sha256, evaluate
@@ -32,6 +31,7 @@ from cdiff.runtime.scoring.journal import Journal, fingerprint, sealed
 from cdiff.runtime.scoring.scores import CaseTally
 from cdiff.runtime.scoring.summary import ROW_KEYS, Row, summarise
 from cdiff.runtime.segmenter import Segmenter
+from cdiff.runtime.stack import Stack
 from cdiff.runtime.variants import VARIANTS, Variant
 from cdiff.train.checkpoint import load_weights, read_json, read_tensors
 from cdiff.train.machine import describe_machine

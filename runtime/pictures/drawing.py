@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -217,14 +218,14 @@ def frame_box(axes: Axes, box: Box) -> None:
     axes.add_patch(Rectangle(corner, *size, fill=False, edgecolor=INK, lw=1.0, alpha=0.85))
 
 
-def close_up(soft: Float32, view: View, least: float = 0.28, within: Box | None = None) -> Box:
-    """The part of a picture [..., rows, columns] around what any map holds above 0.2; all of it where that is most of it.
+def close_up(soft: Iterable[Float32], view: View, least: float = 0.28, within: Box | None = None) -> Box:
+    """The part of a picture around what any of the maps [rows, columns] holds above 0.2; all of it where that is most of it.
 
     Square in millimetres where the picture allows, with MARGIN of the object's size on each side. least: the
     smallest side, as a share of the picture's longer one. within: where a model saw a part alone, that part stands for the
     picture in both: where no map holds anything, and for `least`.
     """
-    inside = np.nan_to_num(soft.reshape(-1, *soft.shape[-2:])).max(axis=0) >= 0.2
+    inside = reduce(np.logical_or, (np.nan_to_num(one) >= 0.2 for one in soft))
     shape = inside.shape
     whole = (slice(0, shape[0]), slice(0, shape[1]))
     seen = within or whole

@@ -13,12 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cdiff.runtime.pictures import drawing
-from cdiff.runtime.pictures.preview import SEEN, close_up_of, displayable, fullest, how
+from cdiff.runtime.pictures.preview import SEEN, Turned, agreement, close_up_of, displayable, how
 from cdiff.runtime.report import NOTICE
 from cdiff.runtime.words import three_digits
 
 if TYPE_CHECKING:
-    from cdiff.runtime.results import Float32, Result
+    from cdiff.runtime.results import Result
+    from cdiff.runtime.stack import Float32
     from cdiff.runtime.variants import Variant
 
 MOST = 120
@@ -40,14 +41,14 @@ def write_page(result: Result, path: Path, name: str) -> None:
 def _contents(result: Result, name: str) -> dict[str, Any]:
     """All that the page's script reads."""
     view, stack, grid, variant = result.grid.view, result.stack, result.grid, result.stack.variant
-    soft, spread = view(stack.soft), view(stack.spread)
-    outlines = view(getattr(stack, variant.outlines))
-    kept, some = _kept(soft)
+    soft, spread, outlines = (Turned(stack, attribute, view) for attribute in ("soft", "spread", variant.outlines))
+    held = agreement(soft)
+    kept, some = _kept(held.most)
     pictures = [displayable(result, result.slices[i]) for i in kept]
     box = close_up_of(result, soft)
     window = drawing.window_of(np.stack([picture[box] for picture in pictures]))
-    rows, columns = soft.shape[1:]
-    best = int(np.argmin(abs(kept - fullest(soft))))
+    rows, columns = pictures[0].shape[:2]
+    best = int(np.argmin(abs(kept - held.fullest)))
     top = 0.25 if variant.spread == "variance" else 0.5  # the largest that values between 0 and 1 can have
     slices = [
         _packed([*np.atleast_3d(drawing.grey(picture, window)).transpose(2, 0, 1), soft[i], spread[i], *outlines[i]])
@@ -73,11 +74,11 @@ def _contents(result: Result, name: str) -> dict[str, Any]:
         "numbers": [int(result.slices[i]) for i in kept],
         "some": some,
         "expected": _expected(result, kept),
-        "areas": np.count_nonzero(outlines >= 0.5, axis=(2, 3)).tolist(),
+        "areas": [np.count_nonzero(one >= 0.5, axis=(1, 2)).tolist() for one in outlines],
         "slices": slices,
         "channels": 3 if pictures[0].ndim == 3 else 1,
         "palettes": {"soft": _palette(drawing.SOFT_MAP), "entropy": _palette(drawing.entropy_shades())},
-        "spread_top": top if np.any(spread > 0) else 0,
+        "spread_top": top if any(np.any(one > 0) for one in spread) else 0,
         "names": {"soft": "soft map" if variant.of_annotators else "mean", "spread": f"{variant.spread} over runs"},
         "labels": {
             "soft": drawing.SOFT_LABEL if variant.of_annotators else drawing.RUNS_LABEL,
@@ -92,7 +93,7 @@ def _contents(result: Result, name: str) -> dict[str, Any]:
                 "colour": _rgb(colour),
             }
             for c, colour in enumerate(
-                drawing.outline_colours(outlines.shape[1], readers=variant.told == "annotator"), start=1
+                drawing.outline_colours(len(outlines[0]), readers=variant.told == "annotator"), start=1
             )
         ],
         "size_title": "Sizes" if len(grid.spatial) == 3 else "Areas",
@@ -100,12 +101,12 @@ def _contents(result: Result, name: str) -> dict[str, Any]:
     }
 
 
-def _kept(soft: Float32) -> tuple[NDArray[np.intp], str]:
-    """Which of the slices [n,h,w] the page holds, and what it says where that is not all of them."""
-    every = np.arange(len(soft))
-    if len(soft) <= MOST:
+def _kept(most: Float32) -> tuple[NDArray[np.intp], str]:
+    """Which of the slices, whose soft maps' largest values are `most` [n], the page holds, and what it says where that is not all of them."""
+    every = np.arange(len(most))
+    if len(most) <= MOST:
         return every, ""
-    held = np.flatnonzero(soft.max(axis=(1, 2)) >= SEEN)
+    held = np.flatnonzero(most >= SEEN)
     around = every[max(held[0] - 2, 0) : held[-1] + 3] if held.size else every
     chosen = np.unique(np.linspace(around[0], around[-1], min(MOST, len(around))).round().astype(np.intp))
     return chosen, f"; this page holds {len(chosen)} of them"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,15 +13,16 @@ from numpy.typing import NDArray
 from cdiff.runtime.files import atomic_path
 from cdiff.runtime.pictures import drawing
 from cdiff.runtime.report import NOTICE
-from cdiff.runtime.results import entropy
 from cdiff.runtime.scans.grid import View
+from cdiff.runtime.stack import Lazily, Stack, entropy
 from cdiff.runtime.words import several, three_digits
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from cdiff.runtime.results import Float32, Result
+    from cdiff.runtime.results import Result
     from cdiff.runtime.sampling.framing import Box
+    from cdiff.runtime.stack import Float32
 
 DPI = 130
 SIDE, GAP, EDGE = 3.1, 0.28, 0.35
@@ -41,14 +44,15 @@ def write_preview(result: Result, path: Path, name: str) -> None:
 def preview_figure(result: Result, name: str) -> Figure:
     """The preview as a matplotlib figure."""
     view = result.grid.view
-    soft = view(result.stack.soft)
-    best = fullest(soft)
+    soft = Turned(result.stack, "soft", view)
+    held = agreement(soft)
+    best = held.fullest
     number = result.slices[best]
     variant = result.stack.variant
-    outlines = view(getattr(result.stack, variant.outlines)[best])
+    outlines = Turned(result.stack, variant.outlines, view)[best]
     image = displayable(result, number)
-    shown = _strip(soft, best)
-    box = close_up_of(result, soft[shown])
+    shown = _strip(held.most, best)
+    box = close_up_of(result, [soft[index] for index in shown])
     whole = (slice(0, image.shape[0]), slice(0, image.shape[1]))
     window = drawing.window_of(image[box])
 
@@ -149,8 +153,8 @@ def reader_figure(
         drawing.save(figure, part, DPI)
 
 
-def close_up_of(result: Result, soft: Float32) -> Box:
-    """The part of the picture around what the turned maps [n, rows, columns] hold; where the user named the place, around the model's window."""
+def close_up_of(result: Result, soft: Iterable[Float32]) -> Box:
+    """The part of the picture around what the turned maps [rows, columns] hold; where the user named the place, around the model's window."""
     view = result.grid.view
     if result.window is None:
         return drawing.close_up(soft, view)
@@ -175,17 +179,44 @@ def _turned(box: Box, shape: tuple[int, ...], view: View) -> Box:
     return slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
 
 
-def fullest(soft: Float32) -> int:
-    """The slice with the largest soft area; the middle one when nothing is to be seen in any."""
-    return int(np.argmax(soft.sum(axis=(1, 2), dtype=np.float64))) if soft.max() >= SEEN else len(soft) // 2
+class Turned:
+    """A map of a stack as its slices are shown, each made when it is asked for: all of them would be as large as the scan."""
+
+    def __init__(self, stack: Stack, attribute: str, view: View) -> None:
+        self._maps, self._view = Lazily(stack, attribute), view
+
+    def __len__(self) -> int:
+        return len(self._maps)
+
+    def __getitem__(self, index: int) -> Float32:
+        """[..., rows, columns]: slice `index`."""
+        return self._view(self._maps[index : index + 1][0])
+
+    def __iter__(self) -> Iterator[Float32]:
+        return (self[index] for index in range(len(self)))
 
 
-def _strip(soft: Float32, best: int) -> list[int]:
+@dataclass(frozen=True)
+class Agreement:
+    """Of each slice's soft map the largest value, `most` [n], and the number of the slice with the largest soft area, the middle one when
+    nothing is to be seen in any."""
+
+    most: Float32
+    fullest: int
+
+
+def agreement(soft: Turned) -> Agreement:
+    """What pictures ask of every slice."""
+    most, areas = zip(*((one.max(), one.sum(dtype=np.float64)) for one in soft), strict=True)
+    return Agreement(np.array(most), int(np.argmax(areas)) if max(most) >= SEEN else len(soft) // 2)
+
+
+def _strip(most: Float32, best: int) -> list[int]:
     """Up to STRIP slices, evenly through those with some agreement and one on each side; the best one is among them."""
-    held = np.flatnonzero(soft.max(axis=(1, 2)) >= SEEN)
-    first, last = (max(held[0] - 1, 0), min(held[-1] + 1, len(soft) - 1)) if held.size else (0, len(soft) - 1)
-    while last - first + 1 < min(STRIP, len(soft)):
-        first, last = max(first - 1, 0), min(last + 1, len(soft) - 1)
+    held = np.flatnonzero(most >= SEEN)
+    first, last = (max(held[0] - 1, 0), min(held[-1] + 1, len(most) - 1)) if held.size else (0, len(most) - 1)
+    while last - first + 1 < min(STRIP, len(most)):
+        first, last = max(first - 1, 0), min(last + 1, len(most) - 1)
     if last - first + 1 <= STRIP:
         return list(range(first, last + 1))
     chosen = np.unique(np.linspace(first, last, STRIP).round().astype(int))
@@ -196,7 +227,7 @@ def _strip(soft: Float32, best: int) -> list[int]:
 def _draw_strip(
     figure: Figure,
     result: Result,
-    soft: Float32,
+    soft: Turned,
     shown: list[int],
     best: int,
     box: Box,

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,17 @@ Float32 = NDArray[np.float32]
 FramingMode = Literal["resize", "tile", "centre"]
 SEEN = 0.5 - 1e-5
 """From this share of its neighbours on within a window that was resampled, a pixel counts as seen: one half, and what rounding makes of it."""
+
+
+class Slices(Protocol):
+    """Slices [S,ch,h,w]: an array, or what computes one when it is asked for."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, part: Any, /) -> Any: ...
+
+
 Box = tuple[slice, slice]
 """Rows and columns of a part of a slice."""
 
@@ -115,7 +126,7 @@ class Framing:
             raise CdiffError(f"the tiles' overlap is {self.overlap}, but must be at least 0 and below 1")
 
     def frame(
-        self, slices: Float32, point: tuple[int, int] | None = None, field: tuple[int, int] | None = None
+        self, slices: Slices, point: tuple[int, int] | None = None, field: tuple[int, int] | None = None
     ) -> Windows:
         """The windows of slices [S,ch,h,w]. Each is made when it is asked for, so a long scan costs no memory here.
 
@@ -124,7 +135,7 @@ class Framing:
         that it has in such a crop; the whole slice unless given. A field that is smaller than the window is as large as the window.
         Raises CdiffError for slices of another shape, and for a point in another mode.
         """
-        if slices.ndim != 4 or 0 in slices.shape:
+        if len(slices.shape) != 4 or 0 in slices.shape:
             raise CdiffError(
                 f"slices of shape [S, channels, h, w] are needed, none of them 0, not {list(slices.shape)}"
             )
@@ -141,7 +152,7 @@ class Framing:
         rows, columns = _starts(h, H, self.overlap), _starts(w, W, self.overlap)
         return Windows(slices, self, canvas, tuple((y, x) for y in rows for x in columns))
 
-    def _around(self, slices: Float32, point: tuple[int, int], field: tuple[int, int]) -> Windows:
+    def _around(self, slices: Slices, point: tuple[int, int], field: tuple[int, int]) -> Windows:
         (H, W), (h, w), shape = self.size, field, (slices.shape[-2], slices.shape[-1])
         part, window = box_around(shape, (max(h, H), max(w, W)), point), box_around(shape, self.size, point)
         height, width = (max(one.stop - one.start, n) for one, n in zip(part, self.size, strict=True))
@@ -168,7 +179,7 @@ class Windows:
     slice or part at another size (`zoomed`), the size [h,w] that it is resampled to; canvas and origins are then of that.
     """
 
-    slices: Float32
+    slices: Slices
     framing: Framing
     canvas: tuple[int, int]
     origins: tuple[tuple[int, int], ...]

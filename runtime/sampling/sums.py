@@ -146,13 +146,3 @@ class Gathered:
         for i, slice_id in enumerate(self.slice_ids):
             kept = None if self.kept is None else self.kept[i]
             yield SliceResult(i, int(slice_id), self.means[i], self.spread[i], kept, self.box, self.shape)
-
-    def on_grid(self) -> Gathered:
-        """The same on the whole grid."""
-        if self.means.shape[-2:] == self.shape:
-            return self
-        kept = None if self.kept is None else placed(self.kept, self.box, self.shape)
-        means, spread = (placed(maps, self.box, self.shape) for maps in (self.means, self.spread))
-        return replace(
-            self, means=means, spread=spread, kept=kept, box=(slice(0, self.shape[0]), slice(0, self.shape[1]))
-        )

@@ -68,13 +68,12 @@ class Grid:
 
     def cut(self, voxels: NDArray[Any]) -> NDArray[Any]:
         """[*spatial, channels] -> [S, channels, H, W], the order of the in-plane axes as stored."""
-        stack = voxels[None] if self.slice_axis is None else np.moveaxis(voxels, self.slice_axis, 0)
-        return np.ascontiguousarray(np.moveaxis(stack, -1, 1))
+        return np.ascontiguousarray(self.planes(voxels))
 
-    def restore(self, maps: NDArray[Any]) -> NDArray[Any]:
-        """[S, K, H, W] -> [*spatial, K]: the inverse of `cut`."""
-        stack = np.moveaxis(maps, 1, -1)
-        return np.ascontiguousarray(stack[0] if self.slice_axis is None else np.moveaxis(stack, 0, self.slice_axis))
+    def planes(self, voxels: NDArray[Any]) -> NDArray[Any]:
+        """`cut` as a view of the same memory, to write into."""
+        stack = voxels[None] if self.slice_axis is None else np.moveaxis(voxels, self.slice_axis, 0)
+        return np.moveaxis(stack, -1, 1)
 
     @property
     def unit(self) -> int:

@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 
 from cdiff.runtime.errors import CdiffError
 
+Limits = tuple[NDArray[Any], NDArray[Any]]
+"""Percentiles, or mean and standard deviation, [S or 1, channels, 1, 1]."""
+
 
 @dataclass(frozen=True)
 class Intensity:
@@ -58,9 +61,26 @@ class Intensity:
         slices [S, channels, h, w], or for the scope "volume" also other slices of the scan.
         Raises CdiffError when `mean` is neither one number nor one a channel, or what it makes of the array is not finite.
         """
-        axes = (2, 3) if self.scope == "slice" else (0, 2, 3)
-        values = np.asarray(array, dtype=np.float32)
+        return self.scaled(array, self.limits(array if over is None else over))
+
+    def limits(self, over: NDArray[Any]) -> Limits | None:
+        """What `scaled` takes of [S, channels, h, w]: of each slice, or of all for the scope "volume"; None where the intensity has its own."""
         if self.mean:
+            return None
+        axes = (2, 3) if self.scope == "slice" else (0, 2, 3)
+        # In one piece: a sum over a part of an array may round otherwise than one over its copy.
+        seen = np.ascontiguousarray(over, dtype=np.float32)
+        if self.method == "standard":
+            return seen.mean(axis=axes, keepdims=True, dtype=np.float64), seen.std(
+                axis=axes, keepdims=True, dtype=np.float64
+            )
+        low, high = np.percentile(seen, (self.lower, self.upper), axis=axes, keepdims=True).astype(np.float32)
+        return low, high
+
+    def scaled(self, array: NDArray[Any], limits: Limits | None) -> NDArray[np.float32]:
+        """`apply` with the limits of these slices, or of the scan that they are of."""
+        values = np.asarray(array, dtype=np.float32)
+        if limits is None:
             if len(self.mean) not in (1, values.shape[1]):
                 raise CdiffError(f"the intensity has {len(self.mean)} means, and the image {values.shape[1]} channels")
             with np.errstate(all="ignore"):
@@ -71,13 +91,11 @@ class Intensity:
                     f"the image's values, minus {self.mean} and divided by {self.std}, are beyond float32; correct the intensity's mean and std"
                 )
             return given
-        # In one piece: a sum over a part of an array may round otherwise than one over its copy.
-        seen = values if over is None else np.ascontiguousarray(over, dtype=np.float32)
         if self.method == "standard":
-            mean, std = (of(axis=axes, keepdims=True, dtype=np.float64) for of in (seen.mean, seen.std))
+            mean, std = limits
             flat = std <= 0
             return np.asarray(np.where(flat, 0, (values - mean) / np.where(flat, 1, std)), dtype=np.float32)
-        low, high = np.percentile(seen, (self.lower, self.upper), axis=axes, keepdims=True).astype(np.float32)
+        low, high = limits
         span = high - low
         flat = span <= 0
         scaled: NDArray[np.float32] = values - low
@@ -113,3 +131,27 @@ class Intensity:
             key: tuple(value) if isinstance(value, list) else value for key, value in data.items()
         }
         return cls(**values)
+
+
+class Normalised:
+    """Slices [S,channels,h,w] in the intensities of a model, each computed when it is asked for: a long scan would be in memory once more."""
+
+    def __init__(self, intensity: Intensity, raw: NDArray[Any], over: NDArray[Any], limits: Limits | None) -> None:
+        """raw: the slices as read. over: the part of each that `limits` are taken of when they are not given, as for the scope "slice"."""
+        self._intensity, self._raw, self._over, self._limits = intensity, raw, over, limits
+        self._last: tuple[int, NDArray[np.float32]] | None = None
+        self.shape: tuple[int, ...] = raw.shape
+
+    def __len__(self) -> int:
+        return len(self._raw)
+
+    def __getitem__(self, part: Any) -> Any:
+        """[channels,h,w] of a number; of a part, those slices, as lazily."""
+        if isinstance(part, slice):
+            return Normalised(self._intensity, self._raw[part], self._over[part], self._limits)
+        last = self._last
+        if last is None or last[0] != part:  # a slice's tiles are asked for one after another
+            one = slice(part, part + 1)
+            limits = self._limits or self._intensity.limits(self._over[one])
+            last = self._last = part, self._intensity.scaled(self._raw[one], limits)[0]
+        return last[1]

@@ -13,6 +13,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+from nibabel.arrayproxy import ArrayProxy
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
@@ -29,6 +30,8 @@ LINE_ENDS = (13, 10, 26, 10)
 """What a NIfTI-2 header holds for a change of line ends to show."""
 XFORM_CODES = range(6)
 """What a qform_code or sform_code can be (nifti1.h, and 5 of NIfTI-2: another template)."""
+TOGETHER = 16
+"""Slices of a file that are made float32 at a time: all of them would be in memory twice."""
 MOST_BEFORE_VOXELS = 2**30
 """Bytes of header and extensions in a file that is not damaged."""
 
@@ -146,10 +149,24 @@ def _spans(header: nib.Nifti1Header, form: str, axes: int) -> bool:
 
 
 def nifti_voxels(image: nib.Nifti1Pair, where: str) -> NDArray[np.float32]:
-    """The image's values, scaled as its header says. Raises CdiffError when the file ends early."""
+    """The image's values, scaled as its header says; of a volume its slices along the last axis lie one after another in memory, as they
+    are cut. Raises CdiffError when the file ends early."""
     try:
         with np.errstate(all="ignore"):  # who makes slices of them refuses infinite values
-            return np.asarray(image.get_fdata(dtype=np.float32, caching="unchanged"))
+            stored = image.dataobj
+            if (
+                len(image.shape) != 3
+                or not isinstance(stored, ArrayProxy)
+                or not isinstance(stored.file_like, io.BytesIO)
+            ):
+                return np.asarray(image.get_fdata(dtype=np.float32, caching="unchanged"))
+            voxels = np.moveaxis(np.empty((image.shape[2], *image.shape[:2]), np.float32), 0, 2)
+            for start in range(0, image.shape[2], TOGETHER):
+                part = voxels[..., start : start + TOGETHER]
+                offset = stored.offset + start * math.prod(image.shape[:2]) * stored.dtype.itemsize
+                few = (part.shape, stored.dtype, offset, stored.slope, stored.inter)
+                part[...] = np.asarray(ArrayProxy(stored.file_like, few), dtype=np.float32)
+            return voxels
     except (EOFError, OSError, OverflowError, ValueError, zlib.error) as error:
         raise CdiffError(f"{where} is truncated or damaged ({one_line(error)}); copy it again") from None
     except MemoryError:

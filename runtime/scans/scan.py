@@ -102,8 +102,9 @@ def _one(scan: OneScan, channels: int, slice_axis: int, series: int | None) -> S
     spatial = spatial_axes(voxels.shape, channels, named)
     with np.errstate(all="ignore"):  # what is too large becomes infinite, and is refused
         values = np.asarray(voxels, dtype=np.float32)
-    finite = np.isfinite(values)
-    if not finite.all():
+        low, high = float(values.min()), float(values.max())  # NaN where one voxel is
+    if not np.isfinite((low, high)).all():
+        finite = np.isfinite(values)
         first = tuple(int(i) for i in np.argwhere(~finite)[0])
         count = int(finite.size - np.count_nonzero(finite))
         raise CdiffError(f"{named} holds {count} NaN or infinite values (the first at {first}); replace them first")
@@ -111,7 +112,6 @@ def _one(scan: OneScan, channels: int, slice_axis: int, series: int | None) -> S
     shape = voxels.shape if channels == 1 else spatial
     grid = Grid(tuple(shape), slice_axis if len(spatial) == 3 else None, loaded.header, loaded.frame, loaded.series)
     notes = list(loaded.notes)
-    low, high = float(values.min()), float(values.max())
     if high - low > MOST:
         raise CdiffError(
             f"{named} holds values from {low:.3g} to {high:.3g}, farther apart than float32 has numbers; replace what fills its empty voxels"
@@ -182,6 +182,7 @@ def _from_path(path: Path, channels: int, series: int | None) -> _Loaded:
         pixels, notes = read_picture(data, path, channels)
         return _Loaded(pixels, None, str(path), digest.hexdigest(), name_of(path), tuple(notes))
     image = parse_volume(data, path, channels)
+    del data
     voxels, reader = nifti_voxels(image, str(path)), ""
     if path.name.lower().endswith(ITK_SUFFIXES):
         reader = f"SimpleITK {version('SimpleITK')}"

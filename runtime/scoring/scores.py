@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.expected import expected_counts, expected_dice
-from cdiff.runtime.results import entropy
 from cdiff.runtime.scoring.calibration import BINS, auroc, brier, crps, reliability
 from cdiff.runtime.scoring.curves import FIVE_OF_NINE, run_counts, soft_dice_by_runs
 from cdiff.runtime.scoring.metrics import (
@@ -31,10 +30,11 @@ from cdiff.runtime.scoring.metrics import (
     overlap_with_each,
 )
 from cdiff.runtime.scoring.surface import hd95_px_and_mm, near
+from cdiff.runtime.stack import entropy
 
 if TYPE_CHECKING:
-    from cdiff.runtime.results import Stack
     from cdiff.runtime.scans.grid import Grid
+    from cdiff.runtime.stack import Stack
 
 PER_SLICE = (
     "soft_dice_5",
@@ -274,20 +274,20 @@ class CaseTally:
 
         Raises ValueError when the stack was made without keep_runs.
         """
-        if stack.runs is None:
+        if (runs := stack.runs) is None:
             raise ValueError("the energy distance needs the maps of every run: segment with keep_runs")
-        R = stack.runs.shape[2]
+        R = runs.shape[2]
         self._counts = run_counts(R)
-        soft, levels = stack.soft, stack.levels
+        soft, levels, run_std = stack.soft, stack.levels, stack.run_std
         for index in self.slice_ids[(self.slice_ids >= first) & (self.slice_ids < first + len(levels))]:
             place = index - first
-            samples = stack.variant.to_samples(stack.runs[place], levels.shape[1])
+            samples = stack.variant.to_samples(runs[place], levels.shape[1])
             # The spread of one run is 0 everywhere and finds nothing.
-            spread = stack.run_std[place] if R > 1 else None
+            spread = run_std[place] if R > 1 else None
             maps = SliceMaps(soft[place], levels[place], samples, spread, self.masks[index])
             self.add_slice(int(index), maps, grid)
             if maps.marked:
-                self._curve.append(soft_dice_by_runs(stack.runs[place], maps.truth, self.combine, self._counts))
+                self._curve.append(soft_dice_by_runs(runs[place], maps.truth, self.combine, self._counts))
 
     def add_slice(self, index: int, maps: SliceMaps, grid: Grid) -> None:
         """Score slice `index` of the case."""

@@ -13,8 +13,8 @@ import cdiff
 from cdiff.benchmarks.ged_by_masks import PROTOCOL, main, readings
 from cdiff.benchmarks.peers.__main__ import main as train_peers
 from cdiff.runtime.data.cases import Case, read_case
-from cdiff.runtime.results import Stack
 from cdiff.runtime.scoring.metrics import ged
+from cdiff.runtime.stack import Stack
 from tests.conftest import REPOSITORY
 from tests.synthetic import write_synthetic_dataset
 

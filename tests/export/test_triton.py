@@ -23,7 +23,7 @@ from cdiff.export.triton import write_repository
 from cdiff.runtime.bundle import open_bundle
 from cdiff.runtime.device.cuda import OutOfMemory
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.results import entropy
+from cdiff.runtime.stack import entropy
 from tests.runtime.test_segmenter import make_bundle
 
 STRING, INT32, INT64, BOOL, MESSAGE, ENUM = 9, 5, 3, 8, 11, 14

@@ -11,12 +11,12 @@ import numpy as np
 
 from cdiff.runtime.data.cases import Case, read_case
 from cdiff.runtime.files import sha256
-from cdiff.runtime.results import Stack
 from cdiff.runtime.scans.scan import Scan
 from cdiff.runtime.scoring.evaluate import Protocol, evaluate
 from cdiff.runtime.scoring.journal import SEAL
 from cdiff.runtime.scoring.scores import true_levels
 from cdiff.runtime.segmenter import Segmenter
+from cdiff.runtime.stack import Stack
 from tests.runtime.test_manifest import example
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
+from cdiff.runtime.scans.grid import Grid
+
 AFFINE = np.array([[-0.7, 0, 0, 10], [0, 0.8, 0, -20], [0, 0, 2.5, 5], [0, 0, 0, 1.0]])
 PIXDIM, DIM, SROW_X, QUATERN_B, DATATYPE, VOX_OFFSET, SCL_SLOPE, XYZT_UNITS = 76, 40, 280, 256, 70, 108, 112, 123
 QFORM_CODE, SFORM_CODE, MAGIC, SROW_X_OF_TWO = 252, 254, 344, 400
@@ -33,3 +35,10 @@ def patched(path: Path, offset: int, fmt: str, *values: float) -> Path:
     struct.pack_into(fmt, raw, offset, *values)
     path.write_bytes(gzip.compress(bytes(raw)) if path.suffix == ".gz" else bytes(raw))
     return path
+
+
+def restored(grid: Grid, slices: Any) -> Any:
+    """[S, K, H, W] -> [*spatial, K]: the inverse of `Grid.cut`."""
+    whole = np.empty((*grid.spatial, slices.shape[1]), slices.dtype)
+    grid.planes(whole)[:] = slices
+    return whole

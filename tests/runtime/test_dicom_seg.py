@@ -18,10 +18,11 @@ from typer.testing import CliRunner
 from cdiff.cli.app import app
 from cdiff.runtime.dicom_seg import must_allow_dicom_seg, write_dicom_seg
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.results import Result, Stack
+from cdiff.runtime.results import Result
 from cdiff.runtime.scans.inputs import scans_at
 from cdiff.runtime.scans.scan import read_scan
 from cdiff.runtime.segmenter import Segmenter
+from cdiff.runtime.stack import Stack
 from tests.runtime.dicom_files import moved, orthogonal, upright, write_multiframe, write_series
 from tests.runtime.test_segmenter import QUICK, make_bundle
 
@@ -209,7 +210,7 @@ def test_a_map_of_nothing_is_written_as_that(tmp_path: Path, caplog: pytest.LogC
         tmp_path / "a", voxels(), orthogonal(), change=lambda _, file: setattr(file, "PatientName", "no carets")
     )
     result = found_in(named)
-    stack = dataclasses.replace(result.stack, maps=0 * result.stack.maps)
+    stack = dataclasses.replace(result.stack, held_maps=0 * result.stack.maps)
     for _ in range(2):  # what is shown otherwise is so again afterwards
         write_dicom_seg(dataclasses.replace(result, stack=stack), tmp_path / "seg.dcm")
         assert caplog.messages == []

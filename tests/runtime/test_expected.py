@@ -10,8 +10,8 @@ import pytest
 import cdiff
 from cdiff.runtime.expected import expected_counts, expected_dice
 from cdiff.runtime.report import DOUBTFUL, about_expected, expectation
-from cdiff.runtime.results import Stack
 from cdiff.runtime.scoring.metrics import dice
+from cdiff.runtime.stack import Stack
 from cdiff.runtime.variants import CONSENSUS, IMPLICIT_ENSEMBLE
 
 
@@ -48,7 +48,7 @@ def test_a_scans_slices_count_together_as_one_mask() -> None:
     maps = rng.random((3, 2, 6, 7), dtype=np.float32)
     maps[2] = 0.2
     soft = maps.mean(axis=1)
-    found = expectation(Stack(maps, maps.std(axis=1)).soft, range(4, 7))
+    found = expectation(Stack(maps, maps.std(axis=1)), range(4, 7))
     mask = soft >= 0.5
     assert found["mask"] == pytest.approx(2 * soft[mask].sum() / (mask.sum() + soft.sum()), abs=1e-4)
     assert [one["slice"] for one in found["slices"]] == [4, 5, 6]
@@ -56,7 +56,7 @@ def test_a_scans_slices_count_together_as_one_mask() -> None:
         2 * soft[0][mask[0]].sum() / (mask[0].sum() + soft[0].sum()), abs=1e-4
     )
     assert found["slices"][2]["mask"] is None
-    empty = expectation(Stack(maps[2:], maps[2:].std(axis=1)).soft, range(1))
+    empty = expectation(Stack(maps[2:], maps[2:].std(axis=1)), range(1))
     assert empty == {"mask": None, "slices": [{"slice": 0, "mask": None}]}
 
 

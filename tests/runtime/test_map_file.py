@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from cdiff.runtime import map_file
 from cdiff.runtime.map_file import BLOCK, write_gzip, write_map
 from cdiff.runtime.scans.grid import Grid
+from tests.runtime.scan_files import restored
 
 RNG = np.random.default_rng(0)
 
@@ -52,7 +53,7 @@ def test_the_file_is_nibabel_s(
     maps = RNG.random((len(slices), *([levels] if levels else []), *plane), np.float32)
     whole = np.full((total, levels or 1, *plane), np.nan, np.float32)
     whole[slices.start : slices.stop] = maps if levels else maps[:, None]
-    on_grid = grid.restore(whole)
+    on_grid = restored(grid, whole)
     write_map(tmp_path / "new.nii.gz", grid, slices, maps, "a map")
     nib.save(grid.image(on_grid if levels else on_grid.reshape(shape), "a map"), tmp_path / "old.nii.gz")
     new, old = (gzip.decompress((tmp_path / name).read_bytes()) for name in ("new.nii.gz", "old.nii.gz"))

@@ -17,9 +17,10 @@ import pytest
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import PART, most_bytes_of_a_name, sha256
 from cdiff.runtime.report import build_report, volumes
-from cdiff.runtime.results import Result, Stack, entropy
+from cdiff.runtime.results import Result
 from cdiff.runtime.scans.inputs import scans_at
 from cdiff.runtime.scans.scan import read_scan
+from cdiff.runtime.stack import Stack, entropy
 
 ROOT = Path(__file__).resolve().parents[2]
 C = 3
@@ -39,7 +40,7 @@ def segmented(scan: Any, slices: range | None = None, axis: int = 2, channels: i
         slices,
         stack,
         read.name,
-        build_report({"volumes": volumes(stack, stack.soft, read.grid)}),
+        build_report({"volumes": volumes(stack, read.grid)}),
     )
 
 
@@ -157,7 +158,7 @@ def test_a_half_of_the_annotators_is_inside_wherever_it_is_said(tmp_path: Path) 
     written = np.asarray(nib.load(tmp_path / "scan_mask.nii.gz").dataobj)  # type: ignore[attr-defined]
     for mask in (written, result.mask):
         assert mask[..., 0].tolist() == [[1, 1], [0, 0]]
-    assert volumes(stack, stack.soft, read.grid)["mask"]["voxels"] == 2
+    assert volumes(stack, read.grid)["mask"]["voxels"] == 2
 
 
 def test_volumes_counted_by_hand(tmp_path: Path) -> None:
@@ -169,17 +170,12 @@ def test_volumes_counted_by_hand(tmp_path: Path) -> None:
     ml = (
         abs(float(np.linalg.det(nib.load(path).affine[:3, :3]))) / 1000
     )  # OBLIQUE leans: less than its spacing multiplied
-    found = volumes(Stack(levels, levels[:, 0]), levels.mean(axis=1), grid)
+    found = volumes(Stack(levels, levels[:, 0]), grid)
     assert [(v["level"], v["voxels"]) for v in found["levels"]] == [(1, 8), (2, 1)]
     assert found["levels"][0]["ml"] == pytest.approx(8 * ml, rel=1e-3)
     assert found["mask"]["voxels"] == 1  # the soft map there is (0 + 1) / 2
     assert found["expected"]["voxels"] == pytest.approx(8 * 0.25 + 0.5)
-    assert (
-        "ml"
-        not in volumes(Stack(levels[:1], levels[:1, 0]), levels[:1].mean(axis=1), read_scan(np.ones((3, 4))).grid)[
-            "mask"
-        ]
-    )
+    assert "ml" not in volumes(Stack(levels[:1], levels[:1, 0]), read_scan(np.ones((3, 4))).grid)["mask"]
 
 
 def test_the_report_vouches_for_every_file(tmp_path: Path) -> None:

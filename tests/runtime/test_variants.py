@@ -14,7 +14,7 @@ import cdiff
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.manifest import Manifest
 from cdiff.runtime.pictures.preview import preview_figure
-from cdiff.runtime.results import Result, Stack, entropy
+from cdiff.runtime.results import Result
 from cdiff.runtime.sampling.noise import INITIAL, normal
 from cdiff.runtime.sampling.sampler import sampler_table
 from cdiff.runtime.scans.inputs import scans_at
@@ -22,6 +22,7 @@ from cdiff.runtime.scans.intensity import Intensity
 from cdiff.runtime.scans.scan import read_scan
 from cdiff.runtime.scoring.metrics import ged, soft_dice
 from cdiff.runtime.scoring.scores import CaseTally
+from cdiff.runtime.stack import Stack, entropy
 from cdiff.runtime.variants import VARIANTS, variant_called
 from tests.runtime.graphs import write_pair
 from tests.runtime.pictures.test_preview import drawn_texts
@@ -238,7 +239,7 @@ def test_pictures_say_what_they_show(name: str) -> None:
         np.stack([far < 12 - 2 * k for k in range(VARIANTS[name].conditions(C))])[None].repeat(3, 0).astype(np.float32)
     )
     stack = Stack(maps, 0 * maps[:, 0], None, VARIANTS[name], C)
-    result = Result(read.grid, read.slices, range(3), stack, "a", {"volumes": volumes(stack, stack.soft, read.grid)})
+    result = Result(read.grid, read.slices, range(3), stack, "a", {"volumes": volumes(stack, read.grid)})
     figure = preview_figure(result, "a")
     figure.canvas.draw()
     texts = {text.get_text() for text in drawn_texts(figure)}

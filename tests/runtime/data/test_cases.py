@@ -19,8 +19,8 @@ from cdiff.runtime.data.partition import count_annotators, count_channels, parti
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.pictures.preview import _sizes
 from cdiff.runtime.report import volumes
-from cdiff.runtime.results import Stack
 from cdiff.runtime.scans.scan import read_scan
+from cdiff.runtime.stack import Stack
 from tests.layouts import BRATS, disc, noisy, save, write_brats, write_qubiq, write_table
 
 
@@ -317,7 +317,7 @@ def test_volumes_of_a_fake_spacing_are_marked(tmp_path: Path) -> None:
     levels = np.ones((2, 1, 8, 8), np.float32)
     for spacing, marked in ((None, True), ((0.5, 1, 1), False)):
         grid = read_scan(save(tmp_path / "a.nii.gz", noisy(disc((8, 8, 2))), spacing)).grid
-        found = volumes(Stack(levels, levels[:, 0]), levels.mean(axis=1), grid)
+        found = volumes(Stack(levels, levels[:, 0]), grid)
         assert ("unreliable" in found) is marked
         words = _sizes(found, "voxels", True)[0][0]
         assert words == ("at least half agree on 128 voxels" if marked else "at least half agree on 64 mm³")

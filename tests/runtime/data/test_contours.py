@@ -22,6 +22,7 @@ from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.scans.scan import read_scan
 from tests.runtime.data.rtstruct import Loop, rectangle, write_rtstruct
 from tests.runtime.dicom_files import orthogonal, upright, write_series
+from tests.runtime.scan_files import restored
 
 BRIGHT = 500
 SHAPE = (24, 20, 6)
@@ -112,7 +113,7 @@ def test_contours_lie_on_the_nifti_of_their_series_too(tmp_path: Path) -> None:
     images = series(tmp_path / "images", box())
     mask = write_rtstruct(tmp_path / "r.dcm", images, orthogonal(), {"GTV": in_slices(BOX)}, frame="1.2.3")
     scan = read_scan(images)
-    voxels = scan.grid.restore(scan.slices)[..., 0]
+    voxels = restored(scan.grid, scan.slices)[..., 0]
     image = nib.Nifti1Image(voxels, scan.grid.affine).slicer[2:, 1:, 1:]
     turned = nib.as_closest_canonical(image)
     assert turned.affine[0, 0] * image.affine[0, 0] < 0

@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 
 from cdiff.runtime.pictures.page import MOST, write_page
 from cdiff.runtime.report import expectation, volumes
-from cdiff.runtime.results import Result, Stack, entropy
+from cdiff.runtime.results import Result
 from cdiff.runtime.scans.scan import read_scan
+from cdiff.runtime.stack import Stack, entropy
 from cdiff.runtime.variants import VARIANTS
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -157,8 +158,8 @@ def test_each_slice_of_the_page_says_what_its_map_expects(tmp_path: Path) -> Non
     made.stack.maps[50:60, 1:] = np.linspace(0.5, 0.95, 10, dtype=np.float32)[:, None, None, None]
     write_page(made, tmp_path / "x.html", "x")
     assert set(contents(tmp_path / "x.html")[0]["expected"]) == {""}
-    made.report["expected_dice"] = expectation(made.stack.soft, made.slices)
-    made.report["volumes"] = volumes(made.stack, made.stack.soft, made.grid)
+    made.report["expected_dice"] = expectation(made.stack, made.slices)
+    made.report["volumes"] = volumes(made.stack, made.grid)
     write_page(made, tmp_path / "x.html", "x")
     data, _ = contents(tmp_path / "x.html")
     known = {one["slice"]: one["mask"] for one in made.report["expected_dice"]["slices"]}

@@ -20,9 +20,10 @@ from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.pictures.drawing import close_up
 from cdiff.runtime.pictures.preview import preview_figure, reader_figure, write_preview
 from cdiff.runtime.report import expectation, volumes
-from cdiff.runtime.results import Result, Stack, entropy
+from cdiff.runtime.results import Result
 from cdiff.runtime.scans.grid import View
 from cdiff.runtime.scans.scan import read_scan
+from cdiff.runtime.stack import Stack, entropy
 
 
 def result(
@@ -43,8 +44,8 @@ def result(
     stack = Stack(levels, 0 * levels[:, 0])
     report = {
         "bundle": "a model with quite a long name", "sampler": "dpm++2m", "steps": 1000, "runs": 100, "seed": 2**63,
-        "engine": "onnxruntime", "device": "cuda:0", "volumes": volumes(stack, stack.soft, read.grid),
-        "expected_dice": expectation(stack.soft, range(n)),
+        "engine": "onnxruntime", "device": "cuda:0", "volumes": volumes(stack, read.grid),
+        "expected_dice": expectation(stack, range(n)),
     }  # fmt: skip
     return Result(read.grid, read.slices, range(n), stack, "x", report)
 
@@ -129,25 +130,25 @@ def test_every_level_has_its_outline() -> None:
 def test_the_close_up_holds_the_object_and_is_square_in_millimetres() -> None:
     soft = np.zeros((200, 100), np.float32)
     soft[60:80, 85:99] = 1
-    rows, columns = close_up(soft, View(spacing=(0.5, 1.0)))
+    rows, columns = close_up([soft], View(spacing=(0.5, 1.0)))
     assert rows.start <= 60
     assert rows.stop >= 80
     assert columns.start <= 85
     assert columns.stop >= 99
     assert (rows.stop - rows.start) * 0.5 == pytest.approx(columns.stop - columns.start, abs=1)
-    assert close_up(0 * soft, View()) == (slice(0, 200), slice(0, 100))
-    assert close_up(np.ones((20, 30), np.float32), View()) == (slice(0, 20), slice(0, 30))
+    assert close_up([0 * soft], View()) == (slice(0, 200), slice(0, 100))
+    assert close_up([np.ones((20, 30), np.float32)], View()) == (slice(0, 20), slice(0, 30))
 
 
 def test_where_a_model_saw_a_part_the_close_up_is_of_that_part() -> None:
     seen = (slice(300, 364), slice(40, 104))
-    assert close_up(np.zeros((512, 512), np.float32), View(), within=seen) == seen
+    assert close_up([np.zeros((512, 512), np.float32)], View(), within=seen) == seen
     soft = np.zeros((512, 512), np.float32)
     soft[330:334, 70:75] = 1
-    rows, columns = close_up(soft, View(), least=0.5, within=seen)
+    rows, columns = close_up([soft], View(), least=0.5, within=seen)
     assert (rows.stop - rows.start, columns.stop - columns.start) == (32, 32)
     soft[300:364, 40:104] = 1  # all of it: some of what is around is shown too
-    rows, columns = close_up(soft, View(), within=seen)
+    rows, columns = close_up([soft], View(), within=seen)
     assert rows.start < 300
     assert rows.stop > 364
 

@@ -10,9 +10,9 @@ import pytest
 
 import cdiff
 from cdiff.runtime.prepared import about_place
-from cdiff.runtime.results import Stack
 from cdiff.runtime.scoring.metrics import soft_dice
 from cdiff.runtime.segmenter import Segmenter
+from cdiff.runtime.stack import Stack
 from tests.conftest import REPOSITORY
 from tests.runtime.scans.test_place import centre_model
 from tests.runtime.test_segmenter import QUICK, volume

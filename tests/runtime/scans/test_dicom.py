@@ -21,6 +21,7 @@ from cdiff.runtime.scans.inputs import scans_at
 from cdiff.runtime.scans.scan import read_scan
 from cdiff.runtime.segmenter import Segmenter
 from tests.runtime.dicom_files import moved, orthogonal, write_series
+from tests.runtime.scan_files import restored
 from tests.runtime.test_segmenter import QUICK, make_bundle
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0])
@@ -51,7 +52,7 @@ def test_every_voxel_lies_where_the_standard_says(packed: Any, tmp_path: Path) -
     found = np.linalg.solve(affine[:3, :3], (there @ LPS_TO_RAS).T - affine[:3, 3:]).T
     np.testing.assert_allclose(found, np.rint(found), atol=1e-3)
     at = tuple(np.rint(found).astype(int).T)
-    stored = scan.grid.restore(scan.slices)[..., 0]
+    stored = restored(scan.grid, scan.slices)[..., 0]
     np.testing.assert_array_equal(stored[at], voxels.reshape(-1))
     assert scan.grid.spacing == pytest.approx((0.7, 0.8, 2.5), rel=1e-5)
     assert scan.name == "series"

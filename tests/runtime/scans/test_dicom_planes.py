@@ -17,6 +17,7 @@ from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.scans.dicom_planes import Plane, Planes, laid, taken_from
 from cdiff.runtime.scans.scan import Scan, read_scan
 from tests.runtime.dicom_files import moved, orthogonal, upright, write_multiframe, write_series
+from tests.runtime.scan_files import restored
 
 AXIAL = np.array([[0.7, 0.0, 0.0, -90.0], [0.0, 0.8, 0.0, -120.0], [0.0, 0.0, 0.625, 40.0]])
 
@@ -28,7 +29,7 @@ def scan_voxels(slices: int = 5) -> Any:
 def furthest(scan: Scan, voxels: Any, lps: Any) -> float:
     """How many mm the voxels (all different) lie from where `lps` has them; the values must be the same."""
     assert scan.grid.header is not None
-    affine, stored = scan.grid.header.get_best_affine(), scan.grid.restore(scan.slices)[..., 0]
+    affine, stored = scan.grid.header.get_best_affine(), restored(scan.grid, scan.slices)[..., 0]
     assert sorted(stored.ravel()) == sorted(voxels.ravel())
     found, wanted = ({value: ijk for ijk, value in np.ndenumerate(array)} for array in (stored, voxels))
     values = list(wanted)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.scans.intensity import Intensity
+from cdiff.runtime.scans.intensity import Intensity, Normalised
 
 IMAGE = np.random.default_rng(0).gamma(2, 30, (3, 2, 16, 12))  # [S, channels, H, W]
 
@@ -32,6 +32,18 @@ def test_a_long_scan_is_normalised_without_a_heap_of_copies() -> None:
     tracemalloc.stop()
     assert peak < 1.5 * scan.nbytes
     np.testing.assert_array_equal(scan, before)
+
+
+@pytest.mark.parametrize("method", ["percentile", "standard"])
+@pytest.mark.parametrize("scope", ["slice", "volume"])
+def test_slices_that_are_normalised_when_asked_for_are_those_of_the_whole(scope: str, method: str) -> None:
+    """Bit for bit, also those of a part of the scan, and where the numbers are taken of a part of each slice."""
+    intensity, raw = Intensity(scope, method=method), IMAGE.astype(np.float32)
+    for over in (raw, raw[..., 2:9, 3:11]):
+        limits = intensity.limits(over) if scope == "volume" else None
+        lazily, whole = Normalised(intensity, raw, over, limits), intensity.apply(raw, over)
+        np.testing.assert_array_equal([lazily[k] for k in (0, 2, 1, 1)], whole[[0, 2, 1, 1]])
+        np.testing.assert_array_equal(lazily[1:][1], whole[2])
 
 
 def test_an_image_s_own_mean_and_deviation() -> None:

@@ -20,6 +20,7 @@ from cdiff.runtime.scans.inputs import scans_at
 from cdiff.runtime.scans.scan import read_scan
 from cdiff.runtime.segmenter import Segmenter
 from tests.runtime.dicom_files import orthogonal
+from tests.runtime.scan_files import restored
 from tests.runtime.test_segmenter import QUICK, make_bundle
 
 KINDS = ("nrrd", "nhdr", "mha", "mhd")
@@ -119,12 +120,12 @@ def test_voxels_in_several_files(tmp_path: Path) -> None:
     text = path.read_bytes()
     for named in (b"LIST\ns0.raw\ns1.raw\ns2.raw", b"s%d.raw 0 2 1"):
         path.write_bytes(text.replace(b"x.raw", named))
-        np.testing.assert_array_equal(read_scan(path).grid.restore(read_scan(path).slices)[..., 0], array)
+        np.testing.assert_array_equal(restored(read_scan(path).grid, read_scan(path).slices)[..., 0], array)
     path = written(tmp_path / "y.nhdr", image(array, orthogonal()))
     text = path.read_bytes().replace(b"encoding: gzip", b"encoding: raw")
     for named in (b"LIST\ns0.raw\ns1.raw\ns2.raw", b"s%01d.raw 0 2 1", b"LIST 2\ns0.raw\ns1.raw\ns2.raw"):
         path.write_bytes(text.replace(b"y.raw", named))
-        np.testing.assert_array_equal(read_scan(path).grid.restore(read_scan(path).slices)[..., 0], array)
+        np.testing.assert_array_equal(restored(read_scan(path).grid, read_scan(path).slices)[..., 0], array)
 
 
 def test_a_file_of_another_format_is_not_read_by_its(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.scans.inputs import scans_at
 from cdiff.runtime.scans.scan import read_scan
+from tests.runtime.scan_files import restored
 
 SERIES = Path(pydicom.__file__).parent / "data" / "test_files" / "dicomdirtests"
 
@@ -19,7 +20,7 @@ def test_every_voxel_of_a_ct_lies_where_its_header_says() -> None:
     scan = read_scan(SERIES / "98892001" / "CT5N")
     assert scan.grid.header is not None
     to_voxel = np.linalg.inv(scan.grid.header.get_best_affine())
-    stored = scan.grid.restore(scan.slices)[..., 0]
+    stored = restored(scan.grid, scan.slices)[..., 0]
     seen = np.zeros(stored.shape, int)
     for file in sorted((SERIES / "98892001" / "CT5N").iterdir()):
         image = pydicom.dcmread(file)

@@ -22,6 +22,7 @@ from tests.runtime.scan_files import (
     XYZT_UNITS,
     nifti,
     patched,
+    restored,
     voxels,
 )
 
@@ -33,7 +34,7 @@ def test_a_volume_is_cut_along_the_axis_and_put_back(tmp_path: Path, axis: int) 
     assert scan.slices.dtype == np.float32
     for index in range(array.shape[axis]):
         np.testing.assert_array_equal(scan.slices[index, 0], array.take(index, axis))
-    np.testing.assert_array_equal(scan.grid.restore(scan.slices)[..., 0], array)
+    np.testing.assert_array_equal(restored(scan.grid, scan.slices)[..., 0], array)
     assert scan.name == "a"
     assert scan.sha256 == hashlib.sha256((tmp_path / "a.nii.gz").read_bytes()).hexdigest()
 
@@ -73,7 +74,7 @@ def test_scaling_and_byte_order_of_the_file_are_applied(tmp_path: Path) -> None:
     header.set_data_dtype(np.dtype(">i2"))
     nib.save(nib.Nifti1Image(voxels(2, 3, 4).astype(">i2"), AFFINE, header), tmp_path / "a.nii")
     scan = read_scan(patched(tmp_path / "a.nii", SCL_SLOPE, ">2f", 0.5, -3))
-    np.testing.assert_array_equal(scan.grid.restore(scan.slices)[..., 0], voxels(2, 3, 4) * 0.5 - 3)
+    np.testing.assert_array_equal(restored(scan.grid, scan.slices)[..., 0], voxels(2, 3, 4) * 0.5 - 3)
 
 
 def test_it_reads_what_training_reads(lidc: Path) -> None:

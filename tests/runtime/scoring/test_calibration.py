@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from scipy.stats import mannwhitneyu
 
-from cdiff.runtime.results import entropy
 from cdiff.runtime.scoring.calibration import BINS, auroc, brier, crps, ece, reliability
 from cdiff.runtime.scoring.scores import true_levels
+from cdiff.runtime.stack import entropy
 
 
 def _annotators(count: int = 4, shape: tuple[int, int] = (6, 7)) -> np.ndarray:

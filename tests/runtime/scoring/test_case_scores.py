@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from cdiff.runtime.data.cases import Case, find_cases, read_case
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.results import Stack
 from cdiff.runtime.scans.scan import Scan, read_scan
 from cdiff.runtime.scoring.evaluate import Protocol
 from cdiff.runtime.scoring.metrics import FIVE, NINE, bootstrap_over_cases, dice, soft_dice
@@ -30,6 +29,7 @@ from cdiff.runtime.scoring.scores import (
     SliceMaps,
     score_slice,
 )
+from cdiff.runtime.stack import Stack
 from tests.runtime.known_maps import KnownMaps, case_in, run, without_seconds
 from tests.synthetic import write_synthetic_dataset
 

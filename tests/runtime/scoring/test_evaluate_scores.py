@@ -13,9 +13,9 @@ import pytest
 
 from cdiff.runtime.data.cases import Case, find_cases, read_case
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.results import Stack
 from cdiff.runtime.scoring.metrics import bootstrap_over_cases
 from cdiff.runtime.scoring.scores import PER_SLICE, true_levels
+from cdiff.runtime.stack import Stack
 from tests.runtime.known_maps import KnownMaps, case_in, run
 from tests.synthetic import write_synthetic_dataset
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -60,6 +60,7 @@ def overlapped(
             behind: deque[tuple[Item, Future[Value]]] = deque()
             while ahead is not None:
                 item, reading = ahead
+                wait([reading])  # who makes the next item may do so in the array of this one
                 ahead = begin()
                 behind.append((item, worked(item, reading)))
                 del reading  # or the item as it was read would stay in memory for one round more

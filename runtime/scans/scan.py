@@ -120,6 +120,8 @@ def _one(scan: OneScan, channels: int, slice_axis: int, series: int | None) -> S
         notes.append("every voxel has the same value: the maps say nothing about this scan")
     notes += grid.spacing_notes
     slices = grid.cut(values.reshape(*spatial, channels))
+    if not isinstance(scan, str | os.PathLike) and np.may_share_memory(slices, voxels):
+        slices = slices.copy()  # the caller may read the next scan into it while this one is segmented
     return Scan(slices, grid, loaded.source, loaded.sha256, loaded.name, tuple(notes), loaded.reader, loaded.dicom)
 
 

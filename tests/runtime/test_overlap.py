@@ -188,6 +188,26 @@ def test_many_scans_give_the_files_that_each_alone_gives(segmenter: Segmenter, t
     assert sorted(path.name for path in together.iterdir()) == sorted(path.name for path in alone.iterdir())
 
 
+def test_scans_may_come_one_after_another_in_one_array(segmenter: Segmenter) -> None:
+    """As who streams them gives them; also what is shown of each is its own."""
+    scans = [np.moveaxis(volume(SIZE, SIZE, 2), 2, 0).astype(np.float32) + 40 * n for n in range(4)]
+    scans[1] = scans[1][:, ::-1]
+
+    def streamed() -> Iterator[np.ndarray[Any, Any]]:
+        buffer = np.empty_like(scans[0], order="C")
+        for scan in scans:
+            buffer[...] = scan
+            yield buffer
+        buffer[...] = 0
+
+    outcomes = list(segmenter.segment_many(streamed(), slice_axis=0, **QUICK))
+    for one, scan in zip(outcomes, scans, strict=True):
+        assert one.value is not None
+        alone = segmenter.segment(scan, slice_axis=0, **QUICK)
+        np.testing.assert_array_equal(one.value.levels, alone.levels)
+        np.testing.assert_array_equal(one.value.image, alone.image)
+
+
 def test_what_is_asked_of_many_scans_is_asked_of_each(segmenter: Segmenter, tmp_path: Path) -> None:
     path = saved(tmp_path / "a.nii.gz", np.moveaxis(volume(SIZE, SIZE, 3), 2, 0))
     where: dict[str, Any] = {"slices": "1:2", "slice_axis": 0}

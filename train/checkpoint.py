@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from cdiff.runtime.sampling.schedule import NoiseSchedule
 from cdiff.runtime.scans.intensity import Intensity
 from cdiff.runtime.scans.sources import is_there
 from cdiff.runtime.words import first_line
+from cdiff.train.archive import must_be_as_written
 from cdiff.train.config import Config
 from cdiff.train.network import ConsensusNet
 
@@ -202,14 +202,6 @@ def read_state(path: Path, device: torch.device) -> dict[str, Any]:
         return {part: state[part] for part in ("optimiser", "scaler")}
     except Exception as error:  # a damaged file fails in the archive, the pickle or the storages, each in its own way
         raise _damaged(path, error) from error
-
-
-def must_be_as_written(path: Path) -> None:
-    """Raise OSError where a file of torch.save's is not what was written, by its archive's check sums, which PyTorch does not compare."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if (broken := archive.testzip()) is not None:
-                raise OSError(f"{broken} is not what was written")
 
 
 def _damaged(path: Path, error: Exception) -> CdiffError:

@@ -7,7 +7,7 @@ import pickle
 import pickletools
 import zipfile
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 PICKLES = 5
 """Pickles that a file of PyTorch's before 1.6 begins with; those of later ones have a file of their own in a ZIP archive."""
@@ -41,7 +41,7 @@ def must_be_as_written(path: Path) -> None:
 
 def _must_be_tame(file: IO[bytes]) -> None:
     """Raise UnpicklingError for a pickle that asks for BYTES, or takes tuples again more than MOST_AGAIN times. What is no pickle is left to PyTorch."""
-    tuples: set[int] = set()
+    tuples: set[Any] = set()
     top, again = "", 0
     try:
         for code, value, _ in pickletools.genops(file):

@@ -31,6 +31,7 @@ from cdiff.runtime.words import first_line
 from cdiff.train.archive import must_be_as_written
 from cdiff.train.config import Config
 from cdiff.train.network import ConsensusNet
+from cdiff.train.told import must_tell
 
 MODEL, EMA = "model.safetensors", "ema.safetensors"
 ORIGIN = ("init", "imported")
@@ -63,9 +64,16 @@ def load_run(run: Path) -> LoadedRun:
     folder = checkpoint_folder(run, "best") or checkpoint_folder(run, "last")
     if folder is None:
         raise CdiffError(f"{run} holds no checkpoint; train it first (cdiff train --out {run})")
+    info = read_json(folder / "checkpoint.json")
+    must_tell(info, folder / "checkpoint.json")
+    tensors = read_weights(folder, EMA)
+    with torch.device(
+        "meta"
+    ):  # so that not a number in a file, but the weights there are, decide how much memory is taken
+        check_weights(ConsensusNet(config.network), tensors, folder / EMA)
     network = ConsensusNet(config.network)
-    load_weights(network, read_weights(folder, EMA), folder / EMA)
-    return LoadedRun(config, network.eval().requires_grad_(False), read_json(folder / "checkpoint.json"))
+    network.load_state_dict(tensors)
+    return LoadedRun(config, network.eval().requires_grad_(False), info)
 
 
 def read_config(run: Path) -> Config:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,8 +28,10 @@ from cdiff.runtime.sampling.schedule import NoiseSchedule
 from cdiff.runtime.scans.intensity import Intensity
 from cdiff.runtime.scans.sources import is_there
 from cdiff.runtime.words import first_line
+from cdiff.train.archive import must_be_as_written
 from cdiff.train.config import Config
 from cdiff.train.network import ConsensusNet
+from cdiff.train.told import must_tell
 
 MODEL, EMA = "model.safetensors", "ema.safetensors"
 ORIGIN = ("init", "imported")
@@ -63,9 +64,16 @@ def load_run(run: Path) -> LoadedRun:
     folder = checkpoint_folder(run, "best") or checkpoint_folder(run, "last")
     if folder is None:
         raise CdiffError(f"{run} holds no checkpoint; train it first (cdiff train --out {run})")
+    info = read_json(folder / "checkpoint.json")
+    must_tell(info, folder / "checkpoint.json")
+    tensors = read_weights(folder, EMA)
+    with torch.device(
+        "meta"
+    ):  # so that not a number in a file, but the weights there are, decide how much memory is taken
+        check_weights(ConsensusNet(config.network), tensors, folder / EMA)
     network = ConsensusNet(config.network)
-    load_weights(network, read_weights(folder, EMA), folder / EMA)
-    return LoadedRun(config, network.eval().requires_grad_(False), read_json(folder / "checkpoint.json"))
+    network.load_state_dict(tensors)
+    return LoadedRun(config, network.eval().requires_grad_(False), info)
 
 
 def read_config(run: Path) -> Config:
@@ -209,14 +217,6 @@ def read_state(path: Path, device: torch.device) -> dict[str, Any]:
         return {part: state[part] for part in ("optimiser", "scaler")}
     except Exception as error:  # a damaged file fails in the archive, the pickle or the storages, each in its own way
         raise _damaged(path, error) from error
-
-
-def must_be_as_written(path: Path) -> None:
-    """Raise OSError where a file of torch.save's is not what was written, by its archive's check sums, which PyTorch does not compare."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if (broken := archive.testzip()) is not None:
-                raise OSError(f"{broken} is not what was written")
 
 
 def _damaged(path: Path, error: Exception) -> CdiffError:

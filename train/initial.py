@@ -11,6 +11,7 @@ from torch import Tensor
 from cdiff.runtime.bundle import open_bundle
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import sha256
+from cdiff.runtime.manifest import NAME
 from cdiff.runtime.scans.sources import is_there
 from cdiff.train.checkpoint import (
     EMA,
@@ -24,6 +25,7 @@ from cdiff.train.checkpoint import (
     read_weights,
 )
 from cdiff.train.config import Config
+from cdiff.train.told import must_tell
 
 FUNCTION = ("target", "outside", "groups", "heads", "heads_up", "head_channels")
 """Settings that no tensor's shape shows, and with others of which the same tensors compute something else."""
@@ -65,10 +67,12 @@ def read_initial(init: Path) -> Initial:
     if folder is None:
         bundle = open_bundle(init)  # which compares its files with their hashes
         tensors = read_tensors(bundle.file(MODEL))
-        config, before = config_of_weights(path), bundle.manifest.training
+        config, before, told = config_of_weights(path), bundle.manifest.training, init / NAME
     else:
         tensors = read_weights(folder, EMA)
-        config, before = read_config(init), read_json(folder / "checkpoint.json")
+        told = folder / "checkpoint.json"
+        config, before = read_config(init), read_json(told)
+    must_tell(before, told)
     began = {"name": init.resolve().name, "sha256": sha256(path)} | origin(before)
     return Initial(init, path, tensors, config, began)
 

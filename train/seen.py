@@ -127,10 +127,22 @@ def _read(path: Path) -> dict[str, list[Seen]]:
     data: dict[str, Any] = read_json(path)
     try:
         parts = {part: data[part] for part in PARTS} | {BEFORE: data.get(BEFORE, [])}
-        return {
+        read = {
             part: [Seen(**case | {"shape": tuple(case["shape"])}) for case in cases] for part, cases in parts.items()
         }
+        for case in (case for cases in read.values() for case in cases):
+            _must_be_typed(case)
+        return read
     except (KeyError, TypeError) as error:
         raise CdiffError(
             f"{path} does not say which cases the run began with ({error!r}); it is damaged: remove it to resume without comparing"
         ) from None
+
+
+def _must_be_typed(case: Seen) -> None:
+    """Raise TypeError where a value is of another kind than was written."""
+    numbers, texts = (case.masks, case.marked, *case.shape), (case.name, case.drawn, case.values)
+    if not all(type(number) is int for number in numbers) or len(case.shape) != 3:
+        raise TypeError(f"{numbers} are not all whole numbers")
+    if type(case.mean) not in (int, float) or not all(isinstance(text, str) for text in texts):
+        raise TypeError(f"{case.mean!r} or one of {texts} is of another kind")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,9 +18,10 @@ from cdiff.runtime.data.contours import lay, read_contours
 from cdiff.runtime.data.structures import number_of, one_must_be_named, parted
 from cdiff.runtime.dicom_seg import quiet
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.scans.grid import Grid
+from cdiff.runtime.scans.dicom_planes import frames_of
+from cdiff.runtime.scans.grid import NIFTI1_LONGEST, Grid
 from cdiff.runtime.scans.sources import any_bytes, optional
-from cdiff.runtime.words import one_line
+from cdiff.runtime.words import by, one_line, several
 
 SEGMENTATIONS = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
 """Segmentation Storage and Label Map Segmentation Storage (PS3.4, B.5)."""
@@ -29,6 +31,10 @@ KIND = "a DICOM segmentation"
 FRACTIONAL = "FRACTIONAL"
 TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 """DICOM's axes point to the patient's left and back, NIfTI's to the right and front."""
+MOST_SLICES = 1000
+"""Slices for each frame of a file, which leaves those out that nobody marked."""
+SMALL = 2**27
+"""Voxels of a volume that may have more."""
 Opened = dict[Path, Any]
 """Files that were read for one of their structures, as pydicom's data sets, for the next: together they may be large."""
 DicomMask = tuple[NDArray[Any], nib.Nifti1Header, tuple[str, ...]]
@@ -104,10 +110,13 @@ def _opened(file: Path) -> Any:
         return data
     if kind not in SEGMENTATIONS:
         raise CdiffError(
-            f"{file} is DICOM ({modality or 'of no modality'}) and neither a segmentation nor contours; name the mask's file"
+            f"{file} is DICOM ({str(modality or 'of no modality')[:50]}) and neither a segmentation nor contours; name the mask's file"
         )
     highdicom = optional("highdicom", "highdicom", file, KIND)
     with _reading(file, KIND):
+        # Which highdicom makes tables for, before it looks for so many.
+        if (promised := frames_of(data)) != (held := len(data.PerFrameFunctionalGroupsSequence)):
+            raise ValueError(f"it describes {several(held, 'frame')} where {promised} are promised")
         _say_spacing(data)
         return highdicom.seg.Segmentation.from_dataset(data, copy=False)
 
@@ -120,6 +129,7 @@ def _segment(found: Any, path: Path, file: Path, name: str) -> tuple[NDArray[Any
         for number in found.segment_numbers
     ]
     chosen = [number_of(name, path, there)] if name else [number for number, _ in there]
+    _must_be_no_larger(found, file)
     if fractions and len(chosen) > 1:
         raise one_must_be_named(file, there, "holds the fractions of several segments")
     try:
@@ -132,6 +142,17 @@ def _segment(found: Any, path: Path, file: Path, name: str) -> tuple[NDArray[Any
     if fractions:
         return values[..., 0], volume.affine
     return (values != 0 if name else values), volume.affine
+
+
+def _must_be_no_larger(found: Any, file: Path) -> None:
+    """Raise CdiffError where a segmentation's frames lie so far apart, or its slices so close, that nearly all of its volume is made up."""
+    if (geometry := found.get_volume_geometry()) is None:  # of which highdicom says why it makes no volume
+        return
+    shape, frames = tuple(map(int, geometry.spatial_shape)), int(found.NumberOfFrames)
+    if max(shape) > NIFTI1_LONGEST or (shape[0] > MOST_SLICES * frames and math.prod(shape) > SMALL):
+        raise CdiffError(
+            f"{file} has {several(frames, 'frame')}, which by their places lie in a volume of {by(shape)} voxels; it is damaged: copy it again"
+        )
 
 
 @contextmanager

@@ -228,11 +228,28 @@ def series_at(path: Path) -> list[Series]:
             one[3].append(header)
     if not found:
         raise CdiffError(f"{path} holds no DICOM image; name the folder of a series")
+    if path.is_dir():
+        _must_leave_none(path, {_pattern(file.name) for one in found.values() for file in one[2]})
     series = [
         Series(number or "without a number", described, tuple(files), tuple(headers))
         for number, described, files, headers in found.values()
     ]
     return sorted(series, key=lambda one: natural(one.number))
+
+
+def _pattern(name: str) -> str:
+    """A name without its numbers, by which a series' files differ."""
+    return re.sub(r"\d+", "0", name)
+
+
+def _must_leave_none(folder: Path, patterns: set[str]) -> None:
+    """Raise CdiffError for a file in a series' folder that is called as its images are, but for its numbers, and has lost DICOM's mark."""
+    for file in sorted(folder.iterdir()):
+        alike = "0" in (pattern := _pattern(file.name)) and pattern in patterns
+        if alike and file.is_file() and not _may_be_image(file):
+            raise CdiffError(
+                f"{file} is called as the images beside it are and is no DICOM file; it is damaged: copy it again, or take it out of the folder"
+            )
 
 
 def _image_header(file: Path) -> Any:

@@ -32,6 +32,8 @@ XFORM_CODES = range(6)
 """What a qform_code or sform_code can be (nifti1.h, and 5 of NIfTI-2: another template)."""
 TOGETHER = 16
 """Slices of a file that are made float32 at a time: all of them would be in memory twice."""
+SHORTEST, LONGEST = 1e-12, 1e12
+"""Edges of a voxel in a header's unit, be it microns or metres: of others' squares and inverses a double has none, and volumes become 0 or NaN."""
 MOST_BEFORE_VOXELS = 2**30
 """Bytes of header and extensions in a file that is not damaged."""
 
@@ -115,10 +117,13 @@ def check_header(header: nib.Nifti1Header, where: str, channels: int) -> None:
         ) from None
     axes = len(spatial_axes(shape, channels, where))
     zooms = [float(zoom) for zoom in header["pixdim"][1 : 1 + axes]]
-    if not all(math.isfinite(zoom) and zoom > 0 for zoom in zooms):
-        listed = " x ".join(f"{zoom:g}" for zoom in zooms)
+    if not all(zoom > 0 for zoom in zooms):  # NaN is not
         raise CdiffError(
-            f"{where} has the spacing {listed} in its header; every one must be above zero: correct the header"
+            f"{where} has the spacing {_listed(zooms)} in its header; every one must be above zero: correct the header"
+        )
+    if min(zooms) < SHORTEST or max(zooms) > LONGEST:
+        raise CdiffError(
+            f"{where} has the spacing {_listed(zooms)} in its header, which no scan has; correct the header"
         )
     for form, code in (("sform", int(header["sform_code"])), ("qform", int(header["qform_code"]))):
         if code not in XFORM_CODES:
@@ -131,8 +136,12 @@ def check_header(header: nib.Nifti1Header, where: str, channels: int) -> None:
             )
 
 
+def _listed(zooms: list[float]) -> str:
+    return " x ".join(f"{zoom:g}" for zoom in zooms)
+
+
 def _spans(header: nib.Nifti1Header, form: str, axes: int) -> bool:
-    """Whether the first `axes` columns of the affine are finite and independent."""
+    """Whether the first `axes` columns of the affine are finite, as long as a voxel can be, and independent."""
     if header["pixdim"][0] == 0:  # which nibabel's get_qform refuses; to NIfTI it is 1, and so it is read afterwards
         header = header.copy()
         header["pixdim"][0] = 1
@@ -143,7 +152,7 @@ def _spans(header: nib.Nifti1Header, form: str, axes: int) -> bool:
     columns = matrix[:3, :axes]
     with np.errstate(over="ignore"):
         lengths = np.linalg.norm(columns, axis=0)
-    if not np.isfinite(matrix).all() or not (lengths > 0).all():
+    if not np.isfinite(matrix).all() or not ((lengths >= SHORTEST) & (lengths <= LONGEST)).all():
         return False
     return bool(np.linalg.matrix_rank(columns / lengths, 1e-5) == axes)
 

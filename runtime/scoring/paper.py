@@ -41,6 +41,8 @@ class PaperRow:
     source: str
 
 
+ROUNDING = 1e-9
+"""By so much a mean of Dice scores may be above 1."""
 PUBLISHED = (PaperRow(1, "Amit et al. 2023, consensus", "QUBIQ kidney", 96.58, None, None, SECOND_HAND),)
 """The published numbers for which a source could be read. A number joins with its source, and only then."""
 
@@ -110,7 +112,7 @@ def _rows_of(report: Mapping[str, Any], source: str) -> list[PaperRow]:
     at_hand = " ".join(str(data[key]) for key in ("folder", "split", "task") if data.get(key)) or "the data at hand"
     # Not all scored slices: in those that nobody marked these scores are not defined.
     at_hand += f" ({several(report['soft_dice_5']['n_slices'], 'slice')} of {several(report['n_cases'], 'case')})"
-    model, variant = report["model"]["name"], report["model"].get("variant", "consensus")
+    model, variant = str(report["model"]["name"]), report["model"].get("variant", "consensus")
     protocol = report["protocol"]
     chain = "maps as they lie in files"
     if "steps" in protocol:
@@ -142,5 +144,8 @@ def paper_notes(rows: list[PaperRow]) -> list[str]:
 
 
 def _row(table: int, whose: str, data: str, score: Mapping[str, Any], source: str) -> PaperRow:
-    percent, low, high = (None if score[key] is None else 100 * score[key] for key in ("mean", "low", "high"))
+    shares = [score[key] for key in ("mean", "low", "high")]
+    if not all(share is None or (type(share) in (int, float) and 0 <= share <= 1 + ROUNDING) for share in shares):
+        raise ValueError(f"a Dice of {shares}")
+    percent, low, high = (None if share is None else 100 * share for share in shares)
     return PaperRow(table, whose, data, percent, low, high, source)

@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 
 from cdiff.runtime.errors import CdiffError
 from cdiff.train.presets import preset
-from cdiff.train.seen import NAME, Seen, check_seen, write_seen
+from cdiff.train.seen import NAME, Seen, check_seen, learned_from, write_seen
 from cdiff.train.trainer import train
 from tests.synthetic import write_synthetic_dataset
 
@@ -125,3 +126,26 @@ def test_what_differs_is_short_and_a_damaged_file_says_what_to_do(tmp_path: Path
     (tmp_path / NAME).write_text('{"train": [{"name": 1}]}')
     with pytest.raises(CdiffError, match="it is damaged: remove it"):
         check_seen(tmp_path, {"train": cases, "val": []}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"drawn": [1]},
+        {"name": 3},
+        {"masks": "3"},
+        {"shape": [1, 2]},
+        {"shape": [1, 2, 2.5]},
+        {"mean": None},
+        {"marked": True},
+    ],
+)
+def test_a_value_of_another_kind_says_what_to_do(wrong: dict[str, Any], tmp_path: Path) -> None:
+    case = Seen("a", 3, (2, 32, 32), 10, 0.5, "0", "1")
+    write_seen(tmp_path, {"train": [case], "val": [], "before": []})
+    assert learned_from(tmp_path) == [case]
+    written = json.loads((tmp_path / NAME).read_text())
+    written["train"][0] |= wrong
+    (tmp_path / NAME).write_text(json.dumps(written))
+    with pytest.raises(CdiffError, match=r"does not say which cases the run began with .*remove it to resume"):
+        learned_from(tmp_path)

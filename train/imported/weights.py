@@ -14,7 +14,7 @@ from torch import Tensor
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.scans.sources import is_there
 from cdiff.runtime.words import first_line
-from cdiff.train.checkpoint import must_be_as_written
+from cdiff.train.archive import must_be_as_written
 from cdiff.train.imported.mapping import Link
 from cdiff.train.imported.options import CONSENSUS, IMPLICIT, TABLE, Options, widths_of
 
@@ -24,6 +24,8 @@ KINDS = ("missing", "extra", "misshapen", "wrong type", "not finite")
 DOUBLING_BLOCK = re.compile(r"output_blocks\.\d+\.[12]\.in_layers\.0\.weight")
 MOST = 12
 """Tensors that a message names of each kind."""
+LONGEST = 100
+"""Characters of a name in a message; the published codes' have half as many."""
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
@@ -66,12 +68,24 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         raise CdiffError(f"{path} holds a {type(loaded).__name__}, not named tensors; give the network's state_dict")
     if {"state", "param_groups"} <= set(loaded):
         raise CdiffError(f"{path} is an optimiser's state; give the network's file (ema*.pt, or model*.pt)")
-    odd = sorted(str(name) for name, value in loaded.items() if not isinstance(value, Tensor) or value.is_nested)
+    # By their classes: what a file puts into an object may go by a method's name.
+    held: dict[Any, Any] = dict(dict.items(loaded))
+    if not all(isinstance(name, str) for name in held):
+        raise CdiffError(
+            f"{path} is no state_dict: not all that it names has a text for a name; save the state_dict alone"
+        )
+    odd = sorted(name[:LONGEST] for name, value in held.items() if not isinstance(value, Tensor) or value.is_nested)
     if odd:
         raise CdiffError(f"{path} is no state_dict: {', '.join(odd[:5])} is no tensor; save the state_dict alone")
-    tensors = {str(name): value for name, value in loaded.items()}
+    tensors = {name: Tensor.detach(value) for name, value in held.items()}
+    plain = [tensor for tensor in tensors.values() if tensor.layout == torch.strided and tensor.device.type == "cpu"]
+    if sum(tensor.nbytes for tensor in plain) > path.stat().st_size:
+        raise CdiffError(
+            f"{path} is shorter than its tensors, some of which repeat numbers or share them; save copies: "
+            "torch.save({name: tensor.clone() for name, tensor in state_dict.items()}, FILE)"
+        )
     if all(name.startswith("module.") for name in tensors):
-        tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
+        tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
     return tensors
 
 

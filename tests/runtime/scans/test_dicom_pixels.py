@@ -247,3 +247,18 @@ def test_no_slice_is_lost_wherever_its_file_ends(name: str, tmp_path: Path) -> N
         (folder / name).write_bytes(data[:end])
         with warnings.catch_warnings(action="error"), pytest.raises(CdiffError, match=name):  # pydicom's remarks too
             read_scan(folder)
+
+
+def test_a_slice_that_has_lost_its_mark_is_missed(tmp_path: Path) -> None:
+    """Of the first or the last nothing else would show that it is not there."""
+    series = write_series(tmp_path / "s", np.arange(480, dtype=np.int16).reshape(12, 10, 4), orthogonal())
+    read_scan(series)
+    (series / "README").write_text("of a scanner")
+    (series / "IM0001.txt").write_text("of a scanner")
+    read_scan(series)
+    first = series / "IM0000"
+    first.write_bytes(b"\1" * 132 + first.read_bytes()[132:])
+    with pytest.raises(
+        CdiffError, match=r"IM0000 is called as the images beside it are and is no DICOM file; it is damaged"
+    ):
+        read_scan(series)

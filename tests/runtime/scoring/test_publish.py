@@ -226,6 +226,16 @@ def test_a_file_that_cannot_stand_beside(name: str, text: str, said: str, tmp_pa
         read_beside(tmp_path / name)
 
 
+@pytest.mark.parametrize("mean", ["0.9", 5.0, -0.1, float("nan"), True, [0.9]])
+def test_a_report_whose_dice_are_none_cannot_stand_beside(mean: Any, report: dict[str, Any], tmp_path: Path) -> None:
+    """They would stand in the table as percent, or end in a traceback there, after hours."""
+    report["data"] = {"folder": "kidney", "split": "val", "task": "task01"}
+    changed = report | {"soft_dice_5": report["soft_dice_5"] | {"mean": mean}}
+    (tmp_path / "a.json").write_text(json.dumps(changed), encoding="utf-8")
+    with pytest.raises(CdiffError, match="no report of cdiff evaluate"):
+        read_beside(tmp_path / "a.json")
+
+
 def test_what_was_drawn_of_another_report_gives_way_with_it(cases: list[Case], tmp_path: Path) -> None:
     """worst.png and the steps are drawn after the report, and were a mixture where that is killed before it comes to them, or not asked for."""
     out = tmp_path / "report" / "scores.json"

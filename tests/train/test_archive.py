@@ -1,0 +1,103 @@
+"""Checkpoints that are made to take memory or time out of all proportion: refused before PyTorch unpickles them."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cdiff.runtime.errors import CdiffError
+from cdiff.train.archive import must_be_as_written
+from cdiff.train.imported.weights import read_state_dict
+
+
+def with_pickle(path: Path, content: bytes, compression: int = zipfile.ZIP_STORED) -> Path:
+    """An archive as torch.save writes it, around such a pickle."""
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        parts = {"data.pkl": content, "byteorder": b"little", "data/0": bytes(256), "version": b"3\n"}
+        for name, part in parts.items():
+            archive.writestr(f"archive/{name}", part)
+    return path
+
+
+def pickled(value: Any) -> bytes:
+    """The pickle that torch.save makes of a value, whose tensor has 256 bytes."""
+    saved = io.BytesIO()
+    torch.save(value, saved)
+    with zipfile.ZipFile(saved) as archive:
+        return next(archive.read(name) for name in archive.namelist() if name.endswith("data.pkl"))
+
+
+def refused(path: Path) -> str:
+    with pytest.raises(CdiffError) as caught:
+        read_state_dict(path)
+    return str(caught.value)
+
+
+GREEDY = b"\x80\x02cbuiltins\nbytearray\n\x8a\x05\x00\x00\x00\x00\x04\x85R."
+"""bytearray(2**34)."""
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_bytes_of_any_number_are_not_made(legacy: bool, tmp_path: Path) -> None:
+    path = tmp_path / "ema.pt"
+    if legacy:  # PyTorch's own number and version, what it ran on, then what was saved
+        path.write_bytes(b"".join(pickle.dumps(one, 2) for one in (0x1950A86A20F9469CFC6C, 1001, {})) + GREEDY)
+    else:
+        with_pickle(path, GREEDY)
+    assert "holds more than tensors" in refused(path)
+
+
+def test_a_key_of_tuples_of_tuples_is_not_looked_up(tmp_path: Path) -> None:
+    """Each holds the one before twice: a hash of the 200th takes longer than the world is old."""
+    doubled = b"".join(b"q" + bytes([number]) + b"h" + bytes([number]) + b"\x86" for number in range(200))
+    assert "is not a PyTorch checkpoint" in refused(
+        with_pickle(tmp_path / "a.pt", b"\x80\x02})" + doubled + b"K\x01s.")
+    )
+    renamed = doubled.replace(b"\x86q", b"\x86q\xffh\xffq")  # fetched, and kept under another number
+    assert "is not a PyTorch checkpoint" in refused(
+        with_pickle(tmp_path / "b.pt", b"\x80\x02})" + renamed + b"K\x01s.")
+    )
+
+
+def test_a_name_that_is_no_text_is_not_written_out(tmp_path: Path) -> None:
+    """Of 20 tuples of twice the one before the text has megabytes."""
+    doubled = b"".join(b"q" + bytes([number]) + b"h" + bytes([number]) + b"\x86" for number in range(20))
+    says = refused(with_pickle(tmp_path / "ema.pt", b"\x80\x02})" + doubled + b"K\x01s."))
+    assert "not all that it names has a text for a name" in says
+    assert len(refused(with_pickle(tmp_path / "long.pt", pickled({"a" * 5000: 1})))) < 1000
+
+
+def test_an_optimisers_groups_may_share_their_numbers(tmp_path: Path) -> None:
+    betas = (0.9, 0.999)
+    path = tmp_path / "optimiser.pt"
+    torch.save({"param_groups": [{"betas": betas} for _ in range(20)]}, path)
+    must_be_as_written(path)
+
+
+def test_packed_parts_are_not_unpacked(tmp_path: Path) -> None:
+    path = with_pickle(tmp_path / "ema.pt", pickled({"a": torch.zeros(64)}), zipfile.ZIP_DEFLATED)
+    assert "its parts are packed" in refused(path)
+
+
+def test_tensors_of_more_bytes_than_the_file_are_refused(tmp_path: Path) -> None:
+    """One number repeated: written out, as a run's weights are, it would fill the disk."""
+    path = tmp_path / "ema.pt"
+    torch.save({"a": torch.zeros(1).expand(10**6, 10**6)}, path)
+    assert "is shorter than its tensors" in refused(path)
+    torch.save({name: torch.arange(1000.0).view(10, 100)[row] for row, name in enumerate("abcdefghij")}, path)
+    assert len(read_state_dict(path)) == 10  # parts of one tensor, as of a flat list of parameters
+
+
+def test_what_a_file_puts_into_an_object_does_not_go_by_a_methods_name(tmp_path: Path) -> None:
+    held: Any = OrderedDict(a=torch.ones(64))
+    held.itemz, held["a"].dym, held["a"].floot = 3, 3, 3
+    content = pickled(held).replace(b"itemz", b"items").replace(b"dym", b"dim").replace(b"floot", b"float")
+    tensor = read_state_dict(with_pickle(tmp_path / "ema.pt", content))["a"]
+    assert (tensor.dim(), tensor.float().numel()) == (1, 64)

@@ -29,7 +29,7 @@ def evaluate(
         Path | None,
         options.data_option(
             "--maps DIR",
-            "Score the maps in DIR in place of a model, from `cdiff segment` or another program: for each case NAME the share of annotators, 0 to 1, "
+            "Score the maps in DIR, of `cdiff segment` or another program, in place of a model: for each case NAME the share of annotators, 0 to 1, "
             "as NAME_soft.nii.gz or NAME.nii.gz.",
             default="a model draws them",
         ),

@@ -31,7 +31,7 @@ def train(
         options.option(
             "--preset NAME",
             "small (modest machines), lidc (the shipped model: crops centred on the structure), paper or implicit-ensemble "
-            "(as published, a large GPU), or tiny (a first look, a few minutes).",
+            "(as published, a large GPU), or tiny (a first look at the whole road, a few minutes).",
             default="small; with --resume what RUN has",
         ),
     ] = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -58,13 +59,14 @@ class Planes:
 
     known: one each, or none of those that do not say where they lie. count: how many images there are. checked: whether the
     volume can be compared with them, which a mosaic and a film without functional groups cannot. mixed: whether frames are
-    numbered in another order than that in which they lie.
+    numbered in another order than that in which they lie. unspaced: whether a header's PixelSpacing cannot be read.
     """
 
     known: tuple[Plane, ...]
     count: int
     checked: bool = True
     mixed: bool = False
+    unspaced: bool = False
 
 
 @contextmanager
@@ -84,7 +86,7 @@ def values_asked() -> Iterator[None]:
 def planes_of(headers: Sequence[Any]) -> Planes:
     """The planes of pydicom data sets that hold `TAGS`. Raises CdiffError as `values_asked` does."""
     known: list[Plane] = []
-    count, checked, mixed = 0, True, False
+    count, checked, mixed, unspaced = 0, True, False, False
     for header in headers:
         frames = frames_of(header)
         count += frames
@@ -93,10 +95,11 @@ def planes_of(headers: Sequence[Any]) -> Planes:
             checked = False
             continue
         planes = _planes_of_frames(header) if groups else [_plane(header)]
+        unspaced = unspaced or not (groups or _spacing(header))
         here = [plane for plane in planes if plane]
         mixed = mixed or (frames == len(here) > 1 and _mixed(here, groups))
         known += here
-    return Planes(tuple(known), count, checked, mixed)
+    return Planes(tuple(known), count, checked, mixed, unspaced)
 
 
 def laid(image: nib.Nifti1Image, planes: Planes, where: str) -> tuple[nib.Nifti1Image, tuple[str, ...]]:
@@ -120,6 +123,8 @@ def laid(image: nib.Nifti1Image, planes: Planes, where: str) -> tuple[nib.Nifti1
             )
         image.set_sform(image.affine, code="unknown")
         image.set_qform(None, code="unknown")
+        if planes.unspaced:
+            image.header["pixdim"][1:3] = 1  # as dcm2niix has it without the tag: of an empty one it makes any number
         guessed = "their order and distance, and " if planes.count > 1 else ""
         return image, (
             f"the DICOM headers do not say where the images lie: {guessed}lengths may be guesses, and nothing says how the patient lies",
@@ -242,17 +247,26 @@ def _plane(header: Any) -> Plane | None:
     try:
         corner = np.array([float(value) for value in header.get("ImagePositionPatient") or ()])
         axes = np.array([float(value) for value in header.get("ImageOrientationPatient") or ()])
-        spacing = np.array([float(value) for value in header.get("PixelSpacing") or ()])
         rows, columns = int(header.get("Rows")), int(header.get("Columns"))
     except (TypeError, ValueError):
         return None
-    if (len(corner), len(axes), len(spacing)) != (3, 6, 2) or not np.isfinite([*corner, *axes, *spacing]).all():
+    spacing = _spacing(header)
+    if (len(corner), len(axes)) != (3, 6) or not np.isfinite([*corner, *axes]).all() or spacing is None:
         return None
     across, down = axes.reshape(2, 3)
     square = np.array([across @ across, down @ down, across @ down])
-    if not np.allclose(square, [1, 1, 0], atol=UPRIGHT) or not (spacing > 0).all():
+    if not np.allclose(square, [1, 1, 0], atol=UPRIGHT):
         return None
     return Plane(corner, across * spacing[1], down * spacing[0], rows, columns)  # between rows is the first
+
+
+def _spacing(header: Any) -> tuple[float, float] | None:
+    """Millimetres between rows and between columns; None where they are missing, or no two numbers above zero."""
+    try:
+        down, across = (float(value) for value in header.get("PixelSpacing") or ())
+    except (TypeError, ValueError):
+        return None
+    return (down, across) if 0 < down < math.inf and 0 < across < math.inf else None
 
 
 def _indices(affine: Float64, plane: Plane) -> tuple[Float64, Float64, Float64]:

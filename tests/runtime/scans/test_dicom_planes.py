@@ -210,6 +210,7 @@ def test_what_the_headers_do_not_say_is_not_made_up(keyword: str, text: str, tmp
     assert len(scan.slices) == 5
     assert not scan.grid.has_orientation
     assert any("do not say where the images lie: their order" in note for note in scan.warnings)
+    assert scan.grid.spacing == pytest.approx((1, 1, 2.5) if keyword == "PixelSpacing" else (0.7, 0.8, 2.5))
 
 
 def test_low_values_that_are_bright_are_told(tmp_path: Path) -> None:

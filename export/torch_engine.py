@@ -6,8 +6,8 @@ For GPUs without TensorRT, and as the baseline that an engine has to beat. Behin
 from __future__ import annotations
 
 import copy
+import logging
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +32,9 @@ from cdiff.train.network import ConsensusNet
 
 if TYPE_CHECKING:
     from cdiff.export.torch_fused import FusedDenoiser
+
+
+LOG = logging.getLogger("cdiff")
 
 
 @dataclass(frozen=True)
@@ -117,11 +120,7 @@ class TorchChainEngine:
         without = f"the kernels between the convolutions do not run here ({why}); Triton needs a C compiler and Python's headers"
         if options.fused:
             raise CdiffError(f"{without}; leave out fused")
-        warnings.warn(
-            f"{without}: going on with PyTorch's own, slower; the maps are the same but for rounding",
-            UserWarning,
-            stacklevel=3,
-        )
+        LOG.warning("%s: going on with PyTorch's own, slower; the maps are the same but for rounding", without)
         return None
 
     @exact

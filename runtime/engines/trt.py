@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import importlib
 import json
+import logging
 import os
 import re
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from cdiff.runtime.words import one_line
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
 Graph = Literal["encoder", "denoiser"]
 Say = Callable[[str], None]
+LOG = logging.getLogger("cdiff")
 
 FILES: dict[Graph, str] = {"encoder": ENCODER, "denoiser": DENOISER}
 RECORD, LAYERS = "record.json", "layers.json"
@@ -318,7 +320,7 @@ def open_or_build(
 def _find(
     bundle: Bundle, graph: Graph, wanted: EngineKey, say: Say | None = None, exact: bool = False
 ) -> tuple[Path, EngineKey] | None:
-    tell = say or warnings.warn
+    tell = say or _warn
     serving: list[tuple[tuple[bool, int, int], Path, EngineKey, str]] = []
     for path, key, digest in _records(bundle, graph, tell):
         if key == wanted or (not exact and key.serves(wanted)):
@@ -334,6 +336,12 @@ def _find(
             f"{path} is missing or damaged (its SHA-256 is not the recorded one) and is not used; it must be built again"
         )
     return None
+
+
+@functools.cache
+def _warn(text: str) -> None:
+    """Once for each text: engines are looked for several times while one model opens."""
+    LOG.warning("%s", text)
 
 
 def _records(bundle: Bundle, graph: Graph, tell: Say) -> Iterator[tuple[Path, EngineKey, str]]:

@@ -195,13 +195,13 @@ def test_only_a_training_in_the_folder_keeps_another_out(tmp_path: Path, monkeyp
 def test_of_two_trainings_begun_at_once_the_second_stops_before_it_writes(
     tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ended: bool
 ) -> None:
-    """The first makes its run while the second still reads its data."""
+    """The first, of another process as it were (in one no second begins), makes its run while the second still reads its data."""
     run = tmp_path / "run"
     with ExitStack() as stack:
 
         def read(data: Path, config: Config) -> Data:
             monkeypatch.undo()
-            inspect.unwrap(train)(preset("tiny"), tiny_data, run, max_steps=1, quiet=True)  # in this process none begins
+            inspect.unwrap(train)(preset("tiny"), tiny_data, run, max_steps=1, quiet=True)
             if not ended:
                 stack.enter_context(held(run))
             return read_data(data, config)

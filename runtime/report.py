@@ -43,11 +43,12 @@ def volumes(stack: Stack, grid: Grid) -> dict[str, Any]:
         inside = sum((np.count_nonzero(one >= 0.5, axis=(1, 2)) for one in maps), np.zeros(maps.shape[1], np.int64))
         return [{name: k, **measure(float(count))} for k, count in enumerate(inside, start=1)]
 
+    marked, expected = np.sum([(np.count_nonzero(one >= 0.5), one.sum(dtype=np.float64)) for one in soft], axis=0)
     return {
         "levels": each("level", "levels"),
         **({"annotators": each("annotator", "maps")} if stack.variant.told == "annotator" else {}),
-        "mask": measure(float(sum(np.count_nonzero(one >= 0.5) for one in soft))),
-        "expected": measure(float(sum(one.sum(dtype=np.float64) for one in soft))),
+        "mask": measure(float(marked)),
+        "expected": measure(float(expected)),
         **({"unreliable": f"{unit}: the header's spacing may be a placeholder"} if grid.is_placeholder else {}),
     }
 

@@ -67,9 +67,8 @@ def load_run(run: Path) -> LoadedRun:
     info = read_json(folder / "checkpoint.json")
     must_tell(info, folder / "checkpoint.json")
     tensors = read_weights(folder, EMA)
-    with torch.device(
-        "meta"
-    ):  # so that not a number in a file, but the weights there are, decide how much memory is taken
+    # Without memory first: the weights that are there decide how much is taken, and not a number in a file.
+    with torch.device("meta"):
         check_weights(ConsensusNet(config.network), tensors, folder / EMA)
     network = ConsensusNet(config.network)
     network.load_state_dict(tensors)

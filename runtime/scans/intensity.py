@@ -54,17 +54,16 @@ class Intensity:
     def _pairs(self) -> list[tuple[float, float]]:
         return list(zip(self.mean, self.std, strict=False))
 
-    def apply(self, array: NDArray[Any], over: NDArray[Any] | None = None) -> NDArray[np.float32]:
+    def apply(self, array: NDArray[Any]) -> NDArray[np.float32]:
         """[S, channels, H, W] of any real dtype -> float32, same shape; in [-1, 1] for percentiles. A constant image becomes zeros.
 
-        over: what percentiles, or the image's own mean, are taken of, where that is not the array itself: a part of each of its
-        slices [S, channels, h, w], or for the scope "volume" also other slices of the scan.
         Raises CdiffError when `mean` is neither one number nor one a channel, or what it makes of the array is not finite.
         """
-        return self.scaled(array, self.limits(array if over is None else over))
+        return self.scaled(array, self.limits(array))
 
     def limits(self, over: NDArray[Any]) -> Limits | None:
-        """What `scaled` takes of [S, channels, h, w]: of each slice, or of all for the scope "volume"; None where the intensity has its own."""
+        """What `scaled` takes of the slices, or of a part of each, [S, channels, h, w]: of each slice, or of all for the scope "volume"; None
+        where the intensity has its own."""
         if self.mean:
             return None
         axes = (2, 3) if self.scope == "slice" else (0, 2, 3)

@@ -41,7 +41,7 @@ def test_slices_that_are_normalised_when_asked_for_are_those_of_the_whole(scope:
     intensity, raw = Intensity(scope, method=method), IMAGE.astype(np.float32)
     for over in (raw, raw[..., 2:9, 3:11]):
         limits = intensity.limits(over) if scope == "volume" else None
-        lazily, whole = Normalised(intensity, raw, over, limits), intensity.apply(raw, over)
+        lazily, whole = Normalised(intensity, raw, over, limits), intensity.scaled(raw, intensity.limits(over))
         np.testing.assert_array_equal([lazily[k] for k in (0, 2, 1, 1)], whole[[0, 2, 1, 1]])
         np.testing.assert_array_equal(lazily[1:][1], whole[2])
 
@@ -69,8 +69,9 @@ def test_a_constant_slice_becomes_zeros_and_the_others_do_not(method: str) -> No
 def test_a_part_of_one_value_makes_all_of_it_zeros(method: str, scope: str) -> None:
     """What lies around the part has no scale then; 0.1 has no exact sum in float32, whose deviation would not be 0."""
     part = np.full((3, 2, 64, 63), 0.1, np.float32)
-    assert not Intensity(scope, method=method).apply(IMAGE, over=part).any()
-    assert not Intensity(scope, method=method).apply(part).any()
+    intensity = Intensity(scope, method=method)
+    assert not intensity.scaled(IMAGE, intensity.limits(part)).any()
+    assert not intensity.apply(part).any()
 
 
 @pytest.mark.parametrize("method", ["percentile", "standard"])

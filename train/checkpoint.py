@@ -208,11 +208,15 @@ def read_weights(folder: Path, file: str) -> dict[str, Tensor]:
     return tensors
 
 
-def read_state(path: Path, device: torch.device) -> dict[str, Any]:
-    """An optimiser.pt, of which nothing but tensors and plain values is unpickled. Raises CdiffError if it is missing or damaged."""
+def read_state(path: Path) -> dict[str, Any]:
+    """An optimiser.pt, of which nothing but tensors and plain values is unpickled. Raises CdiffError if it is missing or damaged.
+
+    On the CPU, from where the optimiser takes what it wants beside its weights: its counts of steps it wants here, and on a GPU
+    every step would wait for each of them.
+    """
     try:
         must_be_as_written(path)
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
         return {part: state[part] for part in ("optimiser", "scaler")}
     except Exception as error:  # a damaged file fails in the archive, the pickle or the storages, each in its own way
         raise _damaged(path, error) from error

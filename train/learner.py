@@ -155,7 +155,7 @@ class Learner:
         averaged = read_weights(folder, EMA)
         check_weights(self.network, averaged, folder / EMA)
         self.ema = {k: v.to(self.device) for k, v in averaged.items()}
-        state = read_state(folder / "optimiser.pt", self.device)
+        state = read_state(folder / "optimiser.pt")
         try:
             self.optimiser.load_state_dict(state["optimiser"])
             self.fabric.strategy.precision.load_state_dict(state["scaler"])

@@ -30,9 +30,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.minutes
 def test_what_the_interpreter_says() -> None:
     """The tests of interpreted_kernels.py: sums, moments, GroupNorm, the whole denoiser, chains through the engine."""
-    triton = pytest.importorskip("triton", reason="Triton is not installed: it comes for Linux on x86-64 alone")
-    if release(triton.__version__) < (3, 7) and release(np.__version__) >= (2, 4):
-        pytest.skip("the interpreter of Triton 3.6 makes numbers of arrays as NumPy 2.4 no longer does")
+    must_interpret()
     command = [
         sys.executable,
         "-m",
@@ -46,6 +44,13 @@ def test_what_the_interpreter_says() -> None:
     ]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+
+
+def must_interpret() -> None:
+    """Skip where Triton's interpreter does not run."""
+    triton = pytest.importorskip("triton", reason="Triton is not installed: it comes for Linux on x86-64 alone")
+    if release(triton.__version__) < (3, 7) and release(np.__version__) >= (2, 4):
+        pytest.skip("the interpreter of Triton 3.6 makes numbers of arrays as NumPy 2.4 no longer does")
 
 
 def release(version: str) -> tuple[int, ...]:

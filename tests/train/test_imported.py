@@ -158,9 +158,7 @@ def test_what_a_run_says_of_its_origin(imported: dict[str, Imported]) -> None:
         **{"seconds": 0.0, "best": None, "best_window": 32, "is_best": True}
     }
     assert run.info["parameters"] == done.parameters == sum(p.numel() for p in run.network.parameters())
-    (group,) = read_state(done.path / "checkpoints" / "step-0002500" / "optimiser.pt", torch.device("cpu"))[
-        "optimiser"
-    ]["param_groups"]
+    (group,) = read_state(done.path / "checkpoints" / "step-0002500" / "optimiser.pt")["optimiser"]["param_groups"]
     assert (group["betas"], group["weight_decay"]) == ((0.9, 0.999), 0.0)
     assert run.config.network.conditions == 3
     assert [imported[name].options.variant for name in TINY[1:4]] == ["no-annotator", "annotator", "implicit-ensemble"]

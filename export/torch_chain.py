@@ -19,8 +19,9 @@ from cdiff.runtime.engines.base import Float32, Int64, Prediction, Rows, feature
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.sampling.noise import INITIAL
 from cdiff.runtime.sampling.sampler import SamplerTable
+from cdiff.runtime.switches import for_all_threads
 from cdiff.runtime.words import first_line
-from cdiff.train.machine import for_all_threads, own_attention, thread_as_it_starts
+from cdiff.train.machine import own_attention, thread_as_it_starts
 
 if TYPE_CHECKING:
     from cdiff.export.torch_engine import TorchChainEngine

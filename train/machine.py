@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import platform
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.host import logical_cores, processor, quota
+from cdiff.runtime.switches import for_all_threads
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
@@ -25,33 +26,6 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
-
-
-def for_all_threads(
-    switched: Callable[[], AbstractContextManager[object]],
-) -> Callable[[], AbstractContextManager[None]]:
-    """Of a context that switches something of the whole process: the first thread to enter switches it, the last to leave switches it back.
-
-    Each for itself, a thread that leaves would give back what others, one for each GPU, still compute without.
-    """
-    lock, stack, inside = threading.Lock(), ExitStack(), 0
-
-    @contextmanager
-    def entered() -> Iterator[None]:
-        nonlocal inside
-        with lock:
-            if inside == 0:
-                stack.enter_context(switched())
-            inside += 1
-        try:
-            yield
-        finally:
-            with lock:
-                inside -= 1
-                if inside == 0:
-                    stack.close()
-
-    return entered
 
 
 @for_all_threads

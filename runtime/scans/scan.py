@@ -161,7 +161,8 @@ def _load(scan: OneScan, channels: int, series: int | None) -> _Loaded:
         check_header(scan.header, source, channels)
         voxels = nifti_voxels(scan, source)
         digest = hashlib.sha256(scan.header.binaryblock + voxels.tobytes())
-        return _Loaded(voxels, scan.header, source, digest.hexdigest(), name_of(Path(named)) if named else "scan")
+        header = scan.header.copy()  # the caller may mend it for the next scan before this one's maps are saved
+        return _Loaded(voxels, header, source, digest.hexdigest(), name_of(Path(named)) if named else "scan")
     raise CdiffError(
         f"cannot segment a {type(scan).__name__}; give a path (or one for each modality), a NumPy array or a nibabel NIfTI image"
     )

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,8 +36,6 @@ if TYPE_CHECKING:
 
 
 LOG = logging.getLogger("cdiff")
-_processes: set[int] = set()
-"""Where an engine was opened: this process, and those that it was forked off from."""
 
 
 @dataclass(frozen=True)
@@ -193,15 +190,8 @@ def algorithms_timed(tuned: bool) -> Iterator[None]:
 def open_torch(bundle: Bundle, device: str) -> TorchChainEngine:
     """The engine over a bundle's weights, in the bundle's own precision.
 
-    Raises CdiffError as `load_network`, `variance_as_listed` and `TorchChainEngine` do, and in a process that was forked off from one with
-    an engine: PyTorch would wait for threads that it has had there, and that are not here.
+    Raises CdiffError as `load_network`, `variance_as_listed` and `TorchChainEngine` do.
     """
-    if _processes - {os.getpid()}:
-        raise CdiffError(
-            "PyTorch has computed in the process that this one was forked off from, and waits forever without the threads that it had there; "
-            "start processes by spawn: multiprocessing.get_context('spawn')"
-        )
-    _processes.add(os.getpid())
     options = Options(half=bundle.manifest.precision == "float16")
     network = load_network(bundle)
     variance_as_listed(bundle, network.config.variance == "learned")

@@ -61,9 +61,23 @@ def thread_as_it_starts() -> Iterator[None]:
             torch.set_autocast_enabled(kind, enabled)
 
 
+_processes: set[int] = set()
+"""Where PyTorch was used for any of our work: this process, and those that it was forked off from."""
+
+
 @contextmanager
 def as_it_starts() -> Iterator[None]:
-    """PyTorch as a program finds it that has changed nothing, given back as it was: `thread_as_it_starts` and `float32_by_default`."""
+    """PyTorch as a program finds it that has changed nothing, given back as it was: `thread_as_it_starts` and `float32_by_default`.
+
+    Raises CdiffError in a process that was forked off from one that has been in here: PyTorch would wait for threads that it had there, and that
+    are not here.
+    """
+    if _processes - {os.getpid()}:
+        raise CdiffError(
+            "PyTorch has computed in the process that this one was forked off from, and waits forever without the threads that it had there; "
+            "start processes by spawn: multiprocessing.get_context('spawn')"
+        )
+    _processes.add(os.getpid())
     with float32_by_default(), thread_as_it_starts():
         yield
 

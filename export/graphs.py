@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.manifest import DENOISER, ENCODER
 from cdiff.runtime.sampling.schedule import NoiseSchedule
+from cdiff.runtime.switches import for_all_threads, without_warnings
 from cdiff.train.network import Denoiser, Encoder
 from cdiff.train.sections import NetworkConfig
 
@@ -178,6 +178,7 @@ def tidy(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
+@for_all_threads
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """PyTorch's exporter prints and logs its progress and warns about its own internals; its exceptions still come through."""
@@ -186,7 +187,7 @@ def _quiet() -> Iterator[None]:
     try:
         for logger in loggers:
             logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(io.StringIO()):
+        with without_warnings(), contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):

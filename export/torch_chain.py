@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -19,8 +20,9 @@ from cdiff.runtime.engines.base import Float32, Int64, Prediction, Rows, feature
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.sampling.noise import INITIAL
 from cdiff.runtime.sampling.sampler import SamplerTable
+from cdiff.runtime.switches import for_all_threads
 from cdiff.runtime.words import first_line
-from cdiff.train.machine import for_all_threads, own_attention, thread_as_it_starts
+from cdiff.train.machine import own_attention, thread_as_it_starts
 
 if TYPE_CHECKING:
     from cdiff.export.torch_engine import TorchChainEngine
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 COLUMNS = ("a", "b", "c", "d", "low", "high")
 WARM_UPS = 3
 """Steps launched plainly before a capture: libraries choose and set up their kernels in the first ones."""
+MOST_GRAPHS = 16
+"""Steps kept captured at a time: each kind of table and each size of slice is one, and a program may see scans of any size for months."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -94,7 +98,7 @@ class TorchBinding:
     """Buffers on the device for batches of `rows` rows over `slots` sets of features. Implements `Binding` and `ChainBinding`."""
 
     def __init__(self, engine: TorchChainEngine, rows: int, slots: int) -> None:
-        self.engine, self.rows, self.slots = engine, rows, slots
+        self._engine, self.rows, self.slots = weakref.ref(engine), rows, slots
         size = engine.config.image_size
         device = engine.device
 
@@ -113,6 +117,14 @@ class TorchBinding:
         self.t = whole(engine.schedule.T) + 1
         self.table = torch.zeros(len(COLUMNS), engine.schedule.T, dtype=torch.float32, device=device)
         self.graphs: dict[tuple[Any, ...], Captured] = {}
+
+    @property
+    def engine(self) -> TorchChainEngine:
+        """The engine, which holds its last binding: held in return, it and its GPU memory would stay until the garbage collector comes. Whoever
+        uses a binding keeps the engine."""
+        engine = self._engine()
+        assert engine is not None, "the engine was let go of before its binding"
+        return engine
 
     @exact
     def encode(self, slot: int, image: Float32) -> None:
@@ -185,6 +197,9 @@ class TorchBinding:
         if key not in self.graphs:
             self.step.zero_()
             self.graphs[key] = captured(plain, self.engine.device, next(iter(self.graphs.values()), None))
+            while len(self.graphs) > MOST_GRAPHS:
+                del self.graphs[next(iter(self.graphs))]
+        self.graphs[key] = self.graphs.pop(key)  # the last used is the last to go
         replay: Callable[[], None] = self.graphs[key].replay
         return replay
 

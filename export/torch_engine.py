@@ -27,7 +27,8 @@ from cdiff.runtime.device.gpu import parse_device
 from cdiff.runtime.engines.base import Float32, Int64, Prediction, variance_as_listed
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.sampling.schedule import NoiseSchedule
-from cdiff.train.machine import as_it_starts, for_all_threads, thread_as_it_starts
+from cdiff.runtime.switches import for_all_threads
+from cdiff.train.machine import as_it_starts, thread_as_it_starts
 from cdiff.train.network import ConsensusNet
 
 if TYPE_CHECKING:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +14,7 @@ from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.report import NOTICE
 from cdiff.runtime.scans.dicom_planes import lps_of, planes_of, taken_from
 from cdiff.runtime.scans.sources import optional
+from cdiff.runtime.switches import quiet, without_warnings
 from cdiff.runtime.words import one_line
 
 if TYPE_CHECKING:
@@ -107,7 +105,7 @@ def _segmentation(images: list[Any], pixels: Any, report: dict[str, Any], name: 
     C = pixels.shape[-1]
     try:
         # Where no level marks a pixel every frame is kept, and highdicom says so.
-        with warnings.catch_warnings(action="ignore"), quiet("highdicom"):
+        with without_warnings(), quiet("highdicom"):
             return hd.seg.Segmentation(
                 source_images=images,
                 pixel_array=pixels,
@@ -141,18 +139,6 @@ def _highdicom(name: str) -> Any:
         raise CdiffError(
             f"{name}: highdicom, which writes DICOM segmentations, is not installed; try: {HIGHDICOM}, or leave out --dicom-seg"
         ) from None
-
-
-@contextmanager
-def quiet(name: str) -> Iterator[None]:
-    """Without the remarks of a library, which would reach the terminal."""
-    logger = logging.getLogger(name)
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
 
 
 def _planes_of(marked: Any, grid: Grid, images: list[Any], name: str) -> list[Any]:

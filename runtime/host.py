@@ -1,9 +1,12 @@
-"""The processor that this process runs on: its name and cores, for reports and for an engine's thread pool. Works without /proc, too."""
+"""What this process runs on: the processor's name and cores, for reports and for an engine's thread pool, and the versions of packages. Works
+without /proc, too."""
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
+from importlib.metadata import version
 from pathlib import Path
 
 CPUS = Path("/sys/devices/system/cpu")
@@ -12,6 +15,15 @@ OWN_CGROUPS = Path("/proc/self/cgroup")
 NO_QUOTA = 2**30
 MOST_THREADS = 4096
 """Most threads that may be asked for: each takes memory, and where the system has no more of it OpenMP ends the process."""
+
+
+@functools.cache  # a few packages
+def package_version(name: str) -> str:
+    """The version of an installed package, as it was when it was first asked for: one that is installed later is not the one that runs here.
+
+    It is read from a file, which takes milliseconds, and every scan's report states some.
+    """
+    return version(name)
 
 
 def processor() -> str:

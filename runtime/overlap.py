@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -73,11 +74,24 @@ def overlapped(
 
 
 def _outcome(item: Item, writing: Future[Value]) -> Outcome[Item, Value]:
-    try:
-        return Outcome(item, value=writing.result())
-    except CdiffError as error:
+    error = writing.exception()
+    if isinstance(error, CdiffError):
+        _let_go(error)
         return Outcome(item, error=error)
-    except MemoryError as error:
+    if isinstance(error, MemoryError):
+        _let_go(error)
         return Outcome(
             item, error=CdiffError(f"the memory is not enough ({one_line(error)}); name a part of it with slices")
         )
+    return Outcome(item, value=writing.result())
+
+
+def _let_go(error: BaseException) -> None:
+    """Clear the variables of the functions that an error came through, which would keep the scan and its maps as long as the error is kept,
+    and in a cycle beyond that. Where it came from can still be shown."""
+    known: list[BaseException] = []
+    one: BaseException | None = error
+    while one is not None and one not in known:
+        traceback.clear_frames(one.__traceback__)
+        known.append(one)
+        one = one.__cause__ or one.__context__

@@ -5,13 +5,13 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cdiff import __version__
 from cdiff.runtime.expected import expected_counts, expected_dice
+from cdiff.runtime.host import package_version
 from cdiff.runtime.stack import Lazily, Stack
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def versions() -> dict[str, str]:
     """Versions of what the numbers depend on besides the engine."""
     return {
         "python": platform.python_version(),
-        **{name: version(name) for name in ("numpy", "scipy", "nibabel")},
+        **{name: package_version(name) for name in ("numpy", "scipy", "nibabel")},
         "platform": platform.platform(),
     }
 

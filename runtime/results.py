@@ -134,9 +134,11 @@ class Result:
                 parts[f"{name}_levels.dcm"] = stage(f"{name}_levels.dcm")
                 write_dicom_seg(self, parts[f"{name}_levels.dcm"])
             not_always = {f"{name}_{more}" for more in ("preview.png", "page.html", "annotators.nii.gz", "levels.dcm")}
-            ours = (listed_outputs(Path(folder) / f"{name}.json") or set()) | cut_short(Path(folder))
-            for file in ours & not_always - set(parts):
-                stage.replaces(file)
+            older = {file for file in not_always - set(parts) if os.path.lexists(Path(folder) / file)}
+            if older:  # seldom; for each of thousands of scans the folder of all their files would be listed
+                ours = (listed_outputs(Path(folder) / f"{name}.json") or set()) | cut_short(Path(folder))
+                for file in older & ours:
+                    stage.replaces(file)
             outputs = {file: {"sha256": sha256(part), "bytes": part.stat().st_size} for file, part in parts.items()}
             timings = {**self.report.get("timings", {}), "write": round(time.perf_counter() - started, 3)}
             report = {**self.report, "timings": timings, "outputs": outputs}

@@ -20,6 +20,7 @@ from cdiff.runtime.engines.registry import open_engine
 from cdiff.runtime.engines.trt import BuildEngines
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import sha256
+from cdiff.runtime.forked import must_be_of_this_process
 from cdiff.runtime.manifest import NAME as MANIFEST
 from cdiff.runtime.manifest import ONE_ZOOM, Manifest
 from cdiff.runtime.overlap import Outcome, overlapped
@@ -51,6 +52,7 @@ class Segmenter:
         self.bundle = bundle
         self.engine, self.engines = engine, (engine, *more)
         self._most_rows: int | None = None
+        self._process = os.getpid()
         self.manifest_sha256 = sha256(bundle.path / MANIFEST)
         bundle.must_be_unchanged()  # the engines have read the graphs again
 
@@ -159,6 +161,7 @@ class Segmenter:
         Raises CdiffError for a scan that cannot be read faithfully, arguments out of range, and a network that does not
         return finite values.
         """
+        must_be_of_this_process(self._process)
         manifest, variant = self.manifest, self.manifest.draws
         if combine not in get_args(Combine):
             raise CdiffError(f"combine {combine!r} is not known; use 'mean' or 'vote'")
@@ -280,6 +283,7 @@ class Segmenter:
         scan, for every scan. Three scans and their maps are in memory at most, besides those that the caller keeps.
         Raises CdiffError for `at` and `shrink`.
         """
+        must_be_of_this_process(self._process)
         if options.get("at") is not None or options.get("shrink") is not None:
             raise CdiffError("at names a place in one scan, and segment_many takes many; call segment for each scan")
         names: set[str] = set()

@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import platform
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.host import logical_cores, processor, quota
+from cdiff.runtime.switches import for_all_threads
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
@@ -25,33 +26,6 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
-
-
-def for_all_threads(
-    switched: Callable[[], AbstractContextManager[object]],
-) -> Callable[[], AbstractContextManager[None]]:
-    """Of a context that switches something of the whole process: the first thread to enter switches it, the last to leave switches it back.
-
-    Each for itself, a thread that leaves would give back what others, one for each GPU, still compute without.
-    """
-    lock, stack, inside = threading.Lock(), ExitStack(), 0
-
-    @contextmanager
-    def entered() -> Iterator[None]:
-        nonlocal inside
-        with lock:
-            if inside == 0:
-                stack.enter_context(switched())
-            inside += 1
-        try:
-            yield
-        finally:
-            with lock:
-                inside -= 1
-                if inside == 0:
-                    stack.close()
-
-    return entered
 
 
 @for_all_threads
@@ -87,9 +61,23 @@ def thread_as_it_starts() -> Iterator[None]:
             torch.set_autocast_enabled(kind, enabled)
 
 
+_processes: set[int] = set()
+"""Where PyTorch was used for any of our work: this process, and those that it was forked off from."""
+
+
 @contextmanager
 def as_it_starts() -> Iterator[None]:
-    """PyTorch as a program finds it that has changed nothing, given back as it was: `thread_as_it_starts` and `float32_by_default`."""
+    """PyTorch as a program finds it that has changed nothing, given back as it was: `thread_as_it_starts` and `float32_by_default`.
+
+    Raises CdiffError in a process that was forked off from one that has been in here: PyTorch would wait for threads that it had there, and that
+    are not here.
+    """
+    if _processes - {os.getpid()}:
+        raise CdiffError(
+            "PyTorch has computed in the process that this one was forked off from, and waits forever without the threads that it had there; "
+            "start processes by spawn: multiprocessing.get_context('spawn')"
+        )
+    _processes.add(os.getpid())
     with float32_by_default(), thread_as_it_starts():
         yield
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,11 +15,11 @@ from numpy.typing import NDArray
 
 from cdiff.runtime.data.contours import lay, read_contours
 from cdiff.runtime.data.structures import number_of, one_must_be_named, parted
-from cdiff.runtime.dicom_seg import quiet
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.scans.dicom_planes import frames_of
 from cdiff.runtime.scans.grid import NIFTI1_LONGEST, Grid
 from cdiff.runtime.scans.sources import any_bytes, optional
+from cdiff.runtime.switches import quiet, without_warnings
 from cdiff.runtime.words import by, one_line, several
 
 SEGMENTATIONS = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
@@ -159,7 +158,7 @@ def _must_be_no_larger(found: Any, file: Path) -> None:
 def _reading(file: Path, kind: str) -> Iterator[None]:
     """Raises CdiffError for what the libraries raise of a file that they cannot read, without their remarks on what they mend in it."""
     try:
-        with warnings.catch_warnings(action="ignore"), quiet("highdicom"), quiet("pydicom"):
+        with without_warnings(), quiet("highdicom"), quiet("pydicom"):
             yield
     except CdiffError:
         raise

@@ -22,6 +22,7 @@ from cdiff.runtime.device.cuda import OutOfMemory
 from cdiff.runtime.device.gpu import parse_device
 from cdiff.runtime.engines.base import Binding, Float32, HostBinding, Int64, Prediction
 from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.forked import kept_in_forks
 from cdiff.runtime.host import physical_cores
 from cdiff.runtime.words import first_line
 
@@ -77,6 +78,7 @@ def open_session(
         session = ort.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
     except Exception as error:  # onnxruntime's own classes have no common base of theirs
         raise CdiffError(f"{path}: ONNX Runtime {ort.__version__} cannot open it: {error_line(error)}") from error
+    kept_in_forks(session)  # it ends by waiting for its threads
     if provider is not None and provider[0] not in session.get_providers():
         raise CdiffError(
             f"ONNX Runtime {ort.__version__} could not start its {provider[0]} on {where} and fell back to the CPU{lacking}: "

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import subprocess
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from cdiff.runtime.scans.dicom_planes import TAGS as PLACE
 from cdiff.runtime.scans.dicom_planes import laid, planes_of, values_asked
 from cdiff.runtime.scans.nifti import parse_nifti
 from cdiff.runtime.scans.sources import PICTURE_SUFFIXES, VOLUME_SUFFIXES, any_bytes, must_be_text, optional
+from cdiff.runtime.switches import without_warnings
 from cdiff.runtime.words import one_line, several
 
 BY_HAND = "convert it with dcm2niix (dcm2niix -z y -o OUT FOLDER) and segment the image that you mean"
@@ -325,7 +325,7 @@ def _header(file: Path) -> Any:
     any_bytes(file)
     try:
         # Of values that the standard does not allow; what cannot be used is refused where it is.
-        with warnings.catch_warnings(action="ignore"):
+        with without_warnings():
             # Which dcm2niix does not read, and pydicom unpacks whole: a thousand times its bytes.
             if pydicom.filereader.read_file_meta_info(file).get("TransferSyntaxUID") == DEFLATED:
                 raise CdiffError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.scans.itk import LPS_TO_RAS
+from cdiff.runtime.switches import without_warnings
 from cdiff.runtime.words import one_line
 
 Float64 = NDArray[np.float64]
@@ -74,7 +74,7 @@ def values_asked() -> Iterator[None]:
     """Raises CdiffError where a value deep in a header is none: pydicom reads those when they are asked for."""
     try:
         # It warns of values that the standard does not allow, and that can be used.
-        with warnings.catch_warnings(action="ignore"):
+        with without_warnings():
             yield
     except CdiffError:
         raise

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import struct
-import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.scans.stored import unpacked_size
+from cdiff.runtime.switches import without_warnings
 from cdiff.runtime.words import by, one_line
 
 BITS_PER_SAMPLE = 258
@@ -170,7 +170,7 @@ def opened(data: bytes, path: Path) -> Iterator[tuple[Any, bool]]:
 
     try:
         # Pillow warns of EXIF that it cannot use, in lines that are none of ours.
-        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+        with without_warnings(), Image.open(io.BytesIO(data), formats=FORMATS) as picture:
             if getattr(picture, "n_frames", 1) > 1:
                 raise CdiffError(f"{path} holds {picture.n_frames} pictures; save one, or convert them to NIfTI")  # type: ignore[attr-defined]
             check_depth(picture, data, path)

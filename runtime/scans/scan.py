@@ -7,7 +7,6 @@ import operator
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 
 from cdiff.runtime.data.case import name_of
 from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.host import package_version
 from cdiff.runtime.scans.dicom import INDEX, holds_dicom, is_dicom, read_dicom
 from cdiff.runtime.scans.grid import Grid
 from cdiff.runtime.scans.nifti import check_header, nifti_voxels
@@ -161,7 +161,8 @@ def _load(scan: OneScan, channels: int, series: int | None) -> _Loaded:
         check_header(scan.header, source, channels)
         voxels = nifti_voxels(scan, source)
         digest = hashlib.sha256(scan.header.binaryblock + voxels.tobytes())
-        return _Loaded(voxels, scan.header, source, digest.hexdigest(), name_of(Path(named)) if named else "scan")
+        header = scan.header.copy()  # the caller may mend it for the next scan before this one's maps are saved
+        return _Loaded(voxels, header, source, digest.hexdigest(), name_of(Path(named)) if named else "scan")
     raise CdiffError(
         f"cannot segment a {type(scan).__name__}; give a path (or one for each modality), a NumPy array or a nibabel NIfTI image"
     )
@@ -187,7 +188,7 @@ def _from_path(path: Path, channels: int, series: int | None) -> _Loaded:
     del data
     voxels, reader = nifti_voxels(image, str(path)), ""
     if path.name.lower().endswith(ITK_SUFFIXES):
-        reader = f"SimpleITK {version('SimpleITK')}"
+        reader = f"SimpleITK {package_version('SimpleITK')}"
         digest.update(voxels.tobytes())  # they may lie in another file
     return _Loaded(voxels, image.header, str(path), digest.hexdigest(), name_of(path), reader=reader)
 

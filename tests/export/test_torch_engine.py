@@ -92,7 +92,8 @@ def test_threads_may_share_a_model(tiny_bundle: Path) -> None:
 
 def test_a_chain_that_was_not_finite_leaves_nothing_to_the_next() -> None:
     """Else one scan that a network fails on would fail every later one of a folder: 0 times NaN is NaN."""
-    binding = TorchChainEngine(random_network(BASE), SCHEDULE, "cpu", EXACT).bind(2, 1)
+    engine = TorchChainEngine(random_network(BASE), SCHEDULE, "cpu", EXACT)
+    binding = engine.bind(2, 1)
     for buffer in (binding.x, binding.previous):
         buffer.fill_(torch.nan)
     assert np.isfinite(binding.run_chain(one_slice(np.arange(2)), sampler_table("dpm++2m", SCHEDULE, 6), 0)).all()

@@ -6,14 +6,24 @@ import os
 import platform
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cdiff.runtime import host
 from cdiff.runtime.host import NO_QUOTA, logical_cores, processor
+from cdiff.runtime.report import build_report
 
 
 def test_the_cores_are_those_of_the_affinity_mask() -> None:
     assert logical_cores() == len(os.sched_getaffinity(0))
+
+
+def test_a_report_reads_no_files_of_packages_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server writes one for each scan; and what is installed under it later is not what it runs."""
+    first = build_report({})["versions"]
+    monkeypatch.setattr(host, "version", lambda name: f"a later {name}")
+    assert build_report({})["versions"] == first
+    assert first["numpy"] == np.__version__
 
 
 def test_a_system_without_proc_and_affinity_is_described_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import traceback
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +24,10 @@ from tests.runtime.test_segmenter import QUICK, SIZE, C, make_bundle, saved, vol
 
 SECONDS = 20.0
 """How long a test waits for something that must happen; only a failure takes as long."""
+
+
+class Ready:
+    """As large as a scan."""
 
 
 class Steps:
@@ -104,9 +110,6 @@ def test_an_error_is_told_before_the_next_is_worked_on() -> None:
 
 
 def test_what_was_read_is_let_go_of_once_it_was_worked_on() -> None:
-    class Ready:
-        """As large as a scan."""
-
     begun = [threading.Event() for _ in range(5)]
     read: list[weakref.ref[Ready]] = []
     worked: list[int] = []
@@ -134,6 +137,36 @@ def test_one_that_the_memory_is_not_enough_for_costs_no_other(step: str) -> None
     first, second, third = steps.run(range(3))
     assert first.error is third.error is None
     assert "the memory is not enough (Unable to allocate 8 GiB)" in str(second.error)
+
+
+@pytest.mark.parametrize("step", ["read", "work", "write"])
+@pytest.mark.parametrize("kind", [CdiffError, MemoryError])
+def test_an_error_that_is_kept_keeps_no_scan(step: str, kind: type[Exception]) -> None:
+    """A server may remember thousands; no cycle waits for the garbage collector either, which does not count bytes."""
+    held: dict[str, weakref.ref[Ready]] = {}
+
+    def made(at: str) -> Ready:
+        scan = Ready()
+        held[at] = weakref.ref(scan)
+        if at == step:
+            try:
+                raise ValueError("of a library")
+            except ValueError as error:
+                raise kind("of this scan") from error
+        return scan
+
+    gc.disable()
+    try:
+        (outcome,) = overlapped(
+            [0], lambda n: made("read"), lambda n, ready: made("work"), lambda n, maps: made("write")
+        )
+        assert "of this scan" in str(outcome.error)
+        assert step in held
+        assert [at for at, scan in held.items() if scan() is not None] == []
+        if kind is CdiffError:  # where it came from can still be shown
+            assert "in made" in "".join(traceback.format_exception(outcome.error))
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), ZeroDivisionError()])

@@ -14,6 +14,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from cdiff.runtime import outputs
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import PART, most_bytes_of_a_name, sha256
 from cdiff.runtime.report import build_report, volumes
@@ -195,6 +196,18 @@ def test_saving_twice_writes_the_same_bytes_and_drops_an_old_preview(tmp_path: P
     assert result.save(tmp_path / "out", "a")["outputs"] == first
     result.save(tmp_path / "out", "a", preview=False)
     assert not (tmp_path / "out" / "a_preview.png").exists()
+
+
+def test_the_folder_is_not_listed_for_each_scan_that_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of thousands, it holds five files each: the last one's save would go through all of them, and all saves through their square."""
+    listed: list[Path] = []
+    reports = outputs._reports
+    monkeypatch.setattr(outputs, "_reports", lambda folder: listed.append(folder) or reports(folder))
+    result = segmented(scan_file(tmp_path, (4, 5)))
+    for n in range(3):
+        result.save(tmp_path / "maps", f"scan{n}", preview=False)
+        result.save(tmp_path / "maps", f"scan{n}", preview=False)  # also where its own older maps are
+    assert listed == []
 
 
 def test_a_page_is_listed_and_an_old_one_dropped(tmp_path: Path) -> None:

@@ -130,6 +130,17 @@ def test_spacing_in_millimetres_whatever_the_unit(tmp_path: Path) -> None:
         assert grid.voxel_ml == pytest.approx(0.7 * 0.8 * 2.5 / 1000 * scale**3)
 
 
+def test_what_a_caller_does_to_an_image_afterwards_is_none_of_the_scans() -> None:
+    image = nib.Nifti1Image(voxels(3, 4, 5).astype(np.float32), AFFINE)
+    image.header.set_xyzt_units("mm")
+    scan = read_scan(image)
+    before = scan.slices.copy(), scan.grid.spacing
+    image.get_fdata(dtype=np.float32)[:] = 0
+    image.header.set_zooms((9, 9, 9))
+    np.testing.assert_array_equal(scan.slices, before[0])
+    assert scan.grid.spacing == before[1]
+
+
 def test_a_qform_without_its_factor_is_read(tmp_path: Path) -> None:
     """NIfTI's pixdim[0] should be 1 or -1; the standard takes a 0 there for 1, and so does every viewer."""
     image = nib.Nifti1Image(voxels(4, 5, 6), AFFINE)

@@ -1,0 +1,62 @@
+"""What the engine torch holds while it is used for long, and that it goes when the engine does."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cdiff.export.torch_chain import MOST_GRAPHS
+from cdiff.export.torch_engine import TorchChainEngine
+from cdiff.runtime.sampling.framing import Framing
+from tests.export.networks import BASE, random_network
+from tests.export.test_torch_engine import EXACT, SCHEDULE, maps
+
+
+def segment(engine: TorchChainEngine, height: int) -> None:
+    maps(engine, Framing("centre", (16, 16)).frame(np.zeros((1, 1, height, 16), np.float32)), "ddim")
+
+
+def test_an_engines_memory_goes_with_it_and_waits_for_no_garbage_collector() -> None:
+    """On a GPU the next model would have no room, and nothing tells the collector so."""
+    engine = TorchChainEngine(random_network(BASE), SCHEDULE, "cpu", EXACT)
+    segment(engine, 16)
+    assert engine._binding is not None
+    held = [weakref.ref(engine), weakref.ref(engine._binding), weakref.ref(engine._binding.features)]
+    gc.disable()
+    try:
+        del engine
+        assert [one() for one in held] == [None] * 3
+    finally:
+        gc.enable()
+
+
+def test_captured_steps_do_not_grow_with_the_sizes_of_scans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last used stay, the longest unused goes, and the next one shares the memory of one that is still there."""
+    made: list[Any] = []
+
+    def captured(step: Callable[[], None], device: str, earlier: Any) -> Any:
+        assert (earlier is None) == (not made)
+        made.append(SimpleNamespace(replay=lambda: None))
+        return made[-1]
+
+    monkeypatch.setattr("cdiff.export.torch_chain.captured", captured)
+    engine = TorchChainEngine(random_network(BASE), SCHEDULE, "cpu", EXACT)
+    engine.capture = True
+    for height in range(16, 16 + MOST_GRAPHS):
+        segment(engine, height)
+    segment(engine, 16)
+    assert len(made) == MOST_GRAPHS
+    segment(engine, 100)  # 17 goes
+    assert engine._binding is not None
+    assert len(engine._binding.graphs) == MOST_GRAPHS
+    for height in (16, 18, 100):
+        segment(engine, height)
+    assert len(made) == MOST_GRAPHS + 1
+    segment(engine, 17)
+    assert len(made) == MOST_GRAPHS + 2

@@ -51,7 +51,7 @@ def info(
             if manifest.zooms != (1,)
             else ""
         ),
-        "--fast": ", ".join(f"{key} {value}" for key, value in manifest.fast.items()),
+        "--fast": ", ".join(f"{key} {value}" for key, value in manifest.fast.items()) or "not stated",
         "precision": f"{manifest.precision}, opset {manifest.opset}",
     }
     facts("Model", [(name, str(value)) for name, value in about.items()])

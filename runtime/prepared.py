@@ -55,7 +55,7 @@ class Prepared:
 
     scan: as read. chosen: the slices to segment. windows: theirs, in the model's intensities; each is resampled when the engine
     asks for it. seconds: what each part took. place: where the user says that the structure is; alone: whether its slice is the
-    only one for want of others that were named.
+    only one for want of others that were named. unnamed: whether its channels lie in one file or array, which does not tell them apart.
     """
 
     scan: Scan
@@ -64,6 +64,7 @@ class Prepared:
     seconds: dict[str, float]
     place: Place | None = None
     alone: bool = False
+    unnamed: bool = False
 
 
 def whole(name: str, value: int) -> int:
@@ -95,6 +96,7 @@ def prepare(
         raise CdiffError("shrink needs the place of the structure; give --at too (in Python, at)")
     if isinstance(scan, list | tuple) and all(isinstance(part, str | os.PathLike) for part in scan):
         must_be_in_order(scan, manifest.modalities)
+    unnamed = len(scan) == 1 if isinstance(scan, list | tuple) else not isinstance(scan, Scan)
     clock = Clock()
     axis = manifest.slice_axis if slice_axis is None else whole("slice_axis", slice_axis)
     series, shrink = (n if n is None else whole(name, n) for name, n in (("series", series), ("shrink", shrink)))
@@ -118,7 +120,7 @@ def prepare(
             _normalised(read.slices, manifest, chosen, place.field), place.point, manifest.slice_size
         )
     clock.lap("frame")
-    return Prepared(read, chosen, windows, clock.laps, place, alone)
+    return Prepared(read, chosen, windows, clock.laps, place, alone, unnamed)
 
 
 def notes(prepared: Prepared, manifest: Manifest) -> list[str]:
@@ -145,6 +147,11 @@ def notes(prepared: Prepared, manifest: Manifest) -> list[str]:
         found.append(
             f"each of the {len(read.slices)} along the last axis was taken for a slice; if they are modalities of one, give the model a "
             "file of the one that it was trained on"
+        )
+    if prepared.unnamed and manifest.modalities:
+        found.append(
+            f"the channels along the last axis were taken for {', '.join(manifest.modalities)}, in this order, that of the training; if "
+            "they lie in another, put them in this one, and segment that"
         )
     found += _what_the_model_sees(prepared, manifest)
     if prepared.alone:

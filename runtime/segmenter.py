@@ -106,13 +106,18 @@ class Segmenter:
         fast: bool = False,
         seed: int = 0,
     ) -> tuple[int, SamplerTable]:
-        """The runs and the table that `segment` takes for these arguments. Raises CdiffError for one that is out of range."""
+        """The runs and the table that `segment` takes for these arguments. Raises CdiffError for one that is out of range, or a `fast` of which the
+        bundle says nothing."""
         if not 0 <= whole("seed", seed) < 2**64:
             raise CdiffError(f"seed {seed} is out of range; use a whole number from 0 to 2^64 - 1")
+        preset = self.manifest.fast if fast else {}
+        if fast and not preset.keys() & {"steps", "runs"}:  # all of them would be no fast
+            raise CdiffError(
+                "this bundle states neither steps nor runs for fast; leave fast out, and give steps and runs"
+            )
         runs = whole("runs", self.runs(runs, fast))
         if runs < 1:
             raise CdiffError(f"runs {runs} is out of range; at least one is needed")
-        preset = self.manifest.fast if fast else {}
         sampler = str(preset.get("sampler", SAMPLER)) if sampler is None else sampler
         steps = int(preset.get("steps", self.manifest.T)) if steps is None else whole("steps", steps)
         return runs, sampler_table(sampler, self.manifest.noise_schedule, steps)

@@ -56,6 +56,10 @@ class Config:
             raise CdiffError(
                 f"late_batch={self.training.late_batch} is for windows that grow, and without a smaller crop all have image_size; set batch"
             )
+        if self.training.late_batch and not self.data.late:
+            raise CdiffError(
+                f"late_batch={self.training.late_batch} is for the late phase, and with late=0 there is none; set batch"
+            )
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -17,6 +17,7 @@ from cdiff.runtime.data.case import listed
 from cdiff.runtime.data.cases import Case, read_masks
 from cdiff.runtime.data.oddities import Oddities
 from cdiff.runtime.data.partition import count_annotators, count_channels
+from cdiff.runtime.data.structures import files_of_image
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import sha256
 from cdiff.runtime.outputs import cut_short
@@ -132,7 +133,8 @@ class WrittenMaps:
         for name, written in sorted(self._written.items()):
             digest.update(name.encode())
             for path in written.files:
-                digest.update(bytes.fromhex(sha256(path)))
+                for file in files_of_image(path):
+                    digest.update(bytes.fromhex(sha256(file)))
         return digest.hexdigest()
 
     def _agreed(self, key: str) -> Any:

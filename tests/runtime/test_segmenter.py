@@ -277,6 +277,8 @@ def test_what_is_used_when_nothing_is_said(segmenter: Segmenter, tmp_path: Path)
     assert used(fast=True) == ("dpm++2m", 4, 3)
     assert used(fast=True, runs=2) == ("dpm++2m", 4, 2)
     assert used(fast=True, steps=6, sampler="ddim") == ("ddim", 6, 3)
+    with pytest.raises(CdiffError, match="this bundle states neither steps nor runs for fast"):
+        used(cdiff.load(make_bundle(tmp_path / "none", fast={"sampler": "ddim"})), fast=True)
 
 
 def test_kept_runs_have_the_maps_as_their_mean(segmenter: Segmenter) -> None:

@@ -60,25 +60,63 @@ def test_a_key_of_tuples_of_tuples_is_not_looked_up(tmp_path: Path) -> None:
     assert "is not a PyTorch checkpoint" in refused(
         with_pickle(tmp_path / "a.pt", b"\x80\x02})" + doubled + b"K\x01s.")
     )
-    renamed = doubled.replace(b"\x86q", b"\x86q\xffh\xffq")  # fetched, and kept under another number
+    renamed = b"q\xffh\xff\x86" * 200  # all kept under one number
     assert "is not a PyTorch checkpoint" in refused(
         with_pickle(tmp_path / "b.pt", b"\x80\x02})" + renamed + b"K\x01s.")
     )
 
 
 def test_a_name_that_is_no_text_is_not_written_out(tmp_path: Path) -> None:
-    """Of 20 tuples of twice the one before the text has megabytes."""
-    doubled = b"".join(b"q" + bytes([number]) + b"h" + bytes([number]) + b"\x86" for number in range(20))
+    """Of 17 tuples of twice the one before the text has a megabyte."""
+    doubled = b"".join(b"q" + bytes([number]) + b"h" + bytes([number]) + b"\x86" for number in range(17))
     says = refused(with_pickle(tmp_path / "ema.pt", b"\x80\x02})" + doubled + b"K\x01s."))
     assert "not all that it names has a text for a name" in says
     assert len(refused(with_pickle(tmp_path / "long.pt", pickled({"a" * 5000: 1})))) < 1000
 
 
-def test_an_optimisers_groups_may_share_their_numbers(tmp_path: Path) -> None:
-    betas = (0.9, 0.999)
-    path = tmp_path / "optimiser.pt"
-    torch.save({"param_groups": [{"betas": betas} for _ in range(20)]}, path)
+ORDERED = b"ccollections\nOrderedDict\nq\x01"
+PAIR, COPY = b"K\x01K\x02\x86", b"h\x01h\x02\x85R"
+LONG = b"(" + 1000 * PAIR + b"e"
+NUMBERED = b"".join(b"M" + number.to_bytes(2, "little") + b"N" for number in range(1000))
+SIZE = b"ctorch\nSize\n(" + 2000 * b"K\x01" + b"t\x85Rq\x02"
+GREEDY_COPIES = {
+    "a list with every six bytes": b"](" + ORDERED + b"]q\x02" + LONG + 1000 * COPY + b"e.",
+    "of a list that grows": b"](" + ORDERED + b"]q\x02\x85q\x03h\x02" + LONG + 1000 * b"h\x01h\x03R" + b"e.",
+    "of a list in a list, for arguments": b"]("
+    + ORDERED
+    + b"]q\x02]q\x03h\x02ah\x02"
+    + LONG
+    + 1000 * b"h\x01h\x03R"
+    + b"e.",
+    "of an object's own": b"](" + ORDERED + b")Rq\x03}q\x02(" + NUMBERED + b"uh\x03" + 1000 * b"h\x02b" + b"e.",
+    "of a list as a set": b"](cbuiltins\nset\nq\x01]q\x02" + LONG + 1000 * COPY + b"e.",
+    "of sizes for keys": b"](" + SIZE + b"}(" + 1000 * b"h\x02N" + b"ue.",
+    "of keys that are long": b"](" + ORDERED + b"]q\x02(" + b"(" + 2000 * b"N" + b"tK\x01\x86e" + 1000 * COPY + b"e.",
+}
+"""Each asks 1000 times for what takes 1000 steps or more; a megabyte of it would take a hundred thousand times as much."""
+
+
+@pytest.mark.parametrize("what", GREEDY_COPIES)
+def test_a_long_list_is_not_copied_without_end(what: str, tmp_path: Path) -> None:
+    path = with_pickle(tmp_path / "ema.pt", b"\x80\x02" + GREEDY_COPIES[what])
+    with pytest.raises(pickle.UnpicklingError, match="it would take long"):
+        must_be_as_written(path)
+    assert "is not a PyTorch checkpoint" in refused(path)
+
+
+def test_a_key_that_lies_deep_does_not_end_the_process(tmp_path: Path) -> None:
+    """Nothing is shared, but a hash of tuples goes as deep as they do, and a program's stack does not."""
+    path = with_pickle(tmp_path / "ema.pt", b"\x80\x02})" + 10**5 * b"\x85" + b"K\x01s.")
+    assert "is not a PyTorch checkpoint" in refused(path)
+
+
+def test_what_many_groups_of_an_optimiser_share_is_read(tmp_path: Path) -> None:
+    """As where each layer has a learning rate of its own, or each tensor."""
+    betas, path = (0.9, 0.999), tmp_path / "optimiser.pt"
+    state = {number: {"step": torch.ones(()), "shape": torch.Size((3, 3))} for number in range(50)}
+    torch.save({"state": state, "param_groups": [{"betas": betas, "lr": 1e-3} for _ in range(5000)]}, path)
     must_be_as_written(path)
+    assert len(torch.load(path, weights_only=True)["param_groups"]) == 5000
 
 
 def test_packed_parts_are_not_unpacked(tmp_path: Path) -> None:

@@ -102,6 +102,7 @@ def test_bad_settings_are_one_clear_line(setting: str, says: str) -> None:
         (["framing=tile", "crop=64"], "crop=64 must not be above image_size=32"),
         (["framing=centre", "crop=16"], "with framing=centre every window has image_size=32"),
         (["framing=tile", "crop=32", "late_batch=2"], "without a smaller crop all have image_size"),
+        (["framing=tile", "crop=16", "late=0", "late_batch=2"], "with late=0 there is none; set batch"),
     ],
 )
 def test_settings_that_contradict_each_other_are_one_clear_line(settings: list[str], says: str) -> None:

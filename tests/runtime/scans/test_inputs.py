@@ -7,12 +7,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
+import numpy as np
 import pytest
 
 from cdiff.runtime.data.cases import find_cases
 from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.prepared import notes, prepare
 from cdiff.runtime.scans.inputs import scans_at, scans_named
 from cdiff.runtime.scans.scan import read_scan
+from tests.runtime.test_manifest import example
 
 
 def _touch(*paths: Path) -> None:
@@ -192,6 +196,21 @@ def test_a_model_of_several_channels_takes_a_case_folders_files_as_one_scan(tmp_
     assert [path.name for path in scan.path if isinstance(scan.path, tuple)] == ["image_t2.nii.gz", "image_t1.nii.gz"]
     with pytest.raises(CdiffError, match=r"case01 has no flair \(it has t1, t2\); the model was trained on t1, flair"):
         scans_at(tmp_path, channels=2, modalities=("t1", "flair"))
+
+
+def test_the_order_in_which_one_files_channels_are_taken_is_told(tmp_path: Path) -> None:
+    """Files are put in the order of the training by their names, and one file of all has none."""
+    for name, shape in (("all", (8, 8, 2, 2)), ("t1", (8, 8, 2)), ("t2", (8, 8, 2))):
+        nib.save(nib.Nifti1Image(np.ones(shape, np.float32), np.eye(4)), tmp_path / f"{name}.nii.gz")
+    one, two = tmp_path / "all.nii.gz", [tmp_path / "t2.nii.gz", tmp_path / "t1.nii.gz"]
+    named = example(image_channels=2, training={"data": {"modalities": ["t2", "t1"]}})
+    for scan, manifest, told in ((one, named, True), (two, named, False), (one, example(image_channels=2), False)):
+        said = [
+            note
+            for note in notes(prepare(scan, manifest, None, None), manifest)
+            if "taken for t2, t1, in this order" in note
+        ]
+        assert len(said) == told
 
 
 def test_brats_files_are_one_scan_for_four_channels_and_files_for_one(tmp_path: Path) -> None:

@@ -275,3 +275,18 @@ def test_maps_of_a_killed_segmentation_are_not_scored(cases: list[Case], tmp_pat
         scores(maps, cases)
     (maps / f"{cases[1].name}.json").write_text('{"cdiff": "0"}')  # segmented again
     scores(maps, cases)
+
+
+def test_voxels_beside_a_maps_header_that_change_are_scored_anew(cases: list[Case], tmp_path: Path) -> None:
+    itk = pytest.importorskip("SimpleITK")
+    folder, case, out = tmp_path / "maps", cases[0], tmp_path / "scores.json"
+    folder.mkdir()
+    dice = []
+    for fault in (0, 1):  # all as the annotators drew, then the opposite: of one header
+        soft = np.abs(fault - fraction(case)).astype(np.float32)
+        image = itk.GetImageFromArray(np.transpose(soft))
+        image.SetDirection((-1, 0, 0, 0, -1, 0, 0, 0, 1))
+        itk.WriteImage(image, str(folder / f"{case.name}.mhd"))
+        dice.append(scores(folder, [case], out=out)["soft_dice_5"]["mean"])
+    assert dice[0] == pytest.approx(1)
+    assert dice[1] < 0.5

@@ -10,6 +10,7 @@ import os
 import sys
 import tempfile
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -181,6 +182,12 @@ def answer(contender: Through | Published, request: dict[str, Any]) -> dict[str,
     return {**spent, "peak_bytes": peak_memory(), **found}
 
 
+def _compiling() -> AbstractContextManager[None]:
+    from cdiff.train.compiled import compiling
+
+    return compiling("it needs a C++ compiler (g++) and room for temporary files; or leave --compile out")
+
+
 def main() -> None:
     """Answer until stdin closes, or the benchmark is killed. A CdiffError is an answer too."""
     end_with_parent()
@@ -197,7 +204,8 @@ def main() -> None:
 
                     torch.set_num_threads(spec["threads"])
                 contender = Published(spec) if spec["kind"] == PUBLISHED else Through(spec)
-            found = answer(contender, json.loads(line))
+            with _compiling() if spec["kind"] == COMPILED else nullcontext():
+                found = answer(contender, json.loads(line))
         except CdiffError as error:
             found = {"error": str(error)}
         print(json.dumps(found), file=answers, flush=True)

@@ -64,7 +64,7 @@ def export_run(
         raise CdiffError(
             "export compares its graphs by ONNX Runtime, which is not here: pip install '.[train,cpu]' in cdiff's clone"
         )
-    must_be_text(Path(out.name))  # by which the model is called
+    must_be_text(out)  # else ONNX Runtime opens no graph there, and the model is called by the last part
     loaded = load_run(run)
     fast_steps = min(loaded.config.training.val_steps, loaded.config.network.T) if fast_steps is None else fast_steps
     kept_timesteps(loaded.config.network.T, fast_steps)  # an error now, not after the graphs

@@ -147,6 +147,15 @@ def test_the_clone_runs_where_nothing_was_installed(command: str, tmp_path: Path
         assert json.loads((tmp_path / "demo.json").read_text())["cdiff"] == "0+clone"
 
 
+@pytest.mark.parametrize("start", ["from cdiff.cli import main; main()", "import runpy; runpy.run_module('cdiff.cli')"])
+def test_a_system_without_locks_is_told_in_a_line(start: str) -> None:
+    """As Windows is."""
+    hidden = f"import sys; sys.modules['fcntl'] = None; {start}"
+    done = subprocess.run([sys.executable, "-c", hidden], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: cdiff needs Linux: this Python has no file locks (fcntl); on Windows use WSL\n"
+
+
 def test_a_half_made_virtual_environment_is_made_anew(tmp_path: Path) -> None:
     """Debian's Python without python3-venv leaves one that has no pip, and says what to install: the next `make demo` must go on."""
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):

@@ -26,7 +26,7 @@ from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import atomic_folder, sha256, write_json
 from cdiff.runtime.sampling.schedule import NoiseSchedule
 from cdiff.runtime.scans.intensity import Intensity
-from cdiff.runtime.scans.sources import is_there
+from cdiff.runtime.scans.sources import is_there, must_be_text
 from cdiff.runtime.words import first_line
 from cdiff.train.archive import must_be_as_written
 from cdiff.train.config import Config
@@ -186,7 +186,8 @@ def _room(path: Path) -> Iterator[None]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """A safetensors file. Raises CdiffError if it is missing or damaged."""
+    """A safetensors file. Raises CdiffError if it is missing or damaged, or its path is no text, which safetensors cannot open."""
+    must_be_text(path)
     try:
         return load_file(path)
     except Exception as error:  # safetensors raises its own SafetensorError, OSError or ValueError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from cdiff.runtime.files import atomic_path
 from cdiff.runtime.words import first_line
 from cdiff.train import pace
 from cdiff.train.checkpoint import checkpoint_folder, checkpoint_name, origin, read_json, save_checkpoint
+from cdiff.train.compiled import compiling
 from cdiff.train.config import Config
 from cdiff.train.data import Batch, Data, validation_windows
 from cdiff.train.fabric import precision_of, settle
@@ -99,11 +100,12 @@ class Run:
     def step(self, k: int, window: int | None = None) -> tuple[float, float]:
         """Step k (from 0), on windows of `window` pixels, those of now unless given: the loss and the gradient's norm before clipping.
 
-        Raises CdiffError when one is not finite, or when the GPU's memory is not enough.
+        Raises CdiffError when one is not finite, when the GPU's memory is not enough, or when torch.compile cannot compile.
         """
         settings = self.config.training
         more = "" if settings.checkpointing else ", or checkpointing=true"
-        with _enough_memory(f"at step {k + 1}", f"set accumulate above {settings.accumulate} (the same result){more}"):
+        remedy = f"set accumulate above {settings.accumulate} (the same result){more}"
+        with _enough_memory(f"at step {k + 1}", remedy), self._compiling():
             return self.learner.step(k, self.feed.take(k, window or self.window()), self.lr())
 
     def try_out(self, window: int) -> tuple[float, float]:
@@ -119,6 +121,13 @@ class Run:
             took = max(took, (pace.now(self.config) - began) / ahead)
         return loss, took
 
+    def _compiling(self) -> AbstractContextManager[None]:
+        if not self.config.training.compile:
+            return nullcontext()
+        return compiling(
+            "it needs a C++ compiler (g++) and room for temporary files; or set compile=false, which --resume takes too"
+        )
+
     def _prepare(self, k: int, window: int) -> list[Rows]:
         parts = draw_rows(self.data.train, self.config, k, window, self.fabric.global_rank, self.fabric.world_size)
         return [part.pinned() for part in parts] if self.learner.device.type == "cuda" else parts
@@ -129,7 +138,8 @@ class Run:
         if window not in self.val_batches:
             batch = self._val_windows(self.val_chosen, window)
             self.val_batches[window] = batch.to(self.learner.device)
-        with _enough_memory(f"for the validation after step {self.done}", "set val_runs lower in a new run"):
+        remedy = "set val_runs lower in a new run"
+        with _enough_memory(f"for the validation after step {self.done}", remedy), self._compiling():
             return score(
                 self.learner.averaged(),
                 self.learner.diffusion,

@@ -50,7 +50,9 @@ class Journal:
             if lines and lines[0] == json.loads(first):
                 own = _whole(lines[1:], path, fingerprint(header), keys, notice)
                 if own:
-                    notice(f"{path} has {len(own)} finished cases of an interrupted evaluation: going on from there")
+                    notice(
+                        f"{path} has {several(len(own), 'finished case')} of an interrupted evaluation: going on from there"
+                    )
                 # What a kill cut off must not stand in the middle of the file.
                 self._file.truncate(whole)
             else:
@@ -169,10 +171,10 @@ def _finished(
     rows = _whole(cases if isinstance(cases, list) else [], path, report["made_with"], keys, notice)
     used, there = sum(key in asked for key in rows), f"{path} is there, made with the same model, protocol and data"
     if rows and used == len(rows):
-        notice(f"{there}: its {used} cases are not computed again")
+        notice(f"{there}: its {several(used, 'case')} {'is' if used == 1 else 'are'} not computed again")
     elif rows:
         notice(
-            f"{there}: {used} of its {len(rows)} cases are not computed again; the others are not asked for, or their files changed, "
+            f"{there}: {used} of its {len(rows)} cases {'is' if used == 1 else 'are'} not computed again; the others are not asked for, or their files changed, "
             "and the new report will not hold them"
         )
     return rows

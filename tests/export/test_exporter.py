@@ -178,8 +178,9 @@ def test_what_cannot_be_exported_gets_one_line(run: Path, bundle: Bundle, tmp_pa
         export_run(run, bundle.path)
     with pytest.raises(CdiffError, match=str(tmp_path)):
         export_run(tmp_path, tmp_path / "bundle")
-    with pytest.raises(CdiffError, match=r"^\\xff has a name that is not UTF-8"):
-        export_run(run, tmp_path / "\udcff")
+    for name in ("\udcff", "\udcff/bundle"):  # ONNX Runtime would be blamed for the second, after the graphs were made
+        with pytest.raises(CdiffError, match=r"/\\xff.* has a name that is not UTF-8"):
+            export_run(run, tmp_path / name)
     with pytest.raises(CdiffError, match="51 steps are asked for, but the model was trained with 50"):
         export_run(run, tmp_path / "bundle", fast_steps=51)
     assert list(tmp_path.iterdir()) == []

@@ -15,11 +15,13 @@ from safetensors.torch import save_file
 
 from cdiff.runtime.errors import CdiffError
 from cdiff.train.checkpoint import (
+    EMA,
     check_weights,
     checkpoint_folder,
     config_of_weights,
     read_json,
     read_state,
+    read_tensors,
     read_weights,
     save_checkpoint,
     write_tensors,
@@ -143,3 +145,12 @@ def test_weights_that_do_not_say_whose_they_are(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(1)}, tmp_path / "w.safetensors")
     with pytest.raises(CdiffError, match="does not say which network it belongs to; export the bundle again"):
         config_of_weights(tmp_path / "w.safetensors")
+
+
+def test_weights_in_a_folder_whose_name_is_no_text_are_not_called_damaged(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"M\xfcller")
+    folder.mkdir()
+    save_file({"x": torch.zeros(1)}, tmp_path / EMA)
+    (tmp_path / EMA).rename(folder / EMA)
+    with pytest.raises(CdiffError, match=r"M\\xfcller/ema.safetensors has a name that is not UTF-8; rename"):
+        read_tensors(folder / EMA)

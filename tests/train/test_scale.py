@@ -12,6 +12,7 @@ from torch import nn
 
 from cdiff.runtime.errors import CdiffError
 from cdiff.train.checkpoint import checkpoint_folder, read_config, save_checkpoint
+from cdiff.train.compiled import compiling
 from cdiff.train.config import Config
 from cdiff.train.data import Data, read_data
 from cdiff.train.fabric import fabric_on
@@ -90,6 +91,37 @@ def test_a_compiled_network_learns_the_same(data: Data, monkeypatch: pytest.Monk
     assert [type(module) for module in compiled] == [ConsensusNet]
     assert (loss, norm) == (pytest.approx(plain[0], rel=1e-5), pytest.approx(plain[1], rel=1e-4))
     assert gradients.keys() == plain[2].keys()
+
+
+def test_without_a_compiler_compile_is_refused_in_a_line(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the run goes on where it is left out."""
+    compile_in_place = nn.Module.compile
+
+    def refuses(*graph: object) -> None:
+        raise RuntimeError("No working C++ compiler found")
+
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compile_in_place(self, backend=refuses))
+    config = preset("tiny").with_values({"compile": True, "steps": 1, "val_every": 1})
+    with pytest.raises(
+        CdiffError, match=r"cannot compile the network \([^\n]*No working C\+\+ compiler[^\n]*compile=false"
+    ) as error:
+        train(config, tiny_data, tmp_path / "run", device="cpu", quiet=True)
+    assert "\n" not in str(error.value)
+    without = config.with_values({"compile": False})
+    assert train(without, tiny_data, tmp_path / "run", device="cpu", quiet=True, resume=True).finished
+
+
+def test_of_a_compilers_pages_the_line_that_says_what_is_wrong_is_told() -> None:
+    said = "CppCompileError: C++ compile error\n\nCommand:\ng++ a.cpp\n\nOutput:\na.h:9:2: fatal error: No space left on device\n 9 | };"
+    with (
+        pytest.raises(CdiffError, match=r"\(a\.h:9:2: fatal error: No space left on device\); what then$"),
+        compiling("what then"),
+    ):
+        raise torch._dynamo.exc.TorchDynamoException(said)
+    with pytest.raises(RuntimeError, match="another"), compiling("what then"):
+        raise RuntimeError("another error: is not the compiler's")
 
 
 @pytest.mark.slow

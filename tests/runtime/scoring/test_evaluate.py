@@ -47,7 +47,10 @@ def test_a_finished_report_is_not_computed_again(cases: list[Case], tmp_path: Pa
     told.clear()
     run(again, cases[:1], out=out, notice=told.append)
     assert len(again.asked) == 1
-    assert "1 of its 4 cases are not computed again; the others are not asked for" in told[0]
+    assert "1 of its 4 cases is not computed again; the others are not asked for" in told[0]
+    told.clear()
+    run(again, cases[:1], out=out, notice=told.append)
+    assert told[0].endswith(": its 1 case is not computed again")
     other = KnownMaps(tmp_path / "b", 3, shift=1)
     run(other, cases, Protocol(seed=1), out=out)
     assert len(other.asked) == 4

@@ -127,3 +127,14 @@ def test_words_that_nobody_takes_do_not_end_the_work(tmp_path: Path, ended: str)
         assert process.wait(timeout=60) == (130 if ended == "terminal closed" else 0)
     assert list(tmp_path.glob(f"{PART}*")) == []
     assert (tmp_path / "image.json").is_file() == (ended != "terminal closed")
+
+
+def test_a_reader_of_results_that_ended_early_is_no_crash() -> None:
+    """As `| head -1` does: exit code 1, and not a word, of Python's shutdown neither."""
+    reader, results = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "cdiff.cli", "info"], stdout=results, stderr=subprocess.PIPE, check=False
+    )
+    os.close(results)
+    assert (done.returncode, done.stderr) == (1, b"")

@@ -95,7 +95,10 @@ def benchmark(
             progress=meter,
             notice=warn,
         )
-    out.print(summary(report))
+    try:  # neither waits for the other: a reader of the tables may end early (`| head`), and a disk be full
+        if json_:
+            write_json(json_, report)
+    finally:
+        out.print(summary(report))
     if json_:
-        write_json(json_, report)
         written(json_)

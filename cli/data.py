@@ -99,17 +99,23 @@ def check(
         )
     for path in given:
         must_not_be_read(path, (file for look in checked.looks for file in files_read(look.case)))
-    _print(checked)
-    if json_:
-        write_json(json_, checked.report)
-        written(json_)
-    if not no_sheet and any(look.readable for look in checked.looks):
-        from cdiff.runtime.pictures.sheet import write_sheet
+    try:  # neither waits for the other: a reader of the tables may end early (`| head`), and a disk be full
+        if json_:
+            write_json(json_, checked.report)
+        if sheet_made := not no_sheet and any(look.readable for look in checked.looks):
+            from cdiff.runtime.pictures.sheet import write_sheet
 
-        dice = checked.report["pairwise_dice"]["mean"]
-        first = "; outlines on the first channel" if checked.channels not in (1, 3) else ""
-        note = f"{checked.report['layout']} layout; pairwise Dice {number(dice)}; frame: what the others show{first}"
-        write_sheet(target, checked.looks, checked.channels, slice_axis, name, note)
+            dice = checked.report["pairwise_dice"]["mean"]
+            first = "; outlines on the first channel" if checked.channels not in (1, 3) else ""
+            note = (
+                f"{checked.report['layout']} layout; pairwise Dice {number(dice)}; frame: what the others show{first}"
+            )
+            write_sheet(target, checked.looks, checked.channels, slice_axis, name, note)
+    finally:
+        _print(checked)
+    if json_:
+        written(json_)
+    if sheet_made:
         written(target)
     if not checked.possible:
         fail(f"training cannot start: {'; '.join(checked.report['training']['reasons'])}")

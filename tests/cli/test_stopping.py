@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import pty
 import signal
@@ -15,8 +16,11 @@ from pathlib import Path
 import pytest
 
 import cdiff
+from cdiff.cli.benchmark import benchmark
+from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import PART
 from cdiff.train.interrupt import Interrupt
+from tests.synthetic import write_synthetic_dataset
 
 SCAN = Path(cdiff.__file__).parent / "demo" / "image.nii.gz"
 LONG = [sys.executable, "-m", "cdiff.cli", "segment", SCAN, "--fast", "--slices", "3:4", "--runs", "400"]
@@ -127,3 +131,38 @@ def test_words_that_nobody_takes_do_not_end_the_work(tmp_path: Path, ended: str)
         assert process.wait(timeout=60) == (130 if ended == "terminal closed" else 0)
     assert list(tmp_path.glob(f"{PART}*")) == []
     assert (tmp_path / "image.json").is_file() == (ended != "terminal closed")
+
+
+def test_a_reader_of_results_that_ended_early_is_no_crash_and_costs_no_file(tmp_path: Path) -> None:
+    """As `| head -1` does: exit code 1, and not a word, of Python's shutdown neither."""
+    data, files = write_synthetic_dataset(tmp_path / "data", 2, raters=2, shape=(8, 8, 2)), tmp_path / "files"
+    for command in (["info"], ["data", "check", data, "--json", files / "check.json", "--sheet", files / "sheet.png"]):
+        reader, results = os.pipe()
+        os.close(reader)
+        done = subprocess.run(
+            [sys.executable, "-m", "cdiff.cli", *command], stdout=results, stderr=subprocess.PIPE, check=False
+        )
+        os.close(results)
+        assert (done.returncode, done.stderr) == (1, b"")
+    assert {path.name for path in files.iterdir()} == {"check.json", "sheet.png"}
+
+
+def test_a_measurement_is_written_though_nobody_reads_its_tables_and_printed_though_the_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def reader_ended(report: object) -> str:
+        raise BrokenPipeError
+
+    def full(path: Path, report: object) -> None:
+        raise CdiffError("no space left")
+
+    monkeypatch.setattr("cdiff.benchmarks.benchmark.benchmark", lambda *given, **options: {"measured": 1})
+    monkeypatch.setattr("cdiff.benchmarks.benchmark.summary", reader_ended)
+    with pytest.raises(BrokenPipeError):
+        benchmark(json_=tmp_path / "out.json")
+    assert json.loads((tmp_path / "out.json").read_text()) == {"measured": 1}
+    monkeypatch.setattr("cdiff.benchmarks.benchmark.summary", lambda report: "the tables")
+    monkeypatch.setattr("cdiff.runtime.files.write_json", full)
+    with pytest.raises(CdiffError, match="no space left"):
+        benchmark(json_=tmp_path / "other.json")
+    assert "the tables" in capsys.readouterr().out

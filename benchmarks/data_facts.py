@@ -34,10 +34,10 @@ def facts(cases: list[Case], group: str | None) -> dict[str, Any]:
     by_all = within = 0
     for number, case in enumerate(cases):
         masks = read_masks(case, read_scan(case.scan).grid)
-        drawn = masks.any(axis=1)
+        drawn, readers = np.asarray(masks.any(axis=1)), np.asarray(masks.any(axis=(2, 3)))
         lengths.append(len(masks))
         pixels += [count for count in drawn.sum(axis=(1, 2)).tolist() if count]
-        by_all += int(masks.any(axis=(2, 3)).all(axis=1).sum())
+        by_all += int((readers.sum(axis=1) == readers.shape[1]).sum())
         within += sum(not _beside(one) for one in drawn)
         print(f"{number + 1} of {several(len(cases), 'case')}", file=sys.stderr, end="\r")
     patients = group_names([case.name for case in cases], group)

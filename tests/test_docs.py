@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-import nibabel as nib
 import numpy as np
 import pytest
 import typer
@@ -359,23 +358,3 @@ def test_the_first_page_says_of_the_full_protocol_what_was_measured(tables: Modu
     assert means[0] <= means[1], "or the full protocol is better"
     best = tables.read("lidc_testing_all_raters_zooms_vote", tables.RESULTS)["soft_dice_5"]["mean"]
     assert ("missed it" in page) == (best <= 0.88)
-
-
-def test_the_model_page_describes_the_data_as_they_are(lidc: Path) -> None:
-    slices, areas, outside = [], [], 0
-    for case in (
-        case for folder in ("Training", "Validation", "Testing") for case in sorted((lidc / folder).iterdir())
-    ):
-        masks = [np.asarray(nib.load(path).dataobj) > 0 for path in case.glob("task01_seg*.nii.gz")]
-        union = np.any(masks, axis=0)
-        slices.append(union.shape[2])
-        areas += [area for area in np.count_nonzero(union, axis=(0, 1)) if area]
-        if case.parent.name == "Training":
-            union[32:96, 32:96] = False
-            outside += np.count_nonzero(union.any(axis=(0, 1)))
-    page = prose("docs/model.md")
-    share = np.mean(np.array(slices) <= 15)
-    assert f"{min(slices)} to {max(slices)} slices ({100 * share:.0f} % of them at most 15)" in page
-    small, usual, large = np.percentile(areas, [5, 50, 95])
-    assert f"the four masks' union covers {small:.0f}, {usual:.0f} and {large:.0f} pixels" in page
-    assert f"hold all four outlines on {100 * (1 - outside / 4497):.1f} % of the training slices" in page

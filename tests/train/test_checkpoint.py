@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.files import PART
 from cdiff.train.checkpoint import (
     EMA,
     check_weights,
@@ -85,6 +86,15 @@ def test_weights_with_a_changed_byte_are_refused(file: str, tmp_path: Path) -> N
     for older in ({file: None}, None):  # changed on purpose; written by an older version
         (folder / "checkpoint.json").write_text(json.dumps(told | {"sha256": older}))
         assert read_weights(folder, file)["a"][-1] == 98
+
+
+def test_what_a_kill_left_of_a_checkpoint_goes_with_the_next(tmp_path: Path) -> None:
+    """It is the largest file that a killed process can leave."""
+    left = tmp_path / "checkpoints" / f"{PART}0"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(b"half")
+    save_checkpoint(tmp_path, network={}, ema={}, optimiser={}, info={"step": 1, "is_best": False})
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-0000001"]
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import shutil
@@ -101,6 +102,14 @@ def tiny_bundle(tiny_run: Path, tiny: Made) -> Path:
         export_run(tiny_run, bundle)
 
     return tiny("bundle", make)
+
+
+@pytest.fixture(autouse=True)
+def _one_registry() -> None:
+    """PyTorch makes its registry of ONNX functions anew for each graph, in a second of the five that a graph takes: the tests of a process share one."""
+    kind = getattr(sys.modules.get("torch.onnx._internal.exporter._registration"), "ONNXRegistry", None)
+    if kind is not None and not hasattr(kind.from_torchlib, "cache_info"):
+        kind.from_torchlib = staticmethod(functools.cache(kind.from_torchlib))
 
 
 def pytest_configure() -> None:

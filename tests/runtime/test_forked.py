@@ -13,7 +13,7 @@ import pytest
 
 from tests.runtime.test_segmenter import make_bundle
 
-LIMIT = 60
+LIMIT = 120
 """Seconds until a process that waits forever is killed: only a failure takes as long."""
 
 FORK = """

@@ -53,3 +53,8 @@ def test_what_it_says_of_our_kernels(driver: Path) -> None:
     """The default of a GPU, its kernels by Triton's interpreter."""
     must_interpret()
     assert "1 passed" in on_it(driver, "tests/emulated_gpu/on_it.py", "-k", "our_kernels", TRITON_INTERPRET="1")
+
+
+@pytest.mark.minutes
+def test_the_gpu_suite_runs_on_it(driver: Path) -> None:
+    assert " passed" in on_it(driver, "tests/emulated_gpu/suite_on_it.py")

@@ -289,12 +289,19 @@ def captured(step: Callable[[], None], device: str, earlier: Captured | None = N
                 told()
         except RuntimeError as error:
             # The end of a capture that broke is an error too, and says less than the first one.
-            cause = broke[0] if broke else error
+            broke[:] = [broke[0] if broke else error]
+    if broke:
+        # Not while the other is handled, and not kept here: the two would hold each other's frames, with all that the step had on the GPU, until
+        # the garbage collector comes, and a smaller batch would find no room.
+        cause = broke.pop()
+        try:
             if isinstance(cause, torch.OutOfMemoryError):
-                raise cause from None
+                raise cause
             raise CdiffError(
                 f"a step could not be captured as a CUDA graph ({first_line(cause)}); name another engine, in a new process"
-            ) from error
+            ) from cause
+        finally:
+            del cause
     return Captured(graph, aside)
 
 

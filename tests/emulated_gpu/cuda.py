@@ -23,8 +23,8 @@ import torch  # noqa: E402
 from tests.emulated_gpu import tensors  # noqa: E402
 from tests.emulated_gpu.tensors import STATE, Capture, Emulated, OnGpu, wait  # noqa: E402
 
-REPLAYS: list[Graph] = []
-"""The graphs that were replayed, in order."""
+REPLAYS: list[int] = []
+"""What each replay of a graph launched, in order: how many operations."""
 
 
 class Stream:
@@ -66,7 +66,7 @@ class Graph:
         assert self.capture is not None, "nothing was captured"
         assert STATE.capture is None, "a replay within a capture"
         self.capture.replay()
-        REPLAYS.append(self)
+        REPLAYS.append(len(self.capture.launches))
 
 
 @contextlib.contextmanager
@@ -76,6 +76,8 @@ def captured(graph: Graph, pool: Any = None, stream: Any = None, capture_error_m
     STATE.capture = capture = Capture()
     try:
         yield
+    except Exception:  # as PyTorch says of the end of a capture that broke
+        raise RuntimeError("CUDA error: operation failed due to a previous error during capture")  # noqa: B904
     finally:
         STATE.capture = None
         capture.end()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from cdiff.export.torch_engine import Options, TorchChainEngine
+from cdiff.runtime.device.cuda import OutOfMemory
 from cdiff.runtime.sampling.batching import segment_windows
 from cdiff.runtime.sampling.framing import Framing, Windows
 from cdiff.runtime.sampling.sampler import sampler_table
@@ -22,7 +24,7 @@ from cdiff.train.sections import NetworkConfig
 from cdiff.train.trainer import train
 from tests.emulated_gpu.cuda import REPLAYS, Graph
 from tests.emulated_gpu.cuda import captured as capture
-from tests.emulated_gpu.tensors import CROSSINGS
+from tests.emulated_gpu.tensors import CROSSINGS, MEMORY
 from tests.export.networks import BASE, FLAT, random_network
 from tests.synthetic import write_synthetic_dataset
 
@@ -94,6 +96,25 @@ def test_a_chain_waits_for_the_gpu_once() -> None:
         maps(engine, framed, "ddpm", steps)
         waits.append(list(CROSSINGS))
     assert waits[0] == waits[1]
+
+
+def test_a_capture_that_finds_no_room_gives_back_what_it_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once: a smaller batch is tried next, and the garbage collector comes when it likes."""
+    engine = TorchChainEngine(random_network(FLAT), NoiseSchedule(FLAT.T), GPU, Options(fused=False))
+    framed = windows("resize", (1, 16, 16))
+    engine.capture = False
+    gc.collect()
+    MEMORY.peak = 0
+    maps(engine, framed, "ddpm")
+    engine.capture, before = True, MEMORY.now()
+    monkeypatch.setattr(MEMORY, "limit", MEMORY.peak)  # here a capture needs more: it uses none of its memory twice
+    gc.disable()
+    try:
+        with pytest.raises(OutOfMemory, match="no room on the GPU"):
+            maps(engine, framed, "ddpm")
+        assert MEMORY.now() == before
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(

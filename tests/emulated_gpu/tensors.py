@@ -46,6 +46,28 @@ CROSSINGS: list[str] = []
 """What waited for the GPU so far."""
 
 
+@dataclass
+class Memory:
+    """The GPU's memory, bytes: what there is, and the most that tensors took of it so far."""
+
+    limit: int = 2**40
+    peak: int = 0
+
+    def now(self) -> int:
+        alive = [torch.UntypedStorage._new_with_weak_ptr(weak.cdata) for weak in STORAGES.values()]  # type: ignore[attr-defined]
+        return sum(storage.nbytes() for storage in alive if storage is not None)
+
+    def took(self) -> None:
+        """Raise torch.OutOfMemoryError where the tensors that are there are more than fits."""
+        now = self.now()
+        if now > self.limit:
+            raise torch.OutOfMemoryError(f"CUDA out of memory. Of {self.limit} bytes {now} would be taken")
+        self.peak = max(self.peak, now)
+
+
+MEMORY = Memory()
+
+
 class OnGpu(Tensor):
     """A tensor on cuda:0, whose numbers lie in `held`."""
 
@@ -224,7 +246,9 @@ def dispatched(func: Any, args: Any, kwargs: Any) -> Any:
             return owners.get(id(value)) if id(value) in owners else OnGpu(value)
         return value
 
-    return tree_map(ours_again, found)
+    again = tree_map(ours_again, found)
+    MEMORY.took()
+    return again
 
 
 class Emulated(TorchDispatchMode):

@@ -5,14 +5,25 @@ from __future__ import annotations
 import io
 import pickle
 import pickletools
+import re
 import zipfile
 from pathlib import Path
 from typing import IO, Any
 
+ZIP = b"PK\x03\x04"
 PICKLES = 5
 """Pickles that a file of PyTorch's before 1.6 begins with; those of later ones have a file of their own in a ZIP archive."""
-BYTES = ("builtins bytearray", "__builtin__ bytearray")
-"""What PyTorch, asked for tensors alone, makes of any number: so many bytes, however short the file is."""
+UTILS = "torch._utils _rebuild_"
+TYPED = "torch._tensor _rebuild_from_type_v2"
+"""What calls another by its first argument, for a tensor with more to it."""
+CONTAINERS = ("collections OrderedDict", "torch Size")
+WRITTEN = re.compile(
+    rf"{UTILS}(tensor(_v[23])?|meta_tensor_no_storage|parameter(_with_state)?)|{TYPED}|{'|'.join(CONTAINERS)}"
+    r"|torch\.nn\.parameter Parameter|torch\.storage UntypedStorage|torch (Tensor|\w+Storage|b?float\d+\w*|u?int\d+|complex\d+|bool)"
+    r"|(__torch__|torch\.jit)\b.*"  # of a TorchScript archive, which PyTorch refuses in words of its own
+)
+"""The globals that torch.save writes of plain tensors by name. PyTorch, asked for tensors alone, takes others too, that make of any number
+so many bytes (bytearray), of bytes twice as many (encode), or of a tensor that repeats one number all that it repeats (set, Counter)."""
 MOST, A_STEP = 2**20, 4
 """Things, one in another counted as often as it is met, that all of a pickle's calls and keys together may hold: so many, and for each of its steps
 so many more. A tuple of twice the same, of those twice and so on takes hours to be looked up, and a list that is copied with every six bytes takes
@@ -21,33 +32,61 @@ DEEPEST = 100
 """How deep they may lie in one another: a hash of tuples of tuples that are deeper by far ends the process."""
 KEPT, AGAIN = ("BINPUT", "LONG_BINPUT"), ("BINGET", "LONG_BINGET")
 TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+NUMBERS = ("BININT", "BININT1", "BININT2", "BINFLOAT", "LONG1")
+PLAIN = (*NUMBERS, "BINUNICODE", "SHORT_BINSTRING", "NONE", "NEWFALSE", "NEWTRUE", "EMPTY_SET")
 MARK = object()
+LONG = 2**10
+"""Things that a whole number of more than 64 bits counts for: those of one hash, as keys of a dictionary, are compared each with each."""
+
+
+class Tensors(list[Any]):
+    """In place of a tensor or its storage: to go through one takes as long as it has rows, of which its call says nothing."""
+
+
+class Named(list[Any]):
+    """In place of a dictionary: names and values, in turn."""
 
 
 def must_be_as_written(path: Path) -> None:
     """Raise OSError where a file of torch.save's is not what was written, by its archive's check sums, which PyTorch does not compare, or
-    has packed parts, which torch.save writes none of and which may unpack to a thousand times their size; UnpicklingError as `_must_be_tame` does.
+    has packed parts, which torch.save writes none of and which may unpack to a thousand times their size, or where PyTorch may find other parts
+    in it than are looked at here; UnpicklingError as `_is_tame` does.
     """
-    if not zipfile.is_zipfile(path):
-        with path.open("rb") as file:
-            for _ in range(PICKLES):
-                _must_be_tame(file)
-        return
+    with path.open("rb") as file:
+        if file.read(len(ZIP)) != ZIP:  # as PyTorch tells them apart
+            file.seek(0)
+            all(_is_tame(file) for _ in range(PICKLES))  # up to the first that PyTorch does not read
+            return
     with zipfile.ZipFile(path) as archive:
         parts = archive.infolist()
-        packed = any(part.compress_type != zipfile.ZIP_STORED for part in parts)
+        packed = any(part.compress_type != zipfile.ZIP_STORED or part.compress_size != part.file_size for part in parts)
         if packed or sum(part.file_size for part in parts) > path.stat().st_size:
             raise OSError("its parts are packed, and torch.save packs nothing")
+        if min((part.header_offset for part in parts), default=0) or not _of_one_directory(path):
+            raise OSError("its directory is not where torch.save writes it")
         if (broken := archive.testzip()) is not None:
             raise OSError(f"{broken} is not what was written")
         for part in parts:
-            if part.filename.lower().endswith(".pkl"):
-                _must_be_tame(io.BytesIO(archive.read(part)))
+            name = part.orig_filename  # newer Pythons may take another one from what lies beside it
+            if name.lower().endswith(".pkl"):
+                _is_tame(io.BytesIO(archive.read(part)))
 
 
-def _must_be_tame(file: IO[bytes]) -> None:
-    """Raise UnpicklingError for a pickle that asks for BYTES, or gives its calls, and has in its keys, more things than MOST and
-    A_STEP allow, or one deeper than DEEPEST. What is no pickle, or not one of those that PyTorch reads, is left to PyTorch.
+def _of_one_directory(path: Path) -> bool:
+    """Whether Python and PyTorch find the same directory, where no part lies before the archive: each looks for its end in a way of its own."""
+    with path.open("rb") as file:
+        # 56 bytes that end the directory of a large archive, 20 that say where these lie, 22 that end any.
+        at = file.seek(-98, io.SEEK_END)
+        tail = file.read()
+    large = tail[56:60] == b"PK\x06\x07"
+    return tail[76:80] == b"PK\x05\x06" and (not large or int.from_bytes(tail[64:72], "little") == at)
+
+
+def _is_tame(file: IO[bytes]) -> bool:
+    """Whether that is a pickle of those that PyTorch reads; what is none is left to PyTorch, which reads no further either.
+
+    Raises UnpicklingError for one that asks for a global that is not WRITTEN, has a container go through a tensor, or gives its calls, and
+    has in its keys, more things than MOST and A_STEP allow, or one deeper than DEEPEST.
 
     It does what PyTorch would, with None for whatever holds nothing and a list for whatever may grow.
     """
@@ -58,9 +97,11 @@ def _must_be_tame(file: IO[bytes]) -> None:
         for code, value, _ in pickletools.genops(file):
             name = code.name
             used: Any = ()
-            if name == "GLOBAL" and value in BYTES:
-                raise pickle.UnpicklingError(f"the global {value} is no tensor's")
-            if name in KEPT:
+            if name == "GLOBAL":
+                if not WRITTEN.fullmatch(str(value)):
+                    raise pickle.UnpicklingError(f"the global {value} is no tensor's")
+                stack.append(value)
+            elif name in KEPT:
                 memo[value] = stack[-1]
             elif name in AGAIN:
                 stack.append(memo[value])
@@ -78,21 +119,30 @@ def _must_be_tame(file: IO[bytes]) -> None:
                 stack[-1].extend(items)
                 used = items[::2]
             elif name in ("REDUCE", "NEWOBJ"):
-                _, used = _last(stack, 2)
-                stack.append([used])
+                called, used = _last(stack, 2)
+                stack.append(_called(called, used))
             elif name == "BUILD":
                 used = stack.pop()
+                if type(used) is not Named:
+                    raise pickle.UnpicklingError("an object's own are no names")
                 stack[-1].append(used)
             elif name == "BINPERSID":
                 used = stack.pop()
+                stack.append(Tensors())
+            elif name == "EMPTY_LIST":
                 stack.append([])
-            elif name in ("EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET", "GLOBAL"):
-                stack.append([])
-            elif name != "PROTO":
+            elif name == "EMPTY_DICT":
+                stack.append(Named())
+            elif name in PLAIN:
                 stack.append(None)
+            elif name not in ("PROTO", "STOP"):
+                raise pickle.UnpicklingError(f"Unsupported operand {ord(code.code)}")  # as PyTorch says it
+            if name == "LONG1" and int(value or 0).bit_length() > 64:
+                left -= LONG
             left = _looked_at(used, left + A_STEP)
     except (ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError):
-        pass
+        return False
+    return True
 
 
 def _last(stack: list[Any], number: int) -> list[Any]:
@@ -108,6 +158,21 @@ def _to_mark(stack: list[Any]) -> list[Any]:
     return items[::-1]
 
 
+def _called(called: Any, used: Any) -> list[Any]:
+    """In place of what a call returns. Raises UnpicklingError where the arguments are none that torch.save writes."""
+    if called == TYPED and type(used) is tuple:
+        called, _, used = used[:3]
+    if type(used) is not tuple or not isinstance(called, str):
+        raise pickle.UnpicklingError("a call's arguments are no tuple")
+    if called.startswith(UTILS):
+        return Tensors([used])
+    # An OrderedDict of Python 2's has a list of pairs for its argument, with the tensors in them.
+    gone_through = [used, *used, *(inner for item in used if isinstance(item, (list, tuple)) for inner in item)]
+    if called not in CONTAINERS or any(isinstance(item, Tensors) for item in gone_through):
+        raise pickle.UnpicklingError("it would go through a tensor")
+    return [used]
+
+
 def _looked_at(used: Any, left: int) -> int:
     """How many of the `left` things are left after those in `used`. Raises UnpicklingError where they are not so many, or lie too deep."""
     todo = [(used, 0)] if used else []
@@ -116,5 +181,5 @@ def _looked_at(used: Any, left: int) -> int:
         left -= len(item)
         if left < 0 or depth > DEEPEST:
             raise pickle.UnpicklingError("it would take long to look at what its calls and keys hold")
-        todo += [(inner, depth + 1) for inner in item if inner]
+        todo += [(inner, depth + 1) for inner in item if inner and isinstance(inner, (list, tuple))]
     return left

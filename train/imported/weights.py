@@ -74,12 +74,11 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         raise CdiffError(
             f"{path} is no state_dict: not all that it names has a text for a name; save the state_dict alone"
         )
-    odd = sorted(name[:LONGEST] for name, value in held.items() if not isinstance(value, Tensor) or value.is_nested)
+    odd = sorted(name[:LONGEST] for name, value in held.items() if not isinstance(value, Tensor))
     if odd:
         raise CdiffError(f"{path} is no state_dict: {', '.join(odd[:5])} is no tensor; save the state_dict alone")
     tensors = {name: Tensor.detach(value) for name, value in held.items()}
-    plain = [tensor for tensor in tensors.values() if tensor.layout == torch.strided and tensor.device.type == "cpu"]
-    if sum(tensor.nbytes for tensor in plain) > path.stat().st_size:
+    if sum(tensor.nbytes for tensor in tensors.values() if tensor.device.type == "cpu") > path.stat().st_size:
         raise CdiffError(
             f"{path} is shorter than its tensors, some of which repeat numbers or share them; save copies: "
             "torch.save({name: tensor.clone() for name, tensor in state_dict.items()}, FILE)"
@@ -116,9 +115,8 @@ def check_fit(tensors: dict[str, Tensor], wanted: list[Link], options: Options, 
         tensor = tensors[name]
         if tuple(tensor.shape) != shapes[name]:
             wrong["misshapen"][name] = f" {list(tensor.shape)}, not {list(shapes[name])}"
-        elif tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.dtype not in FLOATS:
-            plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
-            kind = str(tensor.dtype if plain else tensor.layout).removeprefix("torch.")
+        elif tensor.device.type != "cpu" or tensor.dtype not in FLOATS:
+            kind = str(tensor.dtype).removeprefix("torch.") if tensor.device.type == "cpu" else tensor.device.type
             wrong["wrong type"][name] = f" {kind}, not plain floating-point numbers"
         elif not torch.isfinite(tensor.float()).all():  # as they will be used: a double may be too large
             wrong["not finite"][name] = ""

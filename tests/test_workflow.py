@@ -121,7 +121,7 @@ def test_the_road_leads_to_useful_maps(tmp_path: Path) -> None:
         tmp_path / "data", {"Training": 12, "Validation": 2, "Testing": 4}, raters=3, shape=(40, 36, 3)
     )
     trained, bundle, scores_file = tmp_path / "run", tmp_path / "bundle", tmp_path / "scores.json"
-    settings = [part for text in ("steps=250", "val_every=125", "ema=0.97") for part in ("--set", text)]
+    settings = [part for text in ("steps=150", "val_every=150", "ema=0.96") for part in ("--set", text)]
     within("train", "--data", data, "--preset", "tiny", *flat_settings(24), *settings, "--out", trained)
     within("export", trained, "--out", bundle)
     within("evaluate", "--data", data, "--model", bundle, "--fast", "--json", scores_file)

@@ -26,11 +26,11 @@ def test_the_place_is_the_middle_of_the_middle_slice() -> None:
 
 
 def test_it_scores_the_maps_of_the_labels_slices(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The demo's nodule within larger slices, once with a reader's mask and once with nothing like it."""
+    """The demo's nodule within larger slices, once with a reader's mask and once with nothing like it, in one of the slices."""
     crop = nib.load(DEMO / "image.nii.gz").get_fdata()[..., 3:5].astype(np.int16)
     mask = nib.load(sorted(DEMO.glob("*seg*.nii.gz"))[0]).get_fdata()[..., 3:5] > 0
     whole = np.pad(crop, ((40, 90), (60, 30), (0, 0)))
-    for name, drawn in (("lung1", mask), ("lung2", np.roll(mask, 30, axis=0))):
+    for name, drawn in (("lung1", mask), ("lung2", np.roll(mask, 30, axis=0) & [True, False])):
         label = np.pad(drawn, ((40, 90), (60, 30), (0, 0))).astype(np.uint8)
         sitk.WriteImage(sitk.GetImageFromArray(whole.T), str(tmp_path / f"{name}_image.nrrd"))
         sitk.WriteImage(sitk.GetImageFromArray(label.T), str(tmp_path / f"{name}_label.nrrd"))
@@ -48,7 +48,7 @@ def test_it_scores_the_maps_of_the_labels_slices(tmp_path: Path, capsys: pytest.
         assert row["dice_mask"] == pytest.approx(dice(result.soft[..., k] >= 0.5, label_k))
         assert row["dice_levels"][3] == pytest.approx(dice(result.levels[..., k, 3] >= 0.5, label_k))
     assert max(row["dice_mask"] for row in plain["slices"]) > 0.8
-    assert max(row["dice_mask"] for row in second["found"][0]["slices"]) < 0.5
+    assert [row["dice_mask"] < 0.5 for row in second["found"][0]["slices"]] == [True]
     assert "shrunk by 3" in capsys.readouterr().out
 
 

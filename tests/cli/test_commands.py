@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import cdiff
 from cdiff.cli.app import app
+from tests.runtime.test_segmenter import make_bundle
 
 ENDINGS = {"_soft.nii.gz", "_levels.nii.gz", "_uncertainty.nii.gz", "_mask.nii.gz", "_preview.png", ".json"}
 SHORT = ("--runs", 2, "--steps", 3)
@@ -59,12 +60,13 @@ def test_quiet_says_where_and_what_must_be_known(scan: Path, tiny_bundle: Path, 
     assert {path.name for path in tmp_path.iterdir()} == {f"image{end}" for end in ENDINGS if "preview" not in end}
 
 
-def test_who_did_not_choose_is_told_of_the_fast_way(scan: Path, tiny_bundle: Path, tmp_path: Path) -> None:
-    """The tiny model's chains are short: all of them are drawn."""
-    manifest = json.loads((tiny_bundle / "manifest.json").read_text())
+def test_who_did_not_choose_is_told_of_the_fast_way(scan: Path, tmp_path: Path) -> None:
+    """The chains of a model that is two small formulas are short: all of them are drawn."""
+    bundle = make_bundle(tmp_path / "bundle")
+    manifest = json.loads((bundle / "manifest.json").read_text())
     fast = manifest["fast"]
     line = f"25 runs of {manifest['T']} steps for each slice and level; --fast takes {fast['runs']} of {fast['steps']}"
-    common = ("segment", scan, "-o", tmp_path, "--model", tiny_bundle, "--slices", "0:1", "--no-preview")
+    common = ("segment", scan, "-o", tmp_path, "--model", bundle, "--slices", "0:1", "--no-preview")
     assert line in run(*common).stderr.splitlines()
     for chosen in (["--fast"], ["--runs", 1], ["--steps", 2], ["--sampler", "ddim", "--steps", 2]):
         assert "--fast takes" not in run(*common, *chosen).stderr

@@ -44,7 +44,9 @@ def maps(engine: TorchChainEngine, framed: Windows, kind: str, steps: int = 2) -
     return np.stack([one.level_means for one in found])
 
 
-@pytest.mark.parametrize(("network", "half"), [(FLAT, True), (LEARNED, False)], ids=["half", "learned"])
+@pytest.mark.parametrize(
+    ("network", "half"), [(dataclasses.replace(FLAT, rrdbs=1), True), (LEARNED, False)], ids=["half", "learned"]
+)
 def test_replayed_steps_are_the_processors(network: NetworkConfig, half: bool) -> None:
     """Of scans of several slices and sizes, by one binding: every replay reads memory that is there, and all of it on the GPU."""
     weights, schedule, replays = random_network(network), NoiseSchedule(network.T), len(REPLAYS)

@@ -15,8 +15,8 @@ from cdiff.train.presets import preset
 from cdiff.train.sections import NetworkConfig
 
 BASE = dataclasses.replace(preset("tiny").network, image_size=16, T=50, rrdb_channels=6, rrdb_growth=3)
-FLAT = dataclasses.replace(BASE, channel_mult=(1,), attention_depths=())
-"""Of one depth: exporting takes as long as a graph has nodes, and this has half of them. Small, as its middle attends to every pixel."""
+FLAT = dataclasses.replace(BASE, channel_mult=(1,), attention_depths=(), rrdbs=0)
+"""Of one depth and no RRDB: exporting takes as long as a graph has nodes, and this has few. Small, as its middle attends to every pixel."""
 
 
 def flat_settings(image_size: int = 16) -> tuple[str, ...]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,9 +37,13 @@ KINDS: dict[str, dict[str, Any]] = {
         **{"target": "eps", "variance": "learned", "rrdbs": 0, "levels": 1},
     },
     "three-depths": {
-        **{"channel_mult": (1, 2, 3), "attention_depths": (0, 2), "heads": 4, "rrdbs": 0},
+        **{"channel_mult": (1, 2, 3), "attention_depths": (2,), "heads": 4, "rrdbs": 0},
     },
 }
+
+
+def config_of(kind: str) -> NetworkConfig:
+    return replace(BASE, **KINDS[kind])
 
 
 def schedule_of(config: NetworkConfig) -> NoiseSchedule:
@@ -45,10 +51,17 @@ def schedule_of(config: NetworkConfig) -> NoiseSchedule:
 
 
 def write(network: ConsensusNet, folder: Path) -> None:
-    config = network.config
-    write_encoder(EncoderGraph(network.encoder), config, folder)
-    graph = DenoiserGraph(network.denoiser, config, schedule_of(config))
-    write_denoiser(graph, config, folder, torch.float32)
+    encode(network, folder)
+    denoise(network, folder)
+
+
+def encode(network: ConsensusNet, folder: Path) -> None:
+    write_encoder(EncoderGraph(network.encoder), network.config, folder)
+
+
+def denoise(network: ConsensusNet, folder: Path) -> None:
+    graph = DenoiserGraph(network.denoiser, network.config, schedule_of(network.config))
+    write_denoiser(graph, network.config, folder, torch.float32)
 
 
 def inputs(config: NetworkConfig, rows: int, slices: int) -> dict[str, np.ndarray[Any, Any]]:
@@ -64,21 +77,25 @@ def inputs(config: NetworkConfig, rows: int, slices: int) -> dict[str, np.ndarra
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of BASE's two graphs."""
-    folder = tmp_path_factory.mktemp("base")
-    write(random_network(BASE), folder)
+def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Of a kind, the folder of its two graphs, which are exported once."""
+
+    @functools.cache
+    def folder(kind: str) -> Path:
+        made = tmp_path_factory.mktemp(kind)
+        write(random_network(config_of(kind)), made)
+        return made
+
     return folder
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_graphs_agree_with_the_network_for_any_number_of_rows_and_slices(kind: str, base: Path, tmp_path: Path) -> None:
-    config = replace(BASE, **KINDS[kind])
+def test_graphs_agree_with_the_network_for_any_number_of_rows_and_slices(
+    kind: str, written: Callable[[str], Path]
+) -> None:
+    config, folder = config_of(kind), written(kind)
     network = random_network(config)
-    folder = base if config == BASE else tmp_path
-    if folder == tmp_path:
-        write(network, folder)
     encoder = ort.InferenceSession(folder / "encoder.onnx")
     denoiser = ort.InferenceSession(folder / "denoiser.onnx")
     diffusion = Diffusion(schedule_of(config), config.target)
@@ -120,31 +137,38 @@ def test_x0_from_the_exact_target_is_the_mask(target: str) -> None:
 
 @pytest.mark.slow
 def test_files_are_whole_quiet_repeatable_and_say_nothing_of_the_machine(
-    base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    written: Callable[[str], Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    network = random_network(BASE)
+    again = {"encoder.onnx": "x0", "denoiser.onnx": "eps-learned"}  # one with an RRDB; the smallest
+    encoder, denoiser = (random_network(config_of(kind)) for kind in again.values())
     capfd.readouterr()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        write(network, tmp_path)
+        encode(encoder, tmp_path)
+        denoise(denoiser, tmp_path)
     assert "".join(capfd.readouterr()) == ""
-    norms = sum(isinstance(module, torch.nn.GroupNorm) for module in network.denoiser.modules())
-    for name in ("encoder.onnx", "denoiser.onnx"):
-        data = (tmp_path / name).read_bytes()
-        assert data == (base / name).read_bytes()
-        assert b".py" not in data
-        model = onnx.load(tmp_path / name)
-        assert not model.graph.value_info
-        assert next(o.version for o in model.opset_import if not o.domain) == 20
-        kinds = [node.op_type for node in model.graph.node]
-        assert kinds.count("InstanceNormalization") == (norms if name == "denoiser.onnx" else 0)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["denoiser.onnx", "encoder.onnx"]
+    for name, kind in again.items():
+        assert (tmp_path / name).read_bytes() == (written(kind) / name).read_bytes()
+    for kind in again.values():
+        modules = random_network(config_of(kind)).denoiser.modules()
+        norms = sum(isinstance(module, torch.nn.GroupNorm) for module in modules)
+        for name in ("encoder.onnx", "denoiser.onnx"):
+            assert b".py" not in (written(kind) / name).read_bytes()
+            model = onnx.load(written(kind) / name)
+            assert not model.graph.value_info
+            assert next(o.version for o in model.opset_import if not o.domain) == 20
+            operators = [node.op_type for node in model.graph.node]
+            assert operators.count("InstanceNormalization") == (norms if name == "denoiser.onnx" else 0)
+        assert sorted(p.name for p in written(kind).iterdir()) == ["denoiser.onnx", "encoder.onnx"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
-def test_a_value_that_is_not_finite_is_not_clipped_into_a_plausible_one(bad: float, base: Path) -> None:
+def test_a_value_that_is_not_finite_is_not_clipped_into_a_plausible_one(
+    bad: float, written: Callable[[str], Path]
+) -> None:
     """The last convolution's bias is set in the graph itself."""
+    base = written("x0")
     model = onnx.load(base / "denoiser.onnx")
     (bias,) = (tensor for tensor in model.graph.initializer if tensor.name.endswith("denoiser.last.bias"))
     bias.CopyFrom(onnx.numpy_helper.from_array(np.full(bias.dims, bad, np.float32), bias.name))

@@ -45,7 +45,10 @@ def element_types(path: Path) -> dict[str, list[set[int]]]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "network",
-    [replace(FLAT, target="v"), replace(BASE, embedding="scale-shift", resample="block", head_channels=4, rrdbs=0)],
+    [
+        replace(FLAT, target="v", rrdbs=1),
+        replace(BASE, embedding="scale-shift", resample="block", head_channels=4, rrdbs=0),
+    ],
     ids=["flat", "scale-shift-block-heads"],
 )
 def test_products_are_half_and_norms_softmax_and_sums_are_not(network: NetworkConfig, tmp_path: Path) -> None:
@@ -100,7 +103,7 @@ def test_half_graphs_stay_near_float32_with_activations_that_overflow_a_half_pre
 
 @pytest.mark.slow
 def test_a_graph_that_is_mostly_float32_is_refused(tmp_path: Path) -> None:
-    network = random_network(replace(FLAT, rrdbs=0))
+    network = random_network(FLAT)
     write_encoder(EncoderGraph(network.encoder), network.config, tmp_path)
     with pytest.raises(CdiffError, match=r"encoder\.onnx: only 0%"):
         check_half(tmp_path / "encoder.onnx")

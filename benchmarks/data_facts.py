@@ -6,6 +6,7 @@ How many cases, patients and slices each split has, how long the cases are, how 
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +28,31 @@ SHORT = 15
 PERCENTILES = (5, 50, 95)
 
 
-def facts(cases: list[Case], group: str | None) -> dict[str, Any]:
-    """Of the cases of one split: their numbers, the slices of the shortest and the longest, how many have at most SHORT; of the slices how many
+@dataclass(frozen=True)
+class Drawn:
+    """Of one case: its name, its slices, how many of them all annotators marked, on how many nothing is drawn outside the MIDDLE, and the pixels
+    of each that any marked."""
+
+    name: str
+    slices: int
+    by_all: int
+    within: int
+    pixels: list[int]
+
+
+def drawn_on(case: Case) -> Drawn:
+    """Read the masks of a case. Raises CdiffError where they cannot be read."""
+    masks = read_masks(case, read_scan(case.scan).grid)
+    drawn, readers = np.asarray(masks.any(axis=1)), np.asarray(masks.any(axis=(2, 3)))
+    by_all = int((readers.sum(axis=1) == readers.shape[1]).sum())
+    pixels = [count for count in drawn.sum(axis=(1, 2)).tolist() if count]
+    return Drawn(case.name, len(masks), by_all, sum(not _beside(one) for one in drawn), pixels)
+
+
+def facts(cases: list[Drawn], group: str | None) -> dict[str, Any]:
+    """Of the cases of a split: their numbers, the slices of the shortest and the longest, how many have at most SHORT; of the slices how many
     any annotator marked and all did, on how many nothing is drawn outside the MIDDLE; the pixels of those that were marked at PERCENTILES."""
-    lengths, pixels = [], []
-    by_all = within = 0
-    for number, case in enumerate(cases):
-        masks = read_masks(case, read_scan(case.scan).grid)
-        drawn, readers = np.asarray(masks.any(axis=1)), np.asarray(masks.any(axis=(2, 3)))
-        lengths.append(len(masks))
-        pixels += [count for count in drawn.sum(axis=(1, 2)).tolist() if count]
-        by_all += int((readers.sum(axis=1) == readers.shape[1]).sum())
-        within += sum(not _beside(one) for one in drawn)
-        print(f"{number + 1} of {several(len(cases), 'case')}", file=sys.stderr, end="\r")
+    lengths, pixels = [case.slices for case in cases], [count for case in cases for count in case.pixels]
     patients = group_names([case.name for case in cases], group)
     return {
         "cases": len(cases),
@@ -48,9 +61,11 @@ def facts(cases: list[Case], group: str | None) -> dict[str, Any]:
         "slices_a_case": [min(lengths), max(lengths)],
         "short_cases": sum(length <= SHORT for length in lengths),
         "marked_by_any": len(pixels),
-        "marked_by_all": by_all,
-        "nothing_beside_the_middle": within,
-        "pixels_marked": dict(zip(map(str, PERCENTILES), np.percentile(pixels, PERCENTILES).tolist(), strict=True)),
+        "marked_by_all": sum(case.by_all for case in cases),
+        "nothing_beside_the_middle": sum(case.within for case in cases),
+        "pixels_marked": dict(
+            zip(map(str, PERCENTILES), np.percentile(pixels or 0, PERCENTILES).tolist(), strict=True)
+        ),
     }
 
 
@@ -69,8 +84,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, metavar="OUT", help="where to write the numbers")
     options = parser.parse_args(argv)
     found = find_cases(options.data)
-    splits = {split: facts(cases, options.group) for split, cases in found.items() if cases}
-    splits["together"] = facts([case for cases in found.values() for case in cases], options.group)
+    read: dict[str, list[Drawn]] = {split: [] for split, cases in found.items() if cases}
+    for split, drawn in read.items():
+        for case in found[split]:
+            drawn.append(drawn_on(case))
+            print(f"{split}: {len(drawn)} of {several(len(found[split]), 'case')}", file=sys.stderr, end="\r")
+    read["together"] = [case for drawn in read.values() for case in drawn]
+    splits = {split: facts(drawn, options.group) for split, drawn in read.items()}
     for split, one in splits.items():
         print(f"{split}: " + ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in one.items()))
     if options.json:

@@ -12,6 +12,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from cdiff.cli.app import app
+from cdiff.runtime.errors import CdiffError
 from tests.runtime.dicom_files import orthogonal, write_series
 from tests.synthetic import write_synthetic_dataset
 
@@ -133,3 +134,16 @@ def test_no_report_replaces_a_slice_of_a_series_or_the_file_of_a_structure(
         assert result.exit_code == 2
         assert f"error: {path} is read, and would be replaced" in result.stderr
         assert path.read_bytes() == before
+
+
+def test_a_full_disk_costs_no_table(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, report: object) -> None:
+        raise CdiffError(f"cannot write {path}: no space left on device")
+
+    monkeypatch.setattr("cdiff.runtime.files.write_json", full)  # imported with the command
+    result = CliRunner().invoke(
+        app, ["data", "check", str(tiny_data), "--no-sheet", "--json", str(tmp_path / "x.json")]
+    )
+    assert result.exit_code == 2
+    assert "no space left" in result.output
+    assert "pairwise Dice" in result.output

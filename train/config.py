@@ -56,10 +56,6 @@ class Config:
             raise CdiffError(
                 f"late_batch={self.training.late_batch} is for windows that grow, and without a smaller crop all have image_size; set batch"
             )
-        if self.training.late_batch and not self.data.late:
-            raise CdiffError(
-                f"late_batch={self.training.late_batch} is for the late phase, and with late=0 there is none; set batch"
-            )
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -92,7 +88,13 @@ class Config:
         tree = self.to_json()
         for key, value in (BROUGHT.get(values.get("variant", ""), {}) | values).items():
             tree[_section_of(key)][key] = value
-        return Config.from_json(tree)
+        config = Config.from_json(tree)
+        # Only where it is asked for: a run that was begun with the pair, which does nothing, can still be read and resumed.
+        if {"late", "late_batch"} & values.keys() and config.training.late_batch and not config.data.late:
+            raise CdiffError(
+                f"late_batch={config.training.late_batch} is for the late phase, and with late=0 there is none; set batch"
+            )
+        return config
 
     def with_settings(self, settings: list[str]) -> Config:
         """A copy with `key=value` texts applied, values in JSON or bare words. Raises CdiffError on a bad key or value."""

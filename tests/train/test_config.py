@@ -111,6 +111,13 @@ def test_settings_that_contradict_each_other_are_one_clear_line(settings: list[s
     assert "\n" not in str(caught.value)
 
 
+def test_a_run_that_was_begun_with_a_late_batch_of_no_late_phase_can_be_read_and_resumed() -> None:
+    older = preset("tiny").with_settings(["framing=tile", "crop=16", "late_batch=2"]).to_json()
+    older["data"]["late"] = 0.0
+    config = Config.from_json(older).with_settings(["steps=7"])
+    assert (config.training.late_batch, config.data.late, config.training.steps) == (2, 0.0, 7)
+
+
 def test_unknown_preset_names_the_known_ones() -> None:
     with pytest.raises(CdiffError, match="paper, implicit-ensemble, small, lidc, tiny"):
         preset("big")

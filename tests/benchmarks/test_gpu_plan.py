@@ -134,7 +134,9 @@ def test_a_number_that_nobody_foresaw_costs_its_part_of_the_page(
     suite.save()
     page = (tmp_path / "gpu_suite.md").read_text()
     assert "A part of this page could not be written (KeyError: 'skipped')" in page
-    assert "The machine could not be described." in page
+    assert "The machine is not described (the check `machine`: not run)." in page
+    broke = {"machine": {"status": "failed", "message": "no driver"}}
+    assert "The machine is not described (the check `machine`: failed)." in markdown(suite.report | {"checks": broke})
     assert json.loads((tmp_path / "gpu_suite.json").read_text())["checks"]["tests"]["result"] == {"passed": 3}
 
 

@@ -259,7 +259,7 @@ def kernel_times(engine: Engine, model: Subject, image: Float32, batch: int) -> 
 
     binding.run_chain(rows, table_of(model, few), 0)  # warm-up
     short, longer = seen(few), seen(more)
-    kernels = []
+    kernels: list[dict[str, Any]] = []
     for name, (spent, calls) in longer.items():
         spent_before, calls_before = short.get(name, (0.0, 0))
         if calls > calls_before and spent > spent_before:

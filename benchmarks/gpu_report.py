@@ -61,7 +61,7 @@ def _written(part: Callable[[], str]) -> str:
 def _head(report: dict[str, Any]) -> str:
     found = _result(report["checks"], "machine")
     if found is None:
-        return "The machine could not be described."
+        return f"The machine is not described (the check `machine`: {report['checks'].get('machine', {}).get('status', 'not run')})."
     gpu, rates = found["gpu"], found["matmul_flop_per_s"]
     lines = [f"- cdiff {report['cdiff']}, Python {found['python']}, {found['cores']} processors"]
     if gpu:

@@ -194,7 +194,8 @@ def in_a_process(name: str, settings: Settings, seconds: float) -> dict[str, Any
     caches = {"TRITON_CACHE_DIR": str(work / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor")}
     environment = {**caches, **os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     start = time.monotonic()
-    with tempfile.TemporaryDirectory(dir=work) as folder:
+    # Left where it cannot go, as on a network's disk whose files a process holds that does not end: that must not cost the checks to come.
+    with tempfile.TemporaryDirectory(dir=work, ignore_cleanup_errors=True) as folder:
         environment.setdefault("TMPDIR", folder)
         environment.setdefault("PYTHONFAULTHANDLER", "1")  # where a crash came from is in the log
         out, log = Path(folder) / "check.json", Path(folder) / "log"

@@ -224,7 +224,9 @@ def _monitor(trt: Any, progress: Fraction, cancel: Cancel) -> Any:
 def _failed(trt: Any, log: Any, what: str) -> CdiffError:
     said = "; ".join(dict.fromkeys(log.errors[-SHOWN:])) or "it gave no reason"
     short = "give it a larger workspace or fewer rows, or " if re.search("workspace|memory", said) else ""
-    return CdiffError(f"TensorRT {trt.__version__} {what} ({said}); {short}use --engine onnxruntime")
+    # TensorRT for RTX multiplies no float32 matrices on 7.5 (Turing).
+    half = "export with --fp16, or " if "FP32 GEMM is not supported" in said else ""
+    return CdiffError(f"TensorRT {trt.__version__} {what} ({said}); {half or short}use --engine onnxruntime")
 
 
 def _line(text: str) -> str:

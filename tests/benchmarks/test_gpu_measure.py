@@ -12,7 +12,15 @@ import torch
 
 from cdiff.benchmarks import gpu_checks, gpu_measure
 from cdiff.benchmarks.gpu_checks import Settings
-from cdiff.benchmarks.gpu_measure import DeviceMemory, noise_of, published, step_seconds, usual_batch, whole_protocol
+from cdiff.benchmarks.gpu_measure import (
+    DeviceMemory,
+    kernel_times,
+    noise_of,
+    published,
+    step_seconds,
+    usual_batch,
+    whole_protocol,
+)
 from cdiff.benchmarks.gpu_parity import ROWS, batch_error, call_errors, map_errors
 from cdiff.benchmarks.gpu_report import markdown
 from cdiff.benchmarks.gpu_subjects import PAPER, SHIPPED, subject
@@ -119,6 +127,44 @@ def test_a_step_is_a_median_and_no_jitter(engine: TorchChainEngine, monkeypatch:
         else:
             with pytest.raises(CdiffError, match="the time of a step is not known"):
                 step_seconds(engine, TINY, TINY.images()["real"], 4)
+
+
+def test_the_kernels_of_a_step_are_not_those_of_the_ends_of_a_chain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """x_T is drawn before the first step, and x goes to the host, slowly, after the last."""
+    ran: list[int] = []
+
+    class Binding:
+        def encode(self, slot: int, image: Any) -> None: ...
+
+        def run_chain(self, rows: Any, table: Any, seed: int) -> None:
+            ran.append(len(table))
+
+    class Profile:
+        def __init__(self, activities: Any) -> None: ...
+
+        def __enter__(self) -> Profile:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def key_averages(self) -> list[Any]:
+            steps = ran[-1]
+            found = {
+                "conv": (40.0, 2 * steps),
+                "draw": (7.0, steps + 1),
+                "to the host": (5e3, 1),
+                "launch": (0.0, steps),
+            }
+            return [
+                SimpleNamespace(key=key, count=calls, self_device_time_total=spent * calls)
+                for key, (spent, calls) in found.items()
+            ]
+
+    monkeypatch.setattr(torch.profiler, "profile", Profile)
+    engine: Any = SimpleNamespace(device="cuda:0", bind=lambda rows, slots: Binding())
+    found = kernel_times(engine, TINY, TINY.images()["real"], 4)
+    assert [(one["name"], one["calls_a_step"]) for one in found["kernels"]] == [("conv", 2), ("draw", 1)]
+    assert found["ms_a_step"] == pytest.approx(0.087)
 
 
 def test_memory_is_looked_at_apart_from_the_clock_and_without_leftovers(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -134,7 +136,9 @@ def test_a_number_that_nobody_foresaw_costs_its_part_of_the_page(
     suite.save()
     page = (tmp_path / "gpu_suite.md").read_text()
     assert "A part of this page could not be written (KeyError: 'skipped')" in page
-    assert "The machine could not be described." in page
+    assert "The machine is not described (the check `machine`: not run)." in page
+    broke = {"machine": {"status": "failed", "message": "no driver"}}
+    assert "The machine is not described (the check `machine`: failed)." in markdown(suite.report | {"checks": broke})
     assert json.loads((tmp_path / "gpu_suite.json").read_text())["checks"]["tests"]["result"] == {"passed": 3}
 
 
@@ -214,6 +218,21 @@ def test_a_process_that_does_not_end_is_said_and_not_waited_for(
     monkeypatch.setattr(gpu_suite.subprocess, "Popen", lambda *_, **__: SimpleNamespace(pid=0, wait=wait))
     found = in_a_process("machine", replace(CPU, work=str(tmp_path)), 5)
     assert found["message"].endswith("was ended; its process does not end, and may keep the GPU from what comes next")
+
+
+def test_a_folder_that_stays_in_use_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a network's disk what an open file was stays in its folder under another name, and the folder is not empty."""
+    program = tmp_path / "check"
+    program.write_text('#!/bin/sh\nfor out; do :; done\nprintf \'{"status": "done"}\' > "$out"\n')
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+
+    def in_use(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOTEMPTY, "Directory not empty")
+
+    with monkeypatch.context() as during:
+        during.setattr(os, "rmdir", in_use)
+        assert in_a_process("machine", replace(CPU, work=str(tmp_path / "work")), 60) == {"status": "done"}
 
 
 def test_a_later_try_that_comes_less_far_keeps_what_an_earlier_one_measured(

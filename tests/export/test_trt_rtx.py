@@ -180,6 +180,16 @@ def test_what_the_library_refuses(
     assert not bundle.engines.exists() or not list(bundle.engines.iterdir())
 
 
+def test_turing_wants_half_precision_and_is_told_so(bundle: Bundle) -> None:
+    model = onnx.load(bundle.encoder)
+    (last,) = [node for node in model.graph.node if "features" in node.output]
+    last.output[0] = "before"
+    model.graph.node.append(helper.make_node("MatMul", ["before", "before"], ["features"], "product"))
+    onnx.save(model, bundle.encoder)
+    with pytest.raises(CdiffError, match=r"FP32 GEMM is not supported.*; export with --fp16, or use"):
+        build_engines(bundle, "tensorrt-rtx", ("7.5",), SMALL)
+
+
 def test_a_node_that_tensorrt_does_not_know_is_named(tmp_path: Path) -> None:
     bundle = pair_bundle(tmp_path / "bundle")
     model = onnx.load(bundle.encoder)

@@ -49,6 +49,21 @@ def test_a_volume_of_four_slices_is_no_image_of_four_channels(tmp_path: Path) ->
         read_case(case)
 
 
+@pytest.mark.parametrize("shape", [(20, 16), (20, 16, 1), (20, 16, 3)])
+def test_an_image_of_channels_may_have_ones_after_them(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    """As the published loader takes QUBIQ's tumour images, [H, W, 4, 1]."""
+    root = write_qubiq(tmp_path, {"Training": 2}, shapes=(shape,), channels=4)
+    plain = read_case(find_cases(root)["train"][0], channels=4)
+    for image in root.rglob("image.nii.gz"):
+        save(image, np.asanyarray(nib.load(image).dataobj)[..., None])
+    cases = find_cases(root)["train"]
+    assert count_channels(cases) == 4
+    for before, after in zip(plain, read_case(cases[0], channels=4), strict=True):
+        np.testing.assert_array_equal(after, before)
+    with pytest.raises(CdiffError, match=r"has shape 20 x 16 (x . )?x 4 x 1; 3 channels on the last axis are needed"):
+        read_case(cases[0], channels=3)
+
+
 def test_masks_and_image_may_write_the_third_axis_or_not(tmp_path: Path) -> None:
     save(tmp_path / "a/image.nii.gz", noisy(disc((20, 16, 1))))
     save(tmp_path / "a/task01_seg01.nii.gz", disc((20, 16)))

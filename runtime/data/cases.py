@@ -146,7 +146,9 @@ def _entries(root: Path, layout: str, notes: list[str]) -> tuple[str, list[Entry
     if tables:
         return TABLE, read_table(tables[0], notes)
     if not by_layout:
-        raise CdiffError(f"no case in {root}: expected {EXPECTED}{_why_no_table(named)}{_packed(root)}")
+        raise CdiffError(
+            f"no case in {root}: expected {EXPECTED}{left.lacking_image()}{_why_no_table(named)}{_packed(root)}"
+        )
     notes += left.told(root)
     return next(iter(by_layout.items()))
 

@@ -190,7 +190,12 @@ class Options:
             raise CdiffError(
                 "learn_sigma=False cannot be imported: the published network always has two output channels"
             )
-        _ = self.channel_mult, self.attention_depths, self.ema_rate
+        if self.source == IMPLICIT and (first := self.channel_mult[0]) != 1:
+            raise CdiffError(
+                f"channel_mult={self['channel_mult']} cannot be imported: with a first width of {first} the published network does not run, "
+                "since its last convolution takes num_channels channels"
+            )
+        _ = self.attention_depths, self.ema_rate
 
     @property
     def all_timesteps(self) -> bool:

@@ -58,7 +58,7 @@ def test_a_volume_of_four_slices_is_no_image_of_four_channels(tmp_path: Path) ->
 
 @pytest.mark.parametrize("shape", [(20, 16), (20, 16, 1), (20, 16, 3)])
 def test_an_image_of_channels_may_have_ones_after_them(tmp_path: Path, shape: tuple[int, ...]) -> None:
-    """As the published loader takes QUBIQ's tumour images, [H, W, 4, 1]."""
+    """The published loader drops such an axis, as of [H, W, 4, 1]."""
     root = write_qubiq(tmp_path, {"Training": 2}, shapes=(shape,), channels=4)
     plain = read_case(find_cases(root)["train"][0], channels=4)
     for image in root.rglob("image.nii.gz"):

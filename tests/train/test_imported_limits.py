@@ -246,7 +246,9 @@ def test_a_tensor_that_is_stored_as_its_negative_keeps_its_sign(tmp_path: Path) 
     ("option", "says"),
     [
         *((f"{name}=0", "at least 1") for name in ("image_size", "num_channels", "num_res_blocks", "num_heads")),
-        *((f"{name}=0", "at least 1") for name in ("diffusion_steps", "condition_input_channel")),
+        ("condition_input_channel=0", "at least 1"),
+        *((f"diffusion_steps={steps}", "at least 2") for steps in (0, 1)),
+        *((f"num_heads_upsample={heads}", "-1, .* or at least 1") for heads in (0, -2)),
         *((f"{name}=320000000", "at most") for name in ("image_size", "num_channels", "num_res_blocks", "rrdb_blocks")),
         ("diffusion_steps=100001", "at most 100000"),
         ("num_channels=48", "a multiple of 32"),
@@ -274,6 +276,12 @@ def test_widths_with_which_the_published_network_does_not_run_are_refused(widths
     with pytest.raises(CdiffError, match=f"channel_mult={widths} cannot be imported: .* first width of {widths[0]}"):
         Options.read("implicit-ensemble", {}, [f"channel_mult={widths}"])
     assert Options.read("implicit-ensemble", {}, ["channel_mult=1,3,2"]).channel_mult == (1, 3, 2)
+
+
+def test_heads_of_no_channels_are_not_taken_for_none_given() -> None:
+    for channels in (0, -5):
+        with pytest.raises(CdiffError, match=rf"num_head_channels={channels} must be -1, .* or at least 1"):
+            Options.read("implicit-ensemble", {}, [f"num_head_channels={channels}"])
 
 
 def test_options_are_spelled_as_on_the_published_command_line() -> None:

@@ -159,9 +159,16 @@ class Options:
 
     def _check(self) -> None:
         sizes = ("image_size", "num_channels", "condition_input_channel")
-        for name in (*sizes, "num_res_blocks", "num_heads", "diffusion_steps"):
+        for name in (*sizes, "num_res_blocks", "num_heads"):
             if self.values.get(name, 1) < 1:
                 raise CdiffError(f"the published option {name}={self[name]} must be at least 1")
+        for name in ("num_heads_upsample", "num_head_channels"):
+            if self.values.get(name, -1) < 1 and self.values.get(name, -1) != -1:
+                raise CdiffError(
+                    f"the published option {name}={self[name]} must be -1, which stands for none, or at least 1"
+                )
+        if self["diffusion_steps"] < 2:  # it looks up the second timestep's variance
+            raise CdiffError(f"the published option diffusion_steps={self['diffusion_steps']} must be at least 2")
         for name, most in MOST.items():
             if self.values.get(name, 0) > most:
                 raise CdiffError(f"the published option {name}={self[name]} must be at most {most}")

@@ -270,20 +270,6 @@ def test_what_the_implicit_ensemble_s_scripts_cannot_run_is_refused(option: str)
     assert Options.read("consensus", recorded("consensus").args, [option])  # whose network it does not change, or has
 
 
-@pytest.mark.parametrize("widths", ["2,1", "3"])
-def test_widths_with_which_the_published_network_does_not_run_are_refused(widths: str) -> None:
-    """Its first convolution makes num_channels channels and its last takes as many, but gets the first width's."""
-    with pytest.raises(CdiffError, match=f"channel_mult={widths} cannot be imported: .* first width of {widths[0]}"):
-        Options.read("implicit-ensemble", {}, [f"channel_mult={widths}"])
-    assert Options.read("implicit-ensemble", {}, ["channel_mult=1,3,2"]).channel_mult == (1, 3, 2)
-
-
-def test_heads_of_no_channels_are_not_taken_for_none_given() -> None:
-    for channels in (0, -5):
-        with pytest.raises(CdiffError, match=rf"num_head_channels={channels} must be -1, .* or at least 1"):
-            Options.read("implicit-ensemble", {}, [f"num_head_channels={channels}"])
-
-
 def test_options_are_spelled_as_on_the_published_command_line() -> None:
     args = recorded("consensus").args
     for yes, no in (("yes", "no"), ("TRUE", "False"), ("t", "f"), ("y", "n"), ("1", " 0")):

@@ -202,7 +202,19 @@ class Options:
                 f"channel_mult={self['channel_mult']} cannot be imported: with a first width of {first} the published network does not run, "
                 "since its last convolution takes num_channels channels"
             )
-        _ = self.attention_depths, self.ema_rate
+        self._check_heads()
+        _ = self.ema_rate
+
+    def _check_heads(self) -> None:
+        """Raise CdiffError where the channels that attend cannot be shared out among the heads."""
+        widths = [self["num_channels"] * self.channel_mult[depth] for depth in (*self.attention_depths, -1)]
+        alone = self.values.get("num_head_channels", -1) > 0  # the published code then reads no number of heads
+        for name in ("num_head_channels",) if alone else ("num_heads", "num_heads_upsample"):
+            among = widths[:-1] if name == "num_heads_upsample" else widths
+            if odd := [width for width in among if self[name] > 0 and width % self[name]]:
+                raise CdiffError(
+                    f"the published option {name}={self[name]} must divide {odd[0]}, the channels that attend"
+                )
 
     @property
     def all_timesteps(self) -> bool:

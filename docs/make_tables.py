@@ -162,7 +162,8 @@ def speed_setting(report: Scores) -> str:
         f"{machine['cpu']}, {machine['threads']} threads, PyTorch {machine['torch']}, "
         f"ONNX Runtime {onnxruntime}; {model['parameters'] / 1e6:.2f} M parameters, "
         f"{'x'.join(map(str, model['image_size']))}, {model['levels']} levels x {protocol['runs']} runs x "
-        f"{protocol['steps']} steps a slice, {model['precision']}; medians of {protocol['repeats']} rounds."
+        f"{protocol['steps']} steps a slice, {model['precision']}; medians of {protocol['repeats']} rounds, "
+        "ratios within a round."
     )
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import IO, Any
 
 ZIP = b"PK\x03\x04"
+SCRIPT = "it is a TorchScript archive"
+"""Known by a part that torch.save does not write; its code is packed."""
 PICKLES = 5
 """Pickles that a file of PyTorch's before 1.6 begins with; those of later ones have a file of their own in a ZIP archive."""
 UTILS = "torch._utils _rebuild_"
@@ -59,6 +61,8 @@ def must_be_as_written(path: Path) -> None:
             return
     with zipfile.ZipFile(path) as archive:
         parts = archive.infolist()
+        if any(part.filename.endswith("/constants.pkl") for part in parts):
+            raise OSError(SCRIPT)
         packed = any(part.compress_type != zipfile.ZIP_STORED or part.compress_size != part.file_size for part in parts)
         if packed or sum(part.file_size for part in parts) > path.stat().st_size:
             raise OSError("its parts are packed, and torch.save packs nothing")

@@ -29,6 +29,7 @@ EXPECTED = (
     "folders with image.nii.gz and task01_seg01.nii.gz, task01_seg02.nii.gz ..., or a table of them (docs/own-data.md)"
 )
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".7z", ".rar")
+EXAMPLE = "task01_seg01.nii.gz ..."
 MOST = 12
 """Data sets that a message names."""
 
@@ -146,7 +147,9 @@ def _entries(root: Path, layout: str, notes: list[str]) -> tuple[str, list[Entry
     if tables:
         return TABLE, read_table(tables[0], notes)
     if not by_layout:
-        raise CdiffError(f"no case in {root}: expected {EXPECTED}{_why_no_table(named)}{_packed(root)}")
+        raise CdiffError(
+            f"no case in {root}: expected {EXPECTED}{left.lacking_image()}{_why_no_table(named)}{_packed(root)}"
+        )
     notes += left.told(root)
     return next(iter(by_layout.items()))
 
@@ -279,7 +282,12 @@ def _sort_in(found: DataSet, case: Case, entry: Entry) -> None:
         found.unlabelled.setdefault(split, []).append(case)
     else:
         wanted = f" {task or 'task01'}_seg01.nii.gz" if found.layout == "cases" else ""
-        text = f"{case.name} ({case.image.parent}) has an image but no mask{wanted}; add its masks or remove the case"
+        remedy = "add its masks or remove the case"
+        if found.layout == "brats":
+            first = case.modalities[0]
+            wanted = f" that is called seg in place of {first}"
+            remedy += f"; beside several annotators' masks ({EXAMPLE}) modalities are called image_{first} and so on"
+        text = f"{case.name} ({case.image.parent}) has an image but no mask{wanted}; {remedy}"
         found.problems.append(Problem(split, case.name, text))
 
 

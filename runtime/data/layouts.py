@@ -117,6 +117,10 @@ def brats_in(folder: Path, files: Files) -> list[Entry]:
     return entries
 
 
+def _is_mask(name: str) -> bool:
+    return bool(TASK_MASK.match(name) or OWN_MASK.match(name))
+
+
 def _called(folder: Path) -> str:
     """A folder's name as it is given, also for `.`; a link has its own, not that of what it leads to."""
     return Path(os.path.abspath(folder)).name
@@ -158,8 +162,7 @@ def walk(root: Path, readers: Sequence[str], left: Leftover) -> Iterator[tuple[s
             _place(entry, parts[:-1] if own else parts, parts[:-1])
             if not entry.patient and (match := SCAN_OF_PATIENT.match(entry.name)):
                 entry.patient = match["patient"]
-        names = (stem(file) or "" for file in inside.files)
-        masks = any(TASK_MASK.match(name) or OWN_MASK.match(name) for name in names)
+        masks = [file for file in inside.files if _is_mask(stem(file) or "")]
         left.see(folder, inside.files, [entry for _, entry in here], masks=masks)
         left.links += inside.lost
         return here

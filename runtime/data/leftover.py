@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cdiff.runtime.data.case import Entry, is_output, listed
+from cdiff.runtime.words import several
 
 BESIDE = "files beside those of a case"
 
@@ -16,12 +17,12 @@ BESIDE = "files beside those of a case"
 class Leftover:
     """Collected folder by folder; `told` says it.
 
-    masks: folders that hold masks and no image. files: names of files beside a case's. folders: those of scans that are no
+    masks: folders that hold masks and no image, and the names of the scans beside these. files: names of files beside a case's. folders: those of scans that are no
     case. below: folders of cases inside a case's. strays: images without masks above cases that have some. links: to folders or files
     that are not there.
     """
 
-    masks: list[Path] = field(default_factory=list)
+    masks: dict[Path, list[str]] = field(default_factory=dict)
     files: Counter[str] = field(default_factory=Counter)
     folders: list[Path] = field(default_factory=list)
     below: list[Path] = field(default_factory=list)
@@ -29,16 +30,29 @@ class Leftover:
     links: list[Path] = field(default_factory=list)
     _above: set[Path] = field(default_factory=set)
 
-    def see(self, folder: Path, files: Sequence[Path], entries: Sequence[Entry], *, masks: bool) -> None:
-        """Note one folder of the walk. files: its scans by name; entries: the cases in it; masks: whether some are masks."""
+    def see(self, folder: Path, files: Sequence[Path], entries: Sequence[Entry], masks: Sequence[Path]) -> None:
+        """Note one folder of the walk. files: its scans by name; entries: the cases in it; masks: those of `files` that are masks by their names."""
         if entries:
             self._above.update((folder, *folder.parents))
             used = {path for entry in entries for path in entry.files}
             self.files.update(path.name for path in files if path not in used and not is_output(path))
         elif masks:
-            self.masks.append(folder)
+            self.masks[folder] = [path.name for path in files if path not in masks]
         elif not all(map(is_output, files)):
             self.folders.append(folder)
+
+    def lacking_image(self) -> str:
+        """What a folder without any case lacks of being one, to end a message with: most likely the images have another name."""
+        if not self.masks:
+            return ""
+        folder, others = next(iter(self.masks.items()))
+        more = f" (nor have {several(len(self.masks) - 1, 'more folder')})" if len(self.masks) > 1 else ""
+        remedy = "add it, under that name"
+        if len(others) == 1:
+            remedy = f"if {others[0]} is its image, call it so"
+        elif others:
+            remedy = f"call its image among {listed(others, 4)} so, or each modality image_NAME"
+        return f"; {folder} has masks but no image.nii.gz{more}: {remedy}"
 
     def told(self, root: Path) -> list[str]:
         """A line for each kind of it. Folders above the cases hold pictures of a data set, not scans."""

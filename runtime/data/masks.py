@@ -121,6 +121,8 @@ def mask_slices(mask: Mask, grid: Grid, case: Case, path: Path) -> NDArray[np.bo
         hint = ", or be laid by their headers (--masks-by header)" if placed else ""
         if len(wanted) == 3 and counted(shape) == counted(wanted[:2]):
             hint = f"; if the image's last axis holds channels, say so (image_channels={wanted[2]})"
+        elif grid.header is not None and counted(shape) == counted(grid.header.get_data_shape()):
+            hint = "; the image's last axis is read as channels, which another mask does without: store all masks alike"
         elif shape[2:] in ((3,), (4,)) and shape[:2] == counted(wanted) and not placed:
             hint = "; if its last axis holds a picture's colours, save one of them alone"
         elif counted(shape) == counted(wanted)[::-1] and not placed:

@@ -20,6 +20,7 @@ from cdiff.runtime.data.cases import DataSet
 from cdiff.runtime.data.masks import counted, read_mask
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.scans.picture import read_picture
+from cdiff.runtime.scans.shapes import without_ones
 from cdiff.runtime.scans.sources import PICTURE_SUFFIXES, read_bytes
 from cdiff.runtime.scans.volume import volume_shape
 from cdiff.runtime.variants import ANNOTATOR, CONSENSUS, Variant
@@ -169,7 +170,7 @@ def _channels(case: Case) -> int:
         if case.image.name.lower().endswith(PICTURE_SUFFIXES):
             pixels, _ = read_picture(read_bytes(case.image), case.image, 3)
             return 1 if (pixels == pixels[..., :1]).all() else 3
-        image = volume_shape(case.image)
+        image = without_ones(volume_shape(case.image))
         mask = counted(read_mask(case.masks[0]).values.shape)
     except CdiffError:
         return 1

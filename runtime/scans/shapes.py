@@ -15,17 +15,22 @@ MAX_VOXELS = 2**31
 
 def spatial_axes(shape: tuple[int, ...], channels: int, where: str) -> tuple[int, ...]:
     """The two or three spatial axes of `shape`; channels lie on the last axis, ones after the third axis do not count."""
-    axes = shape
+    axes = without_ones(shape)
     if channels > 1:
-        if len(shape) < 3 or shape[-1] != channels:
+        if len(axes) < 3 or axes[-1] != channels:
             raise CdiffError(f"{where} has shape {by(shape)}; {channels} channels on the last axis are needed")
-        axes = shape[:-1]
-    while len(axes) > 3 and axes[-1] == 1:
-        axes = axes[:-1]
+        axes = without_ones(axes[:-1])
     if len(axes) not in (2, 3):
         wanted = "2-D or 3-D" if channels == 1 else f"2-D or 3-D with {channels} channels on the last axis"
         raise CdiffError(f"{where} is {len(shape)}-D ({by(shape)}) where {wanted} is meant; give one volume of it")
     return axes
+
+
+def without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape without the ones after its third axis."""
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    return shape
 
 
 def check_size(shape: tuple[int, ...], where: str) -> None:

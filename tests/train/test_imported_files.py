@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tarfile
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from cdiff.runtime.errors import CdiffError
 from cdiff.train.checkpoint import load_run
 from cdiff.train.imported.importer import import_checkpoint
+from cdiff.train.imported.weights import read_state_dict
 from tests.train.published import recorded
 
 
@@ -38,6 +40,7 @@ class Trap:
         ("list", "holds a list"),
         ("other", "from neither published code"),
         ("protocol", "with a pickle_protocol above 3"),
+        ("script", "is a TorchScript archive or of a PyTorch before 0.4"),
         ("tar", "is a TorchScript archive or of a PyTorch before 0.4"),
         ("text", "is not a PyTorch checkpoint"),
         ("zip", "is not a PyTorch checkpoint"),
@@ -64,6 +67,9 @@ def test_files_that_are_no_checkpoint_are_refused_in_one_line(content: str, says
         torch.save(objects[content], path)
     elif content == "protocol":
         torch.save({f"rrdb.{i}": torch.zeros(3) for i in range(4)}, path, pickle_protocol=5)
+    elif content == "script":
+        with warnings.catch_warnings(action="ignore"):  # PyTorch's own, of Pythons that TorchScript does not know
+            torch.jit.save(torch.jit.trace(layer, torch.zeros(1, 2)), path)
     elif content == "tar":
         with tarfile.open(path, "w") as archive:
             archive.add(__file__, "storages")
@@ -83,6 +89,15 @@ def test_files_that_are_no_checkpoint_are_refused_in_one_line(content: str, says
     assert len(str(caught.value).splitlines()) == 1
     assert not witness.exists()
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("before", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_what_wrappers_put_before_every_name_is_dropped(before: str, tmp_path: Path) -> None:
+    """DistributedDataParallel, torch.compile, and one in the other."""
+    tensors = {name: torch.full((2,), float(place)) for place, name in enumerate(("rrdb.a", "module.b", "out.c"))}
+    torch.save({before + name: value for name, value in tensors.items()}, path := tmp_path / "ema.pt")
+    read = read_state_dict(path)
+    assert {name: value.tolist() for name, value in read.items()} == {n: v.tolist() for n, v in tensors.items()}
 
 
 @pytest.mark.parametrize("code", ["utf-8-sig", "utf-16", "utf-16-le"])

@@ -246,7 +246,9 @@ def test_a_tensor_that_is_stored_as_its_negative_keeps_its_sign(tmp_path: Path) 
     ("option", "says"),
     [
         *((f"{name}=0", "at least 1") for name in ("image_size", "num_channels", "num_res_blocks", "num_heads")),
-        *((f"{name}=0", "at least 1") for name in ("diffusion_steps", "condition_input_channel")),
+        ("condition_input_channel=0", "at least 1"),
+        *((f"diffusion_steps={steps}", "at least 2") for steps in (0, 1)),
+        *((f"num_heads_upsample={heads}", "-1, .* or at least 1") for heads in (0, -2)),
         *((f"{name}=320000000", "at most") for name in ("image_size", "num_channels", "num_res_blocks", "rrdb_blocks")),
         ("diffusion_steps=100001", "at most 100000"),
         ("num_channels=48", "a multiple of 32"),

@@ -159,9 +159,16 @@ class Options:
 
     def _check(self) -> None:
         sizes = ("image_size", "num_channels", "condition_input_channel")
-        for name in (*sizes, "num_res_blocks", "num_heads", "diffusion_steps"):
+        for name in (*sizes, "num_res_blocks", "num_heads"):
             if self.values.get(name, 1) < 1:
                 raise CdiffError(f"the published option {name}={self[name]} must be at least 1")
+        for name in ("num_heads_upsample", "num_head_channels"):
+            if self.values.get(name, -1) < 1 and self.values.get(name, -1) != -1:
+                raise CdiffError(
+                    f"the published option {name}={self[name]} must be -1, which stands for none, or at least 1"
+                )
+        if self["diffusion_steps"] < 2:  # it looks up the second timestep's variance
+            raise CdiffError(f"the published option diffusion_steps={self['diffusion_steps']} must be at least 2")
         for name, most in MOST.items():
             if self.values.get(name, 0) > most:
                 raise CdiffError(f"the published option {name}={self[name]} must be at most {most}")
@@ -190,7 +197,24 @@ class Options:
             raise CdiffError(
                 "learn_sigma=False cannot be imported: the published network always has two output channels"
             )
-        _ = self.channel_mult, self.attention_depths, self.ema_rate
+        if self.source == IMPLICIT and (first := self.channel_mult[0]) != 1:
+            raise CdiffError(
+                f"channel_mult={self['channel_mult']} cannot be imported: with a first width of {first} the published network does not run, "
+                "since its last convolution takes num_channels channels"
+            )
+        self._check_heads()
+        _ = self.ema_rate
+
+    def _check_heads(self) -> None:
+        """Raise CdiffError where the channels that attend cannot be shared out among the heads."""
+        widths = [self["num_channels"] * self.channel_mult[depth] for depth in (*self.attention_depths, -1)]
+        alone = self.values.get("num_head_channels", -1) > 0  # the published code then reads no number of heads
+        for name in ("num_head_channels",) if alone else ("num_heads", "num_heads_upsample"):
+            among = widths[:-1] if name == "num_heads_upsample" else widths
+            if odd := [width for width in among if self[name] > 0 and width % self[name]]:
+                raise CdiffError(
+                    f"the published option {name}={self[name]} must divide {odd[0]}, the channels that attend"
+                )
 
     @property
     def all_timesteps(self) -> bool:

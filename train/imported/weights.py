@@ -14,7 +14,7 @@ from torch import Tensor
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.scans.sources import is_there
 from cdiff.runtime.words import first_line
-from cdiff.train.archive import must_be_as_written
+from cdiff.train.archive import SCRIPT, must_be_as_written
 from cdiff.train.imported.mapping import Link
 from cdiff.train.imported.options import CONSENSUS, IMPLICIT, TABLE, Options, widths_of
 
@@ -22,6 +22,8 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 KINDS = ("missing", "extra", "misshapen", "wrong type", "not finite")
 """What can be wrong with a tensor, in the order in which a message says it."""
 DOUBLING_BLOCK = re.compile(r"output_blocks\.\d+\.[12]\.in_layers\.0\.weight")
+WRAPPERS = ("module.", "_orig_mod.")
+"""What DistributedDataParallel and torch.compile put before every name; one may hold the other."""
 MOST = 12
 """Tensors that a message names of each kind."""
 LONGEST = 100
@@ -29,7 +31,7 @@ LONGEST = 100
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """The tensors in a .pt file by name; a "module." before all of them, from DistributedDataParallel, is dropped.
+    """The tensors in a .pt file by name; what stands before all of them in the state_dict of a wrapped network is dropped.
 
     Raises CdiffError when the file is missing or damaged, would need anything but tensors to be unpickled (nothing is then), or
     holds something else than a dictionary of floating-point tensors.
@@ -59,7 +61,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # a damaged file fails in the archive, the pickle or the storages, each in its own way
         if "hasRecord" in str(error):  # another program's ZIP archive
             raise _no_checkpoint(path) from None
-        if "weights_only" in str(error):  # PyTorch advises to run what the file holds
+        if SCRIPT in str(error) or "weights_only" in str(error):  # PyTorch advises to run what the file holds
             raise CdiffError(
                 f"{path} is a TorchScript archive or of a PyTorch before 0.4, and no state_dict; save the state_dict with torch.save"
             ) from None
@@ -83,8 +85,8 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             f"{path} is shorter than its tensors, some of which repeat numbers or share them; save copies: "
             "torch.save({name: tensor.clone() for name, tensor in state_dict.items()}, FILE)"
         )
-    if all(name.startswith("module.") for name in tensors):
-        tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    while wrapper := next((one for one in WRAPPERS if all(name.startswith(one) for name in tensors)), None):
+        tensors = {name.removeprefix(wrapper): tensor for name, tensor in tensors.items()}
     return tensors
 
 

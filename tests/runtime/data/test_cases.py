@@ -44,9 +44,31 @@ def test_a_volume_of_four_slices_is_no_image_of_four_channels(tmp_path: Path) ->
     with pytest.raises(CdiffError, match=r"image_channels=4"):
         read_case(find_cases(root)["train"][0])
     case = find_cases(root)["train"][0]
+    save(case.masks[1], disc((32, 24, 4)))
+    with pytest.raises(
+        CdiffError,
+        match=r"_seg02.* has shape 32 x 24 x 4 but .* 32 x 24; .* is read as channels, which another mask does",
+    ):
+        read_case(case, channels=4)
+    save(case.masks[1], disc((32, 24)))
     save(case.image, np.moveaxis(np.asanyarray(nib.load(case.image).dataobj), -1, 0))
     with pytest.raises(CdiffError, match=r"has shape 32 x 24 but .* 4 x 32 x 24; .* move the image's first axis there"):
         read_case(case)
+
+
+@pytest.mark.parametrize("shape", [(20, 16), (20, 16, 1), (20, 16, 3)])
+def test_an_image_of_channels_may_have_ones_after_them(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    """The published loader drops such an axis, as of [H, W, 4, 1]."""
+    root = write_qubiq(tmp_path, {"Training": 2}, shapes=(shape,), channels=4)
+    plain = read_case(find_cases(root)["train"][0], channels=4)
+    for image in root.rglob("image.nii.gz"):
+        save(image, np.asanyarray(nib.load(image).dataobj)[..., None])
+    cases = find_cases(root)["train"]
+    assert count_channels(cases) == 4
+    for before, after in zip(plain, read_case(cases[0], channels=4), strict=True):
+        np.testing.assert_array_equal(after, before)
+    with pytest.raises(CdiffError, match=r"has shape 20 x 16 (x . )?x 4 x 1; 3 channels on the last axis are needed"):
+        read_case(cases[0], channels=3)
 
 
 def test_masks_and_image_may_write_the_third_axis_or_not(tmp_path: Path) -> None:
@@ -90,7 +112,10 @@ def test_brats_volumes_and_slices_in_one_folder(tmp_path: Path) -> None:
 def test_brats_slices_without_a_label_map(tmp_path: Path) -> None:
     write_brats(tmp_path, 2)
     next((tmp_path / "000002").glob("*_seg_*")).unlink()
-    with pytest.raises(CdiffError, match=r"000002 .* has an image but no mask; add its masks"):
+    with pytest.raises(
+        CdiffError,
+        match=r"000002 .* no mask that is called seg in place of t1; add its masks .* are called image_t1 and so on",
+    ):
         find_cases(tmp_path)
 
 

@@ -146,3 +146,22 @@ def test_what_lies_there_in_place_of_cases_is_said(tmp_path: Path) -> None:
         CdiffError, match=r"no mask task01_seg01.*; files beside those of a case, not used: annotation_1"
     ):
         find_cases(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "remedy"),
+    [
+        (("img",), r"if img\.nii\.gz is its image, call it so"),
+        (("adc", "dwi"), r"call its image among adc\.nii\.gz, dwi\.nii\.gz so, or each modality image_NAME"),
+        ((), "add it, under that name"),
+    ],
+)
+def test_cases_whose_images_have_another_name_are_said(tmp_path: Path, names: tuple[str, ...], remedy: str) -> None:
+    root = write_qubiq(tmp_path, {"Training": 3}) / "Training"
+    for case in root.iterdir():
+        (case / "image.nii.gz").unlink()
+        for name in names:
+            save(case / f"{name}.nii.gz", disc((32, 32, 1)))
+    text = rf"no case in .*; {root}/case01 has masks but no image\.nii\.gz \(nor have 2 more folders\): {remedy}$"
+    with pytest.raises(CdiffError, match=text):
+        find_cases(tmp_path)

@@ -1,0 +1,31 @@
+"""Widths and heads with which the published networks do not run: refused by the options' published names."""
+
+from __future__ import annotations
+
+import pytest
+
+from cdiff.runtime.errors import CdiffError
+from cdiff.train.imported.options import Options
+
+
+@pytest.mark.parametrize("widths", ["2,1", "3"])
+def test_widths_with_which_the_published_network_does_not_run_are_refused(widths: str) -> None:
+    """Its first convolution makes num_channels channels and its last takes as many, but gets the first width's."""
+    with pytest.raises(CdiffError, match=f"channel_mult={widths} cannot be imported: .* first width of {widths[0]}"):
+        Options.read("implicit-ensemble", {}, [f"channel_mult={widths}"])
+    assert Options.read("implicit-ensemble", {}, ["channel_mult=1,3,2"]).channel_mult == (1, 3, 2)
+
+
+def test_heads_of_no_channels_are_not_taken_for_none_given() -> None:
+    for channels in (0, -5):
+        with pytest.raises(CdiffError, match=rf"num_head_channels={channels} must be -1, .* or at least 1"):
+            Options.read("implicit-ensemble", {}, [f"num_head_channels={channels}"])
+
+
+@pytest.mark.parametrize("option", ["num_heads=3", "num_heads_upsample=5", "num_head_channels=48"])
+def test_heads_that_cannot_share_the_channels_have_their_published_name(option: str) -> None:
+    """Of 192 where the U-Net attends on its way down and up, and 256 in its bottleneck."""
+    flags = ["num_channels=64", "image_size=64", "attention_resolutions=16", option]
+    with pytest.raises(CdiffError, match=f"the published option {option} must divide (192|256), the channels"):
+        Options.read("implicit-ensemble", {}, flags)
+    assert Options.read("implicit-ensemble", {}, [*flags, "num_head_channels=32"])

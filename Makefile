@@ -7,6 +7,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PACKAGES := train export runtime cli benchmarks
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Python keeps what it compiles, also where the variable forbids it, as in many containers: pip compiles nothing (below), and each of
+# the many programs that the tests start would compile anew whatever it imports.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo test minutes lint clean
 

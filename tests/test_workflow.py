@@ -140,7 +140,7 @@ def test_real_nodules(lidc: Path, tmp_path: Path) -> None:
     trained, bundle, maps = tmp_path / "run", tmp_path / "bundle", tmp_path / "maps"
 
     train = ("train", "--data", data, "--preset", "tiny", *flat_settings(24), "--set", "levels=4", "--max-steps", 6)
-    run(*train, "--out", trained)
+    within(*train, "--out", trained)
     within("export", trained, "--out", bundle)
     run("segment", data / "Testing", "--model", bundle, "-o", maps, "--runs", 1, "--steps", 2)
     for case in sorted((data / "Testing").iterdir()):
@@ -151,7 +151,8 @@ def test_real_nodules(lidc: Path, tmp_path: Path) -> None:
         assert after.header.get_zooms() == before.header.get_zooms()
 
     scores_file = tmp_path / "scores.json"
-    run("evaluate", "--data", data, "--model", bundle, "--runs", 1, "--steps", 2, "--all-raters", "--json", scores_file)
+    chain = ("--runs", 1, "--steps", 2)
+    within("evaluate", "--data", data, "--model", bundle, *chain, "--all-raters", "--json", scores_file)
     scores = json.loads(scores_file.read_text())
     assert len(scores["dice_per_level"]) == 4
 

@@ -17,6 +17,7 @@ pytest.importorskip(
 )
 
 
+@pytest.mark.slow
 def test_both_precisions_are_built_and_weighed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = subject(SHIPPED, small=True)
     flat = replace(tiny, config=replace(tiny.config, network=FLAT))  # exporting takes as long as a graph has nodes

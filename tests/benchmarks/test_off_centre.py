@@ -54,6 +54,7 @@ def test_scores_are_compared_with_pointing_at_the_middle() -> None:
     assert [found[0][name]["mean"] for name in ("expected_dice", "dice_each")] == [0.375, 0.75]
 
 
+@pytest.mark.slow
 def test_the_maps_are_those_of_the_place_that_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     case = tmp_path / "data" / "Validation" / "case01"
     case.mkdir(parents=True)

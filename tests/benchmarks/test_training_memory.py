@@ -29,6 +29,7 @@ def test_bytes_alive_by_hand() -> None:
     assert alive.now == 0
 
 
+@pytest.mark.slow
 def test_a_steps_memory_follows_what_is_kept() -> None:
     config = preset("tiny")
     weights = 4 * sum(p.numel() for p in ConsensusNet(config.network).parameters())

@@ -25,6 +25,7 @@ def test_the_place_is_the_middle_of_the_middle_slice() -> None:
     assert place_in(drawn) == ((5, 13, 5), [3, 4, 5, 7])
 
 
+@pytest.mark.slow
 def test_it_scores_the_maps_of_the_labels_slices(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The demo's nodule within larger slices, once with a reader's mask and once with nothing like it, in one of the slices."""
     crop = nib.load(DEMO / "image.nii.gz").get_fdata()[..., 3:5].astype(np.int16)

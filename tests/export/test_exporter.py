@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -91,7 +93,31 @@ def test_half_precision_is_read_back_and_real_slices_are_used(run: Path, bundle:
     assert seen[-1][0] == seen[-1][1]
 
 
-def test_what_the_program_around_set_changes_no_graph_and_no_map(run: Path, bundle: Bundle, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def zoomed(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The same network for slices at two zooms, exported amid a caller's autocast, type and device of new tensors."""
+    folder = tmp_path_factory.mktemp("zoomed")
+    centred = random_run(folder / "run", replace(CONFIG, data=replace(CONFIG.data, framing="centre")))
+    with around():
+        return export_run(centred, folder / "bundle", zooms=(1, 1.25))
+
+
+@contextlib.contextmanager
+def around() -> Iterator[None]:
+    """What a program may have set around cdiff, and still finds set afterwards."""
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            yield
+            assert torch.is_autocast_enabled("cpu")
+        assert (torch.get_default_dtype(), torch.get_default_device()) == (torch.float64, torch.device("meta"))
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+
+
+def test_what_the_program_around_set_changes_no_graph_and_no_map(bundle: Bundle, zoomed: Bundle) -> None:
     """A caller's autocast, type and device of new tensors: none is in the graphs, nor in the maps of the engine torch."""
 
     def drawn() -> Float32:
@@ -99,19 +125,10 @@ def test_what_the_program_around_set_changes_no_graph_and_no_map(run: Path, bund
         return cdiff.load(bundle.path, engine="torch").segment(scan, runs=1, steps=2).maps
 
     plain = drawn()
-    torch.set_default_dtype(torch.float64)
-    torch.set_default_device("meta")
-    try:
-        with torch.autocast("cpu", torch.bfloat16):
-            np.testing.assert_array_equal(drawn(), plain)
-            again = export_run(run, tmp_path / "again")
-            assert torch.is_autocast_enabled("cpu")
-        assert (torch.get_default_dtype(), torch.get_default_device()) == (torch.float64, torch.device("meta"))
-    finally:
-        torch.set_default_dtype(torch.float32)
-        torch.set_default_device(None)
+    with around():
+        np.testing.assert_array_equal(drawn(), plain)
     for name in (ENCODER, DENOISER):
-        assert again.manifest.files[name] == bundle.manifest.files[name]
+        assert zoomed.manifest.files[name] == bundle.manifest.files[name]
 
 
 def test_a_graph_of_other_weights_is_refused(bundle: Bundle) -> None:
@@ -158,14 +175,12 @@ def test_a_broken_network_leaves_no_bundle(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_zooms_are_stated_and_each_has_its_mirrored_views(bundle: Bundle, tmp_path: Path) -> None:
-    centred = random_run(tmp_path / "run", replace(CONFIG, data=replace(CONFIG.data, framing="centre")))
-    manifest = export_run(centred, tmp_path / "bundle", zooms=(1, 1.25)).manifest
-    for name in ("encoder.onnx", "denoiser.onnx"):  # of one network, so the same files
-        assert (tmp_path / "bundle" / name).read_bytes() == bundle.file(name).read_bytes()
-    assert manifest.zooms == (1, 1.25)
-    assert manifest.fast["runs"] == 8
-    card = (tmp_path / "bundle" / "README.md").read_text()
+def test_zooms_are_stated_and_each_has_its_mirrored_views(bundle: Bundle, zoomed: Bundle, tmp_path: Path) -> None:
+    for name in (ENCODER, DENOISER):  # of one network, so the same files
+        assert (zoomed.path / name).read_bytes() == bundle.file(name).read_bytes()
+    assert zoomed.manifest.zooms == (1, 1.25)
+    assert zoomed.manifest.fast["runs"] == 8
+    card = (zoomed.path / "README.md").read_text()
     assert "| runs see | the slice at 1 and 1.25 times its size, in turn |" in card
     tiled = random_run(tmp_path / "tiles", replace(CONFIG, data=replace(CONFIG.data, framing="tile")))
     with pytest.raises(CdiffError, match="framing 'tile' looks at whole slices"):

@@ -32,12 +32,10 @@ KINDS: dict[str, dict[str, Any]] = {
         **{"target": "v", "rrdbs": 0, "image_channels": 3},
         **{"channel_mult": (1,), "attention_depths": (), "residual_blocks": 2},
     },
-    "scale-shift-block-heads": {
-        **{"embedding": "scale-shift", "resample": "block", "head_channels": 4, "attention_depths": (0, 1)},
+    "scale-shift-block-heads-three-depths": {
+        **{"embedding": "scale-shift", "resample": "block", "head_channels": 4},
+        **{"channel_mult": (1, 2, 3), "attention_depths": (2,)},
         **{"target": "eps", "variance": "learned", "rrdbs": 0, "levels": 1},
-    },
-    "three-depths": {
-        **{"channel_mult": (1, 2, 3), "attention_depths": (2,), "heads": 4, "rrdbs": 0},
     },
 }
 

@@ -47,7 +47,7 @@ def element_types(path: Path) -> dict[str, list[set[int]]]:
     "network",
     [
         replace(FLAT, target="v", rrdbs=1),
-        replace(BASE, embedding="scale-shift", resample="block", head_channels=4, rrdbs=0),
+        replace(BASE, embedding="scale-shift", resample="block", head_channels=4, rrdbs=0, attention_depths=()),
     ],
     ids=["flat", "scale-shift-block-heads"],
 )
@@ -108,9 +108,10 @@ def test_a_graph_that_is_mostly_float32_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CdiffError, match=r"encoder\.onnx: only 0%"):
         check_half(tmp_path / "encoder.onnx")
     # A single float32 layer among the others is one node's share.
-    half = half_network(random_network(FLAT))
-    half.denoiser.last = random_network(FLAT).denoiser.last
-    path = write_half(half, tmp_path)
+    network = random_network(replace(FLAT, rrdbs=1))
+    half = half_network(network)
+    half.encoder.last = network.encoder.last
+    path = write_encoder(EncoderGraph(half.encoder, torch.float16), half.config, tmp_path)
     kinds = [node.op_type for node in onnx.load(path).graph.node]
     products = sum(kinds.count(kind) for kind in ("Conv", "Gemm", "MatMul"))
     assert half_share(path) == pytest.approx(1 - 1 / products)

@@ -52,11 +52,8 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_stop_and_resume_ends_with_the_same_weights(tiny_data: Path, tmp_path: Path, dropout: float) -> None:
-    config = preset("tiny").with_values(
-        {"steps": 7, "val_every": 3, "log_every": 1, "dropout": dropout, "decay": "cosine"}
-    )
+def test_stop_and_resume_ends_with_the_same_weights(tiny_data: Path, tmp_path: Path) -> None:
+    config = preset("tiny").with_values({"steps": 7, "val_every": 3, "log_every": 1, "dropout": 0.2, "decay": "cosine"})
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(config, tiny_data, whole, quiet=True)
     assert train(config, tiny_data, parts, max_steps=4, quiet=True).step == 4

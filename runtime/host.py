@@ -27,12 +27,22 @@ def package_version(name: str) -> str:
 
 
 def processor() -> str:
-    """The processor's name as the system states it, else its architecture."""
+    """The processor's name as the system states it; on ARM, where Linux states none, the numbers of its maker and its design, as in
+    `aarch64 (CPU implementer 0x41, part 0xd0c)`, of each kind of core once; else the architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    stated = [(key.strip(), value.strip()) for key, _, value in (line.partition(":") for line in lines)]
+    found: dict[str, list[str]] = {key: [] for key in ("model name", "CPU implementer", "CPU part")}
+    for key, value in stated:
+        if key in found:
+            found[key].append(value)
+    if found["model name"]:
+        return found["model name"][0]
+    pairs = dict.fromkeys(zip(found["CPU implementer"], found["CPU part"], strict=False))
+    kinds = "; ".join(f"CPU implementer {maker}, part {part}" for maker, part in pairs)
+    return f"{platform.machine()} ({kinds})" if kinds else platform.machine()
 
 
 def logical_cores() -> int:

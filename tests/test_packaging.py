@@ -197,6 +197,18 @@ def test_constraints_agree_with_the_cuda_build_of_torch() -> None:
         assert pins[name].split(".")[:2] == cuda, name
 
 
+@pytest.mark.parametrize(
+    ("system", "machine", "named"),
+    [("linux", "x86_64", True), ("linux", "aarch64", True), ("darwin", "arm64", False), ("darwin", "x86_64", False)],
+)
+def test_the_rtx_extra_installs_wherever_there_are_wheels(system: str, machine: str, named: bool) -> None:
+    """What lacks TensorRT for RTX says to install this extra: on ARM it named nothing, and pip was content."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    place = {"sys_platform": system, "platform_machine": machine}
+    markers = [Requirement(one).marker for one in project["optional-dependencies"]["rtx"]]
+    assert [marker is None or marker.evaluate(place) for marker in markers] == [named, named]
+
+
 def test_the_gpu_extra_brings_cudas_libraries() -> None:
     """onnxruntime-gpu alone asks for none of them: its CUDA provider would not start on a machine that has a driver alone."""
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]

@@ -48,7 +48,7 @@ def test_what_the_interpreter_says() -> None:
 
 def must_interpret() -> None:
     """Skip where Triton's interpreter does not run."""
-    triton = pytest.importorskip("triton", reason="Triton is not installed: it comes for Linux on x86-64 alone")
+    triton = pytest.importorskip("triton", reason="Triton is not installed: it comes for Linux alone")
     if release(triton.__version__) < (3, 7) and release(np.__version__) >= (2, 4):
         pytest.skip("the interpreter of Triton 3.6 makes numbers of arrays as NumPy 2.4 no longer does")
 
@@ -82,7 +82,7 @@ def test_who_asked_for_other_ways_gets_them(options: Options, monkeypatch: pytes
 
 def test_a_skip_over_two_sources_is_summed_where_its_first_part_lies(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each copy would be two more passes over a map at full size."""
-    pytest.importorskip("triton", reason="Triton is not installed: it comes for Linux on x86-64 alone")
+    pytest.importorskip("triton", reason="Triton is not installed: it comes for Linux alone")
     fused, kernels = importlib.import_module(FUSED), importlib.import_module(KERNELS)
     denoiser = random_network(BASE).denoiser
     skip: Any = denoiser.up[0][0].block.skip  # type: ignore[index, union-attr]
@@ -103,7 +103,7 @@ def test_a_skip_over_two_sources_is_summed_where_its_first_part_lies(monkeypatch
 )
 def test_pixels_are_doubled_as_pytorch_does(channels: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit, whatever the bits are; and without its kernel, which is slow on a GPU for maps that are channels last."""
-    pytest.importorskip("triton", reason="Triton is not installed: it comes for Linux on x86-64 alone")
+    pytest.importorskip("triton", reason="Triton is not installed: it comes for Linux alone")
     x = torch.randn(2, channels, 3, 5).to(dtype).contiguous(memory_format=torch.channels_last)
     x[0, 0, 0, 0], x[0, 1, 0, 0] = torch.nan, torch.inf
     bits = torch.int16 if dtype == torch.float16 else torch.int32
@@ -146,7 +146,7 @@ def launches(network: NetworkConfig, patch: pytest.MonkeyPatch) -> list[Any]:
 
 def test_no_feature_map_is_turned_round(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of one channel a tensor is of both orders at once, and PyTorch then takes the other one."""
-    pytest.importorskip("triton", reason="Triton is not installed: it comes for Linux on x86-64 alone")
+    pytest.importorskip("triton", reason="Triton is not installed: it comes for Linux alone")
     made, plain = [], torch.nn.functional.conv2d
     monkeypatch.setattr(
         importlib.import_module(FUSED).nnf, "conv2d", lambda *args: made.append(plain(*args)) or made[-1]
@@ -172,7 +172,7 @@ def test_every_launch_compiles_for_the_cards_without_spilling(
     capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As the paper's widths ask for them, up to 1024 channels side by side; ptxas counts the registers that did not suffice."""
-    triton = pytest.importorskip("triton", reason="Triton is not installed: it comes for Linux on x86-64 alone")
+    triton = pytest.importorskip("triton", reason="Triton is not installed: it comes for Linux alone")
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.compiler import get_ptxas
     from triton.compiler import ASTSource

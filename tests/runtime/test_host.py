@@ -39,6 +39,39 @@ def test_a_system_without_proc_and_affinity_is_described_too(monkeypatch: pytest
     assert logical_cores() == os.cpu_count()
 
 
+ARM = """processor\t: {}
+BogoMIPS\t: 243.75
+Features\t: fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp
+CPU implementer\t: 0x41
+CPU architecture: 8
+CPU variant\t: 0x3
+CPU part\t: {}
+CPU revision\t: 1
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        (
+            "processor\t: 0\nvendor_id\t: AuthenticAMD\nmodel name\t: AMD EPYC: a part\nstepping\t: 1\n",
+            "AMD EPYC: a part",
+        ),
+        ("\n".join(ARM.format(core, "0xd0c") for core in range(4)), "aarch64 (CPU implementer 0x41, part 0xd0c)"),
+        (  # small cores and large ones
+            "\n".join(ARM.format(core, "0xd05" if core < 4 else "0xd0b") for core in range(8)),
+            "aarch64 (CPU implementer 0x41, part 0xd05; CPU implementer 0x41, part 0xd0b)",
+        ),
+        ("processor\t: 0\nhart\t: 0\n", "aarch64"),
+    ],
+)
+def test_a_processor_has_a_name_where_linux_states_none(text: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On ARM there are only numbers. Without them the machines of two reports could not be told apart."""
+    monkeypatch.setattr(Path, "read_text", lambda self: text)
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    assert processor() == name
+
+
 def test_hyper_threads_and_quotas_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mask = {0, 1, 5}
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: mask)

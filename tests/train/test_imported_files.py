@@ -43,6 +43,7 @@ class Trap:
         ("script", "is a TorchScript archive or of a PyTorch before 0.4"),
         ("tar", "is a TorchScript archive or of a PyTorch before 0.4"),
         ("text", "is not a PyTorch checkpoint"),
+        ("words", "is not a PyTorch checkpoint"),
         ("zip", "is not a PyTorch checkpoint"),
         ("truncated", "is damaged"),
         ("nothing", "is not there"),
@@ -80,6 +81,8 @@ def test_files_that_are_no_checkpoint_are_refused_in_one_line(content: str, says
         path.mkdir()
     elif content == "text":
         path.write_text("<html>not found</html>")
+    elif content == "words":  # a pickle's steps, of a memo and a stack that hold nothing
+        path.write_text("hello, this is no checkpoint")
     elif content == "truncated":
         torch.save({f"rrdb.{i}": torch.zeros(1000) for i in range(4)}, path)
         path.write_bytes(path.read_bytes()[:9000])

@@ -59,7 +59,8 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             ) from None
         raise _no_checkpoint(path) from None
     except Exception as error:  # a damaged file fails in the archive, the pickle or the storages, each in its own way
-        if "hasRecord" in str(error):  # another program's ZIP archive
+        # Another program's ZIP archive, or a text, say, that was taken for a pickle.
+        if "hasRecord" in str(error) or isinstance(error, LookupError):
             raise _no_checkpoint(path) from None
         if SCRIPT in str(error) or "weights_only" in str(error):  # PyTorch advises to run what the file holds
             raise CdiffError(

@@ -14,18 +14,34 @@ PEERS = {  # as in `cdiff.benchmarks.peers`
     "implicit-ensemble": "implicit ensemble (Wolleb et al.)",
     "unet-majority": "U-Net, majority vote",
     "unet-soft": "U-Net, soft label",
-    "unet-random": "U-Net, a random annotator",
-    "unet-heads": "U-Net, one head an annotator",
-    "unet-dropout": "U-Net, MC dropout",
-    "unet-probabilistic": "probabilistic U-Net (Kohl et al.)",
+    "unet-random-dice": "U-Net, a random annotator",
+    "unet-heads-dice": "U-Net, one head an annotator",
+    "unet-dropout-dice": "U-Net, MC dropout",
+    "unet-probabilistic-dice": "probabilistic U-Net (Kohl et al.)",
+    "unet-random": "U-Net, a random annotator, cross-entropy alone",
+    "unet-heads": "U-Net, one head an annotator, cross-entropy alone",
+    "unet-dropout": "U-Net, MC dropout, cross-entropy alone",
+    "unet-probabilistic": "probabilistic U-Net (Kohl et al.), cross-entropy alone",
 }
 FOUR, ANY, SECOND = "peers_testing_all_raters", "peers_testing_marked", "peers_testing_all_raters_seed_1"
+LATER = "_dice"
+"""What the names of the results end in that were measured after the others: the peers that were given a Dice term."""
 
 
 def best_first(result: str, results: Path) -> list[tuple[str, Scores | None]]:
     """Every peer's words and scores, the best soft Dice first; those that were not measured last."""
-    found = [(words, read_peer(result, name, results)) for name, words in PEERS.items()]
+    found = [
+        (words, read_peer(result, name, results) or read_peer(result + LATER, name, results))
+        for name, words in PEERS.items()
+    ]
     return sorted(found, key=lambda row: -row[1]["soft_dice_5"]["mean"] if row[1] else 0.0)
+
+
+def seconds_a_slice(words: str, peer: Scores, result: str, results: Path) -> str:
+    """CPU seconds a slice. With a Dice term a peer is the same network and draws alike: those without it, which a quieter machine measured."""
+    name = next(name for name, one in PEERS.items() if one == words)
+    twin = read_peer(result, name.removesuffix("-dice"), results) if name.endswith("-dice") else None
+    return f"{(twin or peer)['cpu_seconds_a_slice']:.2f}"
 
 
 def peer_words(words: str, peer: Scores) -> str:
@@ -46,11 +62,20 @@ SCALE = ["soft Dice, 5", "soft Dice, 9", GED, "ECE near", "Brier near"]
 
 
 def peers_table(results: Path) -> str:
-    """The peers in short: scores on the slices that all four readers marked, and the reader's own as a reference."""
+    """The peers in short: scores on the slices that all four readers marked, and the reader's own as a reference.
+
+    A peer that was trained with a Dice term and without it is there with it, as all others have it.
+    """
     header = ["trained with equal data and time", *SCALE, "CPU s a slice"]
+    found = best_first(FOUR, results)
+    measured = {words for words, peer in found if peer}
+    pairs = [(PEERS[f"{name}-dice"], words) for name, words in PEERS.items() if f"{name}-dice" in PEERS]
+    left_out = {without if with_dice in measured else with_dice for with_dice, without in pairs}
     rows = []
-    for words, peer in best_first(FOUR, results):
-        cells = [*scale_cells(peer), f"{peer['cpu_seconds_a_slice']:.2f}"] if peer else unmeasured(header)
+    for words, peer in found:
+        if words in left_out:
+            continue
+        cells = [*scale_cells(peer), seconds_a_slice(words, peer, FOUR, results)] if peer else unmeasured(header)
         rows.append([peer_words(words, peer) if peer else words, *cells])
     return markdown(header, [*rows, *reader_row(FOUR, results, len(header))])
 
@@ -68,7 +93,7 @@ def peers_full_table(result: str, results: Path) -> str:
         cpu = run.get("cpu_seconds")
         levels = [mean(level) for level in peer["dice_per_level"]]
         steps, minutes = str(run.get("steps", "-")), "-" if cpu is None else f"{cpu / 60:.0f}"
-        spent = [f"{run['parameters'] / 1e6:.2f}", steps, minutes, f"{peer['cpu_seconds_a_slice']:.2f}"]
+        spent = [f"{run['parameters'] / 1e6:.2f}", steps, minutes, seconds_a_slice(words, peer, result, results)]
         rows.append([peer_words(words, peer), *scale_cells(peer), *levels, *spent])
     return markdown(header, [*rows, *reader_row(result, results, len(header))])
 

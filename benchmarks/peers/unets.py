@@ -9,7 +9,8 @@ same single map has one.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,8 @@ from cdiff.runtime.variants import ANNOTATOR, IMPLICIT_ENSEMBLE, NO_ANNOTATOR, V
 
 DROPOUT = 0.1
 """The rate of MC dropout, after every convolution; it was not searched for."""
+Pixels = Callable[[Tensor, Tensor], Tensor]
+"""A loss of logits and a target of their shape."""
 BETA = 1.0
 """The weight of the KL term, as in Kohl et al.'s published code, whose configuration is for Cityscapes."""
 
@@ -62,35 +65,35 @@ def soft_loss(network: nn.Module, batch: Batch) -> Tensor:
     return cross_entropy_and_dice(network(batch.image), batch.fraction)
 
 
-def random_loss(network: nn.Module, batch: Batch) -> Tensor:
+def random_loss(network: nn.Module, batch: Batch, pixels: Pixels = F.binary_cross_entropy_with_logits) -> Tensor:
     """One annotator's mask, drawn anew each time (Jensen et al. 2019, MICCAI, for labels of pictures).
 
-    Cross-entropy alone: its expectation is least at the fraction. A Dice term's is not: for masks that are drawn at random
-    its best map lies above the fraction.
+    The expectation of cross-entropy alone is least at the fraction. A Dice term's is not: for masks that are drawn at random its best map
+    lies above the fraction. But it teaches small structures in fewer steps.
     """
-    return F.binary_cross_entropy_with_logits(network(batch.image), batch.drawn)
+    return pixels(network(batch.image), batch.drawn)
 
 
-def heads_loss(network: nn.Module, batch: Batch) -> Tensor:
-    """Output i learns mask i of every case (Guan et al. 2018, arXiv:1703.08774), by cross-entropy for the reason in `random_loss`.
+def heads_loss(network: nn.Module, batch: Batch, pixels: Pixels = F.binary_cross_entropy_with_logits) -> Tensor:
+    """Output i learns mask i of every case (Guan et al. 2018, arXiv:1703.08774).
 
-    It needs mask i to be one person's. LIDC's readers are not identified across cases: there the heads learn an average under C names.
+    It needs mask i to be one person's. LIDC's readers are not identified across cases: there the heads learn an average under C names,
+    and what `random_loss` says of the two losses holds.
     """
-    return F.binary_cross_entropy_with_logits(network(batch.image), batch.masks)
+    return pixels(network(batch.image), batch.masks)
 
 
-def probabilistic_loss(network: nn.Module, batch: Batch) -> Tensor:
+def probabilistic_loss(network: nn.Module, batch: Batch, pixels: Pixels = F.binary_cross_entropy_with_logits) -> Tensor:
     """Kohl et al. 2018, equation 4, on one annotator's mask drawn anew each time: -log P(Y | S(X, z)) + beta D_KL(Q || P), z ~ Q.
 
     There the first term is the sum over a picture's pixels. Here all is divided by their number: the same balance, and gradients of
-    the other peers' size for the same optimiser.
+    the other peers' size for the same optimiser. A Dice term comes on top of that.
     """
     assert isinstance(network, ProbabilisticUNet)
     prior, posterior = network.prior(batch.image), network.posterior_of(batch.image, batch.drawn)
     z = posterior.sample(torch.randn(len(batch.image), LATENT))
-    reconstruction = F.binary_cross_entropy_with_logits(network.logits(network.unet(batch.image), z), batch.drawn)
-    pixels = batch.image.shape[2] * batch.image.shape[3]
-    return reconstruction + BETA * posterior.kl_to(prior).mean() / pixels
+    reconstruction = pixels(network.logits(network.unet(batch.image), z), batch.drawn)
+    return reconstruction + BETA * posterior.kl_to(prior).mean() / batch.image[0].numel()
 
 
 def plain_draw(network: nn.Module, image: Tensor, n: int) -> Tensor:
@@ -116,25 +119,35 @@ def _one_output(C: int) -> nn.Module:
     return unet()
 
 
+def _with_dice(peer: UNetPeer) -> UNetPeer:
+    """The same peer with the Dice term that the other U-Nets and the diffusion peers learn by too."""
+    loss: Callable[..., Tensor] = peer.loss
+    return replace(peer, name=f"{peer.name}-dice", loss=partial(loss, pixels=cross_entropy_and_dice))
+
+
+_BY_CROSS_ENTROPY = (
+    UNetPeer("unet-random", _one_output, random_loss, plain_draw, NO_ANNOTATOR),
+    UNetPeer("unet-heads", lambda C: unet(C), heads_loss, plain_draw, ANNOTATOR),
+    # Trained as `unet-random` is, as Kohl et al. trained their dropout U-Net: a draw is then an annotator's possible mask.
+    UNetPeer("unet-dropout", lambda C: unet(dropout=DROPOUT), random_loss, dropout_draw, NO_ANNOTATOR, samples=True),
+    UNetPeer(
+        "unet-probabilistic",
+        lambda C: ProbabilisticUNet(),
+        probabilistic_loss,
+        probabilistic_draw,
+        NO_ANNOTATOR,
+        samples=True,
+    ),
+)
+"""As in their papers."""
+
 UNETS: dict[str, UNetPeer] = {
     peer.name: peer
     for peer in (
         UNetPeer("unet-majority", _one_output, majority_loss, plain_draw, IMPLICIT_ENSEMBLE),
         UNetPeer("unet-soft", _one_output, soft_loss, plain_draw, NO_ANNOTATOR),
-        UNetPeer("unet-random", _one_output, random_loss, plain_draw, NO_ANNOTATOR),
-        UNetPeer("unet-heads", lambda C: unet(C), heads_loss, plain_draw, ANNOTATOR),
-        # Trained as `unet-random` is, as Kohl et al. trained their dropout U-Net: a draw is then an annotator's possible mask.
-        UNetPeer(
-            "unet-dropout", lambda C: unet(dropout=DROPOUT), random_loss, dropout_draw, NO_ANNOTATOR, samples=True
-        ),
-        UNetPeer(
-            "unet-probabilistic",
-            lambda C: ProbabilisticUNet(),
-            probabilistic_loss,
-            probabilistic_draw,
-            NO_ANNOTATOR,
-            samples=True,
-        ),
+        *_BY_CROSS_ENTROPY,
+        *map(_with_dice, _BY_CROSS_ENTROPY),
     )
 }
 """By name, in the order of training."""

@@ -19,7 +19,6 @@ from cdiff.benchmarks.peers.unets import (
     heads_loss,
     majority_loss,
     probabilistic_loss,
-    random_loss,
     soft_loss,
 )
 from cdiff.runtime.errors import CdiffError
@@ -164,19 +163,34 @@ def test_each_head_learns_its_own_annotator() -> None:
 
 
 def test_a_random_annotators_loss_is_on_average_least_at_the_fraction() -> None:
-    """Cross-entropy alone does that; with a Dice term the best map lies above the fraction, which is why there is none."""
+    """Cross-entropy alone does that; with a Dice term the best map lies above the fraction."""
     batch = random_batch()
     p = batch.fraction * 0.98 + 0.01
 
     def mean(logits: Tensor, with_dice: bool = False) -> float:
         def of(one: Batch) -> Tensor:
-            return cross_entropy_and_dice(logits, one.drawn) if with_dice else random_loss(Says(logits), one)
+            return UNETS[f"unet-random{'-dice' * with_dice}"].loss(Says(logits), one)
 
         return float(np.mean([of(replace(batch, reader=torch.full((3,), k))) for k in range(4)]))
 
     for shift in (-0.2, 0.2):
         assert mean(torch.logit(p) + shift) > mean(torch.logit(p))
     assert mean(torch.logit(p) + 0.2, with_dice=True) < mean(torch.logit(p), with_dice=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "label"), [("unet-random", "drawn"), ("unet-heads", "masks"), ("unet-dropout", "drawn")]
+)
+def test_with_dice_a_peer_differs_by_the_dice_term_alone(name: str, label: str) -> None:
+    plain, with_dice, batch = UNETS[name], UNETS[f"{name}-dice"], random_batch()
+    assert (with_dice.build, with_dice.draw, with_dice.variant) == (plain.build, plain.draw, plain.variant)
+    assert with_dice.samples == plain.samples
+    target = getattr(batch, label)
+    p = torch.rand(target.shape, generator=torch.Generator().manual_seed(4))
+    more = with_dice.loss(Says(torch.logit(p)), batch) - plain.loss(Says(torch.logit(p)), batch)
+    overlap = 2 * sum(a * b for a, b in zip(p.flatten().tolist(), target.flatten().tolist(), strict=True))
+    squares = sum(a * a for a in [*p.flatten().tolist(), *target.flatten().tolist()])
+    assert float(more) == pytest.approx(1 - (overlap + 1) / (squares + 1), abs=1e-5)
 
 
 def test_kl_of_gaussians_is_torchs_and_zero_for_equal_ones() -> None:
@@ -208,6 +222,10 @@ def test_the_probabilistic_loss_is_reconstruction_plus_kl_over_the_pixels(probab
     logits = probabilistic.logits(probabilistic.unet(batch.image), posterior.sample(noise))
     elbo = torch.distributions.Bernoulli(logits=logits).log_prob(batch.drawn).sum((1, 2, 3)) - posterior.kl_to(prior)
     assert torch.allclose(found, -elbo.mean() / 16**2, rtol=1e-5)
+    torch.manual_seed(7)
+    with_dice = UNETS["unet-probabilistic-dice"].loss(probabilistic, batch)
+    cross_entropy = torch.nn.functional.binary_cross_entropy_with_logits(logits, batch.drawn)
+    assert torch.allclose(with_dice - found, cross_entropy_and_dice(logits, batch.drawn) - cross_entropy, rtol=1e-4)
 
 
 def test_the_probabilistic_loss_falls_and_reaches_every_part(probabilistic: ProbabilisticUNet) -> None:
@@ -237,7 +255,7 @@ def test_samples_differ_with_z_and_only_with_z(probabilistic: ProbabilisticUNet)
     assert not torch.equal(drawn[0], drawn[1])
 
 
-@pytest.mark.parametrize("name", UNETS)
+@pytest.mark.parametrize("name", [name for name in UNETS if not name.endswith("-dice")])
 def test_draws_have_the_peers_shape_and_repeat_with_the_seed(name: str) -> None:
     pytest.importorskip("monai", reason="the peers' networks are MONAI's: pip install --no-deps monai")
     peer = UNETS[name]

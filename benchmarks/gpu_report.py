@@ -160,7 +160,7 @@ def _sweep(checks: dict[str, Any], model: str) -> str:
     rows = [
         (
             _name(name.split(":")[1]),
-            size,
+            f"{size} (the runtime's own)" if size == str(result.get("runtime_batch")) else size,
             _number(cell.get("ms_a_step")),
             _number(cell.get("ms_a_row")),
             cell.get("error", ""),

@@ -302,8 +302,8 @@ def test_no_batch_is_measured_that_another_engine_would_have_to_be_built_for(mon
     monkeypatch.setattr(gpu_checks, "step_parts", lambda *_: {})
     paper = subject(PAPER, small=False)
     for path, engine, wanted in (
-        ("tensorrt", Limited(), [1, 8, 25, 35]),
-        ("graph", SimpleNamespace(name="torch", version="0", device="cuda:0"), [1, 8, 25, 88]),
+        ("tensorrt", Limited(), [1, 8, 35]),
+        ("graph", SimpleNamespace(name="torch", version="0", device="cuda:0"), [1, 8, 59, 88]),
         ("onnxruntime-tensorrt", SimpleNamespace(name="onnxruntime", version="0", device="cuda:0"), [88]),
     ):
         monkeypatch.setattr(gpu_checks, "open_path", lambda *_, engine=engine: engine)

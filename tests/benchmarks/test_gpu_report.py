@@ -70,3 +70,20 @@ def test_targets_are_met_missed_or_not_measured() -> None:
     only = targets({"parity:tensorrt:shipped": {"status": "refused", "message": "no"}}, small=False)
     assert {one["state"] for one in only} == {"not measured"}
     assert "tensorrt" not in BASELINES
+
+
+def test_the_batch_that_a_user_gets_is_marked_among_those_measured() -> None:
+    cell = {"ms_a_step": 5.0, "ms_a_row": 0.5}
+    result: dict[str, Any] = {
+        "seconds_a_slice": 1.0,
+        "share": 1.0,
+        "flop": 1.0,
+        "peak_bytes": 0,
+        "batch": 88,
+        "runtime_batch": 59,
+    }
+    result["sweep"] = {"59": cell, "88": cell}
+    checks = {"protocol:graph:paper": {"status": "done", "result": result}}
+    page = markdown({"settings": vars(CPU), "targets": [], "plan": [], "checks": checks})
+    assert "| 59 (the runtime's own) | 5" in page
+    assert "| 88 | 5" in page

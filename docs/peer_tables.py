@@ -29,24 +29,20 @@ LATER = "_dice"
 
 
 def best_first(result: str, results: Path) -> list[tuple[str, Scores | None]]:
-    """Every peer's words and scores, the best soft Dice first; those that were not measured last."""
-    found = [
-        (words, read_peer(result, name, results) or read_peer(result + LATER, name, results))
-        for name, words in PEERS.items()
-    ]
+    """Every peer's name and scores, the best soft Dice first; those that were not measured last."""
+    found = [(name, read_peer(result, name, results) or read_peer(result + LATER, name, results)) for name in PEERS]
     return sorted(found, key=lambda row: -row[1]["soft_dice_5"]["mean"] if row[1] else 0.0)
 
 
-def seconds_a_slice(words: str, peer: Scores, result: str, results: Path) -> str:
+def seconds_a_slice(name: str, peer: Scores, result: str, results: Path) -> str:
     """CPU seconds a slice. With a Dice term a peer is the same network and draws alike: those without it, which a quieter machine measured."""
-    name = next(name for name, one in PEERS.items() if one == words)
     twin = read_peer(result, name.removesuffix("-dice"), results) if name.endswith("-dice") else None
     return f"{(twin or peer)['cpu_seconds_a_slice']:.2f}"
 
 
-def peer_words(words: str, peer: Scores) -> str:
+def peer_words(name: str, peer: Scores) -> str:
     """A peer's words, with a diffusion peer's number of steps, and how far it came where it was scored before its end."""
-    share, steps = peer["share_of_budget"], peer["protocol"].get("steps")
+    words, share, steps = PEERS[name], peer["share_of_budget"], peer["protocol"].get("steps")
     if steps:
         words += f", {steps} step{'s' * (steps > 1)}"
     return words if share >= 1 else f"{words} ({share:.0%} of its budget)"
@@ -68,15 +64,15 @@ def peers_table(results: Path) -> str:
     """
     header = ["trained with equal data and time", *SCALE, "CPU s a slice"]
     found = best_first(FOUR, results)
-    measured = {words for words, peer in found if peer}
-    pairs = [(PEERS[f"{name}-dice"], words) for name, words in PEERS.items() if f"{name}-dice" in PEERS]
+    measured = {name for name, peer in found if peer}
+    pairs = [(f"{name}-dice", name) for name in PEERS if f"{name}-dice" in PEERS]
     left_out = {without if with_dice in measured else with_dice for with_dice, without in pairs}
     rows = []
-    for words, peer in found:
-        if words in left_out:
+    for name, peer in found:
+        if name in left_out:
             continue
-        cells = [*scale_cells(peer), seconds_a_slice(words, peer, FOUR, results)] if peer else unmeasured(header)
-        rows.append([peer_words(words, peer) if peer else words, *cells])
+        cells = [*scale_cells(peer), seconds_a_slice(name, peer, FOUR, results)] if peer else unmeasured(header)
+        rows.append([peer_words(name, peer) if peer else PEERS[name], *cells])
     return markdown(header, [*rows, *reader_row(FOUR, results, len(header))])
 
 
@@ -85,16 +81,16 @@ def peers_full_table(result: str, results: Path) -> str:
     training = ["M parameters", "training steps", "CPU min"]
     header = ["peer", *SCALE, *[f"level {c}" for c in range(1, 5)], *training, "CPU s a slice"]
     rows = []
-    for words, peer in best_first(result, results):
+    for name, peer in best_first(result, results):
         if peer is None:
-            rows.append([words, *unmeasured(header)])
+            rows.append([PEERS[name], *unmeasured(header)])
             continue
         run = peer["training"]
         cpu = run.get("cpu_seconds")
         levels = [mean(level) for level in peer["dice_per_level"]]
         steps, minutes = str(run.get("steps", "-")), "-" if cpu is None else f"{cpu / 60:.0f}"
-        spent = [f"{run['parameters'] / 1e6:.2f}", steps, minutes, seconds_a_slice(words, peer, result, results)]
-        rows.append([peer_words(words, peer), *scale_cells(peer), *levels, *spent])
+        spent = [f"{run['parameters'] / 1e6:.2f}", steps, minutes, seconds_a_slice(name, peer, result, results)]
+        rows.append([peer_words(name, peer), *scale_cells(peer), *levels, *spent])
     return markdown(header, [*rows, *reader_row(result, results, len(header))])
 
 
@@ -106,14 +102,14 @@ def seeds_table(results: Path) -> str:
     scores = [f"{words}, {which}" for words in SEEDED.values() for which in ("first", "second", "apart")]
     header = ["peer", "training steps", *scores]
     rows = []
-    for words, first in best_first(FOUR, results):
-        second = read_peer(SECOND, next(name for name, one in PEERS.items() if one == words), results)
+    for name, first in best_first(FOUR, results):
+        second = read_peer(SECOND, name, results)
         if first is None or second is None:
             continue
         pairs = [(first[key]["mean"], second[key]["mean"]) for key in SEEDED]
         steps = f"{first['training']['steps']}, {second['training']['steps']}"
         cells = [cell for a, b in pairs for cell in (f"{a:.3f}", f"{b:.3f}", f"{abs(a - b):.3f}")]
-        rows.append([words, steps, *cells])
+        rows.append([PEERS[name], steps, *cells])
     return markdown(header, rows or [unmeasured([*header, ""])])
 
 

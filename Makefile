@@ -48,9 +48,17 @@ $(BIN)/pip:
 	  % sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 
+# pip's editable install finds cdiff after all else. A clone that is called cdiff has a folder of the package's name for whoever starts Python
+# in the folder above it, without the package's code: Python takes that only if nothing on its path is the package itself.
+define clone-on-the-path
+@$(BIN)/python -c 'import pathlib, sysconfig; \
+  pathlib.Path(sysconfig.get_path("purelib"), "cdiff-clone.pth").write_text(f"{pathlib.Path.cwd()}\n")'
+endef
+
 $(VENV)/cpu.installed: $(BIN)/pip pyproject.toml constraints.txt
 	@echo "Installing cdiff for this machine's CPU into $(VENV) (about a minute)"
 	$(BIN)/pip install --quiet --no-compile -c constraints.txt -e '.[cpu]'
+	$(clone-on-the-path)
 	@touch $@
 
 # highdicom apart: on some Pythons it is not in the extra, and pyproject.toml says why.
@@ -58,6 +66,7 @@ $(VENV)/test.installed: $(BIN)/pip pyproject.toml constraints.txt
 	@echo "Installing cdiff with what training and the tests need into $(VENV) (a few minutes)"
 	$(BIN)/pip install --quiet --no-compile -c constraints.txt -e '.[cpu,train,bench,test]'
 	$(BIN)/pip install --quiet -c constraints.txt --no-deps highdicom
+	$(clone-on-the-path)
 	@touch $@
 
 # mypy has no notion of setuptools' package-dir: give it the tree that the import system sees.

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
 import zipfile
 from pathlib import Path
@@ -114,6 +115,17 @@ def test_python_started_in_the_clone_finds_every_package() -> None:
     done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert Path(done.stdout.strip()) == REPOSITORY / "runtime" / "sampling" / "schedule.py"
+
+
+def test_python_started_above_a_clone_named_cdiff_finds_the_package(tmp_path: Path) -> None:
+    """`git clone ...; cd cdiff; make demo`, then Python from where one came: a folder without __init__.py, and of the package's name."""
+    if not (Path(sysconfig.get_path("purelib")) / "cdiff-clone.pth").exists():
+        pytest.skip("this environment was not made by the Makefile, which puts the clone on Python's path")
+    (tmp_path / "cdiff").symlink_to(REPOSITORY)
+    program = "import cdiff, cdiff.runtime.host as host; print(cdiff.load.__name__, host.__file__)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split(maxsplit=1) == ["load", f"{REPOSITORY / 'runtime' / 'host.py'}\n"]
 
 
 # The `cdiff` command in a clone of which nothing was installed: no import hook of an editable install, no metadata.

@@ -304,6 +304,9 @@ def main(argv: list[str] | None = None) -> int:
     except CdiffError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # the folder of --work is full, say
+        print(f"error: {error}; what was measured is in {options.out}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where it stopped", file=sys.stderr)
         return 130

@@ -32,9 +32,12 @@ def run_marked_tests() -> dict[str, Any]:
         out = Path(folder) / "tests.xml"
         options = ["-q", "-m", "gpu", "-p", "no:cacheprovider", "--junitxml", str(out)]
         command = [sys.executable, "-m", "pytest", *options, *map(str, files)]
-        subprocess.run(command, cwd=root, check=False, preexec_fn=end_with_parent)
-        if not out.exists():
-            raise CdiffError("pytest could not be run: pip install '.[test]' in cdiff's clone")
+        done = subprocess.run(command, cwd=root, check=False, preexec_fn=end_with_parent, stderr=subprocess.PIPE)
+        said = done.stderr.decode(errors="replace")
+        print(said, end="", file=sys.stderr)
+        if not out.exists():  # no pytest, or a package is missing that all tests need
+            last = (said.strip().splitlines() or [f"it ended with {done.returncode}"])[-1].removeprefix("E").strip()
+            raise CdiffError(f"pytest could not be run ({last}): pip install '.[cpu,test]' in cdiff's clone")
         cases = list(ElementTree.parse(out).iter("testcase"))
     broken = [case.get("name", "?") for case in cases if any(part.tag in ("failure", "error") for part in case)]
     if broken or not cases:

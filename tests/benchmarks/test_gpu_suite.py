@@ -344,6 +344,10 @@ def test_a_test_that_fails_on_the_gpu_breaks_its_check(tmp_path: Path, monkeypat
     assert (found["status"], found["message"]) == ("failed", "1 of 2 tests failed: test_two")
     path.write_text("import nothing_of_this_name\n")
     assert gpu_checks.run_check("tests", CPU)["status"] == "failed"
+    monkeypatch.setenv("PYTEST_PLUGINS", "nothing_of_this_name")
+    found = gpu_checks.run_check("tests", CPU)
+    assert found["status"] == "refused"
+    assert "No module named 'nothing_of_this_name'" in found["message"], "what is missing must be named"
     monkeypatch.setattr(gpu_tests, "marked_files", lambda root: [])
     assert gpu_checks.run_check("tests", CPU)["status"] == "refused"
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -96,3 +98,14 @@ def test_a_process_that_ends_in_a_batch_has_said_in_which(monkeypatch: pytest.Mo
     before = json.loads(kept[1])
     assert before["batch"] == 1
     assert before["sweep"]["6"] == {"error": "the check's process ended while it was measured"}
+
+
+def test_a_disk_that_is_full_is_told_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(name: str, settings: Settings, seconds: float) -> dict[str, Any]:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), settings.work)
+
+    monkeypatch.setattr(gpu_suite, "in_a_process", full)
+    assert gpu_suite.main(["--device", "cpu", "--small", "--checks", "machine", "--out", str(tmp_path)]) == 2
+    assert "No space left on device" in capsys.readouterr().err

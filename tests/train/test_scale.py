@@ -124,6 +124,12 @@ def test_of_a_compilers_pages_the_line_that_says_what_is_wrong_is_told() -> None
         raise RuntimeError("another error: is not the compiler's")
 
 
+def test_a_lack_of_memory_while_compiling_is_no_lack_of_a_compiler() -> None:
+    lack = torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"), compiling("what then"):
+        raise torch._dynamo.exc.BackendCompilerFailed(compiling, lack, None)
+
+
 @pytest.mark.slow
 def test_half_precision_with_scaled_losses_learns(data: Data) -> None:
     config = preset("tiny").with_values({"amp": "fp16", "accumulate": 2})

@@ -37,7 +37,7 @@ def export(
         int | None,
         option(
             "--fast-steps N",
-            "Steps that --fast means for this bundle; `cdiff evaluate --fast --steps-curve` on Validation shows how many are best.",
+            "How many steps --fast takes with this bundle; `cdiff evaluate --fast --steps-curve` on Validation shows how many are best.",
             default="those that the run was validated with; 10 of an imported one",
             min=1,
         ),
@@ -77,16 +77,18 @@ def export(
             "--workspace GIB", "Most scratch memory a layer may use, in GiB.", default="no limit", min=0.001, max=2**20
         ),
     ] = None,
-    refit: Annotated[bool, engine_option("--refit", "Weights can be replaced in the engine.")] = False,
+    refit: Annotated[bool, engine_option("--refit", "Build engines whose weights can be replaced.")] = False,
     version_compatible: Annotated[
         bool,
-        engine_option("--version-compatible", "tensorrt: later versions of the same major one load the engine."),
+        engine_option(
+            "--version-compatible", "tensorrt: build engines that later releases of the same major version can load."
+        ),
     ] = False,
     hardware_compatible: Annotated[
         Literal["ampere+", "same-capability"] | None,
         engine_option(
             "--hardware-compatible HOW",
-            "tensorrt: ampere+ runs on compute capability 8.0 and newer, same-capability on other GPUs of this one's; slower.",
+            "tensorrt: ampere+ runs on compute capability 8.0 and newer, same-capability on all GPUs of this one's; both are slower.",
             default="this GPU only",
         ),
     ] = None,

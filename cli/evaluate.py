@@ -62,7 +62,7 @@ def evaluate(
         int | None,
         options.output_option(
             "--worst N",
-            "Segment the N slices with the lowest soft Dice again, at most one per case, and draw them beside what the annotators "
+            "Draw the N slices with the lowest soft Dice, at most one per case and segmented again, beside what the annotators "
             "drew, into the report's worst.png.",
             default="none",
             min=1,

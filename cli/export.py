@@ -38,7 +38,7 @@ def export(
         option(
             "--fast-steps N",
             "How many steps --fast takes with this bundle; `cdiff evaluate --fast --steps-curve` on Validation shows how many are best.",
-            default="those that the run was validated with; 10 of an imported one",
+            default="those that the run was validated with; 10 for an imported one",
             min=1,
         ),
     ] = None,
@@ -46,7 +46,7 @@ def export(
         str | None,
         option(
             "--zooms Z,Z",
-            "At which multiples of its size runs see the slice, in turn, such as 1,1.25; for models of the framing centre. `cdiff "
+            "Multiples of the slice's size at which runs see it, in turn, such as 1,1.25; for models of the framing centre. `cdiff "
             "evaluate --zooms` on Validation shows whether it helps.",
             default="1",
         ),
@@ -61,7 +61,9 @@ def export(
     runs: Annotated[int, engine_option("--runs R", "Runs that a batch is made for.", min=1)] = 25,
     rows: Annotated[
         int | None,
-        engine_option("--rows N", "Most rows (levels x runs) in a batch.", default="what the memory holds", min=1),
+        engine_option(
+            "--rows N", "Most rows (levels x runs) in a batch.", default="levels x runs if they fit, at most 256", min=1
+        ),
     ] = None,
     capability: Annotated[
         list[str] | None,

@@ -24,13 +24,14 @@ def import_(
     ],
     output: Annotated[Path, option("--out -o RUN", "The run folder, written whole or not at all.")],
     args: Annotated[
-        Path | None, option("--args FILE", "The args.json of its training.", default="args.json beside CHECKPOINT")
+        Path | None,
+        option("--args FILE", "The args.json of the checkpoint's training.", default="args.json beside CHECKPOINT"),
     ] = None,
     source: Annotated[
         Literal["consensus", "implicit-ensemble"] | None,
         option(
             "--from CODE",
-            "consensus (Amit et al. 2023) or implicit-ensemble (Wolleb et al. 2022).",
+            "Which code CHECKPOINT must be from: consensus (Amit et al. 2023) or implicit-ensemble (Wolleb et al. 2022).",
             default="told by the tensors",
         ),
     ] = None,
@@ -45,7 +46,7 @@ def import_(
         Path | None,
         option(
             "--images DIR",
-            "The folder of its training cases, whose mean and standard deviation normalise images, as in the published code.",
+            "The folder of the checkpoint's training cases, whose mean and standard deviation normalise images, as in the published code.",
         ),
     ] = None,
     mean: Annotated[

@@ -82,7 +82,7 @@ MasksByOption = Annotated[
     MasksBy | None,
     data_option(
         "--masks-by array|header",
-        "How masks are laid on their image: voxel by voxel, or each where its header puts it (if it is turned, cropped or of other voxels).",
+        "How masks are laid on their image: voxel by voxel, or each where its header puts it (if it is turned, cropped or has other voxels).",
         default="array",
     ),
 ]

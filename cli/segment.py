@@ -56,7 +56,7 @@ def segment(
             "--at I,J,K",
             "Where the structure is, in a scan larger than the crops that a model was trained on: a voxel, counted from 0 "
             "along the axes of the array as stored; ROW,COLUMN of a picture; or a point in space as a viewer shows it, in mm, "
-            "such as L30,P20,S50. Without --slices only the slice of that place is segmented.",
+            "such as L30,P20,S50. Without --slices, only the slice with that place is segmented.",
             default="the middle of each slice",
         ),
     ] = None,

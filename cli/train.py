@@ -64,7 +64,7 @@ def train(
         bool, options.option("--resume", "Go on where the run in RUN stopped; exact, also after a kill.")
     ] = False,
     init: Annotated[
-        Path | None, options.option("--init RUN", "Start a new run from the weights of another or of a bundle.")
+        Path | None, options.option("--init RUN", "Start a new run from the weights of another run or of a bundle.")
     ] = None,
     dry_run: Annotated[
         bool,

@@ -30,17 +30,17 @@ def benchmark(
         ),
     ] = None,
     slices: Annotated[
-        str | None, options.option("--slices A:B", "Which of its slices.", default="its middle one")
+        str | None, options.option("--slices A:B", "Which of the scan's slices.", default="its middle one")
     ] = None,
     batch: Annotated[str, options.option("--batch B,B,...", "Batch sizes to time one denoiser call at.")] = "1,8,32",
-    runs: Annotated[int, options.option("--runs R", "Chains a slice and level.", min=1)] = 4,
-    steps: Annotated[int | None, options.option("--steps N", "Steps a chain.", default="all T", min=1)] = None,
-    repeats: Annotated[int, options.option("--repeats K", "Rounds; medians are shown.", min=1)] = 3,
+    runs: Annotated[int, options.option("--runs R", "Chains per slice and level.", min=1)] = 4,
+    steps: Annotated[int | None, options.option("--steps N", "Steps per chain.", default="all T", min=1)] = None,
+    repeats: Annotated[int, options.option("--repeats K", "Rounds of measurement; medians are shown.", min=1)] = 3,
     threads: Annotated[
         int | None,
         options.option(
             "--threads N",
-            "Processor threads of every contender.",
+            "Processor threads for each contender.",
             default="the physical cores",
             min=1,
             max=MOST_THREADS,
@@ -54,9 +54,9 @@ def benchmark(
 ) -> None:
     """Time the exported engine and PyTorch with the same weights, and the machine's floor, in one run.
 
-    Milliseconds a denoiser call at each batch size; slices a minute end to
+    Milliseconds per denoiser call at each batch size; slices a minute end to
     end at equal steps, runs and precision; peak memory; and the time that the
-    same FLOPs need at the matrix-product rate measured here. Wants a machine
+    same FLOPs need at the matrix-product rate measured here. Run it on a machine
     that does nothing else meanwhile.
 
     Example:

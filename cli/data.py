@@ -66,8 +66,8 @@ def check(
 
     Cases, annotators, sizes, spacing, modalities, class balance, empty and
     identical masks, shapes that disagree, unreadable files, pairwise Dice.
-    Every file is read. Exit code 2 when there is nothing to check, or
-    training could not start.
+    Every file is read. The exit code is 2 when there is nothing to check,
+    or training could not start.
 
     Example:
 

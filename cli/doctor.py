@@ -9,10 +9,10 @@ from cdiff.cli.console import USER_ERROR, facts
 
 
 def doctor() -> None:
-    """Tell what this machine has and what is missing for each engine.
+    """Say what this machine has and what is missing for each engine.
 
-    Looks only: imports no PyTorch, changes nothing. Exit code 0 when at least
-    one engine besides PyTorch can run a model here, else 2.
+    It only looks: it imports no PyTorch and changes nothing. The exit code is 0
+    when at least one engine besides PyTorch can run a model here, else 2.
     """
     from cdiff.runtime.doctor import diagnose
 

@@ -54,15 +54,15 @@ def evaluate(
         str | None,
         options.output_option(
             "--steps-curve N,N...",
-            "Evaluate again with each of these numbers of steps and add soft Dice against them to the report, as "
-            "1,2,5,10,25.",
+            "Evaluate again with each of these numbers of steps, such as 1,2,5,10,25, and add soft Dice against them to "
+            "the report.",
         ),
     ] = None,
     worst: Annotated[
         int | None,
         options.output_option(
             "--worst N",
-            "Segment the N slices with the lowest soft Dice again, one a case at most, and draw them beside what the annotators "
+            "Draw the N slices with the lowest soft Dice, at most one per case and segmented again, beside what the annotators "
             "drew, into the report's worst.png.",
             default="none",
             min=1,
@@ -80,7 +80,7 @@ def evaluate(
         list[Path] | None,
         options.output_option(
             "--beside FILE",
-            "For --paper-table, and as often as wanted: another evaluation's report (.json), to compare variants, or published "
+            "For --paper-table; may be repeated: another evaluation's report (.json), to compare variants, or published "
             "numbers (.csv with the columns table, whose, data, percent, source).",
         ),
     ] = None,
@@ -144,7 +144,7 @@ def evaluate(
         str | None,
         options.data_option(
             "--group REGEX",
-            "Intervals over groups of cases, such as patients: what the expression finds in a case's name (its first bracket, if "
+            "Intervals over groups of cases, such as patients: what the expression matches in a case's name (its first bracket, if "
             "it has one) names the group.",
             default="cases",
         ),

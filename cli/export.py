@@ -37,8 +37,8 @@ def export(
         int | None,
         option(
             "--fast-steps N",
-            "Steps that --fast means for this bundle; `cdiff evaluate --fast --steps-curve` on Validation shows how many are best.",
-            default="those that the run was validated with; 10 of an imported one",
+            "How many steps --fast takes with this bundle; `cdiff evaluate --fast --steps-curve` on Validation shows how many are best.",
+            default="those that the run was validated with; 10 for an imported one",
             min=1,
         ),
     ] = None,
@@ -46,7 +46,7 @@ def export(
         str | None,
         option(
             "--zooms Z,Z",
-            "At which multiples of its size runs see the slice, in turn, such as 1,1.25; for models of the framing centre. `cdiff "
+            "Multiples of the slice's size at which runs see it, in turn, such as 1,1.25; for models of the framing centre. `cdiff "
             "evaluate --zooms` on Validation shows whether it helps.",
             default="1",
         ),
@@ -61,7 +61,9 @@ def export(
     runs: Annotated[int, engine_option("--runs R", "Runs that a batch is made for.", min=1)] = 25,
     rows: Annotated[
         int | None,
-        engine_option("--rows N", "Most rows (levels x runs) in a batch.", default="what the memory holds", min=1),
+        engine_option(
+            "--rows N", "Most rows (levels x runs) in a batch.", default="levels x runs if they fit, at most 256", min=1
+        ),
     ] = None,
     capability: Annotated[
         list[str] | None,
@@ -77,16 +79,18 @@ def export(
             "--workspace GIB", "Most scratch memory a layer may use, in GiB.", default="no limit", min=0.001, max=2**20
         ),
     ] = None,
-    refit: Annotated[bool, engine_option("--refit", "Weights can be replaced in the engine.")] = False,
+    refit: Annotated[bool, engine_option("--refit", "Build engines whose weights can be replaced.")] = False,
     version_compatible: Annotated[
         bool,
-        engine_option("--version-compatible", "tensorrt: later versions of the same major one load the engine."),
+        engine_option(
+            "--version-compatible", "tensorrt: build engines that later releases of the same major version can load."
+        ),
     ] = False,
     hardware_compatible: Annotated[
         Literal["ampere+", "same-capability"] | None,
         engine_option(
             "--hardware-compatible HOW",
-            "tensorrt: ampere+ runs on compute capability 8.0 and newer, same-capability on other GPUs of this one's; slower.",
+            "tensorrt: ampere+ runs on compute capability 8.0 and newer, same-capability on all GPUs of this one's; both are slower.",
             default="this GPU only",
         ),
     ] = None,

@@ -18,19 +18,20 @@ def import_(
         Path,
         typer.Argument(
             metavar="CHECKPOINT",
-            help="A .pt file of the published code; best is one of averaged weights, ema*.pt.",
+            help="A .pt file of the published code; take one of averaged weights, ema*.pt, if there is one.",
             show_default=False,
         ),
     ],
     output: Annotated[Path, option("--out -o RUN", "The run folder, written whole or not at all.")],
     args: Annotated[
-        Path | None, option("--args FILE", "The args.json of its training.", default="args.json beside CHECKPOINT")
+        Path | None,
+        option("--args FILE", "The args.json of the checkpoint's training.", default="args.json beside CHECKPOINT"),
     ] = None,
     source: Annotated[
         Literal["consensus", "implicit-ensemble"] | None,
         option(
             "--from CODE",
-            "consensus (Amit et al. 2023) or implicit-ensemble (Wolleb et al. 2022).",
+            "Which code CHECKPOINT must be from: consensus (Amit et al. 2023) or implicit-ensemble (Wolleb et al. 2022).",
             default="told by the tensors",
         ),
     ] = None,
@@ -38,27 +39,32 @@ def import_(
         list[str] | None,
         option(
             "--option NAME=VALUE",
-            "One of the published code's own options, over args.json, such as num_heads=1. May be repeated.",
+            "One of the published code's own options, in place of what args.json has, such as num_heads=1. May be repeated.",
         ),
     ] = None,
     images: Annotated[
         Path | None,
         option(
             "--images DIR",
-            "The folder of its training cases, whose mean and standard deviation normalise images, as in the published code.",
+            "The folder of the checkpoint's training cases, whose mean and standard deviation normalise images, as in the published code.",
         ),
     ] = None,
-    mean: Annotated[str | None, option("--mean M,...", "These means as numbers, one a channel.")] = None,
+    mean: Annotated[
+        str | None, option("--mean M,...", "The means as numbers, one per channel, in place of --images.")
+    ] = None,
     std: Annotated[str | None, option("--std S,...", "The standard deviations that go with --mean.")] = None,
     image_size: Annotated[
         int | None,
         option(
-            "--image-size N", "Pixels a side that exported graphs will take.", default="the published code's", min=1
+            "--image-size N",
+            "Pixels per side of the images that exported graphs will take.",
+            default="the published code's",
+            min=1,
         ),
     ] = None,
     quiet: Annotated[bool, option("--quiet -q", "Print results, notes and errors only.")] = False,
 ) -> None:
-    """Turn a checkpoint of the published code into a run of ours.
+    """Turn a checkpoint of the published code into a run that `cdiff export` takes.
 
     Nothing but tensors is unpickled; a tensor that is missing, extra or misshapen is named.
 

@@ -47,7 +47,7 @@ EngineOption = Annotated[
     str,
     model_option(
         "--engine NAME",
-        "auto, or an engine that `cdiff doctor` lists. One that is asked for and cannot run is an error.",
+        "auto, or an engine that `cdiff doctor` lists. An engine that is asked for and cannot run is an error.",
     ),
 ]
 DeviceOption = Annotated[str, model_option("--device DEVICE", "cpu, cuda:0, or several GPUs: cuda:0,cuda:1.")]
@@ -65,7 +65,7 @@ LayoutOption = Annotated[
     Literal["auto", "cases", "brats", "table"],
     data_option(
         "--layout NAME",
-        "How the data lies: cases (folders with image and masks, QUBIQ's too), brats (its slices or volumes) or table (CSV).",
+        "How the data is laid out: cases (folders with image and masks, QUBIQ's too), brats (its slices or volumes) or table (CSV).",
     ),
 ]
 LabelsOption = Annotated[
@@ -82,7 +82,7 @@ MasksByOption = Annotated[
     MasksBy | None,
     data_option(
         "--masks-by array|header",
-        "How masks are laid on their image: voxel by voxel, or each where its header puts it (turned, cropped, of other voxels).",
+        "How masks are laid on their image: voxel by voxel, or each where its header puts it (if it is turned, cropped or has other voxels).",
         default="array",
     ),
 ]
@@ -141,7 +141,7 @@ class Chain:
         ),
     ] = None
     steps: Annotated[
-        int | None, chain_option("--steps N", "Steps a chain.", default="all T; with --fast the bundle's", min=1)
+        int | None, chain_option("--steps N", "Steps per chain.", default="all T; with --fast the bundle's", min=1)
     ] = None
     sampler: Annotated[
         Literal["ddpm", "ddim", "dpm++2m"] | None,
@@ -156,14 +156,14 @@ class Chain:
         chain_option(
             "--fast",
             "Few steps and runs, as the bundle states them: many times faster. "
-            "--runs, --steps and --sampler still count when given.",
+            "--runs, --steps and --sampler still apply when given.",
         ),
     ] = False
     levels: Annotated[
         Literal["mean", "vote"],
         chain_option(
             "--levels vote|mean",
-            "How runs become a level's map: their mean, or each level rounded at one half as the published code does.",
+            "How runs become a level's map: their mean, or (vote) that mean rounded at one half, as the published code does.",
         ),
     ] = "mean"
     mirror: Annotated[

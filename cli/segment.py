@@ -34,7 +34,7 @@ def segment(
     ] = None,
     input_: Annotated[Path | None, options.option("--input -i SCAN", "The same as SCAN, for those used to -i.")] = None,
     output: Annotated[
-        Path, options.output_option("--output -o OUT", "Folder for what is written; made if need be.")
+        Path, options.output_option("--output -o OUT", "Folder for the results; made if it is not there.")
     ] = Path("cdiff_output"),
     slices: Annotated[
         str | None,
@@ -56,7 +56,7 @@ def segment(
             "--at I,J,K",
             "Where the structure is, in a scan larger than the crops that a model was trained on: a voxel, counted from 0 "
             "along the axes of the array as stored; ROW,COLUMN of a picture; or a point in space as a viewer shows it, in mm, "
-            "such as L30,P20,S50. Without --slices only its slice is segmented.",
+            "such as L30,P20,S50. Without --slices, only the slice with that place is segmented.",
             default="the middle of each slice",
         ),
     ] = None,
@@ -65,7 +65,7 @@ def segment(
         options.option(
             "--shrink F",
             "With --at, for a structure that fills the model's window or more: the model sees F times as much along either "
-            "axis, F pixels as one.",
+            "axis, with F pixels as one.",
             default="1",
             min=1,
         ),
@@ -82,7 +82,7 @@ def segment(
         bool,
         options.output_option(
             "--page",
-            "Write a page too, NAME_page.html: the slices and maps to leaf through in a browser, in one file that loads nothing.",
+            "Write a web page too, NAME_page.html, on which to browse the slices and maps: one file that loads nothing else.",
         ),
     ] = False,
     dicom_seg: Annotated[
@@ -98,16 +98,16 @@ def segment(
     Written to OUT for each scan, on the scan's own grid:
 
     NAME_soft.nii.gz         share of annotators who would include a voxel, 0 to 1
-    NAME_levels.nii.gz       one map a level: at least 1, 2 ... C agree
+    NAME_levels.nii.gz       one map per level: at least 1, 2 ... C agree
     NAME_uncertainty.nii.gz  entropy in bits; standard deviation over runs
     NAME_mask.nii.gz         1 where the share is one half or more
     NAME_levels.dcm          with --dicom-seg, a DICOM segmentation
     NAME_preview.png         a picture of the result
-    NAME_page.html           with --page, to leaf through in a browser
+    NAME_page.html           with --page, a web page to browse the slices
     NAME.json                what was done: hashes, seed, timings, volumes
 
     Models of other variants write the same files; docs/variants.md says what
-    they hold, and `annotator` adds NAME_annotators.nii.gz, one map an annotator.
+    they hold, and `annotator` adds NAME_annotators.nii.gz, one map per annotator.
 
     Examples:
 

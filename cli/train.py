@@ -31,7 +31,7 @@ def train(
         options.option(
             "--preset NAME",
             "small (modest machines), lidc (the shipped model: crops centred on the structure), paper or implicit-ensemble "
-            "(as published, a large GPU), or tiny (a first look at the whole road, a few minutes).",
+            "(as published, a large GPU), or tiny (to try the whole way through in a few minutes).",
             default="small; with --resume what RUN has",
         ),
     ] = None,
@@ -48,27 +48,30 @@ def train(
         list[str] | None,
         options.option(
             "--set KEY=VALUE",
-            "Change one value of the preset, such as batch=8. May be repeated; a wrong KEY lists them all.",
+            "Change one value of the preset, such as batch=8. May be repeated; a wrong KEY lists all settings.",
         ),
     ] = None,
     max_steps: Annotated[
         int | None,
         options.option(
-            "--max-steps N", "Stop after step N in all, as if interrupted there.", default="the setting steps", min=1
+            "--max-steps N",
+            "Stop after step N of the whole run, as if interrupted there.",
+            default="the setting steps",
+            min=1,
         ),
     ] = None,
     resume: Annotated[
         bool, options.option("--resume", "Go on where the run in RUN stopped; exact, also after a kill.")
     ] = False,
     init: Annotated[
-        Path | None, options.option("--init RUN", "Start a new run from the weights of another or of a bundle.")
+        Path | None, options.option("--init RUN", "Start a new run from the weights of another run or of a bundle.")
     ] = None,
     dry_run: Annotated[
         bool,
         options.option(
             "--dry-run",
             "Read the data, take two steps (two more of the late phase, where windows grow), say what was found and how long the run would "
-            "take, write nothing.",
+            "take, and write nothing.",
         ),
     ] = False,
     device: Annotated[

@@ -27,7 +27,7 @@ Stamp = tuple[int, int]
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle: its folder, its manifest, every file of which was found to be as listed, and the files' stamps, taken before that check."""
+    """An opened bundle: its folder, its manifest, and the stamps of its files, taken before each was checked against the manifest."""
 
     path: Path
     manifest: Manifest

@@ -263,7 +263,7 @@ def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 def _is_of(error: OSError, *paths: Path) -> bool:
-    """Whether an error names one of these paths or something inside, or no path at all, as errors of writing do not."""
+    """Whether an error names one of these paths or something inside, or names no path, as errors of a write do."""
     named = [Path(os.fsdecode(name)) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
     return not named or any(name.is_relative_to(path) for name in named for path in paths)
 

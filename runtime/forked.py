@@ -13,7 +13,7 @@ _KEPT: WeakSet[Any] = WeakSet()
 
 
 def must_be_of_this_process(process: int) -> None:
-    """Raise CdiffError unless this process is `process`, where the model was loaded: in a fork, its engine would wait for threads that do not exist."""
+    """Raise CdiffError unless `process`, which loaded the model, is this one: in a fork, its engine would wait for threads that do not exist."""
     if process != os.getpid():
         raise CdiffError(
             f"this model was loaded in process {process}, which process {os.getpid()} was forked off from without its threads; load it in "

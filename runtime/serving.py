@@ -57,7 +57,7 @@ class TritonPythonModel:
         del self.segmenter
 
     def _answer_or_lack_memory(self, request: Any) -> Any:
-        """`_answer`, or a refusal where the request asks for more runs than there is memory for: an uncaught exception would fail every request."""
+        """`_answer`, or a refusal where there is too little memory for the runs that are asked for: an uncaught error would fail every request."""
         try:
             return self._answer(request)
         except MemoryError as error:

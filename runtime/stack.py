@@ -111,7 +111,7 @@ class Stack:
 
 
 class Lazily:
-    """A map of a stack, given by its attribute's name, as an array whose slices are computed when indexed: all of them would be as large as the scan."""
+    """One map of a stack, by its attribute's name, as an array whose slices are computed when indexed: all would be as large as the scan."""
 
     def __init__(self, stack: Stack, attribute: str) -> None:
         self._stack, self._attribute = stack, attribute

@@ -175,8 +175,8 @@ def features_not_finite() -> CdiffError:
 def variance_as_listed(bundle: Bundle, learned: bool) -> None:
     """Raise CdiffError unless the manifest's variance agrees with the denoiser's outputs (`learned`: it returns `mix`).
 
-    A chain scales its noise by `mix` wherever there is one, so a denoiser with a `mix` too many or too few would draw other maps
-    than those that the model was trained for."""
+    A chain scales its noise by `mix` wherever there is one, so a denoiser that has it against the manifest, or lacks it, would draw
+    other maps than those that the model was trained for."""
     listed = bundle.manifest.variance
     if (listed == "learned") != learned:
         gives = "gives a variance of its own (mix)" if learned else "gives no variance (mix)"

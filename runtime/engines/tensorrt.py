@@ -53,7 +53,8 @@ class TensorRtEngine(GpuEngine):
         super().__init__(number)
         self._bundle, self._flavour, self._build = bundle, flavour, build
         self._messages, self._logger, self._recorder = listeners(self._trt)
-        # Not a method: a connector keeps it, and would then form a reference cycle with the engine, whose memory must be freed as soon as it is dropped.
+        # Not a method: connectors keep it, and a bound method would make a reference cycle with the engine, which must free its memory as soon
+        # as it is dropped.
         self.failure = partial(refusal, f"{self.name} {self.version} on {self.device}", self._messages)
         with self.gpu.current():
             try:
@@ -88,7 +89,7 @@ class TensorRtEngine(GpuEngine):
 
     @cached_property
     def most_rows(self) -> int:
-        """See `base.LimitedRows`: the rows that the cached engine for this GPU takes, else those that one would be built for. Found once, then kept."""
+        """See `base.LimitedRows`: the rows that the cached engine for this GPU takes, else those that one would be built for. Found only once."""
         manifest = self._bundle.manifest
         with self.gpu.current():
             gpu = self._here()

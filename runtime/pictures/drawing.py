@@ -62,7 +62,7 @@ def without_latex() -> Iterator[None]:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """A dark page of this size in inches, on the Agg canvas: it needs no display and no global state of pyplot. Raises CdiffError as `must_draw` does."""
+    """A dark page of this size in inches, on the Agg canvas, without a display or pyplot's global state. Raises CdiffError as `must_draw` does."""
     must_draw()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -197,7 +197,7 @@ def edge_letters(axes: Axes, view: View) -> None:
 
 
 def scale_bar(axes: Axes, box: Box, view: View) -> None:
-    """Draw a bar of a round length, at most about a quarter of the width, in the lower left corner; nothing where the spacing is unknown."""
+    """Draw a bar of a round length, at most a quarter of the width, in the lower left corner; nothing where the spacing is unknown."""
     if view.spacing is None:
         return
     across = (box[1].stop - box[1].start) * view.spacing[1]

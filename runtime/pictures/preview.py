@@ -154,7 +154,7 @@ def reader_figure(
 
 
 def close_up_of(result: Result, soft: Iterable[Float32]) -> Box:
-    """The part of the picture around what the turned maps [rows, columns] mark; where the user named a place, sized by the model's window."""
+    """The part of the picture around what the turned maps [rows, columns] mark; where the user named a place, the model's window sets its size."""
     view = result.grid.view
     if result.window is None:
         return drawing.close_up(soft, view)

@@ -234,7 +234,7 @@ class _Loop:
             yield from self._results(first + rows.valid)
 
     def on_device(self, binding: SumBinding, table: SamplerTable, seed: int) -> Iterator[SliceResult]:
-        """Run the plan with the sums kept by the binding. Each batch is queued before the previous one is waited for, so the device never idles."""
+        """Run the plan with the sums kept by the binding. Each batch is queued before the one before it is awaited, so the device never idles."""
         plan, timings = self.plan, self.timings
         binding.begin(SumLayout(plan.held, plan.levels, plan.runs, plan.views, self.keep_runs), table, seed)
         waiting: tuple[int, int, Pending] | None = None

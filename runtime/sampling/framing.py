@@ -1,4 +1,4 @@
-"""Fits slices of any size to a model of one size (resampled, cut into overlapping tiles, or the centre alone), and puts its maps back on the slice's grid."""
+"""Fits slices of any size to a model of one size, by resampling, overlapping tiles or the centre alone, and puts maps back on their grid."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cdiff.runtime.errors import CdiffError
 Float32 = NDArray[np.float32]
 FramingMode = Literal["resize", "tile", "centre"]
 SEEN = 0.5 - 1e-5
-"""A pixel under a resampled window counts as seen from this share of its neighbours within the window on: one half, less a margin for rounding."""
+"""Where a window was resampled, a pixel counts as seen if at least this share of its neighbours lies in it: one half, less room for rounding."""
 
 
 class Slices(Protocol):

@@ -128,7 +128,7 @@ class Gathered:
 
     @classmethod
     def of(cls, results: Iterable[SliceResult], count: int) -> Gathered:
-        """Stack `count` >= 1 results that share one box. Each is copied as it comes and released, so that a long scan's maps are in memory once."""
+        """Stack `count` >= 1 results of one box. Each is copied as it comes and released, so that a long scan's maps are in memory only once."""
         found: Gathered | None = None
         for one in results:
             if found is None:

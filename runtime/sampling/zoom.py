@@ -1,4 +1,4 @@
-"""Test-time augmentation by scale (`mirror` does it by reflection): the runs see the slice at several sizes in turn, and their maps are combined on its grid."""
+"""Test-time augmentation by scale (that by reflection is `mirror`): runs see the slice at several sizes, and their maps are combined on its grid."""
 
 from __future__ import annotations
 

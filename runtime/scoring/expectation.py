@@ -41,7 +41,7 @@ def expectation_bins(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, float 
 
 
 def rank_correlation(rows: Sequence[Mapping[str, Any]], groups: Sequence[str] | None) -> dict[str, float | int | None]:
-    """Spearman's rank correlation over slices between expected and found Dice ("mean"), its 95 % interval over cases (groups), and the number of slices.
+    """Spearman's rank correlation between the slices' expected and found Dice, as "mean", with its 95 % interval over cases (groups).
 
     Ranks are always those among all slices, in the draws of the interval too. Values are None where they are not defined.
     """

@@ -153,7 +153,7 @@ def _times(voxels: Sequence[int], ml: float | None) -> list[float | None]:
 
 
 def _cell(value: Any) -> Any:
-    """A value as it is written. Text that a spreadsheet would compute, such as a case name beginning with =, gets a ' in front, which marks text."""
+    """A value as it is written. Text that a spreadsheet would compute, such as a case name that begins with =, gets a ' in front."""
     if isinstance(value, str) and value.startswith(FORMULA):
         return f"'{value}"
     return f"{value:.9g}" if isinstance(value, float) else "" if value is None else value

@@ -15,10 +15,11 @@ from cdiff.runtime.manifest import FileEntry, Manifest
 from cdiff.runtime.scans.sources import is_there, must_be_text
 
 ENGINES = "engines"
-"""Folder of the cache of built engines inside a bundle; not listed in the manifest, its entries carry their own keys."""
+"""The folder inside a bundle that caches built engines. The manifest does not list it: its entries carry their own keys."""
 
 ELSEWHERE = b"location"
-"""The key without which no tensor of an ONNX file names another file (onnx.proto, external_data); none of our graphs holds these bytes."""
+"""The key that a tensor of an ONNX file must have to refer to another file (onnx.proto, external_data). No graph that export writes holds
+these bytes."""
 
 Stamp = tuple[int, int]
 """A file's size in bytes and the time of its last change in ns."""
@@ -26,7 +27,7 @@ Stamp = tuple[int, int]
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle: its folder, and the manifest whose files were all found to be as listed, with their stamps from before that."""
+    """An opened bundle: its folder, its manifest, and the stamps of its files, taken before each was checked against the manifest."""
 
     path: Path
     manifest: Manifest
@@ -46,13 +47,16 @@ class Bundle:
         return self.path / ENGINES
 
     def file(self, name: str) -> Path:
-        """The path of a listed file. Raises CdiffError for any other name: what is not listed was not checked."""
+        """The path of a listed file. Raises CdiffError for any other name, because a file that is not listed was not checked."""
         if name not in self.manifest.files:
             raise CdiffError(f"{self.path}: the manifest lists no file {name!r}; export the model again")
         return self.path / name
 
     def must_be_unchanged(self) -> None:
-        """For who has read a file since the bundle was opened, which was then read a second time: CdiffError where one is another now."""
+        """Raise CdiffError where a file has changed since the bundle was opened.
+
+        Call it after reading a file again: what was checked on opening may not be what was read.
+        """
         for name, stamp in self.stamps.items():
             try:
                 same = _stamp(self.path / name) == stamp
@@ -66,7 +70,7 @@ def open_bundle(path: str | Path) -> Bundle:
     """Open the bundle in a folder: read the manifest and compare every listed file's size and SHA-256 with it.
 
     Nothing is unpickled or run. Raises CdiffError, naming the file, when the folder is no bundle, a file is missing or differs, a graph
-    may name a file that is not listed, or the folder's path is no text, which ONNX Runtime does not open.
+    may refer to another file, or the folder's path is not valid text, which ONNX Runtime cannot open.
     """
     folder = Path(path)
     must_be_text(folder)
@@ -110,7 +114,7 @@ def _check_file(path: Path, entry: FileEntry) -> Stamp:
 
 
 def _holds(path: Path, word: bytes) -> bool:
-    """Whether these bytes stand in the file, in little memory."""
+    """Whether a file contains these bytes; reads 1 MiB at a time."""
     end = b""
     with open(path, "rb") as file:
         while part := file.read(1 << 20):
@@ -133,9 +137,9 @@ def shipped_bundle() -> Path:
 def write_bundle(path: Path, build: Callable[[Path], Manifest], *, replace: bool = False) -> Bundle:
     """Write a bundle to the folder `path`, whole or not at all.
 
-    build: fills the temporary folder that it is given and returns the manifest, whose `files` are then set to what lies there.
-    replace: an older bundle at `path` gives way once the new one is complete. Raises CdiffError when `path` exists and is
-    not to be replaced, or holds something other than a bundle; whatever `build` raises leaves no trace on the disk.
+    build: fills the temporary folder that it is given and returns the manifest; its `files` are then set to what the folder holds.
+    replace: replace an older bundle at `path` once the new one is complete. Raises CdiffError when `path` exists and is
+    not to be replaced, or holds something other than a bundle; if `build` raises, nothing is left on the disk.
     """
     if replace and path.exists() and not (path / names.NAME).is_file() and (path.is_file() or any(path.iterdir())):
         raise CdiffError(f"{path} exists and is not a bundle; give another name for the bundle")
@@ -145,7 +149,7 @@ def write_bundle(path: Path, build: Callable[[Path], Manifest], *, replace: bool
             file.name: {"sha256": sha256(file), "bytes": file.stat().st_size} for file in sorted(folder.iterdir())
         }
         manifest = dataclasses.replace(manifest, files=files)
-        # Read back as the runtime will: a manifest that it would refuse is never written.
+        # Parsed as the runtime will parse it, so that a manifest that it would refuse is never written.
         manifest = Manifest.from_json(manifest.to_json(), str(path / names.NAME))
         write_json(folder / names.NAME, manifest.to_json())
     return Bundle(path, manifest)

@@ -23,22 +23,23 @@ if TYPE_CHECKING:
     from cdiff.runtime.scans.scan import Scan
 
 SCHEME = "99CDIFF"
-"""Of codes that are no standard's; private schemes begin with 99, in HL7's way (PS3.3, 8.2)."""
+"""The coding scheme of our own codes, which no standard defines; private schemes begin with 99, following HL7 (PS3.3, 8.2)."""
 SERIES_ABOVE = 1000
-"""How much higher a segmentation's series number is than its images'."""
+"""How much higher the series number of a segmentation is than that of its images."""
 MAY_BE_EMPTY = (
     "AccessionNumber", "PatientBirthDate", "PatientID", "PatientName", "PatientSex", "ReferringPhysicianName",
     "StudyDate", "StudyID", "StudyTime", "PositionReferenceIndicator",
 )  # fmt: skip
-"""Type 2 of patient, study and frame of reference (PS3.3, C.7): there in every image, but where somebody made it anonymous."""
+"""Attributes of patient, study and frame of reference of type 2 (PS3.3, C.7): present in every image, unless anonymisation removed them."""
 LONGEST = 64
-"""Characters of DICOM's short texts (LO)."""
+"""The most characters of a DICOM text of type LO."""
 HIGHDICOM = "pip install --no-deps highdicom"
-"""Right for every Python: what else highdicom asks for is there with pydicom, but for pyjpegls, which needs a compiler on some and is of no use here."""
+"""Works on every Python: highdicom's dependencies come with pydicom, except pyjpegls, which needs a compiler on some versions and is not
+used here."""
 
 
 def must_allow_dicom_seg(scan: Scan) -> None:
-    """Raise CdiffError where `write_dicom_seg` would for a result of `scan`: worth knowing before hours of work."""
+    """Raise CdiffError where `write_dicom_seg` would for a result of `scan`, which is worth knowing before hours of work."""
     if not scan.dicom:
         raise CdiffError(
             f"{scan.source} is not DICOM, and a DICOM segmentation belongs to DICOM images; leave out --dicom-seg"
@@ -47,17 +48,17 @@ def must_allow_dicom_seg(scan: Scan) -> None:
     blank = np.broadcast_to(np.uint8(0), (*(*scan.grid.spatial, 1)[:3], 1))
     planes = _planes_of(blank, scan.grid, images, scan.source)
     frames = np.zeros((len(planes), *planes[0].shape), np.uint8)
-    frames[0, 0, 0, 0] = 1  # of nothing every frame would be kept
+    frames[0, 0, 0, 0] = 1  # highdicom leaves empty frames out, but keeps every frame of an empty segmentation
     _segmentation(images, frames, {}, scan.source)
 
 
 def write_dicom_seg(result: Result, path: Path) -> None:
-    """Write `result`'s levels, one half and more, as a binary segmentation (PS3.3, A.51) of the images that it was read from.
+    """Write `result`'s levels, thresholded at one half, as a binary segmentation (PS3.3, A.51) of the images that it was read from.
 
-    Segments overlap: level 2 lies within level 1, but for what chains of their own drew otherwise. Frames without a pixel of a segment are
-    left out (of nothing at all, none is), as are slices that were not segmented. It names the patient and study as its images do.
-    Raises CdiffError where `result` was not read from DICOM, highdicom is missing, or the images lack what a segmentation must take
-    over from them.
+    Segments overlap: level 2 lies within level 1, except where their independent chains disagree. Frames without a pixel of a segment
+    are left out (but none, if no level marks anything), as are slices that were not segmented. Patient and study are the images'.
+    Raises CdiffError where `result` was not read from DICOM, highdicom is missing, or the images were replaced or lack what a
+    segmentation must take over from them.
     """
     if not result.dicom:
         raise CdiffError(f"{result.name} was not read from DICOM, and a DICOM segmentation belongs to DICOM images")
@@ -72,23 +73,23 @@ def write_dicom_seg(result: Result, path: Path) -> None:
 
 
 def _marked(result: Result, images: list[Any]) -> Any:
-    """[frames, rows, columns, C] uint8: where the levels are one half and more, in a frame of each image."""
+    """[frames, rows, columns, C] uint8: 1 where a level is at least one half, in the frame of each image."""
     marked = result.on_grid("levels", lambda levels: (levels >= 0.5).astype(np.uint8))
     on_planes = marked.reshape(*(*result.grid.spatial, 1)[:3], marked.shape[-1])
     return np.stack(_planes_of(on_planes, result.grid, images, result.name))
 
 
 def _headers(files: Sequence[Path]) -> list[Any]:
-    """The images without their pixels, and with every attribute that may be empty.
+    """The images without their pixels, with every attribute of MAY_BE_EMPTY added where it is missing.
 
-    They were read before: CdiffError where one is gone since, or damaged.
+    They were read before: raises CdiffError where one is gone by now, or damaged.
     """
     pydicom = optional("pydicom", "pydicom", files[0], "DICOM")
     images = []
     for file in files:
         try:
             images.append(pydicom.dcmread(file, stop_before_pixels=True))
-        except Exception as error:  # a library's own kinds too
+        except Exception as error:  # pydicom raises exceptions of its own too
             raise CdiffError(
                 f"{file} has changed since it was segmented ({one_line(error)[:100]}), and a DICOM segmentation refers to it; put it back"
             ) from None
@@ -100,11 +101,11 @@ def _headers(files: Sequence[Path]) -> list[Any]:
 
 
 def _segmentation(images: list[Any], pixels: Any, report: dict[str, Any], name: str) -> Any:
-    """pixels: [frames, rows, columns, C], a frame of each image. Raises CdiffError where the images do not allow one."""
+    """The segmentation of pixels [frames, rows, columns, C], one frame per image. Raises CdiffError where the images do not allow it."""
     hd = _highdicom(name)
     C = pixels.shape[-1]
     try:
-        # Where no level marks a pixel every frame is kept, and highdicom says so.
+        # Where no level marks a pixel, highdicom keeps every frame and warns about it.
         with without_warnings(), quiet("highdicom"):
             return hd.seg.Segmentation(
                 source_images=images,
@@ -130,7 +131,7 @@ def _segmentation(images: list[Any], pixels: Any, report: dict[str, Any], name: 
 
 
 def _highdicom(name: str) -> Any:
-    """The library. Raises CdiffError where it is missing."""
+    """The module highdicom. Raises CdiffError where it is missing."""
     try:
         return import_module("highdicom")
     except ModuleNotFoundError as error:
@@ -142,10 +143,10 @@ def _highdicom(name: str) -> Any:
 
 
 def _planes_of(marked: Any, grid: Grid, images: list[Any], name: str) -> list[Any]:
-    """`marked` [i, j, k, C] as views [rows, columns, C], one for each image or frame, at its place and the way round that it lies.
+    """`marked` [i, j, k, C] as views [rows, columns, C], one per image or frame, each at that image's position and in its orientation.
 
-    So each refers to the image that it is of, whatever axes and order dcm2niix chose: it turns 3-D series of the head upright.
-    Raises CdiffError where the images do not say where they lie.
+    So each refers to its own image, whatever axes and order dcm2niix chose (it turns 3-D series of the head upright).
+    Raises CdiffError where the images do not say where they lie. Adds the slice thickness to images that lack it.
     """
     planes = planes_of(images)
     if len(planes.known) < planes.count or grid.header is None:
@@ -154,7 +155,7 @@ def _planes_of(marked: Any, grid: Grid, images: list[Any], name: str) -> list[An
         )
     affine = lps_of(grid.header)
     for image, plane in zip(images, planes.known, strict=False):
-        if not image.get("SliceThickness"):  # missing or empty, and then the slices' distance is what there is
+        if not image.get("SliceThickness"):  # missing or empty: use the distance between slices instead
             along = np.linalg.inv(affine[:3, :3]) @ np.cross(plane.across, plane.down)
             image.SliceThickness = float(f"{np.linalg.norm(affine[:3, np.argmax(np.abs(along))]):.6g}")
     try:
@@ -164,7 +165,7 @@ def _planes_of(marked: Any, grid: Grid, images: list[Any], name: str) -> list[An
 
 
 def _described(hd: Any, c: int, C: int, report: dict[str, Any]) -> Any:
-    """What segment c is, who made it and how."""
+    """The description of segment c: what it is, who made it and how."""
     structure = str(report.get("task") or "structure")[:LONGEST]
     return hd.seg.SegmentDescription(
         segment_number=c,

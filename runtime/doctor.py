@@ -1,4 +1,4 @@
-"""What this machine has for every command, and what is missing for each engine; imports no torch and changes nothing."""
+"""What this machine has for every command, and what each engine lacks; does not import torch and changes nothing."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from cdiff.runtime.host import physical_cores, processor
 TRAIN_EXTRA = "pip install '.[train]' in cdiff's clone"
 FORMATS_EXTRA = "pip install '.[formats]' in cdiff's clone"
 
-# What a package is for; of several names any may be installed.
+# Label, and the packages of which any one provides it.
 PACKAGES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("ONNX Runtime", ("onnxruntime", "onnxruntime-gpu")),
     ("TensorRT", ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")),
@@ -47,7 +47,7 @@ LIBRARIES = ("cuda", "cudart", "cublas", "cudnn", "curand", "nvrtc", "nvinfer")
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at. ok is None for a plain fact; remedy says what would mend or widen it."""
+    """One thing that was checked. ok: None for a plain fact. remedy: what would fix the problem, or make more possible."""
 
     name: str
     ok: bool | None
@@ -64,7 +64,7 @@ class Diagnosis:
 
 
 def diagnose() -> Diagnosis:
-    """Look at the machine, the packages, the shipped model and the engines. Raises nothing that is the machine's fault."""
+    """Check the machine, the packages, the shipped model and the engines. Whatever is wrong with the machine is a finding, not an error."""
     engines = _engines()
     sections = {
         "Engines": [*engines, _torch()],
@@ -77,7 +77,7 @@ def diagnose() -> Diagnosis:
 
 
 def _engines() -> list[Check]:
-    """What can run here: an engine may be built for a GPU that this machine has not."""
+    """The engines that can run here; one that is built for GPUs cannot where there is none."""
     checks, gpu = [], bool(visible_gpus())
     for status in available_engines():
         devices = [device for device in status.devices if gpu or device != "cuda"]
@@ -90,7 +90,7 @@ def _engines() -> list[Check]:
 
 
 def _torch() -> Check:
-    """PyTorch as an engine, which is never picked unasked."""
+    """PyTorch as an engine, which `auto` never picks."""
     missing = [name for name in ("torch", "safetensors") if find_spec(name) is None]
     if missing:
         return Check("torch", False, *_ready(missing))
@@ -103,7 +103,7 @@ def _torch() -> Check:
 
 
 def _for_cuda() -> bool:
-    """Whether PyTorch was built for CUDA. Its version need not say so; the file that it reads its own from does."""
+    """Whether PyTorch was built for CUDA, read from its version.py because its version need not say so; True where that cannot be told."""
     spec = find_spec("torch")
     for root in (spec.submodule_search_locations or []) if spec else []:
         try:
@@ -128,7 +128,7 @@ def _commands() -> list[Check]:
 
 
 def _formats() -> list[Check]:
-    """Whether other scans than NIfTI and pictures can be read, and DICOM segmentations written. dcm2niix may be the system's own."""
+    """Whether scans besides NIfTI and pictures can be read, and DICOM segmentations written. dcm2niix may be the system's or a wheel."""
     dicom = [] if find_spec("pydicom") else ["pydicom"]
     if shutil.which("dcm2niix") is None and find_spec("dcm2niix") is None:
         dicom.insert(0, "dcm2niix")
@@ -161,7 +161,7 @@ def _builders() -> list[Check]:
 
 
 def _ready(missing: list[str], remedy: str = TRAIN_EXTRA) -> tuple[str, str]:
-    """What was found and what to do about it."""
+    """`found` and `remedy` of a Check, given the packages that are missing."""
     return (f"lacks {', '.join(missing)}", remedy) if missing else ("ready", "")
 
 
@@ -208,15 +208,15 @@ def _driver() -> Check:
 
 
 def _in_system(name: str) -> str | None:
-    """A library that the system's loader or compiler finds. Python asks the compiler by way of a temporary file."""
+    """The name of a library that the system's loader or compiler finds. To ask the compiler, Python needs a temporary file."""
     try:
         return ctypes.util.find_library(name)
-    except OSError:  # a read-only system, with no folder for one
+    except OSError:  # a read-only system, with no folder for that file
         return None
 
 
 def _in_wheels(name: str) -> str | None:
-    """A library that came as a Python wheel: CUDA's in nvidia/<part>/lib, TensorRT's in tensorrt_libs. Its file's name."""
+    """The file name of a library that came in a Python wheel: CUDA's lie in nvidia/<part>/lib, TensorRT's in tensorrt_libs."""
     for package, where in (("nvidia", "*/lib/"), ("tensorrt_libs", "")):
         spec = find_spec(package)
         for root in (spec.submodule_search_locations or []) if spec else []:

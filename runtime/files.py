@@ -22,7 +22,7 @@ PART = ".part-"
 """Prefix of unfinished files. Only a killed process (SIGKILL, power cut) can leave one; they are safe to delete."""
 
 PATIENCE = 30.0
-"""Seconds to wait for another process that puts its files in place, which takes it milliseconds."""
+"""Seconds to wait for another process to put its files in place, which normally takes milliseconds."""
 
 
 def sha256(path: Path) -> str:
@@ -32,7 +32,7 @@ def sha256(path: Path) -> str:
 
 
 def make_folder(folder: Path) -> Path:
-    """Make `folder` and what lies above it; `CdiffError` when that cannot be done."""
+    """Make `folder` and its parents where they are missing, and return it. Raises `CdiffError` when that cannot be done."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
@@ -43,9 +43,9 @@ def make_folder(folder: Path) -> Path:
 
 
 def must_take_files(folder: Path) -> None:
-    """Raise `CdiffError` when `folder` cannot be written to or made: worth knowing before long work. Makes nothing.
+    """Raise `CdiffError` when `folder` cannot be written to or made, which is worth knowing before long work. Makes nothing.
 
-    What only writing shows, such as a full disk, it does not see.
+    It does not notice what only writing shows, such as a full disk.
     """
     there = folder
     try:
@@ -60,18 +60,18 @@ def must_take_files(folder: Path) -> None:
 
 
 def must_be_a_file(path: Path) -> None:
-    """Raise `CdiffError` where a folder, a device, a pipe or a name of an open file such as /dev/stdout is at `path`: a rename would fail, or put
-    a file in its place."""
+    """Raise `CdiffError` where `path` is a folder, a device, a pipe or the name of an open file such as /dev/stdout: a rename onto it
+    would fail, or replace it by a file."""
     if os.path.isdir(path):
         raise CdiffError(f"{path} is a folder; name a file to write to")
     named = os.path.islink(path) and os.readlink(path).startswith("/proc/")
-    # By os.path, to which what cannot be seen is not there: who writes tells why.
+    # os.path says False of what may not be looked at: the write itself then tells why it fails.
     if named or (os.path.exists(path) and not os.path.isfile(path)):
         raise CdiffError(f"{path} is a device or a pipe, and would be replaced by a file; name a file to write to")
 
 
 def must_take(path: Path) -> None:
-    """Raise `CdiffError` where a file cannot be written to `path`, as far as that shows: worth knowing before long work."""
+    """Raise `CdiffError` where a file cannot be written to `path`, as far as can be told without writing: worth knowing before long work."""
     must_be_a_file(path)
     must_take_files(path.parent)
     if (length := len(os.fsencode(path.name))) > (most := most_bytes_of_a_name(path.parent)):
@@ -81,13 +81,13 @@ def must_take(path: Path) -> None:
 
 
 def must_not_be_read(path: Path, read: Iterable[Path]) -> None:
-    """Raise `CdiffError` where `path`, which will be written, is one of the files that are read: whoever names it so would lose it."""
+    """Raise `CdiffError` where `path`, which will be written, is one of the files that will be `read`: the user would lose it."""
     if os.path.isfile(path) and any(os.path.isfile(one) and os.path.samefile(path, one) for one in read):
         raise CdiffError(f"{path} is read, and would be replaced; name another file to write to")
 
 
 def _exists(path: Path) -> bool:
-    """Raises OSError where the system does not tell, of which Path.exists says no from Python 3.14 on."""
+    """Like Path.exists, but raises OSError where the system does not say: from Python 3.14 on, Path.exists is False then."""
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -96,7 +96,7 @@ def _exists(path: Path) -> bool:
 
 
 def most_bytes_of_a_name(folder: Path) -> int:
-    """Bytes that a file's name may have in `folder`, which need not be there yet; 255, the most common limit, where the system does not tell."""
+    """The most bytes that a file's name may have in `folder`, which need not exist yet; 255, the usual limit, where the system does not say."""
     try:
         there = next(there for there in (folder, *folder.absolute().parents) if there.is_dir())
         return os.pathconf(there, "PC_NAME_MAX")
@@ -106,7 +106,7 @@ def most_bytes_of_a_name(folder: Path) -> int:
 
 @contextmanager
 def temporary_folder() -> Iterator[Path]:
-    """A folder that is there for the block alone. Raises `CdiffError` where none can be made."""
+    """A folder that exists only during the block. Raises `CdiffError` where none can be made."""
     try:
         made = tempfile.TemporaryDirectory(prefix="cdiff-")
     except OSError as error:
@@ -119,11 +119,11 @@ def temporary_folder() -> Iterator[Path]:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path` to write to; `path` gets the content on a clean exit, and only then.
+    """Give a temporary path beside `path` to write to; its content becomes `path` on a clean exit, and only then.
 
-    The temporary name keeps the suffixes, for writers that choose a format by them. Whatever ends the block early
-    (an error, Ctrl-C) removes the temporary file and leaves an older `path` as it was. Raises `CdiffError` when the
-    system refuses to write (no room, no permission), and as `must_be_a_file` does.
+    The temporary name keeps the suffixes, for writers that choose a format by them. If the block ends early (an error,
+    Ctrl-C), the temporary file is removed and an older `path` stays as it was. Raises `CdiffError` when the system
+    refuses to write (no space, no permission), and as `must_be_a_file` does.
     """
     must_be_a_file(path)
     with staged(path.parent) as stage:
@@ -131,7 +131,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 class Stage:
-    """A set of files on their way into one folder; `stage(name)` gives the temporary path for one of them."""
+    """A set of files being written into one folder; `stage(name)` gives the temporary path for one of them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -141,7 +141,7 @@ class Stage:
         self._given_way: list[Path] = []
 
     def __call__(self, name: str) -> Path:
-        """Temporary path for `name`: same folder (so that the rename is atomic), same suffixes."""
+        """The temporary path for `name`: same folder (so that the rename is atomic), same suffixes."""
         if Path(name).name != name:
             raise ValueError(f"a file name without folders is needed, not {name!r}")
         if name not in self._parts:
@@ -149,7 +149,7 @@ class Stage:
         return self._parts[name]
 
     def replaces(self, name: str) -> None:
-        """An older `name` in the folder is out of date once the set is there: remove it then."""
+        """Remove an older `name` from the folder when the set is put in place, because it is out of date then."""
         self._stale.append(name)
 
     def _temporary(self, name: str) -> Path:
@@ -172,8 +172,8 @@ class Stage:
         _sync(self.folder)
 
     def _put_in_place(self) -> None:
-        # The last file vouches for the others (a report with their hashes), so an older one of that name goes first: a set whose
-        # last file is there is a complete set, even when a kill cuts the renames short.
+        # The last file vouches for the others (a report with their hashes), so an older file of that name is removed first: a set
+        # whose last file is there is complete, even when a kill cuts the renames short.
         names = list(self._parts)
         for name in [*names[-1:], *self._stale, *names[:-1]]:
             if (self.folder / name).is_symlink() or (self.folder / name).is_file():
@@ -183,18 +183,19 @@ class Stage:
             os.replace(self._parts[name], self.folder / name)
 
     def _put_back(self) -> None:
-        """The older set as it was. What cannot be put back stays under its temporary name."""
-        for name in reversed(self._parts):  # what vouches for the new set goes first
+        """Restore the older set. A file that cannot be put back stays under its temporary name."""
+        for name in reversed(self._parts):  # the file that vouches for the new set goes first
             if not self._parts[name].exists():
                 with suppress(OSError):
                     os.rename(self.folder / name, self._parts[name])
-        for name in reversed(self._aside):  # and what vouches for the older one comes last
+        for name in reversed(self._aside):  # and the one that vouches for the older set comes back last
             with suppress(OSError):
                 os.rename(self._aside[name], self.folder / name)
 
     def _discard(self) -> None:
         for part in (*self._parts.values(), *self._given_way):
-            # Another error has its say (a disk that takes nothing refuses this too, where nothing is), or none: the set is there.
+            # A failure here must not hide the error that is under way (a read-only disk refuses this too, even where there is no file),
+            # nor spoil a set that is already in place.
             with suppress(OSError):
                 part.unlink()
 
@@ -203,8 +204,8 @@ class Stage:
 def staged(folder: Path) -> Iterator[Stage]:
     """Write several files that appear together: every one is complete and on the disk before the first is renamed.
 
-    Renames happen in the order in which the names were asked for; ask for the one that vouches for the rest last. An older set
-    gives way as a whole, and is back where an error or Ctrl-C ends the renames; two processes' sets do not mix.
+    Files are renamed in the order in which their names were asked for; ask last for the one that vouches for the rest. An older
+    set is replaced as a whole, and restored if an error or Ctrl-C interrupts the renames; two processes' sets do not mix.
     Makes `folder` when it is missing. Raises `CdiffError` when the system refuses to write.
     """
     stage = Stage(make_folder(folder))
@@ -216,15 +217,15 @@ def staged(folder: Path) -> Iterator[Stage]:
             raise _gone(folder) from None
         raise _cannot_write(folder, error) from None
     finally:
-        stage._discard()  # after a commit the older set
+        stage._discard()  # after a commit, this removes the older set
 
 
 @contextmanager
 def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
-    """Give a temporary folder beside `path` to fill; it becomes `path` on a clean exit, whole.
+    """Give a temporary folder beside `path` to fill; on a clean exit it becomes `path`, whole.
 
-    An existing `path` is an error unless `replace` (then the old folder is moved aside, and removed once the new one is
-    in place) or it is empty. Raises `CdiffError` for that and when the system refuses to write.
+    An existing `path` is an error unless it is an empty folder or `replace` is given; then the old folder is moved aside, and
+    removed once the new one is in place. Raises `CdiffError` for that and when the system refuses to write.
     """
     if not replace:
         must_be_new(path)
@@ -234,12 +235,12 @@ def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     try:
         part.mkdir()
         yield part
-        for item in sorted(part.rglob("*"), reverse=True):  # what lies deeper first, then its folder
+        for item in sorted(part.rglob("*"), reverse=True):  # contents before their folder
             _sync(item)
         _sync(part)
         with _alone(path.parent):
             if not replace:
-                must_be_new(path)  # somebody else may have written it meanwhile
+                must_be_new(path)  # another process may have written it meanwhile
             try:
                 if _is_empty_folder(path):
                     path.rmdir()
@@ -252,7 +253,7 @@ def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
                 raise
         _sync(path.parent)
     except OSError as error:
-        if not _is_of(error, part, path):  # of what is read, not written
+        if not _is_of(error, part, path):  # an error of reading something else
             raise
         raise (_gone(path.parent) if error.errno == errno.ENOENT else _cannot_write(path, error)) from None
     finally:
@@ -262,17 +263,17 @@ def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 def _is_of(error: OSError, *paths: Path) -> bool:
-    """Whether an error names one of these paths or what lies in them, or nothing, as one of a write does not."""
+    """Whether an error names one of these paths or something inside, or names no path, as errors of a write do."""
     named = [Path(os.fsdecode(name)) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
     return not named or any(name.is_relative_to(path) for name in named for path in paths)
 
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Keep others out who put files or a folder in place in `folder`.
+    """Lock `folder` against other processes that put files or a folder in place there.
 
-    Where the file system has no locks, as some network ones, nobody is kept out, and who holds the folder for long, as a training its
-    run's, is not waited for any longer than PATIENCE.
+    Goes on without a lock where the file system has none, as some network ones, and after PATIENCE seconds where another process
+    holds the folder for long, as a training does its run's.
     """
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -309,16 +310,16 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def dump_json(value: Any) -> str:
-    """`value` as the indented JSON text that every report of this package uses.
+    """`value` as the indented JSON text that every report of this package uses. NaN raises `ValueError`.
 
-    What Python has for the bytes of a file's name that is not UTF-8 is escaped: such text cannot be written otherwise.
+    Lone surrogates, which Python uses for the bytes of a file name that is not UTF-8, are escaped: they cannot be encoded.
     """
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def must_be_new(path: Path) -> None:
-    """Raise `CdiffError` where something but an empty folder is at `path`."""
+    """Raise `CdiffError` where `path` exists and is not an empty folder."""
     if (path.exists() or path.is_symlink()) and not _is_empty_folder(path):
         raise CdiffError(f"{path} already exists; remove it or give another name")
 
@@ -332,7 +333,7 @@ def _sync(path: Path) -> None:
     try:
         os.fsync(handle)
     except OSError:
-        if not path.is_dir():  # some network file systems cannot sync a folder; a file must be
+        if not path.is_dir():  # some network file systems cannot sync a folder, but a file must be synced
             raise
     finally:
         os.close(handle)

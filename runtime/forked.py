@@ -1,4 +1,4 @@
-"""Processes that are forked off: none of their parent's threads come along, and a GPU's memory does not either."""
+"""Forked processes, which inherit neither their parent's threads nor its GPU memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _KEPT: WeakSet[Any] = WeakSet()
 
 
 def must_be_of_this_process(process: int) -> None:
-    """Raise CdiffError unless this is the process of that number, where the model was loaded: what computes would wait for threads that are not here."""
+    """Raise CdiffError unless `process`, which loaded the model, is this one: in a fork, its engine would wait for threads that do not exist."""
     if process != os.getpid():
         raise CdiffError(
             f"this model was loaded in process {process}, which process {os.getpid()} was forked off from without its threads; load it in "
@@ -22,15 +22,16 @@ def must_be_of_this_process(process: int) -> None:
 
 
 def kept_in_forks(thing: Any) -> None:
-    """Never let go of `thing` in a process that is forked off while it is there, not even at that process's end: for what joins its threads then.
+    """Keep `thing` alive in every process forked while it exists, even when that process ends.
 
-    The memory is the parent's as long as neither writes to it.
+    For objects that join their threads when they are freed: in a fork those threads do not exist. It costs no memory there as long
+    as neither process writes to it.
     """
     _KEPT.add(thing)
 
 
 def _keep() -> None:
-    """In the process that was forked off: one reference more to each, which nothing gives back, for Python clears all that it knows at its end."""
+    """In the forked process: take one more reference to each, never released, because Python clears all ordinary ones when it exits."""
     for thing in list(_KEPT):
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
 

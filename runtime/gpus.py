@@ -1,4 +1,4 @@
-"""The NVIDIA GPUs that this process may use, asked of the driver itself, so that no CUDA package is needed to know."""
+"""The NVIDIA GPUs that this process may use, as the driver itself lists them, so that no CUDA package is needed."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ MAJOR, MINOR = 75, 76
 
 
 def visible_gpus() -> list[Gpu]:
-    """The GPUs in CUDA's order, those that CUDA_VISIBLE_DEVICES hides left out; empty where there is no driver or no GPU.
+    """The GPUs in CUDA's order, without those that CUDA_VISIBLE_DEVICES hides; empty where there is no driver or no GPU.
 
-    Their `free_bytes` is all of the memory: what is free shows only inside a context. Raises nothing.
+    Their `free_bytes` is the total memory: only inside a context can the free part be known. Raises nothing.
     """
     try:
         cuda = ctypes.CDLL(DRIVER)

@@ -1,5 +1,5 @@
-"""What this process runs on: the processor's name and cores, for reports and for an engine's thread pool, and the versions of packages. Works
-without /proc, too."""
+"""What this process runs on: the processor's name and cores, for reports and an engine's thread pool, and the versions of packages. Works
+without /proc too."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUPS = Path("/proc/self/cgroup")
 NO_QUOTA = 2**30
 MOST_THREADS = 4096
-"""Most threads that may be asked for: each takes memory, and where the system has no more of it OpenMP ends the process."""
+"""The most threads that may be asked for: each takes memory, and OpenMP ends the process where the system runs out of it."""
 
 
 @functools.cache  # a few packages
 def package_version(name: str) -> str:
-    """The version of an installed package, as it was when it was first asked for: one that is installed later is not the one that runs here.
+    """The version of an installed package, cached: one installed later is not the one that runs here.
 
-    It is read from a file, which takes milliseconds, and every scan's report states some.
+    Reading it takes milliseconds, and every scan's report states several. Raises PackageNotFoundError where it is not installed.
     """
     return version(name)
 
 
 def processor() -> str:
-    """The processor's name as the system states it; on ARM, where Linux states none, the numbers of its maker and its design, as in
-    `aarch64 (CPU implementer 0x41, part 0xd0c)`, of each kind of core once; else the architecture."""
+    """The processor's name as the system states it. On ARM, where Linux states none, the implementer and part number of each kind of
+    core, as in `aarch64 (CPU implementer 0x41, part 0xd0c)`; failing that, the architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -46,15 +46,15 @@ def processor() -> str:
 
 
 def logical_cores() -> int:
-    """Logical processors that this process may use; all of the machine's where the system does not tell."""
+    """The number of logical processors that this process may use; all of the machine's where the system does not say."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def physical_cores() -> int:
-    """Physical cores available: those of the affinity mask, hyper-threads counted once, no more than `quota`.
+    """The number of physical cores in the affinity mask, hyper-threads counted once, but at least 1 and at most `quota`.
 
     Two threads of one core share its arithmetic units, so a matrix product gains nothing from the second. Where the system
-    does not tell (not Linux), the number of logical processors.
+    does not say (not Linux), the number of logical processors.
     """
     if not hasattr(os, "sched_getaffinity"):
         return logical_cores()
@@ -63,9 +63,9 @@ def physical_cores() -> int:
 
 
 def quota() -> int:
-    """Whole cores in the tightest CPU quota of this process's control groups and those above them, rounded up; NO_QUOTA where none has one.
+    """The tightest CPU quota of this process's control groups and their parents, in cores, rounded up; NO_QUOTA where none has one.
 
-    A container sees its own group as the uppermost or by its path on the host; a service's or batch job's group lies deeper.
+    A container sees its own group as the root or by its path on the host; the group of a service or batch job lies deeper.
     """
     try:
         lines = OWN_CGROUPS.read_text().splitlines()
@@ -86,7 +86,7 @@ def quota() -> int:
 
 
 def _core(cpu: int) -> str:
-    """A name for the core that a logical processor belongs to: the list of its hyper-threads."""
+    """The core that a logical processor belongs to, named by the list of its hyper-threads."""
     try:
         return (CPUS / f"cpu{cpu}/topology/thread_siblings_list").read_text().strip()
     except OSError:
@@ -94,7 +94,7 @@ def _core(cpu: int) -> str:
 
 
 def _limit(files: list[Path]) -> int:
-    """Of one group: `200000 100000`, `max 100000` or, in version 1's two files, -1 and 100000."""
+    """The quota of one group in cores. Its files hold `200000 100000`, `max 100000` or, in version 1's two files, -1 and 100000."""
     try:
         limit, period = " ".join(file.read_text() for file in files).split()
         return NO_QUOTA if limit in ("max", "-1") else -(-int(limit) // int(period))

@@ -22,21 +22,21 @@ from cdiff.runtime.words import by
 FORMAT_VERSION = 1
 NAME = "manifest.json"
 MOST_RUNS = 1_000_000
-"""Largest number of runs of a `--fast`."""
+"""Largest number of runs that `fast` may state."""
 LONGEST_SIDE = 4096
 """Most pixels along a side of what a network sees. Beyond it one slice's features alone fill gigabytes: such a number in a file is a
-slip, and would end in a lack of memory before a graph could refuse it."""
+mistake, and memory would run out before a graph could refuse it."""
 MOST_LEVELS = 1_000
 """Largest C; single figures are usual."""
 DEEPEST = 32
 """How deep the values of a manifest may be nested."""
 OUTSIDE = -1
-"""Where a manifest does not say: those written before the key existed need not be written again."""
+"""`Manifest.outside` where the file lacks the key: manifests older than the key stay valid."""
 ONE_ZOOM = (1.0,)
-"""Where a manifest names no zooms."""
+"""`Manifest.zooms` where the file lacks the key."""
 SMALLEST_ZOOM, LARGEST_ZOOM = 0.25, 4.0
 TARGETS, VARIANCES = ("eps", "x0", "v"), ("fixed", "learned")
-"""What a network predicts, and whether the spread of a step's noise is its second output."""
+"""What a network predicts, and whether the variance of a step's noise is fixed or learned, as its second output."""
 ENCODER, DENOISER, WEIGHTS, CARD = "encoder.onnx", "denoiser.onnx", "model.safetensors", "README.md"
 
 
@@ -49,17 +49,17 @@ class FileEntry(TypedDict):
 
 @dataclass(frozen=True)
 class Manifest:
-    """All that the runtime must know of a model, besides its graphs.
+    """All that the runtime must know about a model, besides its graphs.
 
-    variant says what the network was trained to draw (`runtime.variants`), levels is C, the number of annotators and of levels of
-    agreement; how many maps the network draws of a slice follows from the two: `conditions`. target and variance are what the network was trained for; the denoiser's graph returns x0 whatever the target.
-    image_size is (H, W), the graphs' fixed size. framing, tile_overlap and slice_axis say how a scan meets that size, intensity
-    how it is normalised. precision is the graphs' arithmetic; features_channels the width L of the encoder's output.
-    mirror says that the network was trained on mirrored images, so that its runs may see them. fast holds sampler, steps and runs of `--fast`. training, scores and verification are for the reader: how the model was
-    trained, how it scored, and how far the graphs were from PyTorch when they were exported.
-    files lists every file of the bundle except the manifest itself and the engines' cache.
-    zooms are the sizes, as multiples of the slice's own, at which runs see it in turn; only the framing `centre` has others than 1.
-    outside is the value of x0 where a mask is not, -1 or 0; inside it is 1. A bundle that does not name it has -1.
+    variant: what the network was trained to draw (`runtime.variants`). levels: C, the number of annotators and of levels of
+    agreement. These two give `conditions`, the number of maps per slice. target and variance: what the network was trained for;
+    the denoiser's graph returns x0 whatever the target. image_size: (H, W), the graphs' fixed size. framing, tile_overlap and
+    slice_axis: how a scan is brought to that size; intensity: how it is normalised. precision: the graphs' arithmetic.
+    features_channels: the width L of the encoder's output. mirror: whether the network was trained on mirrored images, so that
+    its runs may see them. zooms: the sizes, as multiples of the slice's own, at which runs see it in turn; only the framing
+    `centre` has any besides 1. fast: sampler, steps and runs of `--fast`. outside: the value of x0 outside a mask, -1 or 0
+    (inside it is 1). files: every file of the bundle except the manifest itself and the engines' cache. training, scores and
+    verification tell how the model was trained, how it scored, and how far the exported graphs were from PyTorch.
     """
 
     name: str
@@ -97,7 +97,7 @@ class Manifest:
 
     @property
     def conditions(self) -> int:
-        """K, the number of maps of a slice, and of values that the graphs' input `level` takes (1..K)."""
+        """K, the number of maps per slice, and the largest value of the graphs' input `level` (1..K)."""
         return self.draws.conditions(self.levels)
 
     @property
@@ -120,40 +120,40 @@ class Manifest:
 
     @property
     def labels_inside(self) -> tuple[int, ...]:
-        """The values of a mask that training took as inside; empty where none were named."""
+        """The values of a mask that training took as inside; empty where training named none."""
         return tuple(map(int, self._data.get("labels", [])))
 
     @property
     def masks_by(self) -> str:
-        """How training laid masks on their images, one of MASKS_BY."""
+        """How training aligned masks with their images, one of MASKS_BY."""
         return str(self._data.get("masks_by", ARRAY))
 
     @property
     def lie(self) -> Lie | None:
-        """How the slices of the training lay in the patient; None where they differed or nothing says."""
+        """How the training's slices lay in the patient; None where they differed or the manifest does not say."""
         told = self._data.get("axes")
         return None if told is None else Lie(*told)
 
     @property
     def pixel_mm(self) -> tuple[float, float] | None:
-        """The smallest and the largest edge in mm of a pixel that the network saw in training; None where nothing says."""
+        """The smallest and the largest edge, in mm, of the pixels that the network saw in training; None where the manifest does not say."""
         span = self._data.get("pixel_mm")
         return None if span is None else (float(span[0]), float(span[1]))
 
     @property
     def resampled(self) -> tuple[int, int] | None:
-        """The pixels that whole slices are resampled to for the network; None where it sees them as they are."""
+        """The size (H, W) that whole slices are resampled to for the network; None where it sees their own pixels."""
         return self.image_size if self.framing == "resize" else None
 
     @property
     def slice_size(self) -> tuple[int, int] | None:
-        """(h, w) of the slices that training read and normalised, in pixels; None where they differed or nothing says."""
+        """(h, w) in pixels of the slices that training read and normalised; None where they differed or the manifest does not say."""
         size = self._data.get("slice_size")
         return None if size is None else (size[0], size[1])
 
     @property
     def _data(self) -> dict[str, Any]:
-        """What training says of its data; empty where it says nothing."""
+        """What `training` says about its data; empty where it says nothing."""
         data = self.training.get("data", {})
         return data if isinstance(data, dict) else {}
 
@@ -171,8 +171,8 @@ class Manifest:
     def from_json(cls, data: Any, source: str = NAME) -> Manifest:
         """The inverse of to_json.
 
-        source: the file's name, for messages. Raises CdiffError naming the file and the key when the version is not this one's,
-        a key is missing, unknown or of the wrong type, or a value is out of its range.
+        source: the file's name, for messages. Raises CdiffError naming the file and the key when the format version is another,
+        a key is missing, unknown or of the wrong type, or a value is out of range.
         """
         if not isinstance(data, dict):
             _refuse(source, "it must hold one JSON object")
@@ -254,7 +254,7 @@ class Manifest:
                 _refuse(source, f"key 'files' does not list {name}")
 
     def _check_fast(self, source: str) -> None:
-        """Refuse a `--fast` that no sampler could take; what it leaves out, `segment` has a default for."""
+        """Refuse a `fast` that no sampler could take. Keys may be missing: `segment` has defaults for them."""
         fast: dict[str, Any] = {"sampler": SAMPLERS[0], "steps": 1, "runs": 1}
         if unknown := sorted(self.fast.keys() - fast.keys()):
             _refuse(source, f"key 'fast' has {unknown[0]!r}, which is none of {', '.join(fast)}")
@@ -272,7 +272,7 @@ class Manifest:
             data = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
             if _is_deeper(data, DEEPEST):
                 raise ValueError(f"it is nested more than {DEEPEST} deep")
-            # Of what JSON may hold neither 1e999 nor half a pair of surrogates could stand in a report or a picture.
+            # JSON may hold 1e999 and lone surrogates, which no report or picture could.
             json.dumps(data, ensure_ascii=False, allow_nan=False).encode()
         except OSError as error:
             raise CdiffError(
@@ -284,7 +284,7 @@ class Manifest:
 
 
 def _typed(key: str, value: Any, source: str) -> Any:
-    """`value` in the type that `key` has, or CdiffError. Tuples are lists in JSON."""
+    """`value` in the type of `key`, where tuples are lists in JSON. Raises CdiffError where it has another type or is out of range."""
     if key == "image_size":
         if not _is_size(value):
             _refuse(source, f"key 'image_size' must be two positive whole numbers, not {value!r}")
@@ -316,7 +316,8 @@ def _typed(key: str, value: Any, source: str) -> Any:
 
 
 def _check_part(key: str, value: dict[str, Any], example: dict[str, Any], source: str) -> None:
-    """Refuse an object without the keys of `example`, or with values of other types: defaults, and "false" for false, are another model."""
+    """Refuse an object that lacks keys of `example` or has values of other types: a default in their place, or "false" taken for true, would
+    be another model."""
     for name, like in example.items():
         if name not in value:
             _refuse(source, f"key {key!r} lacks {name!r}")
@@ -357,7 +358,7 @@ def _check_files(value: Any, source: str) -> None:
     if not isinstance(value, dict):
         _refuse(source, "key 'files' must be an object")
     for name, entry in value.items():
-        # A name is joined to the bundle's path: one with folders could point outside it.
+        # Names are joined to the bundle's path: one with folders could point outside it.
         if name in ("", ".", "..", NAME) or any(sign in name for sign in "/\\\0:"):
             _refuse(source, f"key 'files' lists {name!r}, which is not a plain file name")
         if not (

@@ -1,4 +1,4 @@
-"""A map of a scan as a NIfTI file: volume by volume, and cheap where most of a long scan was not computed."""
+"""Writes a map of a scan as a NIfTI file, volume by volume, and cheaply where most of a long scan was not computed."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from cdiff.runtime.host import physical_cores
 from cdiff.runtime.scans.grid import Grid
 
 BLOCK = 2**20
-"""Bytes that are deflated for themselves."""
+"""Bytes of a block; each is deflated independently."""
 MOST_THREADS = 8
-"""Each holds a few blocks, and who gives them is one thread."""
+"""Limits memory, as each thread holds a few blocks; and a single thread supplies the blocks."""
 LEVEL = 1
-"""Of deflate, for what is drawn: level 6 makes maps 1 to 10 % smaller and takes up to twice as long."""
-# RFC 1952: deflate, neither name nor time (the same maps are the same bytes), fastest, unknown system; RFC 1951: a last block without content.
+"""Deflate's level for blocks with content: level 6 makes maps 1 to 10 % smaller and takes up to twice as long."""
+# RFC 1952: deflate, no name and no time (so that equal maps give equal bytes), fastest, unknown system; RFC 1951: an empty last block.
 GZIP_HEADER, LAST = b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x04\xff", b"\x03\x00"
 
 
 class Maps(Protocol):
-    """An array [n,h,w] or [n,K,h,w], or what computes the part of one that is asked for."""
+    """An array [n,h,w] or [n,K,h,w], or an object that computes any part of one when it is indexed."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -42,26 +42,26 @@ class Maps(Protocol):
 def write_map(path: Path, grid: Grid, slices: range, maps: Maps, intent: str) -> None:
     """Write one map [n,h,w] of `slices`, or K of them [n,K,h,w] along a fourth axis, as a compressed NIfTI file of the whole grid.
 
-    Slices that `maps` does not hold are NaN, or 0 in whole numbers. intent: what the header says of the maps. Besides them a few slices
-    are in memory at a time, however many there are; where slices are cut along another axis than the last, one volume.
+    Slices outside `slices` are NaN, or 0 for integer maps. intent: what the header says the maps are. Besides `maps` itself, only a
+    few slices are in memory at a time, or one volume where slices are cut along another axis than the last.
     """
     with path.open("wb") as file:
         write_gzip(file, _parts(grid, slices, maps, intent))
 
 
 def _parts(grid: Grid, slices: range, maps: Maps, intent: str) -> Iterator[NDArray[Any]]:
-    """The file's bytes before they are compressed: the header, then volume by volume, the first axis fastest as NIfTI has it."""
+    """The file's contents before compression: the header, then each volume, its first axis varying fastest as in NIfTI."""
     volumes = range(maps.shape[1]) if len(maps.shape) == 4 else (None,)
     yield _header(grid, grid.shape if None in volumes else (*grid.spatial, len(volumes)), maps.dtype, intent)
     outside = np.nan if maps.dtype.kind == "f" else 0
 
     def taken(held: range, k: int | None) -> NDArray[Any]:
-        """The slices `held` of volume k, [m,h,w]."""
+        """The slices numbered `held` of volume k, [m,h,w]."""
         part = maps[held.start - slices.start : held.stop - slices.start]
         return part if k is None else part[:, k]
 
     step = max(1, BLOCK // (math.prod(maps.shape[-2:]) * maps.dtype.itemsize))
-    if grid.slice_axis == 2:  # there slices lie one after another
+    if grid.slice_axis == 2:  # the file then holds one slice after another
         count, plane = grid.spatial[2], grid.spatial[1::-1]
         blank = np.full((min(step, count), *plane), outside, maps.dtype)
         for k in volumes:
@@ -76,7 +76,7 @@ def _parts(grid: Grid, slices: range, maps: Maps, intent: str) -> Iterator[NDArr
     volume = np.full(grid.spatial[::-1], outside, maps.dtype)
     planes = volume.T[None] if grid.slice_axis is None else np.moveaxis(volume.T, grid.slice_axis, 0)
     for k in volumes:
-        for first in range(slices.start, slices.stop, step):  # the others stay as they are
+        for first in range(slices.start, slices.stop, step):  # the other slices keep the fill value
             held = range(first, min(first + step, slices.stop))
             planes[held.start : held.stop] = taken(held, k)
         yield volume
@@ -92,10 +92,10 @@ def _header(grid: Grid, shape: tuple[int, ...], dtype: np.dtype[Any], intent: st
 
 
 def write_gzip(file: BinaryIO, parts: Iterable[NDArray[Any]]) -> None:
-    """Write arrays, in C order, one after another as one gzip stream (RFC 1952, a single member).
+    """Write arrays, each in C order, one after another as one gzip stream (RFC 1952, a single member).
 
-    Each block is deflated for itself and ends on a whole byte. So a thread a core deflates one, and blocks of one value and length that come
-    again, as those of slices that were not computed, are deflated and summed up once.
+    Each block is deflated independently and ends on a whole byte. So blocks are deflated in parallel, one thread per core, and blocks
+    of a single value, such as those of slices that were not computed, are deflated and their CRC computed only once for each length.
     """
     threads = min(physical_cores(), MOST_THREADS)
     crc = size = 0
@@ -105,7 +105,7 @@ def write_gzip(file: BinaryIO, parts: Iterable[NDArray[Any]]) -> None:
     with ThreadPoolExecutor(threads, "cdiff-deflate") as pool:
 
         def write(most: int) -> None:
-            """Blocks in their order, until `most` wait."""
+            """Write finished blocks in order until at most `most` are waiting."""
             nonlocal crc, size
             while len(waiting) > most:
                 done, length = waiting.popleft()
@@ -114,7 +114,7 @@ def write_gzip(file: BinaryIO, parts: Iterable[NDArray[Any]]) -> None:
                 crc, size = _times(crc, _zeros_after(length)) ^ own, size + length
 
         for part in parts:
-            # As whole numbers, for a NaN equals nothing.
+            # Compared as integers, because NaN does not equal itself.
             values = np.ascontiguousarray(part).reshape(-1).view(f"u{part.itemsize}")
             step = BLOCK // values.itemsize
             for start in range(0, len(values), step):
@@ -125,7 +125,7 @@ def write_gzip(file: BinaryIO, parts: Iterable[NDArray[Any]]) -> None:
                         known[key] = pool.submit(_deflated, block.copy(), 9)
                     done = known[key]
                 else:
-                    done = pool.submit(_deflated, block.copy(), LEVEL)  # whoever gave it may change it meanwhile
+                    done = pool.submit(_deflated, block.copy(), LEVEL)  # a copy: the caller may reuse the array
                 waiting.append((done, block.nbytes))
                 write(2 * threads)
         write(0)
@@ -133,15 +133,15 @@ def write_gzip(file: BinaryIO, parts: Iterable[NDArray[Any]]) -> None:
 
 
 def _deflated(block: NDArray[Any], level: int) -> tuple[bytes, int]:
-    """Raw deflate blocks that need nothing of what came before, to the next whole byte; and the block's CRC."""
+    """Raw deflate blocks that refer to nothing before them, padded to a whole byte; and the CRC of `block`."""
     deflate = zlib.compressobj(level, zlib.DEFLATED, -zlib.MAX_WBITS)
     return deflate.compress(block.data) + deflate.flush(zlib.Z_FULL_FLUSH), zlib.crc32(block.data)
 
 
 def _times(a: int, b: int) -> int:
-    """The product of two polynomials over GF(2) modulo that of CRC-32 (RFC 1952, section 8); bit 31 is the constant, bit 0 x^31.
+    """The product of two polynomials over GF(2) modulo that of CRC-32 (RFC 1952, section 8); bit 31 is the constant term, bit 0 that of x^31.
 
-    The CRC of two texts, one after the other, is that of the first times `_zeros_after` the second's length, plus the second's own.
+    The CRC of two strings in sequence is the CRC of the first times `_zeros_after(length of the second)`, plus (XOR) that of the second.
     """
     product = 0
     while a:
@@ -153,7 +153,7 @@ def _times(a: int, b: int) -> int:
 
 @lru_cache(maxsize=16)
 def _zeros_after(length: int) -> int:
-    """x^(8 length), which so many bytes after a text multiply its CRC by."""
+    """x^(8 length): the factor by which `length` further bytes multiply the CRC of what comes before them."""
     power, square = 1 << 31, 1 << 23
     while length:
         if length & 1:

@@ -1,4 +1,4 @@
-"""One thing after another in three steps that overlap: the next is read and the last written while the engine works."""
+"""A pipeline of three overlapping steps: the next item is read and the last one written while the engine works on the current one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Outcome(Generic[Item, Value]):
-    """What became of one item: the `value` that its last step gave, or the `error` that one of its steps raised."""
+    """What became of one item: the `value` that its last step returned, or the `error` that one of its steps raised."""
 
     item: Item
     value: Value | None = None
@@ -33,22 +33,23 @@ def overlapped(
     work: Callable[[Item, Ready], Made],
     write: Callable[[Item, Made], Value],
 ) -> Generator[Outcome[Item, Value], None, None]:
-    """Read, work on and write every item; yields what became of each, in order, once its own steps are through.
+    """Read, work on and write every item; yield the outcome of each, in order, once its own steps are done.
 
-    `work` runs in the caller's thread, while one other thread reads the next item and another writes the last. Neither goes
-    further, so that at most three items are in memory, however many there are. An item's CdiffError is its own outcome, as one for which
-    the memory is not enough is, and the others go on; any other exception ends the whole. However it ends (Ctrl-C, a caller that stops asking), what is being
-    written is waited for, so that nothing is left half-written. Close the generator (`contextlib.closing`) to have that at once.
+    `work` runs in the caller's thread, while one other thread reads the next item and another writes the last. Neither runs
+    further ahead or behind, so at most three items are in memory. A CdiffError, or a lack of memory, becomes the outcome of its
+    item, and the others go on; any other exception ends everything. However it ends (Ctrl-C, a caller that stops asking), the
+    write under way is waited for, so that nothing is left half-written. To make that happen at once, close the generator
+    (`contextlib.closing`).
     """
     source = iter(items)
     with ThreadPoolExecutor(1, "cdiff-write") as writer, ThreadPoolExecutor(1, "cdiff-read") as reader:
 
         def begin() -> tuple[Item, Future[Ready]] | None:
-            """The next item, its reading under way or next in line; None at the end."""
+            """The next item with its reading submitted; None at the end."""
             return next(((item, reader.submit(read, item)) for item in source), None)
 
         def worked(item: Item, reading: Future[Ready]) -> Future[Value]:
-            """One item's writing, handed over; or a future that holds the error which came before it."""
+            """Work on an item and submit its writing; or a future that holds the error of its reading or working."""
             try:
                 return writer.submit(write, item, work(item, reading.result()))
             except (CdiffError, MemoryError) as error:
@@ -61,10 +62,10 @@ def overlapped(
             behind: deque[tuple[Item, Future[Value]]] = deque()
             while ahead is not None:
                 item, reading = ahead
-                wait([reading])  # who makes the next item may do so in the array of this one
+                wait([reading])  # `items` may reuse this item's array for the next one
                 ahead = begin()
                 behind.append((item, worked(item, reading)))
-                del reading  # or the item as it was read would stay in memory for one round more
+                del reading  # otherwise what was read would stay in memory for another round
                 while len(behind) > 1 or (behind and behind[0][1].done()):
                     yield _outcome(*behind.popleft())
             if behind:
@@ -87,8 +88,8 @@ def _outcome(item: Item, writing: Future[Value]) -> Outcome[Item, Value]:
 
 
 def _let_go(error: BaseException) -> None:
-    """Clear the variables of the functions that an error came through, which would keep the scan and its maps as long as the error is kept,
-    and in a cycle beyond that. Where it came from can still be shown."""
+    """Clear the local variables in an error's traceback: they would keep the scan and its maps alive as long as the error, and in a
+    reference cycle even longer. The traceback can still be printed."""
     known: list[BaseException] = []
     one: BaseException | None = error
     while one is not None and one not in known:

@@ -1,4 +1,4 @@
-"""A scan made ready for the engine, which needs nothing of the engine: read, its slices chosen, their intensities normalised."""
+"""Makes a scan ready for the engine, without needing it: reads the scan, chooses its slices and normalises their intensities."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ from cdiff.runtime.words import by
 
 Slices = str | slice | tuple[int, int] | range | None
 MUCH_LARGER = 1.25
-"""From this many times the size of the training's slices on, a scan's slices are told to be larger: a crop may be a little."""
+"""A scan's slices are reported as larger than the training's beyond this many times their size: a crop may be a little larger."""
 FEW = range(2, 5)
-"""So many slices may be the modalities of one: QUBIQ's tumour files have four, and a picture in colours three."""
+"""So few slices may really be the modalities of one slice: QUBIQ's tumour files have four, and a colour picture has three."""
 BESIDE = 0.1
-"""From this share of the window's side on, what lies beside its middle is told: as far as training moves its windows by itself (`shift`)."""
+"""A structure off the window's middle is reported beyond this share of the window's side: training itself moves windows that far (`shift`)."""
 AROUND = 5
-"""Slices on either side of a place that the note about it takes as an example."""
+"""How many slices on either side of a place the example in the note about it takes."""
 
 
 class Clock:
-    """Seconds of each part, one lap after another."""
+    """Measures the seconds of successive parts, in `laps`."""
 
     def __init__(self) -> None:
         self.laps: dict[str, float] = {}
         self._last = time.perf_counter()
 
     def lap(self, part: str) -> None:
-        """End the part that began with the last call."""
+        """End the part that began with the previous call, and name it."""
         now = time.perf_counter()
         self.laps[part] = round(now - self._last, 3)
         self._last = now
@@ -51,11 +51,12 @@ class Clock:
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """What `Segmenter.prepare` gives and `Segmenter.segment` takes.
+    """What `Segmenter.prepare` returns and `Segmenter.segment` takes.
 
-    scan: as read. chosen: the slices to segment. windows: theirs, in the model's intensities; each is resampled when the engine
-    asks for it. seconds: what each part took. place: where the user says that the structure is; alone: whether its slice is the
-    only one for want of others that were named. unnamed: whether its channels lie in one file or array, which does not tell them apart.
+    scan: as read. chosen: the slices to segment. windows: their windows, in the model's intensities; each is made when the engine
+    asks for it. seconds: what each part took. place: where the user says that the structure is. alone: whether only the place's
+    slice was chosen, because the user named no slices. unnamed: whether the channels came in one file or array, so that only their
+    order tells which is which.
     """
 
     scan: Scan
@@ -68,7 +69,7 @@ class Prepared:
 
 
 def whole(name: str, value: int) -> int:
-    """An argument as Python's own number, which a report can hold: NumPy's are taken. Raises CdiffError where it is no whole one."""
+    """An argument as a Python int, which a report can hold; NumPy's integers are accepted. Raises CdiffError for anything else."""
     try:
         return operator.index(value)
     except TypeError:
@@ -84,9 +85,9 @@ def prepare(
     series: int | None = None,
     shrink: int | None = None,
 ) -> Prepared:
-    """Read a scan for one model. The arguments, and the CdiffError for what cannot be read, are `Segmenter.segment`'s.
+    """Read a scan for one model. Arguments and errors are those of `Segmenter.segment`.
 
-    What `read_scan` gave for this model is taken as it is; slice_axis and series are then read_scan's.
+    A Scan that `read_scan` made for this model is taken as it is; slice_axis and series must then have been given to read_scan.
     """
     if isinstance(scan, Scan) and (slice_axis is not None or series is not None):
         raise CdiffError("this scan was read already; give slice_axis and series to read_scan")
@@ -124,7 +125,7 @@ def prepare(
 
 
 def notes(prepared: Prepared, manifest: Manifest) -> list[str]:
-    """What a reader of the maps should know of how this scan met this model, one line each."""
+    """What a reader of the maps should know about how well this scan suits this model, one line per note."""
     read, chosen = prepared.scan, prepared.chosen
     turned = _lies_otherwise(read.grid, manifest.lie)
     found = list(turned)
@@ -171,7 +172,7 @@ def notes(prepared: Prepared, manifest: Manifest) -> list[str]:
 
 
 def about_place(prepared: Prepared, manifest: Manifest, stack: Stack) -> list[str]:
-    """Notes on what the maps of the chosen slices have where the user said that the structure is; none where no place was named."""
+    """Notes on what the chosen slices' maps (`stack`) show at the place that the user named; none where no place was named."""
     place = prepared.place
     if place is None:
         return []
@@ -181,7 +182,7 @@ def about_place(prepared: Prepared, manifest: Manifest, stack: Stack) -> list[st
 
 
 def _missed(place: Place, manifest: Manifest, soft: Float32) -> list[str]:
-    """A note where the soft map [h,w] of the slice that was named leaves out the very voxel; else nothing."""
+    """A note where the soft map [h,w] of the place's slice leaves out the named voxel itself; else nothing."""
     share = float(soft[place.point])
     if share >= 0.5:
         return []
@@ -195,9 +196,9 @@ def _missed(place: Place, manifest: Manifest, soft: Float32) -> list[str]:
 
 
 def _beside(place: Place, grid: Grid, soft: Float32) -> list[str]:
-    """A note where what the soft map [h,w] marks could lie much nearer to the middle of the window; else nothing.
+    """A note where a window could be placed with the region that the soft map [h,w] marks much nearer to its middle; else nothing.
 
-    The model learned from structures there, and draws others worse: docs/model.md has the shipped model's figures.
+    The model learned from structures in the middle and draws others worse: docs/model.md has the shipped model's figures.
     """
     marked = np.argwhere(soft >= 0.5)
     if not len(marked):
@@ -217,7 +218,7 @@ def _beside(place: Place, grid: Grid, soft: Float32) -> list[str]:
 
 
 def _lies_otherwise(grid: Grid, trained: Lie | None) -> list[str]:
-    """A note on a scan whose slices are not as those that the model learned from; none where that is not so, or nothing says."""
+    """A note on a scan whose slices lie otherwise in the patient than the training's; none where they lie alike or that is not known."""
     lie, axes = lie_of(grid), directions(grid)
     text = otherwise(lie, trained, "those that the model learned from")
     if not text or lie is None or trained is None or axes is None:
@@ -232,7 +233,7 @@ def _lies_otherwise(grid: Grid, trained: Lie | None) -> list[str]:
 
 
 def _what_the_model_sees(prepared: Prepared, manifest: Manifest) -> list[str]:
-    """Notes on a model that looks at a part of each slice alone; none where that is all of it."""
+    """Notes on which part of each slice the model sees; none where it sees all of it."""
     read, place = prepared.scan, prepared.place
     size, seen, trained = read.slices.shape[-2:], manifest.image_size, manifest.slice_size
     if manifest.framing != "centre" or all(n <= m for n, m in zip(size, seen, strict=True)):
@@ -263,7 +264,7 @@ def _what_the_model_sees(prepared: Prepared, manifest: Manifest) -> list[str]:
 
 
 def _chosen(slices: Slices, count: int, place: Place | None) -> range:
-    """The slices to segment: those that are named, else the place's alone, else all. Raises CdiffError where they lack the place's."""
+    """The slices to segment: those named, or else only the place's, or else all. Raises CdiffError where those named leave out the place's."""
     if place is None:
         return parse_slices(slices, count)
     if slices is None:
@@ -277,7 +278,7 @@ def _chosen(slices: Slices, count: int, place: Place | None) -> range:
 
 
 def _normalised(slices: Float32, manifest: Manifest, chosen: range, field: Box | None) -> Normalised:
-    """The chosen slices [S,ch,h,w] in the model's intensities; where the scope is the volume, the percentiles are those of all.
+    """The chosen slices [S,ch,h,w] in the model's intensities; if the scope is the volume, percentiles are taken over all its slices.
 
     field: the part of each slice that percentiles are taken over; all of it unless given.
     """
@@ -285,7 +286,7 @@ def _normalised(slices: Float32, manifest: Manifest, chosen: range, field: Box |
     over = slices if field is None else slices[..., *field]
     limits = intensity.limits(over) if intensity.scope == "volume" else None
     found = Normalised(intensity, slices[part], over[part], limits)
-    if intensity.mean:  # of what such numbers make infinite, the user is told before the work
+    if intensity.mean:  # these numbers may overflow values: normalising now raises before the long work
         for index in range(len(found)):
             found[index]
     return found

@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 
 NOTICE = "Research use only. Not a medical device."
 DOUBTFUL = 0.5
-"""Below this expected Dice a scan's mask is told to be doubtful: half of it, or of what it should cover, may well be wrong."""
+"""Below this expected Dice a scan's mask is reported as doubtful: half of it, or of what it should cover, may well be wrong."""
 
 
 def volumes(stack: Stack, grid: Grid) -> dict[str, Any]:
-    """Volumes of the slices that were computed, in voxels, and in ml where the header has a spacing in three axes.
+    """Volumes within the slices that were computed, in voxels, and in ml where the header has a spacing along three axes.
 
-    levels: of each level, where its map is at least one half; annotators: the same of each annotator's map, for a model that draws
+    levels: for each level, where its map is at least one half. annotators: the same for each annotator's map, for a model that draws
     them. mask: where the soft map is at least one half. expected: the sum of the soft map, which is the mean over the maps of the
-    expected volume. A 2-D image has areas in mm2 in place of ml. unreliable: there when the header's spacing is the placeholder 1
+    expected volume. A 2-D image has areas in mm2 instead of ml. unreliable: present when the header's spacing is the placeholder 1
     along every axis, so that only voxels can be trusted.
     """
     unit, size = _voxel(grid)
@@ -54,9 +54,9 @@ def volumes(stack: Stack, grid: Grid) -> dict[str, Any]:
 
 
 def expectation(stack: Stack, chosen: range) -> dict[str, Any]:
-    """The Dice that the soft map of `stack` itself expects of its mask with an annotator's (`runtime.expected`); None where the mask is empty.
+    """The Dice of the mask with an annotator's that the soft map itself predicts (`runtime.expected`); None where the mask is empty.
 
-    mask: of all slices that were computed together, as one mask; slices: of each, by its number.
+    mask: for all computed slices together, as one mask. slices: for each slice, with its number.
     """
     counts = np.stack([expected_counts(one, one >= 0.5) for one in Lazily(stack.inside, "soft")])
 
@@ -72,7 +72,7 @@ def expectation(stack: Stack, chosen: range) -> dict[str, Any]:
 
 
 def about_expected(expected: dict[str, Any], variant: Variant) -> list[str]:
-    """A note where `expectation` is little; none where it is not, or the mask is empty."""
+    """A note where the mask's `expectation` is below DOUBTFUL; none otherwise, or where the mask is empty."""
     value = expected["mask"]
     if value is None or value >= DOUBTFUL:
         return []
@@ -98,7 +98,7 @@ def _voxel(grid: Grid) -> tuple[str, float | None]:
 
 
 def describe_input(scan: Scan) -> dict[str, Any]:
-    """The input as it was read: where, its hash, shape, spacing, and how it was cut."""
+    """The input as it was read: its path, hash, shape and spacing, and how it was cut into slices."""
     grid, spacing, header = scan.grid, scan.grid.spacing, scan.grid.header
     return {
         "path": scan.source,
@@ -120,7 +120,7 @@ def describe_input(scan: Scan) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on besides the engine."""
+    """The versions of everything besides the engine that the numbers depend on."""
     return {
         "python": platform.python_version(),
         **{name: package_version(name) for name in ("numpy", "scipy", "nibabel")},

@@ -1,4 +1,4 @@
-"""What a scan's segmentation gives on the scan's own grid: soft map, one map a level, uncertainty, majority mask, report; and its files."""
+"""The result of segmenting a scan, on the scan's own grid (soft map, one map per level, uncertainty, majority mask, report), and its files."""
 
 from __future__ import annotations
 
@@ -23,17 +23,18 @@ from cdiff.runtime.variants import Variant
 from cdiff.runtime.words import by, several
 
 TOGETHER = 16
-"""Slices that are put on a scan's grid at a time, where those next to one another lie within one line of the processor's cache."""
+"""Slices that are put on a scan's grid at a time: where they are cut along the array's fastest axis, neighbouring slices share the
+processor's cache lines."""
 
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """The maps of one scan on the scan's own grid. Outside the chosen slices floats are NaN and the mask is 0.
+    """The maps of one scan on the scan's own grid. Outside the chosen slices float maps are NaN and the mask is 0.
 
-    grid: shape and geometry. image [S,channels,h,w]: the scan as read, for pictures. slices: the numbers of those computed,
-    which `stack` holds in that order. name: what the files' names begin with unless another is given. report: see
+    grid: shape and geometry. image [S,channels,h,w]: the scan as read, for pictures. slices: the numbers of the computed slices,
+    which `stack` holds in that order. name: what file names begin with unless `save` is given another. report: see
     `runtime.report`; `save` adds the outputs to the copy that it writes and returns. window: the part of each slice that the
-    model saw, where the user named its place: pictures show that part. dicom: the files of the DICOM series that it was read from.
+    model saw, where the user named a place; pictures show that part. dicom: the files of the DICOM series that the scan was read from.
     """
 
     grid: Grid
@@ -46,14 +47,14 @@ class Result:
     dicom: tuple[Path, ...] = ()
 
     def __repr__(self) -> str:
-        """One line, as a notebook shows it: the arrays would fill pages."""
+        """One line for notebooks, where the arrays would fill pages."""
         levels = self.stack.annotators or self.stack.held_maps.shape[1]
         numbers = f"slices {self.slices.start} to {self.slices.stop - 1}"
         return f"<Result {self.name}: {by(self.grid.shape)}, {numbers}, {several(levels, 'level')}>"
 
     @property
     def soft(self) -> Float32:
-        """Fraction of annotators who would include the voxel, float32, shape of the input."""
+        """The fraction of annotators who would include the voxel, float32, in the input's shape."""
         return self.on_grid("soft").reshape(self.grid.shape)
 
     @property
@@ -63,22 +64,23 @@ class Result:
 
     @property
     def maps(self) -> Float32:
-        """[*spatial, K] float32: the network's own maps, one a level, one an annotator, or one."""
+        """[*spatial, K] float32: the network's own maps, one per level, one per annotator, or one."""
         return self.on_grid("maps")
 
     @property
     def uncertainty(self) -> Float32:
-        """[*spatial, 2] float32: entropy of the soft map in bits; its standard deviation, or variance, over runs."""
+        """[*spatial, 2] float32: the entropy of the soft map in bits; its standard deviation (or variance, as the variant has it) over runs."""
         return self.on_grid("uncertainty")
 
     @property
     def mask(self) -> NDArray[np.uint8]:
-        """1 where the soft map is at least one half, uint8, shape of the input."""
+        """1 where the soft map is at least one half, uint8, in the input's shape."""
         return self.on_grid("mask").reshape(self.grid.shape)
 
     def on_grid(self, attribute: str, make: Callable[[NDArray[Any]], NDArray[Any]] = np.asarray) -> NDArray[Any]:
-        """A map of `stack` as [*spatial,K], or what `make` makes of its slices, [m,K,h,w]: in the slices that were not chosen NaN, or 0 in whole
-        numbers."""
+        """A map of `stack`, given by its attribute's name, as [*spatial,K]; NaN, or 0 for integers, in the slices that were not chosen.
+
+        make: applied to m slices [m,h,w] or [m,K,h,w] at a time before they are placed."""
         maps = Lazily(self.stack, attribute)
         one = make(maps[:1])
         K = 1 if one.ndim == 3 else one.shape[1]
@@ -100,12 +102,12 @@ class Result:
         dicom_seg: bool = False,
     ) -> dict[str, Any]:
         """Write NAME_soft, _levels, _uncertainty and _mask .nii.gz, NAME_preview.png and, last, NAME.json; return the report.
-        A model that draws each annotator's map adds NAME_annotators.nii.gz; page, NAME_page.html to leaf through in a browser; dicom_seg, for
-        what was read from DICOM, NAME_levels.dcm.
 
-        Each file appears whole or not at all; the report, which holds the others' SHA-256, appears last, so where it is, all
-        are. What is not always written and an older report there lists is removed where this result has none. Raises CdiffError when
-        the folder cannot be written, or a file in it that no report of ours lists would be replaced.
+        A model that draws each annotator's map also gives NAME_annotators.nii.gz. page: also write NAME_page.html, for browsing the
+        slices. dicom_seg: also write NAME_levels.dcm, for scans read from DICOM.
+        Each file appears whole or not at all. The report, which holds the SHA-256 of the others, appears last: where it exists, all
+        do. An optional file of an older result, listed in its report, is removed if this result has none. Raises CdiffError when the
+        folder cannot be written, or a file in it would be replaced that no report of ours lists.
         """
         name = name or self.name
         if not name or Path(name).name != name:
@@ -135,7 +137,7 @@ class Result:
                 write_dicom_seg(self, parts[f"{name}_levels.dcm"])
             not_always = {f"{name}_{more}" for more in ("preview.png", "page.html", "annotators.nii.gz", "levels.dcm")}
             older = {file for file in not_always - set(parts) if os.path.lexists(Path(folder) / file)}
-            if older:  # seldom; for each of thousands of scans the folder of all their files would be listed
+            if older:  # rarely so; otherwise `cut_short` would list the folder of all files again for each of thousands of scans
                 ours = (listed_outputs(Path(folder) / f"{name}.json") or set()) | cut_short(Path(folder))
                 for file in older & ours:
                     stage.replaces(file)
@@ -147,7 +149,7 @@ class Result:
 
 
 def _kinds(variant: Variant) -> dict[str, tuple[str, str]]:
-    """The maps that a result of `variant` has as NAME_KIND.nii.gz: the attribute of `Stack` and what the header says of it."""
+    """For each KIND of map that a result of `variant` saves as NAME_KIND.nii.gz: the attribute of `Stack`, and what the header says of it."""
     kinds = {
         "soft": ("soft", f"soft map: {variant.soft}"),
         "levels": ("levels", f"{variant.levels}, c last"),
@@ -158,22 +160,22 @@ def _kinds(variant: Variant) -> dict[str, tuple[str, str]]:
 
 
 def must_be_free(folder: Path, name: str, variant: Variant, *, preview: bool, page: bool, dicom_seg: bool) -> None:
-    """Raise CdiffError when files in `folder` that no report of ours there lists would be replaced by `Result.save`, or their names are too long for it.
+    """Raise CdiffError when `Result.save` would replace files in `folder` that no report of ours there lists, or a file name is too long for it.
 
-    A reader's own NAME_mask.nii.gz is such a file, and so is the NAME.json that dcm2niix writes beside a scan. A `save` that was killed
-    while it put its files in place left its report under a temporary name, which counts too.
+    Such files are a reader's own NAME_mask.nii.gz, or the NAME.json that dcm2niix writes beside a scan. The report that a `save`
+    left under a temporary name, when it was killed while putting its files in place, counts as a report too.
     """
     listed = listed_outputs(folder / f"{name}.json")
     files = {f"{name}_{kind}.nii.gz" for kind in _kinds(variant)}
     also = {"preview.png": preview, "page.html": page, "levels.dcm": dicom_seg}
     files |= {f"{name}_{more}" for more, asked in also.items() if asked}
     length, longest = max((len(os.fsencode(file)), file) for file in files)
-    if length > (most := most_bytes_of_a_name(folder)):  # the shorter names would be there, and no report with them
+    if length > (most := most_bytes_of_a_name(folder)):  # else shorter names would be written, and no report
         raise CdiffError(
             f"{longest} is too long for the name of a file ({length} bytes of at most {most}); rename the scan"
         )
     for file in sorted(files | {f"{name}.json"} if listed is None else files - listed):
-        # `exists` is False, not an error, in a folder that cannot be searched.
+        # os.path.exists, because it returns False in a folder that cannot be searched, and does not raise.
         if os.path.exists(folder / file) and file not in cut_short(folder):
             raise CdiffError(
                 f"{folder / file} is there, would be replaced, and no report there says that it is an older result; move it, or "

@@ -1,4 +1,4 @@
-"""A bundle and an engine, kept loaded: a scan in, the maps of agreement out."""
+"""Turns scans into maps of agreement, with a bundle and an engine that stay loaded."""
 
 from __future__ import annotations
 
@@ -45,16 +45,16 @@ SAMPLER = "ddpm"
 
 
 class Segmenter:
-    """`Segmenter.open(folder)` once, then `.segment(scan)` for as many scans as there are, in as many threads; another process opens its own."""
+    """Call `Segmenter.open(folder)` once, then `.segment(scan)` for any number of scans, from any threads; another process must open its own."""
 
     def __init__(self, bundle: Bundle, engine: Engine, *more: Engine) -> None:
-        """`more` engines share a scan's slices with the first. Raises CdiffError where the bundle was replaced while they were opened."""
+        """`more` engines share a scan's slices with the first. Raises CdiffError if the bundle has changed since it was opened."""
         self.bundle = bundle
         self.engine, self.engines = engine, (engine, *more)
         self._most_rows: int | None = None
         self._process = os.getpid()
         self.manifest_sha256 = sha256(bundle.path / MANIFEST)
-        bundle.must_be_unchanged()  # the engines have read the graphs again
+        bundle.must_be_unchanged()  # the engines have read the graphs since their hashes were checked
 
     @classmethod
     def open(
@@ -67,10 +67,10 @@ class Segmenter:
     ) -> Segmenter:
         """Check the bundle's hashes and load its graphs into an engine.
 
-        engine: a name of `runtime.engines.registry`, or "auto", which picks; `segmenter.engine.name` tells which.
-        device: `cpu`, `cuda:N`, or several GPUs with commas between, which share a scan's slices.
-        build: makes TensorRT's engines where none is cached for the GPU; `cdiff.export.tensorrt.build_engines` does.
-        Raises CdiffError when the bundle is not whole, or the engine asked for cannot run on that device.
+        engine: a name in `runtime.engines.registry`, or "auto" to pick one; `segmenter.engine.name` tells which was picked.
+        device: `cpu`, `cuda:N`, or several GPUs separated by commas, which share a scan's slices.
+        build: a function that builds TensorRT engines where none are cached for the GPU, such as `cdiff.export.tensorrt.build_engines`.
+        Raises CdiffError when the bundle is not intact, or the engine asked for cannot run on that device.
         """
         opened = bundle if isinstance(bundle, Bundle) else open_bundle(Path(bundle))
         devices = device.split(",")
@@ -84,18 +84,18 @@ class Segmenter:
         return f"<Segmenter {self.manifest.name}: {self.engine.name} {self.engine.version} on {devices}>"
 
     def __reduce__(self) -> NoReturn:
-        """Raise CdiffError: an engine, and what it holds on its device, is of this process."""
+        """Raise CdiffError: an engine, and what it holds on its device, cannot leave this process."""
         raise CdiffError(
             "a model that is loaded cannot be copied, pickled or sent to another process; open it there, with cdiff.load (threads share one)"
         )
 
     @property
     def manifest(self) -> Manifest:
-        """What the bundle says of its model."""
+        """What the bundle says about its model."""
         return self.bundle.manifest
 
     def runs(self, asked: int | None = None, fast: bool = False) -> int:
-        """The number of runs that `segment` takes for these arguments."""
+        """The number of runs that `segment` makes for these arguments."""
         return asked if asked is not None else int(self.manifest.fast.get("runs", RUNS)) if fast else RUNS
 
     def sampling(
@@ -106,12 +106,12 @@ class Segmenter:
         fast: bool = False,
         seed: int = 0,
     ) -> tuple[int, SamplerTable]:
-        """The runs and the table that `segment` takes for these arguments. Raises CdiffError for one that is out of range, or a `fast` of which the
-        bundle says nothing."""
+        """The number of runs and the sampler's table that `segment` uses for these arguments. Raises CdiffError for one out of range, or `fast`
+        where the bundle states no settings for it."""
         if not 0 <= whole("seed", seed) < 2**64:
             raise CdiffError(f"seed {seed} is out of range; use a whole number from 0 to 2^64 - 1")
         preset = self.manifest.fast if fast else {}
-        if fast and not preset.keys() & {"steps", "runs"}:  # all of them would be no fast
+        if fast and not preset.keys() & {"steps", "runs"}:  # the defaults, the whole protocol, would not be fast
             raise CdiffError(
                 "this bundle states neither steps nor runs for fast; leave fast out, and give steps and runs"
             )
@@ -144,27 +144,27 @@ class Segmenter:
         progress: Progress | None = None,
     ) -> Result:
         """Segment a scan: a path (NIfTI, NRRD, MetaImage, PNG, DICOM ...), a NumPy array ([H, W], or three axes) or a nibabel NIfTI
-        image; for a model of several channels also a list of paths, one file a modality, in the order of its training. What `read_scan` gave for this
-        model, cut along its axis, is taken too, and what `prepare` gave; `slices`, `slice_axis`, `at`, `shrink` and
-        `series` are then prepare's.
+        image; for a model of several channels also a list of paths, one file per modality, in the order of its training. It may also be
+        what `read_scan` returned for this model, cut along its axis, or what `prepare` returned; then give `slices`, `slice_axis`,
+        `at`, `shrink` and `series` to prepare, and slice_axis and series to read_scan.
 
-        runs, steps, sampler: 25 runs of ddpm over all T steps unless given; with `fast`, what the bundle states for it.
-        combine: "mean" over runs, or "vote", which rounds each map's mean over runs as the published code does; only for models
-        that draw several maps of a slice.
-        mirror: let the runs see the slice as it is and mirrored, in turn; what the bundle states unless given.
-        zooms: let the runs see the slice at these multiples of its size, in turn; what the bundle states unless given. Only models of
-        the framing `centre` take others than 1.
-        slices: "A:B", A included and B not; the maps are NaN (the mask 0) elsewhere. A slice's maps do not depend on them.
-        slice_axis: axis of the array as stored to cut along, the bundle's unless given. batch: rows a padded batch.
-        at: where the structure is in a scan larger than the crops that a model of the framing `centre` was trained on: a voxel
-        (i, j, k), counted from 0 along the axes of the array as stored; (i, j) of a 2-D image, row and column of a picture; or a
-        point in space, such as "L30,P20,S50". The
-        model's window lies around it in every chosen slice, and intensities are normalised over a part as large as the slices of
-        its training. Without `slices` its slice alone is segmented. shrink: for a structure larger than the window: so many pixels along
-        either axis become one before the model sees them, and the maps are resampled back. series: which DICOM series of a folder that holds several.
+        runs, steps, sampler: by default 25 runs of ddpm over all T steps; with `fast`, what the bundle states for it.
+        combine: "mean" over runs, or "vote", which rounds each map's mean over runs, as the published code does; only for models
+        that draw several maps per slice.
+        mirror: let the runs see the slice as it is and mirrored, in turn; by default as the bundle states.
+        zooms: let the runs see the slice at these multiples of its size, in turn; by default those that the bundle states. Only models
+        of the framing `centre` take any besides 1.
+        slices: "A:B", from A to before B; elsewhere the maps are NaN and the mask 0. A slice's maps do not depend on this choice.
+        slice_axis: the axis of the array as stored to cut along; by default the bundle's. batch: rows per padded batch.
+        at: where the structure is, in a scan larger than the crops that a model of the framing `centre` was trained on: a voxel
+        (i, j, k), counted from 0 along the axes of the array as stored; (i, j) in a 2-D image, row and column in a picture; or a
+        point in space, such as "L30,P20,S50". The model's window lies around it in every chosen slice, and intensities are
+        normalised over a part as large as the slices of the training. Without `slices`, only its slice is segmented.
+        shrink: for a structure larger than the window: this many pixels along either axis become one before the model sees them,
+        and the maps are resampled back. series: which DICOM series, in a folder that holds several.
         keep_runs: keep every run's maps, uint8, in `result.stack.runs`. progress: called as progress(done, total).
-        Raises CdiffError for a scan that cannot be read faithfully, arguments out of range, and a network that does not
-        return finite values.
+        Raises CdiffError for a scan that cannot be read faithfully, for arguments out of range, and when the network returns a
+        value that is not finite.
         """
         must_be_of_this_process(self._process)
         manifest, variant = self.manifest, self.manifest.draws
@@ -190,7 +190,7 @@ class Segmenter:
         seen = [windows.zoomed(zoom) for zoom, _ in shares]
         found, spent, done, rows = [], Timings(), 0, 0
         for view, (zoom, number) in zip(seen, shares, strict=True):
-            # On a GPU one size of batch for all zooms: for another all buffers would be made, and a step captured, anew.
+            # On a GPU all zooms use one batch size: another would need new buffers and a newly captured step.
             per_window = manifest.conditions * (number if self.engine.device == "cpu" else shares[0][1])
             most = most_rows_of(self.engines, manifest.features_channels, manifest.image_size)
             fitting = rows_per_batch(len(view) * per_window, self.engine.device, per_window, most)
@@ -257,9 +257,9 @@ class Segmenter:
         shrink: int | None = None,
         series: int | None = None,
     ) -> Prepared:
-        """Read a scan and do all that does not need the engine, so that it can be done in another thread, for `segment` to take.
+        """Read a scan and do everything that does not need the engine, perhaps in another thread; `segment` takes the result.
 
-        The arguments and errors are `segment`'s.
+        Arguments and errors are those of `segment`.
         """
         return prepare(scan, self.manifest, slices, slice_axis, at, series, shrink)
 
@@ -277,16 +277,15 @@ class Segmenter:
         progress: Callable[[ScanInput, int, int], None] | None = None,
         **options: Any,
     ) -> Iterator[Outcome[ScanInput, Result]]:
-        """Segment scan after scan; the next is read, and the last one's files are written, while the engine works.
+        """Segment scan after scan; while the engine works, the next scan is read and the last one's files are written.
 
         Yields, in the order of `scans`, an outcome with `.item` (the scan as given) and either `.value` (its result) or `.error`:
-        what is wrong with one scan stays with it, and the others go on. The maps and files are those of `segment` and `Result.save`.
-        save_to: folder for each scan's files, nothing is written unless given; with `preview` a picture too, with `page` a page for a
-        browser, with `dicom_seg` a DICOM segmentation. A second scan of the
-        same name is an error of that scan. progress: called as progress(scan, done, total), the scan as given: when a scan's outcome
-        comes, the engine may be through the next one. options: the other arguments of `segment` but `at` and `shrink`, which are of one
-        scan, for every scan. Three scans and their maps are in memory at most, besides those that the caller keeps.
-        Raises CdiffError for `at` and `shrink`.
+        an error in one scan does not stop the others. The maps and files are those of `segment` and `Result.save`.
+        save_to: the folder for the scans' files; without it nothing is written. preview, page, dicom_seg: as for `Result.save`. A
+        second scan of the same name gets an error. progress: called as progress(scan, done, total), with the scan as given, because
+        the engine may already be done with the next scan when an outcome is yielded. options: any other arguments of `segment`, for
+        every scan, except `at` and `shrink`, which are about a single scan. At most three scans and their maps are in memory,
+        besides those that the caller keeps. Raises CdiffError for `at` and `shrink`.
         """
         must_be_of_this_process(self._process)
         if options.get("at") is not None or options.get("shrink") is not None:
@@ -315,9 +314,9 @@ class Segmenter:
     def _fitting(
         self, batch: int, windows: Windows, table: SamplerTable, **options: Any
     ) -> tuple[Gathered, int, Timings]:
-        """Segment in batches of `batch` rows, or half as many, and half of those, until they fit into the device's memory.
+        """Segment in batches of `batch` rows, halved until they fit into the device's memory.
 
-        What fitted is where the next scan begins; each halving is said once, in the log. Returns the batch with the results.
+        The next scan begins with the size that fitted; each halving is logged once. Returns the results, the batch size and the timings.
         """
         if self._most_rows is not None:
             batch = min(batch, self._most_rows)
@@ -327,9 +326,9 @@ class Segmenter:
             try:
                 found = segment_shared(self.engines, windows, table, batch=batch, timings=spent, **options)
             except OutOfMemory as error:
-                if batch == 1:  # it was not the batch: the next scan may begin with a whole one
+                if batch == 1:  # the batch was not the cause, so the next scan may begin with a whole one
                     raise
-                # As text: a log that keeps the error itself would keep the memory that its frames hold.
+                # Logged as text: a log record that holds the error would keep the memory that its frames hold.
                 LOG.warning("%s; going on with %d rows a batch instead of %d", str(error), -(-batch // 2), batch)
                 batch = -(-batch // 2)
             else:
@@ -354,7 +353,7 @@ class Segmenter:
 
 
 def _part_of(progress: Progress | None, before: int, runs: int, of: int) -> Progress | None:
-    """The progress of some of a scan's runs, `before` of which are done, as that of all."""
+    """Turn the progress of `runs` of a scan's `of` runs, `before` of which are already done, into that of all of them."""
     if progress is None or runs == of:
         return progress
     return lambda done, total: progress((before * total + runs * done) // runs, of * total // runs)

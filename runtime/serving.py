@@ -1,4 +1,4 @@
-"""What runs inside a Triton Inference Server's Python backend: one request is one slice, and its whole loop.
+"""The code that runs inside a Triton Inference Server's Python backend: one request is one slice, with its whole reverse chain.
 
 `cdiff export --triton` writes a model repository whose model.py imports `TritonPythonModel` from here.
 """
@@ -26,15 +26,15 @@ OUTPUTS = ("soft", "levels", "uncertainty")
 
 
 class Cancelled(Exception):
-    """The client no longer waits for the answer."""
+    """The client is no longer waiting for the answer."""
 
 
 class TritonPythonModel:
-    """The interface of Triton's Python backend. Parameters of config.pbtxt: `engine`, `sampler`, `fast`, `batch`; "" is as left out."""
+    """The interface of Triton's Python backend. Parameters of config.pbtxt: `engine`, `sampler`, `fast`, `batch`; "" means not given."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Load the bundle that lies beside model.py on the instance's device. Raises CdiffError, which Triton shows, when that cannot be,
-        and for a parameter that no request could be answered with."""
+        """Load the bundle beside model.py onto the instance's device. Raises CdiffError, which Triton shows, when that fails, and for
+        parameters with which no request could be answered."""
         self._triton: Any = importlib.import_module("triton_python_backend_utils")
         _check_numpy(self._triton)
         if (kind := args["model_instance_kind"]) not in ("GPU", "CPU"):
@@ -49,15 +49,15 @@ class TritonPythonModel:
         self.segmenter.sampling(sampler=self._sampler, fast=self._fast)
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """A response for each request, in order; what is wrong with one of them is that one's error alone."""
+        """A response for each request, in order; an error in one does not affect the others."""
         return [self._answer_or_lack_memory(request) for request in requests]
 
     def finalize(self) -> None:
-        """Let go of the engine, whose memory goes with it."""
+        """Release the engine and its memory."""
         del self.segmenter
 
     def _answer_or_lack_memory(self, request: Any) -> Any:
-        """A request may ask for more runs than there is memory for; an exception that is let go would be every request's error."""
+        """`_answer`, or a refusal where there is too little memory for the runs that are asked for: an uncaught error would fail every request."""
         try:
             return self._answer(request)
         except MemoryError as error:
@@ -74,7 +74,7 @@ class TritonPythonModel:
             return self._refusal(error, triton.TritonError.INVALID_ARG)
         try:
             maps = self._maps(request, prepared, asked)
-        except CdiffError as error:  # the engine's: the same request may do elsewhere, or later
+        except CdiffError as error:  # the engine's error: the same request may succeed elsewhere or later
             return self._refusal(error, triton.TritonError.INTERNAL)
         except Cancelled as error:
             return self._refusal(error, triton.TritonError.CANCELLED)
@@ -84,7 +84,7 @@ class TritonPythonModel:
         return self._triton.InferenceResponse(output_tensors=[], error=self._triton.TritonError(str(error), code))
 
     def _read(self, request: Any) -> tuple[Prepared, dict[str, int | None]]:
-        """The slice, ready for the engine, and the numbers that the request gives. Raises CdiffError for what is wrong with either."""
+        """The slice, ready for the engine, and the numbers that the request gives. Raises CdiffError when either is invalid."""
         image = self._tensor(request, "image")
         channels = self.segmenter.manifest.image_channels
         if image.ndim != 3 or image.shape[0] != channels:
@@ -97,7 +97,7 @@ class TritonPythonModel:
         return self.segmenter.prepare(np.ascontiguousarray(scan)), asked
 
     def _maps(self, request: Any, scan: Prepared, asked: dict[str, int | None]) -> dict[str, NDArray[np.float32]]:
-        """soft [H,W], levels [C,H,W] and uncertainty [2,H,W] of one slice. Raises Cancelled when nobody waits for them any more."""
+        """soft [H,W], levels [C,H,W] and uncertainty [2,H,W] of one slice. Raises Cancelled when the client no longer waits for them."""
 
         def progress(done: int, total: int) -> None:
             if request.is_cancelled():
@@ -134,7 +134,7 @@ class TritonPythonModel:
 
 
 def _switch(name: str, given: str) -> bool:
-    """A parameter that is on or off. Raises CdiffError for any word but true and false."""
+    """A parameter that is on or off; "" is off. Raises CdiffError for any word but true and false."""
     if (word := given.strip().lower()) not in ("true", "false", ""):
         raise CdiffError(f'the parameter {name} of config.pbtxt is {given!r}; use "true" or "false"')
     return word == "true"
@@ -152,8 +152,8 @@ def _count(name: str, given: str) -> int | None:
 def _check_numpy(triton: Any) -> None:
     """Raise CdiffError where the server's Python backend reads NumPy 2's arrays wrongly: images as zeros, maps as empty.
 
-    pybind11 before 2.12 takes an array's item size from where NumPy 1 had it. Such backends raise nothing, so a tensor that the
-    backend makes itself, as it makes those of a request, is read and compared.
+    pybind11 before 2.12 reads an array's item size from where NumPy 1 kept it. Such backends raise no error. So a tensor is made by
+    the backend itself, as those of a request are, and what it holds is compared.
     """
     sent = np.arange(1, 4, dtype=np.float32)
     made = triton.Tensor.from_dlpack("probe", triton.Tensor("probe", sent))

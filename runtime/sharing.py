@@ -1,4 +1,4 @@
-"""A scan's slices shared out among several engines, one thread each: the same maps, sooner."""
+"""Shares a scan's slices out among several engines, one thread each: the same maps, sooner."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cdiff.runtime.sampling.framing import Windows
 from cdiff.runtime.sampling.sampler import SamplerTable
 from cdiff.runtime.sampling.sums import Gathered, SliceResult
 
-# Whose turn is held by what called us, by the engines' identities: a progress callback runs within the scan that it is about.
+# The ids of the engines whose turn the current context holds: a progress callback runs within the scan that it reports on.
 _HELD: ContextVar[frozenset[int]] = ContextVar("_HELD", default=frozenset())
 
 
@@ -31,11 +31,11 @@ def segment_shared(
     progress: Progress | None = None,
     **options: Any,
 ) -> Gathered:
-    """The results of all slices, in order; engine k of n takes the k-th part of the slices, all parts being as equal as can be.
+    """The results of all slices, in order; engine k of n computes the k-th of n nearly equal parts of the slices.
 
-    The arguments are `segment_windows`'s; `options` are its others. The noise belongs to a slice's number, so the maps do not
-    depend on who computed them but for the batch's make-up. `timings` adds the engines' up. The first error of any of them
-    stops the others after the slice that they are at, and is raised. Several threads may call it with the same engines.
+    The arguments, `options` included, are those of `segment_windows`. Noise depends on a slice's number, so the maps do not depend
+    on which engine computes them, except through the batches' make-up. `timings` sums those of the engines. An error in one engine
+    stops the others after their current slice and is raised. Several threads may call this with the same engines.
     Raises CdiffError where `progress` calls it for an engine that takes one scan at a time: it would wait for itself.
     """
     if any(id(engine) in _HELD.get() for engine in engines):
@@ -78,7 +78,7 @@ def segment_shared(
         running = [pool.submit(copy_context().run, work, k) for k in range(len(engines))]
         try:
             parts = [one.result() for one in running]
-        except BaseException:  # Ctrl-C too: the threads would go on to the end of their share
+        except BaseException:  # Ctrl-C too: otherwise the threads would go on to the end of their share
             stop.set()
             raise
     for _, mine in parts:
@@ -88,7 +88,7 @@ def segment_shared(
 
 @contextmanager
 def _turn(engine: Engine) -> Iterator[None]:
-    """Within it a scan may be computed with the engine."""
+    """Hold the engine's turn, where it takes one scan at a time, for the block that computes a scan with it."""
     if not isinstance(engine, OneScanAtATime):
         yield
         return
@@ -101,14 +101,14 @@ def _turn(engine: Engine) -> Iterator[None]:
 
 
 class _Meter:
-    """One progress report out of several threads'."""
+    """Combines the progress of several threads into one report."""
 
     def __init__(self, progress: Progress | None) -> None:
         self._progress, self._lock = progress, threading.Lock()
         self._done: dict[int, int] = {}
 
     def part(self, k: int, slices: int, share: int) -> Callable[[int, int], None] | None:
-        """Progress of thread k, whose share is `share` of all `slices`: both count alike for a slice."""
+        """The progress function for thread k, which computes `share` of all `slices`; its total is scaled up to all slices."""
         progress = self._progress
         if progress is None:
             return None

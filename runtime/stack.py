@@ -1,4 +1,4 @@
-"""The maps of the slices that were computed: what the network drew, and the soft map, levels and uncertainty that follow from it."""
+"""The maps of the slices that were computed: what the network drew, and the soft map, levels and uncertainty derived from it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ Float32 = NDArray[np.float32]
 
 
 def entropy(soft: Float32) -> Float32:
-    """Entropy in bits of a pixel's yes or no, H(p) = -p log2 p - (1-p) log2 (1-p); 0 where all agree, 1 at p = 1/2."""
-    found, unsure = np.zeros(soft.shape, np.float32), (soft != 0) & (soft != 1)  # of most maps few pixels are
+    """Binary entropy in bits of each pixel, H(p) = -p log2 p - (1-p) log2 (1-p): 0 where all agree, 1 at p = 1/2, NaN where p is."""
+    found, unsure = np.zeros(soft.shape, np.float32), (soft != 0) & (soft != 1)  # few pixels are, in most maps
     p = soft[unsure].astype(np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
         terms = [np.where(q > 0, -q * np.log2(q), 0.0) for q in (p, 1 - p)]
@@ -27,13 +27,14 @@ def entropy(soft: Float32) -> Float32:
 
 @dataclass(frozen=True, eq=False)
 class Stack:
-    """The maps of the slices that were computed, n of them, in-plane axes as stored.
+    """The maps of the n slices that were computed, in-plane axes as stored.
 
-    maps [n,K,h,w] float32: what the network drew, mean over runs; K and what they are is the variant's. run_std [n,h,w] float32:
-    standard deviation over runs of a run's soft map. runs [n,K,R,h,w] uint8 (255 = 1), when they were kept. annotators is C, K
-    unless given.
-    All three are held on the part `box` of the slices' grid `shape` [h,w], outside which every map is 0, and made whole when they are
-    asked for: of a large slice a model of the framing `centre` sees little. On all of it unless given.
+    maps [n,K,h,w] float32: what the network drew, mean over runs; the variant defines K and what the maps are. run_std [n,h,w]
+    float32: the standard deviation over runs of a run's soft map. runs [n,K,R,h,w] uint8 (255 = 1), or None if not kept.
+    annotators: C; by default K.
+    These three are held (held_maps, held_std, held_runs) only on the part `box` of the slices' grid `shape` (h, w), outside which
+    every map is 0, because a model of the framing `centre` sees little of a large slice. The properties make them whole. Without
+    `box` they are held on the whole grid.
     """
 
     held_maps: Float32
@@ -53,7 +54,7 @@ class Stack:
 
     @property
     def inside(self) -> Stack:
-        """The same within `box` alone."""
+        """The same maps on `box` alone."""
         return replace(self, box=None, shape=None)
 
     def _whole(self, held: NDArray[Any]) -> NDArray[Any]:
@@ -71,7 +72,7 @@ class Stack:
 
     @property
     def runs(self) -> NDArray[np.uint8] | None:
-        """[n,K,R,h,w]: every run's maps, when they were kept."""
+        """[n,K,R,h,w]: every run's maps; None if they were not kept."""
         return None if self.held_runs is None else self._whole(self.held_runs)
 
     @property
@@ -79,19 +80,19 @@ class Stack:
         """[n,h,w]: the mean over the maps, a fraction of annotators (from levels: the sum of P(at least c) over c, divided by C)."""
         held = self.held_maps
         found = np.empty((len(held), *held.shape[2:]), np.float32)
-        # Slice by slice, or a long scan would lie in memory in float64.
+        # Slice by slice, so that a long scan is never held in float64.
         for one, maps in zip(found, held, strict=True):
             one[...] = maps.mean(axis=0, dtype=np.float64)
         return self._whole(found)
 
     @property
     def levels(self) -> Float32:
-        """[n,C,h,w]: at index c-1 the map of "at least c annotators", as the variant has it."""
+        """[n,C,h,w]: at index c-1 the map of "at least c annotators", as the variant derives it."""
         return self._whole(self.variant.to_levels(self.held_maps, self.annotators or self.held_maps.shape[1]))
 
     @property
     def spread(self) -> Float32:
-        """[n,h,w]: how much the runs differ: their standard deviation, or their variance where the variant's paper has that."""
+        """[n,h,w]: how much the runs differ: their standard deviation, or their variance where the variant's paper uses that."""
         return self._whole(self.held_std**2 if self.variant.spread == "variance" else self.held_std)
 
     @property
@@ -110,7 +111,7 @@ class Stack:
 
 
 class Lazily:
-    """A map of a stack as an array whose slices are computed when they are asked for: all of them would be as large as the scan."""
+    """One map of a stack, by its attribute's name, as an array whose slices are computed when indexed: all would be as large as the scan."""
 
     def __init__(self, stack: Stack, attribute: str) -> None:
         self._stack, self._attribute = stack, attribute

@@ -1,4 +1,4 @@
-"""What is one for the whole process, such as Python's filters of warnings, switched by several threads at once."""
+"""Switches state of the whole process, such as Python's warning filters, from several threads at once."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 def for_all_threads(
     switched: Callable[[], AbstractContextManager[object]],
 ) -> Callable[[], AbstractContextManager[None]]:
-    """Of a context that switches something of the whole process: the first thread to enter switches it, the last to leave switches it back.
+    """Share a context that switches process-wide state: the first thread to enter switches it, the last to leave restores it.
 
-    Each for itself, a thread that leaves would give back what others still compute without; and one that entered while another was inside
-    would leave the process as that one had it, for good.
+    With a context per thread, the first to leave would restore the state while others still need it switched; and one that entered
+    while another was inside would save the switched state and restore that, for good.
     """
     lock, stack, inside = threading.Lock(), ExitStack(), 0
 
@@ -43,7 +43,7 @@ _warnings_ignored = for_all_threads(lambda: warnings.catch_warnings(action="igno
 
 
 def without_warnings() -> AbstractContextManager[object]:
-    """Without Python's warnings, which libraries raise of files that they can use all the same."""
+    """A context without Python's warnings, which libraries issue about files that they can read nonetheless."""
     if getattr(
         sys.flags, "context_aware_warnings", False
     ):  # each thread has its own then (Python 3.14, where it is built without the lock)
@@ -52,7 +52,7 @@ def without_warnings() -> AbstractContextManager[object]:
 
 
 def quiet(name: str) -> AbstractContextManager[None]:
-    """Without the remarks of a library, by the name of its logger, which would reach the terminal."""
+    """A context in which the logger `name`, a library's, passes only errors: the rest would reach the terminal."""
     return _errors_alone(name)()
 
 

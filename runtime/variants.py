@@ -1,7 +1,7 @@
-"""What a model was trained to draw, and so what its maps mean: the variants of both papers, each in one row of one table.
+"""What a model was trained to draw, and so what its maps mean: the variants of both papers, each a row of one table.
 
-Amit et al. 2023, section 4, compare four ways to learn from C annotators; Wolleb et al. 2022 is the fifth. docs/variants.md
-says the same in words.
+Amit et al. 2023, section 4, compare four ways to learn from C annotators; Wolleb et al. 2022 have a fifth. docs/variants.md
+describes them.
 """
 
 from __future__ import annotations
@@ -26,37 +26,38 @@ def _as_drawn(maps: Float32, C: int) -> Float32:
 
 
 def _counted(maps: Float32, C: int) -> Float32:
-    """Where at least c of the annotators' maps reach one half: equation 1 of Amit et al. on what the network drew for each."""
+    """Where at least c of the annotators' maps reach one half: equation 1 of Amit et al., on the maps that the network drew for each."""
     votes = at_least(maps, 0.5).sum(axis=-3, keepdims=True)
     return np.asarray(votes >= np.arange(1, C + 1)[:, None, None], dtype=np.float32)
 
 
 def _by_share(maps: Float32, C: int) -> Float32:
-    """Where the soft map reaches (c - 1/2) / C, that is, where the number of annotators nearest to it is at least c."""
+    """Where the soft map reaches (c - 1/2) / C: there the number of annotators, rounded to the nearest, is at least c."""
     soft = maps.mean(axis=-3, keepdims=True, dtype=np.float64)
     return np.concatenate([at_least(soft, (c - 0.5) / C) for c in range(1, C + 1)], axis=-3).astype(np.float32)
 
 
 def _each_map(runs: NDArray[np.uint8], C: int) -> Masks:
-    """Every run's every map, at one half: [K,R,h,w] -> [K R,h,w]. 128 of 255 is one half, rounded up."""
+    """Every map of every run, thresholded at one half: [K,R,h,w] -> [K R,h,w]. 128 of 255 is one half, rounded up."""
     return np.asarray((runs >= 128).reshape(-1, *runs.shape[2:]))
 
 
 def _each_runs_levels(runs: NDArray[np.uint8], C: int) -> Masks:
-    """The levels of every run's soft map: [1,R,h,w] -> [R C,h,w]. One half of a fraction is no annotator's mask."""
+    """The levels of every run's soft map: [1,R,h,w] -> [R C,h,w]. A fraction thresholded at one half would be no annotator's mask."""
     maps = np.moveaxis(runs, 1, 0).astype(np.float32) / np.float32(255)
     return np.asarray(_by_share(maps, C).reshape(-1, *runs.shape[2:]) > 0)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to learn from C annotators, and what follows from it for K maps of a slice, K being 1 or C.
+    """One way to learn from C annotators, and what follows from it for the K maps of a slice; K is 1 or C.
 
     told: what the network is told besides the timestep, "level", "annotator" or nothing. drawn: what it learned to draw.
-    soft, levels: what those maps hold, in the words of files and reports; the soft map is the mean over the K maps always.
-    spread: what the second channel of the uncertainty is, over runs. of_annotators: the soft map is a fraction of annotators.
-    outlines: which maps a preview outlines, with its title and key. to_levels: K maps to C levels. to_samples: the masks that
-    the energy distance compares with the annotators'. summary: of a model card, with {C}.
+    soft, levels: what those maps hold, as files and reports word it; the soft map is always the mean over the K maps.
+    spread: the statistic over runs in the second channel of the uncertainty. of_annotators: whether the soft map is a fraction of
+    annotators. outlines: which maps a preview outlines; outline_title, outline_key: its texts. to_levels: turns maps [...,K,h,w]
+    into levels [...,C,h,w], given C. to_samples: turns runs [K,R,h,w] uint8 into the masks that the energy distance compares with
+    the annotators', given C. summary: the text of a model card, with {C}.
     """
 
     name: str
@@ -74,17 +75,17 @@ class Variant:
     summary: str
 
     def conditions(self, annotators: int) -> int:
-        """K, how many maps a run draws of a slice: one for each level or annotator, or one."""
+        """K, the number of maps that a run draws per slice: one for each level or annotator, or one."""
         return annotators if self.told else 1
 
     @property
     def whose(self) -> str:
-        """Whose mask a pixel of the soft map is the probability of."""
+        """Whose mask the soft map gives the probability of, pixel by pixel, in words."""
         return "an annotator's" if self.of_annotators else "the true"
 
     @property
     def uncertainty(self) -> str:
-        """The channels of the uncertainty."""
+        """The channels of the uncertainty, in words."""
         return f"entropy (bits); {self.spread} over runs"
 
 
@@ -162,7 +163,7 @@ VARIANTS: dict[str, Variant] = {
 
 
 def variant_called(name: str) -> Variant:
-    """The variant `name`. Raises CdiffError for one that does not exist."""
+    """The variant called `name`. Raises CdiffError where there is none."""
     if name not in VARIANTS:
         raise CdiffError(f"variant={name!r} is not known; use {', '.join(VARIANTS)}")
     return VARIANTS[name]

@@ -14,7 +14,7 @@ def several(number: int, word: str) -> str:
 
 
 def lasting(seconds: float) -> str:
-    """A time in words, of two digits or so: 0.42 s, 35 minutes, 2.3 hours, 41 days."""
+    """A time in words, with about two digits: 0.42 s, 35 minutes, 2.3 hours, 41 days."""
     for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
         if seconds >= 2 * size:
             return f"{seconds / size:,.{0 if seconds >= 9.95 * size else 1}f} {unit}"
@@ -22,7 +22,7 @@ def lasting(seconds: float) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, on one line; its kind where it says nothing."""
+    """An exception's whole text on one line, or its class's name where it has none."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -33,5 +33,6 @@ def first_line(error: BaseException) -> str:
 
 
 def three_digits(value: float) -> str:
-    """A size of three significant digits, or of all before its point, never with an exponent: 0.240, 98.8, 1,520; a whole number as it is."""
+    """A size with three significant digits, or all digits before the point if those are more, and never an exponent: 0.240, 98.8, 1,520; a whole
+    number as it is."""
     return f"{value:,.0f}" if value >= 100 or float(value).is_integer() else f"{value:#.3g}"

@@ -1,7 +1,7 @@
-"""An engine's two graphs tied to one GPU: windows in, whole chains run, finished sums out.
+"""An engine's two graphs connected to one GPU: takes windows, runs whole chains, and returns finished sums.
 
-Two streams. The encoder's: upload of a window, encoder, and, once the chains queued so far need the old features no more, their
-copy into a slot. The chain's: upload of a batch's rows, x_T, the steps, the sums. Each waits for the other by events alone.
+There are two streams. The encoder's uploads a window, runs the encoder and, once no queued chain needs a slot's old features, copies
+the new ones there. The chain's uploads a batch's rows, draws x_T, and runs the steps and sums. They wait for each other only by events.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from cdiff.runtime.engines.base import Float32, Int64, Pending, Prediction, Rows
 from cdiff.runtime.sampling.sampler import SamplerTable
 
 IMAGES = 16
-"""Most windows in pinned memory on their way to the encoder."""
+"""The most windows held in pinned memory on their way to the encoder."""
 
 
 class DeviceBinding:
     """Buffers for batches of `rows` rows over `slots` sets of features. Implements `Binding`, `ChainBinding` and `SumBinding`.
 
-    streams: the encoder's and the chain's. capture: replay a step as a CUDA graph; where an engine's launches cannot be captured they
-    are made one by one, which a warning says once. Raises OutOfMemory when the device has no room; what was taken is given back then.
+    streams: the encoder's and the chain's. capture: replay a step as a CUDA graph; where an engine's launches cannot be captured, they
+    are made one by one, and a warning says so once. Raises OutOfMemory when the device has no room, after freeing what it took.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class DeviceBinding:
         gpu, spec, arena = self.gpu, self.spec, self._arena
         self._image = arena.tensor((1, *spec.image), np.float32)
         self._encoded = arena.tensor((1, *spec.features), spec.feature_dtype)
-        # Places not used yet hold zeros, so that a padding row never meets a NaN left in memory.
+        # Slots not used yet hold zeros, so that a padding row never reads a NaN left in memory.
         self._features = arena.tensor((self.slots, *spec.features), spec.feature_dtype)
         size = spec.image[1:]
         chain = DeviceChain(gpu, arena, self._stream, self.rows, size, self._features, spec.learned, capture)
@@ -72,7 +72,7 @@ class DeviceBinding:
 
     @property
     def chain(self) -> DeviceChain:
-        """The chain; a closed binding has none."""
+        """The chain. Raises RuntimeError once the binding is closed."""
         if self._chain is None:
             raise RuntimeError("this binding was closed")
         return self._chain
@@ -85,15 +85,15 @@ class DeviceBinding:
     # Binding ----------------------------------------------------------------------------------------------------------
 
     def encode(self, slot: int, image: Float32) -> None:
-        """Queue the encoder on one window [ch,H,W] float32; its features come to lie at place `slot`.
+        """Queue the encoder on one window [ch,H,W] float32, and the copy of its features into `slot`.
 
-        Features that are not finite are an error of the next `features`, `run`, `run_chain` or `wait`.
+        Features that are not finite make the next `features`, `run`, `run_chain` or `wait` raise CdiffError.
         """
         gpu, stream, chain, features = self.gpu, self._encode_stream, self.chain, self._encoded
         with gpu.current():
             staged, uploaded = self._staging[self._turn]
             self._turn = (self._turn + 1) % len(self._staging)
-            uploaded.synchronize()  # of the window that this memory held long ago
+            uploaded.synchronize()  # wait until the window that this memory held before was uploaded
             staged[:] = np.ravel(image)
             gpu.upload(self._image.address, staged, stream)
             uploaded.record(stream)
@@ -104,7 +104,7 @@ class DeviceBinding:
             self._in_place.record(stream)
 
     def features(self) -> NDArray[Any]:
-        """The features in all places [slots,L,H,W], brought back. Raises CdiffError when an encoder's output was not finite."""
+        """The features in all slots [slots,L,H,W], copied to the host. Raises CdiffError when an encoder output was not finite."""
         out = np.empty(self._features.shape, self._features.dtype)
         with self.gpu.current():
             self._stream.wait_for_event(self._in_place)
@@ -113,13 +113,13 @@ class DeviceBinding:
         return out
 
     def set_features(self, features: NDArray[Any]) -> None:
-        """Put features [slots,L,H,W] into their places, in the type that the graphs take."""
+        """Upload features [slots,L,H,W] into the slots, converted to the type that the graphs take."""
         with self.gpu.current():
             self._stream.wait_for_event(self._in_place)
             self._upload(self._features.address, np.ascontiguousarray(features, self._features.dtype))
 
     def run(self, x: Float32, slot: Int64, t: Int64, level: Int64) -> Prediction:
-        """One call of the denoiser with host arrays; see `base.Binding.run`. For comparisons: the loop runs whole chains."""
+        """See `base.Binding.run`: one call of the denoiser with host arrays, for comparisons; the loop runs whole chains."""
         chain, stream = self.chain, self._stream
         with self.gpu.current():
             stream.wait_for_event(self._in_place)
@@ -136,7 +136,7 @@ class DeviceBinding:
 
     def _upload(self, address: int, array: NDArray[Any]) -> None:
         self.gpu.upload(address, array, self._stream)
-        self._stream.synchronize()  # the array is not ours to keep
+        self._stream.synchronize()  # the caller may free or change the array
 
     # ChainBinding -----------------------------------------------------------------------------------------------------
 
@@ -187,7 +187,7 @@ class DeviceBinding:
     # ------------------------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Free the graph and give the buffers back to the pool; whatever is queued is waited for."""
+        """Wait for whatever is queued, free the graph and give the buffers back to the pool."""
         with self.gpu.current():
             self._wait_for_all()
             self._release()

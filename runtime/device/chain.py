@@ -1,7 +1,7 @@
 """The reverse chain of one padded batch on the device: a step is captured as a CUDA graph and replayed.
 
-A step is the network, then noise and update in one kernel, then the step's number. Whatever changes from step to step or batch to
-batch is read from device memory, so one graph serves every sampler, seed and slice.
+A step runs the network, then noise and update in one kernel, and then increments the step's number. Everything that changes between
+steps or batches is read from device memory, so one graph serves every sampler, seed and slice.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from cdiff.runtime.sampling.sampler import SamplerTable
 
 LOG = logging.getLogger("cdiff")
 WARM_UPS = 2
-"""Steps launched plainly before the capture: the first calls of an engine set up what must not happen inside one."""
+"""Steps launched plainly before the capture: the first calls of an engine set up things, which must not happen inside a capture."""
 TABLE_ROWS = 1024
-"""Steps that a table's buffer holds at first; a longer table takes a larger one."""
+"""Steps that the table's buffer holds at first; a longer table gets a larger buffer."""
 
 
 class DeviceChain:
-    """x [B,1,H,W] and what a step needs, on `stream`. The GPU's context must be current in every method.
+    """x [B,1,H,W] and everything that a step needs, on `stream`. The GPU's context must be current in every method.
 
-    features: the places [slots,L,H,W] that the rows share. `captured` is None until the first batch, then whether a step is a graph.
+    features: the tensor [slots,L,H,W] that the rows share. captured: None until the first batch, then whether a step is replayed as a graph.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class DeviceChain:
 
     @property
     def job(self) -> tuple[int, int]:
-        """Where the batch's Job and its Rows lie."""
+        """The addresses of the batch's Job and of its Rows."""
         return self.batch, self.batch + self.block.row
 
     def queue(
@@ -86,14 +86,14 @@ class DeviceChain:
         began: Any = None,
         passed: Callable[[int], None] | None = None,
     ) -> None:
-        """Queue a batch's rows and its chain; x then holds the last x.
+        """Queue a batch's rows and its chain, which leaves the last x in `self.x`.
 
-        ready: the event that the features' copies are behind. began: an event recorded before x_T is drawn. passed: called with 1, 2, ...
-        after each step was queued.
+        views: slots per window. ready: the event recorded after the features' copies. began: an event to record before x_T is drawn.
+        passed: called with 1, 2, ... after each step is queued.
         """
         staged, uploaded = self._uploads[self._turn]
         self._turn = 1 - self._turn
-        uploaded.synchronize()  # of the batch before the last, which was waited for
+        uploaded.synchronize()  # the upload of the batch before the last used this memory
         self.block.fill(staged, rows, table, seed, views)
         self._gpu.upload(self.batch, staged, self.stream)
         uploaded.record(self.stream)
@@ -112,7 +112,7 @@ class DeviceChain:
                 passed(step + 1)
 
     def _capture(self) -> None:
-        """Capture a step, after a few that were launched plainly on the rows that are there; the chain starts anew afterwards."""
+        """Capture a step, after launching a few plainly on the rows already uploaded; the chain must be started again afterwards."""
         for _ in range(WARM_UPS):
             self._start()
             self._step()
@@ -138,7 +138,8 @@ class DeviceChain:
         self.kernels.advance(self.stream, self.state)
 
     def set_table(self, table: SamplerTable) -> None:
-        """Upload a sampler's table, once what is queued is through. The graph reads it from its place: a larger one is captured anew."""
+        """Upload a sampler's table, once everything queued is done. The graph reads it from a fixed address, so a larger table, which needs
+        a new buffer, drops the graph, and the next batch captures one again."""
         steps = step_table(table)
         self.stream.synchronize()
         if steps.nbytes > self._table_size:
@@ -150,14 +151,14 @@ class DeviceChain:
         self.stream.synchronize()
 
     def clear_state(self) -> None:
-        """Nothing bad was seen."""
+        """Reset the device's State to "nothing bad seen"."""
         state = np.zeros(1, STATE)
         state["bad"] = GOOD
         self._gpu.upload(self.state, state.view(np.uint8), self.stream)
         self.stream.synchronize()
 
     def finish(self) -> NDArray[np.void]:
-        """Wait for the stream; State [1] as it was then, which starts anew."""
+        """Wait for the stream, return the device's State [1] and reset it."""
         state = np.zeros(1, STATE)
         self._gpu.download(state.view(np.uint8), self.state, self.stream)
         self.stream.synchronize()
@@ -165,7 +166,7 @@ class DeviceChain:
         return state
 
     def close(self) -> None:
-        """Free the graph; nothing queued uses it any more."""
+        """Free the graph. Nothing queued may still use it."""
         if self._graph is not None:
             self._graph.close()
             self._graph = None

@@ -1,4 +1,4 @@
-"""kernels.cu to a cubin for one architecture, by NVRTC (which needs no GPU), and its cache on the disk."""
+"""Compiles kernels.cu to a cubin for one architecture, with NVRTC (which needs no GPU), and caches it on the disk."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from cdiff.runtime.words import first_line
 
 SOURCE = Path(__file__).with_name("kernels.cu")
 OPTIONS = ("--std=c++17", "-fmad=false")
-"""Without contraction the update rounds as the host's does. NVRTC's division and square root are exact unless told otherwise."""
+"""Without contraction to fused multiply-adds, the update rounds as the host's does. NVRTC's division and square root are correctly rounded by
+default."""
 
 
 def cubin(arch: str) -> bytes:
-    """The compiled kernels for `arch`, such as `sm_90`: from the cache, or compiled and then kept there.
+    """The compiled kernels for `arch`, such as `sm_90`: from the cache, or compiled now and then cached.
 
     The cache's key is the source, the options, the architecture and NVRTC's version. A cache that cannot be written is no
-    error. Raises CdiffError when NVRTC is not there or does not accept the source or the architecture.
+    error. Raises CdiffError when NVRTC is missing or does not accept the source or the architecture.
     """
     path = cache_folder() / f"kernels-{arch}-{_key(arch)}.cubin"
     try:
@@ -37,7 +38,7 @@ def cubin(arch: str) -> bytes:
 
 
 def compile_source(source: str, arch: str) -> bytes:
-    """CUDA C++ text to a cubin for `arch`. Raises CdiffError with NVRTC's first error line."""
+    """Compile CUDA C++ text to a cubin for `arch`. Raises CdiffError with NVRTC's first error line."""
     nvrtc = need("cuda.bindings.nvrtc")
     program = _ok(nvrtc, nvrtc.nvrtcCreateProgram(source.encode(), b"kernels.cu", 0, [], []))
     try:
@@ -58,13 +59,13 @@ def compile_source(source: str, arch: str) -> bytes:
 
 @cache
 def version() -> str:
-    """NVRTC's version, such as `13.0`. Raises CdiffError when its library is not there."""
+    """NVRTC's version, such as `13.0`. Raises CdiffError when its library is missing."""
     nvrtc = need("cuda.bindings.nvrtc")
     try:
         major, minor = _ok(nvrtc, nvrtc.nvrtcVersion())
     except CdiffError:
         raise
-    except Exception as error:  # cuda-pathfinder's class for a library that is not found
+    except Exception as error:  # cuda-pathfinder's own exception for a library that is not found
         raise CdiffError(
             f"NVRTC's library is not there ({first_line(error)}): pip install 'nvidia-cuda-nvrtc>=13,<14'"
         ) from error

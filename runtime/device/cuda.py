@@ -1,4 +1,4 @@
-"""The CUDA packages, imported when they are first needed, each with a line that says what to install where it is missing."""
+"""Imports the CUDA packages when they are first needed, with an error that says what to install where one is missing."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ PACKAGES = {
     "cuda.bindings.driver": "cuda-bindings",
     "cuda.bindings.nvrtc": "cuda-bindings",
 }
-"""The modules that the device layer needs, and the packages that bring them."""
+"""The modules that the device layer needs, and the packages that provide them."""
 
 
 class OutOfMemory(CdiffError):
-    """There is no room for a batch of this size, on a GPU mostly; a smaller one may fit."""
+    """There is no memory, usually a GPU's, for a batch of this size; a smaller one may fit."""
 
 
 def need(module: str) -> Any:
-    """Import one of `PACKAGES`' modules. Raises CdiffError, with the package to install, when that fails."""
+    """Import one of the modules in `PACKAGES`. Raises CdiffError, naming the package to install, when that fails."""
     package = PACKAGES[module]
     if module == "pycuda.driver":
         _load_curand()
@@ -34,13 +34,13 @@ def need(module: str) -> Any:
         if error.name and not module.startswith(error.name):
             raise CdiffError(f"{package} is installed, but lacks {error.name}: {INSTALL}") from error
         raise CdiffError(f"a GPU needs {package}, which is not installed: {INSTALL}") from None
-    except Exception as error:  # a library that it links to: ImportError, OSError, cuda-pathfinder's own classes
+    except Exception as error:  # a missing library: ImportError, OSError, or one of cuda-pathfinder's own
         raise CdiffError(f"{package} is installed but cannot be loaded ({first_line(error)}): {INSTALL}") from error
 
 
 def _load_curand() -> None:
-    """PyCUDA links to cuRAND. Where that came as a wheel, the system's loader does not find it unless it is in the process already."""
-    with contextlib.suppress(Exception):  # where it is not to be had PyCUDA's own import says so, or does without
+    """Load cuRAND, which PyCUDA links to: if it came as a wheel, the system's loader finds it only once it is loaded in the process."""
+    with contextlib.suppress(Exception):  # without it, PyCUDA's import raises its own error or does not need it
         importlib.import_module("cuda.pathfinder").load_nvidia_dynamic_lib("curand")
 
 
@@ -58,14 +58,14 @@ def missing_packages() -> list[str]:
 
 
 def driver_call(function: str, *arguments: Any) -> Any:
-    """Call a function of `cuda.bindings.driver` by name; returns what follows the status: nothing, one value or a tuple.
+    """Call a function of `cuda.bindings.driver` by name; returns what follows the status: None, one value or a tuple.
 
-    Raises OutOfMemory or CdiffError with the driver's words for any status but success.
+    For any status but success it raises OutOfMemory, or CdiffError with the driver's message.
     """
     module = need("cuda.bindings.driver")
     try:
         status, *values = getattr(module, function)(*arguments)
-    except RuntimeError as error:  # the driver library is not there, or has no such function
+    except RuntimeError as error:  # the driver library is missing, or has no such function
         raise CdiffError(f"{function}: {first_line(error)}; install or update the NVIDIA driver") from error
     if int(status) == 0:
         return values[0] if len(values) == 1 else tuple(values) if values else None

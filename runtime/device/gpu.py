@@ -1,9 +1,9 @@
 """One GPU through PyCUDA: its primary context, streams, events, pooled device buffers and pinned staging memory.
 
-The primary context is the one that PyTorch, ONNX Runtime and TensorRT use too, so they can live beside this. It is current
-only inside `with gpu.current()`, which every use of the other methods needs: PyCUDA aborts a process that ends with a
-context left on its stack. It is kept until the process ends, as CUDA's runtime keeps it: a context that PyCUDA's collector drops is given
-to cuCtxDetach, which is not for primary contexts, and stays current in the thread; `detach` releases it as it should be.
+PyTorch, ONNX Runtime and TensorRT use the primary context too, so they can work beside this module. It is current only inside
+`with gpu.current()`, which the other methods need: PyCUDA aborts a process that ends with a context left on its stack. The
+context is kept until the process ends, as CUDA's runtime keeps it, and then released by `detach`: when a context object is merely
+dropped, PyCUDA calls cuCtxDetach, which is not meant for primary contexts and leaves it current in the thread.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.words import first_line
 
 NON_BLOCKING = 1
-"""CU_STREAM_NON_BLOCKING: does not wait for the default stream, which other libraries in the process may use."""
+"""CU_STREAM_NON_BLOCKING: the stream does not wait for the default stream, which other libraries in the process may use."""
 
 
 @dataclass(frozen=True)
 class Buffer:
-    """Device memory: its address (aligned to 256 bytes, as cuMemAlloc's always is) and its size in bytes."""
+    """Device memory: its address (aligned to 256 bytes, as cuMemAlloc's always are) and its size in bytes."""
 
     address: int
     size: int
@@ -36,7 +36,7 @@ class Buffer:
 
 
 def parse_device(device: str) -> int | None:
-    """None for `cpu`, the GPU's number for `cuda` (0) and `cuda:N`. Raises CdiffError for anything else."""
+    """The GPU's number for `cuda` (0) and `cuda:N`; None for `cpu`. Raises CdiffError for anything else."""
     match = re.fullmatch(r"cpu|cuda(?::([0-9]{1,9}))?", device)
     if match is None:
         raise CdiffError(f"device {device!r} is not known; use cpu, cuda or cuda:N")
@@ -44,13 +44,13 @@ def parse_device(device: str) -> int | None:
 
 
 def not_there(number: int, count: int) -> CdiffError:
-    """The error for GPU `number` where the driver shows `count` of them."""
+    """The error for GPU `number` where the driver shows only `count` GPUs."""
     there = f"only cuda:0 to cuda:{count - 1}" if count > 1 else "only cuda:0" if count else "no GPU at all"
     return CdiffError(f"cuda:{number} is not there: the driver shows {there}")
 
 
 class Gpu:
-    """GPU number `number`. Raises CdiffError when PyCUDA, the driver or that GPU is not there."""
+    """GPU number `number`. Raises CdiffError when PyCUDA, the driver or that GPU is missing."""
 
     def __init__(self, number: int) -> None:
         self._driver = driver = need("pycuda.driver")
@@ -74,7 +74,7 @@ class Gpu:
     def current(self) -> Iterator[None]:
         """Make the primary context current in this thread for a `with` block; may be nested.
 
-        PyCUDA's errors leave the block as CdiffError, want of memory as OutOfMemory.
+        PyCUDA's errors leave the block as CdiffError, its out-of-memory error as OutOfMemory.
         """
         driver = self._driver
         try:
@@ -89,14 +89,14 @@ class Gpu:
             raise CdiffError(f"cuda:{self.number} ({self.name}): {first_line(error)}") from error
 
     def memory(self) -> tuple[int, int]:
-        """Free and total bytes of device memory; what the pool holds counts as used."""
+        """Free and total device memory in bytes; what the pool holds counts as used."""
         free, total = self._driver.mem_get_info()
         return int(free), int(total)
 
     def allocate(self, size: int, *, zero: bool = False) -> Buffer:
-        """`size` bytes of device memory, from the pool where a buffer of that size lies free; `zero` clears them.
+        """`size` bytes of device memory, from the pool if it has a free buffer of exactly that size; `zero` clears them.
 
-        When the device is full the pool's free buffers are given back to it before it is asked again. Raises OutOfMemory.
+        When the device is full, the pool's free buffers are released and the allocation is tried again. Raises OutOfMemory.
         """
         size = max(size, 1)
         buffer = next((one for one in self._free if one.size == size), None)
@@ -118,8 +118,8 @@ class Gpu:
             buffer = Buffer(int(allocation), size, allocation)
         if zero:
             self._driver.memset_d8(buffer.address, 0, size)
-            # The default stream's work is not ordered with our streams'. To wait for the whole context is an error while another thread
-            # captures a step on this GPU, and spoils its capture.
+            # Work on the default stream is not ordered with that on our streams, so wait for it, by an event: waiting for the whole context
+            # is an error while another thread captures a step on this GPU, and breaks its capture.
             self._driver.Event().record().synchronize()
         return buffer
 
@@ -134,12 +134,12 @@ class Gpu:
         self._free.clear()
 
     def pinned(self, size: int) -> NDArray[np.uint8]:
-        """Page-locked host memory, uint8 [size], which copies to and from the device without a stop."""
+        """Page-locked host memory, uint8 [size], which can be copied to and from the device asynchronously."""
         array: NDArray[np.uint8] = self._driver.pagelocked_empty(max(size, 1), np.uint8)
         return array
 
     def stream(self) -> Any:
-        """A new stream, independent of the default one; its `handle` is what TensorRT and ONNX Runtime take."""
+        """A new stream, independent of the default one; TensorRT and ONNX Runtime take its `handle`."""
         return self._driver.Stream(NON_BLOCKING)
 
     def event(self) -> Any:

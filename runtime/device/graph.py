@@ -1,4 +1,4 @@
-"""Capture of what is queued on a stream as a CUDA graph, and its replay, by cuda.bindings on the stream's handle."""
+"""Captures what is queued on a stream as a CUDA graph and replays it, through cuda.bindings on the stream's handle."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from cdiff.runtime.words import first_line
 
 @contextmanager
 def nothing_collected() -> Iterator[None]:
-    """Within the block Python collects no garbage; what there is goes before it.
+    """Collect Python's garbage before the block, and none within it.
 
-    An older graph or memory of the GPU that nobody holds any more but a cycle of references would be freed wherever the collector strikes,
-    and in the middle of a capture that breaks it.
+    An older graph or GPU memory that only a reference cycle keeps alive is freed whenever the collector happens to run, and in the
+    middle of a capture that would break the capture.
     """
     was_on = gc.isenabled()
     gc.collect()
@@ -32,10 +32,10 @@ def nothing_collected() -> Iterator[None]:
 class Graph:
     """What `queue` puts on `stream`, captured once; `launch` replays it there. The GPU's context must be current.
 
-    The capture is the thread's own (CU_STREAM_CAPTURE_MODE_THREAD_LOCAL), so that other threads may use the GPU meanwhile.
-    `queue` must have run outside of a capture before. Raises CdiffError when something that was queued cannot be captured; the stream is
-    then out of capture again. OutOfMemory is for the graph itself: what an engine says of memory within a capture is that nothing can be
-    allocated there, however much is free.
+    The capture is thread-local (CU_STREAM_CAPTURE_MODE_THREAD_LOCAL), so that other threads may use the GPU meanwhile.
+    `queue` must have run outside a capture before. Raises CdiffError when something that `queue` does cannot be captured; the stream
+    has then left capture again. Raises OutOfMemory only where the graph itself has no room: an engine's own memory error within a capture
+    becomes a plain CdiffError, because it means that nothing can be allocated there, however much is free.
     """
 
     def __init__(self, stream: Any, queue: Callable[[], None]) -> None:
@@ -46,7 +46,7 @@ class Graph:
             driver_call("cuStreamBeginCapture", self._stream, mode)
             try:
                 queue()
-            except Exception as error:  # an engine's, or PyCUDA's where a library's call has spoiled the capture
+            except Exception as error:  # an engine's, or PyCUDA's where a library's call has broken the capture
                 self._abandon(driver)
                 raise CdiffError(first_line(error)) from error
             except BaseException:
@@ -69,7 +69,7 @@ class Graph:
             self._executable = None
 
     def _abandon(self, driver: Any) -> None:
-        """End a capture that failed, whatever state it is in; the error that broke it is what the caller sees."""
+        """End a capture that failed, whatever its state, without raising: the caller sees the error that broke it."""
         status, graph = driver.cuStreamEndCapture(self._stream)
         if int(status) == 0 and int(graph) != 0:
             driver.cuGraphDestroy(graph)

@@ -1,4 +1,4 @@
-"""The kernels of kernels.cu on one GPU: compiled for it, and each launch with its grid worked out."""
+"""The kernels of kernels.cu, compiled for one GPU, and a launch method for each that works out its grid."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ SIGNATURES = {
 
 
 class Kernels:
-    """Launches for batches of `rows` rows of `size` (H, W). Every argument but numbers is a device address; 0 stands for null."""
+    """Launches kernels for batches of `rows` rows of `size` (H, W).
+
+    Arguments named as arrays or structs of kernels.cu are device addresses, 0 meaning null; the others are numbers.
+    """
 
     def __init__(self, gpu: Gpu, rows: int, size: tuple[int, int]) -> None:
         module = gpu.module(cubin(gpu.arch))
@@ -32,18 +35,18 @@ class Kernels:
         self._blocks = -(-self.height * self._spans // THREADS)
 
     def noise(self, stream: Any, out: int, job: int, rows: int, step: int) -> None:
-        """out [B,H,W] float32: the normals of `step`; -1 is x_T's."""
+        """Write the normals of `step` (-1 for x_T) to out [B,H,W] float32."""
         self._launch("cdiff_noise", (self._blocks, self.rows), stream, out, job, rows, step, *self._window)
 
     def start(self, stream: Any, x: int, previous: int, t: int, state: int, job: int, rows: int, table: int) -> None:
-        """Set x to x_T, `previous` to 0, t to the table's first, and the state to the first step with nothing bad."""
+        """Set x to x_T, `previous` to 0, t to the table's first timestep, and the state to step 0 with no bad values."""
         pointers = x, previous, t, state, job, rows, table
         self._launch("cdiff_start", (self._blocks, self.rows), stream, *pointers, *self._window)
 
     def update(
         self, stream: Any, x: int, x0: int, mix: int, previous: int, t: int, state: int, job: int, rows: int, table: int
     ) -> None:
-        """The table's row at the state's step: x' = a x + b x0 + c previous + d z. `mix` is 0 without a learned variance."""
+        """Apply the table's row for the state's step: x' = a x + b x0 + c previous + d z. `mix` is 0 without a learned variance."""
         pointers = x, x0, mix, previous, t, state, job, rows, table
         self._launch("cdiff_update", (self._blocks, self.rows), stream, *pointers, *self._window)
 
@@ -54,7 +57,7 @@ class Kernels:
     def sum(
         self, stream: Any, x: int, sums: int, kept: int, state: int, job: int, rows: int, levels: int, runs: int
     ) -> None:
-        """Add the final x to sums [places, K + R, H, W] float32; write kept [places, K, R, H, W] uint8 unless it is 0."""
+        """Add the final x to sums [places, K + R, H, W] float32, and write it to kept [places, K, R, H, W] uint8 unless that is 0."""
         blocks = -(-self.height * self.width // THREADS)
         numbers = self.rows, levels, runs, self.height, self.width
         self._launch("cdiff_sum", (blocks, 1), stream, x, sums, kept, state, job, rows, *numbers)

@@ -1,4 +1,4 @@
-"""The structs that host and kernels share, field by field as in kernels.cu, and one batch's block of them."""
+"""The structs that host and kernels share, field by field as in kernels.cu, and the block of them that a batch uploads."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ STATE = np.dtype([("step", "<i4"), ("bad", "<u4"), ("bad_features", "<u4"), ("un
 GOOD = 2**32 - 1
 """State's `bad` when every value was finite."""
 ALIGNMENT = 256
-"""TensorRT asks this of every address that it is given."""
+"""The alignment in bytes that TensorRT requires of every address."""
 Bytes = NDArray[np.uint8]
 
 
@@ -42,7 +42,7 @@ def aligned(size: int) -> int:
 class BatchBlock:
     """What one batch uploads, in one piece: Job, Row[B], and the network's inputs row_slice and level, int64 [B] each.
 
-    The properties are byte offsets into it.
+    Its properties are byte offsets into it, and its size in bytes.
     """
 
     rows: int
@@ -64,7 +64,7 @@ class BatchBlock:
         return self.level + aligned(self.rows * 8)
 
     def fill(self, out: Bytes, rows: Rows, table: SamplerTable, seed: int, views: int) -> None:
-        """Write a batch into `out`, uint8 [size]. `views` is how many slots a window has; place and view follow from it."""
+        """Write a batch into `out`, uint8 [size]. views: slots per window, which give a row's place and view from its slot."""
         job = out[: JOB.itemsize].view(JOB)
         job["seed"], job["canvas_width"], job["valid"] = seed, rows.canvas[1], rows.valid
         job["steps"], job["multistep"] = len(table), bool(table.c.any())
@@ -79,7 +79,7 @@ class BatchBlock:
 
 
 def step_table(table: SamplerTable) -> NDArray[np.void]:
-    """The sampler's table as Step [S]: float32, rounded from the float64 columns as the host's update rounds them."""
+    """The sampler's table as Step [S]: its float64 columns rounded to float32 as in the host's update."""
     out = np.zeros(len(table), STEP)
     out["t"] = table.t
     for name in ("a", "b", "c", "d"):
@@ -91,13 +91,13 @@ def step_table(table: SamplerTable) -> NDArray[np.void]:
 
 
 def spans_of(width: int) -> int:
-    """Most Philox blocks that a window's line of `width` pixels can touch: a block is four words of two pixels."""
+    """The most Philox blocks that a window's line of `width` pixels can touch; a block is four words of two pixels each."""
     words = width // 2 + 1
     return (words + 6) // 4
 
 
 def place_of_bad(code: int, batch: int, table: SamplerTable) -> tuple[str, int]:
-    """State's `bad`: what was not finite, in words, and in which row of the batch."""
+    """Decode State's `bad`: what was not finite, in words, and the row of the batch. batch: its number of rows."""
     which, row = divmod(code, batch)
     step, mix = divmod(which, 2)
     if step == len(table):

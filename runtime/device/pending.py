@@ -1,4 +1,4 @@
-"""The running sums on the device, and batches that were queued and come back as finished windows."""
+"""The running sums on the device, and queued batches, which return as finished windows."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from cdiff.runtime.sampling.chain import not_finite
 from cdiff.runtime.sampling.sampler import SamplerTable
 
 POLL = 5e-4
-"""Seconds between two looks at an event. Python's own sleep lets Ctrl-C through, which a wait inside the driver does not."""
+"""Seconds between two queries of an event. Python's sleep can be interrupted by Ctrl-C, a wait inside the driver cannot."""
 MARKS = 10
-"""How often a chain's progress can be seen."""
+"""How many times at most a chain's progress is reported."""
 IN_FLIGHT = 2
-"""Batches that may be queued and not waited for."""
+"""Batches that may be queued but not yet waited for."""
 
 
 def check_features(state: NDArray[np.void]) -> None:
-    """Raise CdiffError if the device's State [1] says that an encoder's output was not finite."""
+    """Raise CdiffError if the device's State [1] says that an encoder output was not finite."""
     if state["bad_features"][0]:
         raise features_not_finite()
 
 
 def check_state(state: NDArray[np.void], rows: Rows, table: SamplerTable) -> None:
-    """Raise CdiffError if the device's State [1], read back after a batch, says that a value was not finite."""
+    """Raise CdiffError, naming the row, if the device's State [1], read back after a batch, says that a value was not finite."""
     check_features(state)
     bad = int(state["bad"][0])
     if bad != GOOD:
@@ -39,7 +39,7 @@ def check_state(state: NDArray[np.void], rows: Rows, table: SamplerTable) -> Non
 
 
 class DeviceSums:
-    """Sums for `layout.places` windows of `size` (H, W), and pinned memory for what `IN_FLIGHT` batches of `rows` rows finish."""
+    """Sums for `layout.places` windows of `size` (H, W), and pinned memory for the windows that `IN_FLIGHT` batches of `rows` rows finish."""
 
     def __init__(self, gpu: Gpu, layout: SumLayout, size: tuple[int, int], rows: int) -> None:
         self.gpu, self.layout, self.size = gpu, layout, size
@@ -55,30 +55,30 @@ class DeviceSums:
             self._buffer = gpu.allocate(layout.places * self.bytes)
             self._kept = gpu.allocate(layout.places * self.kept_bytes) if layout.keep_runs else None
             self._batches = [QueuedBatch(self, most) for _ in range(IN_FLIGHT)]
-        except BaseException:  # no room on the device, or none that can be pinned on the host
+        except BaseException:  # no room on the device, or no memory to pin on the host
             self.close()
             raise
         self._next = 0
 
     @property
     def address(self) -> int:
-        """Of the sums [places, K + R, H, W] float32."""
+        """The address of the sums [places, K + R, H, W] float32."""
         assert self._buffer is not None, "closed"
         return self._buffer.address
 
     @property
     def kept(self) -> int:
-        """Of the runs' maps [places, K, R, H, W] uint8; 0 where they are not kept."""
+        """The address of the runs' maps [places, K, R, H, W] uint8; 0 where they are not kept."""
         return 0 if self._kept is None else self._kept.address
 
     def reset(self, stream: Any) -> None:
-        """Zero the sums and forget what was queued."""
+        """Queue the zeroing of the sums, and forget the batches that were queued."""
         self.gpu.clear(self.address, self.layout.places * self.bytes, stream)
         for batch in self._batches:
             batch.waited = True
 
     def next_batch(self, rows: Rows, table: SamplerTable) -> QueuedBatch:
-        """The place for one more batch; the one that had it must have been waited for."""
+        """The object for the next batch. Raises RuntimeError unless the batch that used it before was waited for."""
         batch = self._batches[self._next]
         if not batch.waited:
             raise RuntimeError(f"{IN_FLIGHT} batches are queued; wait for the first of them")
@@ -87,7 +87,7 @@ class DeviceSums:
         return batch
 
     def close(self) -> None:
-        """Give the buffers back, and let go of the batches, which refer to these sums: with them their pinned memory goes at once."""
+        """Give the buffers back, and drop the batches, so that no reference cycle with these sums keeps their pinned memory alive."""
         self._batches.clear()
         for buffer in (self._buffer, self._kept):
             if buffer is not None:
@@ -96,7 +96,7 @@ class DeviceSums:
 
 
 class QueuedBatch:
-    """One batch on its way. Implements `base.Pending`; used again for every second batch."""
+    """One batch that was queued. Implements `base.Pending`; each object is reused for every second batch."""
 
     def __init__(self, sums: DeviceSums, most: int) -> None:
         self._sums, self._gpu = sums, sums.gpu
@@ -111,19 +111,19 @@ class QueuedBatch:
         self.seconds = 0.0
 
     def begin(self, rows: Rows, table: SamplerTable) -> None:
-        """Take a new batch; what the one before gave is no longer valid."""
+        """Start on a new batch; the arrays that the previous one returned are no longer valid."""
         self._rows, self._table = rows, table
         self._marked.clear()
         self.waited = False
 
     def passed(self, step: int, stream: Any) -> None:
-        """Called after each step was queued: leaves an event after about every tenth of the steps."""
+        """Note that a step was queued, and record an event after about every tenth of the steps."""
         if step * MARKS // len(self._table) > len(self._marked):
             self._marks[len(self._marked)].record(stream)
             self._marked.append(step)
 
     def bring_back(self, places: Sequence[int], state: int, stream: Any) -> None:
-        """Queue the copies of these places' sums and of the state to the host, and the zeroing of the sums."""
+        """Queue the copies of these places' sums and of the state to the host, and the zeroing of those sums."""
         gpu, sums = self._gpu, self._sums
         self.ended.record(stream)
         for i, place in enumerate(places):

@@ -1,4 +1,4 @@
-"""What an engine and the chain tell each other: where tensors lie, what the graphs take, how one is tied to buffers."""
+"""The interface between an engine and the chain: where tensors lie, what the graphs take, and how a graph is connected to buffers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cdiff.runtime.device.gpu import Buffer, Gpu
 
 @dataclass(frozen=True)
 class Tensor:
-    """A graph's input or output where it lies on the device."""
+    """An input or output of a graph, at its address on the device."""
 
     address: int
     shape: tuple[int, ...]
@@ -21,18 +21,19 @@ class Tensor:
 
     @property
     def count(self) -> int:
-        """Values."""
+        """The number of values."""
         return int(np.prod(self.shape))
 
     @property
     def size(self) -> int:
-        """In bytes."""
+        """The size in bytes."""
         return self.count * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class GraphSpec:
-    """What the two graphs of a bundle take and give: image (channels, H, W) float32, features (L, H, W), and whether `mix` is there."""
+    """What the two graphs of a bundle take and return. image: (channels, H, W), float32. features: (L, H, W), of `feature_dtype`. learned:
+    whether the denoiser returns `mix`."""
 
     image: tuple[int, int, int]
     features: tuple[int, int, int]
@@ -41,28 +42,28 @@ class GraphSpec:
 
 
 class Connector(Protocol):
-    """What an engine does for one binding."""
+    """An engine's part of one binding."""
 
     def connect(self, graph: str, tensors: dict[str, Tensor], stream: Any) -> Callable[[], None]:
-        """Tie `graph` (`encoder` or `denoiser`) to its tensors by name, for good; the function returned queues one run on `stream`.
+        """Connect `graph` (`encoder` or `denoiser`) permanently to its tensors, by name; the function returned queues one run on `stream`.
 
-        Called with the GPU's context current. Raises OutOfMemory when its working memory does not fit, CdiffError when the graph does
-        not take such shapes.
+        Called with the GPU's context current. Raises OutOfMemory when the graph's working memory does not fit, CdiffError when the
+        graph does not take these shapes.
         """
 
     def close(self) -> None:
-        """Give back what `connect` took; nothing queued uses it any more."""
+        """Free what `connect` took. Nothing queued may still use it."""
 
 
 class Arena:
-    """The zeroed buffers of one owner, given back together. The GPU's context must be current for all but `close`."""
+    """The zeroed buffers of one owner, all given back at once. The GPU's context must be current except for `close`."""
 
     def __init__(self, gpu: Gpu) -> None:
         self._gpu = gpu
         self._buffers: list[Buffer] = []
 
     def take(self, size: int) -> int:
-        """The address of `size` new bytes."""
+        """The address of `size` new bytes, all zero."""
         buffer = self._gpu.allocate(size, zero=True)
         self._buffers.append(buffer)
         return buffer.address

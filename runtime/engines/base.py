@@ -19,17 +19,17 @@ if TYPE_CHECKING:
 Float32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]
 Prediction = tuple[Float32, Float32 | None]
-"""x0 [B,1,H,W] in [-1, 1], and for a learned variance the interpolation `mix` [B,1,H,W], about 0 to 1, else None."""
+"""x0 [B,1,H,W] in [-1, 1]; and for a learned variance the interpolation `mix` [B,1,H,W], roughly 0 to 1, else None."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of one padded batch, B of them; only the first `valid` mean anything, the others are padding.
+    """The B rows of one padded batch; only the first `valid` mean anything, the others are padding.
 
-    Every array has B entries: `slot` where the features of the row's window lie, `slice_id` the slice's number in the
-    scan (a word of the noise), `origin` [B,2] of the window in the canvas, `level` 1..K and `run` 0..R-1. K is how many maps the
-    model draws of a slice: one a level, which gives them their name here, one an annotator, or one.
-    `canvas` is the (height, width) that the windows are cut from; it is the window's own size unless tiles are used.
+    Every array has B entries: `slot`, where the features of the row's window lie; `slice_id`, the slice's number in the
+    scan (a word of the noise's counter); `origin` [B,2], the window's corner (y, x) in the canvas; `level` 1..K; `run` 0..R-1.
+    K is the number of maps that the model draws per slice: one per level (hence the name), one per annotator, or one.
+    `canvas` is the (height, width) of what the windows are cut from: in the mode `resize` the window's own size.
     """
 
     valid: int
@@ -42,37 +42,37 @@ class Rows:
 
 
 class Binding(Protocol):
-    """An engine's buffers for batches of one fixed shape: `rows` rows that share the features in `slots` places."""
+    """An engine's buffers for batches of one fixed shape: `rows` rows that share the features held in `slots` slots."""
 
     rows: int
     slots: int
 
     def encode(self, slot: int, image: Float32) -> None:
-        """Encode one window [ch,H,W] and keep its features at place `slot`, where they stay until overwritten.
+        """Encode one window [ch,H,W] and keep its features in `slot`, where they stay until overwritten.
 
         Raises CdiffError when the features are not finite.
         """
 
     def run(self, x: Float32, slot: Int64, t: Int64, level: Int64) -> Prediction:
-        """Denoise x [B,1,H,W] once; the arrays returned are the binding's own and hold until its next `run`."""
+        """Denoise x [B,1,H,W] once, with slot, t and level each [B]; the next `run` overwrites the arrays returned."""
 
 
 @runtime_checkable
 class ChainBinding(Protocol):
     """A binding that runs the whole reverse chain itself, for instance as a captured CUDA graph.
 
-    The loop calls `run_chain` in place of its own steps when a binding has it. The noise must be `noise.normal`'s.
+    When a binding has `run_chain`, the loop calls it instead of taking the steps itself. The noise must be `noise.normal`'s.
     """
 
     def run_chain(self, rows: Rows, table: SamplerTable, seed: int) -> Float32:
-        """From x_T, drawn with the noise's initial step, to the last x [B,1,H,W]; padding rows may hold anything."""
+        """Run from x_T, drawn with the noise's INITIAL step, to the last x [B,1,H,W]; padding rows may hold anything."""
 
 
 @dataclass(frozen=True)
 class SumLayout:
-    """What running sums are kept: for `places` windows at once, over `levels` K and `runs` R; each run's map too if `keep_runs`.
+    """Which running sums are kept: those of `places` windows at once, over `levels` K and `runs` R; with `keep_runs` each run's map too.
 
-    A window has `views` slots for features, one after another: place p's are p * views .. p * views + views - 1.
+    Each place has `views` consecutive feature slots: place p has p * views .. p * views + views - 1.
     """
 
     places: int
@@ -84,8 +84,8 @@ class SumLayout:
 
 @dataclass(frozen=True)
 class WindowSums:
-    """The sums of one window whose rows are all through, of clip((x + 1)/2, 0, 1) mirrored back: `level` [K,H,W] over runs, `run`
-    [R,H,W] over levels, float32; `kept` [K,R,H,W] uint8, each run's map, 255 = 1. They hold until the second next `queue`."""
+    """The sums of clip((x + 1)/2, 0, 1), mirrored back, of one window whose rows are all done: `level` [K,H,W] over runs and `run`
+    [R,H,W] over levels, float32; `kept` [K,R,H,W] uint8, each run's map, 255 = 1. The second `queue` after this overwrites them."""
 
     level: Float32
     run: Float32
@@ -97,33 +97,33 @@ class Pending(Protocol):
 
     @property
     def seconds(self) -> float:
-        """What the batch's chain took on the device; known once `wait` is back."""
+        """How long the batch's chain took on the device, in seconds; known once `wait` has returned."""
 
     def wait(self, report: Callable[[int], None] | None = None) -> list[WindowSums]:
-        """Wait until the batch is through, and give the sums of the windows that it finished, in the order of `queue`'s places.
+        """Wait until the batch is done, and return the sums of the windows that it finished, in the order of `queue`'s `finished`.
 
-        report: called with the number of steps that are through, a few times. Raises CdiffError, naming the row, when the network
-        returned a value that is not finite.
+        report: called a few times, with the number of steps done. Raises CdiffError, naming the row, when the network returned a
+        value that is not finite.
         """
 
 
 @runtime_checkable
 class SumBinding(Protocol):
-    """A binding that runs whole chains by itself and keeps the running sums on its device, so that only they come back.
+    """A binding that runs whole chains itself and keeps the running sums on its device, so that only they come back.
 
-    The loop uses it in place of `run` and `run_chain` when a binding has it. Work is queued: the next batch may be encoded and
-    queued before the last one is waited for, and no more than that. `encode` then reports what is not finite in `wait`.
+    The loop then calls neither `run` nor `run_chain`. Work is queued: one further batch, but no more, may be encoded and queued
+    before the previous one is waited for. Features that are not finite are reported by `wait`, not by `encode`.
     """
 
     def begin(self, layout: SumLayout, table: SamplerTable, seed: int) -> None:
-        """Clear the sums; `table` and `seed` are for all batches up to the next `begin`, which also drops what was not waited for."""
+        """Clear the sums and drop batches not waited for; `table` and `seed` hold for all batches until the next `begin`."""
 
     def queue(self, rows: Rows, finished: Sequence[int]) -> Pending:
-        """Queue a batch's chain and the addition to its sums; `finished` are the places of the windows that it completes."""
+        """Queue a batch's chain and its addition to the sums; `finished` are the places of the windows that it completes."""
 
 
 class Engine(Protocol):
-    """Something that can run a bundle's two graphs. `name` and `device` are what a report names."""
+    """Something that can run a bundle's two graphs. Reports give its `name`, `device` and `version`."""
 
     @property
     def name(self) -> str:
@@ -141,31 +141,31 @@ class Engine(Protocol):
         """Features [S,L,H,W] of images [S,ch,H,W] float32; a host array unless the engine says otherwise."""
 
     def denoise(self, x: Float32, features: Any, row_slice: Int64, t: Int64, level: Int64) -> Prediction:
-        """One call for any shapes: x [B,1,H,W], features [S,L,H,W], row_slice, t (1..T) and level (1..K), each [B]."""
+        """Denoise once, for any B and S: x [B,1,H,W], features [S,L,H,W]; row_slice (0..S-1), t (1..T) and level (1..K), each [B]."""
 
     def bind(self, rows: int, slots: int) -> Binding:
-        """Buffers for batches of `rows` rows over at least `slots` sets of features, reused for a whole scan."""
+        """Make buffers for batches of `rows` rows over at least `slots` sets of features, to be reused for a whole scan."""
 
 
 @runtime_checkable
 class LimitedRows(Protocol):
-    """An engine whose graphs are made for a number of rows; the loop asks it for no more unless somebody asks for just so many."""
+    """An engine whose graphs are made for a number of rows; a batch has no more than that unless the user asks for more."""
 
     @property
     def most_rows(self) -> int:
-        """Most rows of a batch."""
+        """The most rows of a batch."""
 
 
 @runtime_checkable
 class OneScanAtATime(Protocol):
-    """An engine that gives the same binding for scan after scan: a second one would begin its sums anew and write over its features, so
-    whoever computes a scan holds `turn` until that is done."""
+    """An engine that reuses one binding for every scan. A second scan would clear its sums and overwrite its features, so whoever
+    computes a scan holds `turn` until it is done."""
 
     turn: threading.Lock
 
 
 def features_not_finite() -> CdiffError:
-    """The error for an encoder's output that is not finite, the same from every engine."""
+    """The error for a non-finite encoder output, the same for every engine."""
     return CdiffError(
         "the encoder returned a value that is not finite; "
         "check the scan's values, and a half-precision model against its float32 form"
@@ -173,8 +173,10 @@ def features_not_finite() -> CdiffError:
 
 
 def variance_as_listed(bundle: Bundle, learned: bool) -> None:
-    """Raise CdiffError unless the manifest says of the denoiser what it gives: a chain takes the noise's size from `mix` where there is one,
-    and would draw other maps with it than those that the model was trained for, or without it."""
+    """Raise CdiffError unless the manifest's variance agrees with the denoiser's outputs (`learned`: it returns `mix`).
+
+    A chain scales its noise by `mix` wherever there is one, so a denoiser that has it against the manifest, or lacks it, would draw
+    other maps than those that the model was trained for."""
     listed = bundle.manifest.variance
     if (listed == "learned") != learned:
         gives = "gives a variance of its own (mix)" if learned else "gives no variance (mix)"
@@ -184,7 +186,7 @@ def variance_as_listed(bundle: Bundle, learned: bool) -> None:
 
 
 class HostBinding:
-    """The binding of any engine whose arrays live in host memory: `encode` and `denoise` over one features array."""
+    """The binding of any engine whose arrays live in host memory: calls its `encode` and `denoise` with one array of features."""
 
     def __init__(self, engine: Engine, rows: int, slots: int) -> None:
         self.engine, self.rows, self.slots = engine, rows, slots
@@ -196,7 +198,7 @@ class HostBinding:
         if not np.isfinite(features).all():
             raise features_not_finite()
         if self._features is None:
-            # Places not used yet hold zeros, so that a padding row never meets a NaN left in memory.
+            # Slots not used yet hold zeros, so that a padding row never reads a NaN left in memory.
             self._features = np.zeros((self.slots, *features.shape[1:]), features.dtype)
         self._features[slot] = features[0]
 

@@ -1,4 +1,4 @@
-"""What the engines on a GPU share: the streams, one binding kept for the next scan, and single calls with host arrays."""
+"""What all GPU engines share: the streams, one binding kept for the next scan, and single calls with host arrays."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from cdiff.runtime.errors import CdiffError
 
 
 class GpuEngine(ABC):
-    """Implements `base.Engine` on `Gpu` number `number`; a subclass says how its graphs are tied to buffers.
+    """Implements `base.Engine` on GPU `number`; a subclass says how its graphs are connected to buffers.
 
-    `encoder_stream` and `stream` are the engine's for life, because ONNX Runtime takes its stream when a session is opened.
-    Raises CdiffError when PyCUDA, the driver or the GPU is not there.
+    An engine keeps its `encoder_stream` and `stream` for life, because ONNX Runtime takes a stream only when a session is opened.
+    Raises CdiffError when PyCUDA, the driver or the GPU is missing.
     """
 
     name: str
     version: str
     capture = True
-    """Whether a step may be captured as a CUDA graph."""
+    """Whether a step should be captured as a CUDA graph."""
     capturable = True
-    """Whether the library stands it; where not, `capture` changes nothing."""
+    """Whether the library can be captured; if not, `capture` has no effect."""
 
     def __init__(self, number: int) -> None:
         self._binding: DeviceBinding | None = None
@@ -42,25 +42,25 @@ class GpuEngine(ABC):
 
     @abstractmethod
     def prepare(self, rows: int, slots: int) -> tuple[GraphSpec, Connector]:
-        """What the graphs take, and the way to tie them to buffers for that many rows and slots. The context is current."""
+        """What the graphs take, and a connector to buffers for that many rows and slots. Called with the GPU's context current."""
 
     def bind(self, rows: int, slots: int) -> DeviceBinding:
-        """See `base.Engine.bind`. The last binding is given again for as many rows and no more slots; other numbers close it first.
+        """See `base.Engine.bind`. Returns the last binding again for the same number of rows and no more slots, else closes it first.
 
-        So one scan at a time, which is `turn`'s: a second one begins the sums anew.
+        So only one scan at a time may use the engine, the one that holds `turn`: a second one would clear its sums.
         """
         if self._binding is not None and self._binding.rows == rows and self._binding.slots >= slots:
             return self._binding
         with self.gpu.current():
             self._drop()
-            self.gpu.trim()  # the pool's buffers are of the old sizes, and what a library allocates cannot come from it
+            self.gpu.trim()  # the pool's buffers have the old sizes, and libraries cannot allocate from it
             spec, connector = self.prepare(rows, slots)
             streams, capture = (self.encoder_stream, self.stream), self.capture and self.capturable
             self._binding = DeviceBinding(self.gpu, spec, rows, slots, connector, streams, capture=capture)
         return self._binding
 
     def encode(self, images: Float32) -> NDArray[Any]:
-        """See `base.Engine.encode`: one window after another, the features brought back."""
+        """See `base.Engine.encode`: encodes one window after another and brings the features back to the host."""
         binding = self.bind(1, 1)
         found = []
         for image in images:
@@ -69,7 +69,7 @@ class GpuEngine(ABC):
         return np.stack(found)
 
     def denoise(self, x: Float32, features: NDArray[Any], row_slice: Int64, t: Int64, level: Int64) -> Prediction:
-        """See `base.Engine.denoise`: for comparisons; everything is carried to the device and back."""
+        """See `base.Engine.denoise`. For comparisons: everything is copied to the device and back."""
         binding = self.bind(len(x), len(features))
         binding.set_features(features)
         return binding.run(x, row_slice, t, level)
@@ -81,9 +81,9 @@ class GpuEngine(ABC):
             self.gpu.trim()
 
     def __del__(self) -> None:
-        """What was not closed goes with the engine, the sessions and streams too, whichever thread lets go of it."""
+        """Free what was not closed, sessions and streams included, with the context current, whichever thread drops the engine."""
         gpu = vars(self).get("gpu")
-        if gpu is None or sys.is_finalizing():  # never opened, or the driver takes it all
+        if gpu is None or sys.is_finalizing():  # never opened; or the process ends, and the driver frees everything
             return
         with contextlib.suppress(CdiffError), gpu.current():
             try:
@@ -93,8 +93,8 @@ class GpuEngine(ABC):
                 gpu.trim()
 
     def _drop(self) -> None:
-        """Let go of the binding while the context is current: PyCUDA cannot free pinned memory and events outside of it in another thread
-        than the one that opened the GPU."""
+        """Close and drop the binding. The context must be current: without it PyCUDA can free pinned memory and events only in the thread that
+        opened the GPU."""
         if self._binding is not None:
             self._binding.close()
             self._binding = None

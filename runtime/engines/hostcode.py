@@ -1,9 +1,9 @@
-"""Which version-compatible engines may run the program code that they carry: those that this user's own builder made.
+"""Decides which version-compatible engines may run the program code that they carry: only those that this user built.
 
-A version-compatible engine holds a part of TensorRT itself, machine code that the processor runs with the user's rights when the engine is
-loaded. TensorRT therefore refuses such an engine unless it is told that the file can be trusted. A bundle may come from anywhere,
-with whatever lies in its `engines/` and a record beside it that fits, so neither the record nor its hash says who made an engine. The builder
-therefore notes the SHA-256 of each such engine in the user's own cache, outside any bundle, and only what is noted there is loaded.
+A version-compatible engine contains a part of TensorRT itself: machine code that the processor runs with the user's rights when the engine
+is loaded. TensorRT refuses such an engine unless it is told that the file can be trusted. A bundle may come from anywhere, with any
+engine in its `engines/` and a record that fits it, so neither the record nor its hash proves who made an engine. The builder
+therefore notes the SHA-256 of each such engine in the user's own cache, outside any bundle, and only engines noted there are loaded.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import write_text
 
 TRUST = "CDIFF_TRUST_ENGINES"
-"""Environment variable: with the value 1 version-compatible engines are loaded wherever they come from."""
+"""Environment variable: if it is 1, version-compatible engines are loaded wherever they come from."""
 
 
 def note_own(digest: str, made: Path) -> None:
-    """Called by the builder: the engine of that SHA-256, just written to `made`, is this user's own."""
+    """Note, as the builder does, that the engine with this SHA-256, just written to `made`, is this user's own."""
     write_text(_note(digest), f"{made}\n")
 
 
 def must_be_trusted(engine: Path, digest: str) -> None:
-    """Raise CdiffError unless the engine of that SHA-256 was built by this user, or the user trusts all of them.
+    """Raise CdiffError unless this user built the engine with the SHA-256 `digest`, or trusts all engines (`TRUST`).
 
-    digest: of the very bytes that will be loaded, not of the file as it was some time before.
+    digest: of the very bytes that will be loaded, because the file may have changed since an earlier read.
     """
     if os.environ.get(TRUST) != "1" and not _note(digest).is_file():
         raise CdiffError(

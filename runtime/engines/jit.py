@@ -1,4 +1,4 @@
-"""What TensorRT for RTX compiled on a GPU when an engine first ran there, kept beside the engine for the next time."""
+"""The kernels that TensorRT for RTX compiles when an engine first runs on a GPU, kept beside the engine for the next time."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class JitFile:
-    """The kernels of one engine on one kind of GPU: a line of JSON that says whose they are and their hash, then TensorRT's bytes.
+    """The file of one engine's kernels for one kind of GPU: a line of JSON that tells whose they are and their hash, then TensorRT's bytes.
 
-    engine: the engine's file. engine_sha256: of its content. version: TensorRT's. gpu: the driver's name of it. TensorRT itself compares
-    driver and GPU again when it is given the bytes.
+    engine: the engine's file. engine_sha256: of its content. version: TensorRT's. gpu: the driver's name for it. TensorRT itself checks
+    driver and GPU again when it gets the bytes.
     """
 
     engine: Path
@@ -32,7 +32,7 @@ class JitFile:
     gpu: str
 
     def read(self) -> bytes | None:
-        """The bytes to give to TensorRT; None when there are none for just this engine, version and GPU, or they are damaged."""
+        """The bytes to give to TensorRT; None when there are none for exactly this engine, version and GPU, or they are damaged."""
         for path in self._places():
             try:
                 head, _, blob = path.read_bytes().partition(b"\n")
@@ -51,7 +51,7 @@ class JitFile:
         return None
 
     def write(self, blob: bytes) -> None:
-        """Keep the bytes, whole or not at all. Nowhere to write is no error: the kernels are compiled again next time."""
+        """Save the bytes, whole or not at all. If they cannot be written, that is no error: the kernels are compiled again next time."""
         head = json.dumps(self._head(hashlib.sha256(blob).hexdigest())).encode()
         beside, elsewhere = self._places()
         path = beside if os.access(beside.parent, os.W_OK) else elsewhere
@@ -66,6 +66,6 @@ class JitFile:
         return {"format": FORMAT, **mine, "sha256": digest}
 
     def _places(self) -> tuple[Path, Path]:
-        """Beside the engine, and for an engine that lies where nothing may be written, in the user's cache."""
+        """The file beside the engine, and the one in the user's cache, for an engine in a folder that cannot be written to."""
         name = f"kernels_{re.sub(r'[^A-Za-z0-9.+-]+', '-', self.gpu)}.cache"
         return self.engine.parent / name, user_cache() / self.engine.parent.name / name

@@ -1,4 +1,4 @@
-"""ONNX Runtime with arrays in host memory: the engine of every machine, and of a GPU whose device layer is not installed."""
+"""ONNX Runtime with arrays in host memory: the engine for CPUs, and for a GPU where the packages of the device layer are missing."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ from cdiff.runtime.host import physical_cores
 from cdiff.runtime.words import first_line
 
 if os.environ.get(TELEMETRY_OFF) == "1":
-    ort.disable_telemetry_events()  # the variable came too late where a program had imported ONNX Runtime before cdiff
+    ort.disable_telemetry_events()  # the variable is too late for a program that imported ONNX Runtime before cdiff
 
 LOG = logging.getLogger("cdiff")
 CUDA = "CUDAExecutionProvider"
 Provider = tuple[str, dict[str, str]]
 ENCODER = frozenset({"image"}), frozenset({"features"})
 DENOISER = frozenset({"x", "features", "row_slice", "t", "level"}), frozenset({"x0"})
-"""The inputs and the least outputs of the two graphs."""
+"""The two graphs' inputs, and the outputs that they must at least have."""
 
 
 def cuda_options(gpu: int) -> dict[str, str]:
-    """Options of the CUDA provider.
+    """Options of the CUDA provider on GPU number `gpu`.
 
-    TF32 would be a silent loss of precision. A search for the fastest convolution would pick by the clock, so that two runs of one seed
-    could differ in their bits. Memory is taken as it is asked for, not doubled each time.
+    TF32 would silently lose precision. A search for the fastest convolution would choose by timing, so that two runs with one seed
+    could differ in their bits. Memory grows by what is requested instead of doubling each time.
     """
     return {
         "device_id": str(gpu),
@@ -54,15 +54,15 @@ def cuda_options(gpu: int) -> dict[str, str]:
 def open_session(
     path: Path, names: tuple[frozenset[str], frozenset[str]], provider: Provider | None = None, *, threads: int = 0
 ) -> ort.InferenceSession:
-    """Open one graph, with the provider asked for before the CPU's, and check that it is what its name says and runs there.
+    """Open the graph `path` with `provider`, or else the CPU's, and check its inputs and outputs (`names`) and that it runs there.
 
-    Raises CdiffError when the provider is not in this build or did not start (ONNX Runtime itself would go on with the CPU in
-    silence), when the graph cannot be opened, or is not one of ours.
+    threads: the CPU's; 0 leaves the number to ONNX Runtime. Raises CdiffError when the provider is missing from this build or did not
+    start (ONNX Runtime itself would silently go on with the CPU), when the graph cannot be opened, or is not one of ours.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    # What fails is raised, on the processor with all that there is to say; why a GPU cannot be had is in the log's errors alone.
+    # On the CPU an exception says everything, so the log is silenced; only the log's errors tell why a GPU cannot be used.
     options.log_severity_level = 4 if provider is None else 3
     providers: list[Any] = ["CPUExecutionProvider"]
     if provider is not None:
@@ -76,9 +76,9 @@ def open_session(
         providers.insert(0, provider)
     try:
         session = ort.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
-    except Exception as error:  # onnxruntime's own classes have no common base of theirs
+    except Exception as error:  # onnxruntime's exceptions share no base class of their own
         raise CdiffError(f"{path}: ONNX Runtime {ort.__version__} cannot open it: {error_line(error)}") from error
-    kept_in_forks(session)  # it ends by waiting for its threads
+    kept_in_forks(session)  # freeing a session waits for its threads
     if provider is not None and provider[0] not in session.get_providers():
         raise CdiffError(
             f"ONNX Runtime {ort.__version__} could not start its {provider[0]} on {where} and fell back to the CPU{lacking}: "
@@ -91,8 +91,8 @@ def open_session(
 
 
 def load_libraries() -> str:
-    """Load CUDA's and cuDNN's libraries where they came as wheels. Returns what of CUDA's is not there, in brackets for an error, or nothing."""
-    with contextlib.redirect_stdout(io.StringIO()) as said:  # ONNX Runtime prints it
+    """Load CUDA's and cuDNN's libraries where they came as wheels. Returns which of CUDA's are missing, in brackets for an error's text, or ""."""
+    with contextlib.redirect_stdout(io.StringIO()) as said:  # ONNX Runtime prints failures
         ort.preload_dlls()
     look_for_cudnn()
     failed = [line for line in said.getvalue().splitlines() if line.startswith("Failed to load")]
@@ -101,8 +101,8 @@ def load_libraries() -> str:
 
 @functools.cache
 def look_for_cudnn() -> None:
-    """Say it, once, where cuDNN is not there: ONNX Runtime (1.31, say) starts on a GPU without it, and only its convolutions fail or crawl."""
-    for name in ("libcudnn.so.9", "libcudnn.so"):  # as its CUDA provider looks for it
+    """Warn once if cuDNN is missing: ONNX Runtime (1.31, for one) starts on a GPU without it, and then its convolutions fail or are slow."""
+    for name in ("libcudnn.so.9", "libcudnn.so"):  # in the order in which the CUDA provider looks for it
         with contextlib.suppress(OSError):
             ctypes.CDLL(name)
             return
@@ -114,11 +114,11 @@ def look_for_cudnn() -> None:
 
 
 class OnnxRuntimeEngine:
-    """A bundle's two graphs in one session each. Implements `base.Engine`.
+    """A bundle's two graphs, one session each. Implements `base.Engine`.
 
-    Plain `run` calls: with arrays in host memory, I/O binding and outputs allocated beforehand measured the same within 1 %.
-    `threads` is the CPU's, by default the physical cores available. Raises CdiffError when a graph cannot be opened, is not
-    one of ours, or the device is not there: ONNX Runtime itself would go on with the CPU in silence.
+    It uses plain `run` calls: for arrays in host memory, I/O binding and preallocated outputs measured the same within 1 %.
+    threads: the CPU's, by default the physical cores available. Raises CdiffError when a graph cannot be opened, is not
+    one of ours, or the device is missing (ONNX Runtime itself would silently go on with the CPU).
     """
 
     name = "onnxruntime"
@@ -169,7 +169,7 @@ class OnnxRuntimeEngine:
 
 
 def failure(what: str, error: Exception) -> CdiffError:
-    """The error for a run that ONNX Runtime refused; OutOfMemory where that is about memory."""
+    """The error for a run that ONNX Runtime refused; an OutOfMemory where the reason is memory."""
     text = str(error).lower()
     lacking = any(word in text for word in ("out of memory", "failed to allocate", "alloc_failed", "bad_alloc"))
     return (OutOfMemory if lacking else CdiffError)(f"{what}: {error_line(error)}")

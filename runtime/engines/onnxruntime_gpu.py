@@ -1,4 +1,4 @@
-"""ONNX Runtime's CUDA and TensorRT providers on device pointers by I/O binding, on our streams."""
+"""ONNX Runtime's CUDA and TensorRT providers, run on device pointers (I/O binding) and on our streams."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 NO_TF32 = "NVIDIA_TF32_OVERRIDE"
 LOG = logging.getLogger("cdiff")
 CAPTURED_SINCE = (1, 31)
-"""The first version whose runs a capture of ours may hold. Before, a concatenation of unequal parts copies its table from host memory
-and has the stream free that afterwards: captured, it would be freed again at each replay, which ends the process."""
+"""The first version whose runs can be captured. In older ones, a concatenation of unequal parts copies its table from host memory and
+queues the freeing of that memory on the stream: each replay of a capture would free it again, which ends the process."""
 
 
 class OnnxRuntimeGpuEngine(GpuEngine):
     """A bundle's two graphs through ONNX Runtime on GPU `number`; with `tensorrt` through its TensorRT provider.
 
     The TensorRT provider compiles a graph for each batch's shapes at the first run and keeps the result in the bundle's cache. It has
-    no switch for TF32, so it takes a float32 bundle only where the environment forbids TF32. Raises CdiffError for that, and when
-    PyCUDA, the provider or the GPU is not there.
+    no switch for TF32, so it takes a float32 bundle only where the environment forbids TF32. Raises CdiffError where it does not, and
+    when PyCUDA, the provider or the GPU is missing.
     """
 
     version: str = ort.__version__
@@ -46,7 +46,7 @@ class OnnxRuntimeGpuEngine(GpuEngine):
                 f"set {NO_TF32}=0, export with --fp16, or use --engine onnxruntime"
             )
         if tensorrt:
-            load_trt("tensorrt")  # so that the provider finds TensorRT's libraries, which the module has loaded
+            load_trt("tensorrt")  # importing the module loads TensorRT's libraries, which the provider then finds
         super().__init__(number)
         self.capturable = tuple(map(int, self.version.split(".")[:2])) >= CAPTURED_SINCE
         if not self.capturable:
@@ -64,7 +64,7 @@ class OnnxRuntimeGpuEngine(GpuEngine):
                 "denoiser": open_session(bundle.denoiser, DENOISER, self._on(denoiser, self.stream)),
             }
         self._learned = "mix" in {one.name for one in self._sessions["denoiser"].get_outputs()}
-        # Attributes go in the order in which they came, and a session must be closed before the stream that it was opened on.
+        # Attributes are freed in the order in which they were set, and a session must be closed before the stream that it uses.
         self._outliving = self.encoder_stream, self.stream
         variance_as_listed(bundle, self._learned)
 
@@ -83,9 +83,9 @@ class OnnxRuntimeGpuEngine(GpuEngine):
 
     @staticmethod
     def _tensorrt(bundle: Bundle, graph: Graph, number: int) -> Provider:
-        """Without trt_fp16_enable the provider builds a strongly typed network: the graph's own types, as exported.
+        """The TensorRT provider. Without trt_fp16_enable it builds a strongly typed network: the graph's own types, as exported.
 
-        The provider names an engine by the graph's names and shapes, not by its weights, so each graph has a folder of its own.
+        It names cached engines by the graph's names and shapes, not by its weights, so each graph gets a folder of its own.
         """
         digest = bundle.manifest.files[FILES[graph]]["sha256"]
         cache = make_folder(writable_cache(bundle) / f"onnxruntime_{digest}")
@@ -99,15 +99,15 @@ class OnnxRuntimeGpuEngine(GpuEngine):
 
 
 class SessionConnector:
-    """Two sessions tied to one binding's buffers. Implements `Connector`."""
+    """Two sessions connected to one binding's buffers. Implements `Connector`."""
 
     def __init__(self, sessions: dict[str, ort.InferenceSession], number: int, what: str) -> None:
         self._sessions, self._number, self._what = sessions, number, what
 
     def connect(self, graph: str, tensors: dict[str, Tensor], stream: Any) -> Callable[[], None]:
-        """See `Connector.connect`: every tensor is bound to its address; a run does not wait for the GPU.
+        """See `Connector.connect`: every tensor is bound to its address, and a run does not wait for the GPU.
 
-        The session was opened with `stream` as its own.
+        `stream` must be the one that the session was opened with.
         """
         session = self._sessions[graph]
         bound = session.io_binding()
@@ -121,10 +121,10 @@ class SessionConnector:
         def queue() -> None:
             try:
                 session.run_with_iobinding(bound, options)
-            except Exception as error:  # onnxruntime's own classes have no common base of theirs
+            except Exception as error:  # onnxruntime's exceptions share no base class of their own
                 raise failure(f"{self._what} failed on cuda:{self._number} in the {graph}", error) from error
 
         return queue
 
     def close(self) -> None:
-        """Nothing to give back: ONNX Runtime keeps its memory for the session's life."""
+        """Does nothing: ONNX Runtime keeps its memory for the session's life."""

@@ -1,4 +1,4 @@
-"""Which engines exist, which can run here and why not, and opening the one that was asked for."""
+"""Which engines exist, which can run here or why not, and how the one asked for is opened."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from cdiff.runtime.bundle import Bundle
 
 NAMES = ("onnxruntime", "tensorrt", "tensorrt-rtx", "onnxruntime-tensorrt")
-"""Every engine there is."""
+"""Every engine of the runtime. The engine `torch` lives in export, because the runtime never imports PyTorch."""
 FLAVOURS: dict[str, Flavour] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt-rtx"}
 AUTO = {"cpu": ("onnxruntime",), "cuda": ("tensorrt", "onnxruntime")}
 """What `auto` tries on each kind of device, in this order."""
@@ -30,9 +30,9 @@ LOG = logging.getLogger("cdiff")
 
 @dataclass(frozen=True)
 class EngineStatus:
-    """One engine on this machine: the kinds of device it is built for here and, for the others, what is missing.
+    """One engine on this machine: the kinds of device that its installed build supports and, for the others, what is missing.
 
-    `devices` is a subset of ("cpu", "cuda"); that a GPU is really there shows only when the engine is opened.
+    `devices` is a subset of ("cpu", "cuda"); whether there really is a GPU shows only when the engine is opened.
     """
 
     name: str
@@ -42,7 +42,7 @@ class EngineStatus:
 
 
 def available_engines() -> list[EngineStatus]:
-    """The state of every engine in `NAMES`, in that order; imports no torch and raises nothing."""
+    """The state of every engine in `NAMES`, in that order; does not import torch and raises nothing."""
     return [engine_status(name) for name in NAMES]
 
 
@@ -64,19 +64,19 @@ def _tensorrt_status(flavour: Flavour) -> EngineStatus:
 
 
 def _device_layer_missing() -> str:
-    """What the GPU layer lacks, and how to get it; empty when nothing."""
+    """What the device layer lacks, and how to get it; "" when it lacks nothing."""
     lacking = missing_packages()
     return f"{' and '.join(lacking)} not installed: {INSTALL}" if lacking else ""
 
 
 def _onnxruntime_status(name: str) -> EngineStatus:
-    """ONNX Runtime itself, or its TensorRT provider."""
+    """The state of ONNX Runtime itself, or of its TensorRT provider."""
     if importlib.util.find_spec("onnxruntime") is None:
         return EngineStatus(name, None, (), "onnxruntime is not installed: pip install '.[cpu]' in cdiff's clone")
     try:
         ort: Any = importlib.import_module("onnxruntime")
         providers, version = ort.get_available_providers(), str(ort.__version__)
-    except Exception as error:  # what is broken breaks in its own way
+    except Exception as error:  # a broken installation may raise anything
         reason = f"onnxruntime is installed but broken ({error}): pip install --force-reinstall onnxruntime"
         return EngineStatus(name, None, (), reason)
     if name == "onnxruntime-tensorrt":
@@ -91,7 +91,7 @@ def _onnxruntime_status(name: str) -> EngineStatus:
 
 
 def _through_tensorrt(version: str, built_in: bool) -> EngineStatus:
-    """ONNX Runtime lists its TensorRT provider even where TensorRT's libraries are not, so these are looked for as well."""
+    """The state of the TensorRT provider. ONNX Runtime lists it even without TensorRT's libraries, so these are looked for too."""
     name = "onnxruntime-tensorrt"
     if not built_in:
         reason = "onnxruntime-gpu in place of onnxruntime, pip install '.[gpu]' in cdiff's clone"
@@ -119,9 +119,9 @@ def open_engine(
     """Open the bundle's graphs with the engine called `name` on `device` (`cpu`, `cuda` or `cuda:N`).
 
     `auto` picks the first engine of `AUTO` that can run on that device here (TensorRT only where an engine is cached or can be built);
-    the caller shows the engine's `name`, `version` and `device`, which are the picked one's. `threads` is for the CPU, by default the
-    physical cores available. build: makes TensorRT's engines where the cache has none for this GPU.
-    Raises CdiffError when the engine or the device is unknown or cannot run here: never another one in silence.
+    the caller should show the `name`, `version` and `device` of the engine returned. threads: for the CPU, by default the physical
+    cores available. build: builds TensorRT engines where the cache has none for this GPU.
+    Raises CdiffError when the engine or the device is unknown or cannot run here; another one is never substituted silently.
     """
     must_run(name, device)
     number = parse_device(device)
@@ -141,7 +141,8 @@ def open_engine(
 
 
 def must_run(name: str, device: str) -> None:
-    """Raise CdiffError where the engine called `name` or the device is unknown, or that engine cannot run there; `auto` finds out later."""
+    """Raise CdiffError where the engine called `name` or the device is unknown, or that engine cannot run there. For `auto` only the device
+    is checked; `open_engine` finds out the rest."""
     if name not in ("auto", *NAMES):
         raise CdiffError(f"engine {name!r} is not known; use one of auto, {', '.join(NAMES)}, or to segment with torch")
     kind = "cpu" if parse_device(device) is None else "cuda"
@@ -165,7 +166,7 @@ def _open(bundle: Bundle, name: str, number: int | None, threads: int | None, bu
 
             return OnnxRuntimeGpuEngine(bundle, number, tensorrt=name == "onnxruntime-tensorrt")
         count = len(visible_gpus())
-        if number >= count:  # ONNX Runtime's own words would be of libraries that it could not load
+        if number >= count:  # ONNX Runtime's own message would blame libraries that it could not load
             raise not_there(number, count)
         LOG.warning("on cuda:%d every step goes through the host, which is slow: %s", number, _device_layer_missing())
     from cdiff.runtime.engines.onnxruntime import OnnxRuntimeEngine

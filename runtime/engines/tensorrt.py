@@ -1,4 +1,4 @@
-"""TensorRT and TensorRT for RTX: engines from the cache, run by address on our streams.
+"""TensorRT and TensorRT for RTX: engines from the cache, run on device addresses and on our streams.
 
 Written for the Python bindings of TensorRT 10.16, 11.4 and TensorRT for RTX 1.7.
 """
@@ -37,14 +37,14 @@ from cdiff.runtime.sampling.batching import most_rows
 
 LOG = logging.getLogger("cdiff")
 RUNS = 25
-"""Runs that a newly built engine is made for, unless more rows are asked for at once."""
+"""Runs per slice that a newly built engine is made for, unless a batch needs more rows."""
 KEPT_ERRORS = 20
 
 
 class TensorRtEngine(GpuEngine):
     """A bundle's two engines of one flavour on GPU `number`, built by `build` where the cache has none for that GPU.
 
-    Engines are looked up when a batch's size is known, in `bind`. Raises CdiffError when TensorRT, PyCUDA or the GPU is not there.
+    Engines are looked up in `bind`, when a batch's size is known. Raises CdiffError when TensorRT, PyCUDA or the GPU is missing.
     """
 
     def __init__(self, bundle: Bundle, flavour: Flavour, number: int = 0, build: BuildEngines | None = None) -> None:
@@ -53,12 +53,13 @@ class TensorRtEngine(GpuEngine):
         super().__init__(number)
         self._bundle, self._flavour, self._build = bundle, flavour, build
         self._messages, self._logger, self._recorder = listeners(self._trt)
-        # No method: a connector that held one would hold the engine that holds it, and an engine goes, with its memory, when it is let go of.
+        # Not a method: connectors keep it, and a bound method would make a reference cycle with the engine, which must free its memory as soon
+        # as it is dropped.
         self.failure = partial(refusal, f"{self.name} {self.version} on {self.device}", self._messages)
         with self.gpu.current():
             try:
                 self._runtime = self._trt.Runtime(self._logger)
-            except TypeError as error:  # what the bindings make of a library that gave no runtime
+            except TypeError as error:  # what the bindings raise when the library returns no runtime
                 raise self.failure(f"its runtime did not start ({error})") from error
         self._runtime.error_recorder = self._recorder
         self._loaded: tuple[Path, Path] | None = None
@@ -88,7 +89,7 @@ class TensorRtEngine(GpuEngine):
 
     @cached_property
     def most_rows(self) -> int:
-        """See `base.LimitedRows`: of the engine that is there for this GPU, else those that one is built for; as it was when first asked."""
+        """See `base.LimitedRows`: the rows that the cached engine for this GPU takes, else those that one would be built for. Found only once."""
         manifest = self._bundle.manifest
         with self.gpu.current():
             gpu = self._here()
@@ -112,7 +113,7 @@ class TensorRtEngine(GpuEngine):
         return engine
 
     def _spec(self) -> GraphSpec:
-        """Shapes and types as the engines state them."""
+        """The shapes and types that the loaded engines state."""
         encoder, denoiser = self._engines["encoder"], self._engines["denoiser"]
         image, features = (tuple(encoder.get_tensor_shape(name))[1:] for name in ("image", "features"))
         dtype = np.dtype(self._trt.nptype(encoder.get_tensor_dtype("features")))
@@ -127,10 +128,10 @@ class TensorRtEngine(GpuEngine):
 
 
 class TrtConnector:
-    """Execution contexts for one binding; their working memory is ours. Implements `Connector`."""
+    """Execution contexts for one binding, whose working memory we allocate. Implements `Connector`."""
 
     def __init__(self, owner: TensorRtEngine, engines: dict[str, Any], kernels: dict[str, JitFile], trt: Any) -> None:
-        """kernels: where each graph's kernels are kept that TensorRT for RTX compiles."""
+        """kernels: for each graph, the file that keeps the kernels compiled by TensorRT for RTX."""
         self._engines, self._trt, self._gpu, self._fail = engines, trt, owner.gpu, owner.failure
         self._kernels = kernels
         self._messages = owner._messages
@@ -139,7 +140,7 @@ class TrtConnector:
         self._memory: list[Buffer] = []
 
     def connect(self, graph: str, tensors: dict[str, Tensor], stream: Any) -> Callable[[], None]:
-        """See `Connector.connect`: the profile, every shape and every address are set once, before the first run."""
+        """See `Connector.connect`: the profile and every shape and address are set once, before the first run."""
         trt, engine, fail = self._trt, self._engines[graph], self._fail
         self._check(graph, engine, tensors)
         self._messages.clear()
@@ -149,9 +150,9 @@ class TrtConnector:
         self._contexts.append(context)
         try:
             context.set_optimization_profile_async(0, stream.handle)
-        except RuntimeError as error:  # what the bindings make of a refusal
+        except RuntimeError as error:  # the bindings raise it where TensorRT refuses
             raise fail(f"the {graph}'s optimisation profile cannot be set") from error
-        stream.synchronize()  # what the change of profile copies must be there before anything runs
+        stream.synchronize()  # setting the profile queues copies, which must be done before anything runs
         for name, place in tensors.items():
             if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT and not context.set_input_shape(
                 name, place.shape
@@ -161,7 +162,7 @@ class TrtConnector:
                 raise fail(f"the {graph} does not take an address for {name}")
         try:
             unknown = list(context.infer_shapes())
-        except RuntimeError as error:  # for any reason but an input's that has no shape
+        except RuntimeError as error:  # any failure except inputs without a shape, which are returned
             raise fail(f"the {graph}'s shapes do not go together ({error})") from error
         if unknown:
             raise fail(f"the {graph} lacks the shape of {', '.join(unknown)}")
@@ -177,15 +178,15 @@ class TrtConnector:
             nonlocal keep
             if not context.execute_async_v3(handle):
                 raise fail(f"the {graph} did not run")
-            if keep is not None:  # after the first run all that these shapes need is compiled
+            if keep is not None:  # after the first run, everything that these shapes need is compiled
                 keep()
                 keep = None
 
         return queue
 
     def _working_memory(self, engine: Any, context: Any) -> Buffer:
-        """Room for the most rows that the engine takes, and where there is none for the rows that the context was given: without that a
-        batch that was halved for want of memory would want as much again. Raises OutOfMemory."""
+        """Memory for the most rows that the engine takes or, where that does not fit, for the rows that the context was given: otherwise a
+        batch that was halved for lack of memory would need as much as before. Raises OutOfMemory."""
         most = int(engine.device_memory_size_v2)
         try:
             return self._gpu.allocate(most)
@@ -204,14 +205,14 @@ class TrtConnector:
         self._memory.clear()
 
     def _context(self, graph: str, engine: Any) -> tuple[Any, Callable[[], None] | None]:
-        """A context whose working memory we provide; and what keeps the kernels that its first run compiles, where it does."""
+        """A context whose working memory we provide; and a function that saves the kernels compiled in its first run, or None."""
         trt = self._trt
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         specialisation = getattr(trt, "DynamicShapesKernelSpecializationStrategy", None)
         if specialisation is None:
             return engine.create_execution_context(strategy), None
-        # TensorRT for RTX compiles kernels when it runs. Eagerly, so that the same kernels serve from the first call on: by default
-        # better ones replace them in the middle of a scan, which a captured graph would miss and which would change its bits.
+        # TensorRT for RTX compiles kernels when it runs. Compile eagerly, so that the same kernels serve from the first call on: by
+        # default better ones replace them in the middle of a scan, which a captured graph would miss and which would change the bits.
         runtime_config = engine.create_runtime_config()
         runtime_config.set_execution_context_allocation_strategy(strategy)
         runtime_config.dynamic_shapes_kernel_specialization_strategy = specialisation.EAGER
@@ -233,13 +234,13 @@ class TrtConnector:
         return engine.create_execution_context(runtime_config), keep
 
     def _said(self) -> str:
-        """What TensorRT has said, which is then forgotten: a later error is about something else."""
+        """TensorRT's messages so far, which are then cleared so that a later error does not repeat them."""
         said = "; ".join(self._messages) or "it gave no reason"
         self._messages.clear()
         return said
 
     def _check(self, graph: str, engine: Any, tensors: dict[str, Tensor]) -> None:
-        """The engine's tensors are the ones that we mean, of the same types."""
+        """Raise CdiffError unless the engine's tensors have the expected names and types."""
         names = tensor_names(engine)
         if names != set(tensors):
             raise CdiffError(
@@ -252,13 +253,13 @@ class TrtConnector:
 
 
 def tensor_names(engine: Any) -> set[str]:
-    """The names of all inputs and outputs."""
+    """The names of an engine's inputs and outputs."""
     return {str(engine.get_tensor_name(i)) for i in range(engine.num_io_tensors)}
 
 
 def refusal(who: str, messages: list[str], what: str) -> CdiffError:
-    """The error for something that TensorRT refused, with what it said, which is then forgotten; OutOfMemory where that is about memory."""
-    said = messages[0] if messages else "it gave no reason"  # what follows comes of the first
+    """The error for something that TensorRT refused, with its message (`messages` is then cleared); an OutOfMemory where the reason is memory."""
+    said = messages[0] if messages else "it gave no reason"  # later errors follow from the first
     lacking = any(word in " ".join(messages).lower() for word in ("out of memory", "outofmemory", "failed_allocation"))
     messages.clear()
     kind = OutOfMemory if lacking else CdiffError
@@ -266,9 +267,9 @@ def refusal(who: str, messages: list[str], what: str) -> CdiffError:
 
 
 def listeners(trt: Any) -> tuple[list[str], Any, Any]:
-    """A list that gathers TensorRT's errors, and the logger and error recorder that fill it.
+    """A list that collects TensorRT's errors, and the logger and error recorder that fill it.
 
-    Errors go into the exceptions that follow from them; warnings go to the logger `cdiff` at level debug.
+    Errors end up in our exceptions; everything less severe goes to the logger `cdiff` at level debug.
     """
     messages: list[str] = []
 
@@ -289,7 +290,7 @@ def listeners(trt: Any) -> tuple[list[str], Any, Any]:
                 LOG.debug("TensorRT: %s", message)
 
     class Recorder(trt.IErrorRecorder):  # type: ignore[misc]
-        """The names are those that the bindings look up from C++; `num_errors` is the documented one, `get_num_errors` the used one."""
+        """Method names are those that the bindings look up from C++: they document `num_errors` but call `get_num_errors`."""
 
         def __init__(self) -> None:
             trt.IErrorRecorder.__init__(self)
@@ -317,6 +318,6 @@ def listeners(trt: Any) -> tuple[list[str], Any, Any]:
             if len(self._errors) < KEPT_ERRORS:
                 self._errors.append((code, description))
             keep(f"{getattr(code, 'name', code)}: {description}")
-            return False  # no opinion on whether to go on: the call's own result tells
+            return False  # do not ask TensorRT to stop: the call's own result tells whether it failed
 
     return messages, Logger(), Recorder()

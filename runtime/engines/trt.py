@@ -1,4 +1,4 @@
-"""TensorRT's two flavours without TensorRT: which module, which engine for which GPU, and the cache of built ones."""
+"""What concerns TensorRT's two flavours but does not need TensorRT: which module, which engine for which GPU, and the cache of built engines."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LOG = logging.getLogger("cdiff")
 
 FILES: dict[Graph, str] = {"encoder": ENCODER, "denoiser": DENOISER}
 RECORD, LAYERS = "record.json", "layers.json"
-"""Beside each engine: what it was built for, and its hash; what the builder made of every layer."""
+"""Files beside each engine: what it was built for, and its hash; and what the builder made of every layer."""
 RECORD_FORMAT = 1
 
 MODULES: dict[Flavour, tuple[str, ...]] = {
@@ -45,16 +45,16 @@ RTX_CAPABILITIES = {
     "float32": ("8.0", "8.6", "8.9", "12.0", "12.1"),
     "float16": ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1"),
 }
-"""What TensorRT for RTX 1.7 builds a bundle of each precision for: it has no float32 matrix product for 7.5 (Turing). 9.0 (H100,
-H200) is not among its targets."""
+"""The compute capabilities for which TensorRT for RTX 1.7 builds a bundle of each precision: it has no float32 matrix product for 7.5
+(Turing), and 9.0 (H100, H200) is not among its targets."""
 
 FAST_RUNS = 5
-"""Fewest runs that the places for features are made for; with fewer, a batch holds fewer rows."""
+"""The fewest runs per slice that an engine's sets of features are made for; with fewer runs, a batch must hold fewer rows."""
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU: the driver's name of it, compute capability as "major.minor", and the memory that is free, in bytes."""
+    """One GPU: the driver's name for it, its compute capability as "major.minor", and its free memory in bytes."""
 
     name: str
     capability: str
@@ -65,7 +65,8 @@ class Gpu:
 class Profile:
     """The shapes that a denoiser's engine takes: min_rows..max_rows rows, fastest at opt_rows, over 1..slots sets of features.
 
-    The encoder's engine takes one image: the runtime encodes a window at a time. Raises CdiffError when the numbers make no sense.
+    The encoder's engine always takes one image, because the runtime encodes one window at a time. Raises CdiffError unless 1 <= min_rows
+    <= opt_rows <= max_rows and slots >= 1.
     """
 
     min_rows: int
@@ -88,12 +89,12 @@ class Profile:
 def profile_for(
     manifest: Manifest, runs: int, free_bytes: int | None = None, *, max_rows: int | None = None
 ) -> Profile:
-    """The rows that suit the K maps x `runs` runs of a slice on a GPU with `free_bytes` of free memory.
+    """The profile that suits the K x R rows of a slice (K maps, R = `runs`) on a GPU with `free_bytes` of free memory.
 
-    A slice's K x R rows at once if they fit (`most_rows`), else the fewest equal batches, so that as few padding rows as possible are
-    computed. Without `free_bytes` (no GPU here) the runtime binds fewer rows where it must. One row is always allowed, for the end
-    of a scan and after running out of memory. slots: places for the windows that such a batch can touch with FAST_RUNS runs or more, and
-    for every view of each.
+    All rows of a slice in one batch if they fit (`most_rows`, within `max_rows`), else in the fewest equal batches, so that as few
+    padding rows as possible are computed. Without `free_bytes` (no GPU here), the runtime may have to bind fewer rows. min_rows is 1,
+    for the end of a scan and for use after running out of memory. slots: enough for every view of each window that such a batch can
+    touch with FAST_RUNS runs or more. Raises CdiffError for `runs` or `max_rows` below 1.
     """
     if runs < 1 or (max_rows is not None and max_rows < 1):
         raise CdiffError(f"{runs} runs in batches of {max_rows} rows make no engine; give at least one of each")
@@ -107,10 +108,10 @@ def profile_for(
 
 @dataclass(frozen=True)
 class EngineKey:
-    """All that an engine depends on. Two builds with equal keys may stand in for one another.
+    """Everything that an engine depends on: builds with equal keys are interchangeable.
 
-    version: TensorRT's. gpu: the driver's name, "" for an engine that runs on others too. capabilities: the compute
-    capabilities that it runs on, "8.0+" meaning that or newer. precision: the bundle's. graph_sha256: of the ONNX file. options: the
+    version: TensorRT's. gpu: the driver's name, or "" for an engine that runs on several GPUs. capabilities: the compute
+    capabilities that it runs on; "8.0+" means that or newer. precision: the bundle's. graph_sha256: of the ONNX file. options: the
     builder's, as sorted words such as "refit".
     """
 
@@ -149,18 +150,18 @@ class EngineKey:
             ) from None
 
     def folder_name(self) -> str:
-        """A name that a person can read, with 16 digits of the key's hash, which make it unique."""
+        """A readable name that ends with 16 digits of the key's hash, which make it unique."""
         digest = hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:16]
         where = self.gpu or f"sm{'-'.join(self.capabilities)}"
         words = (self.graph, self.flavour, self.version, where, self.precision, f"{self.profile.max_rows}rows", digest)
         return "_".join(re.sub(r"[^A-Za-z0-9.+-]+", "-", word) for word in words)
 
     def serves(self, wanted: EngineKey) -> bool:
-        """Whether an engine with this key does what `wanted` asks for: that graph, on that GPU, with shapes and options it covers."""
+        """Whether an engine with this key can serve where `wanted` is asked for: same graph, on that GPU, covering its shapes and options."""
         return self.is_for(wanted) and self.graph_sha256 == wanted.graph_sha256 and self._loads_in(wanted.version)
 
     def is_for(self, wanted: EngineKey) -> bool:
-        """`serves`, but for the TensorRT version and the graph's hash, which tell a stale engine from another's."""
+        """Like `serves`, but ignoring the TensorRT version and the graph's hash: where only these differ, the engine is stale."""
         same = all(getattr(self, name) == getattr(wanted, name) for name in ("graph", "flavour", "precision"))
         gpu = self.gpu in ("", wanted.gpu) and all(self._runs_on(capability) for capability in wanted.capabilities)
         return same and gpu and set(wanted.options) <= set(self.options) and self.profile.covers(wanted.profile)
@@ -179,11 +180,12 @@ class EngineKey:
 
 
 VERSION_COMPATIBLE = "version-compatible"
-"""The option of engines that later TensorRT versions of the same major one load too. They carry code for the host (`hostcode`)."""
+"""The option of engines that later TensorRT versions with the same major number can load too. They carry code for the host (`hostcode`)."""
 
 
 class EnginePair(NamedTuple):
-    """The two engine files, and the shapes that the denoiser's really takes: what `bind` may ask for. host_code: those that carry it."""
+    """The two engine files. profile: the shapes that the denoiser's really takes, which `bind` may ask for. host_code: the files that carry
+    code for the host."""
 
     encoder: Path
     denoiser: Path
@@ -193,13 +195,13 @@ class EnginePair(NamedTuple):
 
 BuildEngines = Callable[[Bundle, Flavour, Gpu, Profile], tuple[Path, Path]]
 """Builds the encoder's and the denoiser's engines for that GPU into the cache and returns their paths. It lives in export, which the
-runtime cannot import: whoever opens the runtime hands it down (`cdiff.export.tensorrt.build_engines`)."""
+runtime cannot import, so the caller that opens an engine passes it in (`cdiff.export.tensorrt.build_engines`)."""
 
 
 def load_trt(flavour: Flavour) -> Any:
-    """Import TensorRT's Python module, only now and only this one.
+    """Import the flavour's Python module, only now and without the other flavour's.
 
-    Raises CdiffError when it is not installed, with what to install, or when it is broken, with what it said.
+    Raises CdiffError when it is not installed, saying what to install, or when it is broken, saying how.
     """
     for name in MODULES[flavour]:
         try:
@@ -209,7 +211,7 @@ def load_trt(flavour: Flavour) -> Any:
                 raise CdiffError(
                     f"{flavour}: {name} is installed but lacks {error.name}; {INSTALL[flavour]}"
                 ) from error
-        except Exception as error:  # a missing library, or a wheel that stands in for one and says so in its own way
+        except Exception as error:  # a missing library, or a placeholder wheel, which raises errors of its own
             raise CdiffError(
                 f"{flavour} is installed but does not load ({one_line(error)}); {INSTALL[flavour]}"
             ) from error
@@ -230,9 +232,9 @@ def engine_key(
     profile: Profile,
     options: tuple[str, ...] = (),
 ) -> EngineKey:
-    """The key of an engine of one of the bundle's graphs: for one GPU, or for all GPUs of some compute capabilities.
+    """The key of an engine for one of the bundle's graphs.
 
-    profile: the denoiser's; the encoder's engine takes one image whatever it is.
+    gpu: one GPU, or the compute capabilities of all GPUs that it is for. profile: the denoiser's; it is ignored for the encoder.
     """
     if graph == "encoder":
         profile = Profile(1, 1, 1, 1)
@@ -243,7 +245,7 @@ def engine_key(
 
 
 NO_HOME = Path("/nonexistent")
-"""The home, on Debian, of users who have none."""
+"""What Debian gives as the home of users who have none."""
 
 
 def user_cache() -> Path:
@@ -252,15 +254,13 @@ def user_cache() -> Path:
         return Path(named) / "engines"
     try:
         home = Path.home()
-    except (
-        RuntimeError
-    ):  # a container's user without a name or $HOME: nothing is found there, and what would be written says where
-        home = NO_HOME
+    except RuntimeError:  # a container's user without a name or $HOME
+        home = NO_HOME  # where nothing will be found, and an attempt to write names the folder
     return Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "cdiff" / "engines"
 
 
 def writable_cache(bundle: Bundle) -> Path:
-    """Where a new engine of this bundle goes: BUNDLE/engines, or the user's cache where the bundle is read-only."""
+    """Where new engines of this bundle go: BUNDLE/engines, or the user's cache where the bundle is read-only."""
     nearest = bundle.engines if bundle.engines.is_dir() else bundle.path
     return bundle.engines if os.access(nearest, os.W_OK) else user_cache()
 
@@ -268,25 +268,25 @@ def writable_cache(bundle: Bundle) -> Path:
 def cached_engine(
     bundle: Bundle, graph: Graph, key: EngineKey, say: Say | None = None, *, exact: bool = False
 ) -> Path | None:
-    """The engine file of the cache that serves `key`, its hash checked; None when there is none that is whole.
+    """The file of a cached engine that serves `key`, its hash checked; None when no intact one does.
 
-    Looked for in BUNDLE/engines and the user's cache. Of several the one for fewest other GPUs and options wins, then the one
-    that is fastest nearest to the rows asked for. One that was built for another version or graph, or is damaged, is
-    said (by a warning unless `say` is given) and never returned. exact: only one whose key is equal will do.
+    BUNDLE/engines and the user's cache are searched. Of several, one for a single GPU with the fewest options is preferred, then the
+    one whose opt_rows is nearest to the one asked for. An engine that is stale (another version or graph) or damaged is
+    reported, by `say` or else by a warning, and never returned. exact: accept only an equal key.
     """
     found = _find(bundle, graph, key, say, exact)
     return found[0] if found else None
 
 
 def cached_rows(bundle: Bundle, flavour: Flavour, gpu: Gpu) -> int | None:
-    """Most rows that an engine of the cache takes on this GPU; None when there is none for it. The files themselves are not looked at."""
+    """The most rows that a cached engine takes on this GPU; None when there is none for it. Reads only records, not the engine files."""
     one = engine_key(bundle, "denoiser", flavour, trt_version(flavour), gpu, Profile(1, 1, 1, 1))
     found = [key.profile.max_rows for _, key, _ in _records(bundle, "denoiser", lambda _: None) if key.serves(one)]
     return max(found, default=None)
 
 
 def has_engines(bundle: Bundle, flavour: Flavour) -> bool:
-    """Whether the cache has any engine of this model, for whichever GPU and version: whether one serves shows when it is bound."""
+    """Whether the cache has any engine of this model, for any GPU and version; whether one can serve here shows when it is bound."""
     return any(key.flavour == flavour for _, key, _ in _records(bundle, "denoiser", lambda _: None))
 
 
@@ -299,7 +299,7 @@ def open_or_build(
 ) -> EnginePair:
     """Both engines for this GPU from the cache, or built now by `build`.
 
-    Raises CdiffError, with the command that builds them, when they are not there and there is no `build`; whatever `build` raises.
+    Raises CdiffError, naming the command that builds them, when they are missing and there is no `build`; and whatever `build` raises.
     """
     version = trt_version(flavour)
     keys = {graph: engine_key(bundle, graph, flavour, version, gpu, profile) for graph in FILES}
@@ -340,18 +340,20 @@ def _find(
 
 @functools.cache
 def _warn(text: str) -> None:
-    """Once for each text: engines are looked for several times while one model opens."""
+    """Warn once per text, because engines are searched for several times while one model opens."""
     LOG.warning("%s", text)
 
 
 def _records(bundle: Bundle, graph: Graph, tell: Say) -> Iterator[tuple[Path, EngineKey, str]]:
-    """Each engine of that graph in the caches: its file, key and recorded SHA-256. Other graphs' may be another model's."""
+    """Each engine for `graph` in the caches: its file, key and recorded SHA-256.
+
+    In the user's cache, which all models share, only engines of this bundle's own graph count."""
     for folder in dict.fromkeys((bundle.engines, user_cache())):
         for record in sorted(folder.glob(f"{graph}_*/{RECORD}")):
             try:
                 data = json.loads(record.read_text(encoding="utf-8"))
                 if data["format"] != RECORD_FORMAT:
-                    continue  # another version of cdiff's
+                    continue  # written by another version of cdiff
                 key, digest = EngineKey.from_json(data["key"]), str(data["sha256"])
             except (OSError, ValueError, KeyError, TypeError, RecursionError, CdiffError) as error:
                 tell(f"{record} cannot be read ({error}), so its engine is not used; remove {record.parent}")

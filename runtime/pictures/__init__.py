@@ -1,1 +1,1 @@
-"""What a person looks at: the picture and the page of a result, the contact sheet of a data set."""
+"""Output for people to look at: the picture and the page of a result, and the contact sheet of a data set."""

@@ -1,4 +1,4 @@
-"""The parts that every picture is made of: a slice, the soft map over it, outlines, keys, a scale bar."""
+"""The parts of which every picture is made: a slice, the soft map over it, outlines, keys, a scale bar."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ READER_COLOURS = ("#4cc9f0", "#f9c74f", "#f94178", "#80ed99", "#c77dff", "#ff9f1
 
 
 def must_draw() -> None:
-    """Raise CdiffError where matplotlib cannot be imported for want of a folder for its cache: worth knowing before long work."""
+    """Raise CdiffError where matplotlib cannot be imported because it finds no folder for its cache: worth knowing before long work."""
     try:
         import matplotlib as _  # noqa: F401
     except OSError:
@@ -50,19 +50,19 @@ def must_draw() -> None:
 
 @contextmanager
 def without_latex() -> Iterator[None]:
-    """Draw texts as matplotlib does, also where the user's settings (`text.usetex`) give them to LaTeX, which fails at the underscore of a
-    file's name, or where it is not installed. Raises CdiffError as `must_draw`.
+    """Let matplotlib draw texts itself, even where the user's settings (`text.usetex`) ask for LaTeX, which fails on underscores in file names,
+    or may not be installed. Raises CdiffError as `must_draw` does.
     """
     must_draw()
     import matplotlib
 
-    # The settings are the program's, whose other threads may draw as well: they are touched where they must be alone.
+    # The settings are global, and other threads may draw too, so they are changed only where necessary, and under a lock.
     with LATEX, matplotlib.rc_context({"text.usetex": False}) if matplotlib.rcParams["text.usetex"] else nullcontext():
         yield
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """A dark page of so many inches, on the Agg canvas: no display, no global state of pyplot. Raises CdiffError as `must_draw`."""
+    """A dark page of this size in inches, on the Agg canvas, without a display or pyplot's global state. Raises CdiffError as `must_draw` does."""
     must_draw()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -73,16 +73,16 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save(figure: Figure, path: Path, dpi: int) -> None:
-    """Write a PNG on the figure's own page, whatever the style of the user's matplotlib says."""
+    """Write a PNG with the figure's own background, whatever the user's matplotlib style says."""
     figure.savefig(
         path, dpi=dpi, facecolor=figure.get_facecolor(), metadata={"Software": "cdiff"}, format="png",
-        pil_kwargs={"compress_level": 3},  # the default, 6, makes it a tenth smaller and takes nearly three times as long
+        pil_kwargs={"compress_level": 3},  # the default, 6, gives files a tenth smaller and takes nearly three times as long
     )  # fmt: skip
 
 
 def outline_colours(count: int, *, readers: bool = False) -> list[Any]:
-    """A colour for each level c, the one that the soft map has at c / C (kept off the dark end); readers have no order, and
-    colours that tell them apart."""
+    """A colour for each of `count` levels, from the soft map's colours without their dark end; for readers, which have no order, colours
+    that tell them apart."""
     if readers:
         return [READER_COLOURS[i % len(READER_COLOURS)] for i in range(count)]
     from matplotlib import colormaps
@@ -92,13 +92,13 @@ def outline_colours(count: int, *, readers: bool = False) -> list[Any]:
 
 
 def panel(figure: Figure, place: tuple[float, float, float, float], title: str = "") -> Axes:
-    """Axes at (left, bottom, width, height) in inches, without ticks, its title in small type above."""
+    """Axes at (left, bottom, width, height) in inches, without ticks, with a small title above."""
     width, height = figure.get_size_inches()
     left, bottom, across, up = place
     axes = figure.add_axes((left / width, bottom / height, across / width, up / height))
     axes.set_facecolor(PAGE)
     axes.set_axis_off()
-    # Without y all of the axes' ticks, which are not drawn, would be laid out to see whether the title is in their way.
+    # Without y, matplotlib would lay out all ticks, which are not drawn, to see whether they collide with the title.
     axes.set_title(title, color=INK, fontsize=10.5, pad=7, loc="left", y=1)
     return axes
 
@@ -106,16 +106,16 @@ def panel(figure: Figure, place: tuple[float, float, float, float], title: str =
 def show_image(
     axes: Axes, image: Float32, box: Box, view: View, window: tuple[float, float], light: float = 1.0
 ) -> None:
-    """A slice [rows, columns] or [rows, columns, 3] of a picture, grey between the two values of `window`.
+    """Show the part `box` of a picture [rows, columns] or [rows, columns, 3], grey between the two values of `window`.
 
-    light: below 1 dims the picture, so that a map over it is not taken for it.
+    light: below 1, dims the picture, so that a map drawn over it stands out.
     """
     scaled = light * grey(image[box], window)
     axes.imshow(scaled, cmap="gray", vmin=0, vmax=1, interpolation="bicubic", aspect=_aspect(view))
 
 
 def grey(image: Float32, window: tuple[float, float]) -> Float32:
-    """The picture's values as 0 to 1 between the two of `window`, and no further."""
+    """The picture's values scaled so that the two of `window` become 0 and 1, and clipped to these."""
     low, high = window
     scaled: Float32 = np.clip((image - low) / max(high - low, 1e-12), 0, 1)
     return scaled
@@ -128,17 +128,17 @@ def window_of(image: Float32) -> tuple[float, float]:
 
 
 def show_soft(axes: Axes, soft: Float32, box: Box, view: View) -> Any:
-    """The soft map over what is there: transparent at 0, so that the anatomy stays readable. Returns it for its key."""
+    """Draw the soft map over the image, transparent at 0 so that the anatomy stays readable. Returns the mappable for its colour key."""
     return _overlay(axes, soft, box, view, SOFT_MAP, 0.55)
 
 
 def show_entropy(axes: Axes, uncertainty: Float32, box: Box, view: View) -> Any:
-    """The uncertainty over what is there, in a colour scale of its own. Returns it for its key."""
+    """Draw the uncertainty over the image, in its own colour scale. Returns the mappable for its colour key."""
     return _overlay(axes, uncertainty, box, view, entropy_shades(), 0.9)
 
 
 def entropy_shades() -> LinearSegmentedColormap:
-    """The colours of the uncertainty."""
+    """The colour scale of the uncertainty."""
     from matplotlib.colors import LinearSegmentedColormap
 
     return LinearSegmentedColormap.from_list("entropy", ENTROPY_SHADES)
@@ -151,14 +151,14 @@ def _overlay(axes: Axes, values: Float32, box: Box, view: View, colours: Any, op
 
 
 def outline(axes: Axes, inside: NDArray[Any], box: Box, colour: Any, width: float = 1.5) -> None:
-    """The line where `inside` (a map 0..1, or a mask) crosses one half; nothing where it does not."""
+    """Draw the line where `inside` (a map 0..1, or a mask) crosses one half; nothing if it does not."""
     values = np.nan_to_num(np.asarray(inside[box], dtype=np.float32))
     if min(values.shape) > 1 and values.min() < 0.5 <= values.max():
         axes.contour(values, levels=[0.5], colors=[colour], linewidths=width)
 
 
 def colour_key(figure: Figure, place: tuple[float, float, float, float], mappable: Any, label: str) -> None:
-    """A horizontal colour bar with its label below, at (left, bottom, width, height) in inches."""
+    """Draw a horizontal colour bar with its label below, at (left, bottom, width, height) in inches."""
     from matplotlib.cm import ScalarMappable
 
     axes = panel(figure, place)
@@ -173,7 +173,7 @@ def colour_key(figure: Figure, place: tuple[float, float, float, float], mappabl
 
 
 def line_key(axes: Axes, entries: Sequence[tuple[str, Any]], label: str) -> None:
-    """What the lines mean: a row of short strokes with their names, and a label below, filling `axes`."""
+    """Fill `axes` with a key to the lines: a row of short strokes with their names, and a label below."""
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1)
     step = 1 / max(len(entries), 1)
@@ -185,7 +185,7 @@ def line_key(axes: Axes, entries: Sequence[tuple[str, Any]], label: str) -> None
 
 
 def edge_letters(axes: Axes, view: View) -> None:
-    """The patient's sides at the picture's edges, where the header gives them."""
+    """Write the letters of the patient's sides at the picture's edges, where the header gives them."""
     left, right, top, bottom = view.edges
     for text, x, y, across, up in (
         (left, 0.02, 0.5, "left", "center"),
@@ -197,7 +197,7 @@ def edge_letters(axes: Axes, view: View) -> None:
 
 
 def scale_bar(axes: Axes, box: Box, view: View) -> None:
-    """A bar of a round length, about a quarter of the width, in the lower left corner; none where the spacing is unknown."""
+    """Draw a bar of a round length, at most a quarter of the width, in the lower left corner; nothing where the spacing is unknown."""
     if view.spacing is None:
         return
     across = (box[1].stop - box[1].start) * view.spacing[1]
@@ -209,7 +209,7 @@ def scale_bar(axes: Axes, box: Box, view: View) -> None:
 
 
 def frame_box(axes: Axes, box: Box) -> None:
-    """A thin frame around the part that the close-ups show."""
+    """Draw a thin frame around the part that the close-ups show."""
     from matplotlib.patches import Rectangle
 
     rows, columns = box
@@ -219,11 +219,11 @@ def frame_box(axes: Axes, box: Box) -> None:
 
 
 def close_up(soft: Iterable[Float32], view: View, least: float = 0.28, within: Box | None = None) -> Box:
-    """The part of a picture around what any of the maps [rows, columns] holds above 0.2; all of it where that is most of it.
+    """The part of a picture around everything that is at least 0.2 in any of the maps [rows, columns]; the whole picture if that is most of it.
 
-    Square in millimetres where the picture allows, with MARGIN of the object's size on each side. least: the
-    smallest side, as a share of the picture's longer one. within: where a model saw a part alone, that part stands for the
-    picture in both: where no map holds anything, and for `least`.
+    It is square in mm where the picture allows, with a margin of MARGIN times the object's size on each side. least: its smallest
+    side, as a share of the picture's longer one. within: the part that a model saw, if not all; it then replaces the picture for
+    `least`, and is returned where no map reaches 0.2.
     """
     inside = reduce(np.logical_or, (np.nan_to_num(one) >= 0.2 for one in soft))
     shape = inside.shape
@@ -252,7 +252,7 @@ def _aspect(view: View) -> float:
 
 
 def _over(axes: Axes, x: float, y: float, text: str, **where: Any) -> None:
-    """Small text on an image, with a dark rim so that it reads on white too."""
+    """Write small text on an image, with a dark rim so that it can be read on white too."""
     from matplotlib.patheffects import withStroke
 
     rim = [withStroke(linewidth=2.2, foreground=PAGE)]

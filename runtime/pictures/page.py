@@ -1,4 +1,4 @@
-"""The page of a result: one HTML file with its slices and maps, to leaf through in a browser; nothing is loaded and nothing sent."""
+"""The page of a result: one HTML file with its slices and maps, to browse; it loads nothing and sends nothing."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ if TYPE_CHECKING:
     from cdiff.runtime.variants import Variant
 
 MOST = 120
-"""Most slices that a page holds: 512 x 512 pixels of a CT take about a fifth of a megabyte each."""
+"""The most slices that a page holds: a CT slice of 512 x 512 pixels takes about a fifth of a megabyte."""
 
 
 def write_page(result: Result, path: Path, name: str) -> None:
     """Write the page of `result` to `path`, an HTML file that needs nothing beside it.
 
-    It holds 8 bits of each slice and map: a reading differs from the NIfTI file's by at most 0.002. Of more than MOST slices it
-    holds those with agreement, and of these MOST, evenly. Raises OSError when it cannot be written.
+    Slices and maps are stored in 8 bits: a value read from it differs from the NIfTI file's by at most 0.002. If there are more than
+    MOST slices, it holds those with agreement, thinned evenly to MOST. Raises OSError when it cannot be written.
     """
     template = resources.files("cdiff.runtime.pictures").joinpath("page.html").read_text(encoding="utf-8")
-    # In a script element only "<" could end it.
+    # Without "<", the text cannot end the script element.
     text = json.dumps(_contents(result, name), ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
     path.write_text(template.replace("__DATA__", text), encoding="utf-8")
 
 
 def _contents(result: Result, name: str) -> dict[str, Any]:
-    """All that the page's script reads."""
+    """All the data that the page's script reads."""
     view, stack, grid, variant = result.grid.view, result.stack, result.grid, result.stack.variant
     soft, spread, outlines = (Turned(stack, attribute, view) for attribute in ("soft", "spread", variant.outlines))
     held = agreement(soft)
@@ -49,7 +49,7 @@ def _contents(result: Result, name: str) -> dict[str, Any]:
     window = drawing.window_of(np.stack([picture[box] for picture in pictures]))
     rows, columns = pictures[0].shape[:2]
     best = int(np.argmin(abs(kept - held.fullest)))
-    top = 0.25 if variant.spread == "variance" else 0.5  # the largest that values between 0 and 1 can have
+    top = 0.25 if variant.spread == "variance" else 0.5  # the largest spread that values between 0 and 1 can have
     slices = [
         _packed([*np.atleast_3d(drawing.grey(picture, window)).transpose(2, 0, 1), soft[i], spread[i], *outlines[i]])
         for i, picture in zip(kept, pictures, strict=True)
@@ -102,7 +102,7 @@ def _contents(result: Result, name: str) -> dict[str, Any]:
 
 
 def _kept(most: Float32) -> tuple[NDArray[np.intp], str]:
-    """Which of the slices, whose soft maps' largest values are `most` [n], the page holds, and what it says where that is not all of them."""
+    """Which slices the page holds, and what it says if those are not all. most [n]: the largest value of each slice's soft map."""
     every = np.arange(len(most))
     if len(most) <= MOST:
         return every, ""
@@ -113,13 +113,13 @@ def _kept(most: Float32) -> tuple[NDArray[np.intp], str]:
 
 
 def _expected(result: Result, kept: NDArray[np.intp]) -> list[str]:
-    """What is said beside the number of each slice of the page: the Dice that its mask is expected to have."""
+    """For each slice of the page, the text beside its number: the Dice that its mask is expected to have."""
     values = [one["mask"] for one in result.report.get("expected_dice", {}).get("slices", [])]
     return [f", expected Dice {values[i]:.2f}" if values and values[i] is not None else "" for i in kept]
 
 
 def _packed(channels: list[Float32]) -> str:
-    """Channels of 0 to 1, all [rows, columns], as bytes: deflated, in base64."""
+    """Channels [rows, columns] with values 0 to 1, as bytes, deflated and in base64."""
     raw = np.rint(255 * np.stack(channels)).astype(np.uint8)
     return _text(zlib.compress(raw.tobytes(), 6))
 
@@ -129,7 +129,7 @@ def _text(raw: bytes) -> str:
 
 
 def _palette(colours: Any) -> str:
-    """256 colours, three bytes each."""
+    """256 colours of three bytes each, in base64."""
     from matplotlib import colormaps
 
     shades = colormaps[colours] if isinstance(colours, str) else colours
@@ -143,14 +143,14 @@ def _rgb(colour: Any) -> list[int]:
 
 
 def _name(variant: Variant, c: int) -> str:
-    """What an outlined map is called."""
+    """The name of an outlined map."""
     if not variant.of_annotators:
         return "mask"
     return f"annotator {c}" if variant.told == "annotator" else f"at least {c}"
 
 
 def _as_stored(result: Result) -> list[list[int]]:
-    """For each in-plane axis as stored, its index as a linear function of the picture's row and column: [start, a row, a column]."""
+    """For each in-plane axis as stored, its index as a linear function of the picture's row and column: [start, per row, per column]."""
     height, width = result.image.shape[-2:]
     functions = []
     for index in np.meshgrid(np.arange(height), np.arange(width), indexing="ij"):

@@ -1,4 +1,4 @@
-"""The preview PNG of a result, and the picture of a case with its readers; matplotlib is imported only when one is drawn."""
+"""The preview PNG of a result, and a picture of a case with its readers' outlines; matplotlib is imported only when one is drawn."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ SIDE, GAP, EDGE = 3.1, 0.28, 0.35
 KEY = 0.62
 STRIP = 8
 SEEN = 0.1
-"""From this share on a slice holds some agreement."""
+"""A slice shows some agreement if its soft map reaches this share."""
 LEAST_OF_WINDOW = 0.5
-"""Smallest side of the close-up as a share of the window that a model saw: a window is small already."""
+"""The smallest side of the close-up as a share of the window that a model saw; larger than usual, because a window is small already."""
 
 
 @drawing.without_latex()
 def write_preview(result: Result, path: Path, name: str) -> None:
-    """Draw the slice with the largest soft area: where it lies, the levels' outlines, soft map, uncertainty; and a strip of
+    """Draw the slice with the largest soft area (the whole slice, the levels' outlines, soft map, uncertainty) and a strip of
     slices through the volume. path: a PNG file. Raises OSError when it cannot be written."""
     drawing.save(preview_figure(result, name), path, DPI)
 
@@ -111,10 +111,10 @@ def reader_figure(
     view: View | None = None,
     note: str = "",
 ) -> None:
-    """Draw one slice beside what its readers drew: image, their outlines, the soft map, its uncertainty; write a PNG.
+    """Draw one slice as a PNG: the image, its readers' outlines, the soft map, and its uncertainty.
 
-    image [H,W], readers [n,H,W], soft [H,W] in 0..1, uncertainty [H,W] in bits, all as stored; view turns them as the
-    preview does. note: a line below the picture, such as a credit. Raises CdiffError when it cannot be written.
+    image [H,W], readers [n,H,W], soft [H,W] in 0..1, uncertainty [H,W] in bits, all as stored; view turns them as in the
+    preview. note: a line below the picture, such as a credit. Raises CdiffError when the file cannot be written.
     """
     view = view or View()
     picture, readers, soft, uncertainty = (view(a) for a in (image, readers, soft, uncertainty))
@@ -154,7 +154,7 @@ def reader_figure(
 
 
 def close_up_of(result: Result, soft: Iterable[Float32]) -> Box:
-    """The part of the picture around what the turned maps [rows, columns] hold; where the user named the place, around the model's window."""
+    """The part of the picture around what the turned maps [rows, columns] mark; where the user named a place, the model's window sets its size."""
     view = result.grid.view
     if result.window is None:
         return drawing.close_up(soft, view)
@@ -163,16 +163,16 @@ def close_up_of(result: Result, soft: Iterable[Float32]) -> Box:
 
 
 def displayable(result: Result, number: int) -> Float32:
-    """A slice as the picture's [rows, columns]; as [rows, columns, 3] where its three channels are colours.
+    """A slice as the picture's [rows, columns], or [rows, columns, 3] where its three channels are colours.
 
-    Those of a medical image are not: of several modalities, as of two or four, the first is shown.
+    In a medical image (one with a header) channels are never colours: of several modalities the first is shown.
     """
     turned = result.grid.view(result.image[number])
     return np.moveaxis(turned, 0, -1) if len(turned) == 3 and result.grid.header is None else turned[0]
 
 
 def _turned(box: Box, shape: tuple[int, ...], view: View) -> Box:
-    """A part of a slice [H, W] as stored, as the same part of its picture."""
+    """The part of the picture that corresponds to a part of the slice [H, W] as stored."""
     inside = np.zeros(shape, bool)
     inside[box] = True
     rows, columns = (np.flatnonzero(view(inside).any(axis=axis)) for axis in (1, 0))
@@ -180,7 +180,7 @@ def _turned(box: Box, shape: tuple[int, ...], view: View) -> Box:
 
 
 class Turned:
-    """A map of a stack as its slices are shown, each made when it is asked for: all of them would be as large as the scan."""
+    """A map of a stack, its slices turned as they are shown. Each is made when it is asked for: all of them would be as large as the scan."""
 
     def __init__(self, stack: Stack, attribute: str, view: View) -> None:
         self._maps, self._view = Lazily(stack, attribute), view
@@ -198,21 +198,21 @@ class Turned:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Of each slice's soft map the largest value, `most` [n], and the number of the slice with the largest soft area, the middle one when
-    nothing is to be seen in any."""
+    """most [n]: the largest value of each slice's soft map. fullest: the index of the slice with the largest soft area, or the middle slice
+    if none shows any agreement."""
 
     most: Float32
     fullest: int
 
 
 def agreement(soft: Turned) -> Agreement:
-    """What pictures ask of every slice."""
+    """What pictures need to know about every slice, from their soft maps."""
     most, areas = zip(*((one.max(), one.sum(dtype=np.float64)) for one in soft), strict=True)
     return Agreement(np.array(most), int(np.argmax(areas)) if max(most) >= SEEN else len(soft) // 2)
 
 
 def _strip(most: Float32, best: int) -> list[int]:
-    """Up to STRIP slices, evenly through those with some agreement and one on each side; the best one is among them."""
+    """Up to STRIP slices, spread evenly over those with some agreement and one more on each side; `best` is always among them."""
     held = np.flatnonzero(most >= SEEN)
     first, last = (max(held[0] - 1, 0), min(held[-1] + 1, len(most) - 1)) if held.size else (0, len(most) - 1)
     while last - first + 1 < min(STRIP, len(most)):
@@ -280,7 +280,7 @@ def how(report: dict[str, Any]) -> str:
 
 
 def _sizes(volumes: dict[str, Any], count: str, of_annotators: bool) -> list[tuple[str, str]]:
-    """The size on which at least half agree, and its range from all experts to any; of an ensemble, its mask's."""
+    """Lines with the size on which at least half agree, and the sizes on which all and any agree; for an ensemble, its mask's size."""
     if not volumes:
         return []
     sizes = () if "unreliable" in volumes else (("ml", "ml"), ("mm2", "mm²"))
@@ -304,7 +304,7 @@ def _sizes(volumes: dict[str, Any], count: str, of_annotators: bool) -> list[tup
 
 
 def _short(text: str, most: int) -> str:
-    """`text` with its middle left out when it is longer than `most` characters."""
+    """`text`, with its middle left out if it is longer than `most` characters."""
     return text if len(text) <= most else f"{text[: most // 2]}…{text[1 - most // 2 :]}"
 
 
@@ -315,6 +315,6 @@ def _footing(figure: Figure, view: View, width: float) -> None:
 
 
 def _key(place: tuple[float, float, float, float], height: float) -> tuple[float, float, float, float]:
-    """Where the key of a panel goes: below it."""
+    """The place of a panel's key, below the panel."""
     left, bottom, across, _ = place
     return left, bottom - 0.1 - height, across, height

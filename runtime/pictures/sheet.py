@@ -1,4 +1,4 @@
-"""The contact sheet of a data set: of some cases the image, every annotator's outline, and the soft label that they make."""
+"""The contact sheet of a data set: for some cases the image, every annotator's outline, and the soft label that follows from them."""
 
 from __future__ import annotations
 
@@ -27,20 +27,21 @@ if TYPE_CHECKING:
     from cdiff.runtime.scans.grid import View
 
 CASES = 12
-"""Most cases on a sheet."""
+"""The most cases on a sheet."""
 LONGEST_NAME = 34
-"""Characters of a case's name that are shown."""
+"""How many characters of a case's name are shown."""
 DPI = 110
 SIDE, GAP, EDGE, BETWEEN = 1.75, 0.08, 0.35, 0.4
 BLOCK = 3 * SIDE + 2 * GAP
 HEAD, ROW, FOOT = 0.85, 0.34, 0.95
 SOFT_KEY, NAME, LETTER = 2.1, 0.75, 0.125
-"""Widths of the soft label's key, of an annotator's stroke and name in the other at least, and of both for each letter of a long name."""
+"""Widths in inches: of the soft label's key; in the annotators' key, the least width of a stroke with its name, and the width per letter of a
+long name."""
 Place = tuple[float, float, float, float]
 
 
 def chosen(looks: Sequence[Look]) -> list[Look]:
-    """Up to CASES readable cases, spread evenly over the data set; those that anybody marked first."""
+    """Up to CASES readable cases, spread evenly over those that anybody marked (over all of them if nobody marked any)."""
     readable = [look for look in looks if look.readable]
     marked = [look for look in readable if look.row["marked_slices"]] or readable
     if len(marked) <= CASES:
@@ -60,7 +61,7 @@ def write_sheet(path: Path, looks: Sequence[Look], channels: int, slice_axis: in
 
 
 def sheet_figure(looks: Sequence[Look], channels: int, slice_axis: int, title: str, note: str) -> Figure:
-    """The sheet as a matplotlib figure: a block of three panels for each case, two blocks a row."""
+    """The sheet as a matplotlib figure: a block of three panels for each case, two blocks per row."""
     figure, blocks = new_page(len(looks), ("image", "every annotator's outline", "soft label"), title, note)
     raters = sorted({name for look in looks for name in look.case.raters}, key=natural)
     colours = dict(zip(raters, drawing.outline_colours(len(raters), readers=True), strict=True))
@@ -81,7 +82,7 @@ def sheet_figure(looks: Sequence[Look], channels: int, slice_axis: int, title: s
 
 
 def new_page(count: int, heads: Sequence[str], title: str, note: str) -> tuple[Figure, list[list[Place]]]:
-    """An empty page for `count` blocks of three panels, two blocks a row; and the panels' places of each block.
+    """An empty page for `count` blocks of three panels, two blocks per row; and the places of each block's panels.
 
     heads: what each of the three panels shows, written above the first row. title and note: a line above and one below.
     """
@@ -109,15 +110,15 @@ def new_page(count: int, heads: Sequence[str], title: str, note: str) -> tuple[F
 
 
 def soft_key(figure: Figure, drawn: Any, words: str) -> None:
-    """The colours of a soft map, in the page's lower right corner."""
+    """Draw the colour key of a soft map in the page's lower right corner."""
     drawing.colour_key(figure, (figure.get_figwidth() - EDGE - SOFT_KEY, 0.68, SOFT_KEY, 0.11), drawn, words)
 
 
 def begin_block(
     figure: Figure, places: list[Place], title: str, image: NDArray[np.float32], near: Box, view: View, in_colour: bool
 ) -> tuple[NDArray[np.float32], tuple[Axes, Axes]]:
-    """A block's title and whole image [h, w] or [channels, h, w], with a frame around `near`. Returns the picture for the
-    close-ups and the other two panels."""
+    """Draw a block's title and its whole image [h, w] or [channels, h, w], with a frame around `near`. Returns the picture for the
+    close-ups, and the other two panels."""
     for place in places:
         drawing.panel(figure, place).set_facecolor("black")
     whole = drawing.panel(figure, places[0])
@@ -140,7 +141,7 @@ def begin_block(
 def _block(
     figure: Figure, places: list[Place], look: Look, colours: dict[str, str], channels: int, slice_axis: int
 ) -> Any:
-    """One case: image, outlines, soft label. Returns the soft label's colours for the key."""
+    """Draw one case: image, outlines, soft label. Returns the soft label's mappable for the colour key."""
     image, masks, view = _read(look.case, look.best_slice, channels, slice_axis)
     soft = masks.mean(axis=0, dtype=np.float32)
     near = drawing.close_up(np.concatenate([masks.astype(np.float32), soft[None]]), view)
@@ -169,7 +170,7 @@ def _read(
 
 
 def _mosaic(image: NDArray[np.float32]) -> NDArray[np.float32]:
-    """[channels, h, w] side by side in a square, each in its own grey window, 0 to 1."""
+    """The channels of [channels, h, w] as one picture of tiles in a square, each in its own grey window, 0 to 1."""
     side = math.ceil(math.sqrt(len(image)))
     tiles = [drawing.grey(channel, drawing.window_of(channel)) for channel in image]
     tiles += [np.zeros_like(tiles[0])] * (side * math.ceil(len(image) / side) - len(tiles))
@@ -177,5 +178,5 @@ def _mosaic(image: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def short(name: str) -> str:
-    """The name's end where it is long."""
+    """The name, or the end of it if it is long."""
     return name if len(name) <= LONGEST_NAME else f"…{name[1 - LONGEST_NAME :]}"

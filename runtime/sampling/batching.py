@@ -1,4 +1,4 @@
-"""Every row (slice, level, run) of a scan through the engine, in padded batches of one size, and the running sums."""
+"""Pushes every row (slice, level, run) of a scan through the engine, in padded batches of one size, and keeps the running sums."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ from cdiff.runtime.sampling.sums import SliceResult, SliceSums
 __all__ = ["Progress", "SliceResult", "Timings", "most_rows", "most_rows_of", "rows_per_batch", "segment_windows"]
 
 Progress = Callable[[int, int], None]
-"""Called as progress(done, total) after every denoiser call, or a few times a batch where a device runs whole chains; both count
-rows times steps of the whole scan."""
+"""Called as progress(done, total) after every denoiser call, or a few times per batch where a device runs whole chains; both
+numbers count rows times steps over the whole scan."""
 
 ROWS_PER_BATCH = {"cpu": 8, "cuda": 256}
-"""On a CPU larger batches gain nothing and leave the caches: 8 rows of a 1.6 M-parameter network at 128x128 took 24.5 ms a
-row on two cores, 64 rows 27 ms and eight times the memory. On a GPU a whole slice, 7 levels and 25 runs being 175 rows: enough to
-keep any GPU busy at any image size that the network makes sense for."""
+"""On a CPU larger batches gain nothing and no longer fit the caches: with a 1.6 M-parameter network at 128x128 on two cores, a
+batch of 8 rows took 24.5 ms per row, one of 64 rows 27 ms per row and eight times the memory. On a GPU the limit holds a whole
+slice (7 levels x 25 runs are 175 rows), enough to keep any GPU busy at any image size that the network makes sense for."""
 MAX_VALUES = 2**31 - 1
-"""Values in one tensor that every kernel on a GPU can index."""
+"""The most values in one tensor that every kernel on a GPU can index."""
 ROW_MAPS = 40
-"""Memory of a row, in maps of float16. TensorRT for RTX 1.7 plans 31 for the shipped network in half precision and 19 for a reduced
-paper network; what the kernels that it chooses on a GPU need besides is not measured."""
+"""Memory reserved for a row, in maps of float16. TensorRT for RTX 1.7 plans 31 for the shipped network in half precision and 19
+for a reduced paper network; what the kernels chosen on a real GPU need beyond that has not been measured."""
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """The order of the rows: window by window, in a window run by run, in a run level by level. Run r sees view r % views."""
+    """The order of the rows: windows outermost, then runs, levels innermost. Run r sees view r % views."""
 
     windows: Windows
     slice_ids: Int64
@@ -65,7 +65,7 @@ class _Plan:
 
     @property
     def held(self) -> int:
-        """Most windows that one batch can touch: windows i and i + held never meet in one, so they can share a place."""
+        """The most windows that one batch can touch. Windows i and i + held never occur in one batch, so they can share a place."""
         return min(len(self.windows), (self.batch - 2) // self.per_window + 2)
 
     @property
@@ -80,7 +80,7 @@ class _Plan:
         return row // self.per_window
 
     def rows(self, first: int) -> Rows:
-        """Rows first .. first + batch - 1, those past the last one being copies of it."""
+        """Rows first .. first + batch - 1; those past the plan's last row are copies of it."""
         number = np.minimum(np.arange(first, first + self.batch), self.total - 1)
         window, within = np.divmod(number, self.per_window)
         slice_, tile = np.divmod(window, self.windows.per_slice)
@@ -100,10 +100,11 @@ class _Plan:
 
 
 def most_rows(channels: int, size: tuple[int, int], free_bytes: int | None = None, asked: int | None = None) -> int:
-    """Most rows of one batch on a GPU for a network of L = `channels` and images of `size`; at least 1, for a want of memory is no error here.
+    """The most rows of one batch on a GPU for a network of L = `channels` and images of `size` (H, W).
 
-    70 % of the free memory at ROW_MAPS maps of float16 a row, one map being L channels at the full image size; a widest tensor of 4
-    maps within MAX_VALUES; `ROWS_PER_BATCH`, or `asked` where it is given. Without `free_bytes` memory sets no limit.
+    It is the smallest of three limits: what fits into 70 % of `free_bytes` at ROW_MAPS maps of float16 per row, a map being L
+    channels at the full image size (no limit where None); what keeps the widest tensor, of 4 maps per row, within MAX_VALUES;
+    and `asked`, or else `ROWS_PER_BATCH`. It is never below 1: too little memory is no error here.
     """
     map_values = channels * size[0] * size[1]
     fit = min(asked or ROWS_PER_BATCH["cuda"], MAX_VALUES // (4 * map_values))
@@ -113,17 +114,17 @@ def most_rows(channels: int, size: tuple[int, int], free_bytes: int | None = Non
 
 
 def most_rows_of(engines: Sequence[Engine], channels: int, size: tuple[int, int]) -> int:
-    """Most rows that a batch has on a GPU unless more are asked for, so that each of `engines` takes it: those that one is made for
-    (`LimitedRows`), else `most_rows` of a network of L = `channels` and images of `size`."""
+    """The most rows of a batch on a GPU that every one of `engines` takes, unless the user asks for more: an engine's own limit
+    (`LimitedRows`), or else `most_rows` for a network of L = `channels` and images of `size` (H, W)."""
     usual = most_rows(channels, size)
     return min(one.most_rows if isinstance(one, LimitedRows) else usual for one in engines)
 
 
 def rows_per_batch(total: int, device: str = "cpu", per_window: int | None = None, most: int | None = None) -> int:
-    """The padded batch used when none is asked for: at most `ROWS_PER_BATCH`, evened out so that the last one is nearly full.
+    """The default batch size for `total` rows: at most `ROWS_PER_BATCH`, and evened out so that the last batch is nearly full.
 
-    On a GPU the `per_window` rows of one window are what is evened out, so that a slice is one batch where it can be, and `most` rows
-    (`most_rows_of`) are the limit where that is less.
+    On a GPU it is the `per_window` rows of one window that are divided evenly, so that a slice is one batch where possible;
+    `most` (see `most_rows_of`) is the limit where it is lower.
     """
     kind = device.split(":")[0]
     rows, limit = total, ROWS_PER_BATCH[kind]
@@ -149,13 +150,13 @@ def segment_windows(
 ) -> Iterator[SliceResult]:
     """Yield the result of every slice in order, each as soon as it is finished.
 
-    `levels` is K, the maps that the model draws of a slice: one a level, one an annotator, or one. Rows run window by
-    window, so a batch may span slices; each window is encoded once, just before the first batch that needs it, and at
-    most two slices' sums are alive unless a batch spans more. `slice_ids` [S] are the slices' numbers in the scan
-    (0..S-1 by default): they, not the position, enter the noise, so a part of a scan gets the maps that it has in the
-    whole. `mirror` lets the runs see the window's mirrored views in turn (`mirror.VIEWS`); their maps are mirrored
-    back. Each view is encoded once too. The maps depend on `batch` only through the engine's rounding.
-    Raises CdiffError for arguments out of range and when the network returns a value that is not finite.
+    `levels` is K, the number of maps that the model draws per slice: one per level, one per annotator, or one. Rows run
+    window by window, so a batch may span slices; each window is encoded once, just before the first batch that needs it,
+    and at most two slices' sums are alive unless a batch spans more. `slice_ids` [S] are the slices' numbers in the scan
+    (0..S-1 by default). Noise depends on them and not on the position, so part of a scan gets the same maps as in the
+    whole. `mirror` lets the runs see the window's mirrored views in turn (`mirror.VIEWS`), each encoded once; their maps
+    are mirrored back. The maps depend on `batch` only through the engine's rounding.
+    Raises CdiffError for arguments out of range, and while iterating when the network returns a value that is not finite.
     """
     if runs < 1:
         raise CdiffError(f"at least one run is needed, not {runs}")
@@ -168,7 +169,7 @@ def segment_windows(
     views = min(VIEWS, runs) if mirror else 1
     rows = batch or rows_per_batch(total, engine.device, levels * runs)
     plan = _Plan(windows, ids, levels, runs, rows, views)
-    # Checked here and not at the first result: a generator would only raise once somebody asks it for a slice.
+    # This function is no generator, so the checks above raise now and not when the first slice is asked for.
     return _segment(engine, plan, table, seed, Noise(seed), keep_runs, progress, timings or Timings())
 
 
@@ -190,7 +191,7 @@ def _segment(
 
 
 class _Loop:
-    """Batch after batch of a plan, and the slices as they finish."""
+    """Runs the batches of a plan one after another and yields the slices as they finish."""
 
     def __init__(
         self,
@@ -202,14 +203,14 @@ class _Loop:
         progress: Progress | None,
         timings: Timings,
     ) -> None:
-        self.engine = engine  # kept, whoever else lets go of it: it takes its binding along
+        self.engine = engine  # keeps it alive: an engine that is freed takes its binding with it
         self.binding, self.plan, self.steps, self.keep_runs = binding, plan, steps, keep_runs
         self.progress, self.timings = progress, timings
         self.encoded, self.finished = 0, 0
         self.sums: dict[int, SliceSums] = {}
 
     def on_host(self, chain: Chain, seed: int) -> Iterator[SliceResult]:
-        """x comes back after every batch, and the sums are kept here."""
+        """Run the plan with x returned after every batch and the sums kept on the host."""
         plan, binding, timings = self.plan, self.binding, self.timings
         for first in range(0, plan.total, plan.batch):
             rows = plan.rows(first)
@@ -233,7 +234,7 @@ class _Loop:
             yield from self._results(first + rows.valid)
 
     def on_device(self, binding: SumBinding, table: SamplerTable, seed: int) -> Iterator[SliceResult]:
-        """The binding keeps the sums. A batch is queued before the one before it is waited for, so the device never idles."""
+        """Run the plan with the sums kept by the binding. Each batch is queued before the one before it is awaited, so the device never idles."""
         plan, timings = self.plan, self.timings
         binding.begin(SumLayout(plan.held, plan.levels, plan.runs, plan.views, self.keep_runs), table, seed)
         waiting: tuple[int, int, Pending] | None = None
@@ -261,11 +262,11 @@ class _Loop:
         yield from self._results(first + valid)
 
     def _windows_finished(self, first: int, valid: int) -> range:
-        """The windows whose last row is one of first .. first + valid - 1."""
+        """The windows whose last row is among rows first .. first + valid - 1."""
         return range(first // self.plan.per_window, (first + valid) // self.plan.per_window)
 
     def _encode(self, end: int) -> None:
-        """Encode every view of the windows that rows up to `end` need, and that were not yet."""
+        """Encode every view of the windows that rows below `end` need and that are not encoded yet."""
         plan = self.plan
         with self.timings.part("encode"):
             while self.encoded <= plan.window_of(end - 1):
@@ -275,7 +276,7 @@ class _Loop:
                 self.encoded += 1
 
     def _sums_of(self, window: int) -> tuple[SliceSums, int]:
-        """The sums of the slice that a window belongs to, and its number there."""
+        """The sums of the slice that a window belongs to, and the window's number within that slice."""
         plan = self.plan
         index, tile = divmod(window, plan.windows.per_slice)
         if index not in self.sums:
@@ -283,7 +284,7 @@ class _Loop:
         return self.sums[index], tile
 
     def _results(self, end: int) -> Iterator[SliceResult]:
-        """The slices that rows up to `end` finish and that were not given yet."""
+        """The slices that rows below `end` finish and that were not yielded yet."""
         while self.finished < end // (self.plan.per_window * self.plan.windows.per_slice):
             with self.timings.part("collect"):
                 index = self.finished
@@ -292,7 +293,7 @@ class _Loop:
             self.finished += 1
 
     def _report(self, first: int, valid: int) -> Callable[[int], None] | None:
-        """Reports a batch's progress from the number of its steps that are through."""
+        """A function that reports a batch's progress, given how many of its steps are done; None if nobody wants reports."""
         progress, done, total = self.progress, first * self.steps, self.plan.total * self.steps
         if progress is None:
             return None

@@ -1,4 +1,4 @@
-"""The reverse chain of one padded batch: x' = a x + b x0 + c x0_prev + d z, the rows of a sampler's table in order."""
+"""The reverse chain of one padded batch: x' = a x + b x0 + c x0_prev + d z for each row of a sampler's table, in order."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ Float32 = NDArray[np.float32]
 
 @dataclass
 class Timings:
-    """Seconds spent by part, added up over all batches: pass one in to have it filled. `rows` counts padding too.
+    """Seconds spent in each part, summed over all batches; pass an instance in to have it filled. `rows` counts padding too.
 
-    Where a device runs whole chains, `denoise` is the device's own time for them, noise and update in it, `encode` and `queue`
-    are the host's for handing the work over, and the parts overlap.
+    Where a device runs whole chains, `denoise` is the device's time for them, noise and update included; `encode` and `queue`
+    are the host's time for handing the work over; and the parts overlap.
     """
 
     encode: float = 0.0
@@ -49,7 +49,7 @@ class Timings:
 
 
 class Chain:
-    """The chain over host arrays, in place, float32: `size` (H, W) is the model's, the batch is the binding's."""
+    """The chain on host arrays, in place, float32. `size` (H, W) is the model's image size; the batch size is the binding's."""
 
     def __init__(
         self, binding: Binding, size: tuple[int, int], table: SamplerTable, noise: Noise, timings: Timings
@@ -63,7 +63,10 @@ class Chain:
         self.t = np.empty(binding.rows, np.int64)
 
     def run(self, rows: Rows, report: Callable[[int], None] | None) -> Float32:
-        """The last x [B,1,H,W] of the rows, from x_T drawn anew; the array is reused by the next batch."""
+        """Run the rows' chain from a new x_T and return the last x [B,1,H,W], an array that the next batch overwrites.
+
+        report: called with the number of steps done after each. Raises CdiffError when the network returns a non-finite value.
+        """
         table, timings = self.table, self.timings
         with timings.part("noise"):
             self._draw(rows, INITIAL)
@@ -86,7 +89,7 @@ class Chain:
         return self.x
 
     def _draw(self, rows: Rows, step: int) -> None:
-        """Standard normals for the valid rows; padding rows keep what they had, which is finite."""
+        """Draw standard normals for the valid rows; padding rows keep their old values, which are finite."""
         for i in range(rows.valid):
             self.noise.fill(
                 self.z[i, 0],
@@ -99,7 +102,7 @@ class Chain:
             )
 
     def _update(self, step: int, x0: Float32, mix: Float32 | None) -> None:
-        """One row of the table, in place. Python floats, so that NumPy keeps float32."""
+        """Apply one row of the table, in place. Its coefficients become Python floats so that NumPy stays in float32."""
         table, x, scratch = self.table, self.x, self.scratch
         a, b, c, d = (float(column[step]) for column in (table.a, table.b, table.c, table.d))
         x *= a
@@ -107,7 +110,7 @@ class Chain:
         if c:
             x += np.multiply(self.previous, c, out=scratch)
         if table.c.any():
-            np.copyto(self.previous, x0)  # the binding's array holds only until its next run
+            np.copyto(self.previous, x0)  # the binding overwrites its array in its next run
         if not d:
             return
         if mix is None or table.log_variance_min is None or table.log_variance_max is None:
@@ -124,12 +127,12 @@ class Chain:
 
 def check_finite(rows: Rows, value: Float32, what: str) -> None:
     """Raise CdiffError, naming the row, if a valid row of value [B,1,H,W] holds a NaN or an infinity."""
-    # A sum is not finite if one of its terms is not, and is cheaper than asking each of them.
+    # A sum is not finite if one of its terms is not, and is cheaper than testing every term.
     with np.errstate(invalid="ignore", over="ignore"):
         if np.isfinite(value[: rows.valid].sum()):
             return
     finite = np.isfinite(value[: rows.valid]).all(axis=(1, 2, 3))
-    if not finite.all():  # else the sum alone was too large
+    if not finite.all():  # otherwise only the sum overflowed
         raise not_finite(rows, what, int(np.argmin(finite)))
 
 

@@ -1,4 +1,4 @@
-"""How a slice of any size meets a model of one size: resampled to it, cut in overlapping tiles, or its centre; and back again."""
+"""Fits slices of any size to a model of one size, by resampling, overlapping tiles or the centre alone, and puts maps back on their grid."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from cdiff.runtime.errors import CdiffError
 Float32 = NDArray[np.float32]
 FramingMode = Literal["resize", "tile", "centre"]
 SEEN = 0.5 - 1e-5
-"""From this share of its neighbours on within a window that was resampled, a pixel counts as seen: one half, and what rounding makes of it."""
+"""Where a window was resampled, a pixel counts as seen if at least this share of its neighbours lies in it: one half, less room for rounding."""
 
 
 class Slices(Protocol):
-    """Slices [S,ch,h,w]: an array, or what computes one when it is asked for."""
+    """Slices [S,ch,h,w]: an array, or an object that computes each slice when it is indexed."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -35,8 +35,8 @@ Box = tuple[slice, slice]
 def resize(array: Float32, size: tuple[int, int]) -> Float32:
     """Resample the last two axes of [..., h, w] to `size` (H, W), float32.
 
-    Linear, with the corners of the two grids aligned (a pixel's value belongs to its centre) and the kernel widened where the
-    array shrinks, so that nothing aliases; at the edges the kernel is cut and renormalised. Equal sizes return the array itself.
+    Linear, with the outer corners of the two grids aligned (a pixel's value belongs to its centre). Where the array shrinks, the
+    kernel is widened to prevent aliasing; at the edges it is cut and renormalised. Equal sizes return the array itself.
     """
     (h, w), (H, W) = array.shape[-2:], size
     if (h, w) == (H, W):
@@ -57,8 +57,8 @@ def _weights(n: int, N: int) -> Float32:
 def box_around(shape: tuple[int, int], size: tuple[int, int], point: tuple[int, int]) -> Box:
     """The part of `size` (H, W) of a slice of `shape` (h, w) around the pixel `point` (row, column), all counted from 0.
 
-    The point is pixel (H // 2, W // 2) of the part, unless the part would reach beyond the slice: then it is moved inside. An axis
-    that is shorter than the part is taken whole.
+    The point is pixel (H // 2, W // 2) of the part, except that a part that would reach beyond the slice is moved inside. An axis
+    shorter than the part is taken whole.
     """
     starts = [min(max(at - N // 2, 0), max(n - N, 0)) for n, N, at in zip(shape, size, point, strict=True)]
     rows, columns = (slice(start, start + min(n, N)) for start, n, N in zip(starts, shape, size, strict=True))
@@ -66,7 +66,7 @@ def box_around(shape: tuple[int, int], size: tuple[int, int], point: tuple[int, 
 
 
 def placed(values: NDArray[Any], box: Box, shape: tuple[int, int]) -> NDArray[Any]:
-    """Values [..., h, w] of `box`, in a slice of `shape` that is 0 elsewhere; themselves where the box is all of it."""
+    """Put the values [..., h, w] of `box` into an array [..., *shape] that is 0 elsewhere; returns `values` itself if it has that shape."""
     if values.shape[-2:] == shape:
         return values
     whole = np.zeros((*values.shape[:-2], *shape), values.dtype)
@@ -76,9 +76,9 @@ def placed(values: NDArray[Any], box: Box, shape: tuple[int, int]) -> NDArray[An
 
 @dataclass(frozen=True)
 class Shrunk:
-    """A part of a slice of `shape` (h, w), of which each `factor` x `factor` pixels become one before the model sees them.
+    """A part of a slice of `shape` (h, w) in which each `factor` x `factor` block becomes one pixel before the model sees it.
 
-    Both sides of `part` are whole multiples of the factor.
+    Both sides of `part` are multiples of the factor.
     """
 
     factor: int
@@ -96,7 +96,7 @@ class Shrunk:
         return resize(slices[..., *self.part], self.size)
 
     def there(self, box: Box) -> Box:
-        """A box of the shrunk part, in the slice."""
+        """The box of the slice that a box of the shrunk part covers."""
         rows, columns = (
             slice(one.start + self.factor * inner.start, one.start + self.factor * inner.stop)
             for one, inner in zip(self.part, box, strict=True)
@@ -108,11 +108,11 @@ class Shrunk:
 class Framing:
     """How slices are brought to the model's `size` (H, W).
 
-    `resize`: the whole slice is resampled to it, its two axes independently. `tile`: windows of that size at the slice's own
+    `resize`: the whole slice is resampled to it, each axis independently. `tile`: windows of that size at the slice's own
     resolution, evenly spread, neighbours overlapping by at least the fraction `overlap` (0 <= overlap < 1) of a window; a
-    slice that is smaller is padded with the pixels of its edge, equally on both sides, as in training. `centre`: the one such
-    window in the middle of the slice, or around a point that is named, for structures that the training's slices were centred
-    on; outside it the maps are 0. Raises CdiffError for other modes or overlaps.
+    smaller slice is padded with its edge pixels, equally on both sides, as in training. `centre`: a single such window in the
+    middle of the slice or around a given point, for models trained on slices centred on the structure; outside it the maps
+    are 0. Raises CdiffError for other modes or overlaps.
     """
 
     mode: FramingMode
@@ -130,10 +130,10 @@ class Framing:
     ) -> Windows:
         """The windows of slices [S,ch,h,w]. Each is made when it is asked for, so a long scan costs no memory here.
 
-        point: (row, column) of the pixel that the window of `centre` lies around in every slice, as `box_around` places it.
-        field: the size (h, w) of the part around the point that is taken as if it were the slice, so that the window has the noise
-        that it has in such a crop; the whole slice unless given. A field that is smaller than the window is as large as the window.
-        Raises CdiffError for slices of another shape, and for a point in another mode.
+        point: the pixel (row, column) around which `box_around` places the window of `centre` in every slice.
+        field: the size (h, w) of a part around the point that is treated as if it were the whole slice, so that the window gets
+        the noise that it gets in a crop of that size; by default the slice's. A field smaller than the window is enlarged to it.
+        Raises CdiffError for slices of another number of axes or with an empty one, and for a point in another mode.
         """
         if len(slices.shape) != 4 or 0 in slices.shape:
             raise CdiffError(
@@ -161,7 +161,7 @@ class Framing:
 
 
 def _starts(n: int, N: int, overlap: float) -> list[int]:
-    """Where windows of N pixels start to cover n pixels, as few as the overlap allows, evenly spread."""
+    """The starts of evenly spread windows of N pixels that cover n pixels: as few as the overlap allows."""
     if n <= N:
         return [0]
     stride = max(1, math.floor(N * (1 - overlap)))
@@ -171,12 +171,12 @@ def _starts(n: int, N: int, overlap: float) -> list[int]:
 
 @dataclass(frozen=True)
 class Windows:
-    """The windows of S slices [S,ch,h,w], `per_slice` of them each: window i is tile i % per_slice of slice i // per_slice.
+    """The windows of S slices [S,ch,h,w], `per_slice` of each: window i is tile i % per_slice of slice i // per_slice.
 
-    `origins` are the tiles' corners (y, x) in the `canvas` (height, width), which is the slice, or the `part` of it that is given,
-    padded where it is smaller than a window; when slices are resized there is one window a slice and it is the canvas.
-    shrunk: where these slices are a shrunk part of larger ones, on whose grid the maps then lie. resized: where the model sees the
-    slice or part at another size (`zoomed`), the size [h,w] that it is resampled to; canvas and origins are then of that.
+    `origins` are the tiles' corners (y, x) in the `canvas` (height, width). The canvas is the slice, or its `part` where one is
+    given, padded where it is smaller than a window; in the mode `resize` it is the one window of the slice.
+    shrunk: set where `slices` are a shrunk part of larger ones; the maps then lie on the grid of the larger ones. resized: set where
+    the model sees the slice or part at another size (`zoomed`): the size (h, w) after resampling, to which canvas and origins refer.
     """
 
     slices: Slices
@@ -188,9 +188,9 @@ class Windows:
     resized: tuple[int, int] | None = None
 
     def zoomed(self, zoom: float) -> Windows:
-        """The window of `centre` around the same point, in slices that are `zoom` times as large.
+        """The window of `centre` around the same point, in slices magnified `zoom` times.
 
-        Raises CdiffError for another framing, whose windows cover the whole slice.
+        Raises CdiffError for the other framings unless `zoom` is 1: their windows cover the whole slice.
         """
         if zoom == 1:
             return self
@@ -209,12 +209,12 @@ class Windows:
 
     @cached_property
     def covered(self) -> NDArray[np.bool_]:
-        """[h,w]: the pixels of a slice that windows cover; elsewhere the maps are 0 and mean nothing."""
+        """Bool [h,w]: the pixels of a slice that its windows cover; elsewhere the maps are 0 and mean nothing."""
         return self.unframe_slice(np.ones((self.per_slice, *self.framing.size), np.float32)) > 0.5
 
     @property
     def per_slice(self) -> int:
-        """Windows a slice: 1 unless tiled."""
+        """Windows per slice: 1 unless tiled."""
         return len(self.origins)
 
     def __len__(self) -> int:
@@ -240,16 +240,16 @@ class Windows:
         return np.ascontiguousarray(image[:, *self._window(tile)], dtype=np.float32)
 
     def unframe_slice(self, maps: Float32) -> Float32:
-        """The maps of one slice's windows [per_slice,...,H,W], put together on the slice's own grid [...,h,w], float32.
+        """Put the maps of one slice's windows [per_slice,...,H,W] together on the slice's own grid [...,h,w], float32.
 
         A resized map is resampled back. Tiles are averaged where they overlap, each with a weight that falls linearly from
-        its middle to its edge; what no window covers is 0. Where no resampling and no blending is needed, the values come
+        its middle to its edge; pixels that no window covers are 0. Values that need neither resampling nor blending come
         back unchanged.
         """
         return placed(self.unframe_part(maps), self.reach, self.shape)
 
     def unframe_part(self, maps: Float32) -> Float32:
-        """`unframe_slice` within `reach` alone: of a large slice `centre` sees little, and the rest need not be gone through."""
+        """`unframe_slice` within `reach` only: `centre` sees little of a large slice, and the rest need not be processed."""
         if self.framing.mode == "resize":
             return resize(maps[0], self.shape)
         if self.framing.mode == "tile":
@@ -267,12 +267,12 @@ class Windows:
 
     @cached_property
     def reach(self) -> Box:
-        """The part of that grid outside which maps are 0; all of it unless `centre` sees less."""
+        """The part of the maps' grid (`shape`) outside which they are 0: all of it unless `centre` sees less."""
         return self.shrunk.there(self.seen) if self.shrunk else self.seen
 
     @cached_property
     def seen(self) -> Box:
-        """The part of each of `slices` that windows cover; all of it unless `centre` sees less."""
+        """The part of each of `slices` that windows cover: all of it unless `centre` sees less."""
         if self.framing.mode != "centre":
             height, width = self.slices.shape[-2:]
             return slice(0, height), slice(0, width)
@@ -284,7 +284,7 @@ class Windows:
 
     @property
     def _seen_of_part(self) -> Box:
-        """`seen`, counted from the corner of the slice, or of the part of it."""
+        """`seen`, counted from the corner of the slice or of its `part`."""
         if self.resized is None:
             return self._held
         down, across = (np.flatnonzero(self._weight.max(axis=axis) >= SEEN).tolist() for axis in (1, 0))
@@ -292,7 +292,7 @@ class Windows:
 
     @property
     def _held(self) -> Box:
-        """What the first window holds of the slice, or of the part of it, as it is cut into windows."""
+        """The box that the first window covers of the (resized) slice or `part`, without padding."""
         rows, columns = (
             slice(max(one.start - pad, 0), min(one.stop - pad, n))
             for one, pad, n in zip(self._window(0), self._pad, self._extent, strict=True)
@@ -300,7 +300,7 @@ class Windows:
         return rows, columns
 
     def _window(self, tile: int) -> Box:
-        """Where a tile lies in the canvas."""
+        """The box of a tile in the canvas."""
         (y, x), (H, W) = self.origins[tile], self.framing.size
         return slice(y, y + H), slice(x, x + W)
 
@@ -314,7 +314,7 @@ class Windows:
         found = window[..., rows, columns]
         if self.resized is None:
             return found
-        # Beyond the window there is nothing to add.
+        # Resample back from the pixels within the window alone, as everything outside it is 0.
         down, across = (
             _weights(n, N)[into, of] for n, N, into, of in zip(self._extent, self._corners[1], box, held, strict=True)
         )
@@ -322,7 +322,7 @@ class Windows:
         return np.where(weight >= SEEN, down @ found @ across.T / np.maximum(weight, SEEN), np.float32(0))
 
     def _blended(self, maps: Float32) -> Float32:
-        """Tiles put together."""
+        """The tiles' maps [per_slice,...,H,W] blended into one [...,h,w], padding removed."""
         canvas: Float32 = maps[0]
         if self.canvas != self.framing.size:
             canvas = np.zeros((*maps.shape[1:-2], *self.canvas), np.float32)
@@ -338,7 +338,7 @@ class Windows:
 
     @property
     def _corners(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """The first row and column of a slice, or of the part of it, and its height and width."""
+        """The first row and column of `part` (or of the slice, where there is none), and its height and width."""
         if self.part is None:
             return (0, 0), (self.slices.shape[-2], self.slices.shape[-1])
         rows, columns = self.part
@@ -346,12 +346,12 @@ class Windows:
 
     @property
     def _extent(self) -> tuple[int, int]:
-        """Height and width of a slice, or of the part of it, as it is cut into windows."""
+        """Height and width of the slice or `part` as it is cut into windows, which is after any resizing."""
         return self.resized or self._corners[1]
 
     @cached_property
     def _weight(self) -> Float32:
-        """[h,w] of a slice, or of the part of it: how much of what a pixel is resampled from lies in the resized slice's window."""
+        """[h,w] of the slice or `part`: for each pixel, the share of what it is resampled from that lies within the resized slice's window."""
         ((y, x),), (H, W), (top, left), (height, width) = self.origins, self.framing.size, self._pad, self._extent
         window = np.zeros(self.canvas, np.float32)
         window[y : y + H, x : x + W] = 1
@@ -365,7 +365,7 @@ class Windows:
 
     @cached_property
     def _blend(self) -> list[Float32]:
-        """A weight [H,W] for each tile; over every pixel that a window covers they sum to 1."""
+        """A weight [H,W] for each tile; at every pixel that a window covers they sum to 1."""
         H, W = self.framing.size
         ramp = [np.minimum(np.arange(n) + 1, n - np.arange(n)) / n for n in (H, W)]
         tent = np.outer(*ramp)

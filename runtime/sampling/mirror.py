@@ -1,4 +1,4 @@
-"""The mirrored views of a window that runs take in turn, for models that were trained on mirrored images."""
+"""The mirrored views of a window that the runs take in turn, for models trained on mirrored images."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 Float32 = NDArray[np.float32]
 
 VIEWS = 4
-"""As it is, mirrored left to right, top to bottom, and both. Run r sees view r % VIEWS, so one run alone sees the window itself."""
+"""The window itself, mirrored left to right, top to bottom, and both. Run r sees view r % VIEWS, so a single run sees the window itself."""
 
 
 def view_of(array: Float32, view: int) -> Float32:
@@ -23,9 +23,9 @@ def view_of(array: Float32, view: int) -> Float32:
 def origin_in(
     view: NDArray[np.int64], origin: NDArray[np.int64], canvas: tuple[int, int], size: tuple[int, int]
 ) -> NDArray[np.int64]:
-    """Where windows of `size` (H, W) at `origin` [B,2] of a canvas (height, width) lie in the canvas's own view, [B,2].
+    """Origins [B,2], in the mirrored canvas (height, width), of windows of `size` (H, W) at `origin` [B,2] of the canvas itself.
 
-    The noise is drawn there: where tiles overlap, rows of one view then share it as rows of the canvas itself do.
+    view: [B], each row's view. The noise is drawn at these origins, so that overlapping tiles share it within each view.
     """
     far = np.asarray(canvas) - np.asarray(size) - origin
     mirrored = np.stack([view & 2, view & 1], axis=-1) > 0

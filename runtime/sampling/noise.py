@@ -1,28 +1,28 @@
 """Noise as a function of (seed, slice, level, run, step): counter-based Philox and Box-Muller.
 
-It is the same whatever the batch, the engine or the number of devices, because nothing is drawn in sequence. The layout
+It does not depend on the batch, the engine or the number of devices, because nothing is drawn in sequence. The layout
 below is all that another implementation (a CUDA kernel) needs.
 
 Words. Philox4x64-10 (Salmon et al. 2011; the variant of numpy.random.Philox) with the key (seed, 0) and the counter
 
     (block + 1, step + 1, level * 2^32 + run, slice)        block >= 0; 64 bits each, the least significant first
 
-gives four 64-bit words, numbered 4 block .. 4 block + 3. `step` is the row of the sampler's table; x_T, which the chain
-starts from, has the step INITIAL = -1, so its second counter word is 0. (NumPy adds 1 to the first word before each block:
-that is where block + 1 comes from.)
+gives four 64-bit words, numbered 4 block .. 4 block + 3. `step` is the row of the sampler's table; x_T, from which the chain
+starts, has the step INITIAL = -1, so its second counter word is 0. (The + 1 of block + 1 is there because NumPy adds 1 to the
+first word before each block.)
 
-Pixels. In a canvas `width` pixels wide the pixels (y, 2k) and (y, 2k + 1) share the word y * ceil(width / 2) + k; in a
-canvas of odd width the last column leaves half of its word unused. A window of a canvas reads the canvas's words at its
-own pixels, so tiles that overlap see the same noise where they do.
+Pixels. In a canvas `width` pixels wide, the pixels (y, 2k) and (y, 2k + 1) share the word y * ceil(width / 2) + k; where the
+width is odd, the last column leaves half of its word unused. A window reads the words that its pixels have in the canvas, so
+overlapping tiles see the same noise where they overlap.
 
-Normals. Of a word, `low` is its lower half as uint32 and `high` its upper half as int32. In float32, rounded after each
+Normals. `low` is the lower half of a word as uint32, `high` its upper half as int32. In float32, rounded after each
 operation,
 
     r     = sqrt(-2 log(low * 2^-32 + 2^-33))               the argument lies in (0, 1]
     theta = high * (2 pi * 2^-32)                           in [-pi, pi]
 
-and the pixel (y, 2k) gets r cos(theta), the pixel (y, 2k + 1) r sin(theta) (Box & Muller 1958). No rejection and no
-table, so that every device does the same; log, sin and cos may differ in their last bits between machines.
+and the pixel (y, 2k) gets r cos(theta), the pixel (y, 2k + 1) r sin(theta) (Box & Muller 1958). There is no rejection and no
+table, so every device does the same; log, sin and cos may differ in their last bits between machines.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from cdiff.runtime.errors import CdiffError
 Float32 = NDArray[np.float32]
 
 INITIAL = -1
-"""The step of x_T, before the table's first row, which is step 0."""
+"""The step number of x_T; the table's first row is step 0."""
 
 
 class Noise:
-    """The noise of one seed (0 .. 2^64 - 1). Not for several threads at once: each takes its own."""
+    """The noise of one seed, 0 .. 2^64 - 1 (else CdiffError). Not thread-safe: each thread needs its own."""
 
     def __init__(self, seed: int) -> None:
         if not 0 <= seed < 2**64:
@@ -60,7 +60,7 @@ class Noise:
     ) -> None:
         """Write standard normals into out [H,W], a window at `origin` (y, x) of a `canvas` (height, width).
 
-        `step` >= 0, or INITIAL; the others are >= 0, level and run below 2^32. Without a canvas `out` is the whole of it.
+        `step` >= 0, or INITIAL; the other numbers >= 0, level and run below 2^32. Without `canvas`, `out` is the whole canvas.
         """
         (top, left), (height, width) = origin, out.shape
         stride = ((width if canvas is None else canvas[1]) + 1) // 2
@@ -76,16 +76,16 @@ class Noise:
         np.sqrt(r, out=r)
         theta = halves.view("<i4")[:, 1::2].astype(np.float32)
         theta *= np.float32(2 * np.pi * 2.0**-32)
-        odd = left % 2  # a window from an odd column begins with the second half of a word
+        odd = left % 2  # a window that starts at an odd column begins with the second half of a word
         even, second = out[:, odd::2], out[:, 1 - odd :: 2]
         cosine, sine = np.cos(theta)[:, odd:], np.sin(theta, out=theta)
         np.multiply(r[:, odd : odd + even.shape[1]], cosine[:, : even.shape[1]], out=even)
         np.multiply(r[:, : second.shape[1]], sine[:, : second.shape[1]], out=second)
 
     def _words(self, block: int, count: int, step: int, level_run: int, slice_: int) -> NDArray[np.uint64]:
-        """Words 4 block, 4 block + 1, ... of the stream, `count` of them."""
+        """`count` words of the stream, from word 4 block on."""
         self._state["state"]["counter"][:] = (block, step + 1, level_run, slice_)
-        self._state["buffer_pos"] = 4  # nothing left over from the words before
+        self._state["buffer_pos"] = 4  # an empty buffer: nothing left over from earlier words
         self._philox.state = self._state
         return self._philox.random_raw(count).astype("<u8", copy=False)
 

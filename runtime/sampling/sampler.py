@@ -1,10 +1,10 @@
 """A sampler as a table: x' = a x + b x0 + c x0_prev + d z, a float64 row for each step.
 
-Kept timesteps. `steps` of the T timesteps are kept at equal distances counted from the noisy end, t_k = round(T - k T/steps),
-k = 0..steps-1 (diffusers calls it "trailing"). So the first is always T, where the chain starts from N(0, I), and the last
-one, near T/steps, is where the network still has something to say; with steps = T all are kept. Every coefficient is written
-for the two kept neighbours t -> s, never for t -> t-1, and after the last one comes s = 0, where abar is 1: there all three
-samplers land on x0 itself.
+Kept timesteps. `steps` of the T timesteps are kept, equally spaced from the noisy end: t_k = round(T - k T/steps),
+k = 0..steps-1 (diffusers calls this "trailing"). The first is always T, where the chain starts from N(0, I), and the last is
+near T/steps, where there is still noise to remove; with steps = T all are kept. Every coefficient is for a step between two
+kept neighbours t -> s, never for t -> t-1. The last step goes to s = 0, where abar is 1 and all three samplers land on x0
+itself.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ SAMPLERS: tuple[str, ...] = get_args(SamplerName)
 
 @dataclass(frozen=True)
 class SamplerTable:
-    """The rows of one sampler, in the order in which they are run; every array has length S, the number of steps.
+    """The rows of one sampler, in the order in which they run; every array has length S, the number of steps.
 
     `t` int64 is the timestep that the network sees (1..T); `a`, `b`, `c`, `d` float64 multiply x, x0, the x0 of the step before
-    and the noise z. `log_variance_min` and `log_variance_max` (ddpm only, else None) are the ends between which a network with
-    a learned variance interpolates: then exp(((1 - mix) min + mix max) / 2) stands in for d wherever d is not 0.
+    and the noise z. `log_variance_min` and `log_variance_max` (ddpm only, else None) are the bounds between which a network with
+    a learned variance interpolates: wherever d is not 0, exp(((1 - mix) min + mix max) / 2) then replaces it.
     """
 
     name: SamplerName
@@ -46,14 +46,14 @@ class SamplerTable:
 
 
 def kept_timesteps(T: int, steps: int) -> NDArray[np.int64]:
-    """The `steps` kept timesteps of 1..T, from T down, int64 (see the module's text). Raises CdiffError unless 1 <= steps <= T."""
+    """The `steps` kept timesteps of 1..T, from T down, int64 (see the module's docstring). Raises CdiffError unless 1 <= steps <= T."""
     if not 1 <= steps <= T:
         raise CdiffError(f"{steps} steps are asked for, but the model was trained with {T}: use 1 to {T}")
     return np.array([round(T - k * T / steps) for k in range(steps)], np.int64)
 
 
 def sampler_table(name: str, schedule: NoiseSchedule, steps: int | None = None) -> SamplerTable:
-    """The table of sampler `name` over `steps` kept timesteps of the schedule; all of them when steps is None.
+    """The table of sampler `name` over `steps` kept timesteps of the schedule, or over all T when steps is None.
 
     `ddpm`: Ho et al. 2020, equations 6 and 7, with the fixed variance beta tilde. `ddim`: Song et al. 2021, equation 12 with
     sigma = 0. `dpm++2m`: Lu et al. 2022 (DPM-Solver++), algorithm 2, the data-prediction multistep method.
@@ -73,14 +73,14 @@ def sampler_table(name: str, schedule: NoiseSchedule, steps: int | None = None) 
 
 
 def _ddpm(t: NDArray[np.int64], abar_t: Float64, abar_s: Float64) -> SamplerTable:
-    """q(x_s | x_t, x0), equation 7 of Ho et al. with alpha_t read as abar_t / abar_s so that it holds between kept timesteps."""
+    """q(x_s | x_t, x0): equation 7 of Ho et al., with alpha_t = abar_t / abar_s so that it holds between kept timesteps."""
     alpha = abar_t / abar_s
     beta = 1 - alpha
     beta_tilde = beta * (1 - abar_s) / (1 - abar_t)
     a = np.sqrt(alpha) * (1 - abar_s) / (1 - abar_t)
     b = np.sqrt(abar_s) * beta / (1 - abar_t)
-    # Nichol & Dhariwal 2021, equation 15: between beta tilde and beta. The last beta tilde is 0, but no noise is added there
-    # (d = 0), so its logarithm is never used and beta stands in for it.
+    # Nichol & Dhariwal 2021, equation 15: bounds beta tilde and beta. The last beta tilde is 0 and has no logarithm; no noise
+    # is added in that step (d = 0), so the value is never used, and beta stands in for it.
     log_max = np.log(beta)
     log_min = np.log(np.append(beta_tilde[:-1], beta[-1]))
     return SamplerTable("ddpm", t, a, b, np.zeros_like(a), np.sqrt(beta_tilde), log_min, log_max)
@@ -97,8 +97,8 @@ def _ddim(t: NDArray[np.int64], abar_t: Float64, abar_s: Float64) -> SamplerTabl
 def _dpm_solver(t: NDArray[np.int64], abar_t: Float64, abar_s: Float64) -> SamplerTable:
     """x_s = (sigma_s / sigma_t) x_t - alpha_s (e^-h - 1) D, with lambda = log(alpha / sigma) and h = lambda_s - lambda_t.
 
-    D = x0 + (x0 - x0_prev) h / (2 h_prev); it is x0 alone in the first step, which has no predecessor, and in the last one,
-    where h is infinite and the step lands on x0.
+    D = x0 + (x0 - x0_prev) h / (2 h_prev), but D = x0 in the first step, which has no predecessor, and in the last, where h
+    is infinite and the step lands on x0.
     """
     sigma_t, sigma_s = np.sqrt(1 - abar_t), np.sqrt(1 - abar_s)
     lambda_t = np.log(np.sqrt(abar_t) / sigma_t)

@@ -13,18 +13,18 @@ from numpy.typing import NDArray
 from cdiff.runtime.errors import CdiffError
 
 MOST_STEPS = 1_000_000
-"""Largest T: thousands are usual, and a file's number must not decide how much memory is taken."""
+"""Largest T. Usual values are up to thousands; without a limit, a number in a file would decide how much memory is taken."""
 
 
 @dataclass(frozen=True)
 class NoiseSchedule:
     """A schedule of T steps, linear or cosine. Arrays have length T + 1 and are indexed by t, so `abar[0]` is 1 (no noise).
 
-    kind: "linear", betas from `beta_start` to `beta_end`; "cosine", which has no ends to choose and ignores the other fields.
+    kind: "linear" (betas from `beta_start` to `beta_end`) or "cosine", which uses only T.
     `scaled` multiplies both ends by 1000/T, as the published code does: the paper's literal values with T = 100 leave
-    abar_T = 0.364, and a chain that starts from N(0, I) would start from a state the network never saw.
+    abar_T = 0.364, and a chain started from N(0, I) would start from a state that the network never saw.
 
-    Raises CdiffError if T is not 1 to MOST_STEPS or a beta falls outside (0, 1).
+    Raises CdiffError for an unknown kind, a T outside 1..MOST_STEPS or a beta outside (0, 1).
     """
 
     T: int = 100
@@ -48,7 +48,7 @@ class NoiseSchedule:
     def betas(self) -> NDArray[np.float64]:
         """beta_t, float64 [T + 1]; betas[0] = 0."""
         if self.kind == "cosine":
-            # abar(u) = cos^2(pi/2 (u + 0.008) / 1.008) at u = t / T; beta is cut at 0.999, for at u = 1 it would be 1.
+            # abar(u) = cos^2(pi/2 (u + 0.008) / 1.008) at u = t / T; beta would be 1 at u = 1, so it is capped at 0.999.
             wave = np.cos((np.arange(self.T + 1) / self.T + 0.008) / 1.008 * np.pi / 2) ** 2
             return np.concatenate([[0.0], np.minimum(1 - wave[1:] / wave[:-1], 0.999)])
         scale = 1000 / self.T if self.scaled else 1.0
@@ -71,5 +71,5 @@ class NoiseSchedule:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> NoiseSchedule:
-        """The inverse of to_json. Raises TypeError for a key that is none of its."""
+        """The inverse of to_json. Raises TypeError for an unknown key, CdiffError for values out of range."""
         return cls(**data)

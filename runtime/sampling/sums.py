@@ -1,4 +1,4 @@
-"""The running sums of one slice over levels and runs, and the maps that they become."""
+"""The running sums of a slice over levels and runs, and the maps made from them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Float32 = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class SliceResult:
-    """One finished slice (windows already put together): its maps on the part `box` of its own grid `shape` [h, w], 0 elsewhere.
+    """One finished slice, its windows already put together: maps on the part `box` of its grid `shape` [h, w], 0 elsewhere.
 
     `means` [K,...] float32: at index k-1 the mean over runs of clip((x+1)/2, 0, 1), the fraction of runs that put the
-    pixel into map k: the consensus at level k, or what else the model draws. `spread` [...] float32: standard deviation over runs (divided by R) of a run's soft
-    map, which is its mean over levels. `kept` [K,R,...] uint8, when kept: each run's map, 255 = 1. `index` is the slice's
-    place among those framed, `slice_id` its number in the scan.
+    pixel into map k (the consensus at level k, or whatever else the model draws). `spread` [...] float32: the standard
+    deviation over runs (divided by R) of a run's soft map, its mean over levels. `kept` [K,R,...] uint8, or None: each
+    run's map, 255 = 1. `index` is the slice's place among those framed, `slice_id` its number in the scan.
     """
 
     index: int
@@ -49,7 +49,7 @@ class SliceResult:
         return None if self.kept is None else placed(self.kept, self.box, self.shape)
 
     def within(self, box: Box) -> SliceResult:
-        """The same on a box that holds this one's."""
+        """The same result on a larger box, which must contain this one's."""
         rows, columns = (slice(a.start - b.start, a.stop - b.start) for a, b in zip(self.box, box, strict=True))
         height, width = (one.stop - one.start for one in box)
 
@@ -60,17 +60,17 @@ class SliceResult:
         return replace(self, means=put(self.means), spread=put(self.spread), kept=kept, box=box)
 
     def for_masks_from_zero(self) -> SliceResult:
-        """The same for a network whose masks are 0 outside and 1 inside: the fractions are of x, not of (x + 1)/2.
+        """The same result for a network whose masks are 0 outside and 1 inside, so that fractions are x, not (x + 1)/2.
 
-        Samplers end with an x in [-1, 1], of which the sums hold (x + 1)/2 unclipped, so the mean and spread of x follow from them.
-        What is below 0 in the mean over runs counts as 0.
+        A sampler's last x lies in [-1, 1], so the sums of (x + 1)/2 were never clipped and give the mean and spread of x.
+        A mean over runs below 0 counts as 0.
         """
         kept = None if self.kept is None else np.maximum(2 * self.kept.astype(np.int16) - 255, 0).astype(np.uint8)
         return replace(self, means=np.maximum(2 * self.means - 1, 0), spread=2 * self.spread, kept=kept)
 
 
 class SliceSums:
-    """The running sums of one slice, float32: over runs for each level, over levels for each run, of each of its windows."""
+    """The running sums of each window of one slice, float32: over runs for each level, and over levels for each run."""
 
     def __init__(self, windows: Windows, levels: int, runs: int, keep_runs: bool) -> None:
         self.windows = windows
@@ -80,7 +80,7 @@ class SliceSums:
         self.kept = np.zeros((G, levels, runs, *size), np.uint8) if keep_runs else None
 
     def add(self, tile: int, level: int, run: int, x: Float32) -> None:
-        """Add the final x [H,W] of one row, as a fraction: clip((x + 1)/2, 0, 1)."""
+        """Add the final x [H,W] of one row as a fraction, clip((x + 1)/2, 0, 1); `level` counts from 1, `tile` and `run` from 0."""
         fraction = np.clip((x + 1) * np.float32(0.5), 0, 1)
         self.level[tile, level - 1] += fraction
         self.run[tile, run] += fraction
@@ -88,17 +88,17 @@ class SliceSums:
             self.kept[tile, level - 1, run] = np.rint(fraction * 255)
 
     def put(self, tile: int, sums: WindowSums) -> None:
-        """Take over one window's finished sums, as a device kept them."""
+        """Store one window's finished sums, which a device has kept."""
         self.level[tile], self.run[tile] = sums.level, sums.run
         if self.kept is not None and sums.kept is not None:
             self.kept[tile] = sums.kept
 
     def result(self, index: int, slice_id: int) -> SliceResult:
-        """The means on the slice's own grid; the spread over runs is taken there, after the windows were put together."""
+        """The slice's result on its own grid; the spread over runs is computed there, after the windows are put together."""
         windows, levels, runs = self.windows, self.level.shape[1], self.run.shape[1]
         kept = None
         if self.kept is not None:
-            kept = np.stack(  # one level at a time: only that one becomes float32
+            kept = np.stack(  # one level at a time, so that only one is held as float32
                 [np.rint(windows.unframe_part(self.kept[:, c].astype(np.float32))) for c in range(levels)]
             ).astype(np.uint8)
         return SliceResult(
@@ -114,9 +114,9 @@ class SliceSums:
 
 @dataclass(frozen=True)
 class Gathered:
-    """The results of all slices of a scan, in order, in one array each: means [n,K,...], spread [n,...] and, where they were kept, kept [n,K,R,...].
+    """The results of all n slices of a scan, in order, stacked: means [n,K,...], spread [n,...] and kept [n,K,R,...] or None.
 
-    All on the part `box` of their grid `shape` [h, w]. `slice_ids` [n] are the slices' numbers in the scan.
+    All cover the part `box` of the slices' grid `shape` [h, w]. `slice_ids` [n] are the slices' numbers in the scan.
     """
 
     means: Float32
@@ -128,7 +128,7 @@ class Gathered:
 
     @classmethod
     def of(cls, results: Iterable[SliceResult], count: int) -> Gathered:
-        """`count` results, one at least and of one box, each taken as it comes and let go: a long scan's maps are in memory once."""
+        """Stack `count` >= 1 results of one box. Each is copied as it comes and released, so that a long scan's maps are in memory only once."""
         found: Gathered | None = None
         for one in results:
             if found is None:

@@ -1,4 +1,4 @@
-"""Runs that see the slice at several sizes, in turn, put together on its grid: test-time augmentation by scale, as `mirror` is by reflection."""
+"""Test-time augmentation by scale (that by reflection is `mirror`): runs see the slice at several sizes, and their maps are combined on its grid."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from cdiff.runtime.manifest import LARGEST_ZOOM, ONE_ZOOM, SMALLEST_ZOOM
 from cdiff.runtime.sampling.sums import Gathered, SliceResult
 
 APART = 2**40
-"""More slices than any scan has."""
+"""An offset between the slice numbers of two zooms, larger than the number of slices of any scan."""
 
 
 def parse_zooms(text: str) -> tuple[float, ...]:
-    """The numbers of "1,1.25". Raises CdiffError when they are none."""
+    """The numbers in a text such as "1,1.25". Raises CdiffError where one cannot be read or is not finite."""
     try:
         found = tuple(float(word) for word in text.split(","))
         if not all(map(math.isfinite, found)):
@@ -29,7 +29,7 @@ def parse_zooms(text: str) -> tuple[float, ...]:
 
 
 def check_zooms(zooms: Sequence[float], framing: str) -> tuple[float, ...]:
-    """The zooms that the runs of a model of `framing` are to see in turn. Raises CdiffError where they do not fit it."""
+    """`zooms` as floats. Raises CdiffError for none, repeated or out-of-range zooms, and for those other than 1 unless `framing` is "centre"."""
     found = tuple(float(zoom) for zoom in zooms)
     if not found or not all(SMALLEST_ZOOM <= zoom <= LARGEST_ZOOM for zoom in found) or len(set(found)) < len(found):
         raise CdiffError(
@@ -44,29 +44,29 @@ def check_zooms(zooms: Sequence[float], framing: str) -> tuple[float, ...]:
 
 
 def shared_out(runs: int, zooms: Sequence[float]) -> list[tuple[float, int]]:
-    """Each zoom with its number of runs: as many as the others' or one less; one that gets none is left out."""
+    """Deal `runs` runs out to the zooms in turn: (zoom, its number of runs) for each zoom that gets any."""
     return [(zoom, n) for k, zoom in enumerate(zooms) if (n := len(range(k, runs, len(zooms)))) > 0]
 
 
 def numbered(slices: Sequence[int], zoom: float) -> list[int]:
-    """The numbers by which the noise knows the slices as a zoom shows them: their own modulo APART, and those where the zoom is 1.
+    """The slice numbers to draw noise with at a zoom: equal to `slices` modulo APART, and to `slices` themselves at zoom 1.
 
-    With the same numbers at each zoom, runs of one number would draw the same noise.
+    They differ between zooms because runs of the same number would otherwise draw the same noise at each zoom.
     """
     return [(0 if zoom == 1 else round(1000 * zoom)) * APART + number for number in slices]
 
 
 def together(found: Sequence[Gathered], runs: Sequence[int], covered: Sequence[NDArray[np.bool_]]) -> Gathered:
-    """The results of each zoom's runs as those of all runs.
+    """Combine the results of the zooms into those of all runs.
 
-    found: for each zoom its slices. runs: how many each had. covered: bool [h,w], the pixels that its window covers: at the others
-    it has no opinion, and the rest decide. The spread is that of all runs about their common mean. Kept runs are in turn of each zoom,
-    as `shared_out` deals them, so that the first r are what r runs would be; where a window does not reach, a run shows what the first
-    zoom's run of its number does.
+    For each zoom, `found` holds its slices' results, `runs` its number of runs, and `covered` (bool [h,w]) the pixels that its
+    window covers: at the others only the remaining zooms count. The spread is that of all runs about their common mean. Kept runs
+    alternate between the zooms as `shared_out` deals them, so that the first r are those that a call with r runs would give; where
+    a run's window does not reach, it shows the first zoom's run of the same number.
     """
     if len(found) == 1:
         return found[0]
-    # Around all windows there is nothing, and of a large slice that is most.
+    # Outside all windows the maps are 0, and in a large slice that is most of it.
     boxes = [one.box for one in found]
     rows, columns = (
         slice(min(one.start for one in axis), max(one.stop for one in axis)) for axis in zip(*boxes, strict=True)
@@ -89,7 +89,7 @@ def _one(
 ) -> SliceResult:
     pairs = list(zip(weights, parts, strict=True))
     means = sum((w * part.means for w, part in pairs), np.zeros_like(parts[0].means)) / total
-    # The variance of all runs: that within each zoom, and that of the zooms' means.
+    # The variance of all runs: that within each zoom plus that of the zooms' means.
     soft = means.mean(axis=0)
     square = sum(
         (w * (part.spread**2 + (part.means.mean(axis=0) - soft) ** 2) for w, part in pairs), np.zeros_like(soft)

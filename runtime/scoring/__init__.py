@@ -1,1 +1,1 @@
-"""Maps against what annotators drew: scores, their report, tables and plots."""
+"""Compares maps with what annotators drew: scores, and their report, tables and plots."""

@@ -1,4 +1,4 @@
-"""Whether a case's files stay as they are while it is scored: they are read several times over, hours apart."""
+"""Checks that a case's files do not change while it is scored: they are read several times, perhaps hours apart."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from cdiff.runtime.data.structures import files_read, parted
 from cdiff.runtime.errors import CdiffError
 
 Stamps = Mapping[Path, tuple[int, int]]
-"""Of each file its size in bytes and the time of its last change in ns."""
+"""For each file, its size in bytes and the time of its last change in ns."""
 
 
 def stamps_of(case: Case) -> Stamps:
-    """The stamps of a case's files; those of a folder (a DICOM series) one by one."""
+    """The stamps of a case's files, and of each file of a folder (a DICOM series)."""
     found: dict[Path, tuple[int, int]] = {}
     for file in files_read(case):
-        with suppress(OSError):  # whoever reads it says why
+        with suppress(OSError):  # reading the file will raise, and say why
             now = file.stat()
             found[file] = now.st_size, now.st_mtime_ns
     return found
@@ -26,7 +26,9 @@ def stamps_of(case: Case) -> Stamps:
 
 @contextmanager
 def unchanged(case: Case, stamps: Stamps) -> Iterator[None]:
-    """Raise CdiffError after the block where a file is not as it was: what was read of it is of two minds, and fails in any way."""
+    """Raise CdiffError after the block if a file of `case` no longer has its stamp.
+
+    This replaces any exception of the block, because reading old and new contents together may fail in any way."""
 
     def check() -> None:
         now, named = stamps_of(case), {parted(path)[0] for path in case.files}

@@ -1,4 +1,4 @@
-"""Which cases are scored, and how their masks are read: as asked or, where nothing was, as the model was trained."""
+"""Which cases are scored, and how their masks are read: as asked or else as in the model's training."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from cdiff.runtime.manifest import Manifest
 def choose_split(
     found: Mapping[str, list[Case]], wanted: str | None = None, held: list[Case] | None = None
 ) -> tuple[str, list[Case]]:
-    """The split to score: the one asked for, else test, else val, else all; "all" joins the splits there are,
-    and cases of one name in two of them are called split/name. held: what the model's training held out of this data, where that
-    has no split val: they are it.
+    """The name and cases of the split to score: the one asked for, else test, else val, else all.
 
-    Raises CdiffError when the one asked for is not there, or none is asked for and only a training split is.
+    "all" joins the splits that there are; cases with the same name in two of them are called split/name. held: the cases that the
+    model's training held out of this data, which serve as val where the data has none.
+    Raises CdiffError when the data lacks the split asked for, or none is asked for and there is only a training split.
     """
     if wanted == "all":
         names = Counter(case.name for cases in found.values() for case in cases)
@@ -42,15 +42,15 @@ def choose_split(
 
 
 def held_out(found: DataSet, root: Path, manifest: Manifest) -> list[Case]:
-    """What the model's training held out of this very data to validate on; none where the data has cases for that, or is other."""
+    """The cases that the model's training held out of this very data for validation; [] where the data has a split val, or is other data."""
     told = _data_of(manifest).get("held_out")
     return held_out_of(found, root, told) if isinstance(told, Mapping) and not found.get("val") else []
 
 
 def may_be_too_good(manifest: Manifest, split: str, count: int) -> str | None:
-    """That the cases to score may be those that the model learned from; None unless neither they nor its training name splits.
+    """A warning that the cases to score may include those that the model learned from; None where they or its training name splits.
 
-    Asked where those that the training held out are not found: the data is other, or the bundle older than that word.
+    For use where `held_out` finds none: the data is other data, or the bundle is too old to list the cases that were held out.
     """
     if split != "all" or HELD_OUT not in str(_data_of(manifest)):
         return None
@@ -61,7 +61,7 @@ def may_be_too_good(manifest: Manifest, split: str, count: int) -> str | None:
 
 
 def _data_of(manifest: Manifest) -> Mapping[str, Any]:
-    """What the bundle says of the data that the model was trained on."""
+    """What the bundle says about the data that the model was trained on."""
     data = manifest.training.get("data")
     return data if isinstance(data, Mapping) else {}
 
@@ -69,9 +69,9 @@ def _data_of(manifest: Manifest) -> Mapping[str, Any]:
 def labelled_as_trained(
     cases: list[Case], manifest: Manifest, asked: tuple[int, ...], tell: Callable[[str], None]
 ) -> tuple[list[Case], tuple[int, ...]]:
-    """The cases with the mask values inside that were `asked` for or, where none were, that the model was trained on; and those values.
+    """The cases, set to count as inside the mask values `asked` for or else those of the model's training; and these values.
 
-    Empty values leave to each case's layout what is inside. tell: called with a line where the two differ.
+    Without any values, each case's layout decides what is inside. tell: called with a line where the two sets differ.
     """
     trained = manifest.labels_inside
     if asked and trained and set(asked) != set(trained):
@@ -81,12 +81,12 @@ def labelled_as_trained(
 
 
 def laid_as_trained(cases: list[Case], manifest: Manifest, asked: str | None) -> list[Case]:
-    """The cases with their masks laid as `asked` (one of MASKS_BY) or, where nothing was, as the model was trained."""
+    """The cases, with their masks aligned as `asked` (one of MASKS_BY) or else as in the model's training."""
     return [replace(case, masks_by=asked or manifest.masks_by) for case in cases]
 
 
 def trained_task(manifest: Manifest) -> str | None:
-    """The structure that a model was trained on, such as task02, where its bundle names it so; None where it says it in other words."""
+    """The structure that a model was trained on, such as task02; None where its bundle does not name it in this form."""
     last = manifest.task.rpartition("/")[2]
     return last if re.fullmatch(r"task\d+", last) else None
 

@@ -1,4 +1,4 @@
-"""Soft Dice against the number of runs (Amit et al. 2023, Fig. 3), from one set of runs."""
+"""Soft Dice against the number of runs (Amit et al. 2023, Fig. 3), computed from one set of runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ FIVE_OF_NINE = [NINE.index(h) for h in FIVE]
 
 
 def run_counts(runs: int) -> list[int]:
-    """The numbers of runs that the curve shows: all up to 25; of more, at most 25 that grow by about a constant factor, the last too."""
+    """The numbers of runs that the curve shows: 1 to `runs` up to 25; beyond that at most 25 numbers that grow by a nearly constant factor,
+    `runs` included."""
     if runs <= MOST_POINTS:
         return list(range(1, runs + 1))
     return sorted({round(float(r)) for r in np.geomspace(1, runs, MOST_POINTS)})
@@ -24,14 +25,14 @@ def soft_dice_by_runs(
 ) -> NDArray[np.float64]:
     """Soft Dice at five and nine thresholds of the maps that the first r runs give, for each r of `counts`: [len(counts), 2].
 
-    runs [C,R,H,W]: every run's maps, 255 = 1, as `Segmenter.segment(keep_runs=True)` keeps them; truth [H,W]: fraction of
-    annotators; combine: "mean" or "vote", as there. The kept maps have 8 bits: at r = R the value can differ from the score of
-    the exact maps where a pixel is within 1/510 of a threshold.
+    runs [K,R,H,W]: every run's maps, 255 = 1, as `Segmenter.segment(keep_runs=True)` keeps them; truth [H,W]: fraction of
+    annotators; combine: "mean" or "vote", as there; counts: ascending. The kept maps have 8 bits, so at r = R the value can differ
+    from the score of the exact maps where a pixel is within 1/510 of a threshold.
     """
     somewhere = runs.any(axis=(0, 1)) | (truth > 0)
     if not somewhere.any():
         return np.ones((len(counts), 2))
-    # Outside this box both sides are 0, below every threshold.
+    # Outside this box, prediction and truth are 0, below every threshold.
     rows, columns = bounding_box(somewhere)
     true_masks = np.stack([truth[rows, columns] >= h - SLACK for h in NINE])
     true_sizes = np.count_nonzero(true_masks, axis=(1, 2))

@@ -1,4 +1,4 @@
-"""Scores maps on case folders, those that a model draws or that files hold: every marked slice or all, resumable, in bounded memory (docs/metrics.md)."""
+"""Scores a model's maps, or maps in files, on case folders: every marked slice or all, resumable, in bounded memory (docs/metrics.md)."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ Notice = Callable[[str], None]
 Progress = Callable[[int, int], None]
 """Called as progress(done, total) in thousandths of a slice."""
 FORMAT = 9
-"""Of a row, and of what its scores mean: rows of another format are not gone on from."""
+"""The format of a row, and of what its scores mean. Rows of another format are not used when an evaluation resumes."""
 RUNS_AT_ONCE = 2**28
-"""Bytes of kept runs in memory at once: a longer scan is segmented part by part. One slice is the least."""
+"""The most bytes of kept runs in memory at once: longer scans are segmented in parts, of at least one slice."""
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """What decides the scores besides model and data. None and `fast` mean what they mean to `Segmenter.segment`.
+    """What determines the scores besides model and data. The fields in CHAIN are arguments of `Segmenter.segment`.
 
-    all_raters: score only the slices that every annotator of the case marked; all_slices: also those that nobody marked; neither:
-    those that at least one marked. slices_per_case: only so many of those, spread evenly over the case, the middle one of 1: for what
-    takes too long on all. raters: what happens to a case that has another number of annotators than the model has levels: "skip" it,
-    or "use" it with level c read as the share c / C. Raises CdiffError for all_raters and all_slices together.
+    all_raters: score only the slices that every annotator of the case marked. all_slices: score also those that nobody marked. With
+    neither, those that at least one marked. slices_per_case: only this many of them, spread evenly over the case (1 is the middle
+    one), where all would take too long. raters: what to do with a case whose number of annotators is not the model's number of levels:
+    "skip" it, or "use" it with level c read as the share c / C. Raises CdiffError for all_raters and all_slices together.
     """
 
     runs: int | None = None
@@ -78,11 +78,11 @@ class Protocol:
 
     @property
     def choice(self) -> dict[str, Any]:
-        """What decides which cases and slices are scored."""
+        """What determines which cases and slices are scored."""
         return {key: value for key, value in asdict(self).items() if key not in CHAIN}
 
     def slices(self, masks: NDArray[np.bool_], drawn: NDArray[np.bool_] | None = None) -> NDArray[np.int64]:
-        """The slices to score of a case's masks [S,n,H,W]; drawn [S]: those of which there are maps, all unless given.
+        """The numbers of the slices to score, given a case's masks [S,n,H,W]. drawn [S]: which slices have maps; by default all.
 
         Raises CdiffError when slices_per_case is less than 1.
         """
@@ -91,23 +91,23 @@ class Protocol:
 
 
 CHAIN = ("runs", "steps", "sampler", "fast", "combine", "mirror", "zooms", "seed")
-"""What of a protocol says how maps are drawn."""
+"""The fields of a protocol that say how maps are drawn."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A case and those of its slices that are scored."""
+    """A case and the numbers of its slices to score."""
 
     case: Case
     slices: NDArray[np.int64]
 
     @property
     def work(self) -> int:
-        """Slices to compute, in thousandths."""
+        """The number of slices to score, in thousandths."""
         return 1000 * len(self.slices)
 
     def parts(self, most: int) -> Iterator[slice]:
-        """The slices to score, as stretches without a gap of at most so many."""
+        """The slices to score as runs of consecutive slices, each of at most `most`."""
         for stretch in np.split(self.slices, np.flatnonzero(np.diff(self.slices) > 1) + 1):
             end = int(stretch[-1]) + 1
             for first in range(int(stretch[0]), end, most):
@@ -115,11 +115,11 @@ class Job:
 
 
 class Source(typing.Protocol):
-    """Where the maps come from that are scored."""
+    """Where the maps to score come from."""
 
     @property
     def levels(self) -> int:
-        """C, how many levels they have."""
+        """C, the number of levels of the maps."""
 
     @property
     def name(self) -> str:
@@ -132,20 +132,20 @@ class Source(typing.Protocol):
         """How the maps are drawn, for a report's protocol."""
 
     def odd(self) -> Oddities:
-        """What collects the oddities of the data."""
+        """A new collector for oddities of the data."""
 
     def read(self, case: Case, odd: Oddities) -> tuple[Case, NDArray[np.bool_], NDArray[np.bool_] | None]:
-        """The case as it is scored, its masks [S,n,H,W], and of which slices there are maps [S], None for all."""
+        """The case as it is scored, its masks [S,n,H,W], and which slices have maps [S], None for all. `odd` collects what is odd about it."""
 
     def row(self, job: Job, protocol: Protocol, progress: Progress) -> Row:
-        """The scores of a case, with its name, its annotators and the chain as it was resolved."""
+        """The scores of a case, with its name, its number of annotators and the settings of the chain that was run."""
 
     def soft(self, case: Case, number: int, protocol: Protocol, progress: Progress) -> tuple[Scan, NDArray[np.float32]]:
-        """The scan of a case, and of its slice `number` the soft map [H,W] that was scored."""
+        """The scan of a case, and the soft map [H,W] that was scored for its slice `number`."""
 
 
 def evaluate(segmenter: Segmenter, cases: list[Case], protocol: Protocol, **more: Any) -> dict[str, Any]:
-    """Segment and score every case: `score_cases` of a model's maps."""
+    """Segment and score every case: `score_cases` with a model's maps."""
     return score_cases(Segmented(segmenter), cases, protocol, **more)
 
 
@@ -163,12 +163,13 @@ def score_cases(
 ) -> dict[str, Any]:
     """Score the maps of every case; returns the report that `cdiff evaluate --json` writes.
 
-    data: what to say of the data in the report (folder, split, task). group: a regular expression, `summary.group_names`; cases
-    of one group are resampled together. out: the report's file; finished cases are kept in NAME.partial.jsonl beside it until
-    it is written, so that an interrupted evaluation resumes; the cases of a report that is there are kept too. Rows of another
-    protocol, source of maps, data set or format are not used. write: called as write(out, report), to write more than that
-    file. notice: called with one line for each thing that a reader of the scores must know. Raises CdiffError for a case that
-    cannot be read, a group that cannot be found, fewer than one slice a case, and when nothing is left to score.
+    data: what the report should say about the data (folder, split, task). group: a regular expression for `summary.group_names`;
+    cases of one group are resampled together. out: the report's file. Until it is written, finished cases are kept in
+    NAME.partial.jsonl beside it, so that an interrupted evaluation resumes; the cases of an existing report are reused too. Rows of
+    another protocol, source of maps, data set or format are not used. write: called as write(out, report) in place of writing that
+    file alone. progress: called as progress(done, total). notice: called with one line for each thing that a reader of the scores
+    must know. Raises CdiffError for a case that cannot be read or changes meanwhile, a group that cannot be found, fewer than one
+    slice per case, and when nothing is left to score.
     """
     tell = notice or (lambda line: None)
     stamps = {case.name: stamps_of(case) for case in cases}
@@ -213,7 +214,7 @@ def score_cases(
 
 
 def _plan(source: Source, cases: Iterable[Case], protocol: Protocol, tell: Notice) -> tuple[list[Job], dict[str, Any]]:
-    """Reads every mask first: what is wrong with the data is said before hours are spent on it."""
+    """The jobs, and the cases left out with the reasons. Reads every mask first, so that errors in the data show before hours are spent on it."""
     jobs = []
     other: dict[str, int] = {}
     empty: list[str] = []
@@ -250,7 +251,7 @@ def _plan(source: Source, cases: Iterable[Case], protocol: Protocol, tell: Notic
 def _notes(
     other: dict[str, int], empty: list[str], undrawn: dict[str, int], levels: int, protocol: Protocol
 ) -> Iterator[str]:
-    """What a reader of the scores must know of the cases that are not like the others."""
+    """What a reader of the scores must know about the cases that are unlike the others."""
     if other:
         counts = " or ".join(map(str, sorted(set(other.values()))))
         fate = (
@@ -271,14 +272,14 @@ def _named(cases: list[str]) -> str:
 
 
 class Segmented:
-    """The maps that a model draws."""
+    """The maps that a model draws, as a `Source`."""
 
     def __init__(self, segmenter: Segmenter) -> None:
         self._segmenter, self._manifest = segmenter, segmenter.manifest
         self.levels, self.name = self._manifest.levels, f"model {self._manifest.name}"
 
     def about(self) -> dict[str, Any]:
-        """Model and engine."""
+        """The model and the engine."""
         return {
             "model": {
                 "name": self._manifest.name,
@@ -294,16 +295,16 @@ class Segmented:
         return protocol.chain
 
     def odd(self) -> Oddities:
-        """Of data unlike those of the training."""
+        """A collector for data unlike those of the training."""
         return Oddities(self._manifest)
 
     def read(self, case: Case, odd: Oddities) -> tuple[Case, NDArray[np.bool_], None]:
-        """The case with the files that the model was trained on, in its order."""
+        """The case, with the modalities that the model was trained on in its order, and its masks."""
         case = self._ordered(case)
         return case, read_case(case, self._manifest.slice_axis, self._manifest.image_channels, odd)[1], None
 
     def row(self, job: Job, protocol: Protocol, progress: Progress) -> Row:
-        """Segment and score, a part of the scan after another."""
+        """Segment and score the scan, one part after another."""
         scan = self._scan(job.case)
         masks = read_masks(job.case, scan.grid)
         tally = CaseTally(masks, job.slices, protocol.combine)
@@ -313,7 +314,7 @@ class Segmented:
         for part in job.parts(max(1, RUNS_AT_ONCE // max(1, pixels * self.levels * runs))):
 
             def within(done: int, total: int, before: int = finished, now: int = part.stop - part.start) -> None:
-                # In thousandths of the parts together, for a bar that does not start anew with each.
+                # In thousandths of all parts together, so that the bar does not restart with each part.
                 progress(int(1000 * (before + now * done / max(total, 1))), job.work)
 
             result = self._segmenter.segment(
@@ -327,7 +328,7 @@ class Segmented:
             finished += part.stop - part.start
             chain = {key: result.report[key] for key in ("sampler", "steps", "runs", "mirror")}
             chain["zooms"] = result.report.get("zooms", [1.0])
-            del result  # or two parts' runs were in memory while the next is made
+            del result  # else two parts' runs would be in memory while the next is computed
         return {"case": job.case.name, "annotators": len(job.case.masks), "chain": chain, **tally.row()}
 
     def soft(self, case: Case, number: int, protocol: Protocol, progress: Progress) -> tuple[Scan, NDArray[np.float32]]:
@@ -344,7 +345,8 @@ class Segmented:
 
 
 def case_sha256(case: Case) -> str:
-    """SHA-256 over what the image's and masks' files hold, which structures and values are inside and how masks are laid: a case that was edited since is scored again."""
+    """SHA-256 over the contents of the image's and masks' files, the structures and values that count as inside, and how masks are aligned: a
+    case that was edited since is scored again."""
     digest = hashlib.sha256()
     named = [parted(path) for path in case.files]
     for path in dict.fromkeys(path for path, _ in named):
@@ -352,7 +354,7 @@ def case_sha256(case: Case) -> str:
         for file in sorted(filter(Path.is_file, path.iterdir())) if path.is_dir() else [path]:
             digest.update(bytes.fromhex(sha256(file)))
         if path.name.lower().endswith(ITK_SUFFIXES):
-            digest.update(itk_bytes(path))  # they may lie in another file
+            digest.update(itk_bytes(path))  # the voxels may lie in another file
     for path, structure in named:
         if structure:
             digest.update(f"{path.name} {structure}".encode())

@@ -1,4 +1,4 @@
-"""Whether what maps expect of themselves comes true: over the slices of an evaluation (docs/metrics.md)."""
+"""Whether the Dice that maps predict for their own masks comes true, over the slices of an evaluation (docs/metrics.md)."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from cdiff.runtime.scoring.metrics import members_of, percentile_interval, resam
 
 Float64 = NDArray[np.float64]
 BINS = 10
-"""Equal widths of the expected Dice: 0 to below 0.1, ..., 0.9 to 1."""
+"""Bins of equal width in the expected Dice: 0 to below 0.1, ..., 0.9 to 1."""
 EXPECTED, FOUND = "expected_dice", "dice_each"
 
 
 def pairs_of(row: Mapping[str, Any]) -> Float64:
-    """[slices, 2]: the expected Dice and the one found, of the slices of a case in which both are defined."""
+    """[slices, 2]: the expected Dice and the one found, for those slices of a case where both are defined."""
     found = [(one[EXPECTED], one[FOUND]) for one in row["slices"] if None not in (one[EXPECTED], one[FOUND])]
     return np.array(found, np.float64).reshape(-1, 2)
 
 
 def expectation_bins(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, float | int | None]]:
-    """Each bin of the expected Dice: its limits, slices, and in them the means of what was expected and of what was found."""
+    """For each bin of the expected Dice: its limits, its number of slices, and their mean expected and found Dice."""
     pairs = np.concatenate([pairs_of(row) for row in rows])
     place = np.clip(np.floor(pairs[:, 0] * BINS).astype(np.int64), 0, BINS - 1)
     counts, expected, found = (np.bincount(place, weights, BINS) for weights in (None, *pairs.T))
@@ -41,9 +41,9 @@ def expectation_bins(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, float 
 
 
 def rank_correlation(rows: Sequence[Mapping[str, Any]], groups: Sequence[str] | None) -> dict[str, float | int | None]:
-    """Spearman's rank correlation, over slices, of the expected Dice with the one found: mean, 95 % interval over cases (groups), slices.
+    """Spearman's rank correlation between the slices' expected and found Dice, as "mean", with its 95 % interval over cases (groups).
 
-    The ranks are those among all slices, in each draw of the interval too. None where it is not defined.
+    Ranks are always those among all slices, in the draws of the interval too. Values are None where they are not defined.
     """
     pairs = [pairs_of(row) for row in rows]
     every = np.concatenate(pairs)
@@ -66,13 +66,13 @@ def rank_correlation(rows: Sequence[Mapping[str, Any]], groups: Sequence[str] | 
 
 
 def _sums(part: Float64) -> Float64:
-    """Of pairs [slices,2] what `_correlation` takes: [6]."""
+    """The sums [6] over pairs [slices,2] that `_correlation` takes."""
     x, y = part.T
     return np.array([len(part), x.sum(), y.sum(), x @ x, y @ y, x @ y])
 
 
 def _correlation(sums: Float64) -> Float64:
-    """Of sums [...,6]: the number, sum of x, of y, of x^2, y^2 and x y. NaN where one of the two does not vary."""
+    """Pearson's correlation from sums [...,6]: n and the sums of x, y, x^2, y^2 and x y. NaN where x or y does not vary."""
     n, x, y, xx, yy, xy = np.moveaxis(sums, -1, 0)
     spread = np.maximum(xx - x**2 / n, 0) * np.maximum(yy - y**2 / n, 0)
     varies = spread > 1e-9 * np.maximum(xx * yy, 1)

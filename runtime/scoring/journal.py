@@ -1,4 +1,4 @@
-"""A log of finished cases beside a report that is not finished yet, so that hours of work survive an interruption."""
+"""A log of finished cases beside an unfinished report, so that hours of work survive an interruption."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ from cdiff.runtime.words import several
 
 Rows = dict[str, dict[str, Any]]
 SEAL = "row_sha256"
-"""The key of a row by which it is known, when it is read again, to be as it was written."""
+"""The key of a row's checksum, which shows when the row is read again that it is as it was written."""
 
 
 class Journal:
-    """Rows appended to NAME.partial.jsonl beside the report NAME.json, whose first line, the header, says what they hold for.
+    """Rows appended to NAME.partial.jsonl beside the report NAME.json. Its first line is the header, which says what the rows hold for.
 
-    `rows` has those that are known, by their key `inputs`: of a journal that exists and has the header `header`, and of a report that
-    was made with it; asked are the keys of the cases to be scored now. A journal with another header is kept under the name `*.old` and a new one is begun; `notice` gets a line about
-    each. A last line that was cut off by a kill is dropped, and a row that is not as `sealed` made it for this header is not used, which is said.
-    The rows of the report that are asked for are in the journal too, for the report gives way to the new one.
-    The file is open, and other evaluations are kept out of it, until the end of a `with` block: their rows would be taken for its own. Raises
-    CdiffError when it is open elsewhere, or can't be read or written, or the report's name is a folder's.
+    rows: the known rows by their `inputs`, from an existing journal and an existing report, if those were made with `header`.
+    keys: those that a row must have. asked: the `inputs` of the cases to be scored now; rows of the report that are asked for are
+    copied into the journal, because the new report will replace the old one. A journal with another header is renamed to `*.old`
+    and a new one is begun. A last line cut off by a kill is dropped, and a row that is not as `sealed` made it for this header is
+    not used. `notice` gets a line about each of these, except the cut line.
+    The file stays open and locked until the end of a `with` block, because another evaluation's rows would be taken for this one's.
+    Raises CdiffError when the file is open elsewhere or cannot be read or written, or the report's name is a folder's.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class Journal:
         self._file.close()
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Append one row, `sealed`; it's on the disk when this returns."""
+        """Append one row, made by `sealed`; it is on the disk when this returns."""
         self._write([json.dumps(row, allow_nan=False)])
 
     def _write(self, lines: Iterable[str]) -> None:
@@ -93,21 +94,21 @@ class Journal:
             raise CdiffError(f"cannot write to {self.path}: {error.strerror}; check the space there") from None
 
     def remove(self) -> None:
-        """Delete the file: the report that it was for is written."""
+        """Delete the file, once its report is written."""
         self.path.unlink(missing_ok=True)
 
 
 def _held(path: Path) -> FileIO:
-    """The file, made where it is missing, for appending; no other evaluation has it. Raises CdiffError where one does, or it cannot be opened."""
+    """The file, opened for appending (made if missing) and locked. Raises CdiffError where another evaluation holds it, or it cannot be opened."""
     while True:
         try:
-            file = FileIO(path, "ab")  # nothing waits in a buffer that a full disk does not take
+            file = FileIO(path, "ab")  # unbuffered, so that a full disk shows at the write
         except OSError as error:
             reason = str(error.strerror).lower()
             raise CdiffError(f"cannot write to {path}: {reason}; check the space and the permissions there") from None
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):  # another may just have removed or renamed it
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):  # else another has just removed or renamed it
                 return file
         except BlockingIOError:
             file.close()
@@ -135,14 +136,14 @@ def _kept(path: Path) -> Path:
 
 
 def fingerprint(header: Mapping[str, Any]) -> str:
-    """SHA-256 of a header, by which a finished report says what its rows hold for."""
+    """SHA-256 of a header, with which a finished report records what its rows hold for."""
     return hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
 
 
 def sealed(row: Mapping[str, Any], made_with: str) -> dict[str, Any]:
-    """The row with the SHA-256 of what it holds and holds for: a digit that a disk changes would be a wrong score that nobody sees.
+    """The row with the SHA-256 of its contents and of what they hold for: a digit changed on the disk would be a wrong score that nobody notices.
 
-    made_with: the `fingerprint` of the header. The case's name is not in it: the same files under another are the same case.
+    made_with: the `fingerprint` of the header. The case's name is left out: the same files under another name are the same case.
     """
     held = {key: value for key, value in row.items() if key not in ("case", SEAL)}
     return {**row, SEAL: hashlib.sha256(f"{made_with} {json.dumps(held, sort_keys=True)}".encode()).hexdigest()}
@@ -151,9 +152,9 @@ def sealed(row: Mapping[str, Any], made_with: str) -> dict[str, Any]:
 def _finished(
     path: Path, header: Mapping[str, Any], keys: Sequence[str], asked: Container[str], notice: Callable[[str], None]
 ) -> Rows:
-    """The cases of a report at `path` that was made with the same header, by their key `inputs`; none of any other file.
+    """The rows of a report at `path` that was made with the same header, by their `inputs`; {} for any other file.
 
-    asked: the inputs of the cases that are to be scored now. notice: is told which of the report's cases are used, and which are lost.
+    asked: the `inputs` of the cases to be scored now. notice: is told which of the report's cases are used, and which are lost.
     """
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
@@ -181,7 +182,7 @@ def _finished(
 
 
 def _whole(rows: Sequence[Any], path: Path, made_with: str, keys: Sequence[str], notice: Callable[[str], None]) -> Rows:
-    """Of each of the rows in `path` that is as it was written what stands under `keys`, by the one named `inputs`."""
+    """Those rows, read from `path`, that are as they were written, by their `inputs`; of each only the values of `keys`."""
 
     def whole(row: Any) -> bool:
         try:
@@ -199,7 +200,7 @@ def _whole(rows: Sequence[Any], path: Path, made_with: str, keys: Sequence[str],
 
 
 def _lines(path: Path) -> tuple[list[Any], int]:
-    """What the lines hold up to the first that is no JSON, and how many bytes those are."""
+    """The values of the lines before the first that is not whole JSON, and the length of these lines in bytes."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -219,7 +220,7 @@ def _lines(path: Path) -> tuple[list[Any], int]:
 
 
 def _difference(old: Any, new: dict[str, Any]) -> str:
-    """The keys that differ, with both values, for a notice."""
+    """The keys whose values differ, with both values, for a notice."""
     if not isinstance(old, dict):
         return "something else"
     flat_old, flat_new = _flat(old), _flat(new)

@@ -1,4 +1,4 @@
-"""Tables 1 to 3 of Amit et al. 2023 (arXiv 2306.09004) for the data at hand, beside published numbers and other evaluations."""
+"""Tables 1 to 3 of Amit et al. 2023 (arXiv 2306.09004) for the user's data, beside published numbers and other evaluations."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SECOND_HAND = "quoted in a public summary of the paper, not read in it: check be
 
 @dataclass(frozen=True)
 class PaperRow:
-    """One line of a table: whose number, on which data, in percent; its interval where there is one; where it comes from."""
+    """One line of a table: whose number it is, on which data, in percent; its interval, if any (low, high); and where it comes from."""
 
     table: int
     whose: str
@@ -42,26 +42,28 @@ class PaperRow:
 
 
 ROUNDING = 1e-9
-"""By so much a mean of Dice scores may be above 1."""
+"""By how much a mean of Dice scores may exceed 1."""
 PUBLISHED = (PaperRow(1, "Amit et al. 2023, consensus", "QUBIQ kidney", 96.58, None, None, SECOND_HAND),)
-"""The published numbers for which a source could be read. A number joins with its source, and only then."""
+"""The published numbers for which a source could be read. Add a number only with its source."""
 
 
 COLUMNS = ("table", "whose", "data", "percent", "source")
-"""The columns of a CSV of published numbers; `low` and `high`, the ends of an interval, may be there too."""
+"""The columns that a CSV of published numbers must have; `low` and `high`, the ends of an interval, are optional."""
 
 
 def paper_rows(report: Mapping[str, Any], beside: Iterable[PaperRow] = ()) -> list[PaperRow]:
-    """The rows of the three tables, in order: those of an evaluation's report, those `beside` it, then the published ones held here."""
+    """The rows of the three tables, table by table: those of an evaluation's report, those `beside` it, then PUBLISHED.
+
+    Raises ValueError for a report with a Dice out of range, KeyError for one that lacks a score."""
     return sorted([*_rows_of(report, "computed now"), *beside, *PUBLISHED], key=lambda row: row.table)
 
 
 def read_beside(path: Path) -> list[PaperRow]:
-    """What a file adds to the tables: a report of `cdiff evaluate` (.json) its own rows, a table (.csv) one published number a line.
+    """The rows that a file adds to the tables: those of a report of `cdiff evaluate` (.json), or one published number per line (.csv).
 
     The CSV has the COLUMNS: the number of the paper's table (1, 2 or 3), whose number it is, on which data, the number in
-    percent, and where it can be read. Raises CdiffError for a file that is neither, a column or a cell that is missing, a
-    number out of range, and one outside its own interval; it names the line.
+    percent, and where it can be read. Raises CdiffError for a file that is neither, a missing column or cell, a number out of
+    range, and one outside its own interval; it names the line.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -110,7 +112,7 @@ def _published(text: str, path: Path) -> list[PaperRow]:
 def _rows_of(report: Mapping[str, Any], source: str) -> list[PaperRow]:
     data = report["data"]
     at_hand = " ".join(str(data[key]) for key in ("folder", "split", "task") if data.get(key)) or "the data at hand"
-    # Not all scored slices: in those that nobody marked these scores are not defined.
+    # Counted are only the slices in which these scores are defined, which leaves out those that nobody marked.
     at_hand += f" ({several(report['soft_dice_5']['n_slices'], 'slice')} of {several(report['n_cases'], 'case')})"
     model, variant = str(report["model"]["name"]), report["model"].get("variant", "consensus")
     protocol = report["protocol"]
@@ -128,7 +130,7 @@ def _rows_of(report: Mapping[str, Any], source: str) -> list[PaperRow]:
 
 
 def paper_notes(rows: list[PaperRow]) -> list[str]:
-    """What a reader of the tables must know: which data each number is of, and what is not there."""
+    """What a reader of the tables must know: which data each number is from, and what is missing."""
     known = {row.table for row in rows if not row.source.startswith("computed ")}
     missing = [str(table) for table in TITLES if table not in known]
     notes = [

@@ -1,4 +1,4 @@
-"""The plots of an evaluation, for print: reliability diagram, expected Dice, soft Dice against the number of runs or steps."""
+"""The plots of an evaluation, for print: reliability diagram, expected Dice, and soft Dice against the number of runs or steps."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 INK, FAINT, GRID, PALE = "#1b1f24", "#57606a", "#d8dee4", "#a6cde6"
 COLOURS = ("#0072b2", "#d55e00")
-"""Blue and vermilion of Okabe and Ito's palette: told apart with every kind of colour vision, and in grey."""
+"""Blue and vermilion of Okabe and Ito's palette, distinguishable with every kind of colour vision, and in grey."""
 DPI = 200
 REGION_LABELS = {"whole": "whole slice", "near": "near the structure"}
 
 
 @without_latex()
 def write_reliability(report: Mapping[str, Any], path: Path) -> None:
-    """Share of annotators against the map's value, a panel for each region, with the bins' pixels below."""
+    """Plot the share of annotators against the map's value, one panel per region, with the bins' numbers of pixels below."""
     figure = _page(7.6, 4.3)
     grid = figure.add_gridspec(2, 2, height_ratios=(3.2, 1), left=0.1, right=0.985, top=0.9, bottom=0.125, hspace=0.12)
     for column, (region, label) in enumerate(REGION_LABELS.items()):
@@ -60,7 +60,7 @@ def write_reliability(report: Mapping[str, Any], path: Path) -> None:
 
 @without_latex()
 def write_expected(report: Mapping[str, Any], path: Path) -> None:
-    """Dice of the mask with an annotator against what the soft map expected: a point a slice, and the bins' means."""
+    """Plot the Dice of the mask with an annotator against the Dice that the soft map expected: a point per slice, and the bins' means."""
     figure = _page(4.4, 4.5)
     axes = figure.add_axes((0.14, 0.12, 0.83, 0.8))
     pairs = np.concatenate([pairs_of(case) for case in report["cases"]])
@@ -79,7 +79,7 @@ def write_expected(report: Mapping[str, Any], path: Path) -> None:
 
 @without_latex()
 def write_curve(table: Table, x: str, label: str, path: Path) -> None:
-    """Soft Dice at five and nine thresholds, with their 95 % intervals, against the column `x` of a table."""
+    """Plot soft Dice at five and nine thresholds, with 95 % intervals, against the column `x` of a table. label: of the x axis."""
     figure = _page(5.2, 3.6)
     axes = figure.add_axes((0.13, 0.15, 0.845, 0.75))
     at = [row[x] for row in table]
@@ -103,12 +103,12 @@ def write_curve(table: Table, x: str, label: str, path: Path) -> None:
 
 
 def _draw_bins(axes: Axes, bins: Table, x: str, y: str, **more: Any) -> None:
-    """The means of bins, as a line through points."""
+    """Draw the means of bins as a line through points."""
     axes.plot(_column(bins, x), _column(bins, y), "o-", color=COLOURS[0], lw=1.6, ms=4.5, **more)
 
 
 def _ticks(at: Sequence[int]) -> list[int]:
-    """The values themselves where there are few of them; else the first and the multiples of a round number."""
+    """The values themselves where they are few; else the first one and the multiples of a round number."""
     if len(at) <= 8:
         return list(at)
     step = next(k * 10**n for n in range(9) for k in (1, 2, 5) if at[-1] <= 6 * k * 10**n)

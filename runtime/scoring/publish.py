@@ -1,4 +1,4 @@
-"""A folder with everything that an evaluation found: JSON, CSV and plots; and the same against the number of steps."""
+"""Writes a folder with everything that an evaluation found (JSON, CSV and plots), and scores against the number of steps."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 SCORES = "scores.json"
 WORST = "worst.png"
 OF_OTHERS = (WORST, "steps.csv", "steps.png")
-"""What is drawn after the report, from it: of another report's scores it must not lie beside this one's."""
+"""Files made after a report, from its scores; those of another report must not remain beside it."""
 
 
 def write_report(path: Path, report: dict[str, Any]) -> None:
     """Write `path` (scores.json) and, beside it, its tables and plots; all of them, `path` last, or none.
 
-    scores.csv, cases.csv, slices.csv, reliability.csv and .png, expected.csv and .png, runs.csv and, for more than one run, runs.png. What an
-    evaluation of something else drew there from its own scores gives way. Raises CdiffError when the folder cannot be written.
+    These are scores.csv, cases.csv, slices.csv, reliability.csv and .png, expected.csv and .png, runs.csv and, for more than one run,
+    runs.png. OF_OTHERS are removed if the report there is of another evaluation. Raises CdiffError when the folder cannot be written.
     """
     from cdiff.runtime.scoring.plots import write_curve, write_expected, write_reliability
 
@@ -51,7 +51,7 @@ def write_report(path: Path, report: dict[str, Any]) -> None:
         for name, table in tables.items():
             if table:
                 stage(f"{name}.csv").write_text(csv_text(table), encoding="utf-8")
-            else:  # maps in files tell nothing of runs
+            else:  # maps in files have no runs
                 stage.replaces(f"{name}.csv")
         write_reliability(report, stage("reliability.png"))
         write_expected(report, stage("expected.png"))
@@ -66,12 +66,12 @@ def write_report(path: Path, report: dict[str, Any]) -> None:
 
 
 def _of(report: Mapping[str, Any]) -> Any:
-    """What a report's numbers come from: how they were made, of which cases, over which groups its intervals are."""
+    """What identifies a report's numbers: how they were made, from which cases, and over which groups the intervals are."""
     return report["made_with"], [(case["case"], case["inputs"]) for case in report["cases"]], report["intervals"]
 
 
 def _scored(path: Path) -> Any:
-    """`_of` the report that is there; None without one."""
+    """`_of` the report at `path`; None where there is none."""
     try:
         return _of(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -79,7 +79,7 @@ def _scored(path: Path) -> Any:
 
 
 def check_steps(segmenter: Segmenter, protocol: Protocol, steps: Sequence[int]) -> list[int]:
-    """The numbers of steps in order, each once. Raises CdiffError when the model's sampler cannot take one of them."""
+    """The numbers of steps in ascending order, each once. Raises CdiffError for none, and for one that the model's sampler cannot take."""
     for number in steps:
         segmenter.sampling(steps=number, sampler=protocol.sampler, fast=protocol.fast)
     if not steps:
@@ -100,10 +100,10 @@ def sweep_steps(
     progress: Progress | None = None,
     notice: Notice | None = None,
 ) -> list[dict[str, Any]]:
-    """Evaluate the cases once for each number of steps, everything else as in `protocol`; returns the reports in order.
+    """Evaluate the cases once for each number of steps, with everything else as in `protocol`; returns the reports in that order.
 
-    Each report is folder/steps/NNNN.json, so that an interrupted sweep goes on; folder/steps.csv and .png show them all.
-    known: the report of an evaluation of the same, which serves for its own number of steps. The other arguments: `evaluate`.
+    Each report is written to folder/steps/NNNN.json, so that an interrupted sweep resumes; folder/steps.csv and .png show them all.
+    known: an existing report of the same evaluation, which is used for its own number of steps. The other arguments are `evaluate`'s.
     """
     from cdiff.runtime.scoring.plots import write_curve
 
@@ -113,7 +113,7 @@ def sweep_steps(
         if known and known["protocol"]["steps"] == number:
             reports.append(dict(known))
             continue
-        # A step costs what a step costs: the bar's whole is the sum of the steps.
+        # Every step takes about the same time, so progress counts steps over all the evaluations.
         within = _share(progress, sum(numbers[:place]), number, sum(numbers))
         out = folder / "steps" / f"{number:04d}.json"
         chain = replace(protocol, steps=number)
@@ -131,7 +131,7 @@ def sweep_steps(
 
 
 def _share(progress: Progress | None, before: int, part: int, whole: int) -> Callable[[int, int], None] | None:
-    """Progress of one part as progress of the whole, in thousandths of a step."""
+    """Turn the progress of one part (`part` of `whole` steps, after `before`) into that of the whole, in thousandths of a step."""
     if progress is None:
         return None
     return lambda done, total: progress(1000 * before + 1000 * part * done // max(total, 1), 1000 * whole)

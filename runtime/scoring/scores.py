@@ -1,4 +1,4 @@
-"""One case's maps against its annotators: every score of every slice, and of the case as a whole (definitions: docs/metrics.md)."""
+"""Scores one case's maps against its annotators: every slice, and the case as a whole (definitions: docs/metrics.md)."""
 
 from __future__ import annotations
 
@@ -62,11 +62,11 @@ PER_SLICE = (
     "expected_dice_difference",
     "false_positive_slices",
 )
-"""The scores with one number a slice."""
+"""The scores with one number per slice."""
 PER_LEVEL = ("dice_per_level", "iou_per_level", "hd95_px_per_level", "hd95_mm_per_level")
-"""The scores with one number a slice and level."""
+"""The scores with one number per slice and level."""
 PER_THRESHOLD = "dice_per_threshold"
-"""The score with one number a slice and threshold of NINE."""
+"""The score with one number per slice and threshold of NINE."""
 PER_CASE = (
     "case_soft_dice_5",
     "case_soft_dice_9",
@@ -79,25 +79,25 @@ PER_CASE = (
     "case_expected_dice",
     "case_expected_dice_difference",
 )
-"""The scores with one number a case, whose slices count together."""
+"""The scores with one number per case, computed over all its scored slices together."""
 PER_CASE_LEVEL = ("case_dice_per_level", "case_iou_per_level")
-"""The scores with one number a case and level."""
+"""The scores with one number per case and level."""
 PER_CASE_THRESHOLD = "case_dice_per_threshold"
-"""The score with one number a case and threshold of NINE."""
+"""The score with one number per case and threshold of NINE."""
 EMPTY = {(True, True): "neither", (False, True): "model", (True, False): "annotators", (False, False): "both"}
-"""Which of the two level maps of a slice is empty, by (the model's has pixels, the annotators' has)."""
+"""Which of a slice's two level maps is empty, by (whether the model's has pixels, whether the annotators' has)."""
 REGIONS = ("whole", "near")
-"""Where calibration is measured: on every pixel of a slice, and in or near what any annotator marked (`surface.near`)."""
+"""Where calibration is measured: on every pixel of a slice, and on those in or near what any annotator marked (`surface.near`)."""
 
 
 def marked_slices(masks: NDArray[np.bool_], all_raters: bool) -> NDArray[np.int64]:
-    """The slices to score, of masks [S,n,H,W]: those that at least one annotator marked, or only those all marked."""
+    """The slices of masks [S,n,H,W] that at least one annotator marked or, with all_raters, that all of them marked."""
     readers = np.count_nonzero(masks.any(axis=(2, 3)), axis=1)
     return np.flatnonzero(readers >= (masks.shape[1] if all_raters else 1))
 
 
 def evenly(slices: NDArray[np.int64], most: int | None) -> NDArray[np.int64]:
-    """At most so many of `slices`, in the middles of as many equal parts: 1 takes the middle slice. None takes all.
+    """At most `most` of `slices`, each in the middle of one of as many equal parts, so that 1 takes the middle slice. None takes all.
 
     Raises CdiffError when `most` is less than 1.
     """
@@ -111,8 +111,8 @@ def evenly(slices: NDArray[np.int64], most: int | None) -> NDArray[np.int64]:
 def true_levels(masks: NDArray[np.bool_], levels: int) -> NDArray[np.bool_]:
     """The consensus maps of n annotators at a model's C levels: masks [n,H,W] -> [C,H,W].
 
-    Level c asks for the share c / C of the annotators, that is for at least c n / C of them. With n = C that is the
-    paper's "at least c". Computed in whole numbers.
+    Level c requires the share c / C of the annotators, which is at least c n / C of them; with n = C that is the
+    paper's "at least c". Computed in integers, so exact.
     """
     votes = masks.sum(axis=0, dtype=np.int64) * levels
     return np.stack([votes >= c * len(masks) for c in range(1, levels + 1)])
@@ -120,12 +120,12 @@ def true_levels(masks: NDArray[np.bool_], levels: int) -> NDArray[np.bool_]:
 
 @dataclass(frozen=True)
 class Overlaps:
-    """All pairs of masks that are compared by Dice and IoU, as counts of pixels: of one slice, or of several together.
+    """Pixel counts of all pairs of masks that are compared by Dice and IoU, in one slice or summed over several.
 
-    thresholds [9,3]: soft map and fraction of annotators, at each threshold of NINE; levels [C,3]: the model's level maps and the
-    true ones; others [n,9,3]: each annotator and the fraction of the others; pairs [n(n-1)/2,3]: the annotators' masks; each [n,3]:
-    the soft map at one half and each annotator; panels [n,3]: the majority of the others and each annotator; expected [3]: what the
-    soft map expects of the first of these (`runtime.expected`).
+    thresholds [9,3]: soft map and fraction of annotators, at each threshold of NINE. levels [C,3]: the model's level maps and the
+    true ones. others [n,9,3]: each annotator and the fraction of the others. pairs [n(n-1)/2,3]: each two annotators' masks. each [n,3]:
+    the soft map at one half and each annotator. panels [n,3]: the majority of the others and each annotator. expected [3]: what the
+    soft map itself predicts for `each` (`runtime.expected`).
     """
 
     thresholds: Counts
@@ -137,11 +137,11 @@ class Overlaps:
     expected: NDArray[np.float64]
 
     def __add__(self, more: Overlaps) -> Overlaps:
-        """Those of the slices of both, which are of one case."""
+        """The counts over the slices of both, which must be of the same case."""
         return Overlaps(*(getattr(self, part.name) + getattr(more, part.name) for part in fields(self)))
 
     def scores(self) -> dict[str, Any]:
-        """A number, or one for each level or threshold; None where one annotator alone leaves a score undefined."""
+        """Each score: a number, or one for each level or threshold; None where it is not defined, as some are not for a single annotator."""
         by_threshold, by_annotator = dice_of(self.thresholds), dice_of(self.others)
         each, panels = _mean(dice_of(self.each)), _mean(dice_of(self.panels))
         expected = _number(expected_dice(self.expected))
@@ -164,8 +164,8 @@ class Overlaps:
 
 @dataclass(frozen=True)
 class SliceMaps:
-    """One slice: the model's soft map [H,W], levels [C,H,W], the masks that its runs are for the energy distance samples [N,H,W], how much
-    the runs differ run_std [H,W], None where that is not known; the annotators' masks [n,H,W]."""
+    """One slice. soft [H,W] and levels [C,H,W]: the model's maps. samples [N,H,W]: the masks that its runs give, for the energy distance.
+    run_std [H,W]: how much the runs differ, None where that is not known. masks [n,H,W]: the annotators'."""
 
     soft: NDArray[np.float32]
     levels: NDArray[np.float32]
@@ -175,12 +175,12 @@ class SliceMaps:
 
     @cached_property
     def mask(self) -> NDArray[np.bool_]:
-        """[H,W]: the soft map at one half."""
+        """[H,W]: the soft map thresholded at one half."""
         return at_least(self.soft, 0.5)
 
     @cached_property
     def level_masks(self) -> NDArray[np.bool_]:
-        """[C,H,W]: the level maps at one half."""
+        """[C,H,W]: the level maps thresholded at one half."""
         return at_least(self.levels, 0.5)
 
     @cached_property
@@ -195,7 +195,7 @@ class SliceMaps:
 
     @cached_property
     def region(self) -> NDArray[np.bool_]:
-        """[H,W]: in or near what any annotator marked."""
+        """[H,W]: the pixels in or near what any annotator marked."""
         return near(self.masks)
 
     @cached_property
@@ -205,7 +205,7 @@ class SliceMaps:
 
     @cached_property
     def overlaps(self) -> Overlaps:
-        """What Dice and IoU of this slice are of."""
+        """The counts from which this slice's Dice and IoU follow."""
         return Overlaps(
             overlap_by_threshold(self.soft, self.truth),
             np.stack([overlap(p, m) for p, m in zip(self.level_masks, self.consensus, strict=True)]),
@@ -220,7 +220,7 @@ class SliceMaps:
 def score_slice(maps: SliceMaps, plane_mm: tuple[float, float] | None = None) -> dict[str, Any]:
     """A number for each of PER_SLICE, a list for each of PER_LEVEL and for PER_THRESHOLD; None where a score is not defined.
 
-    plane_mm: millimetres a pixel along H and W, None when unknown.
+    plane_mm: a pixel's size in mm along H and W, None when unknown.
     """
     truth, region = maps.truth, maps.region
     noise = truth * (1 - truth)
@@ -230,7 +230,7 @@ def score_slice(maps: SliceMaps, plane_mm: tuple[float, float] | None = None) ->
         **_means("crps", crps(maps.levels, maps.consensus), region),
     }
     if not maps.marked:
-        # An empty map would score 1 in every comparison of shapes: what can go wrong here is that there is a shape.
+        # Where nobody marked anything, comparisons of shapes say nothing (an empty map would score 1): the only error is to mark something.
         return _undefined(len(maps.levels)) | _numbers(pixelwise | {"false_positive_slices": float(maps.mask.any())})
     distance = energy_distance(maps.samples, maps.masks)
     scores = {
@@ -254,9 +254,9 @@ def score_slice(maps: SliceMaps, plane_mm: tuple[float, float] | None = None) ->
 
 
 class CaseTally:
-    """The scores of one case, gathered part by part: `add` each part's maps, or `add_slice` each slice's where no runs are known, then take `row`.
+    """Collects the scores of one case: call `add` for each part's maps, or `add_slice` for each slice where there are no runs, then `row`.
 
-    masks [S,n,H,W]; slice_ids: the slices to score, at least one; combine: how runs become a level's map.
+    masks [S,n,H,W]; slice_ids: the slices to score, at least one; combine: how runs become a level's map, "mean" or "vote".
     """
 
     def __init__(self, masks: NDArray[np.bool_], slice_ids: NDArray[np.int64], combine: str) -> None:
@@ -270,7 +270,7 @@ class CaseTally:
         self._curve: list[NDArray[np.float64]] = []
 
     def add(self, stack: Stack, first: int, grid: Grid) -> None:
-        """Score those of the slices that `stack` holds, from `first` on. grid: where the scan's voxels lie.
+        """Score those of the slices to score that `stack` holds, whose first is slice `first` of the scan. grid: the scan's.
 
         Raises ValueError when the stack was made without keep_runs.
         """
@@ -282,7 +282,7 @@ class CaseTally:
         for index in self.slice_ids[(self.slice_ids >= first) & (self.slice_ids < first + len(levels))]:
             place = index - first
             samples = stack.variant.to_samples(runs[place], levels.shape[1])
-            # The spread of one run is 0 everywhere and finds nothing.
+            # The spread of a single run is 0 everywhere and tells nothing.
             spread = run_std[place] if R > 1 else None
             maps = SliceMaps(soft[place], levels[place], samples, spread, self.masks[index])
             self.add_slice(int(index), maps, grid)
@@ -299,8 +299,8 @@ class CaseTally:
         self._reliability["near"] += reliability(maps.soft[maps.region], maps.truth[maps.region])
 
     def row(self) -> dict[str, Any]:
-        """In JSON's types: the slices' scores, the case's as a whole, masks for the energy distance, volumes, sums for the reliability
-        diagram, mean soft Dice of the marked slices by number of runs. Raises ValueError when no slice was added."""
+        """In JSON's types: the scores of the slices and of the case as a whole, the number of masks for the energy distance, volumes, sums for
+        the reliability diagram, and the marked slices' mean soft Dice by number of runs. Raises ValueError when no slice was added."""
         if self._overlaps is None:
             raise ValueError("no slice of the case was added; there is nothing to score")
         predicted, true = self._overlaps.levels[:, 1:].T.tolist()
@@ -316,21 +316,21 @@ class CaseTally:
 
 
 def _means(name: str, values: NDArray[np.float64], region: NDArray[np.bool_]) -> dict[str, float]:
-    """The mean over the slice, and over the region; NaN for a region without pixels."""
+    """The mean over the slice, and over the region, which is NaN for a region without pixels."""
     return {name: values.mean(), f"{name}_near": values[region].mean() if region.any() else np.nan}
 
 
 def _found(
     name: str, unsure: NDArray[Any] | None, disagree: NDArray[np.bool_], region: NDArray[np.bool_]
 ) -> dict[str, float]:
-    """How well a map of uncertainty finds the pixels where annotators disagree, on the slice and in the region."""
+    """How well (AUROC) a map of uncertainty finds the pixels where annotators disagree, on the slice and in the region."""
     if unsure is None:
         return {name: np.nan, f"{name}_near": np.nan}
     return {name: auroc(unsure, disagree), f"{name}_near": auroc(unsure[region], disagree[region])}
 
 
 def _undefined(levels: int) -> dict[str, Any]:
-    """The scores of a slice in which none is defined."""
+    """A slice's scores, all undefined."""
     return {
         **{name: [None] * levels for name in (*PER_LEVEL, "empty_per_level")},
         PER_THRESHOLD: [None] * len(NINE),
@@ -339,7 +339,7 @@ def _undefined(levels: int) -> dict[str, Any]:
 
 
 def _mean(scores: NDArray[np.float64]) -> float | None:
-    """The mean over the last axis, then over the others: [...] -> one number; None of none."""
+    """The mean over the last axis, then over the others: [...] -> one number; None for an empty array."""
     return float(scores.mean(axis=-1).mean()) if scores.size else None
 
 

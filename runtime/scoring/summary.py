@@ -1,4 +1,4 @@
-"""From the rows of all cases to the report of an evaluation: means, intervals, calibration, curves (docs/metrics.md)."""
+"""Turns the rows of all cases into the report of an evaluation: means, intervals, calibration, curves (docs/metrics.md)."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ from cdiff.runtime.scoring.scores import (
 )
 
 Row = dict[str, Any]
-"""One case: name, annotators, hash of its files, seconds, the chain as it was resolved, what `CaseTally.row` gives, and the seal (`journal.sealed`)."""
+"""One case: its name, number of annotators, hash of its files, seconds, settings of the chain that was run, what `CaseTally.row` returns, and the
+seal (`journal.sealed`)."""
 ROW_KEYS = (
     "case",
     "annotators",
@@ -55,9 +56,9 @@ ROW_KEYS = (
 
 
 def group_names(cases: Sequence[str], pattern: str | None) -> list[str] | None:
-    """The group of each case by a regular expression searched for in its name: what its first bracket holds, or all it matches.
+    """The group of each case, found in its name by a regular expression: what its first group matches or, without one, the whole match.
 
-    None without a pattern. Raises CdiffError for a pattern that cannot be read, and for a case in which it is not found.
+    None without a pattern. Raises CdiffError for an invalid pattern, and for a case name in which it finds nothing.
     """
     if pattern is None:
         return None
@@ -76,7 +77,7 @@ def group_names(cases: Sequence[str], pattern: str | None) -> list[str] | None:
 
 
 def joined_twins(cases: Sequence[str], pattern: str | None) -> str | None:
-    """That a pattern for `group_names` puts cases of one name into one group, which lie in several folders and so may be of several patients.
+    """A warning where a pattern for `group_names` joins cases of the same name from several folders, which may be of different patients.
 
     None where it does not. Raises CdiffError as `group_names` does.
     """
@@ -93,8 +94,8 @@ def summarise(
 ) -> dict[str, Any]:
     """The report of an evaluation.
 
-    header: what the scores depend on; left_out: the cases that were not scored and why. group: see `group_names`; cases of one
-    group are resampled together. Raises CdiffError as that does.
+    header: what the scores depend on. left_out: the cases that were not scored, and why. group: a pattern for `group_names`; cases
+    of one group are resampled together. Raises CdiffError as `group_names` does.
     """
     groups = group_names([row["case"] for row in rows], group)
     counts = [len(row["slices"]) for row in rows]
@@ -140,7 +141,7 @@ def summarise(
         "by_runs": [
             {
                 "runs": runs,
-                # A case's mean, once for each of its marked slices: the mean over all of them, as everywhere.
+                # A case's mean, repeated for each of its marked slices, so that the result is a mean over slices, as everywhere.
                 **{
                     name: interval([[row["by_runs"][name][i]] * n for row, n in zip(rows, marked, strict=True)])
                     for name in ("soft_dice_5", "soft_dice_9")
@@ -170,20 +171,20 @@ def summarise(
 
 
 def volume_errors(volumes: Mapping[str, Any]) -> dict[str, list[float] | None]:
-    """Predicted minus true volume at each level of a case, in voxels and in ml (None where a voxel's size is not known)."""
+    """Predicted minus true volume at each level of a case, in voxels and in ml (None where the size of a voxel is not known)."""
     difference = np.subtract(volumes["predicted_voxels"], volumes["true_voxels"])
     ml = volumes["voxel_ml"]
     return {"voxels": difference.astype(float).tolist(), "ml": None if ml is None else (difference * ml).tolist()}
 
 
 def _column(row: Row, name: str, place: int | None) -> list[float]:
-    """One score of a case's slices; NaN where it is not defined."""
+    """One score of each of a case's slices; NaN where it is not defined."""
     values = [scores[name] if place is None else scores[name][place] for scores in row["slices"]]
     return [float("nan") if value is None else value for value in values]
 
 
 def _means(row: Row, levels: int) -> dict[str, Any]:
-    """A case's own means over its slices, for whoever reads the rows; None where no slice has the score."""
+    """A case's own means over its slices, for readers of the rows; None where no slice has the score."""
 
     def mean(name: str, place: int | None = None) -> float | None:
         return bootstrap_over_cases([_column(row, name, place)]).mean
@@ -196,19 +197,19 @@ def _means(row: Row, levels: int) -> dict[str, Any]:
 
 
 def _empties(rows: list[Row], level: int) -> dict[str, int]:
-    """In how many slices a level map is empty: the model's alone, the annotators' alone, both."""
+    """The numbers of slices in which only the model's level map is empty, only the annotators' is, or both are."""
     found = [scores["empty_per_level"][level] for row in rows for scores in row["slices"]]
     return {f"n_{which}_empty": found.count(which) for which in EMPTY.values() if which != "neither"}
 
 
 def _over_cases(values: list[float], groups: list[str] | None) -> dict[str, Any]:
-    """The mean over cases (not slices) of one number a case, NaN where it is not defined, with its interval."""
+    """The mean over cases (not slices) of one number per case (NaN where it is not defined), with its interval."""
     found = bootstrap_over_cases([[value] for value in values], groups=groups)
     return {"mean": found.mean, "low": found.low, "high": found.high, "n_cases": found.n_slices}
 
 
 def _volume_errors(rows: list[Row], levels: int, groups: list[str] | None) -> dict[str, list[dict[str, Any]]]:
-    """The mean over cases of the error in each unit, signed and without its sign."""
+    """The mean over cases of the error in volume at each level, in each unit, signed and absolute."""
     errors = [volume_errors(row["volumes"]) for row in rows]
 
     def entry(unit: str, level: int) -> dict[str, Any]:
@@ -227,7 +228,7 @@ def _volume_errors(rows: list[Row], levels: int, groups: list[str] | None) -> di
 def _calibration_error(
     tables: NDArray[np.float64], counts: list[int], groups: list[str] | None
 ) -> dict[str, float | int | None]:
-    """Of all pixels of all slices together; an interval from the tables [cases, 3, BINS] of the cases (groups) drawn."""
+    """The ECE of all pixels of all slices together, and its interval from resampling the cases' (groups') tables [cases, 3, BINS]."""
     if groups:
         tables = np.stack([tables[members].sum(axis=0) for members in members_of(groups)])
     tables = tables[tables[:, 0].any(axis=-1)]  # nothing is near the structure in a case that nobody marked
@@ -241,7 +242,7 @@ def _calibration_error(
 
 
 def _diagram(table: NDArray[np.float64]) -> list[dict[str, float | None]]:
-    """Each bin of a reliability diagram: its limits, pixels, mean of the map there, share of annotators who included them."""
+    """For each bin of a reliability diagram: its limits, its number of pixels, the mean of the map there, and the mean share of annotators."""
     return [
         {
             "from": round(i / BINS, 6),

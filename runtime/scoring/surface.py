@@ -1,4 +1,4 @@
-"""Distance between two outlines: the 95 % Hausdorff distance, by SciPy's exact Euclidean distance transform."""
+"""The distance between two outlines (95 % Hausdorff distance), by SciPy's exact Euclidean distance transform."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ Mask = NDArray[np.bool_]
 
 
 def hd95(a: Mask, b: Mask, spacing: tuple[float, float] = (1.0, 1.0)) -> float:
-    """The 95 % Hausdorff distance of two masks [H, W], in the unit of `spacing` (that of a pixel along each axis).
+    """The 95 % Hausdorff distance of two masks [H, W], in the unit of `spacing`, a pixel's size along each axis.
 
-    The outline of a mask is those of its pixels that have a neighbour outside it (4 neighbours; beyond the picture is
-    outside). From every outline pixel of one mask the distance to the nearest outline pixel of the other is taken; of each of
-    the two sets of distances the 95th percentile (linear interpolation), of those two the larger: MONAI's convention. NaN when
-    a mask is empty: there is no outline to measure from. Raises ValueError if the shapes differ.
+    A mask's outline consists of its pixels with a neighbour outside it (4 neighbours; beyond the image counts as outside).
+    For each mask, take the distances from its outline pixels to the nearest outline pixel of the other, and their 95th percentile
+    (linear interpolation); the result is the larger of the two, as in MONAI. NaN when a mask is empty, because there is no
+    outline to measure from. Raises ValueError if the shapes differ.
     """
     if a.shape != b.shape:
         raise ValueError(f"masks of one shape are compared, not {a.shape} with {b.shape}")
@@ -27,16 +27,16 @@ def hd95(a: Mask, b: Mask, spacing: tuple[float, float] = (1.0, 1.0)) -> float:
 
 
 def hd95_px_and_mm(a: Mask, b: Mask, spacing: tuple[float, float] | None) -> tuple[float, float]:
-    """`hd95` in pixels and in millimetres; the latter NaN when the spacing (mm a pixel) is not known."""
+    """`hd95` in pixels and in mm; the latter is NaN when the spacing (a pixel's size in mm) is not known."""
     pixels = hd95(a, b)
     if spacing is None:
         return pixels, float("nan")
-    # With square pixels one transform serves both.
+    # With square pixels one distance transform is enough.
     return pixels, pixels * spacing[0] if spacing[0] == spacing[1] else hd95(a, b, spacing)
 
 
 def bounding_box(mask: Mask, margin: int = 0) -> tuple[slice, slice]:
-    """The smallest box that holds a mask [H, W] that is not empty, `margin` pixels larger on each side where there is room."""
+    """The smallest box that contains a non-empty mask [H, W], `margin` pixels larger on each side where there is room."""
     rows, columns = (np.flatnonzero(mask.any(axis=1 - axis)) for axis in (0, 1))
     return (
         slice(max(int(rows[0]) - margin, 0), int(rows[-1]) + 1 + margin),
@@ -50,10 +50,10 @@ def outline(mask: Mask) -> Mask:
 
 
 def near(masks: Mask) -> Mask:
-    """Where it counts: the pixels in or near what any annotator marked. bool [n, H, W] -> bool [H, W].
+    """The pixels in or near what any annotator marked, where scores matter most. bool [n, H, W] -> bool [H, W].
 
-    Near: no farther from the union of the masks than the radius of a disc of the union's area, and at least 2 pixels. For
-    a disc that is a region of four times its area, whatever the resolution. It follows from the annotators alone, so every
+    Near means: no farther from the union of the masks than the radius of a disc of the union's area, or 2 pixels if that is more.
+    For a disc this gives a region of four times its area, whatever the resolution. It depends on the annotators alone, so every
     model is scored on the same pixels. Empty when nobody marked anything.
     """
     union = np.asarray(masks.any(axis=0))

@@ -20,14 +20,14 @@ from cdiff.runtime.scoring.scores import (
 from cdiff.runtime.scoring.summary import volume_errors
 
 Table = list[dict[str, Any]]
-"""Rows of one set of columns; None is an empty cell."""
+"""Rows that all have the same columns; None is an empty cell."""
 ENDS = ("mean", "low", "high")
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
-"""What a spreadsheet's formula may begin with."""
+"""The characters with which a spreadsheet's formula may begin."""
 
 
 def csv_text(table: Table) -> str:
-    """The table as CSV, numbers with up to 9 significant digits; the columns are those of the first row."""
+    """The table as CSV, with floats to 9 significant digits; the columns are those of the first row."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(table[0]) if table else [], lineterminator="\n")
     writer.writeheader()
@@ -36,7 +36,7 @@ def csv_text(table: Table) -> str:
 
 
 def scores_table(report: Mapping[str, Any]) -> Table:
-    """One row a score: its key, at which level or threshold, mean, 95 % interval, how many slices (cases for a case's own scores)."""
+    """One row per score: its key, its level or threshold, mean, 95 % interval, and number of slices (of cases for PER_CASE and the like)."""
     rows = [
         _score_row(name, "", report[name]) for name in (*PER_SLICE, "expected_dice_rank", "ece", "ece_near", *PER_CASE)
     ]
@@ -54,7 +54,7 @@ def scores_table(report: Mapping[str, Any]) -> Table:
 
 
 def slices_table(report: Mapping[str, Any]) -> Table:
-    """One row a scored slice."""
+    """One row per scored slice."""
     return [
         {**_case_columns(case), "slice": scores["slice"], **_score_columns(scores, PER_SLICE, PER_LEVEL, PER_THRESHOLD)}
         | _numbered("empty_level", scores["empty_per_level"])
@@ -64,7 +64,7 @@ def slices_table(report: Mapping[str, Any]) -> Table:
 
 
 def cases_table(report: Mapping[str, Any]) -> Table:
-    """One row a case: means over its slices, its scores as a whole, its volumes at each level and their errors."""
+    """One row per case: means over its slices, its scores as a whole, its volumes at each level and their errors."""
     levels = report["model"]["levels"]
     rows = []
     for case in report["cases"]:
@@ -89,17 +89,17 @@ def cases_table(report: Mapping[str, Any]) -> Table:
 
 
 def reliability_table(report: Mapping[str, Any]) -> Table:
-    """One row a region and bin of the reliability diagram."""
+    """One row per region and bin of the reliability diagram."""
     return [{"region": region, **row} for region in REGIONS for row in report["reliability"][region]]
 
 
 def runs_table(report: Mapping[str, Any]) -> Table:
-    """One row a number of runs: soft Dice of the maps that the first so many runs give."""
+    """One row per number of runs: soft Dice of the maps that the first runs, of that number, give."""
     return [{"runs": row["runs"], **_intervals(row, ("soft_dice_5", "soft_dice_9"))} for row in report["by_runs"]]
 
 
 def steps_table(reports: Sequence[Mapping[str, Any]]) -> Table:
-    """One row an evaluation of the same cases, each with another number of steps."""
+    """One row per evaluation of the same cases, each with another number of steps."""
     return [
         {
             "steps": report["protocol"]["steps"],
@@ -129,7 +129,7 @@ def _case_columns(case: Mapping[str, Any]) -> dict[str, Any]:
 def _score_columns(
     scores: Mapping[str, Any], single: Sequence[str], by_level: Sequence[str], by_threshold: str
 ) -> dict[str, Any]:
-    """One column a number of the scores so named."""
+    """The scores so named as columns, one per number."""
     return {
         **{name: scores[name] for name in single},
         **{
@@ -153,7 +153,7 @@ def _times(voxels: Sequence[int], ml: float | None) -> list[float | None]:
 
 
 def _cell(value: Any) -> Any:
-    """A text that a spreadsheet would compute, as a case's name that begins with =, has the ' before it that has it taken for a text."""
+    """A value as it is written. Text that a spreadsheet would compute, such as a case name that begins with =, gets a ' in front."""
     if isinstance(value, str) and value.startswith(FORMULA):
         return f"'{value}"
     return f"{value:.9g}" if isinstance(value, float) else "" if value is None else value

@@ -1,4 +1,4 @@
-"""The slices that a model does worst on, drawn beside what the annotators drew: where its maps are not to be believed."""
+"""Draws the slices on which a model does worst beside what the annotators drew, to show where its maps cannot be trusted."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ HEADS = ("image", "fraction of annotators", "the model's soft map")
 
 @dataclass(frozen=True)
 class Worst:
-    """A case's worst slice: its number, its soft Dice at five thresholds, and the annotators' among themselves there."""
+    """A case's worst slice: its number, its soft Dice at five thresholds, and the annotators' own soft Dice there, None if not defined."""
 
     case: Case
     slice: int
@@ -32,9 +32,9 @@ class Worst:
 
 
 def worst_slices(report: Mapping[str, Any], cases: Sequence[Case], most: int) -> list[Worst]:
-    """The slice of the lowest soft Dice of each scored case; of these the `most` lowest, the lowest first.
+    """Each scored case's slice with the lowest soft Dice; of these the `most` lowest, the lowest first.
 
-    cases: those that the report is of, among others, each of a name of its own, as `choose_split` gives them.
+    cases: must include those of the report, and have unique names, as those that `choose_split` returns do.
     """
     by_name, found = {case.name: case for case in cases}, []
     for row in report["cases"]:
@@ -52,9 +52,9 @@ def worst_slices(report: Mapping[str, Any], cases: Sequence[Case], most: int) ->
 def write_worst(
     path: Path, source: Source, worst: Sequence[Worst], protocol: Protocol, progress: Progress | None = None
 ) -> None:
-    """Draw the maps of the slices again, as `protocol` says and so those that were scored, into a PNG.
+    """Draw the slices into a PNG, with maps made again as `protocol` says, which gives those that were scored.
 
-    progress: called as progress(done, total) in thousandths of a slice. Raises CdiffError when it cannot be written.
+    progress: called as progress(done, total) in thousandths of a slice. Raises CdiffError when the file cannot be written.
     """
     figure = worst_figure(source, worst, protocol, progress)
     with atomic_path(path) as part:
@@ -91,7 +91,7 @@ def _block(
     protocol: Protocol,
     progress: Progress,
 ) -> Any:
-    """One slice: image, what the annotators drew, what the model did. Returns the colours for the key."""
+    """Draw one slice: the image, what the annotators drew, and the model's map. Returns the mappable for the colour key."""
     case = one.case
     scan, drawn_map = source.soft(case, one.slice, protocol, progress)
     view = scan.grid.view

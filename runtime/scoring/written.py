@@ -1,4 +1,4 @@
-"""Scores of maps that lie in files: what `cdiff segment` wrote, or another program."""
+"""Scores maps in files, written by `cdiff segment` or by another program."""
 
 from __future__ import annotations
 
@@ -37,18 +37,19 @@ from cdiff.runtime.words import several
 
 Float32 = NDArray[np.float32]
 ROUNDING = 1e-5
-"""By so much a map may leave 0 to 1: what a file's scale factor makes of 255 and the like."""
+"""By how much values may lie outside 0 to 1, which allows for the rounding of a file's scale factor (such as 1/255)."""
 SHADES = (".png", ".tif", ".tiff")
-"""Pictures that can be a soft map: those that keep every value."""
+"""Formats of pictures that can be a soft map, because they keep every value exactly."""
 WHITE = {"1": 1, "L": 255, "I": 65535, "I;16": 65535, "I;16B": 65535, "I;16L": 65535, "I;16N": 65535, "F": 1}
-"""What is 1 in a picture, by Pillow's modes of grey."""
+"""The value that means 1 in a picture, for each of Pillow's grey modes."""
 SPREAD = 1
-"""The place of the spread over runs in a file of uncertainty; the entropy is at 0."""
+"""The index of the spread over runs in a file of uncertainty; the entropy is at 0."""
 
 
 @dataclass(frozen=True)
 class Written:
-    """The files of one case's maps. soft: the soft map; levels, uncertainty: as `cdiff segment` writes them; report: its report, {} where there is none."""
+    """The files of one case's maps. soft: the soft map. levels, uncertainty: as `cdiff segment` writes them, or None. report: the contents of
+    its report, {} where there is none."""
 
     soft: Path
     levels: Path | None
@@ -57,22 +58,22 @@ class Written:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """Those that there are."""
+        """The files that exist."""
         return tuple(path for path in (self.soft, self.levels, self.uncertainty) if path)
 
     @property
     def slice_axis(self) -> int:
-        """Along which axis the maps were drawn slice by slice, as their report says; else the last."""
+        """The axis along which the maps were drawn slice by slice, according to their report; else the last."""
         axis = _part(self.report, "input").get("slice_axis")
         return axis if axis in (0, 1, 2) else 2
 
 
 class WrittenMaps:
-    """The maps of cases in a folder, a `Source` to score.
+    """The maps of cases in a folder, as a `Source` to score.
 
-    Of a case NAME they are NAME_soft, and if there are NAME_levels and NAME_uncertainty, with a volume's suffix; or the soft map is NAME
-    itself. It may be a picture in grey, whose white is 1. A / in the case's name is a folder, or a _. Raises CdiffError where the soft
-    map of a case is missing, where some have levels and others not, or levels of different numbers.
+    The maps of a case NAME are NAME_soft and, where they exist, NAME_levels and NAME_uncertainty, with a volume's suffix; or the soft map
+    is NAME itself. The soft map may also be a grey picture, whose white is 1. A / in the case's name stands for a folder, or for a _.
+    Raises CdiffError where a case has no soft map, where only some cases have levels, or where their numbers of levels differ.
     """
 
     def __init__(self, folder: Path, cases: Sequence[Case], tell: Notice) -> None:
@@ -116,7 +117,7 @@ class WrittenMaps:
         return next(iter(counts.values()))
 
     def about(self) -> dict[str, Any]:
-        """The folder and what its files hold; of which model, where their reports agree."""
+        """The folder and a hash of its maps, and the model that drew them, where their reports agree on it."""
         return {
             "model": {
                 "name": self._agreed("bundle") or self._folder.resolve().name,
@@ -138,22 +139,22 @@ class WrittenMaps:
         return digest.hexdigest()
 
     def _agreed(self, key: str) -> Any:
-        """What all reports say; None where they differ, or one says nothing."""
+        """The value of `key` that all reports share; None where they differ, or one lacks it."""
         said = [written.report.get(key) for written in self._written.values()]
         return said[0] if all(one == said[0] for one in said) else None
 
     def drawing(self, protocol: Protocol) -> dict[str, Any]:
-        """What all reports say of how the maps were drawn."""
+        """How the maps were drawn, as far as all reports agree."""
         return {key: value for key in CHAIN if (value := self._agreed(key)) is not None}
 
     def odd(self) -> Oddities:
-        """Of cases unlike one another."""
+        """A collector for cases that are unlike one another."""
         return Oddities()
 
     def read(self, case: Case, odd: Oddities) -> tuple[Case, NDArray[np.bool_], NDArray[np.bool_]]:
         """The case, its masks, and which slices have maps.
 
-        Raises CdiffError for maps that do not lie on the image's grid, hold no shares, or are not all of the same slices.
+        Raises CdiffError for maps that do not lie on the image's grid, hold values outside 0 to 1, or do not all have the same slices.
         """
         written, scan = self._written[case.name], self._scan(case)
         if any(written.soft.samefile(image) for image in (case.image, *case.others)):
@@ -177,7 +178,7 @@ class WrittenMaps:
         masks = read_masks(job.case, grid)
         soft = _maps(written.soft, grid, 1)
         levels = _maps(written.levels, grid, self.levels) if written.levels else SOFT_LABEL.to_levels(soft, self.levels)
-        # The spread of one run is 0 everywhere and finds nothing.
+        # The spread of a single run is 0 everywhere and tells nothing.
         unsure = written.uncertainty if written.report.get("runs") != 1 else None
         spread = _maps(unsure, grid, 2)[:, SPREAD] if unsure else None
         tally = CaseTally(masks, job.slices, protocol.combine)
@@ -194,7 +195,7 @@ class WrittenMaps:
         return {"case": job.case.name, "annotators": len(job.case.masks), "chain": {}, **tally.row()}
 
     def soft(self, case: Case, number: int, protocol: Protocol, progress: Progress) -> tuple[Scan, Float32]:
-        """The slice as it lies there."""
+        """The scan, and the slice's soft map as it is in the file."""
         scan = self._scan(case)
         return scan, _maps(self._written[case.name].soft, scan.grid, 1)[number, 0]
 
@@ -219,13 +220,13 @@ def _file(folder: Path, name: str, suffixes: tuple[str, ...] = VOLUME_SUFFIXES) 
 
 
 def _count(levels: Path, soft: Path) -> int:
-    """How many levels a file holds: on a last axis, which the soft map has not."""
+    """The number of levels in a file: the length of its last axis, where it has one axis more than the soft map; else 1."""
     shape = volume_shape(levels)
     return shape[-1] if len(shape) > len(volume_shape(soft)) else 1
 
 
 def _report(path: Path) -> dict[str, Any]:
-    """What `cdiff segment` wrote of a scan; nothing where there is no such report."""
+    """The report that `cdiff segment` wrote; {} where there is no such report."""
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -239,9 +240,9 @@ def _part(report: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def _maps(path: Path, grid: Grid, number: int) -> Float32:
-    """A file's maps as slices of the image's grid: float32 [S,number,H,W], 0 to 1, or NaN in whole slices that were not drawn.
+    """A file's maps, cut into slices as the image's grid is: float32 [S,number,H,W], 0 to 1, or NaN in whole slices that were not drawn.
 
-    Raises CdiffError for another shape or place than the image's, and for values that are no shares.
+    Raises CdiffError for a grid unlike the image's, for NaN in part of a slice, and for values outside 0 to 1.
     """
     header = None
     if path.name.lower().endswith(SHADES):
@@ -271,12 +272,12 @@ def _maps(path: Path, grid: Grid, number: int) -> Float32:
 
 
 def _drawn(maps: Float32) -> NDArray[np.bool_]:
-    """Which slices of maps [S,number,H,W] are not NaN."""
+    """Bool [S]: which slices of maps [S,number,H,W] are not NaN."""
     return np.asarray(~np.isnan(maps[:, 0, 0, 0]))
 
 
 def _shares(path: Path) -> Float32:
-    """A picture's shades [H,W], white being 1. Raises CdiffError for colours."""
+    """A grey picture's values [H,W], scaled so that white is 1. Raises CdiffError for a picture that is not in grey."""
     with opened(read_bytes(path), path) as (picture, _):
         if picture.mode not in WHITE:
             raise CdiffError(

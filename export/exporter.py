@@ -64,7 +64,7 @@ def export_run(
         raise CdiffError(
             "export compares its graphs by ONNX Runtime, which is not here: pip install '.[train,cpu]' in cdiff's clone"
         )
-    must_be_text(out)  # ONNX Runtime opens no graph under another path, and the model may be named after the folder
+    must_be_text(out)  # else ONNX Runtime opens no graph in it, and the model may be named after it
     loaded = load_run(run)
     fast_steps = min(loaded.config.training.val_steps, loaded.config.network.T) if fast_steps is None else fast_steps
     kept_timesteps(loaded.config.network.T, fast_steps)  # raises now, not after the graphs were written

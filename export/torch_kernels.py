@@ -240,7 +240,7 @@ def normed(
     act: bool,
     added: Tensor | None = None,
 ) -> Tensor:
-    """GroupNorm of the sum of `added` and the sources, concatenated along the channels; with `act` then SiLU. [B,C,H,W], channels last.
+    """GroupNorm of (the sources concatenated along the channels, plus `added`); with `act` its SiLU. [B,C,H,W], channels last.
 
     gain, offset and added: float32 [C], or [B,C] with a row's own values; gain and offset have one shape, and each row is contiguous.
     """

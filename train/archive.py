@@ -28,8 +28,8 @@ WRITTEN = re.compile(
 makes as many bytes as a number says, encode doubles bytes, set and Counter go through a tensor that stores one number and repeats it."""
 MOST, A_STEP = 2**20, 4
 """How many things the arguments of a pickle's calls and its keys may hold in all, nested ones counted each time they are reached: MOST, and A_STEP
-more for each opcode. A tuple that holds one tuple twice, which holds another twice, and so on, takes hours to hash, and a list that every six bytes
-copy takes all memory; an optimiser's groups share little."""
+more for each opcode. A tuple that holds one tuple twice, which holds another twice, and so on, takes hours to hash, and a list that is copied anew
+by every six bytes takes all memory; an optimiser's groups share little."""
 DEEPEST = 100
 """How deep they may be nested: hashing tuples that are nested far deeper crashes the process."""
 KEPT, AGAIN = ("BINPUT", "LONG_BINPUT"), ("BINGET", "LONG_BINGET")
@@ -78,7 +78,7 @@ def must_be_as_written(path: Path) -> None:
 
 
 def _of_one_directory(path: Path) -> bool:
-    """Whether Python and PyTorch, which search for the directory's end each in its own way, find the same one where the archive starts at byte 0."""
+    """Whether Python and PyTorch, which search for a directory's end in different ways, find the same one in an archive that starts at byte 0."""
     with path.open("rb") as file:
         # 56 bytes that end a large archive's directory, 20 that say where those lie, 22 that end any archive.
         at = file.seek(-98, io.SEEK_END)

@@ -35,7 +35,7 @@ from cdiff.train.told import must_tell
 
 MODEL, EMA = "model.safetensors", "ema.safetensors"
 ORIGIN = ("init", "imported")
-"""Keys of `info` where the weights did not begin at random: taken from another run, or from published code."""
+"""The keys of `info` that say where weights that did not begin at random came from: another run, or published code."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,8 @@ def load_weights(
 def check_weights(
     network: torch.nn.Module, tensors: dict[str, Tensor], path: Path, what: str = "its configuration"
 ) -> None:
-    """Raise CdiffError unless the tensors of `path` have the network's names and shapes. what: whose network it is, for the message."""
+    """Raise CdiffError, naming the first that are wrong, unless the tensors of `path` have the network's names and shapes. what: whose
+    network it is, for the message."""
     wanted = network.state_dict()
     wrong = [f"missing {name}" for name in wanted if name not in tensors]
     wrong += [f"unexpected {name}" for name in tensors if name not in wanted]

@@ -185,8 +185,8 @@ def settle(fabric: Fabric, seconds: float, asked: bool) -> tuple[float, bool]:
 
 @contextmanager
 def together(fabric: Fabric) -> Iterator[None]:
-    """For a block that every process must get through: when it raises a CdiffError in one, that one raises it and the others
-    FailedElsewhere, so that none is left waiting."""
+    """For a block that every process must get through: after it, the first process in which it raised a CdiffError raises that, and all
+    others FailedElsewhere, so that none is left waiting."""
     failure: CdiffError | None = None
     try:
         yield

@@ -12,7 +12,7 @@ Prepare = Callable[[int, int], list[Rows]]
 
 
 class Feed:
-    """As a context manager; `take(k, window)` returns `prepare(k, window)`, begun up to `ahead` steps earlier in as many threads.
+    """A context manager: `take(k, window)` returns `prepare(k, window)`, begun up to `ahead` steps earlier in as many threads.
 
     Threads, not processes: the slices exist once in memory, and cutting windows and drawing noise let other threads run.
     """

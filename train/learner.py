@@ -76,8 +76,8 @@ class Learner:
         """Optimiser step k (from 0) on this process's parts of it, at the learning rate `lr`.
 
         Returns the loss over all rows of the step and the gradient's norm before clipping. Raises CdiffError when one of them is not
-        finite. With fp16 a norm that is not finite is an error only once the loss scale has fallen to 1: before, the scale was too large
-        and AdamW skipped the step; then the gradient itself overflows, and every further step would be skipped.
+        finite. With fp16 a norm that is not finite is an error only once the loss scale has fallen to 1. Above 1 the scale was too large,
+        and AdamW skipped the step; at 1 the gradient itself overflows, and every further step would be skipped.
         """
         for group in self.optimiser.param_groups:
             group["lr"] = lr

@@ -300,7 +300,7 @@ def read_case(
     2-D files make one slice. Channels are the case's files, or with channels > 1 and one file its last axis (as in QUBIQ's
     tumour files) or a picture's colours. odd: collects what the user should be told.
     Raises CdiffError for an unreadable file, a wrong number of dimensions or files, files of different grids, a non-finite
-    image, or a mask of another shape, or one that its header puts elsewhere (see `mask_slices`).
+    image, or a mask of another shape, or one that its header puts outside the image (see `mask_slices`).
     """
     scan = read_scan(case.scan, channels=channels, slice_axis=slice_axis)
     if odd is not None:
@@ -312,7 +312,7 @@ def read_masks(case: Case, grid: Grid, odd: Oddities | None = None) -> NDArray[n
     """The masks of a case whose image is read, as slices of its grid: bool [S, C_case, H, W].
 
     odd: collects what the user should be told. Raises CdiffError for an unreadable file, a mask of another shape than the image or
-    that its header puts elsewhere (see `mask_slices`), and a case without a mask.
+    that its header puts outside it (see `mask_slices`), and a case without a mask.
     """
     masks = []
     opened: Opened = {}

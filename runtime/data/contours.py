@@ -33,7 +33,7 @@ ROUNDING = 0.05
 ON_LINE = 0.01
 """A centre within this many pixels of an outline counts as on it: rounding to hundredths of a millimetre must not decide what is inside."""
 FARTHEST = 1e5
-"""Every coordinate must be smaller than this, mm."""
+"""Millimetres from the origin that no coordinate may reach."""
 SHIFTS = tuple(product((-ON_LINE, ON_LINE), repeat=2))
 
 

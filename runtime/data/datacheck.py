@@ -148,8 +148,8 @@ def _shared(looks: list[Look]) -> list[Finding]:
 
 
 def _across(looks: list[Look], slice_axis: int) -> list[Finding]:
-    """Volumes that are cut into strips, as QUBIQ's of the pancreas, whose slices lie along the first axis, would be; and images whose slices
-    lie in the patient otherwise than most."""
+    """Volumes that are cut into strips, such as QUBIQ's of the pancreas along any axis but the first; and images whose slices lie in the
+    patient otherwise than most."""
     strips: dict[int, list[Look]] = {}
     most = usual(look.lie for look in looks)
     for look in looks:

@@ -35,7 +35,7 @@ MOST_SLICES = 1000
 SMALL = 2**27
 """A volume of at most this many voxels may have more slices."""
 Opened = dict[Path, Any]
-"""Files that were read for one of their structures, as pydicom data sets, kept for the case's next one: all of a folder's may be large."""
+"""Files that were read for one of their structures, as pydicom data sets, kept for the next one of the same case: more would take much memory."""
 DicomMask = tuple[NDArray[Any], nib.Nifti1Header, tuple[str, ...]]
 """Values, a header that says where they lie, and what a user of the mask should know."""
 

@@ -51,7 +51,7 @@ def partition(
 ) -> Partition:
     """The data's own split; without a validation split, `val_fraction` of the training cases (by patient, seeded).
 
-    levels: how many masks a case must have to be used; at least one case that has as many is held out.
+    levels: how many masks a case must have to be used; where any case has as many, at least one such is held out.
     Raises CdiffError without training cases, with a single one, or where that share is all of them.
     """
     train, val = training_cases(found, root), found.get("val", [])

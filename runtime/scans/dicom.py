@@ -378,7 +378,7 @@ def _must_be_one(made: list[Path], said: str, where: str) -> None:
             f"{where} the distance between slices varies: one may be missing; copy them again, or {BY_HAND}"
         )
     if not made:
-        # It is "unable" to tell the manufacturer of nearly every image.
+        # dcm2niix is "unable" to tell the manufacturer of nearly every image.
         told = [line.strip() for line in said.splitlines() if TROUBLE.search(line) and "manufacturer" not in line]
         raise CdiffError(f"{where} it cannot be converted ({told[0] if told else 'dcm2niix does not say why'})")
     if len(made) > 1:

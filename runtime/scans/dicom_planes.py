@@ -32,7 +32,7 @@ BETWEEN = 0.25
 UNEVEN = 0.3
 """How far the distance of two neighbours may be from the mean distance, as a share of that: a missing slice doubles one."""
 ROUNDING = 0.02
-"""Above this share of the slices' distance the grid is laid anew, and a note says how far images lie from it."""
+"""Above this share of the slices' distance the grid is laid anew, and a note says so where images lie as far from the new one."""
 SAME_PLACE = 1e-3
 """Millimetres below which two frames lie at one place."""
 UPRIGHT = 0.01

@@ -201,7 +201,7 @@ def _placed(
     image.set_sform(image.affine, code=code)
     with contextlib.suppress(HeaderDataError):  # axes that are not at right angles have only a sform
         image.set_qform(image.affine, code=code, strip_shears=False)
-    if affine is not None:  # set_qform rounds them on the way through quaternions
+    if affine is not None:  # set_qform has rounded the spacing on its way through quaternions
         image.header["pixdim"][1:4] = np.linalg.norm(affine[:3, :3], axis=0)
     check_header(image.header, where, channels)
     return image  # type: ignore[no-any-return]

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from cdiff.runtime.scans.grid import Grid
 
 FARTHER = 1.5
-"""A scan's pixels are reported from this factor beyond the training's sizes on: augmentation covers a tenth or two."""
+"""A scan's pixels are reported when so many times larger or smaller than all of the training's: augmentation covers a tenth or two."""
 
 
 def pixel_mm(grid: Grid, seen: tuple[int, int] | None = None) -> float | None:

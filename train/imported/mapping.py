@@ -213,7 +213,7 @@ def _nothing(tensor: Tensor) -> dict[str, Tensor]:
 
 
 def _attention_part(name: str, shape: tuple[int, ...], heads: int) -> Into:
-    """Takes a tensor into `shape`; for heads > 0 rows (head, q|k|v, channel) become (q|k|v, head, channel)."""
+    """Reshapes a tensor to `shape`; for heads > 0 its rows (head, q|k|v, channel) become (q|k|v, head, channel)."""
 
     def into(tensor: Tensor) -> dict[str, Tensor]:
         if heads:

@@ -219,8 +219,8 @@ class Options:
 
     @property
     def all_timesteps(self) -> bool:
-        """Whether timestep_respacing keeps every timestep: it is empty, or gives their number, alone or after `ddim`, or divides that number among
-        the code's sections, each of which then keeps all that it has."""
+        """Whether timestep_respacing keeps every timestep: it is empty, or their number, alone or after `ddim`, or lists for each of the code's
+        equal sections the number of timesteps that it has."""
         T, kept = self["diffusion_steps"], self["timestep_respacing"].replace(" ", "")
         sections = kept.count(",") + 1
         whole, more = divmod(T, sections)

@@ -62,7 +62,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         # Say, another program's ZIP archive, or a text that was taken for a pickle.
         if "hasRecord" in str(error) or isinstance(error, LookupError):
             raise _no_checkpoint(path) from None
-        if SCRIPT in str(error) or "weights_only" in str(error):  # whose message advises to run what the file holds
+        if SCRIPT in str(error) or "weights_only" in str(error):  # PyTorch's advice is to run what it holds
             raise CdiffError(
                 f"{path} is a TorchScript archive or of a PyTorch before 0.4, and no state_dict; save the state_dict with torch.save"
             ) from None

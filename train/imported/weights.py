@@ -194,7 +194,7 @@ def _contradictions(tensors: dict[str, Tensor], options: Options) -> list[str]:
             found["no_annotator_training"] = False
         drawn = widths_of(
             options.channel_mult
-        )  # several sizes share their widths: what is said may be right, though not what is shown
+        )  # several sizes share their widths: the option may be right though `shown` gives another
         found = {name: value for name, value in found.items() if drawn.get(name) != value}
     depths, blocks = len(options.channel_mult), options["num_res_blocks"] + 1
     firsts = (f"input_blocks.{depth * blocks + 1}.1.qkv.weight" for depth in range(depths))

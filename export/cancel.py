@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM during a long call into a C++ library, which Python's own handlers would only see when the call returns."""
+"""Ctrl-C and SIGTERM during a long call into a C++ library; Python's own handlers would run only after the call returns."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ ASKING = (signal.SIGINT, signal.SIGTERM)
 class Cancel:
     """As a context manager: `asked` turns true on the first SIGINT or SIGTERM; the second ends the process at once.
 
-    Python only notes a signal while the main thread is in C++. The note is also written to a pipe, which a thread of ours reads,
-    so that the library's next progress call can stop the work. At the second signal nothing waits for the library: use this only
-    where no file is being written. In a thread other than the main one, where handlers cannot be set, it does nothing.
+    While the main thread is in C++, Python only records a signal. It also writes the signal's number to a pipe, which a thread of
+    ours reads, so that the library's next progress call can stop the work. The second signal does not wait for the library: use
+    this only where no file is being written. Outside the main thread, where handlers cannot be set, it does nothing.
     """
 
     def __init__(self) -> None:

@@ -27,12 +27,12 @@ METHOD = [
 
 @dataclass(frozen=True)
 class Card:
-    """What a run cannot know of its model: everything a reader needs besides numbers. All of it is optional.
+    """The author's part of the model card: what a run cannot know about its model. Every field is optional.
 
     name, task: short texts for the manifest. summary, data, intended_use, limits: paragraphs of Markdown. license: an identifier
-    of the Hugging Face hub, such as "cc-by-4.0". credit: lines that the data's licence asks for. citation: works to cite, besides
-    the method's two papers. tags: for the hub. scores: measured with the bundle afterwards, by name, as `cdiff evaluate` writes
-    them; they reach the bundle by exporting once more, which writes the same graphs byte for byte.
+    of the Hugging Face hub, such as "cc-by-4.0". credit: lines that the data's licence asks for. citation: works to cite besides
+    the method's two papers. tags: for the hub. scores: by name, as `cdiff evaluate` writes them. They are measured with the
+    exported bundle, so a second export puts them into it; its graphs are the same byte for byte.
     """
 
     name: str = ""
@@ -52,7 +52,7 @@ class Card:
         """Read a card.json. Raises CdiffError naming the file and the key if it is not an object of the fields above."""
         try:
             values = json.loads(path.read_text(encoding="utf-8-sig"))
-            # Of what JSON may hold neither NaN, 1e999 nor half a pair of surrogates can stand in a bundle.
+            # Python's JSON reader accepts NaN, 1e999 and lone surrogates; a bundle can hold none of them.
             json.dumps(values, ensure_ascii=False, allow_nan=False).encode()
         except (OSError, ValueError, RecursionError) as error:
             raise CdiffError(f"cannot read {path} ({error}); it must be a JSON object in UTF-8") from None
@@ -81,7 +81,7 @@ def training_command(config: Config) -> str:
 
 
 def render(card: Card, manifest: Manifest, config: Config) -> str:
-    """The text of README.md. `manifest` needs all but its files."""
+    """The text of README.md. `manifest` must be complete but for its list of files."""
     training = manifest.training
     front = {
         "license": card.license or "other",
@@ -131,7 +131,7 @@ def render(card: Card, manifest: Manifest, config: Config) -> str:
 
 
 def _zooms_row(manifest: Manifest) -> dict[str, str]:
-    """At which sizes runs see a slice, where that is not its own alone."""
+    """The sizes at which runs see a slice; empty where that is only its own size."""
     if manifest.zooms == ONE_ZOOM:
         return {}
     sizes = " and ".join(f"{zoom:g}" for zoom in manifest.zooms)
@@ -157,7 +157,7 @@ def _data_line(training: dict[str, Any]) -> str:
 
 
 def _origin_line(training: dict[str, Any]) -> str:
-    """Where the weights came from, before the command. Empty for a run that began with random ones."""
+    """Where the weights came from, to stand before the training command. Empty for a run that began with random ones."""
     if not (came := _came_from(training)):
         return ""
     if "init" in training:
@@ -167,7 +167,7 @@ def _origin_line(training: dict[str, Any]) -> str:
 
 
 def _came_from(training: dict[str, Any]) -> str:
-    """What the weights did before this training, and those that they started from, and so on; empty for random ones."""
+    """The weights' history before this training, back through earlier runs; empty for random ones."""
     if init := training.get("init"):
         before = _came_from(init)
         return f"started from the averaged ones of {init['name']}, sha256 {init['sha256']}" + (
@@ -215,7 +215,7 @@ def _verification_rows(verification: dict[str, Any]) -> dict[str, str]:
 
 
 def _flat_scores(scores: dict[str, Any], above: str = "") -> dict[str, str]:
-    """One row a score; {"mean", "low", "high"} becomes "mean (low to high)"."""
+    """One row per score; {"mean", "low", "high"} becomes "mean (low to high)"."""
     rows: dict[str, str] = {}
     for key, value in scores.items():
         label = f"{above}{key}"
@@ -247,6 +247,6 @@ def _paragraphs(*texts: str) -> str:
 
 
 def _setting(key: str, value: Any) -> str:
-    """KEY=VALUE as a shell takes it."""
+    """KEY=VALUE, quoted for a shell."""
     text = value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
     return shlex.quote(f"{key}={text}")

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 MIN_HALF_SHARE = 0.95
-"""Share of convolutions and products that must be in half precision for a graph or an engine to be called so."""
+"""Least share of convolutions and products in float16 for a graph or an engine to count as half precision."""
 
-# A word of TensorRT's for a type, in any of its spellings, and ours. bfloat16 comes first: it holds "float16".
+# Our name for each type, and a pattern of TensorRT's spellings. They overlap ("bfloat16" contains "float16"): see `_type`.
 TYPES = (
     ("bfloat16", r"bf16|bfloat16"),
     ("float16", r"fp16|half|f16|float16"),
@@ -23,7 +23,7 @@ COMPUTE = r"conv|corr|gemm|matmul|matrix|fprop|mha|attention|fully_connected"
 
 
 class Layer(NamedTuple):
-    """One layer that multiplies. factors: the types of its input and weights as far as they are told, "" where not."""
+    """One layer that multiplies. factors: the types of its input and weights, "" where the source does not say."""
 
     name: str
     kind: str
@@ -32,19 +32,19 @@ class Layer(NamedTuple):
 
     @property
     def half(self) -> bool | None:
-        """Whether its factors are float16; None where the engine does not tell."""
+        """Whether its factors are float16; None where no type is known."""
         told = [factor for factor in self.factors if factor]
         return all(factor == "float16" for factor in told) if told else None
 
 
 def half_share(layers: Sequence[Layer]) -> float | None:
-    """Share of the layers that tell their types whose factors are float16, 0..1; None when none tells."""
+    """Of the layers with known types, the share, 0..1, whose factors are float16; None when no type is known."""
     told = [product.half for product in layers if product.half is not None]
     return sum(told) / len(told) if told else None
 
 
 def network_layers(trt: Any, network: Any) -> list[Layer]:
-    """The convolutions and products of a parsed, strongly typed network: the types that the builder has to keep."""
+    """The convolutions and products of a parsed, strongly typed network, with the types that the builder has to keep."""
     kinds = {
         getattr(trt.LayerType, name): name.lower()
         for name in ("CONVOLUTION", "DECONVOLUTION", "MATRIX_MULTIPLY", "EINSUM", "ATTENTION_INPUT")
@@ -63,7 +63,7 @@ def network_layers(trt: Any, network: Any) -> list[Layer]:
 def inspected_layers(information: str) -> list[Layer]:
     """The convolutions and products in what TensorRT's engine inspector says (LayerInformationFormat.JSON, DETAILED).
 
-    Empty when it names layers only, or is not JSON.
+    Empty when the text gives only the layers' names, or is not JSON.
     """
     try:
         layers = json.loads(information).get("Layers", [])
@@ -78,7 +78,7 @@ def _computes(layer: dict[str, Any]) -> bool:
 
 
 def _inspected(layer: dict[str, Any]) -> Layer:
-    # Further inputs are what is added to the product (a residual, in float32 by design), not factors.
+    # Inputs after the first are not factors: they are added to the product (a residual, in float32 by design).
     first = [
         _type(str(item.get("Format/Datatype", ""))) for item in layer.get("Inputs", [])[:1] if isinstance(item, dict)
     ]
@@ -93,9 +93,9 @@ def _inspected(layer: dict[str, Any]) -> Layer:
 
 
 def plan_layers(plan: bytes | memoryview) -> list[Layer]:
-    """The convolutions and products that a TensorRT-for-RTX engine file describes in plain text, so that no GPU is needed.
+    """The convolutions and products that a TensorRT-for-RTX engine file describes in plain text; needs no GPU.
 
-    Not a documented format (seen in 1.7): what is not found is not told, and an empty list means that nothing was found.
+    The format is not documented (seen in 1.7): layers that do not match are missing, and with another format the list is empty.
     """
     types: dict[bytes, str] = {}
     found = []
@@ -103,7 +103,7 @@ def plan_layers(plan: bytes | memoryview) -> list[Layer]:
         if tensor:
             types[tensor] = _type(type_.decode())
             continue
-        # A suffix such as ^deref marks a view of another buffer, whose type stands nowhere; the product's own then tells.
+        # A suffix such as ^deref marks a view of another buffer, whose type the file does not give; the output's type then stands in.
         factors = [types.get(factor, "") for factor in (first, second)]
         tactic = re.search(rb" kernel=(\S+)", rest)
         found.append(
@@ -128,6 +128,6 @@ def _plan_lines(plan: bytes | memoryview) -> Iterator[tuple[bytes, ...]]:
 
 
 def _type(text: str) -> str:
-    """float16, float32 or another of our names, found in any of TensorRT's words for it; "" when there is none."""
+    """Our name (`TYPES`) for the type that the text mentions first; "" when it mentions none."""
     hits = [(match.start(), name) for name, words in TYPES if (match := re.search(words, text, re.IGNORECASE))]
     return min(hits)[1] if hits else ""

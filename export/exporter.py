@@ -1,4 +1,4 @@
-"""A training run to a verified bundle: graphs, weights, card and manifest, written whole or not at all."""
+"""From a training run to a verified bundle: graphs, weights, card and manifest, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ def export_run(
 ) -> Bundle:
     """Export the averaged weights of a run's best checkpoint to the bundle folder `out`.
 
-    The author's part of the model card is RUN/card.json, where it is there; the graphs are compared on random images, and on the
-    validation samples that the trainer left in RUN. fp16: convolutions and products in float16 or an error. replace: an older bundle in
-    `out` gives way.
-    fast_steps: DDIM steps that `--fast` means for this bundle, 1..T; those that the run was validated with unless given.
-    zooms: the multiples of a slice's size at which runs see it in turn; its own alone unless given. progress:
-    called as progress(done, total), in parts of the work.
+    RUN/card.json, if it exists, is the author's part of the model card. The graphs are compared with PyTorch on random images, and on
+    the validation samples that the trainer left in RUN. fp16: convolutions and products in float16, or an error. replace: an older
+    bundle in `out` is replaced.
+    fast_steps: the DDIM steps, 1..T, that `--fast` means for this bundle; by default those that the run was validated with.
+    zooms: the multiples of a slice's size at which the runs see it in turn; by default only its own size. progress:
+    called as progress(done, total).
     Raises CdiffError when the run cannot be read, or when a graph differs from PyTorch by more than `verify.BOUNDS`; then nothing
     is written.
     """
@@ -64,10 +64,10 @@ def export_run(
         raise CdiffError(
             "export compares its graphs by ONNX Runtime, which is not here: pip install '.[train,cpu]' in cdiff's clone"
         )
-    must_be_text(out)  # else ONNX Runtime opens no graph there, and the model is called by the last part
+    must_be_text(out)  # else ONNX Runtime opens no graph in it, and the model may be named after it
     loaded = load_run(run)
     fast_steps = min(loaded.config.training.val_steps, loaded.config.network.T) if fast_steps is None else fast_steps
-    kept_timesteps(loaded.config.network.T, fast_steps)  # an error now, not after the graphs
+    kept_timesteps(loaded.config.network.T, fast_steps)  # raises now, not after the graphs were written
     sizes = ONE_ZOOM if zooms is None else check_zooms(zooms, loaded.config.data.framing)
     card = Card.read(run / "card.json") if (run / "card.json").exists() else Card()
     slices = _real_slices(run, loaded.config.network.image_channels)
@@ -97,7 +97,7 @@ def export_run(
 
 
 def _write_graphs(loaded: LoadedRun, folder: Path, fp16: bool, report: Progress) -> dict[str, float]:
-    """Write both graphs; returns the share of half-precision nodes of each when `fp16`."""
+    """Write both graphs; returns each one's share of half-precision nodes by its name, or {} without `fp16`."""
     config = loaded.config.network
     network = half_network(loaded.network) if fp16 else loaded.network
     dtype = torch.float16 if fp16 else torch.float32

@@ -1,4 +1,4 @@
-"""The two ONNX graphs: the encoder G, run once a slice, and the denoiser, run each step, which returns x0."""
+"""The two ONNX graphs: the encoder G, run once per slice, and the denoiser, run at each step, which returns x0."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     import onnx
 
 OPSETS = {torch.float32: 20, torch.float16: 21}
-"""docs/export.md has the measurement. Opset 21 keeps GroupNormalization whole, which engines for GPUs fuse, and half precision is
-for them; 20 takes it apart into what ONNX Runtime's CPU provider runs faster. 23 adds Attention, which few engines run in float32."""
+"""Measured in docs/export.md. Opset 21 keeps GroupNormalization whole, which GPU engines fuse, and half precision is for GPUs; opset 20
+splits it into operators that ONNX Runtime's CPU provider runs faster. Opset 23 has Attention, which few engines run in float32."""
 
 MAX_BYTES = 2**31 - 2**24
-"""Protobuf's limit for a file, less room for all that is not weights."""
+"""Protobuf's limit for a file, less room for everything besides the weights."""
 
 
 class EncoderGraph(nn.Module):
@@ -80,7 +80,7 @@ class DenoiserGraph(nn.Module):
 
 
 def _clip(value: Tensor, low: float, high: float) -> Tensor:
-    """clip(value, low, high), but NaN where the value is not finite: a clip would make a plausible number of an overflow."""
+    """clip(value, low, high), but NaN where the value is not finite: a clip would turn an overflow into a plausible number."""
     finite = value.abs() <= torch.finfo(torch.float32).max
     return torch.where(finite, value.clamp(low, high), torch.full_like(value, torch.nan))
 
@@ -134,10 +134,11 @@ def export_graph(
 ) -> Path:
     """Write a module as an ONNX file and return its path.
 
-    inputs: examples by name, whose first axis is free under the name in `axes`, or fixed where that is empty. Free axes of
-    one name must be equal; an example's must not be 1, which the exporter takes for a constant.
+    inputs: example tensors by input name. axes: for each input the name of its free first axis, "" for a fixed one. Free axes of
+    one name must be equally long; in the examples not 1, which the exporter takes for a constant.
+    Raises CdiffError when the weights exceed `MAX_BYTES`, or PyTorch cannot export the module.
     """
-    import onnx  # only here: PyTorch as an engine uses this module's arithmetic and writes no file
+    import onnx  # only here: the PyTorch engine uses this module's arithmetic without it
 
     size = sum(t.numel() * t.element_size() for t in (*graph.parameters(), *graph.buffers()))
     if size >= MAX_BYTES:
@@ -169,7 +170,7 @@ def export_graph(
 
 
 def tidy(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Remove what is stale or tells of the exporting machine: intermediate types, and stack traces with its paths."""
+    """Remove stale intermediate types, and stack traces, which hold the exporting machine's paths; changes and returns `model`."""
     graph = model.graph
     del graph.value_info[:]  # opset conversion leaves types that no longer hold, and ONNX Runtime refuses those
     for part in (model, graph, *graph.node, *graph.input, *graph.output, *graph.initializer):

@@ -34,7 +34,7 @@ class HalfConv2d(nn.Module):
 
 
 class HalfLinear(nn.Module):
-    """The same for a linear layer."""
+    """`HalfConv2d` for a linear layer."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class HalfAttention(nn.Module):
             part.reshape(b, self.heads, c // self.heads, height * width)
             for part in self.qkv(self.norm(x)).chunk(3, dim=1)
         )
-        # Both factors are scaled before the product, so that it is as small as the logits are.
+        # Scaling both factors beforehand keeps the product, in float16, as small as the logits.
         scale = (c // self.heads) ** -0.25
         logits = torch.matmul((scale * q).half().transpose(2, 3), (scale * k).half()).float()
         weights = torch.softmax(logits, dim=-1).half()
@@ -96,7 +96,7 @@ def _swap(module: nn.Module) -> None:
 def half_share(path: Path) -> float:
     """Share of the saved graph's compute nodes (`COMPUTE`) whose factors and product are all float16; 0..1.
 
-    Read back from the file by type inference, so that it says what an engine will find, not what was meant.
+    Read back from the file by type inference: what an engine will find, not what was intended.
     """
     graph = onnx.shape_inference.infer_shapes(onnx.load(path), check_type=True, strict_mode=True).graph
     types = {tensor.name: tensor.data_type for tensor in graph.initializer}

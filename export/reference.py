@@ -1,4 +1,4 @@
-"""PyTorch behind the runtime's engine protocol: what the exported graphs are compared with, and the baseline of benchmarks."""
+"""PyTorch behind the runtime's engine protocol: the reference for the exported graphs, and the baseline of benchmarks."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _host(tensor: Tensor) -> Float32:
 def load_network(bundle: Bundle, device: str = "cpu") -> ConsensusNet:
     """The bundle's weights in the network that they were trained in, float32, ready to run.
 
-    Raises CdiffError when the bundle lists no weights, they cannot be read, or do not say which network they belong to.
+    Raises CdiffError when the bundle lists no weights, or they cannot be read or do not say which network they belong to.
     """
     from cdiff.train.checkpoint import config_of_weights, load_weights, read_tensors
 

@@ -1,4 +1,4 @@
-"""A bundle's graphs to TensorRT engines in its cache: options, keys, reports and records."""
+"""From a bundle's graphs to TensorRT engines in its cache: options, keys, reports and records."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from cdiff.runtime.gpus import visible_gpus
 
 Progress = Callable[[int, int], None]
 PARTS = 1000
-"""The progress of one graph's build, in parts."""
+"""Units of progress per graph."""
 ROW_INPUTS = ("x", "row_slice", "t", "level")
 HARDWARE = {"ampere+": "AMPERE_PLUS", "same-capability": "SAME_COMPUTE_CAPABILITY"}
 
@@ -54,9 +54,9 @@ HARDWARE = {"ampere+": "AMPERE_PLUS", "same-capability": "SAME_COMPUTE_CAPABILIT
 class BuildOptions:
     """What a user may ask of the builder; the defaults give the fastest engine for one GPU.
 
-    workspace_bytes: most memory for one layer's scratch, all of the GPU's unless given. refit: weights can be replaced in the built engine.
-    version_compatible: later TensorRT versions of the same major one load it. hardware_compatible: "ampere+" runs on compute
-    capability 8.0 and newer, "same-capability" on every GPU of this one's.
+    workspace_bytes: limit on one layer's scratch memory; by default all of the GPU's. refit: weights can be replaced in the built engine.
+    version_compatible: later TensorRT versions with the same major number can load it. hardware_compatible: "ampere+" runs on compute
+    capability 8.0 and newer, "same-capability" on every GPU with this one's compute capability.
     """
 
     workspace_bytes: int | None = None
@@ -65,7 +65,7 @@ class BuildOptions:
     hardware_compatible: str | None = None
 
     def words(self, flavour: Flavour) -> tuple[str, ...]:
-        """The options in force, as an engine's key has them. Raises CdiffError for one that the flavour does not have."""
+        """The options that are set, as an engine's key holds them. Raises CdiffError for one that is wrong or not the flavour's."""
         if flavour == "tensorrt-rtx":
             if self.version_compatible:
                 raise CdiffError(
@@ -97,7 +97,7 @@ class BuildOptions:
 
 
 def must_be_buildable(trt: Any, options: BuildOptions, capabilities: tuple[str, ...]) -> None:
-    """Raise CdiffError for what TensorRT for RTX, the module `trt`, cannot build on this machine."""
+    """Raise CdiffError when TensorRT for RTX, the module `trt`, cannot build these options and capabilities on this machine."""
     if options.refit and not visible_gpus():
         raise CdiffError("TensorRT for RTX makes engines to refit only on a machine with a GPU; leave --refit out here")
     must_build_for(trt, capabilities)
@@ -115,9 +115,9 @@ def build_engines(
 ) -> tuple[Path, Path]:
     """Build the engines of the encoder and of the denoiser into the bundle's cache; returns their paths, in that order.
 
-    gpu: the current GPU of this thread, or, for TensorRT for RTX on any machine, the compute capabilities to build for. One that is
-    there already, whole and for the same key, is kept. progress: called as progress(done, total) over both. Each engine
-    appears whole or not at all; Ctrl-C stops the builder. Raises CdiffError when TensorRT is not installed, refuses the
+    gpu: the current GPU of this thread, or, for TensorRT for RTX on any machine, the compute capabilities to build for. An engine
+    that is already in the cache, whole and with the same key, is kept. progress: called as progress(done, total) over both. Each
+    engine appears whole or not at all; Ctrl-C stops the builder. Raises CdiffError when TensorRT is not installed, refuses the
     graph or an option, or when layers of a half-precision bundle are not in half precision in the engine.
     """
     options = options or BuildOptions()
@@ -146,14 +146,14 @@ def _scaled(report: Progress, graph: int, part: float) -> None:
 
 
 def _widened(key: EngineKey, options: BuildOptions) -> EngineKey:
-    """The key says what the engine runs on; a hardware-compatible one runs on more than the GPU that built it."""
+    """The key, naming all that the engine runs on: for a hardware-compatible one, more than the GPU that built it."""
     capabilities = ("8.0+",) if options.hardware_compatible == "ampere+" else key.capabilities
     portable = options.hardware_compatible or key.flavour == "tensorrt-rtx"
     return dataclasses.replace(key, capabilities=capabilities, gpu="" if portable else key.gpu)
 
 
 def free_axes(graph: Graph, profile: Profile) -> dict[str, tuple[int, int, int]]:
-    """The least, best and most length of each input's first axis: rows, or sets of features. The encoder takes one image."""
+    """(least, best, most) length of each input's first axis, by name: rows, or sets of features. The encoder takes one image."""
     if graph == "encoder":
         return {"image": (1, 1, 1)}
     rows = (profile.min_rows, profile.opt_rows, profile.max_rows)
@@ -207,17 +207,17 @@ def _build(
 
 
 def _timing_cache(cache: Path, key: EngineKey, gpu: Gpu | tuple[str, ...]) -> Path | None:
-    """Timings belong to a GPU and a version, whatever the model. TensorRT for RTX makes none."""
+    """The file of timings, one per GPU and version, whatever the model. None for TensorRT for RTX, which makes no timings."""
     if key.flavour == "tensorrt-rtx" or not isinstance(gpu, Gpu):
         return None
     return cache / f"timings_{key.version}_{re.sub(r'[^A-Za-z0-9]+', '-', gpu.name)}.cache"
 
 
 def layer_report(key: EngineKey, built: Built, inspected: str) -> dict[str, Any]:
-    """What layers.json holds: where it was read, the share of half precision, and each convolution and product.
+    """The content of layers.json: its source, the share of half precision, and each convolution and product.
 
-    inspected: the engine inspector's text, "" where no GPU is. Raises CdiffError when the bundle is in half precision and fewer than
-    MIN_HALF_SHARE of the layers that TensorRT was given, or of those that the engine tells of, are.
+    inspected: the engine inspector's text, "" without a GPU. Raises CdiffError when no source gives a layer's type, or when the bundle
+    is in half precision and in some source (the parsed network, the engine) less than MIN_HALF_SHARE of the layers are.
     """
     read = {"inspector": inspected_layers(inspected)}
     if key.flavour == "tensorrt-rtx":
@@ -234,7 +234,7 @@ def layer_report(key: EngineKey, built: Built, inspected: str) -> dict[str, Any]
         raise CdiffError(
             f"{FILES[key.graph]} holds no convolution that TensorRT {key.version} tells of: export it again"
         )
-    source = next(iter(told))  # the nearest to what runs
+    source = next(iter(told))  # the first is the nearest to what runs
     layers = [product._asdict() for product in read[source]]
     whole = json.loads(inspected) if read["inspector"] else None
     return {"read_from": source, "half_share": round(told[source], 4), "layers": layers, "inspector": whole}

@@ -31,7 +31,7 @@ COLUMNS = ("a", "b", "c", "d", "low", "high")
 WARM_UPS = 3
 """Steps launched plainly before a capture: libraries choose and set up their kernels in the first ones."""
 MOST_GRAPHS = 16
-"""Steps kept captured at a time: each kind of table and each size of slice is one, and a program may see scans of any size for months."""
+"""Most captured steps kept: each kind of table and each slice size has its own, and a program may see scans of any size for months."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -40,10 +40,10 @@ R = TypeVar("R")
 @for_all_threads
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """float32 means float32: no TF32 and no bfloat16 in convolutions and products within the block, however the program around asked for them."""
+    """Within the block float32 convolutions and products use neither TF32 nor bfloat16, whatever the program around it has set."""
     backends: Any = torch.backends  # not every switch is known to mypy
     cuda, cudnn, cpu = backends.cuda, backends.cudnn, backends.mkldnn
-    # PyTorch has two kinds of switches and will not tell of the older where the newer say otherwise: then there is nothing of theirs to keep.
+    # PyTorch has older and newer switches. Reading an older one raises where a newer one contradicts it: it has then no value to restore.
     switches: list[tuple[Callable[[], Any], Callable[[Any], object], Any]] = [
         (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"),
         (lambda: cudnn.allow_tf32, functools.partial(setattr, cudnn, "allow_tf32"), False),
@@ -65,7 +65,7 @@ def full_precision() -> Iterator[None]:
 
 
 def within_memory(function: Callable[P, R]) -> Callable[P, R]:
-    """PyTorch's want of memory is raised as `OutOfMemory`, so that whoever chose the batch can choose a smaller one."""
+    """PyTorch's out-of-memory error is raised as `OutOfMemory`, so that whoever chose the batch can choose a smaller one."""
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -73,16 +73,16 @@ def within_memory(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
         except torch.OutOfMemoryError as error:
             said = first_line(error)
-        # Outside of the block, or the new error would hold on to the old one's frames, and these to the tensors in them.
+        # Raised outside the except block: otherwise the new error would keep the old one's frames, and the tensors in them.
         raise OutOfMemory(f"PyTorch has no room on the GPU ({said}); use a smaller batch")
 
     return call
 
 
 def exact(function: Callable[P, R]) -> Callable[P, R]:
-    """Without gradients, and without TF32 or a caller's autocast, which would be a silent loss of precision; `within_memory` too.
+    """Run without gradients, and without TF32 or a caller's autocast, which would silently lose precision; includes `within_memory`.
 
-    PyTorch's default type, one for all threads, stays the program's: `function` must make no tensor by it.
+    PyTorch's default type, one for all threads, stays as the program set it: `function` must make no tensor of the default type.
     """
 
     @within_memory
@@ -106,7 +106,7 @@ class TorchBinding:
             return torch.zeros(shape, dtype=torch.int64, device=device)
 
         self.size = (size, size)
-        # Places not used yet hold zeros, so that a padding row never meets a NaN left in memory.
+        # Zeros until used, so that a padding row never reads a NaN left in memory.
         width = engine.config.base_channels
         self.features = torch.zeros(slots, size, size, width, dtype=engine.dtype, device=device)
         self.x = torch.zeros(rows, 1, size, size, dtype=torch.float32, device=device)
@@ -120,8 +120,8 @@ class TorchBinding:
 
     @property
     def engine(self) -> TorchChainEngine:
-        """The engine, which holds its last binding: held in return, it and its GPU memory would stay until the garbage collector comes. Whoever
-        uses a binding keeps the engine."""
+        """The engine, referenced weakly: it holds its last binding, and in a cycle both would keep their GPU memory until the garbage
+        collector runs. Whoever uses a binding must keep the engine."""
         engine = self._engine()
         assert engine is not None, "the engine was let go of before its binding"
         return engine
@@ -154,7 +154,7 @@ class TorchBinding:
     @exact
     def parts(self, rows: Rows, table: SamplerTable, seed: int) -> dict[str, float]:
         """Seconds of each part of one step, launched plainly and waited for: noise, denoise, update; and `replay`, the whole step as
-        `run_chain` makes it. A measurement: x is left anywhere."""
+        `run_chain` makes it. For measurements only: x is meaningless afterwards."""
         step = self._prepare(rows, table, seed)
         self._start(rows.canvas)
         z, (x0, mix) = self._draw(rows.canvas), self._predict()
@@ -167,7 +167,7 @@ class TorchBinding:
         return {part: _seconds(call, self.step, self.engine.device) for part, call in calls.items()}
 
     def _prepare(self, rows: Rows, table: SamplerTable, seed: int) -> Callable[[], None]:
-        """Fill the inputs; returns what makes one step."""
+        """Fill the inputs; returns the function that makes one step."""
         for buffer, array in (
             (self.slot, rows.slot), (self.slice_id, rows.slice_id), (self.level, rows.level),
             (self.run_number, rows.run), (self.origin, rows.origin), (self.t[: len(table)], table.t),
@@ -199,12 +199,12 @@ class TorchBinding:
             self.graphs[key] = captured(plain, self.engine.device, next(iter(self.graphs.values()), None))
             while len(self.graphs) > MOST_GRAPHS:
                 del self.graphs[next(iter(self.graphs))]
-        self.graphs[key] = self.graphs.pop(key)  # the last used is the last to go
+        self.graphs[key] = self.graphs.pop(key)  # to the end: the least recently used is dropped first
         replay: Callable[[], None] = self.graphs[key].replay
         return replay
 
     def _start(self, canvas: tuple[int, int]) -> None:
-        """x_T, and the first row of the table."""
+        """Draw x_T, and go to the first row of the table."""
         self.step.fill_(INITIAL)
         self.x.copy_(self._draw(canvas))
         self.previous.zero_()
@@ -221,7 +221,7 @@ class TorchBinding:
         )
 
     def _row(self) -> Tensor:
-        """The table's row [1]; within the table also while a capture warms up, or a measurement goes on past its end."""
+        """The table's row, int64 [1]; kept within the table when warm-ups or a measurement step past its end."""
         return self.step.clamp(0, self.engine.schedule.T - 1)
 
     def _predict(self) -> tuple[Tensor, Tensor | None]:
@@ -258,10 +258,10 @@ class Captured:
 def captured(step: Callable[[], None], device: str, earlier: Captured | None = None) -> Captured:
     """The CUDA graph of one call of `step`, which may only queue work on tensors that stay where they are.
 
-    earlier: a capture whose memory this one shares, so that scans of many sizes take no more than one: what a step computes with is of
-    no use to another, and no two are replayed at once. Memory is shared on one stream alone.
-    Raises CdiffError, with CUDA's own words, when something in it cannot be captured; what fails in a plain launch before that comes
-    through as it is, since it would fail without a capture too.
+    earlier: a capture whose memory this one shares, so that the captures for scans of many sizes take no more memory than one: no step
+    needs another's intermediate results, and no two are replayed at once. Memory can be shared only on one stream.
+    Raises CdiffError, with CUDA's own words, when the step cannot be captured. An error of the plain launches before the capture is
+    passed on unchanged, since it would occur without a capture too; so is torch.OutOfMemoryError.
     """
     broke: list[Exception] = []
 
@@ -272,7 +272,7 @@ def captured(step: Callable[[], None], device: str, earlier: Captured | None = N
             broke.append(error)
             raise
 
-    # A capture that breaks leaves PyTorch on the capture's stream: the outer block puts the current one back.
+    # A capture that fails leaves PyTorch on the capture's stream: the outer block restores the current one.
     with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream()), nothing_collected():
         aside = torch.cuda.Stream() if earlier is None else earlier.stream  # type: ignore[no-untyped-call]
         aside.wait_stream(torch.cuda.current_stream())
@@ -280,19 +280,19 @@ def captured(step: Callable[[], None], device: str, earlier: Captured | None = N
             for _ in range(WARM_UPS):
                 step()
         torch.cuda.current_stream().wait_stream(aside)
-        torch.cuda.synchronize()  # what a launch did wrong shows here at the latest
+        torch.cuda.synchronize()  # an error of a launch is raised here at the latest
         graph, pool = torch.cuda.CUDAGraph(), None if earlier is None else earlier.graph.pool()
         try:
-            # On a stream of this GPU: PyTorch's own for captures stays on the GPU of the process's first one, and a graph captured there
-            # would hold nothing. Only this thread's calls count: another may look at the memory meanwhile.
+            # On a stream of this GPU: PyTorch's own capture stream stays on the GPU of the process's first capture, and a graph captured
+            # there would be empty. thread_local: other threads may query the memory meanwhile.
             with torch.cuda.graph(graph, pool=pool, stream=aside, capture_error_mode="thread_local"):
                 told()
         except RuntimeError as error:
-            # The end of a capture that broke is an error too, and says less than the first one.
+            # Ending a failed capture raises an error too, which says less than the first one.
             broke[:] = [broke[0] if broke else error]
     if broke:
-        # Not while the other is handled, and not kept here: the two would hold each other's frames, with all that the step had on the GPU, until
-        # the garbage collector comes, and a smaller batch would find no room.
+        # Raised outside the except block, and `cause` deleted: otherwise the two errors would keep each other's frames, with all that the step had
+        # on the GPU, until the garbage collector runs, and a smaller batch would find no room.
         cause = broke.pop()
         try:
             if isinstance(cause, torch.OutOfMemoryError):
@@ -306,7 +306,7 @@ def captured(step: Callable[[], None], device: str, earlier: Captured | None = N
 
 
 def _seconds(call: Callable[[], Any], step: Tensor, device: str) -> float:
-    """The least of four calls, each waited for; the table's row stays the first one."""
+    """Seconds of the fastest of four calls, each waited for and each from the table's first row."""
     best = float("inf")
     for _ in range(4):
         step.zero_()
@@ -319,6 +319,6 @@ def _seconds(call: Callable[[], Any], step: Tensor, device: str) -> float:
 
 
 def wait(device: str) -> None:
-    """Until all that was queued on the device is done."""
+    """Wait until all work queued on the device is done."""
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)

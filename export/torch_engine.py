@@ -1,6 +1,6 @@
-"""PyTorch as an engine of its own: half precision, channels last, whole chains on the device, a step replayed as a CUDA graph.
+"""PyTorch as an engine of its own: half precision, channels last, whole chains on the device, each step replayed as a CUDA graph.
 
-For GPUs without TensorRT, and as the baseline that an engine has to beat. Behind the runtime's protocol, noise included.
+For GPUs without TensorRT, and as the baseline that other engines have to beat. It draws the runtime's own noise on the device.
 """
 
 from __future__ import annotations
@@ -43,11 +43,12 @@ class Options:
     """How the engine runs the network.
 
     half: convolutions and products in float16, GroupNorm's sums, the last convolution and the chain in float32; else all float32.
-    channels_last: the memory order that half-precision convolutions want. capture: replay a step as a CUDA graph (on a GPU only).
-    compiled: the mode of `torch.compile` for the denoiser, and on a GPU the noise; None for eager. tuned: cuDNN times its algorithms for each convolution
-    at the first call and takes the fastest, where it else goes by its heuristics; another process may choose another, so the last bits differ.
-    fused: run the denoiser with our kernels between its convolutions (`torch_fused`), and draw the noise in one; unless given, in half precision on a GPU where Triton
-    works and nothing is compiled.
+    channels_last: the memory order in which half-precision convolutions are fastest. capture: replay a step as a CUDA graph (on a GPU only).
+    compiled: compile the denoiser in this mode of `torch.compile`, and on a GPU the noise in the default mode; None for eager.
+    tuned: cuDNN times its algorithms for each convolution at the first call and takes the fastest, instead of going by its heuristics;
+    another process may choose differently, so the last bits may differ.
+    fused: run the denoiser with our kernels between its convolutions (`torch_fused`), and draw the noise in one kernel; by default in half
+    precision, channels last, on a GPU where Triton works and nothing is compiled.
     """
 
     half: bool = True
@@ -61,7 +62,8 @@ class Options:
 class TorchChainEngine:
     """The network by PyTorch on `device`, with bindings that run whole chains there. Implements `runtime.engines.base.Engine`.
 
-    Raises CdiffError when the device is not one, or a GPU that PyTorch does not see, or a weight does not fit into float16.
+    Raises CdiffError when `device` names no device or a GPU that PyTorch does not see, when a weight does not fit into float16, or when
+    `fused` was asked for and cannot run.
     """
 
     name = "torch"
@@ -91,7 +93,7 @@ class TorchChainEngine:
         self.turn = threading.Lock()
         if self.options.compiled is not None:
             self.network = torch.compile(prepared.denoiser, mode=self.options.compiled, dynamic=False)
-            if number is not None:  # for a CPU PyTorch 2.11 makes other words of them
+            if number is not None:  # compiled for a CPU by PyTorch 2.11, the noise has other words
                 self.noise = torch.compile(normals, dynamic=False)
         elif self.fused is not None:
             from cdiff.export.torch_kernels import drawn
@@ -99,7 +101,7 @@ class TorchChainEngine:
             self.noise = drawn
 
     def _fused(self, network: ConsensusNet) -> FusedDenoiser | None:
-        """The denoiser with our kernels; None, and a warning, where it would be and Triton does not work on this machine."""
+        """The denoiser with our kernels, or None without them; with a warning where Triton does not work on this machine."""
         options = self.options
         wanted = options.fused
         if wanted is None:
@@ -141,9 +143,9 @@ class TorchChainEngine:
     @within_memory
     @thread_as_it_starts()
     def bind(self, rows: int, slots: int) -> TorchBinding:
-        """See `runtime.engines.base.Engine.bind`. The last binding, and what it captured, is given again for as many rows and no more slots."""
+        """See `runtime.engines.base.Engine.bind`. The last binding, with its captures, is returned again for as many rows and no more slots."""
         if self._binding is None or self._binding.rows != rows or self._binding.slots < slots:
-            self._binding = None  # its memory goes before the next one's is taken
+            self._binding = None  # frees its memory before the next one's is taken
             self._binding = TorchBinding(self, rows, slots)
         return self._binding
 
@@ -155,7 +157,7 @@ class TorchChainEngine:
     def predict(
         self, x: Tensor, features: Tensor, slot: Tensor, t: Tensor, level: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """One call: x0, and mix for a learned variance. features [S,H,W,L], so that a row's are one piece of memory."""
+        """One call: x0, and mix for a learned variance. features [S,H,W,L], so that each set is one piece of memory."""
         with algorithms_timed(self.options.tuned):
             if self.fused is not None:
                 out = self.fused(x, features, slot, t, level)
@@ -170,7 +172,7 @@ class TorchChainEngine:
 @for_all_threads
 @contextmanager
 def cudnns_choice_kept() -> Iterator[None]:
-    """How cuDNN chooses its algorithms may be changed within the block, and is as before when the last thread has left it."""
+    """The block may change how cuDNN chooses its algorithms; the old way is restored when the last thread has left it."""
     before = torch.backends.cudnn.benchmark
     try:
         yield
@@ -180,7 +182,7 @@ def cudnns_choice_kept() -> Iterator[None]:
 
 @contextmanager
 def algorithms_timed(tuned: bool) -> Iterator[None]:
-    """Within the block cuDNN looks up, and where it must measures, its fastest algorithms; or goes by its heuristics."""
+    """Within the block cuDNN takes the algorithms that it timed as fastest, timing them where needed; if not `tuned`, its heuristics'."""
     with cudnns_choice_kept():
         torch.backends.cudnn.benchmark = tuned
         yield

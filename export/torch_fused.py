@@ -1,8 +1,8 @@
-"""The denoiser for a GPU without transpositions: channels-last half precision, GroupNorm, SiLU, bias and residual sums by our kernels.
+"""The denoiser for a GPU in channels-last half precision, without transpositions: GroupNorm, SiLU, bias and residual sums by our kernels.
 
-The arithmetic is `train.network.Denoiser`'s. What is different: a feature map's moments are taken in the pass that makes it, GroupNorm,
-the embedding and SiLU are one pass over it, concatenated skips are normalised from where they lie, what the embeddings say to each block is
-looked up in one table of all timesteps and levels, and no convolution adds its own bias.
+The arithmetic is `train.network.Denoiser`'s, with these differences: a feature map's moments are computed in the pass that makes it;
+GroupNorm, the embedding and SiLU are one pass over it; skips are normalised from where they lie, not concatenated first; each block's share
+of the embeddings is looked up in one table of all timesteps and levels; and no convolution adds its own bias, but for attention's first.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class FusedDenoiser:
 
 
 class _Conv:
-    """A convolution whose bias is left to who adds its result to something. bias float32 [C]."""
+    """A convolution whose bias is left to the pass that adds its result to something. bias float32 [C]."""
 
     def __init__(self, conv: nn.Conv2d, to: FusedDenoiser, dtype: torch.dtype | None = None) -> None:
         dtype = dtype or to.dtype
@@ -92,7 +92,7 @@ class _Conv:
         return nnf.conv2d(x, self.weight, self.own, self.stride, self.padding)
 
     def of_several(self, sources: tuple[Features, ...]) -> Tensor:
-        """The convolution of the sources side by side, for one of 1x1: a sum over them, so that nobody has to put them side by side."""
+        """A 1x1 convolution of the sources' concatenation along the channels, as a sum over the sources, without concatenating them."""
         parts = torch.split(self.weight, [one.x.shape[1] for one in sources], dim=1)
         out = nnf.conv2d(sources[0].x, parts[0])
         flat = out.permute(0, 2, 3, 1).reshape(-1, out.shape[1])
@@ -124,7 +124,7 @@ class _Norm:
 
 
 class _Block:
-    """`ResidualBlock`: its first convolution's bias goes with the embedding into the second GroupNorm, its second's into the residual sum."""
+    """`ResidualBlock`: the first convolution's bias is added with the embedding in the second GroupNorm, the second's in the residual sum."""
 
     def __init__(self, block: ResidualBlock, to: FusedDenoiser) -> None:
         self.size, self.scale_shift, self.embed = block.size, block.scale_shift, block.embed
@@ -137,12 +137,12 @@ class _Block:
 
     @property
     def width(self) -> int:
-        """Columns that the block takes of the table."""
+        """How many of the table's columns are the block's."""
         return self.embed.out_features
 
     def told(self, active: Tensor) -> Tensor:
-        """What the embedding says to this block, for every timestep and level, [T K, width] float32: what is added before the second
-        GroupNorm, or the GroupNorm's gain and offset."""
+        """The block's columns of the table, [T K, width] float32, a row for each timestep and level: what is added before the second
+        GroupNorm, or that GroupNorm's gain and offset."""
         weight, bias = (part.detach().to(active.device) for part in (self.embed.weight, self.embed.bias))
         z = nnf.linear(active, weight, bias)
         if not self.scale_shift:
@@ -193,10 +193,10 @@ class _Attention:
 
 
 def doubled(x: Tensor) -> Tensor:
-    """Each pixel of x [B,C,H,W], channels last, four times: [B,C,2H,2W], channels last.
+    """x [B,C,H,W] enlarged to [B,C,2H,2W] by repeating pixels, both channels last.
 
-    What PyTorch's own kernel for this order does, which divides six times for each number. Here a copy moves 16 bytes at once where a pixel has
-    them whole, as the widest type that PyTorch has.
+    PyTorch's own kernel for this order divides six times for each number. Here a copy moves 16 bytes at once, as PyTorch's widest type,
+    where a pixel's bytes are a multiple of 16.
     """
     pixels = x.permute(0, 2, 3, 1)
     rows, height, width, channels = pixels.shape
@@ -206,7 +206,7 @@ def doubled(x: Tensor) -> Tensor:
 
 
 def _stages(depths: nn.ModuleList, to: FusedDenoiser) -> list[list[Callable[[tuple[Features, ...], Tensor], Features]]]:
-    """Depth by depth."""
+    """The stages of each depth."""
     return [[_stage(stage, to) for stage in depth.children()] for depth in depths]
 
 

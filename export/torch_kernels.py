@@ -1,11 +1,11 @@
 """Triton kernels for what lies between the convolutions: moments, GroupNorm with SiLU, residual sums, all channels last; the first
 and the last convolution; and the noise.
 
-PyTorch's GroupNorm puts features that are channels last into the other order and leaves them there, so that each of its calls on a GPU
-costs two transpositions, and the SiLU, the embedding, the bias and the residual sum a pass each. Here a feature map is read once for its
-moments, in the pass that makes it where there is one, and read and written once to be normalised.
+PyTorch's GroupNorm returns channels-last features in the other order, so that each of its calls on a GPU costs two transpositions;
+SiLU, the embedding, the bias and the residual sum cost a pass each. Here a feature map is read once for its moments, where possible in
+the pass that makes it, and read and written once to be normalised.
 
-Moments and sums are float32, merged without cancellation (Chan, Golub & LeVeque 1983, eq. 2.1), and in one order whatever the batch:
+Moments and sums are float32, merged without cancellation (Chan, Golub & LeVeque 1983, eq. 2.1) in the same order whatever the batch:
 a row's result does not depend on the others. Importing this module needs Triton, which comes with PyTorch's CUDA builds for Linux.
 """
 
@@ -23,11 +23,11 @@ from torch import Tensor
 from cdiff.export.torch_noise import MULTIPLIERS, ROUNDS, WEYL, normals
 
 ELEMENTS = 4096
-"""Numbers that a program holds at a time: a tile of so many pixels x channels. Pixels' tiles lie along the grid's first axis, the only one of more than 65,535."""
+"""Size of a program's tile, pixels x channels. An image's tiles lie along the grid's first axis, the only one that may exceed 65,535."""
 MOST_CHUNKS = 64
-"""Most parts that a row's pixels are shared out in, each with moments of its own."""
+"""Most parts that a row's pixels are divided into, each with moments of its own."""
 FUSION = {"enable_fp_fusion": True}
-"""Products and sums in one rounding: an option of every launch, since what Triton takes for granted changes with its version and the environment."""
+"""A product and a sum in one rounding: given with every launch, since Triton's default depends on its version and the environment."""
 
 
 @triton.jit
@@ -35,11 +35,11 @@ def _measure(
     x, other, bias, slot, image, taps, out, mean, m2, pixels, channels, chunk, width,
     SUM: tl.constexpr, OTHER: tl.constexpr, FIRST: tl.constexpr, BIAS: tl.constexpr, TILE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Moments of a row's chunk of pixels, channel by channel; with SUM, of x + other (with OTHER) + bias, which is written to `out`.
+    """Moments of one chunk of a row's pixels, per channel; with SUM, of x + other (with OTHER) + bias (with BIAS), also written to `out`.
 
-    x, other, out [B,pixels,channels]; bias [channels]. FIRST: x [S,pixels,channels] is taken at slot [B], and added to it is the 3x3
-    convolution of image [B,pixels], lines of `width`, with taps [9,channels]. mean, m2 [B,chunks,channels]: mean, and sum of squared
-    differences from it.
+    x, other, out [B,pixels,channels]; bias [channels]. FIRST: x is [S,pixels,channels], read at slot [B], and the 3x3 convolution of
+    image [B,pixels], lines of `width`, with taps [9,channels] is added to it. mean, m2 [B,chunks,channels]: the mean, and the sum of
+    squared differences from it.
     """
     row, part = tl.program_id(0), tl.program_id(1)
     c = tl.arange(0, WIDE)
@@ -92,9 +92,9 @@ def _weigh(
     mean, m2, added, gain, offset, scale, shift, pixels, channels, chunk, chunks, per_row, added_per_row, eps,
     ADDED: tl.constexpr, CHUNKS: tl.constexpr, PER: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """GroupNorm of x + added as y = x scale + shift, from the moments of x; a program a row and group of PER channels.
+    """GroupNorm of x + added as y = x scale + shift, from the moments of x; one program per row and group of PER channels.
 
-    added [B,channels] or [channels] (added_per_row 0), gain and offset likewise by per_row. scale, shift [B,channels].
+    added [B,channels], or [channels] with added_per_row 0; gain and offset likewise with per_row. Written: scale, shift [B,channels].
     """
     row, group = tl.program_id(0), tl.program_id(1)
     k, lane = tl.arange(0, CHUNKS), tl.arange(0, WIDE)
@@ -121,7 +121,7 @@ def _apply(
     x, scale, shift, out, pixels, channels, all_channels, before,
     ACT: tl.constexpr, TILE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """out[:, :, before:before + channels] = x scale + shift, and SiLU of it with ACT; out [B,pixels,all_channels]."""
+    """out[:, :, before:before + channels] = x scale + shift, with ACT its SiLU; out [B,pixels,all_channels]."""
     row = tl.program_id(1)
     c, pixel = tl.arange(0, WIDE), tl.program_id(0) * TILE + tl.arange(0, TILE)
     own = c < channels
@@ -161,10 +161,10 @@ def _draw(
     seed, slice_, level, run, step, origin, out, height, width, stride, pairs,
     M0: tl.constexpr, M1: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, ROUNDS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Standard normals of a row's window out [B,height,width], as `runtime.sampling.noise` lays them out: a pair of pixels a word of Philox.
+    """Standard normals of a row's window out [B,height,width], as `runtime.sampling.noise` lays them out: one Philox word per pair of pixels.
 
-    Each word's block of four is computed anew: 40 products of 64 bits cost less than to share them. stride: words a line of the canvas; pairs: words
-    that a line of the window may touch.
+    The block of four that a word belongs to is computed anew for each word: its 40 products of 64 bits cost less than sharing it. stride: words per
+    line of the canvas; pairs: words that a line of the window may touch.
     """
     row = tl.program_id(1)
     i = tl.program_id(0) * TILE + tl.arange(0, TILE)
@@ -205,7 +205,7 @@ class Features:
 
 
 def measured(x: Tensor) -> Features:
-    """Features [B,C,H,W] with their moments; put channels last where they are not."""
+    """x [B,C,H,W] with its moments; made channels last where it is not."""
     x = x.contiguous(memory_format=torch.channels_last)
     return _measured(x, x, None, None)
 
@@ -222,8 +222,8 @@ def joined(x: Tensor, other: Tensor | None, bias: Tensor | None = None) -> Featu
 def begun(x: Tensor, taps: Tensor, features: Tensor, bias: Tensor, slot: Tensor) -> Features:
     """The 3x3 convolution, padded by 1, of x float32 [B,1,H,W] + features[slot] + bias, with its moments, in one pass, in the type of features.
 
-    taps float32 [9,C], line after line; features [S,H,W,C]; bias float32 [C]; slot int64 [B]. PyTorch's convolution of one channel does not see that
-    its result should be channels last: it would be turned round at each step.
+    taps float32 [9,C], line after line; features [S,H,W,C]; bias float32 [C]; slot int64 [B]. PyTorch's convolution of one channel does not
+    return channels last: its result would have to be transposed at each step.
     """
     rows, _, height, width = x.shape
     out = torch.empty((rows, height, width, taps.shape[1]), dtype=features.dtype, device=x.device).permute(0, 3, 1, 2)
@@ -240,9 +240,9 @@ def normed(
     act: bool,
     added: Tensor | None = None,
 ) -> Tensor:
-    """GroupNorm of the sources, one after another along the channels, plus `added`; then SiLU with `act`. [B,C,H,W], channels last.
+    """GroupNorm of (the sources concatenated along the channels, plus `added`); with `act` its SiLU. [B,C,H,W], channels last.
 
-    gain, offset and added: float32 [C], or [B,C] for each row its own; gain and offset alike, and each row in one piece.
+    gain, offset and added: float32 [C], or [B,C] with a row's own values; gain and offset have one shape, and each row is contiguous.
     """
     first = sources[0].x
     rows, _, height, width = first.shape
@@ -268,14 +268,14 @@ def normed(
 def normed_conv(
     source: Features, groups: int, gain: Tensor, offset: Tensor, weight: Tensor, bias: Tensor, *, eps: float
 ) -> Tensor:
-    """The 3x3 convolution, padded by 1, of SiLU of `normed`: float32 [B,O,H,W], as it was added up.
+    """The 3x3 convolution, padded by 1, of `normed` with SiLU; summed and returned in float32, [B,O,H,W].
 
-    source [B,C,H,W]; weight [O,C,3,3] with few O, else it is slow, and bias [O], float32. What each pixel gives to its nine neighbours is
-    summed over the channels where the pixel is normalised, and only then added up: no map of C channels is written.
+    source [B,C,H,W]; weight [O,C,3,3] and bias [O], float32; slow unless O is small. A pixel's contributions to its 3x3 neighbourhood are
+    summed over the channels where the pixel is normalised, and only then added up for each neighbour: no map of C channels is written.
     """
     rows, channels, height, width = source.x.shape
     scale, shift = _weighed((source,), groups, gain, offset, eps, None)
-    # What lies above a neighbour lies below from where it is seen: `fold` adds up what pixels give, a convolution what they take.
+    # Flipped: `fold` adds up what each pixel gives to its neighbours, a convolution what each takes from them.
     taps = weight.flip(2, 3).permute(0, 2, 3, 1).reshape(-1, channels).contiguous()
     given = torch.empty((rows, len(taps), height * width), dtype=torch.float32, device=source.x.device)
     tile, wide = _tile(channels)
@@ -295,7 +295,7 @@ def drawn(
     size: tuple[int, int],
     canvas: tuple[int, int],
 ) -> Tensor:
-    """Standard normals float32 [B,1,H,W]; `torch_noise.normals` in one kernel, its arguments that one's."""
+    """Standard normals float32 [B,1,H,W]: `torch_noise.normals` in one kernel, with the same arguments."""
     rows, (height, width) = len(slice_), size
     out = torch.empty((rows, 1, height, width), dtype=torch.float32, device=slice_.device)
     pairs = width // 2 + 1
@@ -308,12 +308,12 @@ def drawn(
 
 
 def on(device: torch.device) -> AbstractContextManager[object]:
-    """Within the block the device is the current GPU: Triton launches there, wherever its tensors lie."""
+    """Within the block `device` is the current GPU: Triton launches on that one, wherever its tensors lie."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def try_out(device: str) -> None:
-    """Compile and run each kernel on a few numbers; raises whatever Triton raises where it cannot."""
+    """Compile and run each kernel on a few numbers. Raises whatever Triton raises, and RuntimeError when the results are wrong."""
     where = torch.device(device)
     with on(where):
         x = torch.ones((1, 4, 2, 2), dtype=torch.float16, device=where).contiguous(memory_format=torch.channels_last)
@@ -321,8 +321,8 @@ def try_out(device: str) -> None:
         even = joined(x, x, weights)
         taps, features = torch.ones((9, 4), device=where), x.permute(0, 2, 3, 1)
         begin = begun(weights.view(1, 1, 2, 2), taps, features, weights, number - 1)
-        # Features that are all alike have no variance: an eps of 1 divides them by 1, where 1e-5 would multiply by 316 what a card's roots
-        # and quotients, which are approximate, and its fused products round otherwise than the host, and call it wrong.
+        # Equal features have no variance, so an eps of 1 divides them by 1. An eps of 1e-5 would multiply by 316 what a card's approximate
+        # roots and quotients and its fused products round otherwise than the host, and right results would count as wrong.
         found = normed((even,), 2, weights, weights, eps=1.0, act=False)
         ended = normed_conv(even, 2, weights, weights, torch.ones((1, 4, 3, 3), device=where), weights[:1], eps=1.0)
         sixteen = 16 * nnf.silu(weights[:1]) + 1  # four channels of the four pixels, and the bias
@@ -336,7 +336,7 @@ def try_out(device: str) -> None:
 
 
 def _measured(x: Tensor, out: Tensor, other: Tensor | None, bias: Tensor | None, *first: Tensor) -> Features:
-    """`out` with its moments, after it was written where it is not x itself. first: slot, image and taps, for `begun`."""
+    """`out` with its moments; where it is not x itself, `_measure` first writes the sum to it. first: slot, image, taps, for `begun`."""
     rows, channels, height, width = out.shape
     tile, wide = _tile(channels)
     chunk, chunks = _chunks(height * width)
@@ -370,7 +370,7 @@ def _weighed(
 
 
 def _side_by_side(sources: tuple[Features, ...]) -> tuple[Tensor, Tensor]:
-    """The moments of the sources along the channels. Chunks are a matter of the pixels alone, so they match."""
+    """The sources' moments, concatenated along the channels. Chunks depend on the number of pixels alone, so they match."""
     return torch.cat([one.mean for one in sources], dim=2), torch.cat([one.m2 for one in sources], dim=2)
 
 
@@ -382,7 +382,7 @@ def _shared_out(pixels: int, sources: tuple[Features, ...]) -> tuple[int, int]:
 
 
 def _chunks(pixels: int) -> tuple[int, int]:
-    """Pixels a chunk, and how many chunks; the same for every batch, width and card."""
+    """Pixels per chunk, and how many chunks; the same whatever the batch, channels and card."""
     chunk = max(64, triton.cdiv(pixels, MOST_CHUNKS))
     return chunk, triton.cdiv(pixels, chunk)
 

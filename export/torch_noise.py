@@ -18,7 +18,8 @@ HALF = 0xFFFFFFFF
 def words(seed: Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The four 64-bit words of Philox4x64-10 with the key (seed, 0), as int64 bit patterns.
 
-    seed and the counter's words are int64 tensors whose shapes broadcast; numbers of 2^63 and above lie there as negative ones.
+    seed and the counter's words are int64 tensors whose shapes broadcast; numbers of 2^63 and above are held as the negative ones with
+    the same bits.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = seed, torch.zeros_like(seed)
@@ -40,10 +41,11 @@ def normals(
     size: tuple[int, int],
     canvas: tuple[int, int],
 ) -> Tensor:
-    """Standard normals float32 [B,1,H,W], what `runtime.sampling.noise.Noise.fill` writes for each row.
+    """Standard normals float32 [B,1,H,W], those that `runtime.sampling.noise.Noise.fill` writes for each row.
 
-    seed and step int64 scalars on the device (step -1 is x_T's), slice_, level and run int64 [B], origin int64 [B,2] of the rows' windows
-    of `size` (H, W) in the `canvas` (height, width). The words agree bit for bit; the normals up to the last bits of log, sin and cos.
+    seed and step: int64, one number each, on the device (step -1 is x_T's); slice_, level and run: int64 [B]; origin: int64 [B,2], where
+    each row's window of `size` (H, W) begins in the `canvas` (height, width). The words agree bit for bit; the normals up to the last bits
+    of log, sin and cos.
     """
     (height, width), stride = size, (canvas[1] + 1) // 2
     whole = size == canvas

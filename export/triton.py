@@ -27,8 +27,8 @@ __all__ = ["TritonPythonModel"]
 def write_repository(bundle: Bundle, folder: Path) -> Path:
     """Write FOLDER/NAME/config.pbtxt, 1/model.py and 1/bundle, whole or not at all; returns FOLDER/NAME. NAME is the bundle's own.
 
-    It makes an instance on every GPU that the server sees, until config.pbtxt is told otherwise (docs/gpu.md).
-    Raises CdiffError for a name that Triton or a folder cannot have, a model of that name that is there, a folder that cannot be
+    The server makes an instance on every GPU that it sees, unless config.pbtxt is changed (docs/gpu.md).
+    Raises CdiffError for a name that Triton or a folder cannot have, for an existing model of that name, a folder that cannot be
     written, or a bundle that is replaced meanwhile.
     """
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", bundle.manifest.name)
@@ -51,12 +51,11 @@ def write_repository(bundle: Bundle, folder: Path) -> Path:
 
 
 def _copy(bundle: Bundle, folder: Path) -> None:
-    """The manifest, what it lists, and the cache of engines; nothing else that lies there, nothing that a link in the cache leads to, and
-    no engine that is being built or was left unfinished."""
+    """Copy the manifest, the files it lists, and the engine cache without its links and unfinished engines; nothing else of the folder."""
     folder.mkdir(parents=True)
     for name in (NAME, *bundle.manifest.files):
         shutil.copy2(bundle.path / name, folder / name)
-    for inside, folders, files in os.walk(bundle.engines):  # into no links
+    for inside, folders, files in os.walk(bundle.engines):  # follows no links
         folders[:] = [name for name in folders if not name.startswith(PART)]
         to = folder / Path(inside).relative_to(bundle.path)
         to.mkdir()

@@ -1,4 +1,4 @@
-"""One ONNX graph to one serialised engine: every call of TensorRT's builder, right for 10.16, 11.4 and TensorRT for RTX 1.7."""
+"""From one ONNX graph to one serialised engine: every call to TensorRT's builder, right for 10.16, 11.4 and TensorRT for RTX 1.7."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cdiff.runtime.errors import CdiffError
 
 Fraction = Callable[[float], None]
 SHOWN = 3
-"""Most messages of TensorRT's that one error quotes."""
+"""Most TensorRT messages that one error quotes."""
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class Request:
     """What to build. free_axes: for each input the (least, best, most) length of its first axis, the only free one.
 
     capabilities: TensorRT for RTX's targets such as "8.9", empty for TensorRT, which builds for the current GPU. flags: names of
-    `BuilderFlag`, hardware: a name of `HardwareCompatibilityLevel`. timing_cache: what an earlier build left; None where there is none
-    to keep.
+    `BuilderFlag`, hardware: a name of `HardwareCompatibilityLevel`. timing_cache: what an earlier build left, b"" to start one, None
+    to keep none.
     """
 
     graph: Path
@@ -49,13 +49,13 @@ def serialise(trt: Any, request: Request, progress: Fraction | None = None) -> B
     """Parse the graph into a strongly typed network and build it; `trt` is the module that `load_trt` gives.
 
     progress: called with 0..1. Ctrl-C stops the builder at its next step and raises KeyboardInterrupt; a second one ends the
-    process. Raises CdiffError when the graph cannot be parsed, an option is not to be had, or the build fails.
+    process. Raises CdiffError when the graph cannot be parsed, an option is refused, or the build fails.
     """
     log = _logger(trt)
     with Cancel() as cancel:
         try:
             builder = trt.Builder(log)
-        except (TypeError, RuntimeError) as error:  # what the bindings make of a null pointer
+        except (TypeError, RuntimeError) as error:  # how the bindings report a null pointer
             raise _failed(trt, log, "cannot start its builder, which needs an NVIDIA GPU and its driver") from error
         network, parsed = _parse(trt, builder, log, request.graph)
         config = builder.create_builder_config()
@@ -133,7 +133,7 @@ def _configure(trt: Any, builder: Any, network: Any, config: Any, request: Reque
 
 
 def must_build_for(trt: Any, capabilities: Iterable[str]) -> None:
-    """Raise CdiffError where one of them is no compute capability, such as "8.9", that this TensorRT for RTX builds for."""
+    """Raise CdiffError unless this TensorRT for RTX builds for each of the compute capabilities, such as "8.9"."""
     known = _targets(trt)
     for capability in capabilities:
         if capability not in known:
@@ -151,7 +151,7 @@ def _targets(trt: Any) -> dict[str, Any]:
 def _target(trt: Any, config: Any, capabilities: tuple[str, ...]) -> None:
     known = _targets(trt)
     config.num_compute_capabilities = len(capabilities)
-    for i, capability in enumerate(capabilities):  # which `must_build_for` has seen
+    for i, capability in enumerate(capabilities):  # checked by `must_build_for`
         if not config.set_compute_capability(known[capability], i):
             raise CdiffError(
                 f"TensorRT for RTX {trt.__version__} refuses compute capability {capability}: leave it out, or use --engine tensorrt"
@@ -159,7 +159,7 @@ def _target(trt: Any, config: Any, capabilities: tuple[str, ...]) -> None:
 
 
 def _attach_timing_cache(config: Any, kept: bytes | None) -> Any:
-    """Timings of earlier builds, so that the same layers need not be timed again; an unfit or damaged cache starts anew."""
+    """Let the build use earlier builds' timings, and return their cache; an empty one where `kept` does not fit or is damaged."""
     if kept is None:
         return None
     cache = config.create_timing_cache(kept)
@@ -188,7 +188,7 @@ def _logger(trt: Any) -> Any:
 
 
 def _monitor(trt: Any, progress: Fraction, cancel: Cancel) -> Any:
-    """The builder's phases, each of some steps and nested in one another, as one fraction that never falls."""
+    """Reports the builder's phases, which have steps and nest in one another, as one fraction that never falls."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:

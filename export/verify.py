@@ -88,7 +88,7 @@ def verify(bundle: Bundle, reference: TorchEngine, real_slices: Float32 | None) 
 def _calls(
     engine: Engine, reference: TorchEngine, images: Float32, schedule: NoiseSchedule, levels: int, target: str
 ) -> tuple[dict[str, float], float]:
-    """Errors of single calls over rows that cover the timesteps and levels, and seconds a row of the slower side."""
+    """Errors of single calls over rows that cover the timesteps and levels, and the slower side's seconds per row."""
     ours, theirs = engine.encode(images), reference.encode(images)
     encoder = float(np.abs(np.asarray(ours, np.float32) - theirs).max() / max(np.abs(theirs).max(), 1e-12))
 
@@ -115,7 +115,7 @@ def _calls(
 def _maps(
     engine: Engine, reference: TorchEngine, images: Float32, chain: Chain, schedule: NoiseSchedule, outside: int
 ) -> dict[str, float]:
-    """Soft maps of both over the same DDIM chains, as the runtime makes them of x: 0 at `outside` and 1 inside."""
+    """Mean and largest difference of both sides' soft maps over the same DDIM chains; a map is 0 where x is at `outside`, 1 inside."""
     windows = Framing("resize", (images.shape[2], images.shape[3])).frame(images[: chain.slices])
     table = sampler_table("ddim", schedule, chain.steps)
     soft = []

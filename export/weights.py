@@ -17,11 +17,11 @@ LENGTH = struct.Struct("<Q")
 
 
 def write_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write tensors and metadata to `path`, readable for others than the owner too.
+    """Write tensors and metadata to `path`, readable by others than the owner too.
 
-    safetensors takes the metadata in an order that differs from process to process, so two exports of one run would differ in their
-    hashes: it is sorted here, in place. Raises CdiffError where the file cannot be written, and if the sorted head does not fit its place, which cannot happen with
-    the heads that safetensors writes.
+    safetensors writes the metadata in an order that differs from process to process, so two exports of one run would differ in their
+    hashes: it is sorted here, in place. Raises CdiffError when the file cannot be written, or when the sorted head is longer than the one
+    that safetensors wrote, which only another form of head could be.
     """
     write_tensors(path, dict(tensors), dict(metadata))
     with open(path, "r+b") as file:

@@ -1,4 +1,4 @@
-"""A file of torch.save's before PyTorch unpickles it: whether it is what was written, and nothing that could take all memory or all day."""
+"""Checks a torch.save file before PyTorch unpickles it: that it is what was written, and holds nothing that could take all memory or all day."""
 
 from __future__ import annotations
 
@@ -12,52 +12,53 @@ from typing import IO, Any
 
 ZIP = b"PK\x03\x04"
 SCRIPT = "it is a TorchScript archive"
-"""Known by a part that torch.save does not write; its code is packed."""
+"""Recognised by a part that torch.save does not write; its code is compressed."""
 PICKLES = 5
-"""Pickles that a file of PyTorch's before 1.6 begins with; those of later ones have a file of their own in a ZIP archive."""
+"""Pickles that a file of PyTorch before 1.6 begins with; later versions put each into a file of its own in a ZIP archive."""
 UTILS = "torch._utils _rebuild_"
 TYPED = "torch._tensor _rebuild_from_type_v2"
-"""What calls another by its first argument, for a tensor with more to it."""
+"""Calls its first argument; written for a tensor of a subclass or with attributes."""
 CONTAINERS = ("collections OrderedDict", "torch Size")
 WRITTEN = re.compile(
     rf"{UTILS}(tensor(_v[23])?|meta_tensor_no_storage|parameter(_with_state)?)|{TYPED}|{'|'.join(CONTAINERS)}"
     r"|torch\.nn\.parameter Parameter|torch\.storage UntypedStorage|torch (Tensor|\w+Storage|b?float\d+\w*|u?int\d+|complex\d+|bool)"
-    r"|(__torch__|torch\.jit)\b.*"  # of a TorchScript archive, which PyTorch refuses in words of its own
+    r"|(__torch__|torch\.jit)\b.*"  # in a TorchScript archive, which PyTorch refuses in its own words
 )
-"""The globals that torch.save writes of plain tensors by name. PyTorch, asked for tensors alone, takes others too, that make of any number
-so many bytes (bytearray), of bytes twice as many (encode), or of a tensor that repeats one number all that it repeats (set, Counter)."""
+"""The globals that torch.save writes for plain tensors. Even with weights_only PyTorch accepts others that can take all memory: bytearray
+makes as many bytes as a number says, encode doubles bytes, set and Counter go through a tensor that stores one number and repeats it."""
 MOST, A_STEP = 2**20, 4
-"""Things, one in another counted as often as it is met, that all of a pickle's calls and keys together may hold: so many, and for each of its steps
-so many more. A tuple of twice the same, of those twice and so on takes hours to be looked up, and a list that is copied with every six bytes takes
-all memory; what an optimiser's groups share is little."""
+"""How many things the arguments of a pickle's calls and its keys may hold in all, nested ones counted each time they are reached: MOST, and A_STEP
+more for each opcode. A tuple that holds one tuple twice, which holds another twice, and so on, takes hours to hash, and a list that is copied anew
+by every six bytes takes all memory; an optimiser's groups share little."""
 DEEPEST = 100
-"""How deep they may lie in one another: a hash of tuples of tuples that are deeper by far ends the process."""
+"""How deep they may be nested: hashing tuples that are nested far deeper crashes the process."""
 KEPT, AGAIN = ("BINPUT", "LONG_BINPUT"), ("BINGET", "LONG_BINGET")
 TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 NUMBERS = ("BININT", "BININT1", "BININT2", "BINFLOAT", "LONG1")
 PLAIN = (*NUMBERS, "BINUNICODE", "SHORT_BINSTRING", "NONE", "NEWFALSE", "NEWTRUE", "EMPTY_SET")
 MARK = object()
 LONG = 2**10
-"""Things that a whole number of more than 64 bits counts for: those of one hash, as keys of a dictionary, are compared each with each."""
+"""How many things a whole number of more than 64 bits counts for: as a dictionary's keys, such numbers of one hash are compared each with each."""
 
 
 class Tensors(list[Any]):
-    """In place of a tensor or its storage: to go through one takes as long as it has rows, of which its call says nothing."""
+    """Stands for a tensor or its storage: going through one takes time for each of its rows, whose number its call need not show."""
 
 
 class Named(list[Any]):
-    """In place of a dictionary: names and values, in turn."""
+    """Stands for a dictionary: keys and values, in turn."""
 
 
 def must_be_as_written(path: Path) -> None:
-    """Raise OSError where a file of torch.save's is not what was written, by its archive's check sums, which PyTorch does not compare, or
-    has packed parts, which torch.save writes none of and which may unpack to a thousand times their size, or where PyTorch may find other parts
-    in it than are looked at here; UnpicklingError as `_is_tame` does.
+    """Raise OSError where a torch.save file is not what was written, and UnpicklingError as `_is_tame` does.
+
+    Not as written: its archive's checksums, which PyTorch does not compare, do not match; it has compressed parts, which torch.save never
+    writes and which may unpack to a thousand times their size; or PyTorch may find other parts in it than are looked at here.
     """
     with path.open("rb") as file:
-        if file.read(len(ZIP)) != ZIP:  # as PyTorch tells them apart
+        if file.read(len(ZIP)) != ZIP:  # PyTorch tells the two formats apart in the same way
             file.seek(0)
-            all(_is_tame(file) for _ in range(PICKLES))  # up to the first that PyTorch does not read
+            all(_is_tame(file) for _ in range(PICKLES))  # up to the first that PyTorch would not read
             return
     with zipfile.ZipFile(path) as archive:
         parts = archive.infolist()
@@ -71,15 +72,15 @@ def must_be_as_written(path: Path) -> None:
         if (broken := archive.testzip()) is not None:
             raise OSError(f"{broken} is not what was written")
         for part in parts:
-            name = part.orig_filename  # newer Pythons may take another one from what lies beside it
+            name = part.orig_filename  # newer Pythons may take `filename` from the part's extra fields
             if name.lower().endswith(".pkl"):
                 _is_tame(io.BytesIO(archive.read(part)))
 
 
 def _of_one_directory(path: Path) -> bool:
-    """Whether Python and PyTorch find the same directory, where no part lies before the archive: each looks for its end in a way of its own."""
+    """Whether Python and PyTorch, which search for a directory's end in different ways, find the same one in an archive that starts at byte 0."""
     with path.open("rb") as file:
-        # 56 bytes that end the directory of a large archive, 20 that say where these lie, 22 that end any.
+        # 56 bytes that end a large archive's directory, 20 that say where those lie, 22 that end any archive.
         at = file.seek(-98, io.SEEK_END)
         tail = file.read()
     large = tail[56:60] == b"PK\x06\x07"
@@ -87,12 +88,12 @@ def _of_one_directory(path: Path) -> bool:
 
 
 def _is_tame(file: IO[bytes]) -> bool:
-    """Whether that is a pickle of those that PyTorch reads; what is none is left to PyTorch, which reads no further either.
+    """Whether the file goes on with a pickle that PyTorch reads; anything else is left to PyTorch, which reads no further either.
 
-    Raises UnpicklingError for one that asks for a global that is not WRITTEN, has a container go through a tensor, or gives its calls, and
-    has in its keys, more things than MOST and A_STEP allow, or one deeper than DEEPEST.
+    Raises UnpicklingError when the pickle asks for a global that is not WRITTEN, has a container go through a tensor, or when its calls and
+    keys hold more things than MOST and A_STEP allow, or one nested deeper than DEEPEST.
 
-    It does what PyTorch would, with None for whatever holds nothing and a list for whatever may grow.
+    It executes the pickle as PyTorch would, with None for whatever holds nothing and a list for whatever may grow.
     """
     stack: list[Any] = []
     memo: dict[Any, Any] = {}
@@ -163,14 +164,14 @@ def _to_mark(stack: list[Any]) -> list[Any]:
 
 
 def _called(called: Any, used: Any) -> list[Any]:
-    """In place of what a call returns. Raises UnpicklingError where the arguments are none that torch.save writes."""
+    """Stands for what a call returns. Raises UnpicklingError for arguments that torch.save does not write."""
     if called == TYPED and type(used) is tuple:
         called, _, used = used[:3]
     if type(used) is not tuple or not isinstance(called, str):
         raise pickle.UnpicklingError("a call's arguments are no tuple")
     if called.startswith(UTILS):
         return Tensors([used])
-    # An OrderedDict of Python 2's has a list of pairs for its argument, with the tensors in them.
+    # Python 2 gives an OrderedDict a list of pairs: tensors in the pairs are not gone through, a tensor in place of a pair is.
     gone_through = [used, *used, *(inner for item in used if isinstance(item, (list, tuple)) for inner in item)]
     if called not in CONTAINERS or any(isinstance(item, Tensors) for item in gone_through):
         raise pickle.UnpicklingError("it would go through a tensor")
@@ -178,7 +179,7 @@ def _called(called: Any, used: Any) -> list[Any]:
 
 
 def _looked_at(used: Any, left: int) -> int:
-    """How many of the `left` things are left after those in `used`. Raises UnpicklingError where they are not so many, or lie too deep."""
+    """`left` less the number of things in `used`. Raises UnpicklingError where that is below 0, or they are nested too deep."""
     todo = [(used, 0)] if used else []
     while todo:
         item, depth = todo.pop()

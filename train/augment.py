@@ -1,5 +1,5 @@
 """The paper's augmentations: scale 0.9-1.1, rotation 0-15 degrees, translation 0-0.1, both flips at p = 0.5 (section 4); other
-ranges, and changes of the intensities, for data that bear more.
+ranges, and changes of the intensities, for data that allow more.
 
 Image and masks go through one affine map, which also cuts the training window, so that every pixel is interpolated once.
 """
@@ -47,7 +47,7 @@ def cut(image: Tensor, masks: Tensor, window: Window) -> tuple[Tensor, Tensor]:
     """
     n, (h, w) = window.size, image.shape[-2:]
     if window.matrix == ((1.0, 0.0), (0.0, 1.0)):
-        # A slice that is smaller lies in its window as the runtime pads it: half of what is missing, rounded down, comes before it.
+        # A slice smaller than its window is placed as the runtime pads it: half of what is missing, rounded down, comes before it.
         starts = (c - n / 2 for c in window.centre)
         top, left = (round(start) if start >= 0 else math.ceil(start) for start in starts)
         if top >= 0 and left >= 0 and top + n <= h and left + n <= w:
@@ -69,7 +69,7 @@ def cut(image: Tensor, masks: Tensor, window: Window) -> tuple[Tensor, Tensor]:
 
 
 def recoloured(picture: Tensor, rng: np.random.Generator, ranges: Ranges) -> Tensor:
-    """The picture [channels, n, n] with its intensities changed: contrast and brightness a channel, noise a pixel."""
+    """The picture [channels, n, n] with its intensities changed: contrast and brightness per channel, noise per pixel."""
     if ranges.contrast or ranges.brightness:
         scale, shift = (rng.uniform(-r, r, (len(picture), 1, 1)) for r in (ranges.contrast, ranges.brightness))
         picture = picture * torch.tensor(1 + scale, dtype=torch.float32) + torch.tensor(shift, dtype=torch.float32)

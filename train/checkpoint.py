@@ -35,7 +35,7 @@ from cdiff.train.told import must_tell
 
 MODEL, EMA = "model.safetensors", "ema.safetensors"
 ORIGIN = ("init", "imported")
-"""What `info` holds where the weights did not begin at random: another run's, a published code's."""
+"""The keys of `info` that say where weights that did not begin at random came from: another run, or published code."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def load_run(run: Path) -> LoadedRun:
     info = read_json(folder / "checkpoint.json")
     must_tell(info, folder / "checkpoint.json")
     tensors = read_weights(folder, EMA)
-    # Without memory first: the weights that are there decide how much is taken, and not a number in a file.
+    # Compared without taking memory first: the weights in the file, not a number in its configuration, decide how much is taken.
     with torch.device("meta"):
         check_weights(ConsensusNet(config.network), tensors, folder / EMA)
     network = ConsensusNet(config.network)
@@ -123,7 +123,7 @@ def save_checkpoint(
         with _room(stage / "optimiser.pt"):
             torch.save(optimiser, stage / "optimiser.pt")
         write_json(stage / "checkpoint.json", info | {"sha256": {file: sha256(stage / file) for file in (MODEL, EMA)}})
-    # Best comes last: it never names a step that a resumed run takes again, which on another machine may score less, and be no best one.
+    # best.json comes last: it must never name a step that a resumed run takes again, which on another machine may score lower and not be the best.
     write_json(run / "last.json", {"checkpoint": folder.name})
     point_at_best(run)
     kept = {checkpoint_folder(run, which) for which in ("last", "best")}
@@ -133,7 +133,7 @@ def save_checkpoint(
 
 
 def point_at_best(run: Path) -> None:
-    """Point best.json at the last checkpoint where that is the best one: also after a kill before it had been."""
+    """Point best.json at the last checkpoint if that is the best one; a resumed run calls it too, since a kill may have come before."""
     last = checkpoint_folder(run, "last")
     if last is not None and read_json(last / "checkpoint.json").get("is_best"):
         write_json(run / "best.json", {"checkpoint": last.name})
@@ -150,7 +150,8 @@ def load_weights(
 def check_weights(
     network: torch.nn.Module, tensors: dict[str, Tensor], path: Path, what: str = "its configuration"
 ) -> None:
-    """Raise CdiffError naming each tensor of `path` that the network has not, or lacks, or has in another shape. what: whose network."""
+    """Raise CdiffError, naming the first that are wrong, unless the tensors of `path` have the network's names and shapes. what: whose
+    network it is, for the message."""
     wanted = network.state_dict()
     wrong = [f"missing {name}" for name in wanted if name not in tensors]
     wrong += [f"unexpected {name}" for name in tensors if name not in wanted]
@@ -164,19 +165,19 @@ def check_weights(
 
 
 def origin(info: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint's `info`, or a bundle's account of its training, says of where the weights came from; empty where they began here."""
+    """The part of a checkpoint's `info`, or of a bundle's `training`, on where the weights came from; empty where they began here."""
     return {key: info[key] for key in ORIGIN if key in info}
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """A safetensors file, for whom the umask lets read it. Raises CdiffError where it cannot be written."""
+    """Write a safetensors file, readable by whomever the umask allows. Raises CdiffError where it cannot be written."""
     with _room(path):
         path.write_bytes(save(tensors, metadata))  # safetensors' own files are private, and runs and bundles are shared
 
 
 @contextmanager
 def _room(path: Path) -> Iterator[None]:
-    """Within the block a file that cannot be written, as on a full disk, is a CdiffError."""
+    """Within the block, failure to write a file, as on a full disk, is raised as a CdiffError."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError is PyTorch's
@@ -186,7 +187,7 @@ def _room(path: Path) -> Iterator[None]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """A safetensors file. Raises CdiffError if it is missing or damaged, or its path is no text, which safetensors cannot open."""
+    """The tensors of a safetensors file. Raises CdiffError if it is missing or damaged, or its path is not text: safetensors cannot open it."""
     must_be_text(path)
     try:
         return load_file(path)
@@ -195,9 +196,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_weights(folder: Path, file: str) -> dict[str, Tensor]:
-    """The tensors of MODEL or EMA in a checkpoint's folder. Raises CdiffError if the file is missing, damaged, or another than was written.
+    """The tensors of MODEL or EMA in a checkpoint's folder. Raises CdiffError if the file is missing, damaged, or not what was written.
 
-    Checkpoints of older versions do not say what was written; theirs are taken as they are.
+    Checkpoints of older versions hold no hashes; their files are taken as they are.
     """
     tensors, path = read_tensors(folder / file), folder / file
     written = read_json(folder / "checkpoint.json").get("sha256")
@@ -210,10 +211,10 @@ def read_weights(folder: Path, file: str) -> dict[str, Tensor]:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """An optimiser.pt, of which nothing but tensors and plain values is unpickled. Raises CdiffError if it is missing or damaged.
+    """The content of an optimiser.pt, of which only tensors and plain values are unpickled. Raises CdiffError if it is missing or damaged.
 
-    On the CPU, from where the optimiser takes what it wants beside its weights: its counts of steps it wants here, and on a GPU
-    every step would wait for each of them.
+    Tensors are on the CPU; the optimiser moves what it needs to its weights' device. Its step counts belong on the CPU: on a GPU every
+    step would wait for each of them.
     """
     try:
         must_be_as_written(path)
@@ -228,10 +229,10 @@ def _damaged(path: Path, error: Exception) -> CdiffError:
 
 
 def read_json(path: Path, advice: str = "is this the folder of a training run?") -> dict[str, Any]:
-    """A JSON object, in UTF-8 with or without a mark. Raises CdiffError, which ends in `advice`, if the file is missing or is not one."""
+    """The JSON object in a UTF-8 file, with or without a byte order mark. Raises CdiffError, ending in `advice`, if missing or not one."""
     try:
         text = path.read_text(encoding="utf-8-sig")
-        if "\0" in text:  # UTF-16 without its mark
+        if "\0" in text:  # UTF-16 without a byte order mark
             raise UnicodeError
         value = json.loads(text)
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Everything that a training run is configured by, as JSON and as `--set key=value`; the names are the paper's."""
+"""The whole configuration of a training run, as JSON and as `--set key=value`; the names are the paper's."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cdiff.runtime.variants import ANNOTATOR, IMPLICIT_ENSEMBLE
 from cdiff.train.sections import DataConfig, DiffusionConfig, NetworkConfig, TrainingConfig, check_size
 
 HOW = ("accumulate", "checkpointing", "compile", "deterministic", "prefetch", "peak_tflops", "threads")
-"""Settings that say how a run is computed and not what it learns from: a resumed run may have others."""
+"""Settings that say how a run is computed, not what it learns from: a resumed run may change them."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Config:
         return self.data.crop or self.network.image_size
 
     def __post_init__(self) -> None:
-        _ = self.schedule  # one that cannot be is an error before any data is read
+        _ = self.schedule  # an impossible one is an error before any data is read
         check_size(self.crop, self.network, "crop")
         if self.network.variant == ANNOTATOR.name and self.data.missing_raters == "as-is":
             raise CdiffError(
@@ -84,12 +84,12 @@ class Config:
         return cls(**sections)
 
     def with_values(self, values: dict[str, Any]) -> Config:
-        """A copy with some keys replaced, each looked up over all sections. A variant brings what belongs to it, unless given."""
+        """A copy with some keys replaced, each looked up over all sections. A variant also sets what it requires, unless given."""
         tree = self.to_json()
         for key, value in (BROUGHT.get(values.get("variant", ""), {}) | values).items():
             tree[_section_of(key)][key] = value
         config = Config.from_json(tree)
-        # Only where it is asked for: a run that was begun with the pair, which does nothing, can still be read and resumed.
+        # Checked only where it is asked for: the pair does nothing, and a run that began with it can still be read and resumed.
         if {"late", "late_batch"} & values.keys() and config.training.late_batch and not config.data.late:
             raise CdiffError(
                 f"late_batch={config.training.late_batch} is for the late phase, and with late=0 there is none; set batch"
@@ -110,9 +110,9 @@ class Config:
 
 
 LARGEST = {int: 2**40, float: 2**63}
-"""Whole numbers of a setting are below these: PyTorch's have 64 bits, and a tensor's size in bytes is one of them."""
+"""Whole numbers must be below these, by the setting's type: PyTorch's have 64 bits, and a tensor's size in bytes is one of them."""
 BROUGHT: dict[str, dict[str, Any]] = {IMPLICIT_ENSEMBLE.name: {"rrdbs": 0}}
-"""Settings that a variant cannot do without."""
+"""By variant, the settings that it requires."""
 
 
 def _section_of(key: str) -> str:
@@ -125,7 +125,7 @@ def _section_of(key: str) -> str:
 
 
 def _is(kind: Any, value: Any) -> bool:
-    """Whether a value, from JSON or of a section, is of a setting's type; whole numbers are floats too, and those from `LARGEST` on are none."""
+    """Whether a value, from JSON or a section, is of a setting's type. A whole number must be below `LARGEST`, and passes for a float too."""
     if isinstance(kind, types.GenericAlias):
         return isinstance(value, list | tuple) and all(_is(typing.get_args(kind)[0], item) for item in value)
     if kind in (int, float) and type(value) is int:
@@ -137,7 +137,7 @@ def _parse(key: str, text: str) -> Any:
     kind = typing.get_type_hints(typing.get_type_hints(Config)[_section_of(key)])[key]
     try:
         value = json.loads(text)
-    except (ValueError, RecursionError):  # no JSON, or a number of thousands of digits, or brackets without end
+    except (ValueError, RecursionError):  # not JSON, or a number of thousands of digits, or brackets nested too deep
         value = text
     if _is(kind, value) and not (kind is float and not math.isfinite(value)):
         return tuple(value) if isinstance(value, list) else value

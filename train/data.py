@@ -1,4 +1,4 @@
-"""Training slices from case folders, in memory, and batches as pure functions of (seed, step) so that a resumed run sees the same."""
+"""Training slices from case folders, in memory, and batches as pure functions of (seed, step), so that a resumed run sees the same ones."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ from cdiff.train.config import Config
 from cdiff.train.seen import BEFORE, Seen, again
 
 Rectangle = tuple[tuple[int, int], tuple[int, int]]
-"""Its first row and the one after its last, and the same of columns, pixels."""
+"""(first row, the row after the last), (first column, the column after the last), pixels."""
 BACKGROUND = 0.1  # the share of windows drawn anywhere, so that a network trained on windows has seen plain background
 FEW = 0.01
-"""Up to this share of slices whose structures the model does not see says nothing of the data."""
+"""Structures that the model does not see are not reported while they are on at most this share of the marked slices."""
 
 
 @dataclass
 class Slices:
     """The slices of some cases: images float32 [channels, h, w] in [-1, 1], masks uint8 [C, h, w], sizes as they come.
 
-    raters: how many of a slice's masks somebody drew; those above are empty, and stand for annotators who are missing. seen: the
-    cases that were read, in the order of their slices.
+    raters: how many of a slice's masks somebody drew; the rest are empty, and stand for missing annotators. names: each slice's
+    case. seen: the cases that were read, in the order of their slices.
     """
 
     images: list[Tensor] = field(default_factory=list)
@@ -53,7 +53,7 @@ class Slices:
         return len(self.images)
 
     def rectangle(self, i: int) -> Rectangle | None:
-        """The smallest one around everything drawn on slice i; None if nothing was."""
+        """The smallest rectangle around everything drawn on slice i; None if nothing was."""
         drawn = self.masks[i].any(dim=0)
         rows, columns = drawn.any(dim=1).nonzero(), drawn.any(dim=0).nonzero()
         if not len(rows):
@@ -61,7 +61,7 @@ class Slices:
         return (int(rows[0]), int(rows[-1]) + 1), (int(columns[0]), int(columns[-1]) + 1)
 
     def point(self, i: int, share: float) -> tuple[float, float]:
-        """Row and column of the middle of a drawn pixel of slice i: the one that `share` (0 <= share < 1) of them come before, row by row."""
+        """Row and column of the centre of a drawn pixel of slice i: counted row by row, `share` (0 <= share < 1) of them come before it."""
         drawn = self.masks[i].any(dim=0).nonzero()
         row, column = drawn[int(share * len(drawn))].tolist()
         return row + 0.5, column + 0.5
@@ -71,7 +71,7 @@ class Slices:
 class Data:
     """What a training run learns from and is validated on, with `summary` saying what was found and left out.
 
-    before: the cases that the first weights had learned from.
+    before: the cases that the initial weights had learned from.
     """
 
     train: Slices
@@ -82,11 +82,11 @@ class Data:
 
     @property
     def seen(self) -> dict[str, list[Seen]]:
-        """The cases that were read for "train" and "val", what a resumed run must find again, and those of `before`."""
+        """The cases that were read for "train" and "val", which a resumed run must find again, and those of `before`."""
         return {"train": self.train.seen, "val": self.val.seen, BEFORE: self.before}
 
     def learned_before(self, before: list[Seen]) -> None:
-        """The first weights had learned from these cases: where it validates on some of them, say so, and claim of none that it was unseen."""
+        """Record that the initial weights had learned from these cases. If the run validates on any, note it, and drop "held_out"."""
         self.before = before
         if known := again(self.val.seen, before):
             self.notes.append(
@@ -138,12 +138,12 @@ def read_data(root: Path, config: Config) -> Data:
     # Resampled slices no longer have the size that they came in.
     if len(sizes) == 1 and config.data.framing != "resize":
         summary["slice_size"] = list(sizes.pop())
-    summary["notes"] = notes  # the same list, for what is noted later
+    summary["notes"] = notes  # the same list, so that it also gets what is noted later
     return Data(train_slices, val_slices, summary, notes)
 
 
 def _off_centre(masks: Sequence[Tensor], size: int) -> list[str]:
-    """A note on structures that a model which looks at the central `size` pixels alone does not see; none where they are few."""
+    """A note on structures outside the central `size` pixels, which is all that the model sees; none where they are few."""
     framing = Framing("centre", (size, size))
     marked = [one for one in masks if one.any()]
     seen = [framing.frame(np.empty((1, 1, *one.shape[1:]), np.float32)).reach for one in marked]
@@ -174,13 +174,13 @@ def _found(root: Path, config: Config) -> DataSet:
 
 
 def _usual_annotators(cases: list[Case], C: int) -> tuple[str, ...]:
-    """What the annotators of most cases with C masks are called; nothing where no case has as many."""
+    """The annotators' names in most cases with C masks; empty where no case has C."""
     names = Counter(case.raters for case in cases if len(case.masks) == C)
     return names.most_common(1)[0][0] if names else ()
 
 
 def _read(cases: list[Case], config: Config, C: int, notes: list[str], whose: tuple[str, ...], odd: Oddities) -> Slices:
-    """The slices of the cases. whose: who drew the masks, where it matters; a case of others counts as one that lacks a mask."""
+    """The slices of the cases. whose: the annotators' names where they matter, else empty; a case by others is treated as lacking a mask."""
     out = Slices()
     for case in cases:
         others = bool(whose) and [natural(name) for name in case.raters] != [natural(name) for name in whose]
@@ -189,7 +189,7 @@ def _read(cases: list[Case], config: Config, C: int, notes: list[str], whose: tu
             what, remedy = f"{several(len(case.masks), 'mask')}, not {C}", "missing_raters=skip"
             if len(case.masks) > C:
                 remedy = f"levels={len(case.masks)} or {remedy}"
-            elif not whose:  # who drew the masks that there are must be known otherwise
+            elif not whose:  # else each mask's annotator must be known, and as-is does not ask
                 remedy = f"{remedy} or as-is"
             if len(case.masks) == C:
                 what = f"masks of {', '.join(case.raters)}, others of {', '.join(whose)}"
@@ -249,7 +249,7 @@ def training_batch(
 ) -> Batch:
     """The batch of `batch` windows of `size` pixels at `step`: a function of (seed, step) alone; an epoch sees each slice once.
 
-    part: which of the batch's images to cut; all unless given. They are drawn as if all were.
+    part: which of the batch's images to cut; by default all. What is drawn at random for them does not depend on it.
     """
     seed, n, ranges = config.training.seed, len(slices), config.training.ranges
     rng = np.random.default_rng((seed, 1, step))
@@ -294,10 +294,10 @@ def _centre(slices: Slices, i: int, size: int, config: Config, rng: np.random.Ge
 
 
 def validation_windows(slices: Slices, chosen: list[int], size: int, mode: str) -> Batch:
-    """A plain window of some slices each, one of those that the framing `mode` cuts them into: what validation samples.
+    """One plain window for each chosen slice, of those that the framing `mode` cuts it into: what validation samples.
 
-    Where there are several, the one that holds the most votes, of equals the first: the middle of a large slice is mostly empty, and
-    a model that draws nothing would be right there.
+    Of several it is the first that holds the most votes: the middle of a large slice is mostly empty, and a model that draws nothing
+    would be right there.
     """
     framing = Framing("tile" if mode == "tile" else "centre", (size, size))
     return _batch(slices, chosen, [_framed(slices.masks[i], framing) for i in chosen])
@@ -305,7 +305,7 @@ def validation_windows(slices: Slices, chosen: list[int], size: int, mode: str) 
 
 def _framed(masks: Tensor, framing: Framing) -> Window:
     (h, w), size = masks.shape[-2:], framing.size[0]
-    # A slice that is smaller than the window lies in it as the runtime pads it.
+    # A slice smaller than the window is placed in it as the runtime pads it.
     above, left = (max(size - n, 0) // 2 for n in (h, w))
     votes = masks.sum(0)
     corners = [(y - above, x - left) for y, x in framing.frame(np.empty((1, 1, h, w), np.float32)).origins]

@@ -14,7 +14,7 @@ from cdiff.runtime.sampling.schedule import NoiseSchedule
 class Diffusion:
     """Schedule constants on a device, indexed by t in 0..T, and what is computed from them.
 
-    outside: what M^c is where nobody drew, -1 or 0; inside it is 1.
+    outside: the value of M^c where nobody drew, -1 or 0; inside it is 1.
     Everything here is float32 or float64 whatever the network's precision is. Shapes: x, noise [B, 1, H, W], t int64 [B].
     """
 
@@ -31,7 +31,7 @@ class Diffusion:
         self.beta = torch.from_numpy(schedule.betas).to(device)
 
     def coded(self, m: Tensor) -> Tensor:
-        """A mask in [-1, 1] as it is diffused, from `outside` to 1."""
+        """A mask in [-1, 1] rescaled to the range that is diffused, `outside` to 1."""
         return m if self.outside == -1 else (m + 1) / 2
 
     def fraction(self, x0: Tensor) -> Tensor:
@@ -64,10 +64,10 @@ class Diffusion:
 
     def loss(self, output: Tensor, m: Tensor, noise: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """Mean squared error to the target; plus dice_weight times 1 - Dice of x0; with learned variance plus the variational bound,
-        in bits a pixel, at 1/1000 T.
+        in bits per pixel, times T / 1000. Float32 [].
 
-        The bound reaches the variance alone: the mean is detached, as Nichol & Dhariwal's L_hybrid has it, and the weight
-        is that of their L_hybrid with the bound's terms estimated by one t of T.
+        The bound trains only the variance: the mean is detached, as in Nichol & Dhariwal's L_hybrid. The weight is their 0.001, times
+        T because the term at one t stands for the sum of T terms.
         """
         output = output.float()
         mse = torch.mean((output[:, :1] - self.aim(m, noise, t)) ** 2)
@@ -80,7 +80,7 @@ class Diffusion:
         return mse + self._bound(output[:, 1:], x0, m, t).mean() * (self.schedule.T / 1000)
 
     def _bound(self, mix: Tensor, x0: Tensor, m: Tensor, t: Tensor) -> Tensor:
-        """KL(q(x_{t-1} | x_t, M) || p(x_{t-1} | x_t)) in bits a pixel, [B]; at t = 1 what it takes to say M, in 8 bits, under p."""
+        """KL(q(x_{t-1} | x_t, M) || p(x_{t-1} | x_t)) in bits per pixel, [B]; at t = 1 the bits to encode M, in steps of 2/255, under p."""
         abar, previous, beta = (
             _column(values[i]) for values, i in ((self.abar, t), (self.abar, t - 1), (self.beta, t))
         )
@@ -107,26 +107,26 @@ class Diffusion:
 
 
 def _surprise(m: Tensor, gap: Tensor, scale: Tensor) -> Tensor:
-    """-log of the probability that a normal of mean m - `gap` and deviation 1 / `scale` gives m's bin of 2/255, in nats, at most 27.6
-    (Ho et al. 2020, equation 13; the outer bins are open).
+    """-log of the probability that a normal of mean m - `gap` and deviation 1 / `scale` falls into m's bin of width 2/255, in nats, at
+    most 27.6 (Ho et al. 2020, equation 13; the outer bins are open).
 
-    A density would have no bound: losses became negative, and at T = 1000 a wrong x0 at t = 1 cost thousands of bits, beside whose
-    gradient clipping left nothing of the others'.
+    A density would be unbounded: losses became negative, and at T = 1000 a wrong x0 at t = 1 cost thousands of bits, so that after
+    gradient clipping nothing was left of the other rows' gradients.
     """
     above, below = (scale * (gap + side / 255) for side in (1, -1))
-    # A difference of two numbers near 1 would lose a wide gap's: the mirrored bin has the same share, near 0.
+    # At a wide gap both values would be near 1, and their difference lost: the mirrored bin has the same probability, of values near 0.
     inner = _normal_cdf(scale * (1 / 255 - gap.abs())) - _normal_cdf(scale * (-1 / 255 - gap.abs()))
     share = torch.where(m > 0.999, _normal_cdf(-below), torch.where(m < -0.999, _normal_cdf(above), inner))
     return -torch.log(share.clamp(min=1e-12))
 
 
 def _normal_cdf(z: Tensor) -> Tensor:
-    """Of the standard normal, by the published codes' approximation, (1 + tanh(a)) / 2, as a sigmoid, which float32 keeps exact near 0."""
+    """CDF of the standard normal by the published codes' approximation, (1 + tanh(a)) / 2; as a sigmoid, which is exact near 0 in float32."""
     return torch.sigmoid(2 * math.sqrt(2 / math.pi) * (z + 0.044715 * z**3))
 
 
 def _soft_overlap(p: Tensor, y: Tensor) -> Tensor:
-    """Soft Dice a row, [B], of two maps in [0, 1] (Milletari et al. 2016: squares below the line); 1 where both are empty."""
+    """Soft Dice per row, [B], of two maps in [0, 1] (Milletari et al. 2016: squares in the denominator); 1 where both are empty."""
     p, y = p.flatten(1), y.flatten(1)
     # One pixel's worth of smoothing: a level that nobody reached has no overlap to gain, but a stray mask there must still cost.
     return (2 * (p * y).sum(1) + 1) / ((p * p).sum(1) + (y * y).sum(1) + 1)

@@ -35,7 +35,7 @@ logging.getLogger("lightning_fabric").setLevel(
 
 VARIABLES = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 OVERRIDES = ("LT_ACCELERATOR", "LT_STRATEGY", "LT_DEVICES", "LT_NUM_NODES", "LT_PRECISION")
-"""What Lightning's own launcher sets, and Fabric would follow in place of what it is told."""
+"""Variables of Lightning's own launcher, which Fabric would follow instead of its arguments."""
 PATIENCE = timedelta(minutes=30)
 """How long a process waits for another: one may read its data from a slower disk, or be writing a checkpoint."""
 PRECISIONS = {"32-true": "float32", "bf16-mixed": "mixed bf16", "16-mixed": "mixed fp16"}
@@ -48,8 +48,8 @@ class FailedElsewhere(Exception):
 def fabric_on(device: torch.device, amp: str = "off", backend: str = "gloo") -> Fabric:
     """Fabric on exactly `device`, in exactly the precision that `amp` names (see TrainingConfig); its launch() takes the device.
 
-    backend: how the processes talk, of which the first launch decides. Among several processes each takes the GPU of its own number on
-    its machine. Raises CdiffError where the environment would have Fabric do otherwise.
+    backend: how the processes communicate; the first launch decides it for all later ones. Of several processes on a machine each
+    takes the GPU of its own number. Raises CdiffError where the environment would override this, or spreads the processes unevenly.
     """
     if alien := [name for name in OVERRIDES if name in os.environ]:
         raise CdiffError(
@@ -64,7 +64,7 @@ def fabric_on(device: torch.device, amp: str = "off", backend: str = "gloo") -> 
                 f"{here} of {world} processes run on {socket.gethostname()}; start as many on every machine"
             )
         strategy = DDPStrategy(process_group_backend=backend, timeout=PATIENCE, gradient_as_bucket_view=True)
-    # Told of environment and precision, Fabric neither looks for a cluster nor computes in bf16 where fp16 was asked for (on a CPU).
+    # Given the environment and precision, Fabric neither looks for a cluster nor computes in bf16 where fp16 was asked for (on a CPU).
     plugins: list[Any] = [TorchElasticEnvironment() if world > 1 else LightningEnvironment(), _precision(amp, device)]
     kind = "cuda" if device.type == "cuda" else "cpu"
     return Fabric(accelerator=kind, strategy=strategy, devices=here, num_nodes=world // here, plugins=plugins)
@@ -123,10 +123,11 @@ def _seen(count: int) -> str:
 
 @contextmanager
 def joined(cuda: bool) -> Iterator[Fabric]:
-    """Meet the processes that torchrun started with this one, on their CPUs and before anything can fail; without torchrun, be alone.
+    """Connect to the processes that torchrun started with this one, over their CPUs, before anything else can fail; yields their Fabric,
+    or without torchrun that of this process alone.
 
-    cuda: whether gradients will be averaged between GPUs. Raises CdiffError when the environment is incomplete or the others do not
-    come; and, when any process fails inside or is interrupted, the error in one of them and FailedElsewhere in the others.
+    cuda: whether gradients will be averaged between GPUs. Raises CdiffError when the environment is incomplete or the others cannot be
+    reached. When any process fails in the block or is interrupted, one of them raises the error and the others FailedElsewhere.
     """
     text = os.environ.get("WORLD_SIZE", "1")
     if text == "1":
@@ -138,7 +139,7 @@ def joined(cuda: bool) -> Iterator[Fabric]:
         raise CdiffError(f"WORLD_SIZE={text} {what}; start several processes with torchrun, or unset WORLD_SIZE")
     host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     try:
-        # Small facts travel between CPUs in either case: they need no GPU to wait.
+        # Small values are exchanged between CPUs in either case, so that no GPU has to wait for them.
         fabric = fabric_on(torch.device("cpu"), backend="cpu:gloo,cuda:nccl" if cuda else "gloo")
         fabric.launch()
         store = dist.TCPStore(host, int(port), is_master=False, wait_for_workers=False)  # type: ignore[attr-defined]
@@ -148,14 +149,14 @@ def joined(cuda: bool) -> Iterator[Fabric]:
         ) from None
     try:
         yield fabric
-        fabric.barrier()  # nobody leaves while another still needs it; and here others wait for the first one's last checkpoint
+        fabric.barrier()  # no process leaves while another needs it; the others also wait here for the first one's last checkpoint
     except (Exception, KeyboardInterrupt) as error:
         blamed = _blame(error, fabric, store)
-        # And no farewell to the others: a collective call would wait for those that cannot answer.
+        # No collective call from here on: it would wait for processes that cannot answer.
         if blamed is error:
             raise
         raise blamed from None
-    atexit.register(_leave)  # and no sooner, or a second run in this process could not meet again
+    atexit.register(_leave)  # not sooner, or a second run in this process could not connect again
 
 
 def _leave() -> None:
@@ -177,15 +178,15 @@ def summed(fabric: Fabric, tensor: Tensor) -> Tensor:
 
 
 def settle(fabric: Fabric, seconds: float, asked: bool) -> tuple[float, bool]:
-    """The first process's clock, and whether any process was asked to stop: what all go by, or they would part ways."""
+    """The first process's `seconds`, and whether any process was asked to stop: all must act on the same, or they would diverge."""
     told = summed(fabric, torch.tensor([seconds if fabric.is_global_zero else 0.0, float(asked)], dtype=torch.float64))
     return float(told[0]), bool(told[1] > 0)
 
 
 @contextmanager
 def together(fabric: Fabric) -> Iterator[None]:
-    """Around what every process must get through: when it is too much for one, that one raises its CdiffError and the others
-    FailedElsewhere, so that none is left waiting."""
+    """For a block that every process must get through: after it, the first process in which it raised a CdiffError raises that, and all
+    others FailedElsewhere, so that none is left waiting."""
     failure: CdiffError | None = None
     try:
         yield
@@ -200,7 +201,7 @@ def together(fabric: Fabric) -> Iterator[None]:
 
 
 def check_same(fabric: Fabric, facts: dict[str, Any]) -> None:
-    """Raise CdiffError, or FailedElsewhere, in all processes where one's `facts` are not the first one's."""
+    """Raise CdiffError, or FailedElsewhere, in all processes when any one's `facts` differ from the first one's."""
     theirs = fabric.broadcast(facts)
     with together(fabric):
         for key, value in facts.items():
@@ -224,7 +225,7 @@ def _blame(error: BaseException, fabric: Fabric, store: Any) -> BaseException:
 
 
 def _claim(store: Any) -> bool:
-    """True for the first process to ask. torchrun keeps the store; where it has gone with another process, somebody must speak."""
+    """True for the first process to ask. torchrun keeps the store; if it has ended with another process, each speaks rather than none."""
     try:
         return bool(store.add(f"cdiff-failed-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", 1) == 1)
     except RuntimeError:

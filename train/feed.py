@@ -1,5 +1,5 @@
-"""Prepares the next steps while the device works on this one. What a step learns from depends on nothing but (seed, step), so it is the
-same as when it is prepared in its turn."""
+"""Prepares the next steps while the device works on this one. A step's data depend only on (seed, step), so preparing them early
+changes nothing."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ Prepare = Callable[[int, int], list[Rows]]
 
 
 class Feed:
-    """As a context manager, `take(k, window)` gives `prepare(k, window)`, begun up to `ahead` steps before in as many threads.
+    """A context manager: `take(k, window)` returns `prepare(k, window)`, begun up to `ahead` steps earlier in as many threads.
 
-    Threads, not processes: the slices stay in one place in memory, and cutting windows and drawing noise let other threads run.
+    Threads, not processes: the slices exist once in memory, and cutting windows and drawing noise let other threads run.
     """
 
     def __init__(self, prepare: Prepare, ahead: int) -> None:

@@ -1,4 +1,4 @@
-"""A run folder for one training at a time: two would delete each other's checkpoints and write into one log."""
+"""Keeps a run folder to one training at a time: two would delete each other's checkpoints and write into one log."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from cdiff.runtime.errors import CdiffError
 
 @contextmanager
 def held(run: Path) -> Iterator[None]:
-    """Keep other trainings out of the folder `run`. Raises CdiffError when one is in it now.
+    """Keep other trainings out of the folder `run`. Raises CdiffError when another one holds it, or it cannot be opened.
 
-    The lock is the system's and leaves no file; it ends with this process, however that ends. Where a file system has no such locks, as
-    some network ones, nobody is kept out.
+    The lock is the system's and leaves no file; it ends with this process, however that ends. On a file system without such locks, as
+    some network ones are, nobody is kept out.
     """
     try:
         handle = os.open(run, os.O_RDONLY)

@@ -1,4 +1,4 @@
-"""The weights that a new run starts from, another run's or a bundle's: which they are, and whether they mean there what they mean here."""
+"""The weights that a new run starts from, another run's or a bundle's: where they are, and whether they compute the same function here."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from cdiff.train.config import Config
 from cdiff.train.told import must_tell
 
 FUNCTION = ("target", "outside", "groups", "heads", "heads_up", "head_channels")
-"""Settings that no tensor's shape shows, and with others of which the same tensors compute something else."""
+"""Settings that no tensor's shape shows, but that change what the same tensors compute."""
 AIM = ("variant", "schedule", "beta_start", "beta_end", "scaled")
-"""Those that only change what the network is to learn: weights of others are a start all the same."""
+"""Settings that only change what the network is to learn: weights trained with other values are still a start."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Initial:
     origin: dict[str, Any]
 
     def check_function(self, config: Config) -> None:
-        """Raise CdiffError where a run with `config` would compute something else with these weights than they were trained to."""
+        """Raise CdiffError where these weights would compute something else in a run with `config` than in their training."""
         if other := _other(FUNCTION, self.config, config):
             words = ", ".join(f"{key}={there} ({here} here)" for key, there, here in other)
             remedy = " ".join(f"--set {key}={there}" for key, there, _ in other)
@@ -53,7 +53,7 @@ class Initial:
             )
 
     def notes(self, config: Config) -> list[str]:
-        """What a run with `config` has to turn these weights to, in a line; none where it goes on with what they learned."""
+        """One line on what differs when a run with `config` teaches these weights something else; none where it goes on as they were trained."""
         words = ", ".join(f"{key}={there} ({here} here)" for key, there, here in _other(AIM, self.config, config))
         return [f"{self.source} was trained with {words}: its weights are only a start for that"] if words else []
 
@@ -78,6 +78,6 @@ def read_initial(init: Path) -> Initial:
 
 
 def _other(keys: tuple[str, ...], there: Config, here: Config) -> list[tuple[str, Any, Any]]:
-    """Those of the settings that differ, with both values."""
+    """(key, value there, value here) of those settings that differ."""
     old, new = there.values(), here.values()
     return [(key, old[key], new[key]) for key in keys if old[key] != new[key]]

@@ -13,11 +13,11 @@ process, torchrun among them, which hands it on to its own."""
 
 
 class Interrupt:
-    """As a context manager, turns the first SIGINT, SIGTERM or SIGHUP into `.asked`; one that comes later than its `ECHO` interrupts at
-    once, unsaved.
+    """As a context manager, turns the first SIGINT, SIGTERM or SIGHUP into `.asked`; one that comes more than `ECHO` after it raises
+    KeyboardInterrupt at once, unsaved.
 
-    What is ignored stays so: SIGHUP under nohup, SIGINT of what a script started in the background. So does what a program around Python
-    has set, which Python could not give back.
+    Ignored signals stay ignored: SIGHUP under nohup, SIGINT in what a script started in the background. Handlers that a program around
+    Python has set stay too, since Python could not restore them. Outside the main thread it does nothing.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What learns: the network, its average and AdamW, and one step of them on the diffusion loss, run by Lightning Fabric.
+"""The network, its averaged weights and AdamW, and one step of training on the diffusion loss, run by Lightning Fabric.
 
 Everything random at step k is drawn from generators seeded by (seed, k), so a run that was killed and resumed takes the same
 steps as one that was not.
@@ -49,13 +49,13 @@ class Learner:
         adamw = torch.optim.AdamW(
             self.network.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, betas=(0.9, 0.99)
         )
-        # What a step calls: the network in its precision, with the averaging of gradients where there are several processes.
+        # `model` is the network in its precision, which averages gradients where there are several processes.
         self.model, self.optimiser = fabric.setup(self.network, adamw, move_to_device=False)
         self.ema = {name: value.detach().clone() for name, value in self.network.state_dict().items()}
 
     @property
     def loss_scale(self) -> float:
-        """By how much fp16's loss is scaled against the underflow of its gradients, at the next step; 1 where it is not scaled."""
+        """The factor on fp16's loss at the next step, which keeps its gradients from underflowing; 1 where the loss is not scaled."""
         precision = self.fabric.strategy.precision
         scaler = precision.scaler if isinstance(precision, MixedPrecision) else None
         return 1.0 if scaler is None else float(scaler.get_scale())
@@ -65,7 +65,7 @@ class Learner:
         return sum(p.numel() for p in self.network.parameters())
 
     def start_from(self, initial: Initial) -> None:
-        """Take these weights as the first ones. Raises CdiffError where they do not fit, or would be another function here."""
+        """Take these weights as the initial ones. Raises CdiffError where they do not fit, or would compute something else here."""
         load_weights(
             self.network, initial.tensors, initial.path, "the new run's settings, which must give the same network"
         )
@@ -76,8 +76,8 @@ class Learner:
         """Optimiser step k (from 0) on this process's parts of it, at the learning rate `lr`.
 
         Returns the loss over all rows of the step and the gradient's norm before clipping. Raises CdiffError when one of them is not
-        finite; but with fp16 such a norm only means that the loss scale was too large, and that AdamW left the step out, until the scale
-        has fallen to 1: then the gradient itself overflows, and every further step would be left out.
+        finite. With fp16 a norm that is not finite is an error only once the loss scale has fallen to 1. Above 1 the scale was too large,
+        and AdamW skipped the step; at 1 the gradient itself overflows, and every further step would be skipped.
         """
         for group in self.optimiser.param_groups:
             group["lr"] = lr
@@ -85,14 +85,14 @@ class Learner:
         self.optimiser.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
         for number, part in enumerate(parts):
-            # Gradients travel between the processes once a step, when its last part is done.
+            # Processes exchange gradients once per step, when its last part is done.
             with fabric.no_backward_sync(self.model, enabled=number < len(parts) - 1):
                 loss = part.share * self.loss(part.to(self.device))
                 fabric.backward(loss)
             total += loss.detach()
         if fabric.world_size > 1:
-            # Processes' gradients are averaged; what the step needs is their sum. A larger loss would give it too, but in half precision
-            # overflow that many times sooner, so that other steps were left out than in one process.
+            # Processes' gradients are averaged; the step needs their sum. A larger loss would give it too, but would overflow that many
+            # times sooner in half precision, so that other steps would be skipped than in one process.
             gradients = [value.grad for value in self.network.parameters() if value.grad is not None]
             torch._foreach_mul_(gradients, float(fabric.world_size))
         norm = fabric.clip_gradients(
@@ -128,7 +128,7 @@ class Learner:
     def _average(self, k: int) -> None:
         # The average starts short, or it would hold the random initial weights for thousands of steps.
         keep = min(self.config.training.ema, (1 + k) / (10 + k))
-        # All tensors in few calls, where a GPU would wait for one call each.
+        # All tensors in a few calls: with one call for each tensor a GPU would wait.
         update = get_ema_multi_avg_fn(keep)  # type: ignore[no-untyped-call]
         state = self.network.state_dict()
         update([self.ema[name] for name in state], list(state.values()), k)
@@ -146,11 +146,11 @@ class Learner:
         return network, {name: value.contiguous() for name, value in self.ema.items()}
 
     def state(self) -> dict[str, Any]:
-        """What else a resumed run needs: the optimiser's, and fp16's loss scale."""
+        """What else a resumed run needs: the optimiser's state, and fp16's loss scale."""
         return {"optimiser": self.optimiser.state_dict(), "scaler": self.fabric.strategy.precision.state_dict()}
 
     def restore(self, folder: Path) -> None:
-        """Take up the checkpoint in `folder`. Raises CdiffError when its tensors do not fit."""
+        """Load the checkpoint in `folder`. Raises CdiffError when its tensors do not fit."""
         load_weights(self.network, read_weights(folder, MODEL), folder / MODEL)
         averaged = read_weights(folder, EMA)
         check_weights(self.network, averaged, folder / EMA)

@@ -1,4 +1,4 @@
-"""What a run tells: a CSV and TensorBoard log, and a progress bar on a terminal (sparse lines elsewhere)."""
+"""What a run reports: a CSV and TensorBoard log, and a progress bar on a terminal (sparse lines elsewhere)."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ FIELDS = ("step", "seconds", "loss", "lr", "grad_norm", "window", "mfu", "val_so
 
 
 def say(console: Console, line: str) -> None:
-    """One line as it is: never wrapped, so that it can be searched for in a log; brackets of a case's name are no markup."""
+    """Print one line as it is: never wrapped, so that a log can be searched for it, and brackets in a case's name are not markup."""
     console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 class NoLog:
-    """What a process that does not speak has for a log."""
+    """The log of a process that reports nothing."""
 
     def __enter__(self) -> NoLog:
         return self
@@ -68,7 +68,7 @@ class Log:
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         self.progress.stop()
-        # What ended the training is the one to be told.
+        # Where an error ended the training, that one is reported, not the log's.
         with suppress(CdiffError) if error is not None else nullcontext(), _room(self.path.parent):
             self.board.close()
 
@@ -76,7 +76,7 @@ class Log:
         self.progress.update(self.task, completed=completed, total=total)
 
     def row(self, row: dict[str, Any]) -> None:
-        """One line of the log; a missing field stays empty. Raises CdiffError where there is no room for it."""
+        """Write one line of the log; a missing field stays empty. Raises CdiffError where it cannot be written."""
         with _room(self.path.parent):
             with self.path.open("a", newline="") as file:
                 csv.DictWriter(file, FIELDS).writerow(row)
@@ -102,7 +102,7 @@ def _room(run: Path) -> Iterator[None]:
 
 
 def begin_log(path: Path, fields: Sequence[str], step: int) -> None:
-    """Write the log's header and, of the rows that are there, those up to `step`: a resumed run takes the later steps again."""
+    """Write the log anew: its header and the old rows up to `step`, since a resumed run takes the later steps again."""
     text = io.StringIO()
     writer = csv.DictWriter(text, fields, extrasaction="ignore")
     writer.writeheader()
@@ -113,7 +113,7 @@ def begin_log(path: Path, fields: Sequence[str], step: int) -> None:
 def read_log(path: Path) -> list[dict[str, str]]:
     """The rows of a log.csv, oldest first; none when there is no file. A line cut short by a kill, or damaged, is left out.
 
-    Raises CdiffError where it is no such file at all.
+    Raises CdiffError where the file cannot be read as CSV at all.
     """
     if not path.exists():
         return []

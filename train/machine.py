@@ -1,4 +1,4 @@
-"""What a run is computed on, for the checkpoint and the model card; and with which of PyTorch's algorithms and how many threads."""
+"""The machine of a run, described for the checkpoint and the model card; and the PyTorch settings that it computes with."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 @for_all_threads
 @contextmanager
 def float32_by_default() -> Iterator[None]:
-    """New tensors are float32 unless they say otherwise. PyTorch has one default for the whole process: who computes in a thread of its own
-    sees it change too, so what runs often says its types instead."""
+    """Within the block new tensors are float32 unless they name a type. PyTorch has one default for the whole process, so that other threads
+    see it change too: code that runs often names its types instead."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
@@ -43,8 +43,8 @@ def float32_by_default() -> Iterator[None]:
 
 @contextmanager
 def thread_as_it_starts() -> Iterator[None]:
-    """What PyTorch keeps for each thread apart is as a program finds it that has changed nothing, and is given back: new tensors are on the
-    CPU, no autocast computes in another type than ours, and gradients are kept."""
+    """Within the block PyTorch's per-thread state is what a new program finds, restored afterwards: new tensors are on the CPU, no autocast
+    computes in another type than ours, and gradients are recorded."""
     kinds = ("cpu", "cuda")
     before = [torch.is_autocast_enabled(kind) for kind in kinds]
     for kind in kinds:
@@ -53,7 +53,7 @@ def thread_as_it_starts() -> Iterator[None]:
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
-            if torch.get_default_device() != torch.device("cpu"):  # elsewhere it would only slow every call down
+            if torch.get_default_device() != torch.device("cpu"):  # otherwise it would only slow every call down
                 stack.enter_context(torch.device("cpu"))
             yield
     finally:
@@ -62,15 +62,14 @@ def thread_as_it_starts() -> Iterator[None]:
 
 
 _processes: set[int] = set()
-"""Where PyTorch was used for any of our work: this process, and those that it was forked off from."""
+"""Ids of the processes in which PyTorch was used for our work: this one, and those that it was forked from."""
 
 
 @contextmanager
 def as_it_starts() -> Iterator[None]:
-    """PyTorch as a program finds it that has changed nothing, given back as it was: `thread_as_it_starts` and `float32_by_default`.
+    """Within the block PyTorch is as a new program finds it, restored afterwards: `thread_as_it_starts` and `float32_by_default`.
 
-    Raises CdiffError in a process that was forked off from one that has been in here: PyTorch would wait for threads that it had there, and that
-    are not here.
+    Raises CdiffError in a process forked from one that has been in such a block: PyTorch would wait for threads that exist only there.
     """
     if _processes - {os.getpid()}:
         raise CdiffError(
@@ -85,9 +84,9 @@ def as_it_starts() -> Iterator[None]:
 @for_all_threads
 @contextmanager
 def own_attention() -> Iterator[None]:
-    """Attention on a GPU by PyTorch's own kernels. On cards of compute capability 9.0 and 10.0 it prefers cuDNN's, which ends a step in an
-    error ("No valid execution plans") where it has none for these shapes; of the FLOPs of the paper's network attention is less than one in a
-    hundred.
+    """Within the block attention on a GPU uses PyTorch's own kernels. On compute capability 9.0 and 10.0 PyTorch prefers cuDNN's, which end
+    a step in an error ("No valid execution plans") for shapes that they do not support; attention is less than one in a hundred of the paper's
+    network's FLOPs.
     """
     before = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -102,8 +101,8 @@ _TRAINING = threading.Lock()
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """One training at a time in a program: dropout and first weights are drawn from PyTorch's one generator on a device, which each run
-    seeds, so that of two in threads neither could be repeated. Raises CdiffError in the second."""
+    """One training at a time in a program: dropout and initial weights are drawn from PyTorch's one generator on a device, which each run
+    seeds, so that neither of two runs in threads could be repeated. Raises CdiffError in the second."""
     if not _TRAINING.acquire(blocking=False):
         raise CdiffError(
             "another training is under way in this program, and the two would draw from one random generator; wait until it ends, or train "
@@ -117,9 +116,9 @@ def alone() -> Iterator[None]:
 
 @contextmanager
 def arithmetic(deterministic: bool, threads: int = 0) -> Iterator[None]:
-    """PyTorch's choice of algorithms during a run: the same ones each time, or whichever cuDNN finds fastest for these shapes; and how many
-    threads compute on a CPU (0: as many as before, but no more than a container's quota, for PyTorch counts processors, whatever share of them
-    that is). All is given back after it, and so is the state of PyTorch's own generators, which a run seeds.
+    """Within the block PyTorch takes the same algorithms each time, or whichever cuDNN finds fastest for the shapes, and computes in `threads`
+    threads on a CPU (0: as many as before, but no more than a container's quota allows: PyTorch counts processors, not the container's share
+    of them). All is restored afterwards, and so is the state of PyTorch's own generators, which a run seeds.
 
     With `deterministic`, an operation that has no deterministic form raises RuntimeError.
     """

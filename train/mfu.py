@@ -40,7 +40,7 @@ PEAKS: tuple[tuple[str, float, float], ...] = (
     ("T4", 65.0, 8.1),
 )
 OTHERS = {"MIG", "Laptop", "NVL", "D"}
-"""Words that make another GPU of the same name: a part of it, or a faster or slower board."""
+"""Words in a name that mark another GPU than the one in `PEAKS`: a part of it, or a faster or slower board."""
 
 
 def peak_flops(config: Config, device: torch.device, half: bool) -> float | None:
@@ -51,7 +51,7 @@ def peak_flops(config: Config, device: torch.device, half: bool) -> float | None
 
 
 def sheet_flops(name: str, half: bool) -> float | None:
-    """PEAKS's FLOP/s for a GPU called `name` by CUDA, such as "NVIDIA A100-SXM4-80GB"; None for one that is not there."""
+    """FLOP/s from `PEAKS` of the GPU that CUDA calls `name`, such as "NVIDIA A100-SXM4-80GB"; None for one that is not in it."""
     words = set(re.split(r"[\s-]+", name))
     if words & OTHERS:
         return None
@@ -62,9 +62,9 @@ def sheet_flops(name: str, half: bool) -> float | None:
 
 
 def image_flop(config: NetworkConfig, window: int, rows: int) -> int:
-    """FLOPs (a multiply-add is two) of learning from one image of `window` pixels with `rows` rows: encoder once, denoiser a row, and back.
+    """FLOPs (a multiply-add is two) of learning from one image of `window` pixels with `rows` rows: encoder once, denoiser per row, and back.
 
-    Convolutions and matrix products as PyTorch's counter has them, on tensors without content.
+    PyTorch's counter counts convolutions and matrix products, here on tensors without content.
     """
     with torch.device("meta"):
         network = ConsensusNet(config)
@@ -80,7 +80,7 @@ class Utilisation:
 
     def __init__(self, config: Config, peak: float | None, devices: int) -> None:
         self.config, self.rate = config, peak and peak * devices
-        self._flop: dict[int, int] = {}  # an image, by window
+        self._flop: dict[int, int] = {}  # per image, by window
         self._done, self._seconds = 0, 0.0
 
     def add(self, window: int, seconds: float) -> None:

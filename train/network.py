@@ -1,7 +1,7 @@
 """The consensus-diffusion network eps_theta = D(E(F(x_t) + G(I), z), z) (Amit et al. 2023, section 3).
 
-G depends on neither t, c nor the run, so it is a module of its own (Encoder) that runs once a slice; F, E and D are the
-Denoiser, which runs each step.
+G depends on neither t, c nor the run, so it is a module of its own (Encoder) that runs once per slice; F, E and D are the
+Denoiser, which runs at each step.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Recomputed(nn.Module, abc.ABC):
 
 
 def recompute_activations(network: nn.Module) -> None:
-    """Make every block of the network keep its input alone for the gradient."""
+    """Make every block of the network keep only its input for the gradient."""
     for module in network.modules():
         if isinstance(module, Recomputed):
             module.recompute = True
@@ -151,7 +151,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         b, c, height, width = x.shape
-        # [B, heads, positions, channels a head], three times
+        # [B, heads, positions, channels per head], three times
         q, k, v = (
             part.reshape(b, self.heads, c // self.heads, height * width).transpose(2, 3)
             for part in self.qkv(self.norm(x)).chunk(3, dim=1)
@@ -177,8 +177,8 @@ class Stage(Recomputed):
 class Denoiser(nn.Module):
     """D(E(F(x_t) + features, z), z) with z = z_t + z_c.
 
-    forward: x [B, 1, H, W], features [B, L, H, W] (one a row), t int64 [B] in 1..T, level int64 [B] in 1..K: the level of
-    agreement, or what else the variant tells the network.
+    forward: x [B, 1, H, W], features [B, L, H, W] (one per row), t int64 [B] in 1..T, level int64 [B] in 1..K: the level of
+    agreement, or whatever else the variant tells the network.
     Returns [B, 1, H, W], the target's prediction; with learned variance [B, 2, H, W], the second channel being v, about
     -1 to 1, that interpolates the log variance (Nichol & Dhariwal 2021, eq. 15).
     """
@@ -286,7 +286,7 @@ def _groups(channels: int, config: NetworkConfig) -> int:
 
 
 def _sinusoids(T: int, width: int) -> Tensor:
-    """Rows t = 1..T of Vaswani et al.'s position code: neighbouring timesteps start alike, the table then learns."""
+    """Rows t = 1..T of Vaswani et al.'s position code: neighbouring timesteps start alike; training then changes the table."""
     rates = torch.exp(-torch.arange(width // 2) / (width // 2) * torch.log(torch.tensor(1e4)))
     angles = torch.arange(1, T + 1)[:, None] * (1000 / T) * rates[None]
     return torch.cat([torch.cos(angles), torch.sin(angles)], dim=1)

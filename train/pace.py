@@ -10,7 +10,7 @@ from cdiff.train.config import Config
 
 
 def now(config: Config) -> float:
-    """Seconds on the clock that the run's budget counts, from any moment: of the wall, or of this process's processor time."""
+    """Seconds, from an arbitrary moment, on the clock that the run's budget counts: the wall's, or this process's processor time."""
     return time.process_time() if config.training.clock == "cpu" else time.monotonic()
 
 
@@ -22,13 +22,13 @@ def progress(config: Config, done: int, seconds: float) -> float:
 
 
 def grows(config: Config, done: int, seconds: float) -> bool:
-    """Whether windows are to grow yet in a run that has taken `done` steps in `seconds`."""
+    """Whether windows are still to grow in a run that has taken `done` steps in `seconds`."""
     return window_size(config, progress(config, done, seconds)) != window_size(config, 1.0)
 
 
 def forecast(config: Config, done: int, seconds: float, step: float, late: float) -> str:
-    """What a run that has taken `done` steps in `seconds` will take yet, in words, if a step takes `step` seconds on the budget's clock, and
-    one of the late phase `late` seconds."""
+    """In words, how long a run that has taken `done` steps in `seconds` will still take if a step takes `step` seconds on the budget's clock,
+    and one of the late phase `late` seconds."""
     settings, clock = config.training, " of processor time" if config.training.clock == "cpu" else ""
     left, small = max(0, settings.steps - done), 0
     if grows(config, done, seconds):
@@ -49,12 +49,12 @@ def forecast(config: Config, done: int, seconds: float, step: float, late: float
 
 def window_size(config: Config, progress: float) -> int:
     """The side of a step's windows, pixels: `crop`, then image_size for the last `late` share of the run."""
-    late = config.data.late > 0 and progress >= 1 - config.data.late  # also where the last validation is made, at 1
+    late = config.data.late > 0 and progress >= 1 - config.data.late  # also at 1, where the last validation is made
     return config.network.image_size if late else config.crop
 
 
 def batch_size(config: Config, window: int) -> int:
-    """Images a step, when its windows have `window` pixels."""
+    """Images per step when its windows have `window` pixels."""
     settings = config.training
     return settings.late_batch or settings.batch if window == config.network.image_size else settings.batch
 

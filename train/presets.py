@@ -56,7 +56,7 @@ SMALL = Config(
 
 PRESETS: dict[str, Config] = {
     # Section 4 of the paper: 256x256, T = 100, L = 128, depths [L, L, L, 2L, 2L, 4L, 4L], 8 RRDBs, attention at 16 and 8,
-    # AdamW, batch 4. Three residual blocks a depth, four heads, 64 channels and growth 32 in an RRDB, the learning rate and EMA
+    # AdamW, batch 4. Three residual blocks per depth, four heads, 64 channels and growth 32 in an RRDB, the learning rate and EMA
     # are the published code's; the paper does not give them. What is ours: docs/variants.md.
     "paper": Config(
         network=NetworkConfig(),

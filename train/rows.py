@@ -19,7 +19,7 @@ from cdiff.train.config import Config
 from cdiff.train.data import Slices, training_batch
 from cdiff.train.pace import batch_size
 
-PART_SEED = 1_000_000_007  # dropout of different parts of a step must not be alike, nor like what is drawn for the step
+PART_SEED = 1_000_000_007  # dropout must differ between a step's parts, and from what is drawn for the step
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Rows:
     drew), each for r rows that lie next to each other.
 
     t int64 [B r] in 1..T, level int64 [B r] in 1..K, noise [B r, 1, n, n], u float32 [B r] in [0, 1) for a target that draws a mask
-    without telling which. `share` is the part's share of the step's rows, `seed` is
-    for what the network draws itself (dropout).
+    at random without telling the network which. `share` is the part's share of the step's rows, `seed` is for what the network draws
+    itself (dropout).
     """
 
     image: Tensor
@@ -75,7 +75,7 @@ def check_parts(config: Config, world: int) -> None:
 
 
 def draw_rows(slices: Slices, config: Config, k: int, window: int, rank: int = 0, world: int = 1) -> list[Rows]:
-    """The parts of step k (from 0), whose windows have `window` pixels, that are process `rank`'s among `world`."""
+    """Process `rank`'s parts, among `world` processes, of step k (from 0), whose windows have `window` pixels."""
     settings, T = config.training, config.network.T
     images, r = batch_size(config, window), settings.rows_per_image
     generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + k)

@@ -40,8 +40,8 @@ class TrainResult:
     seconds of training, over all calls.
 
     out: the run folder. parameters: the network's. data: what was found (Data.summary). interrupted: whether Ctrl-C, SIGTERM or SIGHUP ended
-    it. finished: whether the run is at its end, and not at `max_steps`. first: whether this is the process that should tell, of those
-    that trained together.
+    it. finished: whether the run is at its end, not only at `max_steps`. first: whether this is the one of the processes training
+    together that should report.
     """
 
     step: int
@@ -57,7 +57,7 @@ class TrainResult:
 
 
 class Run:
-    """The state of a training run: what learns, how far it is, its best score. notes: what a user should know before it begins."""
+    """The state of a training run: its learner, how far it is, its best score. notes: what a user should know before it begins."""
 
     def __init__(self, config: Config, data: Data, fabric: Fabric, out: Path) -> None:
         check_parts(config, fabric.world_size)
@@ -71,9 +71,9 @@ class Run:
         self.utilisation = Utilisation(config, peak, fabric.world_size)
         self.done, self.seconds, self.best = 0, 0.0, -math.inf
         self.best_window = 0
-        # Where the first weights came from, if they were not random (checkpoint.origin).
+        # Where the initial weights came from, if they were not random (checkpoint.origin).
         self.origin: dict[str, Any] = {}
-        # The SHA-256 of the weights that it begins or goes on with, where it is known: several processes must have the same.
+        # The SHA-256 of the weights that the run starts or resumes with, where known: it must be the same in all processes.
         self.weights_from = ""
         marked = [i for i, masks in enumerate(data.val.masks) if masks.any()]
         count = min(config.training.val_slices, len(marked))
@@ -98,7 +98,7 @@ class Run:
         return pace.learning_rate(self.config, self.done, self.progress())
 
     def step(self, k: int, window: int | None = None) -> tuple[float, float]:
-        """Step k (from 0), on windows of `window` pixels, those of now unless given: the loss and the gradient's norm before clipping.
+        """Take step k (from 0) on windows of `window` pixels (by default the current size); returns loss and gradient norm before clipping.
 
         Raises CdiffError when one is not finite, when the GPU's memory is not enough, or when torch.compile cannot compile.
         """
@@ -109,13 +109,13 @@ class Run:
             return self.learner.step(k, self.feed.take(k, window or self.window()), self.lr())
 
     def try_out(self, window: int) -> tuple[float, float]:
-        """Take two steps on windows of `window` pixels: the first one's loss, and the seconds that a step takes, on the budget's clock."""
+        """Take two steps on windows of `window` pixels; returns the first one's loss and a step's seconds on the budget's clock."""
         loss, _ = self.step(self.done, window)
         began = pace.now(self.config)
-        self.step(self.done + 1, window)  # the first step is the slower one: it makes what the others use again
+        self.step(self.done + 1, window)  # the first step is slower: it sets up what later ones reuse
         took = pace.now(self.config) - began
         if (ahead := self.feed.ahead) and self.config.training.clock == "wall":
-            # This step's data lay ready since the slow one; a run whose data take longer than its steps waits for them.
+            # This step's data were prepared during the slow first one; a run whose data take longer than its steps waits for them.
             began = pace.now(self.config)
             self.feed.prepare(self.done + 1, window)
             took = max(took, (pace.now(self.config) - began) / ahead)
@@ -154,7 +154,7 @@ class Run:
         return validation_windows(self.data.val, chosen, size, self.config.data.framing)
 
     def loop(self, max_steps: int | None, console: Console, quiet: bool) -> TrainResult:
-        """Steps until the end, an interrupt, or `max_steps`; saves as it goes. Returns how it ended."""
+        """Train until the end, an interrupt, or `max_steps`, saving on the way. Returns how it ended."""
         settings = self.config.training
         end = min(settings.steps, max_steps or settings.steps)
         loss, saved = math.nan, time.monotonic()
@@ -214,7 +214,7 @@ class Run:
         )
 
     def restore(self) -> None:
-        """Take up the last checkpoint; a run that was killed before its first begins anew."""
+        """Continue from the last checkpoint; a run that was killed before its first one begins anew."""
         folder = checkpoint_folder(self.out, "last")
         if folder is None:
             return
@@ -236,10 +236,10 @@ class Run:
             ) from error
 
     def save(self, value: float | None, window: int = 0) -> None:
-        """Write a checkpoint, in the first process; value: the score of a validation just made, on windows of `window` pixels, which by
-        the clock may have grown since.
+        """Write a checkpoint, in the first process. value: the score of a validation just made, on windows of `window` pixels (which
+        may have grown since).
 
-        Scores of small windows and of whole ones do not compare: the best starts anew with the larger.
+        Scores on windows of different sizes cannot be compared: when windows grow, the best score starts anew.
         """
         is_best = value is not None and math.isfinite(value) and (window != self.best_window or value > self.best)
         if is_best and value is not None:
@@ -281,7 +281,7 @@ class Run:
 
 @contextmanager
 def _enough_memory(when: str, remedy: str) -> Iterator[None]:
-    """Raise CdiffError, one line, where the GPU's memory runs out."""
+    """Within the block, raise a CdiffError of one line where the GPU's memory runs out."""
     try:
         yield
     except torch.OutOfMemoryError as error:

@@ -16,11 +16,11 @@ from cdiff.runtime.variants import IMPLICIT_ENSEMBLE, variant_called
 from cdiff.train.ranges import PUBLISHED, Ranges
 
 WIDEST = 8192
-"""Most channels of a feature map. The published networks have at most 512: so many more are a slip, and would end in a lack of memory."""
+"""Most channels of a feature map. The published networks have at most 512: far more are a slip, and would run out of memory."""
 MOST_BLOCKS = 1000
-"""Most blocks in a row, which would else be made one after another without end."""
+"""Most blocks in a row: making more would take endlessly long."""
 MOST_DECAY, MOST_DICE = 1e4, 1e6
-"""Most of what takes weights down, and weighs a loss, which would else be beyond float32."""
+"""Largest weight_decay and dice_weight: far larger ones would exceed float32."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,11 @@ class NetworkConfig:
     blocks are each followed by self-attention; the bottleneck always has it. `levels` is C, the number of annotators, `T` the
     number of timesteps. `variant` is what the network learns to draw (`runtime.variants`), and so what z_c tells it.
 
-    What the published code can be told besides, and an imported checkpoint may need: `heads_up`, other heads on the way up (0:
-    `heads`); `head_channels`, channels a head, which then decides their number (0: `heads` does); embedding "scale-shift"
+    Further options of the published code, which an imported checkpoint may need: `heads_up`, the number of heads on the way up (0:
+    `heads`); `head_channels`, channels per head, which then decides their number (0: `heads` does); embedding "scale-shift"
     multiplies and shifts the normalised features by z instead of adding it to them (Nichol & Dhariwal 2021, appendix A);
     resample "block" halves and doubles the size inside a residual block instead of by a convolution (Dhariwal & Nichol 2021);
-    `outside`, what x0 is where a mask is not: -1, or 0 as in the implicit ensemble's code. Inside it is 1.
+    `outside`, the value of x0 outside a mask: -1, or 0 as in the implicit ensemble's code. Inside it is 1.
     """
 
     image_size: int = 256
@@ -106,7 +106,7 @@ class NetworkConfig:
 
     @property
     def conditions(self) -> int:
-        """K, the number of maps of an image: one for each level or annotator, or one."""
+        """K, the number of maps per image: one for each level or annotator, or a single one."""
         return variant_called(self.variant).conditions(self.levels)
 
     @property
@@ -139,7 +139,7 @@ def _at_most(section: Any, **limits: float) -> None:
 
 
 def check_size(size: int, network: NetworkConfig, name: str) -> None:
-    """Raise CdiffError unless `size` pixels can be halved as often as the U-Net does, and are not more than a bundle may say."""
+    """Raise CdiffError unless `size` pixels can be halved as often as the U-Net does, and are at most what a bundle may state."""
     if size < network.stride or size % network.stride:
         raise CdiffError(
             f"{name}={size} must be a multiple of {network.stride} (the U-Net has {len(network.channel_mult)} depths)"
@@ -150,7 +150,7 @@ def check_size(size: int, network: NetworkConfig, name: str) -> None:
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """The noise schedule, "linear" or "cosine", and the linear one's ends; see NoiseSchedule for what `scaled` is about.
+    """The noise schedule, "linear" or "cosine", and the linear one's ends; see NoiseSchedule for `scaled`.
 
     The cosine schedule has no ends and no scale: other values than the defaults with it are an error.
     """
@@ -176,7 +176,7 @@ class DataConfig:
     framing: "resize" brings every slice to image_size; "tile" keeps the pixel grid and cuts windows; "centre" looks only at
     the central image_size pixels of a slice, for crops that someone centred on the structure. `crop` is the side of
     the training window under "tile" (0: image_size); small windows make early steps cheap, and the last `late` share of training
-    takes windows of image_size. A window that is smaller than its slice is drawn within `jitter` pixels of the structure's centre.
+    uses windows of image_size. A window smaller than its slice is placed at random within `jitter` pixels of the structure's centre.
     intensity_...: how raw intensities become the network's input; see `runtime.scans.intensity.Intensity`.
     missing_raters: what happens to a case with fewer masks than C: "skip" it, take its masks "as-is" (levels above its
     number of masks are then empty; the other variants learn from the masks there are, and `annotator` cannot), or "error".
@@ -214,7 +214,7 @@ class DataConfig:
             raise CdiffError(f"late={self.late} must lie in 0..1, a share of the run")
         if not 0 < self.val_fraction < 1:
             raise CdiffError(f"val_fraction={self.val_fraction} must lie between 0 and 1, a share of the cases")
-        _ = self.intensity  # one that cannot be is an error before any data is read
+        _ = self.intensity  # an impossible one is an error before any data is read
 
     @property
     def intensity(self) -> Intensity:
@@ -230,35 +230,35 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """The optimiser and its surroundings.
+    """The optimiser, and how training is run.
 
-    steps: optimiser steps in all. batch: images a step, over all processes; late_batch: in the late phase, when windows grow from
-    `crop` to image_size (0: the same). rows_per_image: (t, c, noise) draws an image, which share its encoding. seed: of all that is
-    random.
+    steps: optimiser steps in all. batch: images per step, over all processes; late_batch: the same in the late phase, when windows
+    have grown from `crop` to image_size (0: `batch`). rows_per_image: (t, c, noise) draws per image, which share its encoding. seed:
+    of everything random.
 
     augment: random affine maps and flips. rotation (degrees), zoom and shift (shares) are their ranges, as published; contrast,
     brightness and pixel_noise, which change the intensities, are off unless given. See `train.ranges.Ranges`.
 
     lr, weight_decay: AdamW's. lr warms up linearly over `warmup` steps and then, with decay="cosine", falls to zero at `steps`; "none"
     keeps it. minutes > 0 ends the run after that many minutes of training, the decay following the clock (such a run is not
-    reproducible step for step). clock: which minutes, "wall", or "cpu" for those of the processor that this process used (the first
-    of several): fair where other programs run on the machine. clip: the norm above which gradients are scaled down to it. ema: the
-    share of the averaged weights that a step keeps, at most (the average starts shorter).
+    reproducible step for step). clock: which time counts for `minutes`, "wall", or "cpu" for the processor time that this process (the
+    first of several) used: fair where other programs run on the machine. clip: the norm above which gradients are scaled down to it.
+    ema: the largest share of the averaged weights that a step keeps (less in the first steps).
 
-    dice_weight: how much the soft Dice of the predicted x0 adds to the squared error, which alone is mostly the background's where
-    structures are small. t_power p draws t with a density that grows as t^(p - 1): 1 is the papers' uniform draw; 2 favours the
+    dice_weight: the weight of 1 - soft Dice of the predicted x0, added to the squared error, which alone is mostly the background's
+    where structures are small. t_power p draws t with a density that grows as t^(p - 1): 1 is the papers' uniform draw; 2 favours the
     noisy end, where a chain of few steps settles the shape.
 
-    val_...: every how many steps to validate, on how many slices, by DDIM of how many steps, how many runs a slice. save_every_s:
+    val_every: steps between validations; val_slices, val_steps, val_runs: their slices, DDIM steps, and runs per slice. save_every_s:
     seconds between checkpoints, besides those at validations. log_every: steps between rows of the log.
 
     amp: "auto" is bf16 on a GPU that has it, float32 elsewhere; "bf16" and "fp16" (with loss scaling) compute in mixed precision on
     any device, "off" in float32.
-    accumulate: parts in which a process works through its share of a step, each needing its share of the memory. Neither it nor the
+    accumulate: parts in which a process works through its share of a step one after another, to need less memory. Neither it nor the
     number of processes changes what a step learns from: learning rate, warm-up and EMA count optimiser steps.
     checkpointing: compute activations again for the gradient instead of keeping them. compile: torch.compile. deterministic: only
     algorithms that give the same result each time, or an error. prefetch: steps prepared ahead in threads; -1: 2 for a GPU, 0 for a CPU.
-    threads: that PyTorch computes with on a CPU; 0: its own choice, within a container's quota. peak_tflops: what a device can do at best, for
+    threads: how many PyTorch uses on a CPU; 0: its own choice, within a container's quota. peak_tflops: the device's peak TFLOP/s, for
     the MFU in the log; 0: from a table of GPUs (train/mfu.py).
     """
 
@@ -304,9 +304,9 @@ class TrainingConfig:
         _at_least(self, 1, "val_every", "val_slices", "val_steps", "val_runs")
         _at_least(self, 0, "late_batch", "weight_decay", "warmup", "minutes", "dice_weight")
         _at_least(self, 0, "seed", "threads", "save_every_s", "peak_tflops")
-        # A step of AdamW moves each weight by about lr: above 1 it is a slip, and would be beyond float32 in the end.
+        # A step of AdamW moves each weight by about lr: an lr above 1 is a slip, and weights would exceed float32 in the end.
         _at_most(self, lr=1, weight_decay=MOST_DECAY, dice_weight=MOST_DICE, threads=MOST_THREADS)
-        if self.seed >= 2**32:  # steps are numbered above it, in the 64 bits of PyTorch's
+        if self.seed >= 2**32:  # a step's seed is the seed times about a million, plus its number, in PyTorch's 64 bits
             raise CdiffError(f"seed={self.seed} must be below 2^32")
         for name in ("lr", "clip", "t_power"):
             if not getattr(self, name) > 0:
@@ -316,7 +316,7 @@ class TrainingConfig:
             raise CdiffError(f"prefetch={self.prefetch} must lie in 0..64, or be -1 for the device's own")
         if not 0 <= self.ema < 1:
             raise CdiffError(f"ema={self.ema} must lie in [0, 1)")
-        _ = self.ranges  # ranges that cannot be are an error before any data is read
+        _ = self.ranges  # impossible ones are an error before any data is read
 
     @property
     def ranges(self) -> Ranges | None:

@@ -1,4 +1,4 @@
-"""Which cases a run learns from, kept with it as RUN/data.json, so that a resumed run is held to the same."""
+"""Which cases a run learns from, kept with it as RUN/data.json, so that a resumed run must find the same ones."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from cdiff.train.checkpoint import read_json
 NAME = "data.json"
 PARTS = {"train": "to train on", "val": "to validate on"}
 BEFORE = "before"
-"""The part that holds what the weights had learned from when the run began: the cases of the run that they are from (--init)."""
+"""The part that holds the cases that the initial weights had learned from: those of the run that they came from (--init)."""
 
 
 @dataclass(frozen=True)
 class Seen:
-    """A case as it was read, before it is resampled or normalised; nothing that moving its folder changes.
+    """A case as it was read, before it is resampled or normalised; moving its folder changes nothing here.
 
     masks: how many. shape: slices, rows, columns. marked: pixels that are marked, over all masks. mean: of the image's values.
-    drawn: SHA-256 of the masks' pixels, a bit each. values: SHA-256 of the image's, float32; empty in a run of before it was kept.
+    drawn: SHA-256 of the masks' pixels, one bit each. values: SHA-256 of the image's, float32; "" in runs older than this field.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Seen:
         return cls(name, masks.shape[1], (slices, rows, columns), int(masks.sum()), mean, drawn, values)
 
     def differs(self, then: Seen) -> str:
-        """What is not as it was `then`, in words; nothing where a training sees the same. The name alone is no difference."""
+        """What differs from `then`, in words; "" where training sees the same. The name alone is no difference."""
         if self.masks != then.masks:
             return f"has {several(self.masks, 'mask')} and had {then.masks}"
         if self.shape != then.shape:
@@ -66,17 +66,17 @@ class Seen:
 
 
 def write_seen(run: Path, seen: dict[str, list[Seen]]) -> None:
-    """Keep with the run which cases it trains on ("train") and validates on ("val"), in the order in which they are numbered, and BEFORE."""
+    """Write to the run's data.json the cases that it trains on ("train") and validates on ("val"), in the order of their slices, and BEFORE."""
     write_json(run / NAME, {part: [asdict(case) for case in cases] for part, cases in seen.items()})
 
 
 def seen_before(run: Path) -> list[Seen]:
-    """What the weights of `run` had learned from when it began; nothing where it does not say."""
+    """The cases that the weights of `run` had learned from when it began; empty where it does not say."""
     return _read(run / NAME)[BEFORE] if (run / NAME).exists() else []
 
 
 def learned_from(run: Path) -> list[Seen]:
-    """What the weights of `run` have learned from by now, each case once; nothing where it does not say, as no bundle does."""
+    """The cases that the weights of `run` have learned from by now, each once; empty where it does not say, as for any bundle."""
     if not (run / NAME).exists():
         return []
     began = _read(run / NAME)
@@ -84,14 +84,14 @@ def learned_from(run: Path) -> list[Seen]:
 
 
 def again(val: list[Seen], before: list[Seen]) -> list[str]:
-    """The names of those cases to validate on that weights learned from before."""
+    """The names of the cases in `val` that are among those in `before`, which the weights learned from."""
     return [case.name for case in val if any(not case.differs(one) for one in before)]
 
 
 def check_seen(run: Path, seen: dict[str, list[Seen]], data: Path) -> None:
-    """Raise CdiffError, in one line, where the run began with other cases than `seen`, those of `data`.
+    """Raise CdiffError, in one line, where the run began with other cases than `seen`, which were read from `data`.
 
-    Does nothing for a run that does not say: an imported one.
+    Does nothing for a run that does not say which cases it began with, such as an imported one.
     """
     if not (run / NAME).exists():
         return
@@ -103,7 +103,7 @@ def check_seen(run: Path, seen: dict[str, list[Seen]], data: Path) -> None:
 
 
 def differences(now: dict[str, list[Seen]], then: dict[str, list[Seen]]) -> str:
-    """Where the cases to train on and to validate on are others `now` than `then`, in words; nothing where a training sees the same."""
+    """How the cases to train on and to validate on differ `now` from `then`, in words; "" where training sees the same."""
     return "; ".join(f"cases {PARTS[part]}: {what}" for part in PARTS if (what := _differences(now[part], then[part])))
 
 
@@ -140,7 +140,7 @@ def _read(path: Path) -> dict[str, list[Seen]]:
 
 
 def _must_be_typed(case: Seen) -> None:
-    """Raise TypeError where a value is of another kind than was written."""
+    """Raise TypeError where a value is not of the type that was written."""
     numbers, texts = (case.masks, case.marked, *case.shape), (case.name, case.drawn, case.values)
     if not all(type(number) is int for number in numbers) or len(case.shape) != 3:
         raise TypeError(f"{numbers} are not all whole numbers")

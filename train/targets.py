@@ -23,7 +23,7 @@ def consensus(masks: Tensor, raters: Tensor, condition: Tensor, u: Tensor) -> Te
 
 
 def annotator(masks: Tensor, raters: Tensor, condition: Tensor, u: Tensor) -> Tensor:
-    """A^i, the mask of the annotator whom the network is told."""
+    """A^i, the mask of the annotator whose number the network is told."""
     return _signed(_mask(masks, condition - 1))
 
 
@@ -38,7 +38,7 @@ def soft_label(masks: Tensor, raters: Tensor, condition: Tensor, u: Tensor) -> T
 
 
 def majority(masks: Tensor, raters: Tensor, condition: Tensor, u: Tensor) -> Tensor:
-    """What at least half of the annotators drew; of a single annotator, the mask (Wolleb et al. 2022 have one)."""
+    """What at least half of the annotators drew; with a single annotator, the mask (Wolleb et al. 2022 have one)."""
     return _signed(2 * masks.sum(1, keepdim=True) >= _column(raters))
 
 

@@ -1,4 +1,4 @@
-"""What a checkpoint, or a bundle, tells of its training, held to what is read of it: another program, or a hand, may have changed it."""
+"""Checks the types of what a checkpoint or a bundle says of its training: another program, or a person, may have changed it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ NUMBER = (int, float)
 MAYBE = (int, float, type(None))
 SPLIT = {"cases": int, "slices": int}
 WHERE_FROM: dict[str, Any] = {"name": str, "sha256": str}
-"""Of the run or bundle that the weights started from."""
+"""What is said of the run or bundle that the weights started from."""
 PUBLISHED = dict.fromkeys(("repository", "variant", "file", "sha256"), str)
-"""Of the published code's checkpoint that they were imported from."""
+"""What is said of the published code's checkpoint that they were imported from."""
 TOLD: dict[str, Any] = {
     "step": int,
     "seconds": NUMBER,
@@ -27,16 +27,16 @@ TOLD: dict[str, Any] = {
     "val_soft_dice_5": MAYBE,
     "val_protocol": {},
 }
-"""The kinds of the values that are read; of objects of any keys that they are objects."""
+"""The types of the values that are read; {} stands for an object with any keys."""
 
 
 def must_tell(told: dict[str, Any], path: Path) -> None:
-    """Raise CdiffError, naming the file, for a value of another kind than is read, or one that no report could hold.
+    """Raise CdiffError, naming the file, for a value of another type than is read, or one that no report could hold.
 
-    A key may be missing, but not of what a split, or where the weights came from, is told by.
+    Keys may be missing, except those that describe a split, or where the weights came from.
     """
     try:
-        # Of what JSON may hold neither NaN, 1e999 nor half a pair of surrogates could stand in a bundle.
+        # Python's JSON reader accepts NaN, 1e999 and lone surrogates; a bundle can hold none of them.
         json.dumps(told, ensure_ascii=False, allow_nan=False).encode()
         wrong = _wrong(told)
     except (ValueError, RecursionError) as error:
@@ -46,7 +46,7 @@ def must_tell(told: dict[str, Any], path: Path) -> None:
 
 
 def _wrong(told: dict[str, Any]) -> str:
-    """In words what is of another kind, of the whole or of what the weights started from; nothing where all is as written."""
+    """What is missing or of another type, in words, here or in what the weights started from; "" where all is as it should be."""
     known = {key: kind for key, kind in TOLD.items() if key in told}
     if wrong := _other(told, known, ""):
         return wrong

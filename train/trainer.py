@@ -44,25 +44,25 @@ def train(
     quiet: bool = False,
     console: Console | None = None,
 ) -> TrainResult:
-    """Train `config`, or what it returns, on the case folders in `data`, writing to the folder `out`.
+    """Train with the configuration `config` (or the one that it returns) on the case folders in `data`, writing to the folder `out`.
 
     init: a run, or a bundle, whose averaged weights this one starts from (fine-tuning); its network must have the same tensors.
     resume: go on with the run in `out`, on the cases that it began with; only the settings that say how it is computed (config.HOW)
-    may be others.
+    may differ.
     max_steps: end this call after step `max_steps` without changing the schedule, as if it had been stopped there.
-    dry_run: read the data, take two steps (of a resumed run the next ones), and two as the late phase has them where windows are to grow, say
-    what the run would take by each second one, and write nothing.
+    dry_run: read the data, take two steps (of a resumed run the next ones), and two more at the late phase's size if windows are to grow;
+    say how long the run would take, judged by the second step at each size, and write nothing.
     device: auto (a GPU if PyTorch sees one), cpu, cuda or cuda:N.
-    quiet: notes alone, no progress; console: where they go, stderr unless given.
+    quiet: print only notes, no progress; console: where both go, by default stderr.
 
     Raises CdiffError for unusable data, an `out` that holds another run or is being trained now, another training in a thread of this
     program, other data than a resumed run began with, a device that is not there, a GPU's memory that is not enough, or a loss that is not finite.
 
-    Started by torchrun, each process calls this alike and they train together; only the first writes and prints. When one fails, it
+    Under torchrun each process makes the same call and they train together; only the first writes and prints. When one fails, it
     raises its error and the others FailedElsewhere.
     """
     with joined(device != "cpu" and torch.cuda.is_available()) as meeting:
-        # Before the first step that only some of them would take, and wait in for the others.
+        # Checked before anything that only some processes would do, waiting there for the others.
         check_same(meeting, {"--resume": resume, "--init": bool(init), "--dry-run": dry_run, "--max-steps": max_steps})
         with together(meeting):
             chosen = config if isinstance(config, Config) else config()
@@ -86,7 +86,7 @@ def train(
                 with together(fabric):
                     run.restore()
                 check_same(fabric, {"the step to go on from": run.done, "the checkpoint": run.weights_from})
-            elif not dry_run:  # only now, when data and settings have proved usable, is there a run
+            elif not dry_run:  # the folder is made only now that data and settings have proved usable
                 with together(fabric):
                     if writes:
                         stack.enter_context(held(make_folder(out)))
@@ -147,7 +147,7 @@ def _train(run: Run, started: bool, max_steps: int | None, dry_run: bool, quiet:
         return run.result(loss)
     if first:
         if started:
-            run.save(None)  # before the run can be resumed, which knows nothing of where its weights came from
+            run.save(None)  # before the run can be resumed: a resumed run is not told where its weights came from
         write_seen(run.out, run.data.seen)
         write_json(run.out / "config.json", run.config.to_json())
         point_at_best(run.out)
@@ -155,8 +155,8 @@ def _train(run: Run, started: bool, max_steps: int | None, dry_run: bool, quiet:
 
 
 def check_out(out: Path, config: Config, resume: bool) -> None:
-    """Raise CdiffError unless `out` holds no run, nor files that one would replace, or is to be resumed and holds this very one (but for how
-    it is computed)."""
+    """Raise CdiffError unless `out` can be used: with `resume` it must hold a run with this configuration (but for config.HOW), otherwise no
+    run and no files that a run would replace."""
     must_be_text(out)
     if is_there(out / "config.json"):
         if not resume:
@@ -179,7 +179,7 @@ def check_out(out: Path, config: Config, resume: bool) -> None:
 
 
 def _not_of_a_run(out: Path) -> list[str]:
-    """Files of a folder without a run that are called as a run's are; not those that a run leaves which ends before it says what it is."""
+    """Files in a folder without a run that have names of a run's files, but are not what a run leaves that ended before it wrote config.json."""
     names = [name for name in ("log.csv", "samples.npz", "best.json", "tensorboard") if is_there(out / name)]
     for name, read in ((SEEN, seen_before), ("last.json", partial(checkpoint_folder, which="last"))):
         try:
@@ -190,5 +190,5 @@ def _not_of_a_run(out: Path) -> list[str]:
 
 
 def no_run(out: Path) -> CdiffError:
-    """That there is nothing to resume: also where a run was stopped before it had written anything."""
+    """The error for nothing to resume, also where a run was stopped before it had written anything."""
     return CdiffError(f"{out} holds no run to resume; start it without --resume")

@@ -15,7 +15,7 @@ from cdiff.train.diffusion import Diffusion
 from cdiff.train.fabric import summed
 from cdiff.train.network import ConsensusNet
 
-ROWS = 64  # rows a network call at most; bounds the memory
+ROWS = 64  # most rows per network call; bounds the memory
 
 
 @torch.inference_mode()
@@ -29,7 +29,7 @@ def sample_soft_maps(
     seed: int,
     fabric: Fabric | None = None,
 ) -> Tensor:
-    """image [B, channels, H, W] -> soft maps [B, H, W] in 0..1: the mean over maps and runs, by DDIM over `steps` steps.
+    """image [B, channels, H, W] -> soft maps [B, H, W] in 0..1, on the CPU: the mean over levels and runs, by DDIM in `steps` steps.
 
     The processes of `fabric` take turns at the network's calls; each draws all the noise, so the maps are those of one process.
     """
@@ -56,7 +56,7 @@ def sample_soft_maps(
                 x0 = diffusion.to_x0(network.denoiser(x, shared, when, level), x, when)
                 x = float(a) * x + float(b) * x0
             drawn.append(x)
-        # Runs are averaged first, as the runtime does: with masks of 0 and 1 a run may fall below 0, and no mean does.
+        # Runs are averaged before clipping, as in the runtime: with masks of 0 and 1 a single run may fall below 0.
         runs_of_maps = torch.cat(drawn).reshape(len(part), runs, K, *image.shape[-2:])
         total[start : start + len(part)] = diffusion.fraction(runs_of_maps.mean(dim=1)).mean(dim=1).cpu()
     return total if fabric is None else summed(fabric, total).cpu()
@@ -76,7 +76,7 @@ def score(
     soft = sample_soft_maps(network, diffusion, batch.image, steps=steps, runs=runs, seed=seed, fabric=fabric)
     if not torch.isfinite(soft).all():
         return float("nan")
-    # A consensus model counts annotators, and one who is missing agrees to nothing; the others learn shares of those there are.
+    # A consensus model counts all C annotators, of whom a missing one agrees to nothing; other variants learn shares of those present.
     counted = network.config.levels if network.config.variant == CONSENSUS.name else batch.raters.cpu()[:, None, None]
     truth = batch.votes[:, 0].cpu().float() / counted
     return float(np.mean([soft_dice(s, m, FIVE) for s, m in zip(soft.numpy(), truth.numpy(), strict=True)]))

@@ -31,9 +31,10 @@ class Case:
     """One scan and the masks that its annotators drew.
 
     image: the scan's file; others: further files on the same grid, one modality each, which become its channels after the
-    first. modalities: their names, where the layout names them. masks: one file an annotator, or one structure of a
-    file (`structures.parted`); raters: what they are called, in the same order. labels: the values of a mask that are inside; none given: those above half of the largest. masks_by: one of
-    MASKS_BY. patient: what a scan shares with others of the same person, so that no split tears them apart; empty when not known.
+    first. modalities: their names, where the layout names them. masks: one for each annotator, a file or one structure of a
+    file (`structures.parted`); raters: the annotators' names, in the same order. labels: the mask values that are inside; if empty,
+    those above half of the largest. masks_by: one of MASKS_BY. patient: the same for all scans of one person, so that no split
+    separates them; empty when not known.
     """
 
     name: str
@@ -48,7 +49,7 @@ class Case:
 
     @property
     def scan(self) -> Path | tuple[Path, ...]:
-        """What `read_scan` and `Segmenter.segment` take: the image, or one file a modality."""
+        """What `read_scan` and `Segmenter.segment` take: the image, or one file per modality."""
         return (self.image, *self.others) if self.others else self.image
 
     @property
@@ -57,7 +58,7 @@ class Case:
         return (self.image, *self.others, *self.masks)
 
     def with_modalities(self, wanted: Sequence[str]) -> Case:
-        """The case with the modalities that a model was trained on, in its order; itself where either side has no names.
+        """The case with the modalities that a model was trained on, in its order; unchanged where either side names none.
 
         Raises CdiffError naming those that are missing.
         """
@@ -101,8 +102,8 @@ class Entry:
 
     data_set: the folders above the split folder ("" when there are none); split: "train", "val", "test" or "" where nothing
     says. tasks: for each structure its masks, as (annotator, file). images: for each modality its file; the name is "" for a
-    lone unnamed image. labels: what is inside unless the user says otherwise. clashes: for each structure ("" for the image) in words
-    why its files cannot be told apart.
+    lone unnamed image. labels: the mask values that are inside unless the user says otherwise. clashes: for each structure ("" for the
+    image), in words, why its files cannot be told apart.
     """
 
     name: str
@@ -151,9 +152,10 @@ def name_of(path: Path) -> str:
 
 
 def is_output(path: Path) -> bool:
-    """A map, picture, page or report of ours: it ends like one, and the report of its scan, or that one's map, lies beside it.
+    """Whether a file is a map, picture, page or report of ours: its name ends like one, and beside it lies its scan's report (beside a
+    report the soft map).
 
-    Also where the report lies there under a temporary name, because the command that wrote it was killed.
+    Also where the report has a temporary name, because the command that wrote it was killed.
     """
     if path.suffix == ".json":
         return is_there(path.with_name(f"{path.stem}_soft.nii.gz"))
@@ -166,7 +168,7 @@ def is_output(path: Path) -> bool:
 def natural(text: str) -> list[tuple[int, str]]:
     """A sorting key that puts seg2 before seg10, and takes seg02 for seg2."""
     parts = re.split(r"(\d+)", text)
-    # Numbers by their length and digits: `int` takes some thousands of digits and no more.
+    # Numbers are compared by length, then digits: `int` refuses more than some thousands of digits.
     return [(len(digits := part.lstrip("0")), digits) if part.isdecimal() else (-1, part.lower()) for part in parts]
 
 

@@ -1,4 +1,4 @@
-"""The one entry to data on disk: every layout to cases by split (`find_cases`), and a case to slices (`read_case`)."""
+"""The one entry to data on disk: from any layout to cases by split (`find_cases`), and from a case to slices (`read_case`)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ EXPECTED = (
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".7z", ".rar")
 EXAMPLE = "task01_seg01.nii.gz ..."
 MOST = 12
-"""Data sets that a message names."""
+"""Most data sets that a message names."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class DataSet(dict[str, list[Case]]):
     """The cases by split: "train", "val", "test" where the data says, else "all". Each case has at least one mask.
 
     layout: the reader that found them. task: the structure that was chosen or is the only one. modalities: the
-    names of the images' files, in the order of the channels; empty for one image file a case. unlabelled: cases without a
+    names of the images' files, in the order of the channels; empty for one image file per case. unlabelled: cases without a
     mask, by split. problems: cases that cannot be used. notes: what a user should know, one line each.
     """
 
@@ -73,7 +73,8 @@ def find_cases(
 
     task: which structure, when there are several (`task01`), or which data set of a benchmark (`prostate`), or both
     (`prostate/task01`); needed only then. layout: one of `LAYOUTS`, or "auto". labels: the values of the masks that are
-    inside. masks_by: how masks are laid on their image, one of MASKS_BY. strict: raise for the first case that cannot be used; otherwise such cases are left out and listed in `problems`.
+    inside. masks_by: how masks are laid on their image, one of MASKS_BY. strict: raise for the first case that cannot be used;
+    otherwise such cases are left out and listed in `problems`.
     Raises CdiffError when there is no case, none has a mask, or what is meant is not clear.
     """
     if masks_by not in MASKS_BY:
@@ -98,7 +99,7 @@ def find_cases(
     if not found:
         many = f"none of the {len(entries)} cases in {root} has a mask and can be used"
         reason = found.problems[0].text if found.problems else "there is nothing to learn from or to compare with"
-        # Masks of other names may be among them.
+        # Files beside the cases may be masks under other names.
         beside = "".join(f"; {note}" for note in notes if note.startswith(BESIDE))
         raise CdiffError(f"{many if len(entries) > 1 else f'the case in {root} cannot be used'}: {reason}{beside}")
     for split, cases in found.unlabelled.items():
@@ -155,7 +156,7 @@ def _entries(root: Path, layout: str, notes: list[str]) -> tuple[str, list[Entry
 
 
 def _names_all(table: Path, layouts: Iterable[Sequence[Entry]]) -> bool:
-    """Whether a table names every image that lies there as in other layouts: it is then what says how they belong together."""
+    """Whether a table names every image that other layouts found: the table then decides how files belong together."""
     try:
         told = {image.resolve() for entry in read_table(table, []) for image in entry.images.values()}
     except CdiffError:
@@ -164,7 +165,7 @@ def _names_all(table: Path, layouts: Iterable[Sequence[Entry]]) -> bool:
 
 
 def _why_no_table(files: Sequence[Path]) -> str:
-    """What keeps a folder's only CSV from being a table of cases, to end a message with; nothing where there are several."""
+    """Why a folder's only CSV is not a table of cases, to end a message with; "" where there are none or several."""
     if len(files) == 1:
         try:
             read_table(files[0], [])
@@ -174,7 +175,7 @@ def _why_no_table(files: Sequence[Path]) -> str:
 
 
 def _packed(root: Path) -> str:
-    """That a folder without cases holds archives, or files whose names are paths of Windows, to end a message with."""
+    """A hint that a folder without cases holds archives, or files with Windows paths for names, to end a message with; else ""."""
     names = sorted(path.name for path in root.iterdir())
     if paths := [name for name in names if "\\" in name]:
         return f"; {listed(paths, 2)} should lie in folders: unpack the archive again with a program that takes \\ for /, such as unzip"
@@ -187,7 +188,7 @@ def _one_data_set(
 ) -> tuple[list[Entry], str | None]:
     """The entries of the one data set that is meant, and what is left of `task` (the structure).
 
-    Beside one data set with masks, folders of scans alone, such as those that a benchmark keeps the masks of back, are left out with a note.
+    Where only one data set has masks, folders without any, such as those whose masks a benchmark keeps back, are left out with a note.
     """
     groups: dict[str, list[Entry]] = {}
     for entry in entries:
@@ -224,10 +225,10 @@ def _one_data_set(
 
 
 def _joined(groups: dict[str, list[Entry]]) -> dict[str, list[Entry]]:
-    """Data sets by the last folder's name: QUBIQ ships training and validation in two trees, with the same names in both.
+    """Data sets joined by their last folder's name: QUBIQ ships training and validation in two trees, with the same names in both.
 
-    A tree that names no split, as 2021's training cases of the pancreas lie, is the training beside one that holds another
-    split. Trees that both hold the same split stay apart.
+    A tree without a split folder, as of 2021's training cases of the pancreas, is the training split beside a tree with another
+    split. Trees that hold the same split stay apart.
     """
     by_name: dict[str, list[str]] = {}
     for path in groups:
@@ -247,7 +248,7 @@ def _joined(groups: dict[str, list[Entry]]) -> dict[str, list[Entry]]:
 
 
 def _one_task(root: Path, entries: list[Entry], task: str | None, data_set: str | None) -> str | None:
-    """The structure that is meant; None when no case has any mask. data_set: what the user chose already."""
+    """The structure that is meant; None when no case has any mask. data_set: the one that the user has named already."""
     counts = Counter(name for entry in entries for name, masks in entry.tasks.items() if masks)
     kinds = ", ".join(f"{name} (in {several(counts[name], 'case')})" for name in sorted(counts, key=natural))
     if task is not None:
@@ -262,7 +263,7 @@ def _one_task(root: Path, entries: list[Entry], task: str | None, data_set: str 
 
 
 def _modalities(entries: Iterable[Entry]) -> tuple[str, ...]:
-    """The modalities of most cases, in their order; of the longest of equally frequent ones."""
+    """The modalities that most cases have, in their order; of equally frequent lists the longest."""
     counts = Counter(tuple(entry.images) for entry in entries)
     return tuple(name for name in max(counts, key=lambda names: (counts[names], len(names))) if name)
 
@@ -297,9 +298,9 @@ def read_case(
     """Image and masks as slices: float32 [S, channels, H, W] (raw intensities) and bool [S, C_case, H, W].
 
     2-D files make one slice. Channels are the case's files, or with channels > 1 and one file its last axis (as in QUBIQ's
-    tumour files) or a picture's colours. odd: collects what its reader should be told of.
+    tumour files) or a picture's colours. odd: collects what the user should be told.
     Raises CdiffError for an unreadable file, a wrong number of dimensions or files, files of different grids, a non-finite
-    image, or a mask of another shape, or one that its header puts elsewhere (see `mask_slices`).
+    image, or a mask of another shape, or one that its header puts outside the image (see `mask_slices`).
     """
     scan = read_scan(case.scan, channels=channels, slice_axis=slice_axis)
     if odd is not None:
@@ -310,8 +311,8 @@ def read_case(
 def read_masks(case: Case, grid: Grid, odd: Oddities | None = None) -> NDArray[np.bool_]:
     """The masks of a case whose image is read, as slices of its grid: bool [S, C_case, H, W].
 
-    odd: collects what their reader should be told of. Raises CdiffError for an unreadable file, a mask of another shape than the
-    image, and a case without a mask.
+    odd: collects what the user should be told. Raises CdiffError for an unreadable file, a mask of another shape than the image or
+    that its header puts outside it (see `mask_slices`), and a case without a mask.
     """
     masks = []
     opened: Opened = {}

@@ -1,10 +1,10 @@
 """Contours of a DICOM structure set (RTSTRUCT, PS3.3, C.8.8.6) as a mask: the voxels of an image whose centres they enclose.
 
-Own code on pydicom, because the readers that there are move outlines by half a pixel and more, or put contours into slices that they are
-not of: rt-utils and DicomRTTool round corners to whole pixels for OpenCV, which takes in every pixel that an outline touches, and rt-utils
-takes the distance of rows for that of columns; platipy cuts corners to whole pixels too, and dcmrtstruct2nii takes the nearest slice, however
-far; these two need pydicom before 3.
-Polygons are filled here because to ask matplotlib of each pixel, which the tests do, takes many seconds for a lung.
+Own code on pydicom, because existing readers move outlines by half a pixel or more, or put contours into slices that they do not belong
+to: rt-utils and DicomRTTool round corners to whole pixels for OpenCV, which fills every pixel that an outline touches, and rt-utils takes
+the spacing of rows for that of columns; platipy truncates corners to whole pixels, and dcmrtstruct2nii takes the nearest slice, however
+far; the latter two need pydicom before 3.
+Polygons are filled here because asking matplotlib about each pixel, as the tests do, takes many seconds for a lung.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from cdiff.runtime.words import several
 
 Float64 = NDArray[np.float64]
 CLOSED = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR")
-"""The contours that enclose something."""
+"""The types of contour that enclose something."""
 BESIDE = 0.3
-"""How far a contour may lie beside its slice, as a share of the distance of slices: a series' own images may lie nearly so far."""
+"""How far a contour may lie from its slice, as a share of the slices' spacing: a series' own images may be off by nearly as much."""
 ROUNDING = 0.05
-"""From this share on that is told."""
+"""Above this share a note says so."""
 ON_LINE = 0.01
-"""Pixels within which a centre lies on an outline: rounding to hundredths of a millimetre must not decide what is inside."""
+"""A centre within this many pixels of an outline counts as on it: rounding to hundredths of a millimetre must not decide what is inside."""
 FARTHEST = 1e5
-"""Millimetres from the origin that no coordinate reaches."""
+"""Millimetres from the origin that no coordinate may reach."""
 SHIFTS = tuple(product((-ON_LINE, ON_LINE), repeat=2))
 
 
@@ -42,7 +42,7 @@ class Contours:
     """One structure of a structure set.
 
     loops: closed contours, each [n, 3] in mm in NIfTI's space. frame: the frame of reference's UID. series: the UIDs of the images that
-    it was drawn on. Both are empty where the file does not say. notes: what a reader of the mask should know.
+    it was drawn on. Both are empty where the file does not say. notes: what a user of the mask should know.
     """
 
     loops: tuple[Float64, ...]
@@ -52,10 +52,10 @@ class Contours:
 
 
 def read_contours(data: Any, path: Path, name: str) -> Contours:
-    """A structure of a pydicom data set; "" is the only one that has closed contours.
+    """The structure `name` of a pydicom data set; "" stands for the only one that has closed contours.
 
-    path: as the table has it. Raises CdiffError where no one structure is meant, and where it has other contours alone; what pydicom
-    raises where the file is damaged.
+    path: as the table has it, for messages. Raises CdiffError where it is not clear which structure is meant, and where it has only
+    contours that are not closed; for a damaged file ValueError, or whatever pydicom raises.
     """
     rois = _by_number(data.get("StructureSetROISequence"), "ROINumber")
     contours = {
@@ -64,7 +64,7 @@ def read_contours(data: Any, path: Path, name: str) -> Contours:
     }
     there = [(number, str(roi.get("ROIName") or "").strip()) for number, roi in rois.items()]
     number = number_of(name, path, there) if name else _only(path, there, contours)
-    if number not in contours and (lost := sorted(contours.keys() - rois.keys())):  # which may be its own
+    if number not in contours and (lost := sorted(contours.keys() - rois.keys())):  # they may be its own
         raise ValueError(f"it has contours of a structure {lost[0]}, which it does not list")
     kept, others = [], []
     for contour in contours.get(number, []):
@@ -117,7 +117,7 @@ def _points(contour: Any) -> Float64:
     # The text as stored: pydicom makes an object of each number, which takes minutes for a million.
     stored = contour.get_item("ContourData").value
     values = np.array(stored.split(b"\\") if isinstance(stored, bytes) else stored, dtype=np.float64)
-    if not (np.abs(values) < FARTHEST).all():  # nor where one is no number
+    if not (np.abs(values) < FARTHEST).all():  # NaN is caught too
         raise ValueError("a contour's coordinates lie nowhere in a patient")
     points = values.reshape(-1, 3)
     if (promised := contour.get("NumberOfContourPoints")) is not None and int(promised) != len(points):
@@ -135,12 +135,12 @@ def _series(data: Any) -> frozenset[str]:
 
 
 def lay(contours: Contours, grid: Grid) -> tuple[NDArray[np.bool_], tuple[str, ...]]:
-    """The voxels whose centres the contours enclose, [*grid.spatial], and what a reader of the mask should know.
+    """The voxels whose centres the contours enclose, [*grid.spatial], and what a user of the mask should know.
 
-    A contour counts for the slice that it lies in, along whichever axis of the array, and for no other. In one slice contours are
-    combined by even-odd, so that one inside another is a hole.
+    A contour marks only the slice that it lies in, along whichever axis of the array. Contours in one slice are combined by the
+    even-odd rule, so that one inside another is a hole.
     Raises CdiffError where the image's header does not say where its voxels lie, and for contours that lie between its slices, across
-    them, in every second or third of them alone, or wholly outside.
+    them, only in every second or third of them, or wholly outside.
     """
     if not grid.has_orientation:
         raise CdiffError("contours are lengths in the patient, and its image does not say where its voxels lie")
@@ -155,8 +155,8 @@ def lay(contours: Contours, grid: Grid) -> tuple[NDArray[np.bool_], tuple[str, .
 
 
 def _planes(loops: tuple[Float64, ...], grid: Grid) -> tuple[int, dict[int, list[Float64]], float]:
-    """The axis of the array that runs through the contours; by slice along it their loops [n, 2], in voxels along the other axes; and
-    how far from their slices they lie at most, as a share of a slice. A contour that is there twice counts once."""
+    """The array axis across the contours' planes; for each slice along it the loops [n, 2] in it, in voxels along the other axes; and the
+    largest distance of a contour from its slice, as a share of the slices' spacing. A contour that is there twice counts once."""
     to_voxels = np.linalg.inv(grid.affine)
     placed = [loop @ to_voxels[:3, :3].T + to_voxels[:3, 3] for loop in loops]
     axis = int(np.argmin(np.max([np.ptp(loop, axis=0) for loop in placed], axis=0)))
@@ -166,7 +166,7 @@ def _planes(loops: tuple[Float64, ...], grid: Grid) -> tuple[int, dict[int, list
     known: set[tuple[int, bytes]] = set()
     for loop in placed:
         plane = round(float(loop[:, axis].mean()))
-        if plane in slices:  # beyond, nothing says where a 2-D image's neighbours would lie
+        if plane in slices:  # not beyond them: nothing says where a 2-D image's neighbours would lie
             beside = max(beside, float(np.abs(loop[:, axis] - plane).max()))
         flat = np.delete(loop, axis, axis=1)
         there = planes.setdefault(plane, [])
@@ -213,8 +213,8 @@ def _fill(laid: NDArray[np.bool_], planes: dict[int, list[Float64]]) -> list[str
 
 
 def _cross(loops: list[Float64], shape: tuple[int, ...]) -> bool:
-    """Whether of two loops each encloses pixels that the other does not, and some that it does."""
-    # Of hundreds of islands in a slice few are near each other, and each is a small part of it.
+    """Whether any two loops overlap, in pixels, without either lying within the other."""
+    # Only loops whose boxes overlap are compared, within their boxes: of hundreds of islands in a slice few are near each other.
     low = np.array([np.clip(np.floor(loop.min(axis=0)), 0, shape) for loop in loops], dtype=int)
     high = np.array([np.clip(np.ceil(loop.max(axis=0)) + 1, 0, shape) for loop in loops], dtype=int)
     near = ((low[:, None] < high) & (low < high[:, None])).all(axis=2)
@@ -238,13 +238,13 @@ def _cross(loops: list[Float64], shape: tuple[int, ...]) -> bool:
 def enclosed(loops: list[Float64], shape: tuple[int, ...]) -> NDArray[np.bool_]:
     """The pixels [rows, columns] whose centres lie inside an odd number of loops, or on one. loops: [n, 2], row and column in pixels."""
     marked = np.zeros(shape, bool)
-    for shift in SHIFTS:  # a centre on an outline is inside when one of the four is
+    for shift in SHIFTS:  # a centre on an outline is inside with at least one of the four
         marked |= _odd([loop + shift for loop in loops], shape)
     return marked
 
 
 def _odd(loops: list[Float64], shape: tuple[int, ...]) -> NDArray[np.bool_]:
-    """The pixels inside an odd number of loops: along a row, each edge that crosses its line of centres ends or begins what is inside."""
+    """The pixels inside an odd number of loops: along a row's line of centres, each edge that crosses it begins or ends an inside."""
     rows, columns = shape
     start, end = np.concatenate(loops), np.concatenate([np.roll(loop, -1, axis=0) for loop in loops])
     first, stop = (np.clip(np.ceil(of(start[:, 0], end[:, 0])), 0, rows).astype(int) for of in (np.minimum, np.maximum))

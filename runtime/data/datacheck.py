@@ -63,7 +63,7 @@ def check_data(
     C, channels = count_annotators(trained), count_channels(trained)
     looks = []
     for done, (split, case) in enumerate(everything, start=1):
-        # Training leaves a case of another number of masks out before it reads it, and never opens the test split.
+        # Training leaves out a case with another number of masks before reading it, and never opens the test split.
         stops = split != "test" and len(case.masks) == C
         looks.append(look_at(case, split, channels, slice_axis, "error" if stops else "warning"))
         if progress is not None:
@@ -103,7 +103,7 @@ def check_data(
 
 
 def _over_cases(looks: list[Look], C: int) -> list[Finding]:
-    """What only a look at all cases shows: an annotator whom some cases lack, a level that nothing reaches."""
+    """Findings that take all cases to see, such as an annotator whom some cases lack, or a level that nothing reaches."""
     out = []
     usual = Counter(rater for look in looks for rater in look.case.raters)
     for look in looks:
@@ -113,7 +113,7 @@ def _over_cases(looks: list[Look], C: int) -> list[Finding]:
             ]
             fewer = len(look.case.masks) < C
             without = f" ({', '.join(lacking)} missing)" if lacking and fewer else ""
-            unless = " unless missing_raters says otherwise" if fewer else ""  # no setting takes a part of the masks
+            unless = " unless missing_raters says otherwise" if fewer else ""  # no setting uses only some of the masks
             text = (
                 f"{several(len(look.case.masks), 'mask')}{without}, the others have {C}; training leaves it out{unless}"
             )
@@ -135,7 +135,7 @@ def _over_cases(looks: list[Look], C: int) -> list[Finding]:
 
 
 def _shared(looks: list[Look]) -> list[Finding]:
-    """Images that several cases have: a folder for each annotator reads as one for each patient, and a copy lies in two splits."""
+    """Images that several cases share: where each annotator has a folder, which reads as a case, or a copy lies in two splits."""
     by_image: dict[str, list[Look]] = {}
     for look in looks:
         by_image.setdefault(look.image, []).append(look)
@@ -148,7 +148,8 @@ def _shared(looks: list[Look]) -> list[Finding]:
 
 
 def _across(looks: list[Look], slice_axis: int) -> list[Finding]:
-    """Volumes that are cut into strips, as QUBIQ's of the pancreas are, whose slices lie along the first axis; and otherwise than most."""
+    """Volumes that are cut into strips, such as QUBIQ's of the pancreas along any axis but the first; and images whose slices lie in the
+    patient otherwise than most."""
     strips: dict[int, list[Look]] = {}
     most = usual(look.lie for look in looks)
     for look in looks:
@@ -219,7 +220,7 @@ def _splits(found: DataSet, looks: list[Look]) -> dict[str, Any]:
 
 
 def _balance(looks: list[Look], C: int) -> dict[str, Any]:
-    """The share of pixels that at least c annotators marked, mean over slices, of the readable cases with C masks."""
+    """The share of pixels that at least c annotators marked, for each c: the mean over all slices of the readable cases with C masks."""
     same = [look for look in looks if look.at_least is not None and len(look.case.masks) == C]
     weights = [look.row["slices"] for look in same]
     shares = np.average([look.at_least for look in same], axis=0, weights=weights).tolist() if same else []

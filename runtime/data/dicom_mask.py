@@ -31,13 +31,13 @@ FRACTIONAL = "FRACTIONAL"
 TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 """DICOM's axes point to the patient's left and back, NIfTI's to the right and front."""
 MOST_SLICES = 1000
-"""Slices for each frame of a file, which leaves those out that nobody marked."""
+"""Most slices for each frame of a file; a file may leave out frames that nobody marked."""
 SMALL = 2**27
-"""Voxels of a volume that may have more."""
+"""A volume of at most this many voxels may have more slices."""
 Opened = dict[Path, Any]
-"""Files that were read for one of their structures, as pydicom's data sets, for the next: together they may be large."""
+"""Files that were read for one of their structures, as pydicom data sets, kept for the next one of the same case: more would take much memory."""
 DicomMask = tuple[NDArray[Any], nib.Nifti1Header, tuple[str, ...]]
-"""Values, a header that says where they lie, and what a reader of the mask should know."""
+"""Values, a header that says where they lie, and what a user of the mask should know."""
 
 
 class NoImage(CdiffError):
@@ -45,14 +45,15 @@ class NoImage(CdiffError):
 
 
 def read_dicom_mask(path: Path, grid: Grid | None, opened: Opened) -> DicomMask:
-    """A segmentation's values [slices, rows, columns]; or those on `grid` [*grid.spatial] that contours enclose.
+    """A segmentation's values [slices, rows, columns]; or the voxels of `grid`, bool [*grid.spatial], that contours enclose.
 
     path: a file, or FILE#NAME, one structure of it, whose values are bool (but for fractions). Without a name the values are the
-    segments' numbers, 0 outside all of them, or one segment's fractions. Frames that the file leaves out, as it may
-    those without a pixel, are 0. grid: of the mask's image, where that could be read. opened: takes files of which a structure is
-    named, and has those that were read before.
+    segments' numbers, 0 outside all of them, or one segment's fractions. Frames that the file leaves out, as it may those without a
+    marked pixel, are 0. grid: of the mask's image, where that could be read. opened: the files with named structures that were read
+    before; this one is added.
     Raises CdiffError where pydicom or highdicom is missing; for a file that cannot be read, is neither of these or no even volume;
-    where not one structure is meant; where `grid` is of another frame of reference; and for contours as `lay` does.
+    where it is not clear which structure is meant; where `grid` is of another frame of reference; and for contours as `lay` does, or
+    NoImage without a `grid`.
     """
     file, name = parted(path)
     if file in opened:
@@ -83,10 +84,10 @@ def read_dicom_mask(path: Path, grid: Grid | None, opened: Opened) -> DicomMask:
 
 
 def _of_its_image(frame: str, series: frozenset[str], grid: Grid, path: Path) -> tuple[str, ...]:
-    """What a reader of a mask should know of the image that it was drawn on, whose identifiers the mask's file has.
+    """What a user of a mask should know about the image that it was drawn on, by the identifiers (`frame`, `series`) in the mask's file.
 
-    An image that was not read from DICOM has none. Raises CdiffError where the frames of reference differ: coordinates of one mean
-    nothing in the other.
+    An image that was not read from DICOM has none to compare with. Raises CdiffError where the frames of reference differ: coordinates
+    of one mean nothing in the other.
     """
     if grid.frame and frame and grid.frame != frame:
         raise CdiffError(
@@ -99,12 +100,12 @@ def _of_its_image(frame: str, series: frozenset[str], grid: Grid, path: Path) ->
 
 
 def _opened(file: Path) -> Any:
-    """What pydicom or, of a segmentation, highdicom makes of a file. Raises CdiffError where it is neither that nor a structure set."""
+    """A structure set as pydicom's data set, or a segmentation as highdicom's. Raises CdiffError where the file is neither."""
     pydicom = optional("pydicom", "pydicom", file, KIND)
     stored = io.BytesIO(any_bytes(file))
     with _reading(file, KIND):
         data = pydicom.dcmread(stored)
-        kind, modality = data.get("SOPClassUID"), data.get("Modality")  # read when they are asked for
+        kind, modality = data.get("SOPClassUID"), data.get("Modality")  # in this block: only now are they decoded
     if kind == CONTOURS:
         return data
     if kind not in SEGMENTATIONS:
@@ -113,7 +114,7 @@ def _opened(file: Path) -> Any:
         )
     highdicom = optional("highdicom", "highdicom", file, KIND)
     with _reading(file, KIND):
-        # Which highdicom makes tables for, before it looks for so many.
+        # highdicom makes tables for the promised frames before it looks whether they are there.
         if (promised := frames_of(data)) != (held := len(data.PerFrameFunctionalGroupsSequence)):
             raise ValueError(f"it describes {several(held, 'frame')} where {promised} are promised")
         _say_spacing(data)
@@ -121,7 +122,7 @@ def _opened(file: Path) -> Any:
 
 
 def _segment(found: Any, path: Path, file: Path, name: str) -> tuple[NDArray[Any], NDArray[np.float64]]:
-    """Values and where they lie in DICOM's space, of one segment or of all."""
+    """The values of one segment or of all, and their affine in DICOM's space."""
     fractions = found.segmentation_type.value == FRACTIONAL
     there = [
         (int(number), str(found.get_segment_description(number).segment_label).strip())
@@ -144,8 +145,8 @@ def _segment(found: Any, path: Path, file: Path, name: str) -> tuple[NDArray[Any
 
 
 def _must_be_no_larger(found: Any, file: Path) -> None:
-    """Raise CdiffError where a segmentation's frames lie so far apart, or its slices so close, that nearly all of its volume is made up."""
-    if (geometry := found.get_volume_geometry()) is None:  # of which highdicom says why it makes no volume
+    """Raise CdiffError where a segmentation's frames lie so far apart, or its slices so close, that nearly all of its volume would be filled in."""
+    if (geometry := found.get_volume_geometry()) is None:  # highdicom says later why it makes no volume
         return
     shape, frames = tuple(map(int, geometry.spatial_shape)), int(found.NumberOfFrames)
     if max(shape) > NIFTI1_LONGEST or (shape[0] > MOST_SLICES * frames and math.prod(shape) > SMALL):
@@ -156,7 +157,7 @@ def _must_be_no_larger(found: Any, file: Path) -> None:
 
 @contextmanager
 def _reading(file: Path, kind: str) -> Iterator[None]:
-    """Raises CdiffError for what the libraries raise of a file that they cannot read, without their remarks on what they mend in it."""
+    """Within the block, whatever the libraries raise for a file that they cannot read becomes a CdiffError; their warnings are silenced."""
     try:
         with without_warnings(), quiet("highdicom"), quiet("pydicom"):
             yield
@@ -167,10 +168,10 @@ def _reading(file: Path, kind: str) -> Iterator[None]:
 
 
 def _say_spacing(data: Any) -> None:
-    """Where a file does not say how far apart its slices are, take them for as far apart as they are thick.
+    """Where a file does not give the spacing of its slices, set it to their thickness.
 
-    Without a word of it highdicom goes by the frames that are there, and a file need not have those without a pixel: two at both ends
-    would become a volume of two thick slices.
+    Otherwise highdicom infers it from the frames present, and a file may leave out those without a marked pixel: two frames, at both
+    ends, would become a volume of two thick slices.
     """
     shared = data.SharedFunctionalGroupsSequence[0].get("PixelMeasuresSequence")
     each = (frame.get("PixelMeasuresSequence") for frame in data.PerFrameFunctionalGroupsSequence)

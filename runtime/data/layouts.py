@@ -23,10 +23,10 @@ DEPTH = 8
 IMAGE = re.compile(r"image(?:[_-](?P<modality>.+))?$", re.IGNORECASE)
 TASK_MASK = re.compile(r"(?:(?P<task>task\d+)|case[\d-]+)_(?P<rater>seg\d+)$", re.IGNORECASE)
 CASE_TASK = "task01"
-"""The structure of a mask that names its case in its place, as some of QUBIQ 2021 do (`case05_seg01.nii.gz`)."""
+"""The structure of a mask whose name has its case in the structure's place, as of some in QUBIQ 2021 (`case05_seg01.nii.gz`)."""
 SCAN_OF_PATIENT = re.compile(r"(?P<patient>case\d{1,3})-\d{1,2}$", re.IGNORECASE)
-"""A case that is one of several of a patient, by its name: QUBIQ 2021's of the pancreas (`case1-1`, `case1-2`), whose own split keeps them together.
-Longer numbers may be years."""
+"""The name of a case that is one of several of a patient, as of QUBIQ 2021's pancreas (`case1-1`, `case1-2`), whose own split keeps them
+together. Longer numbers may be years."""
 OWN_MASK = re.compile(r"mask(?:[_-]?(?P<rater>.+))?$", re.IGNORECASE)
 BRATS = re.compile(r"(?P<head>(?:.+_)?)(?P<kind>t1ce|t1|t2|flair|seg)(?P<tail>(?:_\d+)?(?:_w)?)$", re.IGNORECASE)
 BRATS_MODALITIES = ("t1", "t1ce", "t2", "flair")
@@ -44,15 +44,15 @@ Reader = Callable[[Path, Files], list[Entry]]
 def cases_in(folder: Path, files: Files) -> list[Entry]:
     """The case of a folder with `image.EXT` or `image_MODALITY.EXT`, and `taskNN_segKK.EXT` or `mask_ANNOTATOR.EXT`.
 
-    EXT is a volume's (NIfTI, NRRD, MetaImage) or a picture's. Modalities are ordered by name; a number is none, as `image_001.png`, `image_002.png` are
-    rather several images than one. Empty when the folder holds no such image.
+    EXT is a volume's (NIfTI, NRRD, MetaImage) or a picture's. Modalities are ordered by name; a number is not one, since `image_001.png`
+    and `image_002.png` are more likely several images. Empty when the folder holds no such image.
     """
     images: dict[str, Path] = {}
     tasks: dict[str, dict[str, Path]] = {}
     clashes: dict[str, str] = {}
 
     def place(slots: dict[str, Path], slot: str, file: Path, task: str, what: str) -> Path:
-        """The first file of a slot is its own; of two volumes nothing says which is meant."""
+        """The slot's first file, which keeps it; a second volume is a clash, since nothing says which is meant."""
         first = slots.setdefault(slot, file)
         if first != file and all(path.name.lower().endswith(VOLUME_SUFFIXES) for path in (first, file)):
             clashes.setdefault(task, f"{first.name} and {file.name} in {folder} are both {what}; remove or rename one")
@@ -89,7 +89,7 @@ def two_digits(name: str) -> str:
 
 
 def _has_masks(image: str, raters: Iterable[str]) -> bool:
-    """Whether masks are called after one image of several, `mask_p1` or `mask_p1_anna` after `image_p1`: no case's modality has its own."""
+    """Whether masks are named after one of several images, `mask_p1` or `mask_p1_anna` after `image_p1`: a modality has none of its own."""
     return any(re.match(rf"{re.escape(image)}([\W_]|$)", rater) for rater in raters)
 
 
@@ -143,7 +143,7 @@ def walk(root: Path, readers: Sequence[str], left: Leftover) -> Iterator[tuple[s
     def below(folder: Path, parts: tuple[str, ...]) -> list[tuple[str, Entry]]:
         try:
             return list(descend(folder, read, (*parts, folder.name)))
-        except CdiffError:  # it is not the case's, nor needed
+        except CdiffError:  # a folder below a case, which is not needed
             return []
 
     def look(folder: Path, parts: tuple[str, ...], inside: Inside) -> list[tuple[str, Entry]]:
@@ -178,7 +178,8 @@ def descend(
 ) -> Iterator[Found]:
     """What `look` finds in `folder`, or, where that is nothing, in the folders in it and those below, in the order of their names.
 
-    look: called as look(folder, parts, inside). parts: the names from below the folder that was given down to this one. closed: names in lower case; a folder so called is looked at, but those in it are not.
+    look: called as look(folder, parts, inside). parts: the folders' names from below the first folder down to this one. closed: names
+    in lower case; a folder with such a name is looked at, but those in it are not.
     Hidden folders are left out. Raises CdiffError for a folder that cannot be listed.
     """
     inside = contents(folder)
@@ -193,8 +194,8 @@ def descend(
 class Inside(NamedTuple):
     """What a folder holds, in the order of the names, hidden things left out.
 
-    files: volumes and pictures, and links of such a name whose file is not there, so that reading them says so: data that is
-    fetched piece by piece has them. lost: other links to what is not there.
+    files: volumes and pictures, and links with such names to missing files (data that is fetched piece by piece has them), so that
+    reading them says so. lost: other links to what is not there.
     """
 
     folders: list[Path]
@@ -206,7 +207,7 @@ def contents(folder: Path) -> Inside:
     """List a folder. Raises CdiffError when it cannot be listed."""
     found = Inside([], [], [])
     try:
-        # Where one may list and not enter: of what lies in it Path.is_dir and its like say no from Python 3.14 on.
+        # Raises for a folder that may be listed but not entered: from Python 3.14 on Path.is_dir and the like just say no of what is in it.
         os.stat(os.path.join(folder, os.curdir))
         for path in sorted(path for path in folder.iterdir() if not path.name.startswith(".")):
             if path.is_dir():
@@ -221,10 +222,10 @@ def contents(folder: Path) -> Inside:
 
 
 def _place(entry: Entry, above: tuple[str, ...], folders: tuple[str, ...]) -> None:
-    """Read the folders between the root and the case: data set, split, patient.
+    """Set an entry's data set, split and patient by the folders between the root and the case.
 
     Where several of `folders` name one split, as when QUBIQ's archives lie in train and valid (`train/prostate/Training`), the
-    last of them holds the cases. Another split below the first is a name like any other (a test and a retest).
+    last of them holds the cases. Another split's name below the first is a name like any other (a test and a retest).
     """
     first = next((part.lower() for part in above if part.lower() in SPLITS), None)
     if first is None:

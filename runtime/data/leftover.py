@@ -15,11 +15,11 @@ BESIDE = "files beside those of a case"
 
 @dataclass
 class Leftover:
-    """Collected folder by folder; `told` says it.
+    """Collected folder by folder; `told` reports it.
 
-    masks: folders that hold masks and no image, and the names of the scans beside these. files: names of files beside a case's. folders: those of scans that are no
-    case. below: folders of cases inside a case's. strays: images without masks above cases that have some. links: to folders or files
-    that are not there.
+    masks: folders that hold masks and no image, and the names of the scans beside the masks. files: names of files beside a case's.
+    folders: those with scans that form no case. below: folders of cases inside a case's. strays: images without masks above cases that
+    have some. links: those to folders or files that are not there.
     """
 
     masks: dict[Path, list[str]] = field(default_factory=dict)
@@ -42,7 +42,7 @@ class Leftover:
             self.folders.append(folder)
 
     def lacking_image(self) -> str:
-        """What a folder without any case lacks of being one, to end a message with: most likely the images have another name."""
+        """What keeps folders with masks from being cases, to end a message with: most likely their images have another name."""
         if not self.masks:
             return ""
         folder, others = next(iter(self.masks.items()))
@@ -55,7 +55,7 @@ class Leftover:
         return f"; {folder} has masks but no image.nii.gz{more}: {remedy}"
 
     def told(self, root: Path) -> list[str]:
-        """A line for each kind of it. Folders above the cases hold pictures of a data set, not scans."""
+        """One line for each kind. Pictures in folders above the cases illustrate a data set and are not reported."""
         notes = [f"{folder} has masks but no image.nii.gz: left out" for folder in self.masks]
         if self.files:
             names = [name if n == 1 else f"{name} (in {n} folders)" for name, n in self.files.most_common()]

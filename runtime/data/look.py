@@ -28,8 +28,8 @@ SHOWN_VALUES = 6
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was noticed: how bad, what kind, in which case (empty: the whole data set), in a line; and the case's split, for
-    a name may stand in several."""
+    """One thing that was noticed: how bad, what kind, in which case (empty: the whole data set), in a line; and the case's split, since
+    several splits may have a case of that name."""
 
     severity: str
     kind: str
@@ -40,11 +40,13 @@ class Finding:
 
 @dataclass
 class Look:
-    """What was seen of one case; `row` is its entry in the report, `shape` its image's, `scores` one number a marked slice.
+    """What was seen of one case; `row` is its entry in the report, `shape` its image's.
 
     image: a hash of the image's voxels; empty where it was not read, or has one value everywhere.
-    with_others: of each annotator one number a slice that it or another marked, the mean Dice with the others.
-    turned: of each annotator what `turned.gains` says. lie: how the image's slices lie in the patient.
+    at_least: the shares of pixels that at least 1, 2 ... of the annotators marked; None unless all files could be read.
+    scores: for each slice that anyone marked the mean Dice over the pairs of annotators; scores_all: of slices that all marked.
+    with_others: by annotator, for each slice that anyone marked the mean Dice with the others.
+    turned: by annotator, what `turned.gains` says. lie: how the image's slices lie in the patient.
     """
 
     case: Case
@@ -91,7 +93,7 @@ def look_at(case: Case, split: str, channels: int, slice_axis: int, severity: st
             if scan is not None:
                 drawn.append(mask_slices(mask, scan.grid, case, path))
                 _place(look, path, mask, scan)
-        except NoImage:  # which is told already
+        except NoImage:  # the image's own error is told already
             continue
         except CdiffError as error:
             look.tell(severity, "shape" if " has shape " in str(error) else "unreadable", str(error))
@@ -105,7 +107,7 @@ def look_at(case: Case, split: str, channels: int, slice_axis: int, severity: st
 
 
 def _values(look: Look, masks: dict[Path, Mask]) -> None:
-    """Which values the masks hold: 0 and 1, or 0 and one other, are plain; the rest is read by a rule that should be known."""
+    """Tell which values the masks hold: 0 and 1, or 0 and one other, are plain; the rest is read by a rule that a user should know."""
     labels = look.case.labels
     odd: dict[tuple[str, str], list[str]] = {}
     for path, mask in masks.items():
@@ -129,14 +131,14 @@ def _values(look: Look, masks: dict[Path, Mask]) -> None:
         elif len(values) and values[-1] not in (0, 1):
             odd.setdefault(("note", f"{some}, not 0 and 1: read as 0 and 1"), []).append(path.name)
     for (severity, text), names in odd.items():
-        # Cases of which the same is said share a line.
+        # No names where it is true of all: cases of which the same is said share a line of the report.
         everyone = "all masks" if len(masks) > 1 else "the mask"
         whose = everyone if len(names) == len(masks) else ", ".join(names)
         look.tell(severity, "values", f"{whose} hold{'s' * (len(names) == 1)} {text}")
 
 
 def _place(look: Look, path: Path, mask: Mask, scan: Scan) -> None:
-    """A mask whose header puts it elsewhere than its image: read voxel by voxel all the same, or laid there in part; worth a look."""
+    """Tell of a mask that its header puts elsewhere than its image, read voxel by voxel all the same, or laid by it partly outside."""
     if mask.is_laid(look.case):
         if share := outside(mask, look.case, path, scan.grid):
             look.tell("warning", "grid", f"{share} of what {path.name} marks lies outside its image, by their headers")
@@ -147,7 +149,7 @@ def _place(look: Look, path: Path, mask: Mask, scan: Scan) -> None:
 
 
 def _kinds(look: Look, masks: dict[Path, Mask], scan: Scan) -> None:
-    """Masks of another kind of file than the image: the one is usually stored turned against the other."""
+    """Tell of masks of another kind of file than the image: the one is usually stored turned against the other."""
     picture = scan.grid.header is None
     if other := [path.name for path, mask in masks.items() if (mask.header is None) != picture]:
         kinds = "a NIfTI and its image a picture" if picture else "a picture and its image a NIfTI"
@@ -192,7 +194,7 @@ def _measure(look: Look, masks: NDArray[np.bool_]) -> None:
         look.tell("note", "empty", f"{', '.join(empty)} marked nothing")
     if equal:
         look.tell("warning", "duplicated", f"identical masks: {'; '.join(' and '.join(pair) for pair in equal)}")
-    full: NDArray[np.bool_] = np.all(masks, axis=(0, 2, 3))  # which the values tell
+    full: NDArray[np.bool_] = np.all(masks, axis=(0, 2, 3))  # `_values` has told of these
     if around := [rater for i, rater in enumerate(raters) if not full[i] and marks_the_background(masks[:, i])]:
         verb = "marks" if len(around) == 1 else "mark"
         text = f"{', '.join(around)} {verb} the corners of every slice and most of it: is what was drawn 0 there, and the rest not?"
@@ -231,6 +233,6 @@ def _measure(look: Look, masks: NDArray[np.bool_]) -> None:
 
 
 def _is_apart(mask: NDArray[np.bool_], votes: NDArray[np.int64]) -> bool:
-    """Whether a mask has no pixel in common with what the others drew: another case's, or stored turned. votes: of all, its own too."""
+    """Whether a mask has no pixel in common with what the others drew: another case's, or stored turned. votes: of all masks, this one too."""
     others = votes > mask
     return bool(mask.any() and others.any() and not (mask & others).any())

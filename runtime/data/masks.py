@@ -1,4 +1,4 @@
-"""One annotator's mask: a volume or a picture to what is inside, on the image's grid."""
+"""One annotator's mask: from a volume or a picture to what is inside, on the image's grid."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from cdiff.runtime.words import by
 class Mask:
     """A mask's values as stored, [H, W] or three axes, and its header where the file has one.
 
-    by_header: its header is how it is laid on an image, whatever the case says; so of DICOM, whose frames lie as they like.
-    notes: what its reader should know, such as "has a contour outside its image".
+    by_header: it is laid on an image by its header, whatever the case says; true of DICOM, whose frames may lie anywhere.
+    notes: what its user should know, such as "has a contour outside its image".
     """
 
     values: NDArray[Any]
@@ -46,9 +46,9 @@ def read_mask(path: Path, grid: Grid | None = None, opened: Opened | None = None
     """Read a mask's file: NIfTI, NRRD, MetaImage, a DICOM segmentation or structure set, PNG, TIFF or JPEG; or FILE#NAME, one structure of
     a DICOM file. A picture with a palette gives the palette's numbers, which are labels.
 
-    grid: of its image, on which contours are laid, for they have none of their own. opened: the same for all masks of a case, whose file
-    is then read once. Raises CdiffError for a file that cannot be read, that holds NaN, or whose colours do not say what was drawn;
-    where it is not clear which structure is meant; and for contours that do not lie in the image's slices.
+    grid: of its image; contours are laid on it, since they have none of their own. opened: give the same one for all masks of a case, so
+    that a file of several is read once. Raises CdiffError for a file that cannot be read, that holds NaN, or whose colours do not say what
+    was drawn; where it is not clear which structure is meant; and for contours that do not lie in the image's slices.
     """
     file, name = parted(path)
     if is_dicom(file):
@@ -70,7 +70,7 @@ def read_mask(path: Path, grid: Grid | None = None, opened: Opened | None = None
 
 
 def _pixels(data: bytes, path: Path) -> NDArray[Any]:
-    """The largest of each pixel's colours; transparency is not an opinion."""
+    """The largest of each pixel's colours; transparency does not count."""
     with opened(data, path) as (picture, _):
         if picture.mode in ("CMYK", "YCbCr", "LAB", "HSV"):  # whose numbers are not 0 in black and largest in white
             picture = picture.convert("RGB")
@@ -87,7 +87,7 @@ def _pixels(data: bytes, path: Path) -> NDArray[Any]:
 
 
 def inside(values: NDArray[Any], labels: tuple[int, ...] = ()) -> NDArray[np.bool_]:
-    """What a mask's values put inside: those among `labels`, or, none given, those above half of the largest value.
+    """Where a mask is inside: at values among `labels`, or, without labels, above half of the largest value.
 
     So 0 and 1, 0 and 255, and fractions are all read as meant; a file of zeros is an annotator who saw nothing. One structure of a file
     is bool, and has no labels.
@@ -138,13 +138,13 @@ def mask_slices(mask: Mask, grid: Grid, case: Case, path: Path) -> NDArray[np.bo
 
 
 def _must_be_of(own: Grid, grid: Grid, path: Path, image: Path) -> None:
-    """Raise CdiffError where a DICOM segmentation has other voxels than its image, of whose frames its own are copies.
+    """Raise CdiffError where a DICOM segmentation's voxels are not as large as those of its image, whose frames it repeats.
 
-    Its slices' distance may be a guess: it need not be in the file, nor need all slices.
+    The spacing of its slices may be a guess: a file need not give it, nor hold all slices.
     """
     if grid.header is None:
         return
-    # Of a single slice it is nobody's.
+    # Where both have a single slice, the spacing of slices means nothing.
     alone = 1 in own.spatial and 1 in (*grid.spatial, 1)[:3]
     here, there = (_edges(each, but_of_one=alone) for each in (own, grid))
     if not np.allclose(here, there, rtol=0.01):

@@ -1,4 +1,4 @@
-"""What is odd in masks while they are read: training and evaluation say what a check of the data would, a line for each kind."""
+"""Notices what is odd in masks while they are read: training and evaluation then say what a check of the data would, in a line per kind."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ TURNED = "images whose slices lie in the patient otherwise than in training"
 
 
 class Oddities:
-    """Collected case by case: of each kind the cases, and the first in words. `told` gives the lines."""
+    """Collected case by case: for each kind the cases, and the first one's oddity in words. `told` gives the lines."""
 
     def __init__(self, model: Manifest | None = None, resampled: tuple[int, int] | None = None) -> None:
-        """model: whose training the images are compared with; with one another, unless given. resampled: as the manifest has it."""
+        """model: images are compared with those of its training, without it with one another. resampled: as in a manifest."""
         self._model = model
         self._resampled = resampled if model is None else model.resampled
         self.names: list[str] = []
@@ -139,12 +139,12 @@ def is_plain(values: NDArray[np.generic]) -> bool:
 
 
 def is_negative(values: NDArray[np.generic]) -> bool:
-    """Whether a mask holds values below 0 and none above, as 255 in eight bits with a sign is -1: rather no mask of one who saw nothing."""
+    """Whether a mask holds values below 0 and none above (255 in signed 8 bits is -1): hardly the mask of someone who saw nothing."""
     return bool(values.min(initial=0) < 0 and values.max(initial=0) <= 0)
 
 
 def is_above(values: NDArray[np.generic], labels: tuple[int, ...]) -> bool:
-    """Whether a mask of 0 and one other value, such as 255, is above all labels: rather no label map than one in which they are absent."""
+    """Whether a mask holds 0 and one other value, such as 255, that is above all labels: more likely no label map than one without them."""
     return bool(labels) and is_plain(values) and bool(np.rint(values.max(initial=0)) > max(labels))
 
 
@@ -155,7 +155,7 @@ def marks_the_background(drawn: NDArray[np.bool_]) -> bool:
 
 
 def holds_a_picture(drawn: NDArray[np.bool_]) -> bool:
-    """Whether the slices [S, H, W] of a mask may be a picture's red, green, blue and what is not transparent, of which all of a mask is."""
+    """Whether the slices [S, H, W] of a mask may be a picture's red, green, blue and opacity, the last being full everywhere."""
     return len(drawn) == 4 and bool(drawn[3].all()) and not drawn[:3].all()
 
 

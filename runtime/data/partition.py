@@ -1,4 +1,4 @@
-"""What training makes of a data set before it reads a voxel: levels, channels, and which cases are kept for validation.
+"""What training settles about a data set before it reads the cases: levels, channels, and which cases are kept for validation.
 
 Here, not in the trainer, so that `cdiff data check` (which needs no PyTorch) says what training will do.
 """
@@ -28,16 +28,16 @@ from cdiff.runtime.words import several
 
 VAL_FRACTION = 0.1
 HELD_OUT = "held out"
-"""In the note of a training whose data names no cases to validate on."""
+"""These words are in the note of a training whose data names no cases to validate on."""
 LOOKED_AT = 4
-"""Cases that are opened to count the channels."""
+"""Most cases that are opened to count the channels."""
 
 
 @dataclass(frozen=True)
 class Partition:
-    """The cases to train on and those to validate on, and in a line each what a user should know of the choice.
+    """The cases to train on and those to validate on, and notes, a line each, on what a user should know of the choice.
 
-    held_out: how the latter were chosen where the data does not say, for the bundle: what `held_out_of` needs to find them again.
+    held_out: where the data names no validation cases, how they were chosen. It is kept in the bundle, for `held_out_of` to find them.
     """
 
     train: list[Case]
@@ -51,8 +51,8 @@ def partition(
 ) -> Partition:
     """The data's own split; without a validation split, `val_fraction` of the training cases (by patient, seeded).
 
-    levels: how many masks a case must have to be used; of those that have as many one is held out at least.
-    Raises CdiffError without training cases, with too few to keep one, or where that share is all of them.
+    levels: how many masks a case must have to be used; where any case has as many, at least one such is held out.
+    Raises CdiffError without training cases, with a single one, or where that share is all of them.
     """
     train, val = training_cases(found, root), found.get("val", [])
     why = "the validation cases have no masks" if found.unlabelled.get("val") else "no validation folder"
@@ -72,14 +72,14 @@ def _torn(found: DataSet) -> list[str]:
 
 
 def held_out_of(found: DataSet, root: Path, told: Mapping[str, Any]) -> list[Case]:
-    """The cases that a training held out of this very data, by what its bundle is `told` of them; none where the data is other.
+    """The cases that a training held out of this very data, by what its bundle says of them (`told`); none where the data is other.
 
-    A case is known by its name, the number of its masks and the length of its image's file: the data may have been moved, and no voxel
-    is read; other data whose cases have the same names is told apart.
+    A case is recognised by its name, the number of its masks and the length of its image's file: so the data may have been moved, no
+    voxel is read, and other data whose cases have the same names is told apart.
     """
     try:
         fraction, seed, levels, cases = (told[key] for key in ("val_fraction", "seed", "levels", "cases"))
-        split = partition(found, root, fraction, int(seed), levels)  # without a seed NumPy would draw one
+        split = partition(found, root, fraction, int(seed), levels)  # not None, for which NumPy would draw one
     except (KeyError, TypeError, ValueError, OverflowError, CdiffError):  # what is told may come from anywhere
         return []
     return split.val if split.held_out and split.held_out["cases"] == cases else []
@@ -124,7 +124,7 @@ def _hold_out(cases: list[Case], fraction: float, seed: int, why: str, levels: i
 
 
 def _fingerprint(*parts: list[Case]) -> str:
-    """SHA-256 of what the cases are known by, part by part."""
+    """SHA-256 of what the cases are recognised by, part by part."""
     known = [sorted((case.name, len(case.masks), _length(case.image)) for case in part) for part in parts]
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
@@ -143,7 +143,7 @@ def count_annotators(cases: Sequence[Case]) -> int:
 
 
 def none_has(name: str, cases: Sequence[Case], levels: int, variant: Variant = CONSENSUS) -> str:
-    """That no case of a split has as many masks as levels, and which setting takes them all the same."""
+    """The message that no case of a split has as many masks as levels, and which setting takes them all the same."""
     counts = sorted({len(case.masks) for case in cases})
     if counts[-1] >= levels:
         remedy = f"--set levels={counts[-1]} is their number"
@@ -155,8 +155,8 @@ def none_has(name: str, cases: Sequence[Case], levels: int, variant: Variant = C
 
 
 def count_channels(cases: Sequence[Case]) -> int:
-    """How many channels the images have, by the first few cases that show it: the files of a case; or the last axis of a
-    NIfTI, where the masks do without it (QUBIQ's tumour files); or 3 for a picture whose colours differ.
+    """How many channels the images have, at most, in the first few cases: as many as a case has files; or the last axis of a
+    NIfTI, where its masks lack it (QUBIQ's tumour files); or 3 for a picture whose colours differ.
 
     A file that cannot be read counts as one channel here; reading it for use says what is wrong.
     """

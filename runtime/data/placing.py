@@ -12,15 +12,15 @@ from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.scans.grid import Grid
 
 SLACK = 1e-3
-"""Of a voxel: what headers in float32 may miss by."""
+"""Share of a voxel by which headers in float32 may be off."""
 
 
 def place(marked: NDArray[np.bool_], own: Grid, image: Grid) -> NDArray[np.bool_]:
-    """What a mask marks, on its image's voxels: each takes the value of the mask's voxel that its centre lies in.
+    """What a mask marks, on its image's voxels: each takes the value of the mask's voxel in which its centre lies.
 
-    marked: [*own.spatial]; returns [*image.spatial], False where the mask does not reach. Grids of one shape and place are returned as
-    they are. Raises CdiffError, to be told with the files' names, where a header does not say where its voxels lie, and where all
-    that is marked lies outside the image.
+    marked: [*own.spatial]; returns [*image.spatial], False where the mask does not reach; unchanged where both grids have the same shape
+    and place. Raises CdiffError, to which the caller adds the files' names, where a header does not say where its voxels lie, and
+    where all that is marked lies outside the image.
     """
     if _are_one(own, image):
         return marked.reshape(image.spatial)
@@ -29,14 +29,14 @@ def place(marked: NDArray[np.bool_], own: Grid, image: Grid) -> NDArray[np.bool_
     if marked.any():
         from scipy.ndimage import affine_transform  # half a second, which segmenting a scan need not wait for
 
-        # Of a large image what is marked is a small part, and nothing else can be inside.
+        # Only the part of the image that the marked voxels reach, which is small in a large image.
         low, high = _bounds(marked)
         reached = _corners(low - 0.5, high + 0.5) @ to_image[:3, :3].T + to_image[:3, 3]
         start = np.clip(np.floor(reached.min(axis=0)), 0, laid.shape).astype(int)
         end = np.clip(np.ceil(reached.max(axis=0)) + 1, start, laid.shape).astype(int)
         part = tuple(slice(first, stop) for first, stop in zip(start, end, strict=True))
         held = tuple(slice(first, last + 1) for first, last in zip(low, high, strict=True))
-        # "grid-constant": by "constant" a centre that rounding puts 1e-7 of a voxel before the first is outside.
+        # "grid-constant": with "constant" a centre that rounding puts 1e-7 of a voxel before the first would be outside.
         laid[part] = affine_transform(
             _solid(marked)[held].astype(np.uint8),
             to_mask[:3, :3],
@@ -88,12 +88,12 @@ def _corners(low: NDArray[Any], high: NDArray[Any]) -> NDArray[Any]:
 
 
 def _solid(marked: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """With three axes."""
+    """The same with three axes."""
     return marked.reshape((*marked.shape, 1)[:3])
 
 
 def _are_one(own: Grid, image: Grid) -> bool:
-    """Whether two grids have one shape and nothing in their headers puts them apart. A third axis of length one is as none."""
+    """Whether two grids have one shape and their headers put them at one place. A third axis of length one does not count."""
     shape, there = ((*grid.spatial, 1)[:3] for grid in (own, image))
     if shape != there or own.header is None or image.header is None:
         return False
@@ -103,7 +103,7 @@ def _are_one(own: Grid, image: Grid) -> bool:
 
 
 def _between(start: Grid, end: Grid) -> NDArray[np.float64]:
-    """[4, 4]: voxel indices of one grid to those of the other."""
+    """[4, 4]: voxel indices of one grid to those of the other. Raises CdiffError where a header does not say where voxels lie."""
     for grid in (start, end):
         if not grid.has_orientation:
             raise CdiffError("one of their headers does not say where its voxels lie")

@@ -12,15 +12,15 @@ from cdiff.runtime.scans.sources import is_there
 
 SIGN = "#"
 MOST = 20
-"""Structures that a message names."""
+"""Most structures that a message names."""
 Structures = Sequence[tuple[int, str]]
-"""Of each structure in a file its number and its name."""
+"""The number and name of each structure in a file."""
 
 
 def parted(path: Path) -> tuple[Path, str]:
     """The file that a mask's path leads to, and the structure in it; "" where the file as a whole is meant.
 
-    Files may have the sign in their names too: the longest part of the path that is a file is it.
+    Files may have the sign in their names too: the longest beginning of the path that is a file is taken.
     """
     if is_there(path):
         return path, ""
@@ -34,22 +34,22 @@ def parted(path: Path) -> tuple[Path, str]:
 
 
 def files_read(case: Case) -> Iterator[Path]:
-    """Every file that is read of a case: as `files_of_image` has them, and the one that a structure lies in."""
+    """Every file that is read for a case: those of `files_of_image`, for a structure those of the file that holds it."""
     for path in case.files:
         yield from files_of_image(parted(path)[0])
 
 
 def files_of_image(path: Path) -> Iterator[Path]:
-    """Every file that is read of an image: those of a folder (a DICOM series) one by one, and those with the voxels of a header."""
+    """Every file that is read for an image: those of a folder (a DICOM series), or the file and those that its header names for voxels."""
     yield from filter(Path.is_file, path.iterdir()) if path.is_dir() else [path, *detached(path)]
 
 
 def number_of(name: str, path: Path, there: Structures) -> int:
-    """The number of the structure that is called so, or, where none is, that has `name` for a number.
+    """The number of the structure called `name`, or, where none is, of the one whose number is `name`.
 
-    path: as the table has it. Raises CdiffError where none is meant, or several are.
+    path: as the table has it, for messages. Raises CdiffError where no structure fits, or several do.
     """
-    # As a path takes it: of two slashes in a name one is left.
+    # Compared as paths, since `name` came through one: of two slashes in a row it keeps one.
     meant = [number for number, called in there if called and Path(SIGN + called) == Path(SIGN + name)]
     meant = meant or [number for number, _ in there if str(number) == name]
     if len(meant) == 1:
@@ -61,7 +61,7 @@ def number_of(name: str, path: Path, there: Structures) -> int:
 
 
 def one_must_be_named(file: Path, there: Structures, why: str) -> CdiffError:
-    """That a file cannot be read as one mask, with the names of its structures. why: such as "has segments that overlap"."""
+    """The error that a file cannot be read as one mask, with the names of its structures. why: such as "has segments that overlap"."""
     number, called = there[0]
     example = called if _are_told_apart(there) else number
     return CdiffError(f"{file} {why}: {_called(there)}; name the one that is meant, such as {file.name}{SIGN}{example}")
@@ -73,6 +73,6 @@ def _called(there: Structures) -> str:
 
 
 def _are_told_apart(there: Structures) -> bool:
-    """Whether the structures' names are of use."""
+    """Whether all structures have names, and no two the same."""
     names = [called for _, called in there]
     return all(names) and len(set(names)) == len(names)

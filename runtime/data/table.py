@@ -1,4 +1,4 @@
-"""Reader of a table (CSV) that names images and masks, one row a case or one row a mask (docs/own-data.md)."""
+"""Reader of a table (CSV) that names images and masks, one row per case or one per mask (docs/own-data.md)."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ CONVENTION = "the columns image (or image_t1, image_t2 ...) and mask1, mask2 ...
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns hold what: the images by modality ("" when there is one column), the masks by annotator, those by name.
+    """Which columns hold what: the images by modality ("" when there is one column), the masks by annotator, the `PLAIN` ones by name.
 
-    doubled: columns that say what one before them says, such as a second `mask` or `mask_1` beside `mask1`.
+    doubled: columns that say the same as an earlier one, such as a second `mask`, or `mask_1` beside `mask1`.
     """
 
     images: dict[str, str]
@@ -89,7 +89,7 @@ def names_scans(path: Path) -> bool:
 
 def read_table(path: Path, notes: list[str], *, masks: bool = True) -> list[Entry]:
     """The cases of a table, in the order of its rows. Paths are relative to the table's folder; an empty cell is a mask that
-    nobody drew. masks: a table without masks is refused (segmenting needs none).
+    nobody drew. masks: whether a table without masks is refused (segmenting needs none).
 
     Raises CdiffError naming the row for a table that contradicts itself; files are not looked at here.
     """
@@ -131,8 +131,8 @@ def read_table(path: Path, notes: list[str], *, masks: bool = True) -> list[Entr
 
 
 def _check_width(header: list[str], cells: list[str], where: str) -> None:
-    """Raise CdiffError for a row that ends early, of which masks may be lost, and for a file below no column's name, such as a mask of
-    one annotator more; a note may hold commas, and an index of a data frame stands first."""
+    """Raise CdiffError for a row that ends early, so that masks may be lost, and for a file in a column without a name, such as one more
+    annotator's mask. Other text may stand there (a note with commas), and anything in a first column without a name (a data frame's index)."""
     if any(cell.strip() for cell in cells) and len(cells) < len(header):
         raise CdiffError(
             f"{where} has {several(len(cells), 'cell')} below {len(header)} columns; a mask that nobody drew is a cell that is empty, so end "
@@ -176,7 +176,7 @@ def _add(entries: dict[str, Entry], row: dict[str, str], known: Columns, path: P
 
 
 def _shorten(entries: dict[str, Entry]) -> None:
-    """Cases that go by their image's path are called by its file's name where that is enough."""
+    """Call cases that go by their image's path by the file's name alone, where no two are then the same."""
     short = {key: stem(Path(key)) for key in entries}
     if all(short.values()) and len(set(short.values())) == len(entries):
         for key, name in short.items():
@@ -184,10 +184,10 @@ def _shorten(entries: dict[str, Entry]) -> None:
 
 
 def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """The table's rows with their numbers, the header first; comma, semicolon or tab, UTF-8 with or without a mark.
+    """The table's rows with their numbers, the header first; comma, semicolon or tab, UTF-8 with or without a byte order mark.
 
     A first line such as `sep=;` tells spreadsheets the separator, and is no row of the table. Rows are read one by one: a file
-    that is no table of cases is known by its header, whatever lies below.
+    that is no table of cases is recognised by its header, whatever lies below.
     """
     try:
         text = io.TextIOWrapper(io.BytesIO(any_bytes(path)), "utf-8-sig").read()  # all line ends become one

@@ -20,7 +20,7 @@ TURNS: dict[str, Turn] = {
     "turned by 90 degrees the other way": lambda mask: np.rot90(mask, 3, axes=(1, 2)),
     "with the axes of their slices exchanged, turned by 180 degrees": lambda mask: mask.swapaxes(1, 2)[:, ::-1, ::-1],
 }
-"""In words, and of slices [S, H, W]; the last four keep the shape of square slices alone."""
+"""Each turn of slices [S, H, W], by its name in words; the last four keep the shape only of square slices."""
 LEAST_CASES = 3
 LEAST_GAIN = 0.1
 

@@ -1,7 +1,7 @@
-"""The files that a NRRD's or MetaImage's header names for its voxels, looked at before ITK opens them.
+"""The files that a NRRD's or MetaImage's header names for its voxels, checked before ITK opens them.
 
 ITK hands a pattern to C's printf as it is, which writes where the pattern says; it waits for a pipe that nobody writes to; and a header
-that came from elsewhere must not have a picture made of whatever file this user can read.
+that came from elsewhere must not turn just any file that this user can read into a picture.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.scans.sources import is_there
 
 NUMBERED = re.compile(r"[^%\s]*%0?[0-9]?d[^%\s]*")
-"""A file's name in which one number stands."""
+"""A file's name with a place for one number."""
 NUMBER = re.compile(r"-?[0-9]{1,9}")
 MOST_FILES = 100_000
 
@@ -23,8 +23,8 @@ MOST_FILES = 100_000
 def voxel_files(named: str, below: Sequence[str], path: Path) -> list[Path]:
     """The files that the header at `path` names.
 
-    named: a name, LIST (the names are the lines `below`), or a pattern with its first number, its last and the step (s%03d.raw 1 100 1),
-    1 unless given. Raises CdiffError for any other pattern.
+    named: a name, LIST (the names are the lines `below`), or a pattern with its first number, its last and the step (s%03d.raw 1 100 1;
+    the step may be left out). Raises CdiffError for any other pattern, and for more than MOST_FILES numbers.
     """
     words = named.split()
     if words[:1] == ["LIST"]:

@@ -41,19 +41,19 @@ TAGS = [
 INVERTED = "MONOCHROME1"
 PALETTE = "PALETTE COLOR"
 SEGMENTATION = "SEG"
-"""The modality of masks, which lie beside the images that they are of."""
+"""The modality of masks, which may lie beside their images."""
 DEFLATED = "1.2.840.10008.1.2.1.99"
-"""The transfer syntax of a file that is packed as a whole (PS3.5, A.5)."""
+"""The transfer syntax of a file that is compressed as a whole (PS3.5, A.5)."""
 STANDARD = "1.2.840.10008."
 """What the standard's own identifiers begin with (PS3.5, chapter 9): one that is in none of its lists was cut off or changed."""
 UNEVEN = "Interslice distance varies"
 TILTED = "gantry tilt of"
 MISSING = "Missing images?"
-"""Of dcm2niix's messages those that say that its volume is not what it seems."""
+"""Parts of those messages of dcm2niix that say that its volume is not what it seems."""
 TROUBLE = re.compile(r"error|unable|unsupported|fail|corrupt|varies|not large enough|too large|no valid", re.IGNORECASE)
-"""What dcm2niix's reasons for making no image have in them, and its other messages have not."""
+"""What is in dcm2niix's reasons for making no image, and not in its other messages."""
 LONGEST = 1800.0
-"""Seconds after which dcm2niix, which takes seconds, is taken to run for ever; the other scans of a folder are still to come."""
+"""Seconds after which dcm2niix, which normally takes seconds, is taken to hang: the other scans of a folder are still to come."""
 OVERLAYS = "image_ROI*"
 """What dcm2niix calls a volume of marks that were drawn on the images (60xx,3000)."""
 
@@ -62,9 +62,9 @@ OVERLAYS = "image_ROI*"
 class Converted:
     """One series as dcm2niix converted it.
 
-    files: the series'. sha256: of their hashes, one after another, in the order of the files' names. reader: the converter's version
-    and the series. notes: what a reader of the result should know. frame, series: the UIDs of the frame of reference and of the series;
-    empty where the headers do not say.
+    files: the series', without copies. sha256: of their SHA-256 digests joined in the order of the files' names. reader: the converter's
+    version and the series. notes: what a user of the result should know. frame, series: the UIDs of the frame of reference and of the
+    series; empty where the headers do not say.
     """
 
     image: nib.Nifti1Image
@@ -92,7 +92,7 @@ class Series:
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether a file is DICOM's, by the mark in it or by its suffix; a disc's index is not."""
+    """Whether a file is DICOM, by the mark in it or by its suffix; a disc's index is not."""
     name = path.name.lower()
     if name == INDEX.lower() or name.endswith(VOLUME_SUFFIXES + PICTURE_SUFFIXES) or not path.is_file():
         return False
@@ -118,7 +118,7 @@ def holds_dicom(folder: Path) -> bool:
 def holds_images(folder: Path) -> bool:
     """Whether one of the DICOM files in a folder is an image; reports, contours and our own segmentations have folders of their own too.
 
-    Also where that cannot be told, so that reading the folder says why.
+    True also where that cannot be told, so that reading the folder says why.
     """
     try:
         return any(_image_header(path) is not None for path in sorted(folder.iterdir()) if _may_be_image(path))
@@ -128,7 +128,7 @@ def holds_images(folder: Path) -> bool:
 
 @contextmanager
 def _said_of(where: str) -> Iterator[None]:
-    """Puts the series before what is wrong with it."""
+    """Puts `where` before the text of a CdiffError in the block."""
     try:
         yield
     except CdiffError as error:
@@ -139,8 +139,8 @@ def read_dicom(path: Path, channels: int = 1, series: int | None = None) -> Conv
     """Convert the series in a folder (not in those below it), or in one file.
 
     series: its number, for a folder that holds several.
-    Raises CdiffError when dcm2niix or pydicom is missing, a file is empty or damaged, no image or several series are there and none
-    of them is named, and for a series that is not one even volume: slices that are missing, a tilted gantry, several echoes.
+    Raises CdiffError when dcm2niix or pydicom is missing, a file is empty or damaged, there is no image, or there are several series and
+    none is named; and for a series that is not one even volume: slices that are missing, a tilted gantry, several echoes.
     """
     program = _program(path)
     chosen = _choose(series_at(path), path, series)
@@ -160,13 +160,13 @@ def read_dicom(path: Path, channels: int = 1, series: int | None = None) -> Conv
         must_agree(kept, headers)
         planes = planes_of(headers)
     with temporary_folder() as folder:
-        # Of these files alone: dcm2niix says of everything in a folder what is wrong with it.
+        # Links to these files alone: dcm2niix would say what is wrong with everything else in the folder too.
         source, made = folder / "source", folder / "made"
         source.mkdir()
         made.mkdir()
         for file in kept:
             (source / file.name).symlink_to(file.absolute())
-        # Neither compression nor sidecars, and not as a file of defaults at the user's home says; errors join the other messages.
+        # Without compression, sidecars, and the defaults in a file in the user's home; errors join the other messages.
         command = [program, "-g", "i", "-d", "0", "-z", "n", "-b", "n", "-f", "image", "-o", str(made), str(source)]
         try:
             done = subprocess.run(
@@ -238,12 +238,12 @@ def series_at(path: Path) -> list[Series]:
 
 
 def _pattern(name: str) -> str:
-    """A name without its numbers, by which a series' files differ."""
+    """A name with every number as 0: a series' files differ by their numbers."""
     return re.sub(r"\d+", "0", name)
 
 
 def _must_leave_none(folder: Path, patterns: set[str]) -> None:
-    """Raise CdiffError for a file in a series' folder that is called as its images are, but for its numbers, and has lost DICOM's mark."""
+    """Raise CdiffError for a file in a series' folder that is named like its images, but for numbers, and has lost DICOM's mark."""
     for file in sorted(folder.iterdir()):
         alike = "0" in (pattern := _pattern(file.name)) and pattern in patterns
         if alike and file.is_file() and not _may_be_image(file):
@@ -273,13 +273,13 @@ def _may_be_image(file: Path) -> bool:
         return not other
     if not file.is_file():
         return False
-    # Nothing before the mark, and none: cut off there, or a copy that was broken off and has its full length.
+    # Zeros up to the mark's place, and no mark: cut off there, or a copy that was broken off and has its full length.
     blank = not other and not any(_beginning(file)[:MARK_AT])
     return is_dicom(file) or file.stat().st_size == 0 or blank
 
 
 def _below(path: Path) -> list[str]:
-    """The folders in a series' that hold DICOM images too."""
+    """The names of the folders within a series' folder that hold DICOM images too."""
     folders = (
         sorted(one for one in path.iterdir() if one.is_dir() and not one.name.startswith(".")) if path.is_dir() else []
     )
@@ -292,7 +292,7 @@ def _plain(text: str) -> str:
 
 
 def _must_be_no_image(header: Any, file: Path) -> None:
-    """Raise CdiffError for a header that ends before it says how large the image is."""
+    """Raise CdiffError for the header of an image, or of nothing known, that ends before it says how large the image is."""
     try:
         with values_asked():
             kind = header.get("SOPClassUID") or getattr(header, "file_meta", {}).get("MediaStorageSOPClassUID")
@@ -305,7 +305,7 @@ def _must_be_no_image(header: Any, file: Path) -> None:
 
 
 def _must_be_grey(chosen: Series, where: str) -> None:
-    """Raise CdiffError for colours, which are no intensities, and for what dcm2niix takes for other numbers than it holds."""
+    """Raise CdiffError for colours, which are no intensities, and for signed bytes, which dcm2niix takes for unsigned."""
     for file, header in zip(chosen.files, chosen.headers, strict=True):
         kind = str(header.get("PhotometricInterpretation") or "")
         if (header.get("SamplesPerPixel") or 1) != 1 or kind == PALETTE:
@@ -319,20 +319,20 @@ def _must_be_grey(chosen: Series, where: str) -> None:
 
 
 def _header(file: Path) -> Any:
-    """What pydicom reads of a file without its pixels."""
+    """A file's header (`TAGS`) as a pydicom data set. Raises CdiffError where it cannot be read."""
     pydicom = optional("pydicom", "pydicom", file, "DICOM")
     must_be_text(file)
     any_bytes(file)
     try:
-        # Of values that the standard does not allow; what cannot be used is refused where it is.
+        # pydicom warns of values that the standard does not allow; those that cannot be used are refused where they are needed.
         with without_warnings():
-            # Which dcm2niix does not read, and pydicom unpacks whole: a thousand times its bytes.
+            # dcm2niix does not read these, and pydicom unpacks them whole: up to a thousand times their bytes.
             if pydicom.filereader.read_file_meta_info(file).get("TransferSyntaxUID") == DEFLATED:
                 raise CdiffError(
                     f"{file} is deflated as a whole, which is not read here; inflate it: dcmconv +te IN OUT"
                 )
             header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=TAGS)
-            # pydicom reads a value when it is asked for, and repeats what is wrong with it.
+            # pydicom decodes a value whenever it is asked for, and would say each time what is wrong with it.
             for tag in TAGS:
                 try:
                     header.get(tag)
@@ -348,7 +348,7 @@ def _header(file: Path) -> Any:
 
 
 def _program(path: Path) -> str:
-    """dcm2niix, the system's or that of its Python package."""
+    """The path of dcm2niix: the system's, else that of its Python package."""
     if found := shutil.which("dcm2niix"):
         return found
     return str(optional("dcm2niix", "dcm2niix", path, "DICOM").bin)
@@ -378,7 +378,7 @@ def _must_be_one(made: list[Path], said: str, where: str) -> None:
             f"{where} the distance between slices varies: one may be missing; copy them again, or {BY_HAND}"
         )
     if not made:
-        # Of the maker's name it is unable to say something of nearly every image.
+        # dcm2niix is "unable" to tell the manufacturer of nearly every image.
         told = [line.strip() for line in said.splitlines() if TROUBLE.search(line) and "manufacturer" not in line]
         raise CdiffError(f"{where} it cannot be converted ({told[0] if told else 'dcm2niix does not say why'})")
     if len(made) > 1:

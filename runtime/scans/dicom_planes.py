@@ -1,4 +1,4 @@
-"""Where DICOM's headers put each image, and whether a converted volume puts it there too: dcm2niix looks at the first two slices' distance alone."""
+"""Where DICOM's headers put each image, and whether a converted volume puts it there too: dcm2niix looks only at the first two slices' distance."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ TAGS = (
     "ImageType", "ImageOrientationPatient", "ImagePositionPatient", "NumberOfFrames", "PerFrameFunctionalGroupsSequence", "PixelSpacing",
     "Rows", "Columns", "SharedFunctionalGroupsSequence",
 )  # fmt: skip
-"""What says where an image lies."""
+"""The tags that say where an image lies."""
 MOSAIC = "MOSAIC"
-"""Of the type of images (Siemens) that hold a volume's slices side by side: their position is that of none of them."""
+"""In the ImageType of images (Siemens) that hold a volume's slices side by side: their position is that of none of the slices."""
 IN_PLANE = 0.5
 """Pixels by which an image may lie beside its grid within its plane."""
 BETWEEN = 0.25
 """How far an image may lie from its place among the others, as a share of the distance between slices: a header's rounding."""
 UNEVEN = 0.3
-"""The same of one distance between neighbours: a slice that is missing doubles one."""
+"""How far the distance of two neighbours may be from the mean distance, as a share of that: a missing slice doubles one."""
 ROUNDING = 0.02
-"""From this share on the grid is laid anew."""
+"""Above this share of the slices' distance the grid is laid anew, and a note says so where images lie as far from the new one."""
 SAME_PLACE = 1e-3
 """Millimetres below which two frames lie at one place."""
 UPRIGHT = 0.01
@@ -57,9 +57,9 @@ class Plane:
 class Planes:
     """The images of a series, or the frames of one, in the order of the files.
 
-    known: one each, or none of those that do not say where they lie. count: how many images there are. checked: whether the
-    volume can be compared with them, which a mosaic and a film without functional groups cannot. mixed: whether frames are
-    numbered in another order than that in which they lie. unspaced: whether a header's PixelSpacing cannot be read.
+    known: one for each image that says where it lies. count: how many images there are. checked: whether the volume can be compared
+    with them, which those of a mosaic, or of several frames without functional groups, cannot. mixed: whether frames are numbered in
+    another order than that in which they lie. unspaced: whether a header's PixelSpacing cannot be read.
     """
 
     known: tuple[Plane, ...]
@@ -71,9 +71,9 @@ class Planes:
 
 @contextmanager
 def values_asked() -> Iterator[None]:
-    """Raises CdiffError where a value deep in a header is none: pydicom reads those when they are asked for."""
+    """Within the block, raises CdiffError for an invalid value deep in a header: pydicom decodes those when they are asked for."""
     try:
-        # It warns of values that the standard does not allow, and that can be used.
+        # pydicom warns of values that the standard does not allow, but that can be used.
         with without_warnings():
             yield
     except CdiffError:
@@ -103,16 +103,16 @@ def planes_of(headers: Sequence[Any]) -> Planes:
 
 
 def laid(image: nib.Nifti1Image, planes: Planes, where: str) -> tuple[nib.Nifti1Image, tuple[str, ...]]:
-    """`image` as the headers place it, and notes for a reader of the result.
+    """`image` as the headers place it, and notes for a user of the result.
 
-    Where the distances between slices are rounded, so that the first is not the others', the affine takes their mean. Where no image
-    says where it lies, neither does the result.
+    Where the first distance between slices differs from the others by rounding, the affine takes the mean of all. Where no image says
+    where it lies, neither does the result.
     Raises CdiffError where an image does not lie on the volume's grid, or has no slice of its own in it.
     """
     shape = (*image.shape, 1)[:3]
     if not planes.checked:
         return image, ()
-    if planes.mixed:  # dcm2niix goes by the numbers, and a slice would lie where another is
+    if planes.mixed:  # dcm2niix goes by the numbers, and would put slices into each other's places
         raise CdiffError(
             f"{where} its frames are numbered in another order than they lie in; save them as single images (dcm4che's emf2sf does)"
         )
@@ -124,7 +124,7 @@ def laid(image: nib.Nifti1Image, planes: Planes, where: str) -> tuple[nib.Nifti1
         image.set_sform(image.affine, code="unknown")
         image.set_qform(None, code="unknown")
         if planes.unspaced:
-            image.header["pixdim"][1:3] = 1  # as dcm2niix has it without the tag: of an empty one it makes any number
+            image.header["pixdim"][1:3] = 1  # as dcm2niix has it without the tag: from an empty one it makes any number
         guessed = "their order and distance, and " if planes.count > 1 else ""
         return image, (
             f"the DICOM headers do not say where the images lie: {guessed}lengths may be guesses, and nothing says how the patient lies",
@@ -161,9 +161,10 @@ def laid(image: nib.Nifti1Image, planes: Planes, where: str) -> tuple[nib.Nifti1
 
 
 def taken_from(marked: NDArray[Any], affine: Float64, plane: Plane) -> NDArray[Any]:
-    """What lies on a plane of a volume `marked` [i, j, k, ...] that lies as `affine` (left, back, up) says: [rows, columns, ...].
+    """The part of a volume `marked` [i, j, k, ...] that lies on a plane, [rows, columns, ...].
 
-    Raises CdiffError where the plane's pixels are not the volume's voxels.
+    affine: the volume's voxels to mm in DICOM's space (left, back, up). Raises CdiffError where the plane's pixels are not the volume's
+    voxels.
     """
     corner, across, down = _indices(affine, plane)
     one, other = np.rint(across).astype(int), np.rint(down).astype(int)
@@ -174,7 +175,7 @@ def taken_from(marked: NDArray[Any], affine: Float64, plane: Plane) -> NDArray[A
     if (np.minimum(first, last) < 0).any() or (np.maximum(first, last) >= marked.shape[:3]).any():
         raise CdiffError("its images reach beyond the volume")
     along, down_axis = int(np.argmax(np.abs(one))), int(np.argmax(np.abs(other)))
-    # Views alone: a large series has as many pixels as the volume.
+    # Only views, no copies: a large series has as many pixels as the volume.
     low, high = np.minimum(first, last), np.maximum(first, last)
     part = marked[tuple(slice(a, b + 1) for a, b in zip(low, high, strict=True))]
     part = np.moveaxis(part, (down_axis, along), (0, 1))[:, :, 0]
@@ -189,7 +190,7 @@ def lps_of(header: nib.Nifti1Header) -> Float64:
 
 
 def frames_of(header: Any) -> int:
-    """How many images a file's header promises; one where it says nothing that can be."""
+    """How many images a file's header promises; 1 where it gives no possible number."""
     try:
         return max(int(header.get("NumberOfFrames") or 1), 1)
     except (TypeError, ValueError):
@@ -197,7 +198,7 @@ def frames_of(header: Any) -> int:
 
 
 def functional_groups(header: Any, sequence: str) -> list[Any]:
-    """Of each frame its own functional group of a name, or that of all frames; none where the header has no groups for frames."""
+    """For each frame its own functional group called `sequence`, else the one of all frames; [] where frames have no groups."""
     groups = header.get("PerFrameFunctionalGroupsSequence") or []
     shared = (header.get("SharedFunctionalGroupsSequence") or [{}])[0]
     return [(group.get(sequence) or shared.get(sequence) or [{}])[0] for group in groups]
@@ -243,7 +244,7 @@ def _mixed(planes: Sequence[Plane], groups: Sequence[Any]) -> bool:
 
 
 def _plane(header: Any) -> Plane | None:
-    """None where something is missing, no number, or contradicts itself."""
+    """A header's plane; None where something in it is missing, no number, or contradicts itself."""
     try:
         corner = np.array([float(value) for value in header.get("ImagePositionPatient") or ()])
         axes = np.array([float(value) for value in header.get("ImageOrientationPatient") or ()])
@@ -257,11 +258,11 @@ def _plane(header: Any) -> Plane | None:
     square = np.array([across @ across, down @ down, across @ down])
     if not np.allclose(square, [1, 1, 0], atol=UPRIGHT):
         return None
-    return Plane(corner, across * spacing[1], down * spacing[0], rows, columns)  # between rows is the first
+    return Plane(corner, across * spacing[1], down * spacing[0], rows, columns)  # the first is between rows
 
 
 def _spacing(header: Any) -> tuple[float, float] | None:
-    """Millimetres between rows and between columns; None where they are missing, or no two numbers above zero."""
+    """Millimetres between rows and between columns; None where they are missing, or not two numbers above zero."""
     try:
         down, across = (float(value) for value in header.get("PixelSpacing") or ())
     except (TypeError, ValueError):
@@ -276,7 +277,7 @@ def _indices(affine: Float64, plane: Plane) -> tuple[Float64, Float64, Float64]:
 
 
 def _places(affine: Float64, shape: tuple[int, ...], planes: Sequence[Plane], where: str) -> tuple[int, Float64]:
-    """The axis of the array that runs through the images, and where along it each lies, in voxels."""
+    """The array axis across the images' planes, and where along it each image lies, in voxels."""
     axis, at = 2, []
     for number, plane in enumerate(planes):
         corner, across, down = _indices(affine, plane)

@@ -19,9 +19,9 @@ GEOMETRY_FIELDS = (
 NIFTI1_LONGEST = 2**15 - 1
 """Most voxels along an axis of a NIfTI-1 file."""
 MM = {1: 1000.0, 2: 1.0, 3: 0.001}
-"""Millimetres a unit of length, by the code of NIfTI's xyzt_units (metre, millimetre, micron)."""
+"""Millimetres per unit of length, by the code of NIfTI's xyzt_units (metre, millimetre, micron)."""
 UPRIGHT = 0.9999
-"""Above this share of its edges multiplied, a voxel counts as a box: what is missing is the rounding of a header."""
+"""A voxel larger than this share of its edges' product counts as a box: what is missing is the rounding of a header."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Grid:
 
     @property
     def spacing(self) -> tuple[float, ...] | None:
-        """Millimetres a voxel along each spatial axis, from the header's zooms and unit; None without a header."""
+        """Millimetres per voxel along each spatial axis, from the header's zooms and unit; None without a header."""
         if self.header is None:
             return None
         scale = MM.get(self.unit, 1.0)
@@ -91,9 +91,9 @@ class Grid:
 
     @property
     def affine(self) -> NDArray[np.float64]:
-        """[4, 4]: voxel indices to millimetres in the patient's space, as the header has it. A 2-D image's third axis is upright on it, 1 mm long.
+        """[4, 4]: voxel indices to millimetres in the patient's space, as the header has it; only for a grid with a header.
 
-        Asked of a grid with a header alone.
+        A 2-D image's third axis is perpendicular to it, 1 mm long.
         """
         assert self.header is not None
         out = np.array(self.header.get_best_affine(), dtype=np.float64)
@@ -105,14 +105,14 @@ class Grid:
 
     @property
     def is_placeholder(self) -> bool:
-        """Whether the header's spacing is 1 along every axis, as files get it that lost theirs: volumes in ml then mean nothing."""
+        """Whether the header's spacing is 1 along every axis, as in files that have lost theirs: volumes in ml then mean nothing."""
         return self.header is not None and all(zoom == 1 for zoom in self.header["pixdim"][1 : 1 + len(self.spatial)])
 
     def differs_from(self, other: Grid, *, ones_count: bool = False) -> str | None:
         """In words why another file's grid is not this one, or None: shape, and where both have headers, spacing and place.
 
-        A placeholder's spacing contradicts nothing. ones_count: where both spacings are 1 and both headers say where the voxels
-        lie, not at the origin, they are taken as meant.
+        A placeholder's spacing contradicts nothing. ones_count: spacings of 1 are taken as meant where both are 1 and neither header
+        puts the first voxel at the origin.
         """
         if self.spatial != other.spatial:
             return f"have different shapes ({by(self.spatial)} and {by(other.spatial)})"
@@ -170,9 +170,9 @@ class Grid:
 
     @property
     def leaning(self) -> float:
-        """A voxel's size as a share of its edges multiplied: 1, but for an sform whose axes are not at right angles.
+        """A voxel's size as a share of its edges' product: 1, unless the sform's axes are not at right angles.
 
-        An sform that the spacing contradicts is not asked.
+        An sform that the spacing contradicts is ignored.
         """
         edges = self._sform_edges
         if edges is None or not self._sform_agrees:
@@ -198,7 +198,7 @@ class Grid:
 
     @property
     def plane_mm(self) -> tuple[float, float] | None:
-        """Millimetres a pixel along the two axes of a slice as stored, from `measured_spacing`."""
+        """Millimetres per pixel along the two axes of a slice as stored, from `measured_spacing`."""
         spacing = self.measured_spacing
         if spacing is None:
             return None
@@ -215,8 +215,8 @@ class Grid:
     def image(self, maps: NDArray[Any], intent: str) -> nib.Nifti1Image:
         """A NIfTI image of `maps` ([*shape] or [*spatial, K]) that lies where the input lies.
 
-        Geometry alone is taken over (affine, codes, zooms, units): nothing else of the input's header, such as a name
-        or a date in a free-text field or an extension, travels. K maps go on a fourth axis, also for a 2-D input. The format is
+        Only geometry is taken over (affine, codes, zooms, units): nothing else of the input's header, such as a name
+        or a date in a free-text field or an extension. K maps go on a fourth axis, also for a 2-D input. The format is
         the input's; NIfTI-2 for a picture that is too long for NIfTI-1.
         """
         if maps.ndim > len(self.spatial) and maps.shape != self.shape:

@@ -37,10 +37,11 @@ def scans_at(
 
     A file is taken whatever its suffix (reading it says what is wrong with it) and is called by its own name. In a folder:
     every volume's file or picture, called by its name, and every case folder with an image or folder of DICOM files, called by the
-    folder's name, with those above it where it lies deeper (patient7_scan1). A table (CSV): its images, called as their cases are. Annotators' masks and what an earlier `cdiff segment` wrote there are
-    left out. channels: what the model takes; with more than one, a case's `image_t1`, `image_t2` ... or BraTS's files are one
-    scan, its modalities in the order of `modalities` (what the model was trained on) where that is known.
-    left: takes the folders below `path` whose scans are passed over, since they are no case's.
+    folder's name, with those above it where it lies deeper (patient7_scan1). A table (CSV): its images, called as their cases are.
+    Annotators' masks and what an earlier `cdiff segment` wrote there are left out.
+    channels: what the model takes; with more than one, a case's `image_t1`, `image_t2` ... or BraTS's files are one scan, its
+    modalities in the order of `modalities` (what the model was trained on) where that is known.
+    left: gets the folders below `path` whose scans are passed over, because they are no case folders.
     Raises CdiffError when nothing is there, a modality is missing, or two scans would write the same files.
     """
     if path.is_file() and path.suffix.lower() in SUFFIXES:
@@ -61,8 +62,9 @@ def scans_named(
 ) -> list[NamedScan]:
     """The scans that several paths name, as `scans_at` has each, path by path.
 
-    Of several those are left out whose names say that they are a benchmark's masks or results of ours (or a folder of these alone), or
-    masks of the case whose image is named with them: a shell's `*` takes them too. notes: takes a line on what was left out. Raises CdiffError as `scans_at` does, and where only such files are named.
+    Of several paths those are left out whose names say that they are a benchmark's masks or results of ours (or a folder of results
+    alone), or masks of the case whose image is named with them: a shell's `*` takes them too. notes: gets a line on what was left out.
+    Raises CdiffError as `scans_at` does, and where only such files are named.
     """
     notes = [] if notes is None else notes
     cases = {path.parent for path in paths if IMAGE.match(stem(path) or "")}
@@ -95,15 +97,15 @@ def must_differ(scans: Iterable[NamedScan]) -> None:
 
 
 def passed_over(root: Path, left: Sequence[Path]) -> str:
-    """That the scans of some folders below `root` are not taken, and how to have them taken."""
+    """The note that the scans of some folders below `root` are not taken, and how to have them taken."""
     names = listed([path.relative_to(root).as_posix() for path in left])
     return f"scans in folders below {root} that are not called image.nii.gz were not taken ({names}); name such a folder, or a table"
 
 
 def _scans_in(root: Path, channels: int, modalities: Sequence[str], left: list[Path]) -> Iterator[NamedScan]:
-    """The scan of a case folder; where `root` is none, its files and the cases in the folders below.
+    """The scan of `root` where it is a case folder, else the scans among its files and in the folders below.
 
-    A split's folder is not gone into: which one is meant has to be said. Other folders whose scans are not taken go to `left`.
+    A split's folder is not entered: the user has to say which one is meant. Other folders whose scans are not taken go to `left`.
     """
 
     def cases(folder: Path, parts: tuple[str, ...], inside: Inside) -> list[NamedScan]:
@@ -154,8 +156,8 @@ def _is_no_scan(path: Path, cases: set[Path]) -> bool:
 def _is_one_scan(entry: Entry, files: Files, channels: int, modalities: Sequence[str], *, below: bool) -> bool:
     """Whether a folder's images are one scan, rather than scans that lie in one folder.
 
-    Several files are, where the model was trained on such files, or they are as many volumes as it has channels. below: the
-    folder lies in the one that was named, where pictures of other names (a thumbnail) are no scans.
+    Several files are one where the model was trained on such files, or they are as many volumes as it has channels. below: whether
+    the folder lies within the one that was named; pictures of other names there (a thumbnail) are no scans.
     """
     images = list(entry.images.values())
     if len(images) > 1 or "" not in entry.images:

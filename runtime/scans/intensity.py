@@ -20,9 +20,9 @@ class Intensity:
     """How raw intensities become the network's input, for each channel on its own.
 
     method "percentile" maps the `lower` and `upper` percentile to -1 and +1, clipped. "standard" subtracts a mean and divides by a
-    standard deviation: the numbers in `mean` and `std`, one for all channels or one a channel, as a model has them that was
-    trained on images normalised by its training set; mean 0 and std 1 leave the values as stored. Without such numbers it
-    takes the image's own.
+    standard deviation: the numbers in `mean` and `std`, one for all channels or one per channel, for a model that was trained on
+    images normalised by its training set's; mean 0 and std 1 leave the values as stored. Without such numbers it takes the
+    image's own.
     scope: "slice" takes percentiles, or the image's own mean, of each slice (for scans whose slices were scaled one by one),
     "volume" of the scan.
     """
@@ -57,17 +57,17 @@ class Intensity:
     def apply(self, array: NDArray[Any]) -> NDArray[np.float32]:
         """[S, channels, H, W] of any real dtype -> float32, same shape; in [-1, 1] for percentiles. A constant image becomes zeros.
 
-        Raises CdiffError when `mean` is neither one number nor one a channel, or what it makes of the array is not finite.
+        Raises CdiffError when `mean` is neither one number nor one per channel, or the result is not finite.
         """
         return self.scaled(array, self.limits(array))
 
     def limits(self, over: NDArray[Any]) -> Limits | None:
-        """What `scaled` takes of the slices, or of a part of each, [S, channels, h, w]: of each slice, or of all for the scope "volume"; None
-        where the intensity has its own."""
+        """The limits for `scaled`, taken of slices, or of a part of each, [S, channels, h, w]: those of each slice, or for the scope "volume" of
+        all; None where `mean` and `std` are given."""
         if self.mean:
             return None
         axes = (2, 3) if self.scope == "slice" else (0, 2, 3)
-        # In one piece: a sum over a part of an array may round otherwise than one over its copy.
+        # Contiguous: a sum over a view of an array may round otherwise than one over its copy.
         seen = np.ascontiguousarray(over, dtype=np.float32)
         if self.method == "standard":
             return seen.mean(axis=axes, keepdims=True, dtype=np.float64), seen.std(
@@ -77,7 +77,7 @@ class Intensity:
         return low, high
 
     def scaled(self, array: NDArray[Any], limits: Limits | None) -> NDArray[np.float32]:
-        """`apply` with the limits of these slices, or of the scan that they are of."""
+        """`apply` with the `limits` of these slices, or of the scan that they are from."""
         values = np.asarray(array, dtype=np.float32)
         if limits is None:
             if len(self.mean) not in (1, values.shape[1]):
@@ -125,7 +125,7 @@ class Intensity:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Intensity:
-        """The inverse of to_json. Raises TypeError for a key that is none of its."""
+        """The inverse of to_json. Raises TypeError for a key that to_json does not write."""
         values: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in data.items()
         }
@@ -133,10 +133,10 @@ class Intensity:
 
 
 class Normalised:
-    """Slices [S,channels,h,w] in the intensities of a model, each computed when it is asked for: a long scan would be in memory once more."""
+    """Slices [S,channels,h,w] in the intensities of a model, each computed when it is asked for, so that a long scan is not in memory twice."""
 
     def __init__(self, intensity: Intensity, raw: NDArray[Any], over: NDArray[Any], limits: Limits | None) -> None:
-        """raw: the slices as read. over: the part of each that `limits` are taken of when they are not given, as for the scope "slice"."""
+        """raw: the slices as read. over: the part of each of which limits are taken where `limits` is None, as for the scope "slice"."""
         self._intensity, self._raw, self._over, self._limits = intensity, raw, over, limits
         self._last: tuple[int, NDArray[np.float32]] | None = None
         self.shape: tuple[int, ...] = raw.shape
@@ -145,7 +145,7 @@ class Normalised:
         return len(self._raw)
 
     def __getitem__(self, part: Any) -> Any:
-        """[channels,h,w] of a number; of a part, those slices, as lazily."""
+        """For a number its slice [channels,h,w]; for a Python slice the `Normalised` of that part, as lazy as this one."""
         if isinstance(part, slice):
             return Normalised(self._intensity, self._raw[part], self._over[part], self._limits)
         last = self._last

@@ -16,7 +16,7 @@ DIRECTIONS = (ACROSS, ALONG, UP)
 """Of the body, in the order of NIfTI's x, y and z. Which end comes first does not count: training flips slices."""
 PLANES = {UP: "axial", ALONG: "coronal", ACROSS: "sagittal"}
 CLEAR = 0.87
-"""From this cosine on, 30 degrees, an axis runs along a direction; a slice that leans more lies between two."""
+"""From this cosine on (30 degrees) an axis runs along a direction; one that leans more lies between two."""
 UNTURNED = ((1, 1, 1), (-1, -1, 1))
 """NIfTI's axes and ITK's, in NIfTI's space."""
 NEARLY_ALL = 0.9
@@ -39,8 +39,8 @@ class Lie:
 def directions(grid: Grid) -> tuple[str, ...] | None:
     """The direction that each array axis of a volume runs along; None where its header does not say, or it lies between two.
 
-    Nor does one say it whose first voxel is at the origin and whose axes are not turned, in NIfTI's space or in ITK's, whose first two
-    point the other way: so a program writes it that knows spacing alone.
+    A header with the first voxel at the origin and axes that are not turned, in NIfTI's space or in ITK's (whose first two point the
+    other way), does not say either: programs that know only the spacing write such headers.
     """
     if grid.header is None or len(grid.spatial) < 3 or not grid.has_orientation:
         return None
@@ -74,7 +74,8 @@ def usual(lies: Iterable[Lie | None], share: float = 0.0) -> Lie | None:
 
 
 def otherwise(lie: Lie | None, wanted: Lie | None, whose: str) -> str | None:
-    """In words how a volume's slices lie otherwise than `whose` do, such as "the training's"; None where they do not, or nothing says."""
+    """In words how a volume's slices lie otherwise than `wanted`; whose: of whom that is, such as "those of most". None where they do not, or
+    where one of both is not known."""
     if lie is None or wanted is None or lie == wanted:
         return None
     if lie.plane != wanted.plane:

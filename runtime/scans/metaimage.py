@@ -1,4 +1,4 @@
-"""What a MetaImage's header promises, and whether its files hold that: ITK reads on past packed voxels that are damaged, and files too few."""
+"""What a MetaImage's header promises, and whether its files hold that: ITK passes over damaged packed voxels, and over missing files."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from cdiff.runtime.scans.sources import any_bytes
 from cdiff.runtime.scans.stored import must_not_hold_more, unpacked_size
 
 TEXT_ENDS = 2**16
-"""A header lies within so many bytes, but for the names of its files."""
+"""Most bytes of a header, but for the names of its files."""
 LAST = "ElementDataFile"
 """The field that ends a header."""
 BYTES = {
     "CHAR": 1, "UCHAR": 1, "SHORT": 2, "USHORT": 2, "INT": 4, "UINT": 4, "FLOAT": 4, "DOUBLE": 8, "LONG_LONG": 8, "ULONG_LONG": 8,
 }  # fmt: skip
-"""A value's bytes by ElementType, without its MET_; that of MET_LONG hangs on who wrote it."""
+"""A value's bytes by ElementType, without its MET_; those of MET_LONG depend on who wrote it."""
 WHOLE = re.compile(r"-?[0-9]{1,18}")
 NEEDED = ("NDims", "DimSize", "ElementType")
 BY_AXIS = {
@@ -29,17 +29,17 @@ BY_AXIS = {
 }  # fmt: skip
 """Fields with a value, or several, for each axis."""
 MATRICES = {"Orientation", "Rotation", "TransformMatrix"}
-"""Those with a value for each axis of each axis."""
+"""Those with a value for each pair of axes."""
 MOST_AXES = 6
-"""What SimpleITK reads, the components of a voxel being one; of many more both formats have it crash."""
+"""Most that SimpleITK reads, the components of a voxel counting as one; many more make it crash, in both formats."""
 MOST_VOXELS = 2**31
-"""Along an axis; ITK takes the number as it stands."""
+"""Most along an axis; ITK takes any number as it stands."""
 
 
 def header_of(data: bytes, path: Path) -> tuple[dict[str, str], str, int]:
-    """The fields of the MetaImage in `data`, what the last of them names, and where that ends.
+    """The fields of the MetaImage in `data`, the value of the last one (`LAST`), and the byte at which its line has ended.
 
-    Raises CdiffError where that field stands there twice, or beyond TEXT_ENDS: ITK might take another than is looked at here.
+    Raises CdiffError where that field occurs twice, or beyond TEXT_ENDS: ITK might take another one than is looked at here.
     """
     mark = LAST.encode()
     head, found, rest = data[:TEXT_ENDS].partition(mark)
@@ -60,7 +60,7 @@ def _said(head: bytes) -> Iterator[tuple[str, str]]:
 
 
 def must_be_whole(data: bytes, path: Path) -> None:
-    """Raise CdiffError for a header that ITK cannot follow: of one without sizes it says three lines more, and many axes end the process."""
+    """Raise CdiffError for a header that ITK cannot follow: it prints lines of its own about missing sizes, and many axes end the process."""
     head = data[:TEXT_ENDS].partition(LAST.encode())[0]
     names = [name for name, _ in _said(head)]
     fields, named, _ = header_of(data, path)
@@ -84,7 +84,7 @@ def must_be_whole(data: bytes, path: Path) -> None:
 
 
 def _not_by_axis(fields: dict[str, str], axes: int) -> str | None:
-    """A field without one finite number for each axis, which ITK takes for 0 where they are too few or none."""
+    """The name of a field that has not one finite number for each axis, for which ITK would take 0; None where there is none."""
     for name in (BY_AXIS - {"DimSize"}) & fields.keys():
         words = fields[name].split()
         try:
@@ -97,7 +97,7 @@ def _not_by_axis(fields: dict[str, str], axes: int) -> str | None:
 
 
 def _whole_number(fields: dict[str, str], name: str, default: int, path: Path) -> int:
-    """A field's value. Raises CdiffError where it is none: ITK takes what it can read of it."""
+    """A field's value. Raises CdiffError where it is no whole number: ITK would take what it can read of it."""
     value = fields.get(name, str(default))
     if not WHOLE.fullmatch(value):
         raise CdiffError(f"{path} has {value[:50]!r} as {name} in its header; it is damaged: copy or save it again")
@@ -105,7 +105,7 @@ def _whole_number(fields: dict[str, str], name: str, default: int, path: Path) -
 
 
 def files_of(data: bytes, path: Path) -> list[Path]:
-    """The files that the MetaImage in `data` names for its voxels; none where it holds them itself. Raises CdiffError as `voxel_files` does."""
+    """The files that the MetaImage in `data` names for its voxels; [] where it holds them itself. Raises CdiffError as `voxel_files` does."""
     _, named, begins = header_of(data, path)
     if named.upper() in ("", "LOCAL"):
         return []
@@ -130,12 +130,12 @@ def check_metaimage(data: bytes, path: Path) -> None:
     if size is None:
         return
     values = math.prod(sizes) * channels
-    # Of numbers in words each has a digit and a space; ITK looks for all that are promised, however soon the file ends.
+    # Values written as text have at least a digit and a space each; ITK looks for all that are promised, however soon the file ends.
     promised = 2 * values - 1 if words else values * size
     packed = fields.get("CompressedData", "False").lower() in ("true", "1") and not words
     files = files_of(data, path)
     if not files and named:
-        if packed and not packed_size:  # which ITK then takes the wrong way
+        if packed and not packed_size:  # which ITK then reads wrongly
             raise CdiffError(f"{path} does not say how long its packed voxels are (CompressedDataSize); save it again")
         stored = memoryview(data)[begins:]
         _must_hold(promised, stored[:packed_size] if packed else stored, packed, path, path)
@@ -144,14 +144,14 @@ def check_metaimage(data: bytes, path: Path) -> None:
     _must_be_as_many(files, named, sizes, path)
     for file in files:
         held = any_bytes(file)
-        if not packed or len(files) == 1:  # of several that are packed nothing says how long each is
+        if not packed or len(files) == 1:  # nothing says how long each of several packed ones is
             _must_hold(promised // len(files) + max(skipped, 0) * (not packed), held, packed, file, path)
         if not packed and not words and len(files) == 1 and skipped >= 0:  # below 0 the voxels are the file's end
             must_not_hold_more(len(held) - skipped, promised, sizes, file)
 
 
 def _must_be_as_many(files: list[Path], named: str, sizes: list[int], path: Path) -> None:
-    """Raise CdiffError where a list or a pattern names more or fewer files than the image has parts, of which ITK says nothing."""
+    """Raise CdiffError where a list or a pattern names more or fewer files than the image has parts, about which ITK says nothing."""
     kind, *rest = named.split() or [""]
     axes = len(sizes) - 1
     if kind == "LIST" and rest and rest[0].rstrip("D").isdecimal():
@@ -163,7 +163,7 @@ def _must_be_as_many(files: list[Path], named: str, sizes: list[int], path: Path
 
 
 def _must_hold(promised: int, stored: bytes | memoryview, packed: bool, file: Path, path: Path) -> None:
-    """Raise CdiffError where `stored` has less than `promised` bytes, or, once unpacked, not as many, or its check sum is another's."""
+    """Raise CdiffError where `stored` has less than `promised` bytes, or, if packed, unpacks to more or less or fails its check sum."""
     try:
         held = unpacked_size(stored, promised) if packed else len(stored)
     except (zlib.error, EOFError) as error:

@@ -1,4 +1,4 @@
-"""NIfTI bytes to a header that can be trusted and voxels, or one line that says what is wrong."""
+"""From NIfTI bytes to a header that can be trusted and voxels, or to one line that says what is wrong."""
 
 from __future__ import annotations
 
@@ -27,15 +27,16 @@ GZIP = b"\x1f\x8b"
 EXTENDER = 4
 """Bytes between a header and what follows it, which say whether that is an extension."""
 LINE_ENDS = (13, 10, 26, 10)
-"""What a NIfTI-2 header holds for a change of line ends to show."""
+"""Bytes in a NIfTI-2 header by which a change of line ends shows."""
 XFORM_CODES = range(6)
 """What a qform_code or sform_code can be (nifti1.h, and 5 of NIfTI-2: another template)."""
 TOGETHER = 16
-"""Slices of a file that are made float32 at a time: all of them would be in memory twice."""
+"""Slices of a file that are made float32 at a time: all at once would be in memory twice."""
 SHORTEST, LONGEST = 1e-12, 1e12
-"""Edges of a voxel in a header's unit, be it microns or metres: of others' squares and inverses a double has none, and volumes become 0 or NaN."""
+"""Limits of a voxel's edges in a header's unit, be it microns or metres: beyond them squares and inverses exceed a double, and volumes become
+0 or NaN."""
 MOST_BEFORE_VOXELS = 2**30
-"""Bytes of header and extensions in a file that is not damaged."""
+"""Most bytes of header and extensions in a file that is not damaged."""
 
 
 def parse_nifti(data: bytes, path: Path, channels: int) -> nib.Nifti1Image:
@@ -106,7 +107,7 @@ def _begin(file: Any, path: Path) -> tuple[bytes, type[nib.Nifti1Image], nib.Nif
 
 
 def check_header(header: nib.Nifti1Header, where: str, channels: int) -> None:
-    """Shape, data type, spacing and affine of a header as it stands in the file."""
+    """Raise CdiffError where a header's shape, data type, spacing or affine, as it stands in the file, cannot be a scan's."""
     shape = header.get_data_shape()
     check_size(shape, where)
     try:
@@ -142,7 +143,7 @@ def _listed(zooms: list[float]) -> str:
 
 def _spans(header: nib.Nifti1Header, form: str, axes: int) -> bool:
     """Whether the first `axes` columns of the affine are finite, as long as a voxel can be, and independent."""
-    if header["pixdim"][0] == 0:  # which nibabel's get_qform refuses; to NIfTI it is 1, and so it is read afterwards
+    if header["pixdim"][0] == 0:  # nibabel's get_qform refuses it; for NIfTI it means 1, as which it is read later
         header = header.copy()
         header["pixdim"][0] = 1
     try:
@@ -158,10 +159,10 @@ def _spans(header: nib.Nifti1Header, form: str, axes: int) -> bool:
 
 
 def nifti_voxels(image: nib.Nifti1Pair, where: str) -> NDArray[np.float32]:
-    """The image's values, scaled as its header says; of a volume its slices along the last axis lie one after another in memory, as they
-    are cut. Raises CdiffError when the file ends early."""
+    """The image's values, scaled as its header says. A volume's slices along the last axis lie one after another in memory, ready to be cut.
+    Raises CdiffError when the file ends early."""
     try:
-        with np.errstate(all="ignore"):  # who makes slices of them refuses infinite values
+        with np.errstate(all="ignore"):  # infinite values are refused by whoever makes slices of them
             stored = image.dataobj
             if (
                 len(image.shape) != 3

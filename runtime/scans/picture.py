@@ -19,7 +19,7 @@ from cdiff.runtime.switches import without_warnings
 from cdiff.runtime.words import by, one_line
 
 BITS_PER_SAMPLE = 258
-"""TIFF's tag (TIFF 6.0, section 8): one number a channel."""
+"""TIFF's tag (TIFF 6.0, section 8): one number per channel."""
 SIZE = 256, 257
 """TIFF's tags of width and height."""
 PHOTOMETRIC = 262
@@ -33,18 +33,18 @@ PLANAR, SEPARATE = 284, 2
 ORIENTATION = 274
 """EXIF's tag, and TIFF's: 1 as stored, 2 to 8 mirrored or turned."""
 FORMATS = ("PNG", "TIFF", "JPEG")
-"""What is read, whatever a file's suffix: of its own accord Pillow takes a PostScript file, too, and runs Ghostscript on it."""
+"""What is read, whatever a file's suffix: by itself Pillow would take a PostScript file too, and run Ghostscript on it."""
 PNG_DEPTH = 24
 """Where the bit depth stands in a PNG file: after the signature, the chunk's length and name, width and height (PNG 1.2, 11.2.2)."""
 PNG_SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
-"""Values a pixel, by PNG's colour type (PNG 1.2, 4.1.1)."""
+"""Values per pixel, by PNG's colour type (PNG 1.2, 4.1.1)."""
 WHOLE = ((0, 0, 1, 1),)
 ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
 """The parts that a PNG is stored in: first column and row, steps between columns and rows (PNG 1.2, 8.2)."""
 JPEG_BLOCK = 8
 """Pixels along a block's edge."""
 CONVERTED = {"1": "L", "P": "RGB", "PA": "RGBA", "CMYK": "RGB", "YCbCr": "RGB"}
-"""Pillow's modes that are none of grey or colours, and what they become."""
+"""Pillow's modes that are neither grey nor RGB, and what they become."""
 DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 """Pillow's modes of more than 8 bits; all are grey."""
 
@@ -64,8 +64,8 @@ def check_depth(picture: Any, data: bytes, path: Path) -> None:
 
 
 def check_png(data: bytes, path: Path) -> None:
-    """Raise CdiffError for a PNG whose chunks are not what was written, by their check sums, or that holds fewer pixels than its header
-    promises: Pillow looks at no sum of the pixels, and takes those that are missing for black.
+    """Raise CdiffError for a PNG whose chunks fail their check sums, or that holds fewer pixels than its header promises: Pillow does not
+    look at the pixels' check sums, and takes missing pixels for black.
     """
     if data[12:16] != b"IHDR":  # the first, by the standard
         raise _damaged(path)
@@ -85,7 +85,7 @@ def check_png(data: bytes, path: Path) -> None:
 
 
 def _pixel_chunks(data: bytes, path: Path) -> Iterator[bytes]:
-    """The chunks of a PNG that hold its pixels. Raises CdiffError for one of any kind whose check sum is another's (PNG 1.2, 3.2)."""
+    """The chunks of a PNG that hold its pixels. Raises CdiffError for a chunk of any kind that fails its check sum (PNG 1.2, 3.2)."""
     at, name = 8, b""
     while at + 8 <= len(data) and name != b"IEND":
         end = at + 8 + int.from_bytes(data[at : at + 4])
@@ -100,7 +100,7 @@ def _pixel_chunks(data: bytes, path: Path) -> Iterator[bytes]:
 def check_jpeg(picture: Any, data: bytes, path: Path) -> None:
     """Raise CdiffError for a JPEG, opened by Pillow, whose bytes cannot be as many pixels as its header promises: libjpeg makes up the rest.
 
-    Huffman's codes take a bit at least for each block (ITU T.81, F.1.2.1). Shorter ends are not seen.
+    Huffman's codes take at least a bit for each block (ITU T.81, F.1.2.1). A file that lacks less is not noticed.
     """
     width, height = picture.size
     if -(-width // JPEG_BLOCK) * -(-height // JPEG_BLOCK) > 8 * len(data):
@@ -110,10 +110,10 @@ def check_jpeg(picture: Any, data: bytes, path: Path) -> None:
 def check_strips(picture: Any, data: bytes, path: Path) -> None:
     """Raise CdiffError for a TIFF, opened by Pillow, whose strips or tiles do not cover it: Pillow takes what lies between for black.
 
-    And for one that does not say what 0 is, which Pillow takes for white, or whose packed strips are not what was written, by their
-    check sums, at which libtiff does not look.
+    Also for one that does not say whether 0 is black or white (Pillow takes it for white), or whose packed strips fail their check sums,
+    at which libtiff does not look.
     """
-    width, height = (picture.tag_v2[tag] for tag in SIZE)  # the picture's own is that of one turned
+    width, height = (picture.tag_v2[tag] for tag in SIZE)  # picture.size may be that of the turned picture
     planes = len(picture.getbands()) if picture.tag_v2.get(PLANAR) == SEPARATE else 1
     boxes = [tile[1] for tile in picture.tile]
     held = sum((min(right, width) - left) * (min(low, height) - top) for left, top, right, low in boxes)
@@ -146,12 +146,12 @@ def _fewer(path: Path, size: tuple[int, int]) -> CdiffError:
 def upright(picture: Any) -> tuple[Any, bool]:
     """The picture, opened by Pillow, turned as its EXIF orientation says, and whether that changed anything.
 
-    Viewers and annotation tools show it so. Pillow itself does it for TIFF alone, when the pixels are loaded.
+    Viewers and annotation tools show it so. Pillow itself does it only for TIFF, when the pixels are loaded.
     """
     from PIL import ImageOps
 
     if picture.format == "PNG":
-        picture.load()  # as getexif would, where an error of the pixels is not to be taken for one of EXIF
+        picture.load()  # getexif would do it too, and an error in the pixels must not be taken for one in EXIF
     try:
         turned = picture.getexif().get(ORIENTATION, 1) in range(2, 9)
     except (SyntaxError, ValueError, KeyError, TypeError, OSError, struct.error):  # damaged EXIF says nothing
@@ -164,12 +164,13 @@ def upright(picture: Any) -> tuple[Any, bool]:
 def opened(data: bytes, path: Path) -> Iterator[tuple[Any, bool]]:
     """The one picture in a file's bytes, by Pillow and `upright`, and whether it was turned.
 
-    Raises CdiffError for several pictures, for more bits than Pillow keeps, for a picture without all of its pixels, and for what goes wrong in the block.
+    Raises CdiffError for several pictures, for more bits than Pillow keeps, for a picture without all of its pixels, and for what goes
+    wrong in the block.
     """
     from PIL import Image, UnidentifiedImageError
 
     try:
-        # Pillow warns of EXIF that it cannot use, in lines that are none of ours.
+        # Pillow warns of EXIF that it cannot use.
         with without_warnings(), Image.open(io.BytesIO(data), formats=FORMATS) as picture:
             if getattr(picture, "n_frames", 1) > 1:
                 raise CdiffError(f"{path} holds {picture.n_frames} pictures; save one, or convert them to NIfTI")  # type: ignore[attr-defined]
@@ -188,7 +189,10 @@ def opened(data: bytes, path: Path) -> Iterator[tuple[Any, bool]]:
 
 
 def read_picture(data: bytes, path: Path, channels: int) -> tuple[NDArray[np.float32], list[str]]:
-    """Pixels [H, W] where one channel is needed, [H, W, 3] where three are."""
+    """Pixels, float32 [H, W] where one channel is needed, [H, W, 3] where three are; and notes for the user.
+
+    Raises CdiffError for another number of channels, and as `opened` does.
+    """
     if channels not in (1, 3):
         raise CdiffError(
             f"{path} is a picture, of one channel or three, and {channels} are needed; give a NIfTI with them on its last axis"
@@ -211,7 +215,7 @@ def read_picture(data: bytes, path: Path, channels: int) -> tuple[NDArray[np.flo
     if channels == 1 and pixels.ndim == 3:
         if (pixels != pixels[..., :1]).any():
             notes.append("the picture's colours were turned to grey (ITU-R 601 luma): one channel is needed")
-            # Pixel by pixel: a matrix product rounds by where a pixel lies, and otherwise on another machine.
+            # Not as a matrix product, whose rounding depends on where a pixel lies, and on the machine.
             pixels = 0.299 * pixels[..., 0] + 0.587 * pixels[..., 1] + 0.114 * pixels[..., 2]
         else:
             pixels = pixels[..., 0]

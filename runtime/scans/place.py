@@ -108,7 +108,7 @@ def _shrunk(
     manifest: Manifest,
     factor: int,
 ) -> Place:
-    """A place in slices that are shrunk: what it is in them, and where that lies in the slices of `plane`."""
+    """A place in slices that are shrunk: its parts there (`inner`), and where those lie in the slices, of size `plane`."""
     H, W = manifest.image_size
     most = min(plane[0] // H, plane[1] // W)
     if not 1 <= factor <= most:
@@ -166,7 +166,7 @@ def parse_point(at: At) -> NDArray[np.float64] | None:
 
 
 def _voxel_at(point: NDArray[np.float64], grid: Grid) -> tuple[int, ...]:
-    """The voxel whose middle is nearest."""
+    """The voxel whose middle is nearest. Raises CdiffError where the header does not say how the patient lies."""
     if not grid.has_orientation or len(grid.spatial) < 3:
         raise CdiffError("the scan's header does not say how the patient lies; give a voxel, such as 212,180,45")
     affine = grid.affine

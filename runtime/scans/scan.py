@@ -29,7 +29,7 @@ OneScan = str | os.PathLike[str] | NDArray[Any] | nib.Nifti1Image
 ScanInput = OneScan | Sequence[str | os.PathLike[str]]
 """One scan, or the paths of its modalities, one file each."""
 MOST = float(np.finfo(np.float32).max) / 2
-"""Most of the distance between a scan's values, so that float32 has numbers for them once they are normalised too."""
+"""Largest distance between a scan's values for which float32 still has numbers while they are normalised."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,10 +37,10 @@ class Scan:
     """A scan that is fit to be segmented.
 
     slices: float32 [S, channels, H, W], raw intensities, in-plane axes as stored. grid: how to go back.
-    source: the path (of each modality), or "array" / "NIfTI image" for something in memory. sha256: of the file's (or the
-    array's) bytes, of NRRD and MetaImage followed by the voxels'; of several files' hashes, one after another.
-    name: the file's (or the DICOM folder's) without its suffix. warnings: what a reader of the result should know, one line each.
-    reader: the program that read or converted it, where it was none of cdiff's own libraries for NIfTI and pictures. dicom: the
+    source: the path (of each modality), or "array" / "NIfTI image" for something in memory. sha256: of the file's bytes (or the
+    array's, with its type and shape), for NRRD and MetaImage followed by the voxels'; for several files, of their hashes joined.
+    name: the file's (or the DICOM folder's) without its suffix. warnings: what a user of the result should know, one line each.
+    reader: the program that read or converted it, unless that was one of cdiff's own libraries for NIfTI and pictures. dicom: the
     series' files, where it was read from DICOM.
     """
 
@@ -100,7 +100,7 @@ def _one(scan: OneScan, channels: int, slice_axis: int, series: int | None) -> S
     loaded = _load(scan, channels, series)
     voxels, named = loaded.voxels, loaded.source if loaded.source != "array" else "the array"
     spatial = spatial_axes(voxels.shape, channels, named)
-    with np.errstate(all="ignore"):  # what is too large becomes infinite, and is refused
+    with np.errstate(all="ignore"):  # values too large for float32 become infinite, and are refused
         values = np.asarray(voxels, dtype=np.float32)
         low, high = float(values.min()), float(values.max())  # NaN where one voxel is
     if not np.isfinite((low, high)).all():

@@ -20,7 +20,7 @@ PICTURE_SUFFIXES = (".png", ".tif", ".tiff", ".jpg", ".jpeg")
 def read_bytes(path: Path) -> bytes:
     """A file's bytes. Raises CdiffError when its suffix is not one that is read here, or it cannot be read or is empty.
 
-    Also where its path is no text, as names are that were written in another encoding than UTF-8: no report could name it.
+    Also where its path is not text, such as a name that was written in another encoding than UTF-8: no report could name it.
     """
     must_be_text(path)
     if not path.name.lower().endswith(VOLUME_SUFFIXES + PICTURE_SUFFIXES) and is_there(path) and path.is_file():
@@ -30,8 +30,8 @@ def read_bytes(path: Path) -> bytes:
 
 
 def is_there(path: Path) -> bool:
-    """Whether there is such a file or folder. Raises CdiffError where a folder above it lets this user not see: of what lies there
-    `is_file` and the like say no from Python 3.14 on, and raise before."""
+    """Whether there is such a file or folder. Raises CdiffError where a folder above it does not let this user see that: `is_file` and the
+    like then return False from Python 3.14 on, and raise before."""
     try:
         path.stat()
     except PermissionError:
@@ -44,7 +44,7 @@ def is_there(path: Path) -> bool:
 
 
 def must_be_text(path: Path) -> None:
-    """Raise CdiffError where the path is no text that a report could hold."""
+    """Raise CdiffError where the path is not text that a report could hold."""
     named = os.fsencode(path).decode("utf-8", "backslashreplace")
     if named != str(path):
         if os.fsencode(path) == named.encode():  # it is text, and the locale has Python read it in another encoding

@@ -9,14 +9,14 @@ from pathlib import Path
 from cdiff.runtime.errors import CdiffError
 
 ZLIB_OR_GZIP = 47
-"""Of zlib's kinds of streams: whichever of the two it begins like."""
+"""zlib's wbits for a stream of either kind, told by its beginning."""
 CHUNK = 2**20
 
 
 def unpacked_size(stored: bytes | memoryview, most: int) -> int:
     """The bytes that a zlib or gzip stream unpacks to, none of which is kept; most + 1 where there are more than `most`.
 
-    Raises zlib.error where the stream is damaged or its check sum is another's, EOFError where it has no end.
+    Raises zlib.error where the stream is damaged or fails its check sum, EOFError where it has no end.
     """
     inflate, held = zlib.decompressobj(ZLIB_OR_GZIP), 0
     for start in range(0, len(stored), CHUNK):

@@ -1,4 +1,4 @@
-"""`cdiff import`: a checkpoint of the published code to a run of ours with the same outputs (docs/import.md)."""
+"""`cdiff import`: turns a checkpoint of the published code into a run of ours with the same outputs (docs/import.md)."""
 
 from __future__ import annotations
 
@@ -49,10 +49,11 @@ def import_checkpoint(
 ) -> Imported:
     """Write the network in `checkpoint`, a state_dict saved by published code, as the run folder `out`, whole or not at all.
 
-    source: "consensus" or "implicit-ensemble", which the tensors' names must tell too. args: the args.json of the training, unless
-    given the one beside the checkpoint; what it leaves out the tensors show, or else the code's defaults stand in (the implicit-ensemble
-    code writes none; its README's flags do). settings: "name=value" options of the published code, over those of `args`. image_size: the
-    side in pixels that exported graphs will take, unless given the published one. mean, std, images: see `normalisation.intensity_of`.
+    source: "consensus" or "implicit-ensemble"; must agree with the tensors' names, which decide by default. args: the args.json of the
+    training, by default the one beside the checkpoint; what it leaves out is read from the tensors, or else takes the code's defaults
+    (the implicit-ensemble code writes no args.json; its README's flags stand in). settings: "name=value" options of the published code,
+    which override `args`. image_size: the side in pixels that exported graphs will take, by default the published one. mean, std, images:
+    see `normalisation.intensity_of`.
     Raises CdiffError, and writes nothing, when the file is not such a checkpoint, its options and tensors contradict each other
     (the wrong tensors are named), or `out` exists.
     """
@@ -107,7 +108,7 @@ def _read_args(checkpoint: Path, args: Path | None, source: str, settings: list[
         if not (is_there(args) and args.is_file()):
             what = "is a folder" if is_there(args) and args.is_dir() else "is not there"
             raise CdiffError(f"{args} {what}; give the args.json that the training wrote")
-        # A null is an option that was left out, as the code's own number_of_annotators.
+        # A null is an option that was left out, such as the code's own number_of_annotators.
         said = {name: value for name, value in read_json(args, "it must be an args.json").items() if value is not None}
     if source != CONSENSUS:
         return said
@@ -118,7 +119,7 @@ def _read_args(checkpoint: Path, args: Path | None, source: str, settings: list[
 
 
 def _image_channels(theirs: dict[str, Tensor], options: Options) -> int:
-    """The image's channels; the implicit-ensemble code has four written into it, and who has others has changed it there."""
+    """The image's channels; the implicit-ensemble code hard-codes four, so that a checkpoint with others is of a changed code."""
     if options.source == CONSENSUS:
         return int(options["condition_input_channel"])
     weight = theirs.get("input_blocks.0.0.weight")
@@ -146,7 +147,7 @@ def _write(
     out: Path, config: Config, tensors: dict[str, Tensor], network: ConsensusNet, step: int, origin: dict[str, Any]
 ) -> None:
     settings = config.training
-    # A fresh optimiser's state, with the published code's betas, so that `cdiff train --resume` can go on from here.
+    # The state of a fresh optimiser with the published code's betas, so that `cdiff train --resume` can go on from here.
     optimiser = torch.optim.AdamW(
         network.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, betas=(0.9, 0.999)
     )

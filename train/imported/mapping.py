@@ -1,7 +1,7 @@
-"""Which tensor of the published networks is which of ours, and what must be done to it on the way.
+"""Which tensor of the published networks becomes which of ours, and how it must be converted.
 
-Both codes number their blocks through: `input_blocks` counts the first convolution, the residual blocks and what halves the
-size; `output_blocks` counts residual blocks, the last of a depth also holding what doubles the size.
+Both codes number blocks consecutively over all depths: `input_blocks` counts the first convolution, the residual blocks and the
+downsampling; `output_blocks` counts the residual blocks, the last one of a depth also holding the upsampling.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def links(network: ConsensusNet, options: Options) -> list[Link]:
             found.append(Link(f"{their_module}.{part}", tuple(ours[name].shape), _rename(name)))
 
     def pointwise(our_module: str, their_module: str, heads: int = 0) -> None:
-        """Theirs are 1-D convolutions over the positions, ours 2-D ones; `heads` > 0 also brings q, k and v in our order."""
+        """Theirs are 1-D convolutions over the positions, ours 2-D ones; `heads` > 0 also brings q, k and v into our order."""
         for part in ("weight", "bias"):
             name = f"{our_module}.{part}"
             shape = tuple(ours[name].shape)
@@ -107,10 +107,10 @@ def links(network: ConsensusNet, options: Options) -> list[Link]:
 
 
 def convert(network: ConsensusNet, options: Options, theirs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our tensors, float32, from theirs, which must be the ones of `links`: every name there and of that shape."""
+    """Our tensors by name, float32, from theirs, which must be exactly those of `links`, by name and shape (`check_fit`)."""
     converted: dict[str, Tensor] = {}
     for link in links(network, options):
-        # PyTorch may keep a tensor as the negative of what is stored, and the file of a run holds what is stored.
+        # PyTorch may mark a tensor as the negative of its stored numbers, and a run's file would hold the stored ones.
         converted |= link.into(theirs[link.theirs].resolve_neg().float())
     converted["denoiser.time_table.weight"] = time_table(options, theirs)
     table = "denoiser.level_table.weight"
@@ -120,11 +120,11 @@ def convert(network: ConsensusNet, options: Options, theirs: dict[str, Tensor]) 
 
 
 def time_table(options: Options, theirs: dict[str, Tensor]) -> Tensor:
-    """Rows t = 1..T, float32 [T, 4L], of what their network computes at each call: two linear layers on a position code.
+    """A table, rows t = 1..T, float32 [T, 4L], of what their network computes anew at each call: two linear layers on a position code.
 
     Their timesteps count from 0, so that row t is their t - 1; rescale_timesteps stretches them to 0..1000. The code is
     (cos(t w_k), sin(t w_k)) with w_k = 10000^(-k / (L/2)), k = 0..L/2-1 (Vaswani et al. 2017, with the cosines first), in float32
-    like theirs: at t = 999 single precision moves an angle by 3e-5, which is part of what the network learned from.
+    like theirs: at t = 999 single precision moves an angle by 3e-5, and the network was trained with that.
     """
     T, half = options["diffusion_steps"], options["num_channels"] // 2
     steps = torch.arange(T).float()
@@ -163,7 +163,7 @@ def _first_convolutions(ours: dict[str, Tensor], options: Options) -> list[Link]
 def _last_convolution(ours: dict[str, Tensor], options: Options) -> list[Link]:
     """The output's convolution. A network whose variance is beta_t itself gets a second channel that is always 1.
 
-    That is where equation 15 of Nichol & Dhariwal 2021 gives beta_t, so a fixed large variance needs nothing of its own.
+    At 1 equation 15 of Nichol & Dhariwal 2021 gives beta_t, so a fixed large variance needs no other code.
     """
 
     def widened(name: str, fill: float) -> Into:
@@ -180,7 +180,7 @@ def _last_convolution(ours: dict[str, Tensor], options: Options) -> list[Link]:
 
 
 def _embeddings(width: int, options: Options) -> list[Link]:
-    """The two linear layers that `time_table` reads, and the table of levels (or annotators), whose rows are ours as they are."""
+    """The two linear layers that `time_table` reads, and the table of levels (or annotators), whose rows become ours unchanged."""
     found = [
         Link("time_embed.0.weight", (4 * width, width), _nothing),
         Link("time_embed.0.bias", (4 * width,), _nothing),
@@ -213,7 +213,7 @@ def _nothing(tensor: Tensor) -> dict[str, Tensor]:
 
 
 def _attention_part(name: str, shape: tuple[int, ...], heads: int) -> Into:
-    """For heads > 0 rows (head, q|k|v, channel) become (q|k|v, head, channel)."""
+    """Reshapes a tensor to `shape`; for heads > 0 its rows (head, q|k|v, channel) become (q|k|v, head, channel)."""
 
     def into(tensor: Tensor) -> dict[str, Tensor]:
         if heads:

@@ -1,4 +1,4 @@
-"""How an imported network's images were normalised, which neither code stores beside its weights."""
+"""How an imported network's images were normalised, which neither code stores with its weights."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def intensity_of(source: str, mean: tuple[float, ...], std: tuple[float, ...], i
     """The normalisation of a checkpoint from `source`.
 
     The implicit-ensemble code feeds the stored values. The consensus code subtracts the mean and divides by the standard deviation
-    of its training images, a pair a channel: `mean` and `std` as given, or read from the training cases in `images`; without
-    either each slice's own stand in. Raises CdiffError for numbers that do not fit together or a folder without images.
+    of its training images, per channel: `mean` and `std` as given, or computed from the training cases in `images`; without
+    either, each slice's own stand in. Raises CdiffError for numbers that do not fit together or a folder without images.
     """
     if mean or std:
         if images is not None:
@@ -33,11 +33,11 @@ def intensity_of(source: str, mean: tuple[float, ...], std: tuple[float, ...], i
 
 
 def training_statistics(images: Path) -> dict[str, tuple[float, ...]]:
-    """{"mean", "std"}, a number a channel, as the consensus code has them: each image's own, then the mean over images.
+    """{"mean", "std"}, one number per channel, as the consensus code computes them: each image's own, then the mean over images.
 
-    images: the folder of training cases, each with image.nii.gz [H, W], [H, W, 1] or [H, W, channels]. Every case counts, also
-    one that training leaves out for a missing rater. Raises CdiffError when there is none, one cannot be read or holds what is no image, they
-    differ in channels, or a channel is the same everywhere.
+    images: the folder of training cases, each with image.nii.gz [H, W], [H, W, 1] or [H, W, channels]. Every case counts, even one that
+    training leaves out for a missing rater. Raises CdiffError when there is none, one cannot be read or holds no image, they differ in
+    channels, or a channel is the same everywhere.
     """
     paths = sorted(images.glob("*/image.nii.gz"))
     if not paths:
@@ -62,7 +62,7 @@ def training_statistics(images: Path) -> dict[str, tuple[float, ...]]:
 
 
 def _values(path: Path) -> NDArray[np.float64]:
-    """An image as [H, W, channels]. Raises CdiffError when it cannot be read, or is no image of finite real numbers."""
+    """An image as [H, W, channels]. Raises CdiffError when it cannot be read, or does not hold finite real numbers."""
     data = read_bytes(path)
     shape = nifti_shape(data, path)
     image = parse_nifti(data, path, channels=shape[-1] if len(shape) > 3 else 1)  # of three axes any may be the last

@@ -1,4 +1,4 @@
-"""The published codes' options, from their args.json or command line, and the configuration of ours that they amount to.
+"""The published codes' options, from their args.json or command line, and our configuration that is equivalent to them.
 
 Two codes are known: "consensus" (tomeramit/Annotator-Consensus-Prediction, Amit et al. 2023) and "implicit-ensemble"
 (JuliaWolleb/Diffusion-based-Segmentation, Wolleb et al. 2022). What is said of them here was read from their scripts.
@@ -44,7 +44,7 @@ _BOTH: dict[str, Any] = {
     "ema_rate": "0.9999",
 }
 DEFAULTS: dict[str, dict[str, Any]] = {
-    # args.json holds every one of these; the defaults are the scripts', for a file of an older version.
+    # args.json holds every one of these; the defaults, which are the scripts', are for files of older versions.
     CONSENSUS: _BOTH
     | {
         "image_size": 64,
@@ -73,7 +73,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "batch_size": 10,
     },
 }
-"""What each code can be told that changes the network, its schedule or how it was trained; 0 annotators stand for none."""
+"""The options of each code that change the network, its schedule or its training, with their defaults; 0 annotators stand for none."""
 
 _NOT_READ_BY_BOTH = {
     *("data_dir", "schedule_sampler", "lr_anneal_steps", "microbatch", "log_interval", "save_interval"),
@@ -104,12 +104,13 @@ TABLE = "label_emb.weight"
 GROUPS, RRDB_CHANNELS, RRDB_GROWTH = 32, 64, 32
 """Fixed in both codes, and in the consensus code's RRDB."""
 BRATS_CROP = 224
-"""The implicit-ensemble code's loader cuts BraTS's 240 pixels to the central 224, whatever image_size says. With 256, as in its README,
-224, or a number that the U-Net cannot halve so often, such as BraTS's 240, that is what is meant; with another a changed loader is as likely."""
+"""The implicit-ensemble code's loader cuts BraTS's 240 pixels to the central 224, whatever image_size says. That is taken to have happened
+with an image_size of 256, as in its README, of 224, or one that the U-Net cannot halve often enough, such as BraTS's 240; with any other a
+changed loader is as likely."""
 LARGEST_BETA = 0.8
-"""Where the consensus code cuts its linear schedule, which 1000/T would take beyond 1 for fewer than 20 steps."""
+"""Where the consensus code caps its linear schedule, which the factor 1000/T would take beyond 1 for fewer than 20 steps."""
 MOST = {"image_size": 4096, "num_channels": 4096, "num_res_blocks": 64, "rrdb_blocks": 256, "diffusion_steps": 100_000}
-"""Beyond these an option is a slip, and a network of it would fill the memory before a tensor is compared."""
+"""A larger value is a slip, and its network would fill the memory before a tensor is compared."""
 UNSEEN = (
     *("num_heads", "num_heads_upsample", "num_head_channels", "use_new_attention_order", "predict_xstart"),
     *("noise_schedule", "diffusion_steps", "rescale_timesteps"),
@@ -123,7 +124,7 @@ LONGEST = 300_000
 class Options:
     """What a checkpoint was trained with: `source` is one of REPOSITORIES, `values` has every key of DEFAULTS[source].
 
-    level_table: whether the checkpoint has rows for levels or annotators, where the variant leaves it open.
+    level_table: whether the checkpoint has rows for levels or annotators; read only for variants that may have either.
     """
 
     source: str
@@ -132,10 +133,10 @@ class Options:
 
     @classmethod
     def read(cls, source: str, args: dict[str, Any], settings: list[str]) -> Options:
-        """Defaults, over them `args` (an args.json), over them `settings` ("name=value" each).
+        """The defaults, overridden by `args` (an args.json), overridden by `settings` ("name=value" each).
 
         Keys of `args` and settings that change nothing here are left out. Raises CdiffError for a setting that does not exist, a value of the
-        wrong type, or options that the published code itself could not have trained with.
+        wrong type, options that the published code itself could not have trained with, and those that have no counterpart here.
         """
         values = dict(DEFAULTS[source])
         values |= {key: typed(key, args[key], values[key]) for key in values if args.get(key) is not None}
@@ -206,7 +207,7 @@ class Options:
         _ = self.ema_rate
 
     def _check_heads(self) -> None:
-        """Raise CdiffError where the channels that attend cannot be shared out among the heads."""
+        """Raise CdiffError where the channels of an attention cannot be divided among its heads."""
         widths = [self["num_channels"] * self.channel_mult[depth] for depth in (*self.attention_depths, -1)]
         alone = self.values.get("num_head_channels", -1) > 0  # the published code then reads no number of heads
         for name in ("num_head_channels",) if alone else ("num_heads", "num_heads_upsample"):
@@ -218,8 +219,8 @@ class Options:
 
     @property
     def all_timesteps(self) -> bool:
-        """Whether timestep_respacing keeps every timestep: it is empty, or their number, alone, after `ddim`, or shared out among equal sections
-        (which no section can hold more of than it has)."""
+        """Whether timestep_respacing keeps every timestep: it is empty, or their number, alone or after `ddim`, or lists for each of the code's
+        equal sections the number of timesteps that it has."""
         T, kept = self["diffusion_steps"], self["timestep_respacing"].replace(" ", "")
         sections = kept.count(",") + 1
         whole, more = divmod(T, sections)
@@ -243,13 +244,13 @@ class Options:
         return int(self["number_of_annotators"])
 
     def fitted(self, tensors: Container[str]) -> Options:
-        """The same for a checkpoint of these names: the published soft-label training makes no table of levels, whatever C is."""
+        """The same options for a checkpoint with tensors of these names: a soft-label training may make no table of levels, whatever C is."""
         bare = self.variant == "soft-label" and TABLE not in tensors
         return replace(self, level_table=False) if bare else self
 
     @property
     def levels(self) -> int:
-        """C, the number of annotators, as far as the options say: 1 for the implicit ensemble and where they leave it out."""
+        """C, the number of annotators; 1 for the implicit ensemble, and where the options leave it out."""
         return 1 if self.source == IMPLICIT else int(self["number_of_annotators"]) or 1
 
     @property
@@ -264,8 +265,8 @@ class Options:
 
     @property
     def attention_depths(self) -> tuple[int, ...]:
-        """Depths that attend. The code attends where image_size // resolution is the factor 2^depth, so with image_size 224 and
-        resolutions 16 and 8 (factors 14 and 28) nowhere but in the bottleneck."""
+        """The depths with attention: those where image_size // resolution is the factor 2^depth. So with image_size 224 and resolutions
+        16 and 8 (factors 14 and 28) there is none but in the bottleneck."""
         factors = {
             self["image_size"] // n for n in _whole_numbers("attention_resolutions", self["attention_resolutions"])
         }
@@ -273,21 +274,21 @@ class Options:
 
     @property
     def ema_rate(self) -> float:
-        """The first of the rates, commas between them, at which the code averages its weights."""
+        """The first of the comma-separated rates at which the code averages its weights."""
         return float(typed("ema_rate", self["ema_rate"].partition(",")[0], 0.0))
 
     @property
     def unseen(self) -> list[str]:
-        """The options that no tensor shows and that change the maps all the same."""
+        """The options that no tensor shows but that change the maps."""
         fixed = () if self["learn_sigma"] else ("sigma_small",)
-        # The widths show the size where the code chooses them by it, and no other size has the same.
+        # The widths show the size where the code chooses them by size and no other size has the same ones.
         alike = [size for size, widths in CHANNEL_MULT[self.source].items() if widths == self.channel_mult]
         size = ("image_size",) if self.source == IMPLICIT or len(alike) > 1 else ()
         return [name for name in (*size, *UNSEEN, *fixed) if name in self.values]
 
     @property
     def fixed_large(self) -> bool:
-        """The variance is beta_t itself, neither learned nor beta tilde."""
+        """Whether the variance is beta_t itself, neither learned nor beta tilde."""
         return not self["learn_sigma"] and not self.values.get("sigma_small", False)
 
     @property
@@ -296,7 +297,7 @@ class Options:
         return self.source == IMPLICIT and bool(odd or self["image_size"] in (256, BRATS_CROP))
 
     def config(self, *, image_channels: int, step: int, intensity: Intensity, image_size: int | None = None) -> Config:
-        """The configuration of ours. image_size: the side in pixels that the network is to see, unless given the code's own."""
+        """Our configuration. image_size: the side in pixels that the network is to see, by default the code's own."""
         T = self["diffusion_steps"]
         learned = self["learn_sigma"] or self.fixed_large
         return Config(
@@ -356,7 +357,7 @@ class Options:
 
 
 def widths_of(channel_mult: tuple[int, ...]) -> dict[str, Any]:
-    """The options by which the consensus code makes a network of these widths; of several sizes the one that its scripts train with."""
+    """The options with which the consensus code makes a network of these widths; of several sizes the one that its scripts train with."""
     if channel_mult == DEEPER_256:
         return {"image_size": 256, "deeper_net": True}
     sizes = [size for size, widths in CHANNEL_MULT[CONSENSUS].items() if widths == channel_mult]

@@ -1,4 +1,4 @@
-"""Which of the consensus code's four trainings a checkpoint is of, by the flags in its args.json or on the command line."""
+"""Which of the consensus code's four trainings made a checkpoint, by the flags in its args.json or on the command line."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from cdiff.runtime.errors import CdiffError
 from cdiff.train.imported.options import typed
 
 OTHERS = ("consensus_training", "no_annotator_training", "soft_label_training")
-"""Their data set asserts that one of these is on, or none; then it was `ANNOTATORS`."""
+"""Their data set asserts that at most one of these is on; with none on, the training was `ANNOTATORS`."""
 ANNOTATORS = "annotators_training"
-"""What nothing in their code reads. Some of its scripts write it beside no_annotator_training, all of them where none of `OTHERS` is on."""
+"""A flag that their code never reads. Some of its scripts write it beside no_annotator_training, all of them where none of `OTHERS` is on."""
 FLAGS = (*OTHERS, ANNOTATORS)
 
 
@@ -18,7 +18,7 @@ def with_training(said: dict[str, Any], settings: list[str], lacking: str) -> di
     """`said`, an args.json, with the flag of one training on and those of the others off.
 
     A training that `settings` ("name=value" each) turn on is taken whatever `said` says. Raises CdiffError where two trainings are
-    said, or none; then it begins with `lacking`.
+    on, or none; for none the message begins with `lacking`.
     """
     given = dict(setting.split("=", 1) for setting in settings if setting.partition("=")[0] in FLAGS and "=" in setting)
     chosen = _one(given) or _one(said | given)

@@ -1,4 +1,4 @@
-"""A published checkpoint file as tensors, read without unpickling anything else, and what does not fit, by name."""
+"""Reads a published checkpoint's tensors, without unpickling anything else, and names those that do not fit."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from cdiff.train.imported.options import CONSENSUS, IMPLICIT, TABLE, Options, wi
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 KINDS = ("missing", "extra", "misshapen", "wrong type", "not finite")
-"""What can be wrong with a tensor, in the order in which a message says it."""
+"""What can be wrong with a tensor, in the order in which a message lists it."""
 DOUBLING_BLOCK = re.compile(r"output_blocks\.\d+\.[12]\.in_layers\.0\.weight")
 WRAPPERS = ("module.", "_orig_mod.")
-"""What DistributedDataParallel and torch.compile put before every name; one may hold the other."""
+"""What DistributedDataParallel and torch.compile put before every name; a network may be wrapped in both."""
 MOST = 12
-"""Tensors that a message names of each kind."""
+"""Most tensors of each kind that a message names."""
 LONGEST = 100
-"""Characters of a name in a message; the published codes' have half as many."""
+"""Most characters of a name in a message; the published codes' names have at most half as many."""
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """The tensors in a .pt file by name; what stands before all of them in the state_dict of a wrapped network is dropped.
+    """The tensors in a .pt file by name, without the prefixes that wrappers (`WRAPPERS`) put before all names.
 
     Raises CdiffError when the file is missing or damaged, would need anything but tensors to be unpickled (nothing is then), or
-    holds something else than a dictionary of floating-point tensors.
+    holds anything but a dictionary of tensors. Their types are `check_fit`'s matter.
     """
     if is_there(path) and path.is_dir():
         raise CdiffError(
@@ -47,7 +47,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # an error follows where one matters
             loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if f"operand {pickle.FRAME[0]}" in str(error):  # the first of a pickle of protocol 4 and later
+        if f"operand {pickle.FRAME[0]}" in str(error):  # the first opcode of a pickle of protocol 4 or later
             raise CdiffError(
                 f"{path} was saved with a pickle_protocol above 3, which PyTorch reads only by running what it holds: it was not "
                 "loaded; save the network's state_dict() again with torch.save as it is"
@@ -59,10 +59,10 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             ) from None
         raise _no_checkpoint(path) from None
     except Exception as error:  # a damaged file fails in the archive, the pickle or the storages, each in its own way
-        # Another program's ZIP archive, or a text, say, that was taken for a pickle.
+        # Say, another program's ZIP archive, or a text that was taken for a pickle.
         if "hasRecord" in str(error) or isinstance(error, LookupError):
             raise _no_checkpoint(path) from None
-        if SCRIPT in str(error) or "weights_only" in str(error):  # PyTorch advises to run what the file holds
+        if SCRIPT in str(error) or "weights_only" in str(error):  # PyTorch's advice is to run what it holds
             raise CdiffError(
                 f"{path} is a TorchScript archive or of a PyTorch before 0.4, and no state_dict; save the state_dict with torch.save"
             ) from None
@@ -71,7 +71,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         raise CdiffError(f"{path} holds a {type(loaded).__name__}, not named tensors; give the network's state_dict")
     if {"state", "param_groups"} <= set(loaded):
         raise CdiffError(f"{path} is an optimiser's state; give the network's file (ema*.pt, or model*.pt)")
-    # By their classes: what a file puts into an object may go by a method's name.
+    # Methods are called on the classes here and below: a file may have put an attribute of the same name into an object.
     held: dict[Any, Any] = dict(dict.items(loaded))
     if not all(isinstance(name, str) for name in held):
         raise CdiffError(
@@ -134,14 +134,14 @@ def check_fit(tensors: dict[str, Tensor], wanted: list[Link], options: Options, 
 
 
 def _named(kind: str, wrong: dict[str, str]) -> list[str]:
-    """A line for each of the first tensors of a kind, by name, and one that counts the others."""
+    """One line for each of the first `MOST` tensors of a kind, by name, and one that counts the others."""
     lines = [f"{kind:10} {name}{wrong[name]}" for name in sorted(wrong)]
     more = len(lines) - MOST
     return [*lines[:MOST], f"{kind:10} {more} more"] if more > 1 else lines
 
 
 def shown(tensors: dict[str, Tensor], source: str) -> dict[str, Any]:
-    """The published options that the tensors show by themselves, so that nobody need say them; what they leave open is not in it."""
+    """The published options that the tensors show by themselves, so that nobody need give them; those they leave open are not in it."""
 
     def size(name: str, axis: int) -> int | None:
         tensor = tensors.get(name)
@@ -154,8 +154,8 @@ def shown(tensors: dict[str, Tensor], source: str) -> dict[str, Any]:
     }
     if rows and (width := size("middle_block.0.out_layers.0.weight", 0)):
         found["use_scale_shift_norm"] = rows == 2 * width
-    # Between two depths stands a convolution of stride 2. With resblock_updown it is another residual block, which nothing tells from the
-    # others on the way down; on the way up it is a second one in its place.
+    # Between two depths stands a convolution of stride 2, or with resblock_updown another residual block. On the way down no name tells that
+    # block from the others; on the way up it is the second residual block of its output block, whose name shows it.
     halved = sum(name.startswith("input_blocks.") and name.endswith(".op.weight") for name in tensors)
     doubled = sum(DOUBLING_BLOCK.fullmatch(name) is not None for name in tensors)
     if source == IMPLICIT and (halved or doubled):
@@ -179,7 +179,7 @@ def shown(tensors: dict[str, Tensor], source: str) -> dict[str, Any]:
 
 
 def _count(tensors: dict[str, Tensor], prefix: str) -> int:
-    """Different modules of a list of modules."""
+    """How many modules the module list named `prefix` has."""
     return len({name[len(prefix) :].split(".")[0] for name in tensors if name.startswith(prefix)})
 
 
@@ -194,7 +194,7 @@ def _contradictions(tensors: dict[str, Tensor], options: Options) -> list[str]:
             found["no_annotator_training"] = False
         drawn = widths_of(
             options.channel_mult
-        )  # several sizes share their widths: what is said may be right, though not what is shown
+        )  # several sizes share their widths: the option may be right though `shown` gives another
         found = {name: value for name, value in found.items() if drawn.get(name) != value}
     depths, blocks = len(options.channel_mult), options["num_res_blocks"] + 1
     firsts = (f"input_blocks.{depth * blocks + 1}.1.qkv.weight" for depth in range(depths))

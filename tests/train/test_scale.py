@@ -211,14 +211,6 @@ def test_shares_of_a_step_are_the_step(data: Data) -> None:
     assert [list(part) for part in parts_of(5, 2)] == [[0, 1], [2, 3, 4]]
 
 
-def test_dropout_is_not_drawn_from_the_numbers_that_the_timesteps_are(data: Data) -> None:
-    config = preset("tiny")
-    (rows,) = draw_rows(data.train, config, 5, 32)
-    torch.manual_seed(rows.seed)  # what the network's dropout then begins with
-    drawn = 1 + (config.network.T * torch.rand(len(rows.t))).long()
-    assert not torch.equal(drawn, rows.t)
-
-
 @pytest.mark.parametrize("power", [1.0, 2.0, 4.0])
 def test_timesteps_are_drawn_with_the_density_that_is_asked_for(data: Data, power: float) -> None:
     """P(t <= s) = (s / T)^p, so that every t can come and, above p = 1, late ones come more often."""

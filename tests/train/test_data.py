@@ -100,6 +100,18 @@ def test_other_sizes_and_2d_images_are_resized_image_and_masks_alike(tmp_path: P
             assert image[0][masks[0] > 0].mean() > image[0][masks[0] == 0].mean() + 0.5
 
 
+def test_a_pixel_that_is_half_covered_when_a_mask_is_made_smaller_is_drawn(tmp_path: Path) -> None:
+    root = write_synthetic_dataset(tmp_path / "d", {"train": 1, "val": 1}, raters=3, shape=(64, 64))
+    masks = np.zeros((64, 64), np.uint8)
+    masks[:, 31:] = 1  # of pixel 15, whose middle lies at 31, the one half
+    for path in (root / "train" / "case01").glob("*seg*.nii.gz"):
+        nib.save(nib.Nifti1Image(masks, np.eye(4)), path)
+    (drawn,) = read_data(root, preset("tiny")).train.masks
+    assert drawn.shape == (3, 32, 32)
+    assert drawn[:, :, 15:].all()
+    assert not drawn[:, :, :15].any()
+
+
 def test_batches_depend_on_seed_and_step_alone_and_an_epoch_sees_every_slice(tiny_data: Path) -> None:
     config = tile_config(augment=False)
     data = read_data(tiny_data, config)
@@ -212,6 +224,8 @@ def test_tiles_are_validated_where_something_was_drawn() -> None:
     batch = validation_windows(Slices([ramp], [masks], [2], ["a"]), [0], 16, "tile")
     assert torch.equal(batch.image[0], ramp[:, :16, :16])
     assert int(batch.votes.sum()) == 16
+    turned = validation_windows(Slices([ramp], [masks.flip(1, 2)], [2], ["a"]), [0], 16, "tile")
+    assert torch.equal(turned.image[0], ramp[:, 45:, 64:])
     centred = validation_windows(Slices([ramp], [masks], [2], ["a"]), [0], 16, "centre")
     assert torch.equal(centred.image[0], ramp[:, 22:38, 32:48])
     assert int(centred.votes.sum()) == 0

@@ -191,10 +191,23 @@ def test_windows_lie_around_what_anyone_drew_and_within_the_slice() -> None:
     inner[1, 40:44, 10:20] = edge[0, 57:, :4] = 1
     slices = Slices([torch.zeros(1, 60, 80)] * 3, [inner, edge, torch.zeros_like(edge)], [2] * 3, ["a", "b", "c"])
     assert [slices.rectangle(i) for i in range(3)] == [((40, 44), (10, 20)), ((57, 60), (0, 4)), None]
-    batch = training_batch(slices, tile_config(augment=False, jitter=0), 0, 60, 16)
+    batch = training_batch(slices, tile_config(augment=False, jitter=0), 0, 600, 16)
+    around = 0
     for window in (inner[:, 34:50, 7:23], edge[:, 44:60, :16]):
-        share = np.mean([torch.equal(masks, window > 0) for masks in batch.masks])
-        assert 0.2 < share <= 1 / 3, "all but the share of the background"
+        around += sum(torch.equal(masks, window > 0) for masks in batch.masks)
+    assert 340 < around < 380, "all of 400 but the tenth that lies anywhere"
+
+
+def test_a_window_lies_up_to_jitter_pixels_off_on_either_side() -> None:
+    masks = torch.zeros(1, 60, 80, dtype=torch.uint8)
+    masks[0, 28:32, 38:42] = 1
+    slices = Slices([torch.zeros(1, 60, 80)], [masks], [1], ["a"])
+    batch = training_batch(slices, tile_config(augment=False, jitter=3), 0, 400, 16)
+    whole = [window[0].nonzero() for window in batch.masks if window.sum() == 16]
+    offsets = np.array([(corner - 6).tolist() for corner in (places.min(dim=0).values for places in whole)])
+    assert len(whole) > 300
+    assert np.percentile(offsets, [4, 96], axis=0).tolist() == [[-3, -3], [3, 3]]
+    assert abs(np.corrcoef(offsets.T)[0, 1]) < 0.2
 
 
 @pytest.mark.parametrize(("framing", "told"), [("centre", True), ("tile", False)])

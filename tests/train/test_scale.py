@@ -147,7 +147,8 @@ def test_a_large_gradient_is_scaled_down_to_its_norm(data: Data) -> None:
 def test_the_average_starts_short_and_then_keeps_its_share(data: Data) -> None:
     config = preset("tiny").with_values({"ema": 0.75, "weight_decay": 0.1, "dice_weight": 0.5})
     learner = Learner(config, fabric_on(CPU))
-    assert learner.optimiser.param_groups[0]["weight_decay"] == 0.1
+    (group,) = learner.optimiser.param_groups
+    assert (group["weight_decay"], group["betas"]) == (0.1, (0.9, 0.99))
     assert learner.diffusion.dice_weight == 0.5
     for k, keep in ((0, 0.1), (8, 0.5), (10**6, 0.75)):
         before = {name: value.clone() for name, value in learner.ema.items()}

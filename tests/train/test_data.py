@@ -198,6 +198,26 @@ def test_windows_lie_around_what_anyone_drew_and_within_the_slice() -> None:
     assert 340 < around < 380, "all of 400 but the tenth that lies anywhere"
 
 
+def test_windows_of_a_slice_without_a_structure_lie_anywhere_in_it() -> None:
+    places = torch.stack(torch.meshgrid(torch.arange(60.0), torch.arange(80.0), indexing="ij"))
+    slices = Slices([places], [torch.zeros(1, 60, 80, dtype=torch.uint8)], [1], ["a"])
+    corners = training_batch(slices, tile_config(augment=False), 0, 400, 16).image[:, :, 0, 0]
+    assert corners.min(dim=0).values.tolist() == [0, 0]
+    assert corners.max(dim=0).values.tolist() == [60 - 16, 80 - 16]
+
+
+def test_windows_of_tiles_lie_around_what_was_drawn_also_where_that_is_far_apart() -> None:
+    """Each of two annotators drew something else; in the middle between them there is nothing."""
+    masks = torch.zeros(2, 60, 80, dtype=torch.uint8)
+    masks[0, 4:8, 4:8] = masks[1, 10:14, 70:74] = 1
+    slices = Slices([torch.zeros(1, 60, 80)], [masks], [2], ["a"])
+    batch = training_batch(slices, tile_config(augment=False, jitter=0), 0, 200, 16)
+    met = batch.masks.any(dim=(2, 3)).sum(dim=0)
+    assert (met > 80).all(), "of all but the tenth that lies anywhere, each in half"
+    centred = preset("tiny").with_values({"framing": "centre", "jitter": 0, "augment": False})
+    assert training_batch(slices, centred, 0, 200, 16).votes.any(dim=(1, 2, 3)).sum() < 20
+
+
 def test_a_window_lies_up_to_jitter_pixels_off_on_either_side() -> None:
     masks = torch.zeros(1, 60, 80, dtype=torch.uint8)
     masks[0, 28:32, 38:42] = 1
@@ -239,6 +259,11 @@ def test_tiles_are_validated_where_something_was_drawn() -> None:
     assert int(batch.votes.sum()) == 16
     turned = validation_windows(Slices([ramp], [masks.flip(1, 2)], [2], ["a"]), [0], 16, "tile")
     assert torch.equal(turned.image[0], ramp[:, 45:, 64:])
+    thin = torch.zeros(1, 13, 80, dtype=torch.uint8)  # as a window has more rows than that, it begins above the slice
+    thin[0, 4:6, 70:] = 1
+    for narrow in (thin, thin.mT):
+        slices = Slices([torch.zeros(narrow.shape)], [narrow], [1], ["a"])
+        assert int(validation_windows(slices, [0], 16, "tile").votes.sum()) == 20
     centred = validation_windows(Slices([ramp], [masks], [2], ["a"]), [0], 16, "centre")
     assert torch.equal(centred.image[0], ramp[:, 22:38, 32:48])
     assert int(centred.votes.sum()) == 0
@@ -289,6 +314,10 @@ def test_the_variant_that_tells_annotators_apart_takes_the_cases_of_the_same_one
     with pytest.raises(CdiffError, match="case02 has masks of"):
         read_data(root, config.with_values({"missing_raters": "error"}))
     assert "case02" in read_data(root, preset("tiny")).train.names
+    for case in ("case03", "case04"):  # most lack the third; who they are is said by the one that has all
+        (root / "Training" / case / "task01_seg03.nii.gz").unlink()
+    (odd / "task01_seg04.nii.gz").unlink()
+    assert set(read_data(root, config).train.names) == {"case01"}
 
 
 def test_cases_with_another_number_of_masks_than_c_say_which_setting_takes_them(tiny_data: Path) -> None:

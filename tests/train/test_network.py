@@ -104,6 +104,7 @@ def test_heads_of_every_attention() -> None:
     assert heads(heads_up=4) == [2, 2, 4, 4]
     assert heads(heads_up=5, attention_depths=()) == [2]  # 5 are no divisor, and none there
     assert heads(head_channels=2) == [8, 8, 8, 8]
+    assert heads(heads=3, channel_mult=(1, 3)) == [3, 3, 3, 3]  # nor of 8, which do not attend
 
 
 def test_a_new_network_begins_as_the_published_ones_do() -> None:

@@ -340,6 +340,20 @@ def test_cases_with_another_number_of_masks_than_c_say_which_setting_takes_them(
         read_data(tiny_data / "Training", preset("tiny").with_values({"val_fraction": 0.95}))
 
 
+def test_labels_that_are_inside_are_read_and_kept(tmp_path: Path) -> None:
+    """The run says which they were, and so does its bundle: evaluate takes the same."""
+    root = write_synthetic_dataset(tmp_path / "d", {"train": 1, "val": 1}, raters=3, shape=(32, 32), channels=2)
+    for path in root.glob("*/*/*seg*.nii.gz"):
+        nib.save(nib.Nifti1Image(np.repeat(np.uint8([0, 1, 2, 4]), 256).reshape(32, 32), np.eye(4)), path)
+    config = fit_to_data(preset("tiny"), root, ["labels=[1,4]"])
+    assert (config.network.levels, config.network.image_channels) == (3, 2)
+    data = read_data(root, config)
+    assert data.train.masks[0][:, ::8, 0].tolist() == [[0, 1, 0, 1]] * 3
+    assert data.summary["labels"] == [1, 4]
+    given = fit_to_data(preset("tiny"), root, ["image_channels=5"]).network
+    assert (given.levels, given.image_channels) == (3, 5)
+
+
 def test_c_comes_from_the_masks_unless_it_is_set(tmp_path: Path) -> None:
     root = write_synthetic_dataset(tmp_path / "five", 3, raters=5, shape=(32, 32))
     assert fit_to_data(preset("tiny"), root, ["batch=2"]).network.levels == 5

@@ -344,7 +344,7 @@ def test_labels_that_are_inside_are_read_and_kept(tmp_path: Path) -> None:
     """The run says which they were, and so does its bundle: evaluate takes the same."""
     root = write_synthetic_dataset(tmp_path / "d", {"train": 1, "val": 1}, raters=3, shape=(32, 32), channels=2)
     for path in root.glob("*/*/*seg*.nii.gz"):
-        nib.save(nib.Nifti1Image(np.repeat(np.uint8([0, 1, 2, 4]), 256).reshape(32, 32), np.eye(4)), path)
+        nib.save(nib.Nifti1Image(np.repeat(np.array([0, 1, 2, 4], np.uint8), 256).reshape(32, 32), np.eye(4)), path)
     config = fit_to_data(preset("tiny"), root, ["labels=[1,4]"])
     assert (config.network.levels, config.network.image_channels) == (3, 2)
     data = read_data(root, config)

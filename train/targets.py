@@ -29,7 +29,8 @@ def annotator(masks: Tensor, raters: Tensor, condition: Tensor, u: Tensor) -> Te
 
 def no_annotator(masks: Tensor, raters: Tensor, condition: Tensor, u: Tensor) -> Tensor:
     """A^i of an annotator drawn at random among those who drew."""
-    return _signed(_mask(masks, (u * raters).long().clamp(max=masks.shape[1] - 1)))
+    # Below the number of raters: not even the largest u, 1 - 2^-24, times it is rounded up to it.
+    return _signed(_mask(masks, (u * raters).long()))
 
 
 def soft_label(masks: Tensor, raters: Tensor, condition: Tensor, u: Tensor) -> Tensor:

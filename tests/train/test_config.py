@@ -44,6 +44,7 @@ def test_settings_reach_their_sections() -> None:
         ("scaled=1", "expected bool"),
         ("batch=0", "at least 1"),
         ("image_size=33", "multiple of 2"),
+        ("image_size=0", "multiple of 2"),
         ("image_size=4608", "at most 4096"),
         ("levels=1001", "at most 1000"),
         ("rrdbs=1000000000", "at most 1000"),
@@ -152,6 +153,9 @@ def test_a_preset_of_a_paper_has_the_settings_of_its_published_scripts(name: str
         if value != theirs[section][key]
     }
     assert differ == ours
+    # What neither code can be told, and both do: t drawn evenly, the plain loss, one learning rate, no end by the clock.
+    training = given.training
+    assert (training.t_power, training.dice_weight, training.minutes, training.decay) == (1.0, 0.0, 0.0, "none")
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,18 @@ def test_other_sizes_and_2d_images_are_resized_image_and_masks_alike(tmp_path: P
             assert image[0][masks[0] > 0].mean() > image[0][masks[0] == 0].mean() + 0.5
 
 
+def test_a_pixel_that_is_half_covered_when_a_mask_is_made_smaller_is_drawn(tmp_path: Path) -> None:
+    root = write_synthetic_dataset(tmp_path / "d", {"train": 1, "val": 1}, raters=3, shape=(64, 64))
+    masks = np.zeros((64, 64), np.uint8)
+    masks[:, 31:] = 1  # of pixel 15, whose middle lies at 31, the one half
+    for path in (root / "train" / "case01").glob("*seg*.nii.gz"):
+        nib.save(nib.Nifti1Image(masks, np.eye(4)), path)
+    (drawn,) = read_data(root, preset("tiny")).train.masks
+    assert drawn.shape == (3, 32, 32)
+    assert drawn[:, :, 15:].all()
+    assert not drawn[:, :, :15].any()
+
+
 def test_batches_depend_on_seed_and_step_alone_and_an_epoch_sees_every_slice(tiny_data: Path) -> None:
     config = tile_config(augment=False)
     data = read_data(tiny_data, config)
@@ -179,10 +191,43 @@ def test_windows_lie_around_what_anyone_drew_and_within_the_slice() -> None:
     inner[1, 40:44, 10:20] = edge[0, 57:, :4] = 1
     slices = Slices([torch.zeros(1, 60, 80)] * 3, [inner, edge, torch.zeros_like(edge)], [2] * 3, ["a", "b", "c"])
     assert [slices.rectangle(i) for i in range(3)] == [((40, 44), (10, 20)), ((57, 60), (0, 4)), None]
-    batch = training_batch(slices, tile_config(augment=False, jitter=0), 0, 60, 16)
+    batch = training_batch(slices, tile_config(augment=False, jitter=0), 0, 600, 16)
+    around = 0
     for window in (inner[:, 34:50, 7:23], edge[:, 44:60, :16]):
-        share = np.mean([torch.equal(masks, window > 0) for masks in batch.masks])
-        assert 0.2 < share <= 1 / 3, "all but the share of the background"
+        around += sum(torch.equal(masks, window > 0) for masks in batch.masks)
+    assert 340 < around < 380, "all of 400 but the tenth that lies anywhere"
+
+
+def test_windows_of_a_slice_without_a_structure_lie_anywhere_in_it() -> None:
+    places = torch.stack(torch.meshgrid(torch.arange(60.0), torch.arange(80.0), indexing="ij"))
+    slices = Slices([places], [torch.zeros(1, 60, 80, dtype=torch.uint8)], [1], ["a"])
+    corners = training_batch(slices, tile_config(augment=False), 0, 400, 16).image[:, :, 0, 0]
+    assert corners.min(dim=0).values.tolist() == [0, 0]
+    assert corners.max(dim=0).values.tolist() == [60 - 16, 80 - 16]
+
+
+def test_windows_of_tiles_lie_around_what_was_drawn_also_where_that_is_far_apart() -> None:
+    """Each of two annotators drew something else; in the middle between them there is nothing."""
+    masks = torch.zeros(2, 60, 80, dtype=torch.uint8)
+    masks[0, 4:8, 4:8] = masks[1, 10:14, 70:74] = 1
+    slices = Slices([torch.zeros(1, 60, 80)], [masks], [2], ["a"])
+    batch = training_batch(slices, tile_config(augment=False, jitter=0), 0, 200, 16)
+    met = batch.masks.any(dim=(2, 3)).sum(dim=0)
+    assert (met > 80).all(), "of all but the tenth that lies anywhere, each in half"
+    centred = preset("tiny").with_values({"framing": "centre", "jitter": 0, "augment": False})
+    assert training_batch(slices, centred, 0, 200, 16).votes.any(dim=(1, 2, 3)).sum() < 20
+
+
+def test_a_window_lies_up_to_jitter_pixels_off_on_either_side() -> None:
+    masks = torch.zeros(1, 60, 80, dtype=torch.uint8)
+    masks[0, 28:32, 38:42] = 1
+    slices = Slices([torch.zeros(1, 60, 80)], [masks], [1], ["a"])
+    batch = training_batch(slices, tile_config(augment=False, jitter=3), 0, 400, 16)
+    whole = [window[0].nonzero() for window in batch.masks if window.sum() == 16]
+    offsets = np.array([(corner - 6).tolist() for corner in (places.min(dim=0).values for places in whole)])
+    assert len(whole) > 300
+    assert np.percentile(offsets, [4, 96], axis=0).tolist() == [[-3, -3], [3, 3]]
+    assert abs(np.corrcoef(offsets.T)[0, 1]) < 0.2
 
 
 @pytest.mark.parametrize(("framing", "told"), [("centre", True), ("tile", False)])
@@ -212,6 +257,13 @@ def test_tiles_are_validated_where_something_was_drawn() -> None:
     batch = validation_windows(Slices([ramp], [masks], [2], ["a"]), [0], 16, "tile")
     assert torch.equal(batch.image[0], ramp[:, :16, :16])
     assert int(batch.votes.sum()) == 16
+    turned = validation_windows(Slices([ramp], [masks.flip(1, 2)], [2], ["a"]), [0], 16, "tile")
+    assert torch.equal(turned.image[0], ramp[:, 45:, 64:])
+    thin = torch.zeros(1, 13, 80, dtype=torch.uint8)  # as a window has more rows than that, it begins above the slice
+    thin[0, 4:6, 70:] = 1
+    for narrow in (thin, thin.mT):
+        slices = Slices([torch.zeros(narrow.shape)], [narrow], [1], ["a"])
+        assert int(validation_windows(slices, [0], 16, "tile").votes.sum()) == 20
     centred = validation_windows(Slices([ramp], [masks], [2], ["a"]), [0], 16, "centre")
     assert torch.equal(centred.image[0], ramp[:, 22:38, 32:48])
     assert int(centred.votes.sum()) == 0
@@ -262,6 +314,10 @@ def test_the_variant_that_tells_annotators_apart_takes_the_cases_of_the_same_one
     with pytest.raises(CdiffError, match="case02 has masks of"):
         read_data(root, config.with_values({"missing_raters": "error"}))
     assert "case02" in read_data(root, preset("tiny")).train.names
+    for case in ("case03", "case04"):  # most lack the third; who they are is said by the one that has all
+        (root / "Training" / case / "task01_seg03.nii.gz").unlink()
+    (odd / "task01_seg04.nii.gz").unlink()
+    assert set(read_data(root, config).train.names) == {"case01"}
 
 
 def test_cases_with_another_number_of_masks_than_c_say_which_setting_takes_them(tiny_data: Path) -> None:
@@ -282,6 +338,20 @@ def test_cases_with_another_number_of_masks_than_c_say_which_setting_takes_them(
     )
     with pytest.raises(CdiffError, match=r"val_fraction=0\.95 of 4 cases leaves none to train on"):
         read_data(tiny_data / "Training", preset("tiny").with_values({"val_fraction": 0.95}))
+
+
+def test_labels_that_are_inside_are_read_and_kept(tmp_path: Path) -> None:
+    """The run says which they were, and so does its bundle: evaluate takes the same."""
+    root = write_synthetic_dataset(tmp_path / "d", {"train": 1, "val": 1}, raters=3, shape=(32, 32), channels=2)
+    for path in root.glob("*/*/*seg*.nii.gz"):
+        nib.save(nib.Nifti1Image(np.repeat(np.array([0, 1, 2, 4], np.uint8), 256).reshape(32, 32), np.eye(4)), path)
+    config = fit_to_data(preset("tiny"), root, ["labels=[1,4]"])
+    assert (config.network.levels, config.network.image_channels) == (3, 2)
+    data = read_data(root, config)
+    assert data.train.masks[0][:, ::8, 0].tolist() == [[0, 1, 0, 1]] * 3
+    assert data.summary["labels"] == [1, 4]
+    given = fit_to_data(preset("tiny"), root, ["image_channels=5"]).network
+    assert (given.levels, given.image_channels) == (3, 5)
 
 
 def test_c_comes_from_the_masks_unless_it_is_set(tmp_path: Path) -> None:

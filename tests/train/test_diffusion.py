@@ -61,6 +61,10 @@ def test_the_dice_term_is_that_of_the_predicted_mask(target: str) -> None:
     dice = ((2 * 6 + 1) / (12 + 12 + 1) + (0 + 1) / (12 + 0 + 1)) / 2
     assert (diffusion.loss(aim, m, noise, x, t) - plain).item() == pytest.approx(0.5 * (1 - dice), rel=1e-4)
     assert diffusion.loss(diffusion.aim(m, noise, t), m, noise, x, t).item() == pytest.approx(0, abs=1e-6)
+    both = torch.cat([aim, torch.full_like(aim, 0.4)], dim=1)  # with a learned variance, which is no part of the mask
+    torch.testing.assert_close(diffusion.to_x0(both, x, t), guess, rtol=0, atol=1e-4)
+    bound = Diffusion(SCHEDULE, target).loss(both, m, noise, x, t)
+    assert (diffusion.loss(both, m, noise, x, t) - bound).item() == pytest.approx(0.5 * (1 - dice), rel=1e-4)
 
 
 def test_x0_is_clipped_to_the_range_of_masks() -> None:
@@ -136,6 +140,16 @@ def test_the_last_step_is_the_probability_of_the_mask_in_8_bits(x0: float, outsi
         got = diffusion.loss(output, m, noise, x, when).item() - mse
         assert got == pytest.approx(statistics.fmean(bits), rel=0.01)
         assert 0 <= got < 40
+
+
+def test_the_least_variance_of_the_last_step_is_its_neighbour_s() -> None:
+    """Of a soft label that the network gets right, whose bin of 2/255 is about as wide as the variance at T = 1000."""
+    schedule = NoiseSchedule(T=1000)
+    m, noise, when = torch.full((1, 1, 2, 2), 0.4), torch.zeros(1, 1, 2, 2), torch.tensor([1])
+    sigma = math.sqrt(schedule.betas[2] * (1 - schedule.abar[1]) / (1 - schedule.abar[2]))
+    bits = -math.log2(2 * statistics.NormalDist(0, sigma).cdf(1 / 255) - 1)
+    got = Diffusion(schedule, "x0").loss(torch.cat([m, torch.full_like(m, -1)], dim=1), m, noise, m, when).item()
+    assert got == pytest.approx(bits, rel=1e-3)
 
 
 def test_the_bound_does_not_move_the_mean() -> None:

@@ -64,6 +64,12 @@ def test_a_dry_run_also_takes_the_larger_steps(
         train(GROWING, tiny_data, tmp_path / "run", dry_run=True, quiet=True)
 
 
+def test_minutes_are_counted_on_the_clock_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "process_time", lambda: 3.0)
+    monkeypatch.setattr(time, "monotonic", lambda: 5.0)
+    assert [pace.now(preset("tiny").with_values({"clock": clock})) for clock in ("cpu", "wall")] == [3.0, 5.0]
+
+
 @pytest.mark.parametrize(("ahead", "least"), [(0, 0.4), (2, 0.2)])
 def test_a_step_is_not_quicker_than_its_data(data: Data, tmp_path: Path, ahead: int, least: float) -> None:
     """What is prepared while the first, slow step is taken is no measure of what a run waits for."""

@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from cdiff.runtime.errors import CdiffError
-from cdiff.train.network import Attention, ConsensusNet
+from cdiff.train.network import Attention, ConsensusNet, ResidualBlock
 from cdiff.train.presets import preset
 from cdiff.train.sections import NetworkConfig
 
@@ -104,6 +104,23 @@ def test_heads_of_every_attention() -> None:
     assert heads(heads_up=4) == [2, 2, 4, 4]
     assert heads(heads_up=5, attention_depths=()) == [2]  # 5 are no divisor, and none there
     assert heads(head_channels=2) == [8, 8, 8, 8]
+    assert heads(heads=3, channel_mult=(1, 3)) == [3, 3, 3, 3]  # nor of 8, which do not attend
+
+
+def test_a_new_network_begins_as_the_published_ones_do() -> None:
+    """It returns 0, each residual block its skip and each attention its input; and the table of timesteps holds their position code."""
+    network = ConsensusNet(dataclasses.replace(SMALL, variance="learned", T=50))
+    x, image, one = torch.randn(2, 1, 16, 16), torch.randn(2, 1, 16, 16), torch.tensor([1, 3])
+    assert not network(x, image, one, one).any()
+    h, z = torch.randn(2, 16, 8, 8), torch.randn(2, 32)
+    blocks = [m for m in network.modules() if isinstance(m, ResidualBlock) and isinstance(m.skip, torch.nn.Identity)]
+    same = [block(h, z) for block in blocks if block.conv1.in_channels == 16]
+    same += [module(h) for module in network.modules() if isinstance(module, Attention)]
+    assert len(same) > 4
+    assert all(torch.equal(out, h) for out in same)
+    table = network.denoiser.time_table.weight.detach()
+    angles = torch.tensor([[t * 1000 / 50 * 1e4 ** (-k / 16) for k in range(16)] for t in range(1, 51)])
+    torch.testing.assert_close(table, torch.cat([angles.cos(), angles.sin()], dim=1), rtol=0, atol=1e-3)
 
 
 def test_one_convolution_as_g_equals_concatenating_image_and_x() -> None:

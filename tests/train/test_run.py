@@ -216,6 +216,38 @@ def test_a_score_belongs_to_the_windows_that_it_was_made_on(
     assert read_json(folder / "checkpoint.json")["val_protocol"]["window"] == 16
 
 
+def test_the_best_starts_anew_with_larger_windows_also_in_a_resumed_run(tiny_data: Path, tmp_path: Path) -> None:
+    """Small windows around a structure score better, and their checkpoint would stay the best for ever."""
+    config = preset("tiny").with_values({**GROWING, "steps": 9})
+    data = read_data(tiny_data, config)
+
+    def best(*scores: tuple[float | None, int]) -> tuple[int, float | None]:
+        """The step that is the best and the best score, after a run has gone on with these scores on windows of these sizes."""
+        run = Run(config, data, fabric_on(torch.device("cpu")), tmp_path)
+        run.restore()
+        for score, window in scores:
+            run.done += 1
+            run.save(score, window)
+        folder = checkpoint_folder(tmp_path, "best")
+        assert folder is not None
+        return int(folder.name[-7:]), run.result(0.0).best
+
+    assert best((0.8, 16), (0.9, 16), (0.7, 16)) == (2, 0.9)
+    assert best((0.8, 16)) == (2, 0.9)
+    assert best((0.5, 32), (0.4, 32), (None, 0)) == (5, 0.5)
+    assert best((0.4, 32)) == (5, 0.5)
+    assert best((0.6, 32)) == (9, 0.6)
+
+
+def test_validation_takes_slices_on_which_something_is_drawn_from_the_first_to_the_last(
+    tiny_data: Path, tmp_path: Path
+) -> None:
+    data = read_data(tiny_data, preset("tiny"))
+    data.val.masks[2].zero_()
+    run = Run(preset("tiny").with_values({"val_slices": 4}), data, fabric_on(torch.device("cpu")), tmp_path)
+    assert run.val_chosen == [0, 3, 5, 7]
+
+
 def test_the_log_s_learning_rate_is_the_step_s(tiny_data: Path, tmp_path: Path) -> None:
     config = preset("tiny").with_values({"steps": 2, "val_every": 2, "log_every": 1, "warmup": 2, "lr": 2e-3})
     train(config, tiny_data, tmp_path / "run", quiet=True)

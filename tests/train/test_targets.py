@@ -74,6 +74,9 @@ def test_a_missing_annotator_is_no_opinion_except_to_a_count() -> None:
         (1, 1, -1, -1),
     }
     assert target("consensus", 3, masks=padded, raters=2) == [-1, -1, -1, -1]
+    for raters in range(1, 100):  # nor is the largest u, rounded, one annotator too far
+        drawn = torch.ones(1, raters, 1, 4, dtype=torch.bool)
+        assert target("no-annotator", 1, 1 - 2**-24, drawn, raters) == [1, 1, 1, 1]
 
 
 def test_a_batch_knows_how_many_drew(tmp_path: Path) -> None:

@@ -244,8 +244,8 @@ def _diagram(table: NDArray[np.float64]) -> list[dict[str, float | None]]:
     """Each bin of a reliability diagram: its limits, pixels, mean of the map there, share of annotators who included them."""
     return [
         {
-            "from": round(i / BINS, 6),
-            "to": round((i + 1) / BINS, 6),
+            "from": i / BINS,
+            "to": (i + 1) / BINS,
             "pixels": int(pixels),
             "predicted": predicted / pixels if pixels else None,
             "observed": observed / pixels if pixels else None,

@@ -210,7 +210,7 @@ def test_a_case_with_fewer_annotators_is_told_and_handled_as_chosen(cases: list[
     assert skipped["n_cases"] == 3
     assert skipped["left_out"]["other_number_of_annotators"] == {"case02": 2}
     assert "case02" in told[0]
-    assert "2 annotators" in told[0]
+    assert "2 annotators, and the model has 3 levels; left out" in told[0]
 
     told.clear()
     used = run(KnownMaps(tmp_path / "b", 3), cases, Protocol(raters="use"), notice=told.append)

@@ -315,6 +315,11 @@ def test_what_cannot_have_one_is_said_before_the_work(tmp_path: Path) -> None:
     )
     with pytest.raises(CdiffError, match="do not allow a DICOM segmentation"):
         must_allow_dicom_seg(read_scan(parts))
+    read = read_scan(voxels())
     with pytest.raises(CdiffError, match="array is not DICOM, and a DICOM segmentation belongs to DICOM images"):
-        must_allow_dicom_seg(read_scan(voxels()))
+        must_allow_dicom_seg(read)
+    result = Result(read.grid, read.slices, range(5), Stack(0 * read.slices, 0 * read.slices[:, 0]))
+    with pytest.raises(CdiffError, match="scan was not read from DICOM"):
+        result.save(tmp_path / "out", preview=False, dicom_seg=True)
+    assert not list((tmp_path / "out").glob("*")), "nor are the other files written"
     must_allow_dicom_seg(read_scan(write_series(tmp_path / "b", voxels(), orthogonal())))

@@ -121,6 +121,16 @@ def test_images_that_change_after_they_were_segmented(change: str, tmp_path: Pat
     assert not (tmp_path / "seg.dcm").exists()
 
 
+def test_images_that_lie_elsewhere_than_the_map(tmp_path: Path) -> None:
+    """As after a program that moved them and left the series its name."""
+    for name, mm in (("a", 0), ("b", 5)):
+        write_series(tmp_path / name, voxels(), orthogonal(), change=lambda _, file, mm=mm: moved(file, (mm, 0, 0)))
+    result, beside = (found_in(tmp_path / name) for name in "ab")
+    result = dataclasses.replace(result, dicom=beside.dicom, grid=dataclasses.replace(result.grid, series=""))
+    with pytest.raises(CdiffError, match=r"segmentation cannot be made \(its images reach beyond the volume\)"):
+        write_dicom_seg(result, tmp_path / "seg.dcm")
+
+
 def own_frames(path: Path, folder: Path) -> int:
     """How many frames refer to an image, which must be one that lies at the very same place."""
     images = [pydicom.dcmread(file) for file in folder.iterdir()]

@@ -84,7 +84,6 @@ def _parts(grid: Grid, slices: range, maps: Maps, intent: str) -> Iterator[NDArr
 
 def _header(grid: Grid, shape: tuple[int, ...], dtype: np.dtype[Any], intent: str) -> NDArray[np.uint8]:
     image = grid.image(np.broadcast_to(dtype.type(0), shape), intent)
-    image.update_header()
     image.header.set_slope_inter(1, 0)
     written = BytesIO()
     image.header.write_to(written)

@@ -30,8 +30,8 @@ def expectation_bins(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, float 
     counts, expected, found = (np.bincount(place, weights, BINS) for weights in (None, *pairs.T))
     return [
         {
-            "from": round(i / BINS, 6),
-            "to": round((i + 1) / BINS, 6),
+            "from": i / BINS,
+            "to": (i + 1) / BINS,
             "slices": int(n),
             "expected": float(expected[i] / n) if n else None,
             "found": float(found[i] / n) if n else None,

@@ -245,8 +245,8 @@ def _diagram(table: NDArray[np.float64]) -> list[dict[str, float | None]]:
     """For each bin of a reliability diagram: its limits, its number of pixels, the mean of the map there, and the mean share of annotators."""
     return [
         {
-            "from": round(i / BINS, 6),
-            "to": round((i + 1) / BINS, 6),
+            "from": i / BINS,
+            "to": (i + 1) / BINS,
             "pixels": int(pixels),
             "predicted": predicted / pixels if pixels else None,
             "observed": observed / pixels if pixels else None,

@@ -121,6 +121,16 @@ def test_images_that_change_after_they_were_segmented(change: str, tmp_path: Pat
     assert not (tmp_path / "seg.dcm").exists()
 
 
+def test_images_that_lie_elsewhere_than_the_map(tmp_path: Path) -> None:
+    """As after a program that moved them and left the series its name."""
+    for name, mm in (("a", 0), ("b", 5)):
+        write_series(tmp_path / name, voxels(), orthogonal(), change=lambda _, file, mm=mm: moved(file, (mm, 0, 0)))
+    result, beside = (found_in(tmp_path / name) for name in "ab")
+    result = dataclasses.replace(result, dicom=beside.dicom, grid=dataclasses.replace(result.grid, series=""))
+    with pytest.raises(CdiffError, match=r"segmentation cannot be made \(its images reach beyond the volume\)"):
+        write_dicom_seg(result, tmp_path / "seg.dcm")
+
+
 def own_frames(path: Path, folder: Path) -> int:
     """How many frames refer to an image, which must be one that lies at the very same place."""
     images = [pydicom.dcmread(file) for file in folder.iterdir()]
@@ -315,6 +325,11 @@ def test_what_cannot_have_one_is_said_before_the_work(tmp_path: Path) -> None:
     )
     with pytest.raises(CdiffError, match="do not allow a DICOM segmentation"):
         must_allow_dicom_seg(read_scan(parts))
+    read = read_scan(voxels())
     with pytest.raises(CdiffError, match="array is not DICOM, and a DICOM segmentation belongs to DICOM images"):
-        must_allow_dicom_seg(read_scan(voxels()))
+        must_allow_dicom_seg(read)
+    result = Result(read.grid, read.slices, range(5), Stack(0 * read.slices, 0 * read.slices[:, 0]))
+    with pytest.raises(CdiffError, match="scan was not read from DICOM"):
+        result.save(tmp_path / "out", preview=False, dicom_seg=True)
+    assert not list((tmp_path / "out").glob("*")), "nor are the other files written"
     must_allow_dicom_seg(read_scan(write_series(tmp_path / "b", voxels(), orthogonal())))

@@ -121,7 +121,8 @@ def test_one_capture_one_launch_a_step_one_stop_a_slice(make: Any) -> None:
     assert len(world.named("graph launch")) == S * steps
     # The table and the cleared state are uploaded with a stop each before the first slice.
     assert world.stops - before <= S + 3
-    assert timings.calls == S * steps
+    assert (timings.calls, timings.rows) == (S * steps, S * C * R)
+    assert timings.denoise == pytest.approx(S * 1e-3), "the double's device takes a millisecond a batch"
 
     names = [call[:2] for call in world.calls]
     first = names.index(("begin capture", world.named("begin capture")[0][1]))

@@ -96,6 +96,13 @@ def test_it_is_a_standard_normal_far_into_the_tail() -> None:
     assert np.isfinite(z).all()
 
 
+@pytest.mark.parametrize(("low", "radius"), [(0, math.sqrt(66 * math.log(2))), (2**32 - 1, 0)])
+def test_the_ends_of_the_logarithm_are_numbers(monkeypatch: pytest.MonkeyPatch, low: int, radius: float) -> None:
+    """One word in 2^32 has either: no other test draws it, and eight slices by the paper's protocol do."""
+    monkeypatch.setattr(Noise, "_words", lambda self, block, count, *key: np.full(count, low, np.uint64))
+    np.testing.assert_allclose(normal(0, 0, 1, 0, 0, (1, 2)), [[radius, 0]], atol=1e-6)
+
+
 def test_pixels_of_one_word_are_independent() -> None:
     z = normal(1, 0, 1, 0, 0, (1000, 1000))
     even, odd = z[:, 0::2].ravel(), z[:, 1::2].ravel()

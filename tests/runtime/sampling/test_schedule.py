@@ -56,6 +56,11 @@ def test_a_schedule_out_of_range_is_refused(values: dict[str, Any], message: str
         NoiseSchedule(**values)
 
 
+def test_a_schedule_of_one_beta_is_taken() -> None:
+    schedule = NoiseSchedule(10, beta_start=0.1, beta_end=0.1, scaled=False)
+    np.testing.assert_allclose(schedule.abar, 0.9 ** np.arange(11))
+
+
 def test_the_cosine_has_no_ends_that_could_be_out_of_range() -> None:
     assert NoiseSchedule(20, kind="cosine", beta_start=0.0).abar[-1] > 0
 

@@ -104,6 +104,9 @@ def test_runs_are_shared_out() -> None:
 def test_each_zoom_has_noise_of_its_own() -> None:
     """And the same whichever zooms are beside it. At its own size a slice has the number that it has in the scan."""
     assert numbered(range(3, 5), 1) == [3, 4]
+    assert numbered([3], 1.1) == [1100 * APART + 3], (
+        "a thousandth of a zoom is a number: another rule would be other maps for the same seed"
+    )
     assert [number % APART for number in numbered([3, 4], 1.25)] == [3, 4]
     zooms = [0.5, 0.8, 1, 1.001, 1.25, 4]
     assert len({numbered([3], zoom)[0] for zoom in zooms}) == len(zooms)

@@ -75,8 +75,8 @@ def test_ece_of_the_fraction_itself_is_zero_and_of_nothing_undefined() -> None:
     f = _annotators().mean(axis=0)
     assert float(ece(reliability(f, f))) == 0
     assert np.isnan(ece(np.zeros((3, BINS))))
-    tables = np.stack([reliability(f, f), reliability(np.clip(f + 0.2, 0, 1), f)])
-    assert ece(tables).shape == (2,)
+    tables = np.stack([reliability(f, f), 3 * reliability(np.clip(f + 0.2, 0, 1), f)])
+    assert ece(tables).tolist() == [0, float(ece(tables[1]))], "each over its own pixels"
 
 
 def test_tables_add_up() -> None:

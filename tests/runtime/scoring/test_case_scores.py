@@ -100,6 +100,7 @@ def test_two_slices_by_hand() -> None:
     assert scores["case_dice_each_annotators"] == pytest.approx(10 / 13, abs=1e-6)
     assert scores["case_dice_each_difference"] == pytest.approx((12 / 15 + 8 / 12) / 2 - 10 / 13, abs=1e-6)
     assert (large["dice_each"], small["dice_each"]) == pytest.approx(((1 + 8 / 10) / 2, 0), abs=1e-5)
+    assert large["auroc_run_std"] is None, "one run differs from none"
     # The mean over the slices is another number.
     assert (large["soft_dice_5"], small["soft_dice_5"]) == pytest.approx((1, 0), abs=1e-5)
     assert row["volumes"]["predicted_voxels"] == [7, 5]

@@ -16,11 +16,12 @@ def _runs(levels: int = 3, runs: int = 6) -> np.ndarray:
     return maps
 
 
+@pytest.mark.parametrize("annotators", [3, 10])  # shares of the latter are the thresholds themselves
 @pytest.mark.parametrize("combine", ["mean", "vote"])
-def test_each_point_is_the_score_of_its_runs(combine: str) -> None:
+def test_each_point_is_the_score_of_its_runs(combine: str, annotators: int) -> None:
     runs, rng = _runs(), np.random.default_rng(1)
     truth = np.zeros((16, 18))
-    truth[4:12, 4:12] = rng.integers(0, 4, size=(8, 8)) / 3
+    truth[4:12, 4:12] = rng.integers(0, annotators + 1, size=(8, 8)) / annotators
     counts = [1, 2, 4, 6]
     found = soft_dice_by_runs(runs, truth, combine, counts)
     for row, count in zip(found, counts, strict=True):

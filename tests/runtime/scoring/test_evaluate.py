@@ -210,7 +210,7 @@ def test_a_case_with_fewer_annotators_is_told_and_handled_as_chosen(cases: list[
     assert skipped["n_cases"] == 3
     assert skipped["left_out"]["other_number_of_annotators"] == {"case02": 2}
     assert "case02" in told[0]
-    assert "2 annotators" in told[0]
+    assert "2 annotators, and the model has 3 levels; left out" in told[0]
 
     told.clear()
     used = run(KnownMaps(tmp_path / "b", 3), cases, Protocol(raters="use"), notice=told.append)
@@ -340,6 +340,8 @@ def test_what_is_inside_a_mask_is_what_it_was_in_training_unless_the_user_says_o
     assert inside == (1, 4) == trained.labels_inside
     assert [case.labels for case in found] == [(1, 4)] * len(cases)
     assert labelled_as_trained(cases, plain, (), told.append) == (cases, ())
+    brats = [replace(case, labels=(1, 2, 4)) for case in cases]  # as their layout says
+    assert labelled_as_trained(brats, plain, (), told.append) == (brats, ())
     assert labelled_as_trained(cases, trained, (4, 1), told.append)[1] == (4, 1)
     assert told == []
     assert labelled_as_trained(cases, trained, (2,), told.append)[1] == (2,)

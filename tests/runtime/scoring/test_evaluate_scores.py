@@ -15,6 +15,7 @@ from cdiff.runtime.data.cases import Case, find_cases, read_case
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.scoring.metrics import bootstrap_over_cases
 from cdiff.runtime.scoring.scores import PER_SLICE, true_levels
+from cdiff.runtime.scoring.tables import cases_table
 from cdiff.runtime.stack import Stack
 from tests.runtime.known_maps import KnownMaps, case_in, run
 from tests.synthetic import write_synthetic_dataset
@@ -125,6 +126,9 @@ def test_a_placeholder_for_spacing_measures_in_pixels_only(cases: list[Case], tm
     assert all(entry["mean"] is not None for entry in report["hd95_px_per_level"])
     assert all(entry["signed"]["n_cases"] == 0 for entry in report["volume_error_ml_per_level"])
     assert report["cases"][0]["volumes"]["voxel_ml"] is None
+    row = cases_table(report)[0]
+    for name in ("predicted_ml", "true_ml", "volume_error_ml"):
+        assert [row[f"{name}_level_{c}"] for c in (1, 2, 3)] == [None] * 3
 
 
 def test_noisy_runs_get_better_together(cases: list[Case], tmp_path: Path) -> None:

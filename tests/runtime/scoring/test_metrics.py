@@ -209,6 +209,15 @@ def test_energy_distance_by_hand() -> None:
 def test_energy_distance_needs_masks() -> None:
     with pytest.raises(ValueError, match="at least one"):
         ged(np.zeros((0, 2, 4), bool), _mask()[None])
+    with pytest.raises(ValueError, match="one shape"):
+        ged(np.zeros((1, 2, 4), bool), np.zeros((1, 4, 2), bool))
+
+
+def test_rounding_makes_no_distance_negative() -> None:
+    """Of masks and the same masks several times over; without the limit seven of the twenty are -2e-16."""
+    for seed in range(20):
+        masks = np.random.default_rng(seed).random((3, 6, 6)) < 0.4
+        assert 0 <= ged(np.repeat(masks, 7, axis=0), masks) < 1e-12
 
 
 def test_bootstrap_mean_is_over_slices() -> None:

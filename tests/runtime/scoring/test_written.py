@@ -119,7 +119,8 @@ def test_maps_without_a_slice_to_score_and_cases_without_their_image_are_one_lin
 ) -> None:
     folder = written(tmp_path / "maps", cases, lambda soft: soft * np.nan)
     with pytest.raises(
-        CdiffError, match=r"no case is left to score: .*; the maps of 3 are NaN on every slice to score"
+        CdiffError,
+        match=r"no case is left to score: 0 have .*, 0 no marked slice; the maps of 3 are NaN on every slice",
     ):
         scores(folder, cases)
     cases[1].image.unlink()

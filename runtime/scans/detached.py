@@ -1,7 +1,7 @@
-"""The files that a NRRD's or MetaImage's header names for its voxels, looked at before ITK opens them.
+"""The files that a NRRD's or MetaImage's header names for its voxels, checked before ITK opens them.
 
-ITK hands a pattern to C's printf as it is, which writes where the pattern says; it waits for a pipe that nobody writes to; and a header
-that came from elsewhere must not have a picture made of whatever file this user can read.
+ITK hands a name's pattern to C's printf as it is, and a hostile one can overwrite memory; it waits for a pipe that nobody writes to; and
+a header from elsewhere must not turn any file that this user can read into a picture.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.scans.sources import is_there
 
 NUMBERED = re.compile(r"[^%\s]*%0?[0-9]?d[^%\s]*")
-"""A file's name in which one number stands."""
+"""A file's name with a place for one number, as printf has it."""
 NUMBER = re.compile(r"-?[0-9]{1,9}")
 MOST_FILES = 100_000
 
@@ -23,8 +23,8 @@ MOST_FILES = 100_000
 def voxel_files(named: str, below: Sequence[str], path: Path) -> list[Path]:
     """The files that the header at `path` names.
 
-    named: a name, LIST (the names are the lines `below`), or a pattern with its first number, its last and the step (s%03d.raw 1 100 1),
-    1 unless given. Raises CdiffError for any other pattern.
+    named: a name; or LIST, where the lines `below` are the names; or a pattern with its first number, its last and the step, which is 1
+    unless given (s%03d.raw 1 100 1). Raises CdiffError for any other pattern, and for more than MOST_FILES files.
     """
     words = named.split()
     if words[:1] == ["LIST"]:
@@ -50,7 +50,7 @@ def voxel_files(named: str, below: Sequence[str], path: Path) -> list[Path]:
 
 
 def must_be_own(files: Iterable[Path], path: Path) -> None:
-    """Raise CdiffError unless each of the files with the voxels of `path` is a file that lies in its folder or below."""
+    """Raise CdiffError unless each of `files`, which hold the voxels of `path`, is a file in the folder of `path` or below it."""
     folder = os.path.abspath(path.parent)
     for file in files:
         if os.path.commonpath([folder, os.path.abspath(file)]) != folder:

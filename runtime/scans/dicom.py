@@ -1,4 +1,4 @@
-"""A DICOM series as a NIfTI image in memory, converted by dcm2niix: the same voxels and axes as the files that it makes for training."""
+"""A DICOM series as a NIfTI image in memory, converted by dcm2niix, so that voxels and axes are those of training files made with it."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from cdiff.runtime.words import one_line, several
 BY_HAND = "convert it with dcm2niix (dcm2niix -z y -o OUT FOLDER) and segment the image that you mean"
 MARK = b"DICM"
 MARK_AT = 128
-"""Where a DICOM file has its mark (DICOM PS3.10, 7.1)."""
+"""Offset in bytes of the mark in a DICOM file (DICOM PS3.10, 7.1)."""
 SUFFIX = ".dcm"
 INDEX = "DICOMDIR"
-"""A list of what lies on a disc; it holds no image."""
+"""The file that lists what is on a disc; it holds no image."""
 TAGS = [
     *PLACE, *VALUES, "FrameOfReferenceUID", "Modality", "PhotometricInterpretation", "SOPClassUID", "SamplesPerPixel", "SeriesDescription",
     "SeriesInstanceUID", "SeriesNumber",
@@ -41,30 +41,30 @@ TAGS = [
 INVERTED = "MONOCHROME1"
 PALETTE = "PALETTE COLOR"
 SEGMENTATION = "SEG"
-"""The modality of masks, which lie beside the images that they are of."""
+"""The modality of masks, which may lie beside the images that they mark."""
 DEFLATED = "1.2.840.10008.1.2.1.99"
-"""The transfer syntax of a file that is packed as a whole (PS3.5, A.5)."""
+"""The transfer syntax of a file that is deflated as a whole (PS3.5, A.5)."""
 STANDARD = "1.2.840.10008."
-"""What the standard's own identifiers begin with (PS3.5, chapter 9): one that is in none of its lists was cut off or changed."""
+"""The prefix of the standard's own identifiers (PS3.5, chapter 9): one that begins so and is in none of its lists was cut off or changed."""
 UNEVEN = "Interslice distance varies"
 TILTED = "gantry tilt of"
 MISSING = "Missing images?"
-"""Of dcm2niix's messages those that say that its volume is not what it seems."""
+"""UNEVEN, TILTED and MISSING are in those messages of dcm2niix that say that its volume is not what it seems."""
 TROUBLE = re.compile(r"error|unable|unsupported|fail|corrupt|varies|not large enough|too large|no valid", re.IGNORECASE)
-"""What dcm2niix's reasons for making no image have in them, and its other messages have not."""
+"""Words that occur in dcm2niix's reasons for making no image, and not in its other messages."""
 LONGEST = 1800.0
-"""Seconds after which dcm2niix, which takes seconds, is taken to run for ever; the other scans of a folder are still to come."""
+"""Seconds after which dcm2niix, which usually takes a few, is taken to hang, so that the other scans of a folder get their turn."""
 OVERLAYS = "image_ROI*"
-"""What dcm2niix calls a volume of marks that were drawn on the images (60xx,3000)."""
+"""How dcm2niix names a volume of the marks that were drawn on the images (overlays, 60xx,3000)."""
 
 
 @dataclass(frozen=True)
 class Converted:
     """One series as dcm2niix converted it.
 
-    files: the series'. sha256: of their hashes, one after another, in the order of the files' names. reader: the converter's version
-    and the series. notes: what a reader of the result should know. frame, series: the UIDs of the frame of reference and of the series;
-    empty where the headers do not say.
+    files: those of the series, without copies. sha256: of the files' SHA-256 digests, joined in the order of the files' names. reader:
+    the converter's version and the series' number. notes: what a reader of the result should know. frame, series: the UIDs of the frame
+    of reference and of the series; empty where the headers do not say.
     """
 
     image: nib.Nifti1Image
@@ -78,7 +78,7 @@ class Converted:
 
 @dataclass(frozen=True)
 class Series:
-    """The images of one series in a folder: its number (0020,0011) where it has one, its description, its files and their headers."""
+    """The images of one series: its number (0020,0011) or "without a number", its description, its files and their pydicom headers."""
 
     number: str
     description: str
@@ -92,7 +92,7 @@ class Series:
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether a file is DICOM's, by the mark in it or by its suffix; a disc's index is not."""
+    """Whether a path is a DICOM file, by the mark in it or by its suffix; a disc's index does not count."""
     name = path.name.lower()
     if name == INDEX.lower() or name.endswith(VOLUME_SUFFIXES + PICTURE_SUFFIXES) or not path.is_file():
         return False
@@ -100,7 +100,7 @@ def is_dicom(path: Path) -> bool:
 
 
 def _beginning(path: Path) -> bytes:
-    """A file's bytes up to the end of DICOM's mark; none where it cannot be read."""
+    """A file's first bytes, up to the end of DICOM's mark; none where it cannot be read."""
     try:
         with path.open("rb") as file:
             return file.read(MARK_AT + len(MARK))
@@ -109,16 +109,16 @@ def _beginning(path: Path) -> bytes:
 
 
 def holds_dicom(folder: Path) -> bool:
-    """Whether DICOM files lie in a folder, and no NIfTI, NRRD or MetaImage file that may be the same scan; our own maps are not."""
+    """Whether a folder holds DICOM files, and no NIfTI, NRRD or MetaImage file that may be the same scan (our own maps are not)."""
     files = [path for path in folder.iterdir() if not path.name.startswith(".")]
     volumes = (path for path in files if path.name.lower().endswith(VOLUME_SUFFIXES) and not is_output(path))
     return not any(volumes) and any(map(is_dicom, files))
 
 
 def holds_images(folder: Path) -> bool:
-    """Whether one of the DICOM files in a folder is an image; reports, contours and our own segmentations have folders of their own too.
+    """Whether any DICOM file in a folder is an image, rather than a report, contours or a segmentation such as our own.
 
-    Also where that cannot be told, so that reading the folder says why.
+    Also true where that cannot be told, so that reading the folder says why.
     """
     try:
         return any(_image_header(path) is not None for path in sorted(folder.iterdir()) if _may_be_image(path))
@@ -128,7 +128,7 @@ def holds_images(folder: Path) -> bool:
 
 @contextmanager
 def _said_of(where: str) -> Iterator[None]:
-    """Puts the series before what is wrong with it."""
+    """Put `where`, which names the series, before the message of a CdiffError."""
     try:
         yield
     except CdiffError as error:
@@ -136,11 +136,11 @@ def _said_of(where: str) -> Iterator[None]:
 
 
 def read_dicom(path: Path, channels: int = 1, series: int | None = None) -> Converted:
-    """Convert the series in a folder (not in those below it), or in one file.
+    """Convert the series in a folder (folders below it are not read), or the one in a file.
 
-    series: its number, for a folder that holds several.
-    Raises CdiffError when dcm2niix or pydicom is missing, a file is empty or damaged, no image or several series are there and none
-    of them is named, and for a series that is not one even volume: slices that are missing, a tilted gantry, several echoes.
+    channels: how many the model takes. series: the number of the one that is meant, for a folder that holds several.
+    Raises CdiffError when dcm2niix or pydicom is missing, when a file is empty or damaged, when there is no image, or several series
+    and none is named, for colours, and for a series that is not one even volume: missing slices, a tilted gantry, several echoes.
     """
     program = _program(path)
     chosen = _choose(series_at(path), path, series)
@@ -150,7 +150,7 @@ def read_dicom(path: Path, channels: int = 1, series: int | None = None) -> Conv
     headers: list[Any] = []
     for file, header in zip(chosen.files, chosen.headers, strict=True):
         data = any_bytes(file)
-        if (digest := hashlib.sha256(data).digest()) not in files:  # a copy of one would be a second image at its place
+        if (digest := hashlib.sha256(data).digest()) not in files:  # a copy would be a second image at the same place
             with _said_of(where):
                 must_hold_pixels(file, header, data)
             files[digest] = file
@@ -160,13 +160,13 @@ def read_dicom(path: Path, channels: int = 1, series: int | None = None) -> Conv
         must_agree(kept, headers)
         planes = planes_of(headers)
     with temporary_folder() as folder:
-        # Of these files alone: dcm2niix says of everything in a folder what is wrong with it.
+        # A folder of these files alone: dcm2niix complains about anything in a folder.
         source, made = folder / "source", folder / "made"
         source.mkdir()
         made.mkdir()
         for file in kept:
             (source / file.name).symlink_to(file.absolute())
-        # Neither compression nor sidecars, and not as a file of defaults at the user's home says; errors join the other messages.
+        # No compression, no sidecars, no defaults from a file in the user's home; errors join the other messages.
         command = [program, "-g", "i", "-d", "0", "-z", "n", "-b", "n", "-f", "image", "-o", str(made), str(source)]
         try:
             done = subprocess.run(
@@ -214,9 +214,9 @@ def read_dicom(path: Path, channels: int = 1, series: int | None = None) -> Conv
 
 
 def series_at(path: Path) -> list[Series]:
-    """The series in a folder, or of one file, in the order of their numbers; what holds no image (reports, contours, segmentations) is left out.
+    """The series in a folder, or the one of a file, in the order of their numbers; reports, contours and segmentations are left out.
 
-    Raises CdiffError where a file is empty or damaged, and where pydicom is missing.
+    Raises CdiffError where there is no image, where a file is empty or damaged, and where pydicom is missing.
     """
     found: dict[str, tuple[str, str, list[Path], list[Any]]] = {}
     for file in [path] if path.is_file() else sorted(one for one in path.iterdir() if _may_be_image(one)):
@@ -238,12 +238,12 @@ def series_at(path: Path) -> list[Series]:
 
 
 def _pattern(name: str) -> str:
-    """A name without its numbers, by which a series' files differ."""
+    """A file's name with 0 for every number in it; files of one series usually differ in these alone."""
     return re.sub(r"\d+", "0", name)
 
 
 def _must_leave_none(folder: Path, patterns: set[str]) -> None:
-    """Raise CdiffError for a file in a series' folder that is called as its images are, but for its numbers, and has lost DICOM's mark."""
+    """Raise CdiffError for a file in a series' folder that is named as its images are, but for the numbers, and is no DICOM file."""
     for file in sorted(folder.iterdir()):
         alike = "0" in (pattern := _pattern(file.name)) and pattern in patterns
         if alike and file.is_file() and not _may_be_image(file):
@@ -262,9 +262,9 @@ def _image_header(file: Path) -> Any:
 
 
 def _may_be_image(file: Path) -> bool:
-    """Whether a file in a series' folder is one of its images, or was meant to be: empty, all zeros, a link to what is not there.
+    """Whether a file in a series' folder is one of its images, or may have been: it is empty, begins with zeros, or is a broken link.
 
-    Those may be a slice whose absence nothing else would show.
+    Such a file may be a slice whose absence nothing else would show.
     """
     if file.name.startswith(".") or file.name.lower() == INDEX.lower():
         return False
@@ -273,13 +273,13 @@ def _may_be_image(file: Path) -> bool:
         return not other
     if not file.is_file():
         return False
-    # Nothing before the mark, and none: cut off there, or a copy that was broken off and has its full length.
+    # Zeros up to where the mark should be: cut off there, or a copy that broke off and has its full length.
     blank = not other and not any(_beginning(file)[:MARK_AT])
     return is_dicom(file) or file.stat().st_size == 0 or blank
 
 
 def _below(path: Path) -> list[str]:
-    """The folders in a series' that hold DICOM images too."""
+    """The names of the folders within a series' folder that hold DICOM images too."""
     folders = (
         sorted(one for one in path.iterdir() if one.is_dir() and not one.name.startswith(".")) if path.is_dir() else []
     )
@@ -287,7 +287,7 @@ def _below(path: Path) -> list[str]:
 
 
 def _plain(text: str) -> str:
-    """Text of a header as it may be shown on a terminal."""
+    """A header's text, made safe to show on a terminal."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
@@ -305,7 +305,7 @@ def _must_be_no_image(header: Any, file: Path) -> None:
 
 
 def _must_be_grey(chosen: Series, where: str) -> None:
-    """Raise CdiffError for colours, which are no intensities, and for what dcm2niix takes for other numbers than it holds."""
+    """Raise CdiffError for colours, which are no intensities, and for signed bytes, which dcm2niix takes for unsigned."""
     for file, header in zip(chosen.files, chosen.headers, strict=True):
         kind = str(header.get("PhotometricInterpretation") or "")
         if (header.get("SamplesPerPixel") or 1) != 1 or kind == PALETTE:
@@ -319,43 +319,43 @@ def _must_be_grey(chosen: Series, where: str) -> None:
 
 
 def _header(file: Path) -> Any:
-    """What pydicom reads of a file without its pixels."""
+    """A file's `TAGS`, as a pydicom data set without those that cannot be read. Raises CdiffError where the file is empty or damaged."""
     pydicom = optional("pydicom", "pydicom", file, "DICOM")
     must_be_text(file)
     any_bytes(file)
     try:
-        # Of values that the standard does not allow; what cannot be used is refused where it is.
+        # pydicom warns of values that the standard does not allow; those that are of no use are refused where they are needed.
         with without_warnings():
-            # Which dcm2niix does not read, and pydicom unpacks whole: a thousand times its bytes.
+            # dcm2niix does not read these, and pydicom unpacks them whole, to as much as a thousand times their size.
             if pydicom.filereader.read_file_meta_info(file).get("TransferSyntaxUID") == DEFLATED:
                 raise CdiffError(
                     f"{file} is deflated as a whole, which is not read here; inflate it: dcmconv +te IN OUT"
                 )
             header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=TAGS)
-            # pydicom reads a value when it is asked for, and repeats what is wrong with it.
+            # pydicom parses a value only when it is asked for, and raises each time: what cannot be parsed is dropped here.
             for tag in TAGS:
                 try:
                     header.get(tag)
-                except Exception:  # a library's own kinds too
+                except Exception:  # the library raises types of its own too
                     del header[tag]
             return header
     except CdiffError:
         raise
-    except Exception as error:  # a library's own kinds too
+    except Exception as error:  # the library raises types of its own too
         raise CdiffError(
             f"{file} is not a DICOM file that can be read ({one_line(error)[:200]}); copy it again"
         ) from None
 
 
 def _program(path: Path) -> str:
-    """dcm2niix, the system's or that of its Python package."""
+    """The path of dcm2niix: the system's, or that in its Python package. Raises CdiffError where there is neither."""
     if found := shutil.which("dcm2niix"):
         return found
     return str(optional("dcm2niix", "dcm2niix", path, "DICOM").bin)
 
 
 def _choose(found: list[Series], path: Path, series: int | None) -> Series:
-    """The one series that is there, or the one that is named."""
+    """The only series found, or the one with the number `series`. Raises CdiffError where there is none, or more than one."""
     wanted = found if series is None else [one for one in found if one.number == str(series)]
     if len(wanted) == 1:
         return wanted[0]
@@ -370,7 +370,7 @@ def _choose(found: list[Series], path: Path, series: int | None) -> Series:
 
 
 def _must_be_one(made: list[Path], said: str, where: str) -> None:
-    """Raise CdiffError where dcm2niix did not make one volume that is what it seems."""
+    """Raise CdiffError unless dcm2niix made one volume and said nothing that casts doubt on it."""
     if TILTED in said:
         raise CdiffError(f"{where} the gantry was tilted; {BY_HAND} (its name ends in _Tilt_1 or _Tilt_Eq_1)")
     if UNEVEN in said:
@@ -378,7 +378,7 @@ def _must_be_one(made: list[Path], said: str, where: str) -> None:
             f"{where} the distance between slices varies: one may be missing; copy them again, or {BY_HAND}"
         )
     if not made:
-        # Of the maker's name it is unable to say something of nearly every image.
+        # For nearly every image it says that it is unable to tell the manufacturer.
         told = [line.strip() for line in said.splitlines() if TROUBLE.search(line) and "manufacturer" not in line]
         raise CdiffError(f"{where} it cannot be converted ({told[0] if told else 'dcm2niix does not say why'})")
     if len(made) > 1:

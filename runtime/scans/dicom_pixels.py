@@ -1,4 +1,4 @@
-"""Whether DICOM files hold the pixels that their headers promise: dcm2niix takes what lies there, and of some streams that end early never ends."""
+"""Whether DICOM files hold the pixels that their headers promise: dcm2niix takes whatever is there, and hangs on some truncated streams."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ SCALE = ("RescaleSlope", "RescaleIntercept")
 TAGS = ("BitsAllocated", "BitsStored", "PixelRepresentation", *SCALE)
 PIXELS = 0x7FE00010
 UNDEFINED = 0xFFFFFFFF
-"""The length of pixels in fragments (PS3.5, A.4)."""
+"""The length that a file gives for pixels in fragments (PS3.5, A.4)."""
 SHORT = 1024
-"""Bytes of a value that pydicom may copy; of longer ones only the place is wanted."""
+"""Values up to this many bytes may be copied by pydicom; of longer ones only the place is wanted."""
 RLE = "1.2.840.10008.1.2.5"
 RLE_HEADER = struct.Struct("<16I")
-"""How many segments follow, and where each begins (PS3.5, G.5)."""
+"""The number of segments, and where each begins (PS3.5, G.5)."""
 JPEG, JPEG2000, END = b"\xff\xd8", b"\xff\x4f\xff\x51", b"\xff\xd9"
-"""What streams begin and end with; of JPEG 2000 with the marker of its size."""
+"""What streams begin and end with; JPEG2000 includes the marker of the size that follows."""
 JPEG2000_SIZE = struct.Struct(">4x2x2x4I4I2xB")
-"""Columns, rows and where they begin, then tiles, then bits less one (ISO 15444-1, A.5.1)."""
+"""Right and lower edge, left and upper edge, four numbers about tiles, and bits less one (ISO 15444-1, A.5.1)."""
 FRAME = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}
-"""JPEG's markers, and JPEG-LS', of a segment with bits, rows and columns (ITU T.81, B.2.2)."""
+"""Markers of the segments, in JPEG and JPEG-LS, that hold bits, rows and columns (ITU T.81, B.2.2)."""
 
 
 @values_asked()
 def must_agree(files: Sequence[Path], headers: Sequence[Any]) -> None:
-    """Raise CdiffError where files of a series store values in several ways, for dcm2niix goes by the first, or scale them by what is no number."""
+    """Raise CdiffError where a series' files store values in different ways (dcm2niix goes by the first), or scale them by what is no number."""
     kinds, scaled = set(), set()
     for file, header in zip(files, headers, strict=True):
         signed = header.get("PixelRepresentation")
@@ -57,12 +57,12 @@ def must_agree(files: Sequence[Path], headers: Sequence[Any]) -> None:
 
 @values_asked()
 def must_hold_pixels(file: Path, header: Any, data: bytes) -> None:
-    """Raise CdiffError unless the pixels of a file, whose bytes are `data`, are as many as its header promises; compressed ones, in whole
-    streams of that size.
+    """Raise CdiffError unless `data`, the bytes of `file`, holds as many pixels as its header promises; compressed ones, as whole streams of
+    that size.
     """
     pydicom = optional("pydicom", "pydicom", file, "DICOM")
     found = pydicom.dcmread(io.BytesIO(data), specific_tags=["PixelData"], defer_size=SHORT)
-    pixels = found._dict.get(PIXELS)  # as it stands: asked for by name it would be read again, from a file
+    pixels = found._dict.get(PIXELS)  # the raw element: by its name pydicom would read it again, from a file
     if pixels is None:
         raise CdiffError(f"{file.name} ends before its pixels do; it is truncated or damaged: copy it again")
     rows, columns, bits = (int(header.get(keyword) or 0) for keyword in ("Rows", "Columns", "BitsAllocated"))
@@ -94,21 +94,21 @@ def must_hold_pixels(file: Path, header: Any, data: bytes) -> None:
 
 
 def _scales(header: Any) -> Iterator[Any]:
-    """What holds the slope and intercept of a header's image, or of each of its frames."""
+    """The data sets that may hold a slope and an intercept: one for each frame that has groups, else the header."""
     groups = functional_groups(header, "PixelValueTransformationSequence")
     yield from groups or [header]
 
 
 def _is_number(value: Any) -> bool:
-    """Whether a value, where there is one, is a finite number; pydicom keeps as text what is none."""
+    """Whether a value is None or a finite number; pydicom keeps what is no number as text."""
     return value is None or (isinstance(value, int | float | Decimal) and math.isfinite(value))
 
 
 def _fragments(data: bytes, pixels: Any) -> bytes:
-    """Pixels in fragments. Raises EOFError where their length is given, as of none."""
+    """The bytes of pixels in fragments. Raises EOFError where the file gives their length, so that they are in none."""
     if pixels.length != UNDEFINED:
         raise EOFError
-    return data[pixels.value_tell :] if pixels.value is None else pixels.value  # the delimiter was seen
+    return data[pixels.value_tell :] if pixels.value is None else pixels.value  # the delimiter was found
 
 
 def _is_whole_rle(stream: bytes, pixels: int, bits: int) -> bool:
@@ -121,14 +121,14 @@ def _is_whole_rle(stream: bytes, pixels: int, bits: int) -> bool:
 
 
 def _unpacks(segment: bytes, wanted: int) -> bool:
-    """Whether a segment's runs make so many bytes, and nothing but padding follows."""
+    """Whether a segment's runs make just `wanted` bytes, and nothing but padding follows."""
     at = held = 0
     while at < len(segment) and held < wanted:
         run = segment[at]
-        if run < 128:  # so many bytes, and one, as they are
+        if run < 128:  # run + 1 bytes, as they are
             held += run + 1
             at += run + 2
-        elif run > 128:  # one byte, several times
+        elif run > 128:  # one byte, 257 - run times
             held += 257 - run
             at += 2
         else:
@@ -137,7 +137,9 @@ def _unpacks(segment: bytes, wanted: int) -> bool:
 
 
 def _size(stream: bytes) -> tuple[int, int, int]:
-    """Rows, columns and bits a value, in whole bytes, of a JPEG, JPEG-LS or JPEG 2000 stream. Raises ValueError where it has no end."""
+    """Rows, columns and bits per value (of its whole bytes) of a JPEG, JPEG-LS or JPEG 2000 stream.
+
+    Raises ValueError where the stream has no end or no size, struct.error where it ends within one."""
     if not stream.rstrip(b"\0\xff").endswith(END):  # padded to an even length
         raise ValueError
     if stream.startswith(JPEG2000):

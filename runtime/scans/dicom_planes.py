@@ -1,4 +1,4 @@
-"""Where DICOM's headers put each image, and whether a converted volume puts it there too: dcm2niix looks at the first two slices' distance alone."""
+"""Where DICOM headers put each image, and whether the converted volume does too: dcm2niix goes by the distance of the first two slices alone."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ TAGS = (
     "ImageType", "ImageOrientationPatient", "ImagePositionPatient", "NumberOfFrames", "PerFrameFunctionalGroupsSequence", "PixelSpacing",
     "Rows", "Columns", "SharedFunctionalGroupsSequence",
 )  # fmt: skip
-"""What says where an image lies."""
+"""The elements that say where an image lies."""
 MOSAIC = "MOSAIC"
-"""Of the type of images (Siemens) that hold a volume's slices side by side: their position is that of none of them."""
+"""In the ImageType of images (Siemens) that hold a volume's slices side by side: such an image's position is that of none of its slices."""
 IN_PLANE = 0.5
-"""Pixels by which an image may lie beside its grid within its plane."""
+"""By how many voxels the corners of an image may lie off the volume's grid."""
 BETWEEN = 0.25
 """How far an image may lie from its place among the others, as a share of the distance between slices: a header's rounding."""
 UNEVEN = 0.3
-"""The same of one distance between neighbours: a slice that is missing doubles one."""
+"""By how much a distance between neighbours may differ from the usual one, as a share of it: a missing slice doubles one."""
 ROUNDING = 0.02
-"""From this share on the grid is laid anew."""
+"""Where an image lies off its place by more than this share of the distance between slices, the grid is laid anew."""
 SAME_PLACE = 1e-3
-"""Millimetres below which two frames lie at one place."""
+"""Millimetres below which two frames count as lying at one place."""
 UPRIGHT = 0.01
-"""By how much directions that should be 1 long and at right angles may fail to be."""
+"""By how much the squared lengths of an image's two directions may differ from 1, and their dot product from 0."""
 
 
 @dataclass(frozen=True)
 class Plane:
-    """One image in the patient (PS3.3, C.7.6.2.1.1), in DICOM's space (left, back, up).
+    """Where one image lies in the patient (PS3.3, C.7.6.2.1.1), in DICOM's space (left, back, up).
 
     corner: the middle of its first pixel, mm [3]. across, down: from a pixel to the next column and to the next row, mm [3].
     """
@@ -55,11 +55,11 @@ class Plane:
 
 @dataclass(frozen=True)
 class Planes:
-    """The images of a series, or the frames of one, in the order of the files.
+    """The planes of a series' images, a multi-frame file's frames among them, in the order of the files.
 
-    known: one each, or none of those that do not say where they lie. count: how many images there are. checked: whether the
-    volume can be compared with them, which a mosaic and a film without functional groups cannot. mixed: whether frames are
-    numbered in another order than that in which they lie. unspaced: whether a header's PixelSpacing cannot be read.
+    known: one for each image that says where it lies. count: how many images there are. checked: whether the volume can be
+    compared with the planes, which is not so for a mosaic or for frames without functional groups. mixed: whether frames are
+    numbered in another order than that in which they lie. unspaced: whether a header's PixelSpacing is missing or cannot be read.
     """
 
     known: tuple[Plane, ...]
@@ -71,14 +71,14 @@ class Planes:
 
 @contextmanager
 def values_asked() -> Iterator[None]:
-    """Raises CdiffError where a value deep in a header is none: pydicom reads those when they are asked for."""
+    """Raise CdiffError where the block meets a damaged value deep in a header, which pydicom parses only when it is asked for."""
     try:
-        # It warns of values that the standard does not allow, and that can be used.
+        # pydicom warns of values that the standard does not allow but that can be used.
         with without_warnings():
             yield
     except CdiffError:
         raise
-    except Exception as error:  # a library's own kinds too
+    except Exception as error:  # the library raises types of its own too
         raise CdiffError(f"a DICOM header is damaged ({one_line(error)[:200]}); copy the files again") from None
 
 
@@ -103,16 +103,16 @@ def planes_of(headers: Sequence[Any]) -> Planes:
 
 
 def laid(image: nib.Nifti1Image, planes: Planes, where: str) -> tuple[nib.Nifti1Image, tuple[str, ...]]:
-    """`image` as the headers place it, and notes for a reader of the result.
+    """`image`, changed in place to lie as the headers say, and notes for a reader of the result.
 
-    Where the distances between slices are rounded, so that the first is not the others', the affine takes their mean. Where no image
+    Where the headers' rounding makes the distances between slices unequal, the affine takes the one that fits all best. Where no image
     says where it lies, neither does the result.
     Raises CdiffError where an image does not lie on the volume's grid, or has no slice of its own in it.
     """
     shape = (*image.shape, 1)[:3]
     if not planes.checked:
         return image, ()
-    if planes.mixed:  # dcm2niix goes by the numbers, and a slice would lie where another is
+    if planes.mixed:  # dcm2niix goes by the numbers, and would put slices where others lie
         raise CdiffError(
             f"{where} its frames are numbered in another order than they lie in; save them as single images (dcm4che's emf2sf does)"
         )
@@ -124,7 +124,7 @@ def laid(image: nib.Nifti1Image, planes: Planes, where: str) -> tuple[nib.Nifti1
         image.set_sform(image.affine, code="unknown")
         image.set_qform(None, code="unknown")
         if planes.unspaced:
-            image.header["pixdim"][1:3] = 1  # as dcm2niix has it without the tag: of an empty one it makes any number
+            image.header["pixdim"][1:3] = 1  # as dcm2niix does without the tag; for an empty one it writes any number
         guessed = "their order and distance, and " if planes.count > 1 else ""
         return image, (
             f"the DICOM headers do not say where the images lie: {guessed}lengths may be guesses, and nothing says how the patient lies",
@@ -142,7 +142,7 @@ def laid(image: nib.Nifti1Image, planes: Planes, where: str) -> tuple[nib.Nifti1
     off = np.abs(at[order] - wanted).max()
     if off <= ROUNDING:
         return image, ()
-    # The straight line nearest to every image: one step for all, and where it begins.
+    # The least-squares line: one step for all images, and where the first lies.
     step, first = np.polyfit(wanted, at[order], 1) if len(at) > 1 else (1.0, at[0])
     apart = np.abs(at[order] - (first + step * wanted)).max()
     gaps = np.diff(at[order])
@@ -161,9 +161,10 @@ def laid(image: nib.Nifti1Image, planes: Planes, where: str) -> tuple[nib.Nifti1
 
 
 def taken_from(marked: NDArray[Any], affine: Float64, plane: Plane) -> NDArray[Any]:
-    """What lies on a plane of a volume `marked` [i, j, k, ...] that lies as `affine` (left, back, up) says: [rows, columns, ...].
+    """The values of a volume on one plane, as a view [rows, columns, ...].
 
-    Raises CdiffError where the plane's pixels are not the volume's voxels.
+    marked: the volume [i, j, k, ...]. affine: from its voxel indices to mm in DICOM's space (left, back, up) [4, 4].
+    Raises CdiffError where the plane's pixels are not voxels of the volume.
     """
     corner, across, down = _indices(affine, plane)
     one, other = np.rint(across).astype(int), np.rint(down).astype(int)
@@ -174,7 +175,7 @@ def taken_from(marked: NDArray[Any], affine: Float64, plane: Plane) -> NDArray[A
     if (np.minimum(first, last) < 0).any() or (np.maximum(first, last) >= marked.shape[:3]).any():
         raise CdiffError("its images reach beyond the volume")
     along, down_axis = int(np.argmax(np.abs(one))), int(np.argmax(np.abs(other)))
-    # Views alone: a large series has as many pixels as the volume.
+    # Only views: a large series has as many pixels as the volume.
     low, high = np.minimum(first, last), np.maximum(first, last)
     part = marked[tuple(slice(a, b + 1) for a, b in zip(low, high, strict=True))]
     part = np.moveaxis(part, (down_axis, along), (0, 1))[:, :, 0]
@@ -182,14 +183,14 @@ def taken_from(marked: NDArray[Any], affine: Float64, plane: Plane) -> NDArray[A
 
 
 def lps_of(header: nib.Nifti1Header) -> Float64:
-    """Voxels to millimetres in DICOM's space [4, 4]."""
+    """The affine [4, 4] from voxel indices to mm in DICOM's space (left, back, up)."""
     affine = np.array(header.get_best_affine(), dtype=np.float64)
     affine[:3] = LPS_TO_RAS @ affine[:3]
     return affine
 
 
 def frames_of(header: Any) -> int:
-    """How many images a file's header promises; one where it says nothing that can be."""
+    """How many images a file's header promises; 1 where it gives no valid number."""
     try:
         return max(int(header.get("NumberOfFrames") or 1), 1)
     except (TypeError, ValueError):
@@ -197,7 +198,7 @@ def frames_of(header: Any) -> int:
 
 
 def functional_groups(header: Any, sequence: str) -> list[Any]:
-    """Of each frame its own functional group of a name, or that of all frames; none where the header has no groups for frames."""
+    """For each frame its own functional group `sequence`, else the one shared by all frames, else {}; [] without per-frame groups."""
     groups = header.get("PerFrameFunctionalGroupsSequence") or []
     shared = (header.get("SharedFunctionalGroupsSequence") or [{}])[0]
     return [(group.get(sequence) or shared.get(sequence) or [{}])[0] for group in groups]
@@ -222,9 +223,9 @@ def _planes_of_frames(header: Any) -> list[Plane | None]:
 
 
 def _mixed(planes: Sequence[Plane], groups: Sequence[Any]) -> bool:
-    """Whether any of the numbers that dcm2niix sorts frames by (PS3.3, C.7.6.16.2.2) is not in the order of their positions.
+    """Whether any of the numbers that dcm2niix sorts frames by (PS3.3, C.7.6.16.2.2) neither rises nor falls along their positions.
 
-    A number that is the same for all does not count, but where there is no other the frames must be stored in that order.
+    A number that is the same for all frames does not count; where all dimension indices are, the order in which frames are stored does.
     """
     normal = np.cross(planes[0].across, planes[0].down)
     at = np.array([plane.corner @ normal for plane in planes]) / np.linalg.norm(normal)
@@ -243,7 +244,7 @@ def _mixed(planes: Sequence[Plane], groups: Sequence[Any]) -> bool:
 
 
 def _plane(header: Any) -> Plane | None:
-    """None where something is missing, no number, or contradicts itself."""
+    """An image's plane; None where an element is missing, is not a number or cannot be right."""
     try:
         corner = np.array([float(value) for value in header.get("ImagePositionPatient") or ()])
         axes = np.array([float(value) for value in header.get("ImageOrientationPatient") or ()])
@@ -257,11 +258,11 @@ def _plane(header: Any) -> Plane | None:
     square = np.array([across @ across, down @ down, across @ down])
     if not np.allclose(square, [1, 1, 0], atol=UPRIGHT):
         return None
-    return Plane(corner, across * spacing[1], down * spacing[0], rows, columns)  # between rows is the first
+    return Plane(corner, across * spacing[1], down * spacing[0], rows, columns)  # PixelSpacing is down, across
 
 
 def _spacing(header: Any) -> tuple[float, float] | None:
-    """Millimetres between rows and between columns; None where they are missing, or no two numbers above zero."""
+    """Millimetres between rows and between columns; None unless they are two finite numbers above zero."""
     try:
         down, across = (float(value) for value in header.get("PixelSpacing") or ())
     except (TypeError, ValueError):
@@ -276,7 +277,9 @@ def _indices(affine: Float64, plane: Plane) -> tuple[Float64, Float64, Float64]:
 
 
 def _places(affine: Float64, shape: tuple[int, ...], planes: Sequence[Plane], where: str) -> tuple[int, Float64]:
-    """The axis of the array that runs through the images, and where along it each lies, in voxels."""
+    """The array axis that runs from image to image, and where each lies along it, in voxels [images].
+
+    Raises CdiffError where an image's corners are not those of the grid."""
     axis, at = 2, []
     for number, plane in enumerate(planes):
         corner, across, down = _indices(affine, plane)
@@ -295,7 +298,7 @@ def _places(affine: Float64, shape: tuple[int, ...], planes: Sequence[Plane], wh
 
 
 def _moved(image: nib.Nifti1Image, lps: Float64, axis: int) -> nib.Nifti1Image:
-    """`image` at another place; its codes stay."""
+    """`image` with the affine `lps` (to DICOM's space), and the spacing of `axis` with it; its codes stay."""
     affine = lps.copy()
     affine[:3] = LPS_TO_RAS @ affine[:3]
     code = int(image.header["sform_code"]) or int(image.header["qform_code"])

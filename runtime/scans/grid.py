@@ -19,9 +19,9 @@ GEOMETRY_FIELDS = (
 NIFTI1_LONGEST = 2**15 - 1
 """Most voxels along an axis of a NIfTI-1 file."""
 MM = {1: 1000.0, 2: 1.0, 3: 0.001}
-"""Millimetres a unit of length, by the code of NIfTI's xyzt_units (metre, millimetre, micron)."""
+"""Millimetres per unit of length, by the code in NIfTI's xyzt_units (metre, millimetre, micron)."""
 UPRIGHT = 0.9999
-"""Above this share of its edges multiplied, a voxel counts as a box: what is missing is the rounding of a header."""
+"""A voxel counts as a box if its volume is above this share of its edges' product: what is missing is the rounding of a header."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,11 @@ class Grid:
 
     @property
     def spatial(self) -> tuple[int, ...]:
-        """The two or three axes that count, without trailing ones."""
+        """The lengths of the two or three spatial axes, without axes of length 1 after them."""
         return self.shape[: 2 if self.slice_axis is None else 3]
 
     def cut(self, voxels: NDArray[Any]) -> NDArray[Any]:
-        """[*spatial, channels] -> [S, channels, H, W], the order of the in-plane axes as stored."""
+        """[*spatial, channels] -> [S, channels, H, W], contiguous, the in-plane axes in the order as stored."""
         return np.ascontiguousarray(self.planes(voxels))
 
     def planes(self, voxels: NDArray[Any]) -> NDArray[Any]:
@@ -77,13 +77,13 @@ class Grid:
 
     @property
     def unit(self) -> int:
-        """NIfTI's code of the header's unit of length; 0 when there is none, or one that does not exist."""
+        """NIfTI's code of the header's unit of length; 0 without a header, and for a code that `MM` does not have."""
         code = 0 if self.header is None else int(self.header["xyzt_units"]) & 7
         return code if code in MM else 0
 
     @property
     def spacing(self) -> tuple[float, ...] | None:
-        """Millimetres a voxel along each spatial axis, from the header's zooms and unit; None without a header."""
+        """Millimetres per voxel along each spatial axis, from the header's zooms and unit; None without a header."""
         if self.header is None:
             return None
         scale = MM.get(self.unit, 1.0)
@@ -91,9 +91,9 @@ class Grid:
 
     @property
     def affine(self) -> NDArray[np.float64]:
-        """[4, 4]: voxel indices to millimetres in the patient's space, as the header has it. A 2-D image's third axis is upright on it, 1 mm long.
+        """[4, 4]: from voxel indices to millimetres in the patient's space, by the header, which there must be.
 
-        Asked of a grid with a header alone.
+        A 2-D image's third axis is at right angles to it, 1 mm long.
         """
         assert self.header is not None
         out = np.array(self.header.get_best_affine(), dtype=np.float64)
@@ -105,14 +105,14 @@ class Grid:
 
     @property
     def is_placeholder(self) -> bool:
-        """Whether the header's spacing is 1 along every axis, as files get it that lost theirs: volumes in ml then mean nothing."""
+        """Whether the header's spacing is 1 along every axis, as in files that have lost theirs: volumes in ml then mean nothing."""
         return self.header is not None and all(zoom == 1 for zoom in self.header["pixdim"][1 : 1 + len(self.spatial)])
 
     def differs_from(self, other: Grid, *, ones_count: bool = False) -> str | None:
-        """In words why another file's grid is not this one, or None: shape, and where both have headers, spacing and place.
+        """In words, how another file's grid differs from this one (in shape; where both have headers, in spacing or place), or None.
 
-        A placeholder's spacing contradicts nothing. ones_count: where both spacings are 1 and both headers say where the voxels
-        lie, not at the origin, they are taken as meant.
+        A placeholder's spacing contradicts nothing. ones_count: spacings of 1 are taken as meant where both grids have them and
+        neither has its first voxel at the origin.
         """
         if self.spatial != other.spatial:
             return f"have different shapes ({by(self.spatial)} and {by(other.spatial)})"
@@ -132,7 +132,7 @@ class Grid:
 
     @property
     def spacing_notes(self) -> list[str]:
-        """Why the spacing should not be trusted, one line each; none where nothing speaks against it."""
+        """Reasons not to trust the spacing, one line each; empty where nothing speaks against it."""
         spacing = self.spacing
         if self.header is None or spacing is None:
             return ["the input has no spacing: volumes are counted in voxels only"]
@@ -154,7 +154,7 @@ class Grid:
 
     @property
     def _sform_edges(self) -> NDArray[np.float64] | None:
-        """The sform's columns of the spatial axes, in mm: a voxel's edges in space. None without an sform."""
+        """A voxel's edges in space, in mm [3, axes]: the sform's columns of the spatial axes. None without an sform."""
         if self.header is None or int(self.header["sform_code"]) <= 0:
             return None
         columns = self.header.get_sform()[:3, : len(self.spatial)]
@@ -162,7 +162,7 @@ class Grid:
 
     @property
     def _sform_agrees(self) -> bool:
-        """Whether there is an sform, and a voxel's edges have the header's spacing as their lengths."""
+        """Whether there is an sform, and the voxel's edges in it are as long as the header's spacing says."""
         edges, spacing = self._sform_edges, self.spacing
         if edges is None or spacing is None:
             return False
@@ -170,9 +170,9 @@ class Grid:
 
     @property
     def leaning(self) -> float:
-        """A voxel's size as a share of its edges multiplied: 1, but for an sform whose axes are not at right angles.
+        """A voxel's size as a share of its edges' product: below 1 only for an sform whose axes are not at right angles.
 
-        An sform that the spacing contradicts is not asked.
+        An sform that the spacing contradicts is ignored.
         """
         edges = self._sform_edges
         if edges is None or not self._sform_agrees:
@@ -198,7 +198,7 @@ class Grid:
 
     @property
     def plane_mm(self) -> tuple[float, float] | None:
-        """Millimetres a pixel along the two axes of a slice as stored, from `measured_spacing`."""
+        """Millimetres per pixel along the two axes of a slice as stored, from `measured_spacing`; None where that is."""
         spacing = self.measured_spacing
         if spacing is None:
             return None

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from cdiff.runtime.errors import CdiffError
 
 Limits = tuple[NDArray[Any], NDArray[Any]]
-"""Percentiles, or mean and standard deviation, [S or 1, channels, 1, 1]."""
+"""The two percentiles, or mean and standard deviation, each [S or 1, channels, 1, 1]."""
 
 
 @dataclass(frozen=True)
@@ -20,11 +20,12 @@ class Intensity:
     """How raw intensities become the network's input, for each channel on its own.
 
     method "percentile" maps the `lower` and `upper` percentile to -1 and +1, clipped. "standard" subtracts a mean and divides by a
-    standard deviation: the numbers in `mean` and `std`, one for all channels or one a channel, as a model has them that was
-    trained on images normalised by its training set; mean 0 and std 1 leave the values as stored. Without such numbers it
-    takes the image's own.
-    scope: "slice" takes percentiles, or the image's own mean, of each slice (for scans whose slices were scaled one by one),
-    "volume" of the scan.
+    standard deviation: the numbers in `mean` and `std`, one for all channels or one per channel, for a model whose training
+    images were normalised by such numbers; mean 0 and std 1 leave the values as stored. Where they are empty, the image's own
+    mean and standard deviation are used.
+    scope: "slice" computes percentiles, or the image's own mean and standard deviation, over each slice (for scans whose slices
+    were scaled one by one), "volume" over the whole scan.
+    Raises CdiffError for values that are out of range or contradict one another.
     """
 
     scope: str = "slice"
@@ -57,17 +58,17 @@ class Intensity:
     def apply(self, array: NDArray[Any]) -> NDArray[np.float32]:
         """[S, channels, H, W] of any real dtype -> float32, same shape; in [-1, 1] for percentiles. A constant image becomes zeros.
 
-        Raises CdiffError when `mean` is neither one number nor one a channel, or what it makes of the array is not finite.
+        Raises CdiffError when `mean` is neither one number nor one per channel, or when subtracting and dividing gives values that are not finite.
         """
         return self.scaled(array, self.limits(array))
 
     def limits(self, over: NDArray[Any]) -> Limits | None:
-        """What `scaled` takes of the slices, or of a part of each, [S, channels, h, w]: of each slice, or of all for the scope "volume"; None
-        where the intensity has its own."""
+        """The limits that `scaled` takes, computed over `over`, the slices or a part of each [S, channels, h, w]: for each slice, or for all
+        together with the scope "volume". None where the intensity has a mean and std of its own."""
         if self.mean:
             return None
         axes = (2, 3) if self.scope == "slice" else (0, 2, 3)
-        # In one piece: a sum over a part of an array may round otherwise than one over its copy.
+        # Contiguous: a sum over a view of an array may round otherwise than one over its copy.
         seen = np.ascontiguousarray(over, dtype=np.float32)
         if self.method == "standard":
             return seen.mean(axis=axes, keepdims=True, dtype=np.float64), seen.std(
@@ -77,7 +78,7 @@ class Intensity:
         return low, high
 
     def scaled(self, array: NDArray[Any], limits: Limits | None) -> NDArray[np.float32]:
-        """`apply` with the limits of these slices, or of the scan that they are of."""
+        """`apply`, with limits computed before, over these slices or over the scan that they are from."""
         values = np.asarray(array, dtype=np.float32)
         if limits is None:
             if len(self.mean) not in (1, values.shape[1]):
@@ -98,7 +99,7 @@ class Intensity:
         span = high - low
         flat = span <= 0
         scaled: NDArray[np.float32] = values - low
-        scaled /= np.where(flat, 1, span)  # in place: of a long scan each array is hundreds of megabytes
+        scaled /= np.where(flat, 1, span)  # in place: for a long scan each array is hundreds of megabytes
         scaled *= 2
         scaled -= 1
         np.clip(scaled, -1, 1, out=scaled)
@@ -106,7 +107,7 @@ class Intensity:
         return scaled
 
     def describe(self) -> str:
-        """What is done, in words, for a model card."""
+        """The normalisation in words, for a model card."""
         if self.mean:
             if set(self._pairs) == {(0, 1)}:
                 return "none: values as stored"
@@ -117,7 +118,7 @@ class Intensity:
         return f"percentiles {self.lower} and {self.upper} of each {self.scope} to -1 and 1"
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values; what only the method "standard" has is left out of the other's."""
+        """Plain JSON values; `method`, `mean` and `std` only for the method "standard"."""
         values: dict[str, Any] = {"scope": self.scope, "lower": self.lower, "upper": self.upper}
         if self.method == "standard":
             values |= {"method": self.method, "mean": list(self.mean), "std": list(self.std)}
@@ -125,7 +126,7 @@ class Intensity:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Intensity:
-        """The inverse of to_json. Raises TypeError for a key that is none of its."""
+        """The inverse of to_json. Raises TypeError for an unknown key, CdiffError for values that cannot be."""
         values: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in data.items()
         }
@@ -133,10 +134,10 @@ class Intensity:
 
 
 class Normalised:
-    """Slices [S,channels,h,w] in the intensities of a model, each computed when it is asked for: a long scan would be in memory once more."""
+    """Slices [S,channels,h,w] in the intensities of a model, each computed when it is asked for, so that no copy of a long scan is in memory."""
 
     def __init__(self, intensity: Intensity, raw: NDArray[Any], over: NDArray[Any], limits: Limits | None) -> None:
-        """raw: the slices as read. over: the part of each that `limits` are taken of when they are not given, as for the scope "slice"."""
+        """raw: the slices as read. over: the part of each from which its limits are computed where `limits` is None, as for the scope "slice"."""
         self._intensity, self._raw, self._over, self._limits = intensity, raw, over, limits
         self._last: tuple[int, NDArray[np.float32]] | None = None
         self.shape: tuple[int, ...] = raw.shape
@@ -145,7 +146,7 @@ class Normalised:
         return len(self._raw)
 
     def __getitem__(self, part: Any) -> Any:
-        """[channels,h,w] of a number; of a part, those slices, as lazily."""
+        """For a number, that slice [channels,h,w]; for a `slice`, those slices, as lazily."""
         if isinstance(part, slice):
             return Normalised(self._intensity, self._raw[part], self._over[part], self._limits)
         last = self._last

@@ -1,4 +1,4 @@
-"""NRRD and MetaImage files, as 3D Slicer and public data sets (LUNA16) have them, as NIfTI images in memory; read by SimpleITK."""
+"""NRRD and MetaImage files (of 3D Slicer, or of public data sets such as LUNA16) as NIfTI images in memory; SimpleITK reads them."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ from cdiff.runtime.words import one_line
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0])
 """ITK's axes point left, back and up, NIfTI's right, front and up."""
 HEADER_ENDS = 2**20
-"""A NRRD's text lies within so many bytes."""
+"""A NRRD's header must end within this many bytes."""
 LONGEST = 500
-"""Bytes of a line of a NRRD's header, and of its path: what is wrong with them ITK writes into some thousand bytes, however long they are."""
+"""Most bytes of a line of a NRRD's header, and of its path: ITK quotes them in errors, in a buffer of some thousand bytes without a check."""
 
 
 IN_THE_PATIENT = {
     "left-posterior-superior", "lps", "right-anterior-superior", "ras", "left-anterior-superior", "las",
 }  # fmt: skip
-"""NRRD's spaces whose axes are the patient's. With "-time" or a T behind they have a fourth."""
+"""NRRD's spaces whose axes are the patient's; those that end in "-time" or T have a fourth axis."""
 LENGTHS = {"m", "dm", "cm", "um", "µm", "μm", "micron", "microns", "nm", "in", "inch", "inches"}
-"""Units of length that are no millimetres; an axis of a NRRD may have one of another kind, such as seconds."""
+"""Units of length other than millimetres; an axis of a NRRD may also have a unit of another kind, such as seconds."""
 
 
 def itk_shape(data: bytes, path: Path) -> tuple[int, ...]:
-    """The array's shape, channels last, from the header alone. Raises CdiffError when there is no such header."""
+    """The array's shape, channels last, from the header alone. Raises CdiffError when the header cannot be read."""
     reader = _opened(data, path)
     components = reader.GetNumberOfComponents()
     return (*reader.GetSize(), *([components] if components > 1 else []))
@@ -50,7 +50,7 @@ def itk_shape(data: bytes, path: Path) -> tuple[int, ...]:
 def parse_itk(data: bytes, path: Path, channels: int) -> nib.Nifti1Image:
     """The image in the file at `path`: voxels float32 in the file's order of axes, channels last, and where they lie.
 
-    data: the file's bytes, of which only the text is looked at; SimpleITK reads the file, and the one with the voxels if that is another.
+    data: the file's bytes, for checks; SimpleITK reads the file itself, and those with the voxels if they are others.
     Raises CdiffError for a damaged file, a size or type that cannot be a scan, and lengths that are not in millimetres.
     """
     fields = _nrrd_fields(data, path)
@@ -65,18 +65,20 @@ def parse_itk(data: bytes, path: Path, channels: int) -> nib.Nifti1Image:
     check_kind(array.dtype, str(path))
     spatial = image.GetDimension()
     voxels = np.transpose(array, (*reversed(range(spatial)), *range(spatial, array.ndim))).astype(np.float32)
-    # A NRRD without a space has lengths, and its axes point nowhere in the patient; as of one whose space is a scanner's or nobody's.
+    # Without a space of the patient's (none, a scanner's, an unknown one), a NRRD has lengths, but its axes say nothing of the patient.
     oriented = not fields or fields.get("space", "").lower().removesuffix("-time").removesuffix("t") in IN_THE_PATIENT
     return _placed(voxels, _affine(image), str(path), channels, oriented=oriented)
 
 
 def itk_bytes(path: Path) -> bytes:
-    """The voxels of the file at `path` as they are stored, also where they lie in another. Raises CdiffError for a damaged file."""
+    """The bytes of the voxels of the image at `path`, unpacked, in its data type, also where they lie in another file.
+
+    Raises CdiffError for a damaged file."""
     return bytes(_voxels(any_bytes(path), path)[1].tobytes())
 
 
 def detached(path: Path) -> list[Path]:
-    """The files with the voxels of an image whose own file is a text that names them; none of another image, or of one that cannot be read."""
+    """The files with the voxels of an image whose own file is a header alone (.nhdr, .mhd); none for others, or if it cannot be read."""
     if path.name.lower().endswith(ITK_SUFFIXES[1::2]):
         with contextlib.suppress(CdiffError):
             return _files_of(any_bytes(path), path)
@@ -84,7 +86,7 @@ def detached(path: Path) -> list[Path]:
 
 
 def _files_of(data: bytes, path: Path) -> list[Path]:
-    """The files that the header in `data` names for its voxels, none where they lie behind it. Raises CdiffError as `voxel_files` does."""
+    """The files that the header in `data` names for its voxels; none where they follow it. Raises CdiffError as `voxel_files` does."""
     if not _is_nrrd(data):
         return files_of(data, path)
     fields = _nrrd_fields(data, path)
@@ -93,7 +95,7 @@ def _files_of(data: bytes, path: Path) -> list[Path]:
 
 
 def _voxels(data: bytes, path: Path) -> tuple[Any, Any]:
-    """SimpleITK's image, which must outlive its array, the last axis first."""
+    """SimpleITK's image, and a view of its voxels, last axis first, which the image must outlive. Raises CdiffError for a damaged file."""
     try:
         image = _opened(data, path).Execute()
         return image, optional("SimpleITK", "SimpleITK", path, "NRRD or MetaImage").GetArrayViewFromImage(image)
@@ -102,12 +104,12 @@ def _voxels(data: bytes, path: Path) -> tuple[Any, Any]:
 
 
 def _opened(data: bytes, path: Path) -> Any:
-    """A reader that has read the header, once it is known that ITK may."""
+    """SimpleITK's reader with the header read, once it is known to be harmless. Raises CdiffError where it is not, or cannot be read."""
     _must_be_harmless(data, path)
     itk = optional("SimpleITK", "SimpleITK", path, "NRRD or MetaImage")
     itk.ProcessObject.SetGlobalWarningDisplay(False)
     reader = itk.ImageFileReader()
-    reader.SetImageIO("NrrdImageIO" if _is_nrrd(data) else "MetaImageIO")  # by itself ITK would take any of its formats
+    reader.SetImageIO("NrrdImageIO" if _is_nrrd(data) else "MetaImageIO")  # else ITK would take any of its formats
     reader.SetFileName(str(path))
     try:
         reader.ReadImageInformation()
@@ -117,7 +119,8 @@ def _opened(data: bytes, path: Path) -> Any:
 
 
 def _must_be_harmless(data: bytes, path: Path) -> None:
-    """Raise CdiffError for a header that ITK should not follow: `detached` says why, and what it has no room for ends the process."""
+    """Raise CdiffError for a header that names files that ITK must not open (see detached.py), or that ITK has no room for, which would end
+    the process."""
     if not _is_nrrd(data):
         must_be_whole(data, path)
         must_be_own(_files_of(data, path), path)
@@ -125,7 +128,7 @@ def _must_be_harmless(data: bytes, path: Path) -> None:
     if len(os.fsencode(path)) > LONGEST:
         raise CdiffError(f"{path} has a path of more than {LONGEST} bytes; move it to one that is shorter")
     text = _nrrd_text(data, path)
-    if "\r" in text:  # where the library ends a line, and we do not
+    if "\r" in text:  # there the library ends a line, and the code here does not
         raise CdiffError(f"{path} has lines in its header that end in a carriage return alone; save it again")
     free = ("#", "content: ")
     lines = [line for line in text.split("\n") if not line.startswith(free) and not _is_added(line)]
@@ -144,7 +147,7 @@ def _is_nrrd(data: bytes) -> bool:
 
 
 def _nrrd_text(data: bytes, path: Path) -> str:
-    """A NRRD's header. Raises CdiffError where it does not end within HEADER_ENDS, for what lies beyond is not looked at here."""
+    """A NRRD's header as text. Raises CdiffError where it does not end within HEADER_ENDS, since what lies beyond would go unchecked."""
     text, blank, _ = data[:HEADER_ENDS].replace(b"\r\n", b"\n").partition(b"\n\n")
     if not blank and len(data) > HEADER_ENDS:
         raise CdiffError(f"{path} has a header of more than {HEADER_ENDS} bytes; save it again")
@@ -152,7 +155,7 @@ def _nrrd_text(data: bytes, path: Path) -> str:
 
 
 def _nrrd_fields(data: bytes, path: Path) -> dict[str, str]:
-    """The fields of a NRRD's header, their names in lower case; none for another format. What its writer added (key:=value) is none."""
+    """The fields of a NRRD's header, names in lower case, without what its writer added (key:=value); empty for another format."""
     lines = _nrrd_text(data, path).split("\n") if _is_nrrd(data) else []
     found = (line.partition(": ") for line in lines if not _is_added(line))
     return {name.strip().lower(): value.strip() for name, colon, value in found if colon}
@@ -164,7 +167,7 @@ def _is_added(line: str) -> bool:
 
 
 def _must_be_in_mm(fields: dict[str, str], path: Path) -> None:
-    """ITK takes every length for millimetres, whatever a NRRD says of its unit, for all axes or for each."""
+    """Raise CdiffError where a NRRD gives another unit of length, for all axes or for one: ITK takes every length for millimetres."""
     units = set(fields.get("space units", "").replace('"', " ").lower().split()) - {
         "mm",
         "millimeter",
@@ -177,9 +180,9 @@ def _must_be_in_mm(fields: dict[str, str], path: Path) -> None:
 
 
 def _affine(image: Any) -> NDArray[np.float64] | None:
-    """Voxel indices to millimetres in NIfTI's space; None where the file says nothing of it: spacing 1, origin 0, axes along the space's."""
+    """[4, 4]: from voxel indices to mm in NIfTI's space; None where the file says nothing of it: spacing 1, origin 0, axes not turned."""
     axes = image.GetDimension()
-    n = min(axes, 3)  # of time the place in space is the same
+    n = min(axes, 3)  # a fourth axis, time, changes nothing in space
     edges = (np.asarray(image.GetDirection()).reshape(axes, axes) * np.asarray(image.GetSpacing()))[:n, :n]
     origin = np.asarray(image.GetOrigin())[:n]
     affine = np.eye(4)
@@ -193,24 +196,27 @@ def _affine(image: Any) -> NDArray[np.float64] | None:
 def _placed(
     voxels: NDArray[np.float32], affine: NDArray[np.float64] | None, where: str, channels: int, *, oriented: bool
 ) -> nib.Nifti1Image:
-    """A NIfTI image of the voxels; without an affine its spacing is 1 and nothing says how the patient lies."""
+    """A NIfTI image of the voxels; without an affine its spacing is 1 and nothing says how the patient lies.
+
+    oriented: whether the affine's axes are the patient's. Raises CdiffError as `check_header` does.
+    """
     kind: Any = nib.Nifti2Image if max(voxels.shape) > NIFTI1_LONGEST else nib.Nifti1Image
     image = kind(voxels, np.eye(4) if affine is None else affine)
     image.header.set_xyzt_units("mm")
     code = "scanner" if oriented and affine is not None else "unknown"
     image.set_sform(image.affine, code=code)
-    with contextlib.suppress(HeaderDataError):  # axes that are not at right angles have a sform alone
+    with contextlib.suppress(HeaderDataError):  # axes that are not at right angles: the sform alone has them
         image.set_qform(image.affine, code=code, strip_shears=False)
-    if affine is not None:  # without the rounding of a way through quaternions
+    if affine is not None:  # without the rounding of set_qform's quaternions
         image.header["pixdim"][1:4] = np.linalg.norm(affine[:3, :3], axis=0)
     check_header(image.header, where, channels)
     return image  # type: ignore[no-any-return]
 
 
 def _check_nrrd(data: bytes, path: Path, array: Any) -> None:
-    """Raise CdiffError where a NRRD's voxels, of which `array` was made, are not what was packed, or more than the header promises.
+    """Raise CdiffError where a NRRD's packed voxels fail their check sum, or the file holds more of them than its header promises.
 
-    The library that reads it stops before the check sum, and at the last voxel that it looks for.
+    array: the voxels as read. The library that reads them stops at the last one that it expects, before the check sum.
     """
     fields = _nrrd_fields(data, path)
     skipped = [fields.get(name, fields.get(name.replace(" ", ""), "0")) for name in ("line skip", "byte skip")]
@@ -230,5 +236,5 @@ def _check_nrrd(data: bytes, path: Path, array: Any) -> None:
 
 
 def _reason(error: RuntimeError) -> str:
-    """The last sentence of ITK's message, or of the library's below it, which begins with places in their source."""
+    """The last sentence of an error by ITK or its NRRD library, without the places in their source that come before it."""
     return one_line(error).rpartition("ERROR: ")[2].rpartition("[nrrd] ")[2][-200:]

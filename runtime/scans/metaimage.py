@@ -1,4 +1,4 @@
-"""What a MetaImage's header promises, and whether its files hold that: ITK reads on past packed voxels that are damaged, and files too few."""
+"""What a MetaImage's header promises, and whether its files hold it: ITK does not complain of damaged packed voxels, or of missing files."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from cdiff.runtime.scans.sources import any_bytes
 from cdiff.runtime.scans.stored import must_not_hold_more, unpacked_size
 
 TEXT_ENDS = 2**16
-"""A header lies within so many bytes, but for the names of its files."""
+"""A header must end within this many bytes, but for the names of its files."""
 LAST = "ElementDataFile"
 """The field that ends a header."""
 BYTES = {
     "CHAR": 1, "UCHAR": 1, "SHORT": 2, "USHORT": 2, "INT": 4, "UINT": 4, "FLOAT": 4, "DOUBLE": 8, "LONG_LONG": 8, "ULONG_LONG": 8,
 }  # fmt: skip
-"""A value's bytes by ElementType, without its MET_; that of MET_LONG hangs on who wrote it."""
+"""Bytes per value, by ElementType without its MET_; not for MET_LONG, which depends on the machine that wrote it."""
 WHOLE = re.compile(r"-?[0-9]{1,18}")
 NEEDED = ("NDims", "DimSize", "ElementType")
 BY_AXIS = {
     "CenterOfRotation", "DimSize", "ElementSize", "ElementSpacing", "Offset", "Orientation", "Origin", "Position", "Rotation",
     "TransformMatrix",
 }  # fmt: skip
-"""Fields with a value, or several, for each axis."""
+"""Fields with one value per axis, or, for those in MATRICES, one for each pair of axes."""
 MATRICES = {"Orientation", "Rotation", "TransformMatrix"}
-"""Those with a value for each axis of each axis."""
+"""Fields with axes x axes values."""
 MOST_AXES = 6
-"""What SimpleITK reads, the components of a voxel being one; of many more both formats have it crash."""
+"""As many as SimpleITK reads, a voxel's components counted as one; with many more it crashes, in both formats."""
 MOST_VOXELS = 2**31
-"""Along an axis; ITK takes the number as it stands."""
+"""Along one axis; ITK does not check the number."""
 
 
 def header_of(data: bytes, path: Path) -> tuple[dict[str, str], str, int]:
-    """The fields of the MetaImage in `data`, what the last of them names, and where that ends.
+    """The fields of the MetaImage in `data` but the last, what the last (LAST) names, and the byte after its line.
 
-    Raises CdiffError where that field stands there twice, or beyond TEXT_ENDS: ITK might take another than is looked at here.
+    Raises CdiffError where the last field occurs twice, or beyond TEXT_ENDS: ITK might take another than the one checked here.
     """
     mark = LAST.encode()
     head, found, rest = data[:TEXT_ENDS].partition(mark)
@@ -52,7 +52,7 @@ def header_of(data: bytes, path: Path) -> tuple[dict[str, str], str, int]:
 
 
 def _said(head: bytes) -> Iterator[tuple[str, str]]:
-    """Each field of a header's lines, and its value."""
+    """The name and the value of each field in a header's lines."""
     for line in head.decode("latin-1").splitlines():
         name, sign, value = re.match(r"([^=:]*)([=:]?)(.*)", line, re.DOTALL).groups()  # type: ignore[union-attr]  # it fits all text
         if sign:
@@ -60,7 +60,7 @@ def _said(head: bytes) -> Iterator[tuple[str, str]]:
 
 
 def must_be_whole(data: bytes, path: Path) -> None:
-    """Raise CdiffError for a header that ITK cannot follow: of one without sizes it says three lines more, and many axes end the process."""
+    """Raise CdiffError for a header that ITK cannot read: without sizes it prints three lines of its own, and many axes end the process."""
     head = data[:TEXT_ENDS].partition(LAST.encode())[0]
     names = [name for name, _ in _said(head)]
     fields, named, _ = header_of(data, path)
@@ -84,7 +84,7 @@ def must_be_whole(data: bytes, path: Path) -> None:
 
 
 def _not_by_axis(fields: dict[str, str], axes: int) -> str | None:
-    """A field without one finite number for each axis, which ITK takes for 0 where they are too few or none."""
+    """The name of a field that lacks a finite number for each axis, for which ITK takes 0; None where all are complete."""
     for name in (BY_AXIS - {"DimSize"}) & fields.keys():
         words = fields[name].split()
         try:
@@ -97,7 +97,7 @@ def _not_by_axis(fields: dict[str, str], axes: int) -> str | None:
 
 
 def _whole_number(fields: dict[str, str], name: str, default: int, path: Path) -> int:
-    """A field's value. Raises CdiffError where it is none: ITK takes what it can read of it."""
+    """A field's whole number, `default` without the field. Raises CdiffError where it is none: ITK takes as much of it as it can read."""
     value = fields.get(name, str(default))
     if not WHOLE.fullmatch(value):
         raise CdiffError(f"{path} has {value[:50]!r} as {name} in its header; it is damaged: copy or save it again")
@@ -105,7 +105,7 @@ def _whole_number(fields: dict[str, str], name: str, default: int, path: Path) -
 
 
 def files_of(data: bytes, path: Path) -> list[Path]:
-    """The files that the MetaImage in `data` names for its voxels; none where it holds them itself. Raises CdiffError as `voxel_files` does."""
+    """The files that the MetaImage in `data` names for its voxels; none where they follow its header. Raises CdiffError as `voxel_files` does."""
     _, named, begins = header_of(data, path)
     if named.upper() in ("", "LOCAL"):
         return []
@@ -113,9 +113,9 @@ def files_of(data: bytes, path: Path) -> list[Path]:
 
 
 def check_metaimage(data: bytes, path: Path) -> None:
-    """Raise CdiffError where the file at `path` does not hold the voxels that its header promises, or has no millimetres.
+    """Raise CdiffError where the file at `path` does not hold the voxels that its header promises, or gives lengths in another unit than mm.
 
-    data: its bytes. What the header does not say, or says as nobody could read it, is left to ITK.
+    data: its bytes, which `must_be_whole` has passed. Where ElementType does not say how large a value is, the voxels are left to ITK.
     """
     fields, named, begins = header_of(data, path)
     unit = fields.get("DistanceUnits", "mm").lower()
@@ -130,12 +130,12 @@ def check_metaimage(data: bytes, path: Path) -> None:
     if size is None:
         return
     values = math.prod(sizes) * channels
-    # Of numbers in words each has a digit and a space; ITK looks for all that are promised, however soon the file ends.
+    # A number in text takes at least a digit and a space; ITK looks for all that are promised, however early the file ends.
     promised = 2 * values - 1 if words else values * size
     packed = fields.get("CompressedData", "False").lower() in ("true", "1") and not words
     files = files_of(data, path)
     if not files and named:
-        if packed and not packed_size:  # which ITK then takes the wrong way
+        if packed and not packed_size:  # without it ITK reads them wrongly
             raise CdiffError(f"{path} does not say how long its packed voxels are (CompressedDataSize); save it again")
         stored = memoryview(data)[begins:]
         _must_hold(promised, stored[:packed_size] if packed else stored, packed, path, path)
@@ -144,14 +144,14 @@ def check_metaimage(data: bytes, path: Path) -> None:
     _must_be_as_many(files, named, sizes, path)
     for file in files:
         held = any_bytes(file)
-        if not packed or len(files) == 1:  # of several that are packed nothing says how long each is
+        if not packed or len(files) == 1:  # nothing says how much each of several packed files holds
             _must_hold(promised // len(files) + max(skipped, 0) * (not packed), held, packed, file, path)
-        if not packed and not words and len(files) == 1 and skipped >= 0:  # below 0 the voxels are the file's end
+        if not packed and not words and len(files) == 1 and skipped >= 0:  # below 0: voxels at the file's end
             must_not_hold_more(len(held) - skipped, promised, sizes, file)
 
 
 def _must_be_as_many(files: list[Path], named: str, sizes: list[int], path: Path) -> None:
-    """Raise CdiffError where a list or a pattern names more or fewer files than the image has parts, of which ITK says nothing."""
+    """Raise CdiffError where a list or a pattern names more or fewer files than the image has parts, which ITK does not report."""
     kind, *rest = named.split() or [""]
     axes = len(sizes) - 1
     if kind == "LIST" and rest and rest[0].rstrip("D").isdecimal():
@@ -163,7 +163,7 @@ def _must_be_as_many(files: list[Path], named: str, sizes: list[int], path: Path
 
 
 def _must_hold(promised: int, stored: bytes | memoryview, packed: bool, file: Path, path: Path) -> None:
-    """Raise CdiffError where `stored` has less than `promised` bytes, or, once unpacked, not as many, or its check sum is another's."""
+    """Raise CdiffError where `stored` has fewer than `promised` bytes; if packed, where it unpacks to more or fewer, or fails its check sum."""
     try:
         held = unpacked_size(stored, promised) if packed else len(stored)
     except (zlib.error, EOFError) as error:

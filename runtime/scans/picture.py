@@ -19,11 +19,11 @@ from cdiff.runtime.switches import without_warnings
 from cdiff.runtime.words import by, one_line
 
 BITS_PER_SAMPLE = 258
-"""TIFF's tag (TIFF 6.0, section 8): one number a channel."""
+"""TIFF's tag of the bits per value (TIFF 6.0, section 8): one number per channel."""
 SIZE = 256, 257
 """TIFF's tags of width and height."""
 PHOTOMETRIC = 262
-"""TIFF's tag of whether 0 is black or white, or that there are colours."""
+"""TIFF's tag that says whether 0 is black or white, or that there are colours."""
 COMPRESSION, DEFLATE = 259, (8, 32946)
 """TIFF's tag of how pixels are packed, and its values for zlib's streams."""
 STORED = (273, 279), (324, 325)
@@ -33,24 +33,24 @@ PLANAR, SEPARATE = 284, 2
 ORIENTATION = 274
 """EXIF's tag, and TIFF's: 1 as stored, 2 to 8 mirrored or turned."""
 FORMATS = ("PNG", "TIFF", "JPEG")
-"""What is read, whatever a file's suffix: of its own accord Pillow takes a PostScript file, too, and runs Ghostscript on it."""
+"""The formats that are read, whatever a file's suffix: without this list Pillow would take a PostScript file too, and run Ghostscript on it."""
 PNG_DEPTH = 24
 """Where the bit depth stands in a PNG file: after the signature, the chunk's length and name, width and height (PNG 1.2, 11.2.2)."""
 PNG_SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
-"""Values a pixel, by PNG's colour type (PNG 1.2, 4.1.1)."""
+"""Values per pixel, by PNG's colour type (PNG 1.2, 4.1.1)."""
 WHOLE = ((0, 0, 1, 1),)
 ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
-"""The parts that a PNG is stored in: first column and row, steps between columns and rows (PNG 1.2, 8.2)."""
+"""The parts that a PNG is stored in, plain or interlaced: first column and row, steps between columns and rows (PNG 1.2, 8.2)."""
 JPEG_BLOCK = 8
-"""Pixels along a block's edge."""
+"""Pixels along the edge of a block of a JPEG."""
 CONVERTED = {"1": "L", "P": "RGB", "PA": "RGBA", "CMYK": "RGB", "YCbCr": "RGB"}
-"""Pillow's modes that are none of grey or colours, and what they become."""
+"""Pillow's modes that are neither grey nor RGB, and what they become."""
 DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 """Pillow's modes of more than 8 bits; all are grey."""
 
 
 def check_depth(picture: Any, data: bytes, path: Path) -> None:
-    """Raise CdiffError for a picture, opened by Pillow, of which it would keep only the upper 8 bits: colours or transparency of 16."""
+    """Raise CdiffError for a picture, opened by Pillow, of whose 16 bits it keeps only the upper 8: colours, or grey with transparency."""
     bits = 8
     if picture.format == "PNG":
         bits = data[PNG_DEPTH]
@@ -64,10 +64,10 @@ def check_depth(picture: Any, data: bytes, path: Path) -> None:
 
 
 def check_png(data: bytes, path: Path) -> None:
-    """Raise CdiffError for a PNG whose chunks are not what was written, by their check sums, or that holds fewer pixels than its header
-    promises: Pillow looks at no sum of the pixels, and takes those that are missing for black.
+    """Raise CdiffError for a PNG with a chunk that fails its check sum, or with fewer pixels than its header promises: Pillow does not check
+    the sums of pixels, and takes those that are missing for black. Raises zlib.error where the packed pixels are damaged.
     """
-    if data[12:16] != b"IHDR":  # the first, by the standard
+    if data[12:16] != b"IHDR":  # which the standard puts first
         raise _damaged(path)
     width, height, depth, kind, _, _, interlaced = struct.unpack(">IIBBBBB", data[16:29])
     promised = 0
@@ -85,7 +85,7 @@ def check_png(data: bytes, path: Path) -> None:
 
 
 def _pixel_chunks(data: bytes, path: Path) -> Iterator[bytes]:
-    """The chunks of a PNG that hold its pixels. Raises CdiffError for one of any kind whose check sum is another's (PNG 1.2, 3.2)."""
+    """The chunks of a PNG that hold its pixels. Raises CdiffError for a chunk of any kind that fails its check sum (PNG 1.2, 3.2)."""
     at, name = 8, b""
     while at + 8 <= len(data) and name != b"IEND":
         end = at + 8 + int.from_bytes(data[at : at + 4])
@@ -98,9 +98,9 @@ def _pixel_chunks(data: bytes, path: Path) -> Iterator[bytes]:
 
 
 def check_jpeg(picture: Any, data: bytes, path: Path) -> None:
-    """Raise CdiffError for a JPEG, opened by Pillow, whose bytes cannot be as many pixels as its header promises: libjpeg makes up the rest.
+    """Raise CdiffError for a JPEG, opened by Pillow, with too few bytes for the pixels that its header promises: libjpeg makes up the rest.
 
-    Huffman's codes take a bit at least for each block (ITU T.81, F.1.2.1). Shorter ends are not seen.
+    Huffman codes take at least one bit per block (ITU T.81, F.1.2.1). A file that lacks less is not noticed.
     """
     width, height = picture.size
     if -(-width // JPEG_BLOCK) * -(-height // JPEG_BLOCK) > 8 * len(data):
@@ -108,12 +108,12 @@ def check_jpeg(picture: Any, data: bytes, path: Path) -> None:
 
 
 def check_strips(picture: Any, data: bytes, path: Path) -> None:
-    """Raise CdiffError for a TIFF, opened by Pillow, whose strips or tiles do not cover it: Pillow takes what lies between for black.
+    """Raise CdiffError for a TIFF, opened by Pillow, whose strips or tiles do not cover it: Pillow takes what is missing for black.
 
-    And for one that does not say what 0 is, which Pillow takes for white, or whose packed strips are not what was written, by their
-    check sums, at which libtiff does not look.
+    Also for one that does not say what 0 is, which Pillow takes for white. Raises zlib.error or EOFError for a deflated strip or tile
+    that is damaged, ends early or fails its check sum, at which libtiff does not look.
     """
-    width, height = (picture.tag_v2[tag] for tag in SIZE)  # the picture's own is that of one turned
+    width, height = (picture.tag_v2[tag] for tag in SIZE)  # picture.size may be that of the turned one
     planes = len(picture.getbands()) if picture.tag_v2.get(PLANAR) == SEPARATE else 1
     boxes = [tile[1] for tile in picture.tile]
     held = sum((min(right, width) - left) * (min(low, height) - top) for left, top, right, low in boxes)
@@ -146,12 +146,12 @@ def _fewer(path: Path, size: tuple[int, int]) -> CdiffError:
 def upright(picture: Any) -> tuple[Any, bool]:
     """The picture, opened by Pillow, turned as its EXIF orientation says, and whether that changed anything.
 
-    Viewers and annotation tools show it so. Pillow itself does it for TIFF alone, when the pixels are loaded.
+    Viewers and annotation tools show it that way. Pillow itself turns only TIFFs, when the pixels are loaded.
     """
     from PIL import ImageOps
 
     if picture.format == "PNG":
-        picture.load()  # as getexif would, where an error of the pixels is not to be taken for one of EXIF
+        picture.load()  # getexif would, and an error in the pixels must not pass for one in EXIF
     try:
         turned = picture.getexif().get(ORIENTATION, 1) in range(2, 9)
     except (SyntaxError, ValueError, KeyError, TypeError, OSError, struct.error):  # damaged EXIF says nothing
@@ -162,14 +162,14 @@ def upright(picture: Any) -> tuple[Any, bool]:
 
 @contextmanager
 def opened(data: bytes, path: Path) -> Iterator[tuple[Any, bool]]:
-    """The one picture in a file's bytes, by Pillow and `upright`, and whether it was turned.
+    """The one picture in a file's bytes, opened by Pillow and turned by `upright`, and whether that turned it.
 
-    Raises CdiffError for several pictures, for more bits than Pillow keeps, for a picture without all of its pixels, and for what goes wrong in the block.
+    Raises CdiffError for several pictures, for more bits than Pillow keeps, for missing pixels, and for what goes wrong in the block.
     """
     from PIL import Image, UnidentifiedImageError
 
     try:
-        # Pillow warns of EXIF that it cannot use, in lines that are none of ours.
+        # Pillow warns of EXIF that it cannot use, in lines that would mix with ours.
         with without_warnings(), Image.open(io.BytesIO(data), formats=FORMATS) as picture:
             if getattr(picture, "n_frames", 1) > 1:
                 raise CdiffError(f"{path} holds {picture.n_frames} pictures; save one, or convert them to NIfTI")  # type: ignore[attr-defined]
@@ -188,7 +188,10 @@ def opened(data: bytes, path: Path) -> Iterator[tuple[Any, bool]]:
 
 
 def read_picture(data: bytes, path: Path, channels: int) -> tuple[NDArray[np.float32], list[str]]:
-    """Pixels [H, W] where one channel is needed, [H, W, 3] where three are."""
+    """Pixels, float32 [H, W] for one channel and [H, W, 3] for three, and notes for a reader of the result.
+
+    Raises CdiffError as `opened` does, for another number of channels, and for LAB or HSV colours.
+    """
     if channels not in (1, 3):
         raise CdiffError(
             f"{path} is a picture, of one channel or three, and {channels} are needed; give a NIfTI with them on its last axis"
@@ -211,7 +214,7 @@ def read_picture(data: bytes, path: Path, channels: int) -> tuple[NDArray[np.flo
     if channels == 1 and pixels.ndim == 3:
         if (pixels != pixels[..., :1]).any():
             notes.append("the picture's colours were turned to grey (ITU-R 601 luma): one channel is needed")
-            # Pixel by pixel: a matrix product rounds by where a pixel lies, and otherwise on another machine.
+            # Element by element: how a matrix product rounds depends on where a pixel lies, and on the machine.
             pixels = 0.299 * pixels[..., 0] + 0.587 * pixels[..., 1] + 0.114 * pixels[..., 2]
         else:
             pixels = pixels[..., 0]

@@ -1,4 +1,4 @@
-"""How large a pixel of what a network sees is in the patient: it knows structures by their size in pixels."""
+"""How large a pixel that a network sees is in the patient: the network knows structures by their size in pixels."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Iterable
 from cdiff.runtime.scans.grid import Grid
 
 FARTHER = 1.5
-"""By this factor beyond the sizes of the training's pixels a scan's are told: augmentation covers a tenth or two."""
+"""A scan is reported whose pixels are beyond the training's sizes by more than this factor: augmentation covers a tenth or two."""
 
 
 def pixel_mm(grid: Grid, seen: tuple[int, int] | None = None) -> float | None:
-    """The edge in mm of a pixel of a slice, of one as large as it where it is no square; None where the header does not say.
+    """The edge in mm of a slice's pixel, or of a square of its area; None where the header does not say.
 
-    seen: the pixels that slices are resampled to, which are then meant.
+    seen: the rows and columns that slices are resampled to before the network sees them; their pixels are then meant.
     """
     if grid.plane_mm is None:
         return None
@@ -24,13 +24,16 @@ def pixel_mm(grid: Grid, seen: tuple[int, int] | None = None) -> float | None:
 
 
 def span(sizes: Iterable[float | None]) -> tuple[float, float] | None:
-    """The smallest and the largest, where there are any."""
+    """The smallest and the largest of the sizes that are known; None where there are none."""
     known = [size for size in sizes if size is not None]
     return (min(known), max(known)) if known else None
 
 
 def out_of_scale(size: float | None, trained: tuple[float, float] | None) -> str | None:
-    """In words how a scan's pixels are of another size than the training's, None where they are not, or nothing says."""
+    """In words, how a scan's pixels differ in size from the training's; None where they hardly do, or either size is unknown.
+
+    size, trained: in mm, as `pixel_mm` and `span` give them.
+    """
     if size is None or trained is None or trained[0] / FARTHER <= size <= trained[1] * FARTHER:
         return None
     low, high = trained

@@ -29,19 +29,19 @@ OneScan = str | os.PathLike[str] | NDArray[Any] | nib.Nifti1Image
 ScanInput = OneScan | Sequence[str | os.PathLike[str]]
 """One scan, or the paths of its modalities, one file each."""
 MOST = float(np.finfo(np.float32).max) / 2
-"""Most of the distance between a scan's values, so that float32 has numbers for them once they are normalised too."""
+"""The largest distance between a scan's values for which float32 still has numbers when they are normalised."""
 
 
 @dataclass(frozen=True, eq=False)
 class Scan:
     """A scan that is fit to be segmented.
 
-    slices: float32 [S, channels, H, W], raw intensities, in-plane axes as stored. grid: how to go back.
+    slices: float32 [S, channels, H, W], raw intensities, in-plane axes as stored. grid: the input's, on which maps are put back.
     source: the path (of each modality), or "array" / "NIfTI image" for something in memory. sha256: of the file's (or the
-    array's) bytes, of NRRD and MetaImage followed by the voxels'; of several files' hashes, one after another.
+    array's) bytes, followed by the voxels' for NRRD and MetaImage; of several files, of their digests, one after another.
     name: the file's (or the DICOM folder's) without its suffix. warnings: what a reader of the result should know, one line each.
-    reader: the program that read or converted it, where it was none of cdiff's own libraries for NIfTI and pictures. dicom: the
-    series' files, where it was read from DICOM.
+    reader: the program that read or converted it; empty for NIfTI, pictures and arrays. dicom: the series' files, where it was
+    read from DICOM.
     """
 
     slices: NDArray[np.float32]
@@ -58,7 +58,7 @@ def read_scan(scan: ScanInput, *, channels: int = 1, slice_axis: int = 2, series
     """Read a path (NIfTI, NRRD or MetaImage, 2-D or 3-D, a DICOM file or folder, PNG, TIFF, JPEG), an array ([H, W] or three
     axes), a nibabel image, or several paths.
 
-    channels: what the model takes; more than one lie on the last axis of a NIfTI or array (colours for a picture), or are
+    channels: how many the model takes. Several lie on the last axis of a NIfTI or array (for a picture they are its colours), or are
     the files of a list, one modality each, all on one grid.
     slice_axis: the array axis (0, 1 or 2, as stored) to cut a volume along. series: the number of the DICOM series that is meant
     in a folder that holds several.

@@ -12,7 +12,7 @@ from cdiff.runtime.errors import CdiffError
 
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
 ITK_SUFFIXES = (".nrrd", ".nhdr", ".mha", ".mhd")
-"""NRRD and MetaImage; of each pair the second is a text that names the file with the voxels."""
+"""NRRD and MetaImage; the second of each pair is a header that names the file with the voxels."""
 VOLUME_SUFFIXES = (*NIFTI_SUFFIXES, *ITK_SUFFIXES)
 PICTURE_SUFFIXES = (".png", ".tif", ".tiff", ".jpg", ".jpeg")
 
@@ -20,7 +20,7 @@ PICTURE_SUFFIXES = (".png", ".tif", ".tiff", ".jpg", ".jpeg")
 def read_bytes(path: Path) -> bytes:
     """A file's bytes. Raises CdiffError when its suffix is not one that is read here, or it cannot be read or is empty.
 
-    Also where its path is no text, as names are that were written in another encoding than UTF-8: no report could name it.
+    Also where its path is not valid text, such as a name in another encoding than UTF-8: no report could name it.
     """
     must_be_text(path)
     if not path.name.lower().endswith(VOLUME_SUFFIXES + PICTURE_SUFFIXES) and is_there(path) and path.is_file():
@@ -30,7 +30,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def is_there(path: Path) -> bool:
-    """Whether there is such a file or folder. Raises CdiffError where a folder above it lets this user not see: of what lies there
+    """Whether there is such a file or folder. Raises CdiffError where this user may not look into a folder above it: for a path there
     `is_file` and the like say no from Python 3.14 on, and raise before."""
     try:
         path.stat()
@@ -44,10 +44,10 @@ def is_there(path: Path) -> bool:
 
 
 def must_be_text(path: Path) -> None:
-    """Raise CdiffError where the path is no text that a report could hold."""
+    """Raise CdiffError where the path is not valid text, which a report could not hold."""
     named = os.fsencode(path).decode("utf-8", "backslashreplace")
     if named != str(path):
-        if os.fsencode(path) == named.encode():  # it is text, and the locale has Python read it in another encoding
+        if os.fsencode(path) == named.encode():  # it is UTF-8, but the locale has Python read it in another encoding
             raise CdiffError(
                 f"{named} has signs that this locale ({sys.getfilesystemencoding()}) does not read as they are; set PYTHONUTF8=1"
             )

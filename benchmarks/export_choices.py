@@ -81,7 +81,7 @@ class FoldedBlock(nn.Module):
 
 
 class Index(nn.Module):
-    """In place of a look-up table, the index itself times `stride`: the sum of two of these numbers the pair (t, level)."""
+    """Stands in for a look-up table and gives the index times `stride`; two of them, added, give each pair (t, level) its number."""
 
     def __init__(self, stride: int) -> None:
         super().__init__()

@@ -29,7 +29,7 @@ FEW, MORE = 2, 6
 """Steps of the two chains whose difference is the time of a step."""
 
 ENOUGH, MOST = 1.0, 25
-"""A step's time is the median of such differences: at least one, and more until they have taken ENOUGH seconds or are MOST."""
+"""A step's time is the median of such differences: at least one, and more until they have taken ENOUGH seconds or there are MOST."""
 
 
 class DeviceMemory:
@@ -183,7 +183,8 @@ def published(
     model: Subject, network: ConsensusNet, image: Float32, device: str, seconds: float, *, by_row: bool = False
 ) -> dict[str, Any]:
     """Times the published way, float32 by PyTorch's own settings: one run after another, its levels in one batch, or one at a time if
-    `by_row`, and the encoder for each row. A share of about `seconds` is run, the rest is in proportion. network: the model's, on `device`."""
+    `by_row`, and the encoder for each row. A share that takes about `seconds` is run, the rest is in proportion. network: the model's, on
+    `device`."""
     diffusion = Diffusion(model.schedule, model.config.network.target, device, outside=model.config.network.outside)
     T, chains = model.config.network.T, model.config.network.levels
 

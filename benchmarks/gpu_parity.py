@@ -47,7 +47,7 @@ def call_errors(engine: Engine, reference: Engine, image: Float32, model: Subjec
 def batch_error(engine: Engine, image: Float32, model: Subject, batch: int) -> dict[str, float]:
     """Largest difference of x0 between rows in a batch of `batch` rows, at every place in it, and the same rows in a batch of their own.
 
-    Tensors of large batches have more bytes than 32 bits can count, which a kernel can get wrong. Raises CdiffError for values not finite.
+    Tensors of large batches have more bytes than 32 bits can count, which a kernel can get wrong. Raises CdiffError for non-finite values.
     """
     features = np.asarray(engine.encode(image))
     rows = _states(engine, features, image, model)

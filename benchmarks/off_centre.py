@@ -28,7 +28,7 @@ from cdiff.runtime.scoring.metrics import at_least, bootstrap_over_cases, dice_o
 from cdiff.runtime.segmenter import Segmenter
 
 PIXELS = (0, 2, 4, 8, 12, 16)
-"""How many pixels beside the middle cases are pointed at, unless --pixels says otherwise."""
+"""Distances from the middle, in pixels, at which cases are pointed at, unless --pixels gives others."""
 DIRECTIONS = 8
 Row = dict[str, Any]
 

@@ -86,8 +86,8 @@ def heads_loss(network: nn.Module, batch: Batch, pixels: Pixels = F.binary_cross
 def probabilistic_loss(network: nn.Module, batch: Batch, pixels: Pixels = F.binary_cross_entropy_with_logits) -> Tensor:
     """Kohl et al. 2018, equation 4, on one annotator's mask drawn anew each time: -log P(Y | S(X, z)) + beta D_KL(Q || P), z ~ Q.
 
-    In the paper the first term is a sum over a picture's pixels. Here both are divided by their number, which keeps the balance, and
-    gradients as large as the other peers' for the same optimiser. A Dice term is added to that.
+    In the paper the first term is a sum over a picture's pixels. Here both terms are divided by the number of pixels: their balance stays,
+    and gradients are as large as the other peers', for the same optimiser. A Dice term is added to that.
     """
     assert isinstance(network, ProbabilisticUNet)
     prior, posterior = network.prior(batch.image), network.posterior_of(batch.image, batch.drawn)

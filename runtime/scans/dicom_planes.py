@@ -223,7 +223,7 @@ def _planes_of_frames(header: Any) -> list[Plane | None]:
 
 
 def _mixed(planes: Sequence[Plane], groups: Sequence[Any]) -> bool:
-    """Whether any of the numbers that dcm2niix sorts frames by (PS3.3, C.7.6.16.2.2) neither rises nor falls along their positions.
+    """Whether any number that dcm2niix sorts frames by (PS3.3, C.7.6.16.2.2) fails to rise or fall steadily along the frames' positions.
 
     A number that is the same for all frames does not count; where all dimension indices are, the order in which frames are stored does.
     """

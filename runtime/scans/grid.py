@@ -67,7 +67,7 @@ class Grid:
         return self.shape[: 2 if self.slice_axis is None else 3]
 
     def cut(self, voxels: NDArray[Any]) -> NDArray[Any]:
-        """[*spatial, channels] -> [S, channels, H, W], contiguous, the in-plane axes in the order as stored."""
+        """[*spatial, channels] -> [S, channels, H, W], contiguous, with the in-plane axes in their stored order."""
         return np.ascontiguousarray(self.planes(voxels))
 
     def planes(self, voxels: NDArray[Any]) -> NDArray[Any]:

@@ -36,8 +36,8 @@ def scans_at(
     """The scans that `path` names: those of a folder in the order of their names, those of a table in its order.
 
     A file is taken whatever its suffix (reading it says what is wrong with it), under its own name. In a folder: every volume or picture,
-    under its file's name, and every case folder with an image, and every folder of DICOM files, under the folder's name, after the names of
-    the folders between (patient7_scan1). A table (CSV): its images, under the names of their cases. Annotators' masks, and what an earlier
+    under its file's name; every case folder with an image and every folder of DICOM files, under that folder's name after those of the
+    folders between (patient7_scan1). A table (CSV): its images, under the names of their cases. Annotators' masks, and what an earlier
     `cdiff segment` wrote there, are left out.
     channels: how many the model takes; with more than one, a case's `image_t1`, `image_t2` ... or BraTS files are one scan.
     modalities: those that the model was trained on, where known; a scan's files are put in their order.

@@ -126,7 +126,7 @@ class Intensity:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Intensity:
-        """The inverse of to_json. Raises TypeError for an unknown key, CdiffError for values that cannot be."""
+        """The inverse of to_json. Raises TypeError for an unknown key, CdiffError as the constructor does."""
         values: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in data.items()
         }

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from cdiff.runtime.scans.grid import Grid
 
 FARTHER = 1.5
-"""A scan is reported whose pixels are beyond the training's sizes by more than this factor: augmentation covers a tenth or two."""
+"""A scan is reported if its pixels are beyond the training's sizes by more than this factor: augmentation covers a tenth or two."""
 
 
 def pixel_mm(grid: Grid, seen: tuple[int, int] | None = None) -> float | None:

@@ -104,11 +104,13 @@ def benchmark(
 ) -> dict[str, Any]:
     """Measure and return everything, in JSON values; docs/benchmarks.md says what each is.
 
-    scan: a file, or a case's folder, by default the demo scan. slices: "A:B" of it, its middle one by default. steps: of ddpm, all T by default.
-    repeats: rounds of the end-to-end measurement. threads: of every contender, the physical cores by default. Raises CdiffError for a
-    bundle, scan, engine or device that cannot be used, and when a contender's process dies.
+    scan: a file, or a case's folder, by default the demo scan. slices: "A:B" of it, its middle one by default. batches: rows of the single
+    denoiser calls. steps: of ddpm, all T by default. repeats: rounds of the end-to-end measurement. compiled: measure torch.compile too.
+    threads: of every contender, the physical cores by default. progress: called with the requests answered and their total. notice: called
+    with lines for the user.
+    Raises CdiffError for a bundle, scan, engine or device that cannot be used, and when a contender's process dies.
     """
-    if (number := parse_device(device)) is not None:  # one, for all contenders
+    if (number := parse_device(device)) is not None:  # checked once, for all contenders
         from cdiff.train.fabric import must_have
 
         must_have(device, number)
@@ -222,7 +224,7 @@ def _end_to_end(found: list[dict[str, Any]], about: dict[str, Any], slices: int,
 
 
 def _whole(found: list[dict[str, Any]], runs: int, steps: int, T: int, slices: int) -> float:
-    """Seconds a slice of 25 runs and all T steps, by proportion: an estimate where fewer were measured."""
+    """Seconds per slice for 25 runs and all T steps, by proportion: an estimate where fewer were measured."""
     measured: float = statistics.median(one["wall"] for one in found)
     return measured / slices * (RUNS / runs) * (T / steps)
 
@@ -243,7 +245,7 @@ def _times(ms: list[float], rows: int) -> dict[str, Any]:
 
 
 def scan_files(scan: str | Path | None, manifest: Manifest) -> tuple[Path, ...]:
-    """The scan's file, or one for each modality of the model. Raises CdiffError where not one scan is named."""
+    """The scan's file, or one for each modality of the model. Raises CdiffError unless just one scan is named."""
     if scan is None:
         return (_demo_scan(manifest.image_channels),)
     found = scans_at(Path(scan), manifest.image_channels, manifest.modalities)

@@ -1,4 +1,4 @@
-"""One contender of the benchmark in its own process, so that its peak memory is its own: answers requests, a JSON line each.
+"""One contender of the benchmark in its own process, so that its peak memory is its own. It answers requests, each a line of JSON.
 
 Started by `benchmarks.benchmark` as `python -m cdiff.benchmarks.contenders SPEC`; stdin carries the requests, stdout the answers.
 """
@@ -84,7 +84,7 @@ class Through:
         return {"parts": parts, "calls": timings["calls"], "batch": result.report["batch"]}
 
     def write(self) -> dict[str, Any]:
-        """Seconds for the files of a result, preview included; measured on a one-step result, files are as large."""
+        """Seconds for the files of a result, preview included; measured on a one-step result, whose files are as large."""
         spec = self.spec
         result = self.segmenter.segment(spec["scan"], runs=1, steps=1, slices=spec["slices"])
         with tempfile.TemporaryDirectory() as folder:
@@ -110,7 +110,7 @@ class Through:
         return {"ms": _repeat(lambda: self.segmenter.engine.encode(image))}
 
     def floor(self) -> dict[str, Any]:
-        """FLOPs, the machine's rate, and what the machine is."""
+        """The network's FLOPs and parameters, the machine's rate of matrix products, and a description of the machine."""
         import torch
 
         from cdiff.benchmarks.floor import measure_floor

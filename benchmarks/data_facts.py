@@ -22,16 +22,16 @@ from cdiff.runtime.scoring.summary import group_names
 from cdiff.runtime.words import several
 
 MIDDLE = 64
-"""Pixels of the side of the part in the middle: what the shipped model sees."""
+"""Side in pixels of the middle part of a slice, which is what the shipped model sees."""
 SHORT = 15
-"""Slices of a case that counts as short."""
+"""Most slices of a case that counts as short."""
 PERCENTILES = (5, 50, 95)
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """Of one case: its name, its slices, how many of them all annotators marked, on how many nothing is drawn outside the MIDDLE, and the pixels
-    of each that any marked."""
+    """One case: its name; how many slices it has, how many all annotators marked (`by_all`), and how many have nothing drawn outside the
+    MIDDLE (`within`); for each slice that any annotator marked, the number of marked pixels."""
 
     name: str
     slices: int
@@ -50,8 +50,9 @@ def drawn_on(case: Case) -> Drawn:
 
 
 def facts(cases: list[Drawn], group: str | None) -> dict[str, Any]:
-    """Of the cases of a split: their numbers, the slices of the shortest and the longest, how many have at most SHORT; of the slices how many
-    any annotator marked and all did, on how many nothing is drawn outside the MIDDLE; the pixels of those that were marked at PERCENTILES."""
+    """The facts of a split: numbers of cases, patients (if `group`, a regular expression, finds them in the names) and slices; slices of the
+    shortest and the longest case, and cases of at most SHORT slices; slices that any annotator marked, that all did, and with nothing drawn
+    outside the MIDDLE; PERCENTILES of the pixels marked per slice."""
     lengths, pixels = [case.slices for case in cases], [count for case in cases for count in case.pixels]
     patients = group_names([case.name for case in cases], group)
     return {
@@ -70,7 +71,7 @@ def facts(cases: list[Drawn], group: str | None) -> dict[str, Any]:
 
 
 def _beside(drawn: NDArray[np.bool_]) -> bool:
-    """Whether anything of a slice [H,W] lies outside the middle, as a model of the framing `centre` sees it."""
+    """Whether anything drawn on a slice [H,W] lies outside the middle part that a model of the framing `centre` sees."""
     windows = Framing("centre", (MIDDLE, MIDDLE)).frame(np.empty((1, 1, *drawn.shape), np.float32))
     return bool(drawn.sum() > drawn[windows.reach].sum())
 

@@ -44,7 +44,7 @@ ROWS, ROUNDS = 8, 9
 
 
 class WholeUpdate(nn.Module):
-    """The alternative: one call gives x' = a x + b x0 + c x0_prev + d z, the sampler's row being an input."""
+    """The alternative: one call gives x' = a x + b x0 + c x0_prev + d z, with the sampler's row (a, b, c, d) as an input."""
 
     def __init__(self, graph: DenoiserGraph) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class FoldedBlock(nn.Module):
 
 
 class Index(nn.Module):
-    """A look-up table's place taken by its index: the sum of two of them numbers the pair (t, level)."""
+    """Stands in for a look-up table and gives the index times `stride`; two of them, added, give each pair (t, level) its number."""
 
     def __init__(self, stride: int) -> None:
         super().__init__()
@@ -153,7 +153,8 @@ def _replace(module: nn.Module, kind: type[nn.Module], make: Callable[[Any], nn.
 
 
 def speed(network: ConsensusNet, schedule: NoiseSchedule, image: Float32, folder: Path) -> dict[str, Any]:
-    """CPU milliseconds a call of ROWS rows on `image` [S,ch,H,W], one thread, the alternatives taking turns; parity with PyTorch; file sizes."""
+    """For each alternative, CPU milliseconds per call of ROWS rows on `image` [S,ch,H,W], on one thread and in turns; parity with PyTorch;
+    file size and nodes."""
     config = network.config
     rng = np.random.default_rng(0)
     engine = TorchEngine(copy.deepcopy(network), schedule)
@@ -222,7 +223,7 @@ def speed(network: ConsensusNet, schedule: NoiseSchedule, image: Float32, folder
 
 
 def precision(network: ConsensusNet, schedule: NoiseSchedule, image: Float32, folder: Path) -> dict[str, Any]:
-    """Half-precision forms: share of half nodes, error of single calls and of the soft map after whole chains."""
+    """For float32 and each form of half precision: share of half nodes, error of single calls and of the soft map after whole chains."""
     config = network.config
     reference = TorchEngine(copy.deepcopy(network), schedule)
     rng = np.random.default_rng(1)
@@ -270,7 +271,7 @@ def precision(network: ConsensusNet, schedule: NoiseSchedule, image: Float32, fo
 
 
 def _alternate(calls: dict[str, Callable[[], Any]]) -> dict[str, list[float]]:
-    """CPU time of each call in milliseconds, in turns, so that a busy machine is equally unkind to all."""
+    """CPU time of each call in milliseconds; the calls take turns, so that a busy machine slows all alike."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(ROUNDS + 1):
         for name, call in calls.items():
@@ -282,7 +283,7 @@ def _alternate(calls: dict[str, Callable[[], Any]]) -> dict[str, list[float]]:
 
 
 def profile(path: Path, feed: dict[str, Any]) -> dict[str, float]:
-    """Each kind of node's share of ROUNDS calls' time, the largest first, as ONNX Runtime's own profiler has it."""
+    """The share of each kind of node in the time of ROUNDS calls, the largest first, by ONNX Runtime's own profiler."""
     options = _one_thread()
     options.enable_profiling = True
     options.profile_file_prefix = str(path.with_suffix(""))

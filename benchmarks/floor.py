@@ -12,7 +12,7 @@ from cdiff.train.network import ConsensusNet
 
 SIZES = (512, 1024, 2048)
 SECONDS = 0.5
-"""A size each. The smallest product takes milliseconds, so that one falls between two interruptions even on a busy machine."""
+"""Spent on each size. The smallest product takes milliseconds, so that one falls between two interruptions even on a busy machine."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def count_flop(network: ConsensusNet) -> tuple[int, int]:
 
 @torch.inference_mode()
 def matmul_rate(device: torch.device) -> float:
-    """FLOP/s of the best float32 product of square matrices among many: the floor is what the machine can do."""
+    """FLOP/s of the fastest of many float32 products of square matrices: the floor is what the machine can do."""
     best = 0.0
     for n in SIZES:
         a, b = torch.randn(n, n, device=device), torch.randn(n, n, device=device)

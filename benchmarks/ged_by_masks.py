@@ -31,7 +31,7 @@ from cdiff.runtime.variants import NO_ANNOTATOR
 
 Masks = NDArray[np.bool_]
 Draw = Callable[[int, Case], Drawn | None]
-"""What a model draws of a case, and which of the split it is; None where no slice was marked by all of its annotators."""
+"""(number in the split, case) -> what a model draws of the case; None where no slice was marked by all of its annotators."""
 PROTOCOL = Protocol(fast=True, runs=4, zooms=(1.0,), all_raters=True)
 EVERY_RUN = "levels_of_every_run"
 READINGS = {
@@ -43,7 +43,7 @@ READINGS = {
 
 
 def readings(stack: Stack, place: int, annotators: Masks) -> dict[str, Masks]:
-    """The masks [m,h,w] of each of READINGS in one slice of a stack; annotators [n,h,w]: theirs."""
+    """The masks [m,h,w] of each of READINGS for the slice at `place` in a stack, which must hold its runs. annotators: their masks [n,h,w]."""
     if stack.runs is None:
         raise ValueError("the levels of every run are wanted: segment with keep_runs")
     soft, C = stack.soft[place], stack.annotators or stack.maps.shape[1]
@@ -57,7 +57,7 @@ def readings(stack: Stack, place: int, annotators: Masks) -> dict[str, Masks]:
 
 
 def shipped() -> tuple[dict[str, Any], Draw]:
-    """The shipped model and what it draws."""
+    """The report's header for the shipped model, and the function that draws with it."""
     model = cdiff.load()
 
     def draw(number: int, case: Case) -> Drawn | None:
@@ -73,7 +73,7 @@ def shipped() -> tuple[dict[str, Any], Draw]:
 
 
 def unet(run: Path, annotators: int) -> tuple[dict[str, Any], Draw]:
-    """The peer `unet-soft` in `run` and what it draws, the mean over its mirrored views. Raises CdiffError where there is none."""
+    """The same for the peer `unet-soft` in `run`, which draws the mean over its mirrored views. Raises CdiffError where there is none."""
     from cdiff.benchmarks.peers.score import Scoring, draw_case, load_unet, share
     from cdiff.benchmarks.peers.training import SUMMARY, WEIGHTS
     from cdiff.benchmarks.peers.unets import UNETS
@@ -90,7 +90,7 @@ def unet(run: Path, annotators: int) -> tuple[dict[str, Any], Draw]:
 
 
 def measure(draw: Draw, cases: list[Case]) -> dict[str, Any]:
-    """The energy distance by reading: masks a slice, mean over slices, 95 % interval by bootstrap over cases.
+    """The energy distance of each of READINGS: masks per slice, mean over slices, 95 % interval by bootstrap over cases.
 
     Raises CdiffError when a case cannot be read, or no slice was marked by all of its annotators.
     """

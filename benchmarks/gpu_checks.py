@@ -1,7 +1,7 @@
 """The GPU suite's checks, each run in a process of its own: `python -m cdiff.benchmarks.gpu_checks CHECK SETTINGS OUT`.
 
-A check is `kind:path:model`, such as `protocol:graph-compiled:paper`; with `@25` behind it no batch of more than 25 rows is measured. OUT gets {"status", "result", "message", "seconds"}, JSON: a result, and why
-there is none or but a part of one.
+A check is `kind:path:model`, such as `protocol:graph-compiled:paper`; with `@25` behind it no batch of more than 25 rows is measured. OUT
+gets JSON, {"status", "result", "message", "seconds"}; the message says why there is no result, or only a part of one.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from cdiff.runtime.words import one_line
 
 DONE, REFUSED, FAILED = "done", "refused", "failed"
 RUNNING = "running"
-"""In OUT until the check ends: what it has measured so far, which counts if it is ended."""
+"""The status in OUT until the check ends; the result beside it is what was measured so far, and counts if the check is killed."""
 
 TORCH_PATHS: dict[str, dict[str, Any]] = {
     "eager16": {"channels_last": False, "capture": False},
@@ -49,16 +49,17 @@ TORCH_PATHS: dict[str, dict[str, Any]] = {
 as users get it where Triton works, `graph-plain` where it does not; the last two are for where a step cannot be captured."""
 
 WAYS = ("graph", "graph-plain", "launched", "launched-plain")
-"""The engine `torch`, the best way first. The last two are measured only where none before them holds."""
+"""Ways to run the engine `torch`, the best first. The last two are measured only where those before them have a fault."""
 
 SWEEPS = {SHIPPED: (1, 8, 32, 100), PAPER: (1, 8, 88)}
 LARGEST = {SHIPPED: 100, PAPER: 88}
-"""Rows a batch, beside those that the runtime takes by itself: a slice of the paper's network in two, since from 128 rows on a concatenation at full size holds 2^31 numbers."""
+"""Rows of the batches that are measured beside the runtime's own choice, and of the largest: half a slice's rows with the paper's network,
+since from 128 rows on a concatenation at full size holds 2^31 numbers."""
 LONGER = 3
-"""Times as long as other protocols may the paper's take by one of `WAYS`, which the targets are of: at half of an H200's rate, 30 s by count, it is
-then run as a whole."""
+"""The paper's protocol by one of `WAYS`, on which the targets rest, may take so many times as long as others: at half of an H200's rate,
+where it takes 30 s by count, it is then run as a whole."""
 ROUNDS, ROUNDS_SECONDS = 3, 20.0
-"""Of `scaling`: at most so many, and none is begun that would end later."""
+"""Most rounds of `scaling`, and the seconds within which a round must be expected to end if it is to begin."""
 
 
 @dataclass(frozen=True)
@@ -99,13 +100,13 @@ def open_path(path: str, model: Subject, settings: Settings, **options: Any) -> 
     if isinstance(engine, LimitedRows):
         from cdiff.benchmarks.gpu_measure import usual_batch
 
-        # TensorRT makes an engine fastest for the rows that are first asked for: those of the runtime, and not of a comparison's single call.
+        # TensorRT builds an engine for the rows that are asked for first: they must be the runtime's, not those of a comparison's single call.
         engine.bind(usual_batch(engine, model), 1)
     return engine
 
 
 def triton_compiles(device: str) -> None:
-    """Raises CdiffError where Triton cannot compile on this machine: torch.compile, which writes its kernels in it, would break there too."""
+    """Raise CdiffError where Triton cannot compile on this machine: torch.compile, which writes its kernels in Triton, would break too."""
     from cdiff.export.torch_kernels import try_out
 
     try:
@@ -117,7 +118,7 @@ def triton_compiles(device: str) -> None:
 
 
 def largest_batch(engine: Engine, model: Subject) -> int:
-    """Rows of the largest batch that is measured: with TensorRT those that the runtime takes, for more would be another engine to build."""
+    """Rows of the largest batch that is measured: with TensorRT no more than the runtime takes, since more would need another engine built."""
     from cdiff.benchmarks.gpu_measure import evened, usual_batch
 
     largest = min(evened(model, LARGEST[model.name]), model.rows, model.most or model.rows)
@@ -157,8 +158,8 @@ def check_parity(path: str, model: Subject, settings: Settings, keep: Keep) -> d
 
 
 def check_published(path: str, model: Subject, settings: Settings, keep: Keep) -> dict[str, Any]:
-    """The baseline of the published code: float32 as PyTorch is set, which is TF32 in convolutions; and shorter looks at the same row by row,
-    and without TF32."""
+    """The baseline of the published code: float32 by PyTorch's own settings, which use TF32 in convolutions; and shorter measurements of the
+    same row by row, and without TF32."""
     from cdiff.benchmarks.gpu_measure import flops, published
     from cdiff.export.torch_chain import full_precision
 
@@ -178,7 +179,7 @@ def check_published(path: str, model: Subject, settings: Settings, keep: Keep) -
 def check_protocol(path: str, model: Subject, settings: Settings, keep: Keep) -> dict[str, Any]:
     """A batch-size sweep, the whole protocol at the best batch, and where its time goes.
 
-    Until a whole protocol is measured, the best batch's step times the steps stands for it (`share` 0).
+    Until a whole protocol is measured, the time of a step at the best batch, multiplied by the steps, stands for it (`share` 0).
     """
     from cdiff.benchmarks.gpu_measure import flops, step_seconds, usual_batch, whole_protocol
 
@@ -187,7 +188,7 @@ def check_protocol(path: str, model: Subject, settings: Settings, keep: Keep) ->
     image = model.images()["real"]
     options = TORCH_PATHS.get(path, {})
     once = options.get("compiled") or options.get("tuned") or path == "onnxruntime-tensorrt"
-    # Every size is a new compilation where PyTorch or ONNX Runtime's TensorRT provider compiles, or cuDNN times its algorithms, and a minute of the budget.
+    # Where PyTorch or ONNX Runtime's TensorRT provider compiles, or cuDNN times its algorithms, each size costs a minute of the budget.
     sizes = [largest] if once else sorted({min(size, largest) for size in (*SWEEPS[model.name], own, largest)})
     sweep: dict[str, Any] = {}
     found: dict[str, Any] = {
@@ -205,7 +206,7 @@ def check_protocol(path: str, model: Subject, settings: Settings, keep: Keep) ->
             keep(found)
         try:
             spent = step_seconds(engine, model, image, size)
-        except Exception as error:  # of memory, of cuDNN, of Triton: the sizes before are measured all the same
+        except Exception as error:  # out of memory, or of cuDNN or Triton: the other sizes still count
             sweep[str(size)] = {"error": shortened(error)}
             continue
         sweep[str(size)] = {"ms_a_step": 1e3 * spent, "ms_a_row": 1e3 * spent / size}
@@ -306,7 +307,7 @@ KINDS: dict[str, Callable[[str, Subject, Settings, Keep], dict[str, Any]]] = {
 
 
 def run_check(name: str, settings: Settings, keep: Keep = lambda found: None) -> dict[str, Any]:
-    """One check's outcome; what an engine refuses is an outcome too, and what it measured before. Only Ctrl-C and the like come through.
+    """One check's outcome. A refusal or an error is an outcome too, with what was measured before it; only Ctrl-C and the like are raised.
 
     keep: is given what is known before the check has ended.
     """
@@ -364,7 +365,7 @@ def main() -> None:
         write_json(Path(out), {"status": RUNNING, "result": found})
 
     write_json(Path(out), run_check(name, Settings(**json.loads(settings)), keep))
-    # All is said, and what libraries do at their end can hang: PyTorch waits minutes for its compilers.
+    # Everything is written, and libraries can hang when they shut down: PyTorch waits minutes for its compilers.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

@@ -13,7 +13,7 @@ from typing import Any
 from cdiff.runtime.engines.registry import available_engines
 
 Keep = Callable[[dict[str, Any]], None]
-"""Takes a check's result as far as it is known: what comes after may break, or be ended by a limit."""
+"""Is given a check's result as far as it is known, since what comes after may break or reach its time limit."""
 
 PACKAGES = (
     "torch", "triton", "numpy", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-cu13", "tensorrt-rtx",
@@ -67,7 +67,7 @@ def driver() -> str:
 
 
 def copy_rate(device: str) -> float:
-    """Bytes read and written a second by a copy within the device's memory."""
+    """Bytes per second that a copy within the device's memory reads and writes, taken together."""
     import torch
 
     from cdiff.benchmarks.gpu_measure import least

@@ -29,13 +29,14 @@ FEW, MORE = 2, 6
 """Steps of the two chains whose difference is the time of a step."""
 
 ENOUGH, MOST = 1.0, 25
-"""A step's time is the median of such differences: at least one, and while they took less than so many seconds at most so many."""
+"""A step's time is the median of such differences: at least one, and more until they have taken ENOUGH seconds or there are MOST."""
 
 
 class DeviceMemory:
-    """The most memory in use while a `with` block ran, bytes: on a GPU all of the device's, looked at every 10 ms; else this process's.
+    """`peak`: the most memory in use during a `with` block, bytes: on a GPU all of the device's, read every 10 ms; else this process's.
 
-    0 where the driver does not tell: no time is lost for want of that. What PyTorch keeps from earlier batch sizes is given back first. No timing belongs into the block: looking costs the driver time.
+    0 where the driver does not tell, since measured times must not be lost for that. What PyTorch has cached from earlier batch sizes is
+    given back first. Time nothing inside the block: reading takes the driver's time.
     """
 
     def __init__(self, device: str) -> None:
@@ -74,7 +75,7 @@ def windows_of(image: Float32, slices: int = 1) -> Windows:
 
 
 def some_rows(model: Subject, batch: int) -> Rows:
-    """The first `batch` rows of a slice of that model, levels in turn."""
+    """The first `batch` rows of a slice for that model, its levels in turn."""
     number = np.arange(batch)
     zeros = np.zeros(batch, np.int64)
     size = model.config.network.image_size
@@ -89,7 +90,7 @@ def table_of(model: Subject, steps: int) -> SamplerTable:
 
 
 def chain(engine: Engine, image: Float32, rows: Rows, table: SamplerTable, seed: int = 0) -> Float32:
-    """The last x of one batch, by the engine's own chain or by the loop's; a copy."""
+    """The last x of one batch [rows,1,H,W], a copy: by the engine's own chain, or where it has none by the runtime's."""
     binding = engine.bind(len(rows.level), 1)
     binding.encode(0, image[0])
     if isinstance(binding, ChainBinding):
@@ -99,7 +100,7 @@ def chain(engine: Engine, image: Float32, rows: Rows, table: SamplerTable, seed:
 
 
 def step_seconds(engine: Engine, model: Subject, image: Float32, batch: int) -> float:
-    """Seconds of one step of a batch, noise and update included: what four more steps of a chain cost, over four; a median.
+    """Seconds of one step of a batch, noise and update included: a quarter of what four more steps of a chain take; a median.
 
     Raises CdiffError when a longer chain took no longer than a short one: then nothing was measured.
     """
@@ -115,7 +116,7 @@ def step_seconds(engine: Engine, model: Subject, image: Float32, batch: int) -> 
     took(few)  # warm-up: builds, captures, fills caches
     gaps: list[float] = []
     spent = 0.0
-    # A step of a small model takes less than a millisecond, and one difference would tell of the machine's jitter.
+    # A step of a small model takes less than a millisecond, and a single difference would show the machine's jitter.
     while not gaps or (spent < ENOUGH and len(gaps) < MOST):
         short, longer = took(few), took(more)
         gaps.append(longer - short)
@@ -131,10 +132,10 @@ def step_seconds(engine: Engine, model: Subject, image: Float32, batch: int) -> 
 def whole_protocol(
     engine: Engine, model: Subject, image: Float32, batch: int, seconds: float, slices: int = 1
 ) -> dict[str, Any]:
-    """A slice with all levels, runs and T steps; where that would take longer than `seconds`, with fewer steps, and the rest in proportion.
+    """Times a scan of `slices` slices with all levels, runs and T steps; where that would take longer than `seconds`, with fewer steps.
 
-    `share` is the part of the steps that was run: below 1 `seconds` and `host_share` are extrapolated, the encoder and what happens
-    once a slice being taken as measured.
+    In the result `share` is the part of the steps that was run. Below 1, `seconds` and `host_share` are extrapolated in proportion to
+    the steps; the encoder, and what happens once per slice, count as measured.
     """
     T, batches = model.config.network.T, -(-slices * model.rows // batch)
     a_step = step_seconds(engine, model, image, batch)
@@ -149,7 +150,7 @@ def whole_protocol(
         assert len(list(found)) == slices
         return time.perf_counter() - start
 
-    run(min(FEW, T), Timings())  # binds, and captures what is captured, for as many slots as this scan needs
+    run(min(FEW, T), Timings())  # binds, and captures graphs, for as many slots as this scan needs
     with DeviceMemory(engine.device) as memory:
         run(min(FEW, T), Timings())
     timings = Timings()
@@ -167,12 +168,12 @@ def whole_protocol(
 
 
 def evened(model: Subject, most: int) -> int:
-    """Rows a batch, at most `most`, so that a slice's batches are as full as each other."""
+    """Rows per batch, at most `most`, with which a slice's batches are equally full."""
     return -(-model.rows // -(-model.rows // most))
 
 
 def usual_batch(engine: Engine, model: Subject) -> int:
-    """Rows a batch that the runtime would choose by itself for a slice; asked before anything is bound, as the runtime asks."""
+    """Rows per batch that the runtime itself would choose for a slice. To be called before anything is bound, as the runtime does."""
     network = model.config.network
     most = most_rows_of([engine], network.base_channels, (network.image_size, network.image_size))
     return rows_per_batch(model.rows, engine.device, model.rows, most)
@@ -181,8 +182,9 @@ def usual_batch(engine: Engine, model: Subject) -> int:
 def published(
     model: Subject, network: ConsensusNet, image: Float32, device: str, seconds: float, *, by_row: bool = False
 ) -> dict[str, Any]:
-    """The published way, float32 by PyTorch's own settings: one run after another, its levels in one batch, or by_row one at a time; the encoder
-    for each row. A share of it, and the rest in proportion. network: the model's, on the device."""
+    """Times the published way, float32 by PyTorch's own settings: one run after another, its levels in one batch, or one at a time if
+    `by_row`, and the encoder for each row. A share that takes about `seconds` is run, the rest is in proportion. network: the model's, on
+    `device`."""
     diffusion = Diffusion(model.schedule, model.config.network.target, device, outside=model.config.network.outside)
     T, chains = model.config.network.T, model.config.network.levels
 
@@ -214,9 +216,9 @@ def published(
 
 
 def noise_of(engine: Engine, model: Subject, image: Float32, batch: int, seed: int) -> dict[str, Any]:
-    """How far the noise that an engine's own chain draws is from the NumPy form, without asking the engine for it.
+    """How far the noise that an engine's own chain draws is from the NumPy form, seen in what the chain ends with.
 
-    A table of one row with a = b = c = 0 and d = 1 makes the chain end at its noise of step 0; a = 1 and the rest 0 at x_T.
+    A table of one row with a = b = c = 0 and d = 1 makes the chain end with its noise of step 0; one with a = 1 and the rest 0, with x_T.
     """
     rows, zero, one = some_rows(model, batch), np.zeros(1), np.ones(1)
     tables = {
@@ -235,9 +237,10 @@ def noise_of(engine: Engine, model: Subject, image: Float32, batch: int, seed: i
 
 
 def kernel_times(engine: Engine, model: Subject, image: Float32, batch: int) -> dict[str, Any]:
-    """Milliseconds and calls a step of each kernel (on a CPU: operator), as PyTorch's profiler sees it; the longest first, and their sum.
+    """Milliseconds and calls per step of each kernel (on a CPU: operator), as PyTorch's profiler sees it; the longest first, and their sum.
 
-    What a longer chain has more of than a short one: x_T, and x on its way to the host, are of a chain and of no step.
+    Only what a longer chain has beyond a short one is counted: drawing x_T, and bringing x to the host, belong to a chain, not to a step.
+    Raises CdiffError where the engine runs no chain on the device, or no kernel is seen.
     """
     from torch.profiler import ProfilerActivity, profile
 
@@ -250,7 +253,7 @@ def kernel_times(engine: Engine, model: Subject, image: Float32, batch: int) -> 
     more = min(MORE, model.config.network.T)
 
     def seen(steps: int) -> dict[str, tuple[float, int]]:
-        """Microseconds and calls of each."""
+        """Microseconds and calls by kernel."""
         with profile(activities=[ProfilerActivity.CPU if cpu else ProfilerActivity.CUDA]) as found:
             binding.run_chain(rows, table_of(model, steps), 0)
         return {
@@ -283,7 +286,7 @@ def least(call: Callable[[], Any]) -> float:
 
 
 def matmul_rates(device: str) -> dict[str, float]:
-    """FLOP/s of square matrix products of random numbers, the best size's mean over many: half precision and true float32."""
+    """FLOP/s of products of square random matrices, a mean over many of the best size: half precision (on a GPU) and true float32."""
     sizes = (4096, 8192) if device != "cpu" else (512,)
     kinds = {"float16": torch.float16, "float32": torch.float32} if device != "cpu" else {"float32": torch.float32}
     found = {}

@@ -19,10 +19,11 @@ ROWS = 4
 
 
 def call_errors(engine: Engine, reference: Engine, image: Float32, model: Subject) -> dict[str, float]:
-    """Largest differences of one encoding (over the largest feature) and of one denoiser call whose rows cover timesteps and levels.
+    """How far an engine is from the reference: in one encoding (largest difference over the largest feature), and in one denoiser call whose
+    rows cover timesteps and levels (largest and mean difference).
 
-    `x0` is the clipped estimate; `eps` the same difference times sqrt(abar / (1 - abar)), which is what the network's own output for
-    eps differs by where the estimate is not clipped. Raises CdiffError when the engine's values are not finite.
+    `x0` is the clipped estimate; `eps` is the same difference times sqrt(abar / (1 - abar)), by which an output for eps differs where the
+    estimate is not clipped. Raises CdiffError when the engine's values are not finite.
     """
     ours, theirs = np.asarray(engine.encode(image)), np.asarray(reference.encode(image))
     encoder = np.abs(ours.astype(np.float32) - theirs).max() / max(np.abs(theirs).max(), 1e-12)
@@ -44,9 +45,9 @@ def call_errors(engine: Engine, reference: Engine, image: Float32, model: Subjec
 
 
 def batch_error(engine: Engine, image: Float32, model: Subject, batch: int) -> dict[str, float]:
-    """Largest difference of x0 between the same rows in a batch of `batch` rows, wherever they stand in it, and in one of their own.
+    """Largest difference of x0 between rows in a batch of `batch` rows, at every place in it, and the same rows in a batch of their own.
 
-    Tensors of large batches have more bytes than 32 bits count, which a kernel can get wrong. Raises CdiffError when a value is not finite.
+    Tensors of large batches have more bytes than 32 bits can count, which a kernel can get wrong. Raises CdiffError for non-finite values.
     """
     features = np.asarray(engine.encode(image))
     rows = _states(engine, features, image, model)
@@ -63,7 +64,7 @@ States = tuple[NDArray[Any], ...]
 
 
 def _states(engine: Engine, features: Any, image: Float32, model: Subject) -> States:
-    """ROWS rows' x, slot, t and level: timesteps and levels in turn, x as a chain meets it, the network's own first guess noised to t."""
+    """x, slot, t and level of ROWS rows: timesteps spread out, levels in turn, and x as in a chain, the network's own first guess noised to t."""
     network = model.config.network
     t = np.linspace(1, network.T, ROWS).round().astype(np.int64)
     level = np.arange(ROWS, dtype=np.int64) % network.levels + 1
@@ -80,7 +81,7 @@ def _x0(engine: Engine, features: Any, rows: States) -> Float32:
 
 
 def map_errors(engine: Engine, reference: Engine, image: Float32, model: Subject) -> dict[str, Any]:
-    """The soft map of the whole protocol, the same noise on both sides: mean and largest difference, and the thresholded maps' Dice.
+    """How far the soft map of the whole protocol is from the reference's with the same noise: mean and largest difference, and Dice.
 
     `dice` is of the soft maps at one half, `dice_levels` the least over the levels' maps at one half.
     """

@@ -1,4 +1,4 @@
-"""The GPU suite's plan: its checks, in which order they are run, and which way is measured where a better one does not hold."""
+"""The GPU suite's plan: its checks, the order in which they are run, and which way is measured where a better one has a fault."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Outcomes = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the plan: `seconds` is its limit, `expected` what it should take on an H200, guessed and not measured.
+    """One check of the plan: `seconds` is its time limit, `expected` what it should take on an H200, guessed and not measured.
 
     spare: run only where every better way has a fault.
     """
@@ -34,12 +34,12 @@ class Check:
 
     @property
     def way(self) -> str:
-        """How the model is run; empty for what no model is run for."""
+        """How the model is run; empty for a check that runs none."""
         return _way(self.name)
 
 
 def plan(device: str, small: bool) -> list[Check]:
-    """Every check for this machine, the most telling first. Engines that cannot run on the device are told by `machine` alone."""
+    """Every check for this machine, the most telling first. Engines that cannot run on the device appear only in the check `machine`."""
     kind = device.split(":")[0]
     engines = [state.name for state in available_engines() if kind in state.devices]
     checks = [Check("machine", "versions, the GPU, measured rates, the state of every engine", 120, 12)]
@@ -69,7 +69,7 @@ def plan(device: str, small: bool) -> list[Check]:
     add("protocol", "graph-tuned", PAPER, f"our captured chain, cuDNN's algorithms timed: {parts}", 150, 55)
     if kind != "cpu":  # compiling for a CPU takes minutes, and is no baseline for a GPU
         add("protocol", "compiled", PAPER, f"baseline: torch.compile with CUDA graphs, encoder once: {parts}", 220, 100)
-    # Where Triton has no C compiler `graph` is refused, and this is the engine that users get.
+    # Where Triton has no C compiler `graph` is refused, and `graph-plain` is the engine that users get.
     for way, what in (
         ("graph-plain", "the captured chain with PyTorch's own GroupNorm"),
         ("launched", "the chain with our kernels, not captured"),
@@ -103,15 +103,15 @@ def plan(device: str, small: bool) -> list[Check]:
         add("parity", "graph-tuned", SHIPPED, calls_and_maps, 90, 20)
         add("noise", "graph-plain", SHIPPED, "the noise of PyTorch's own operators against the NumPy form", 60, 12)
     checks.append(Check("tests", "the tests marked gpu", 180, 60))
-    if kind != "cpu":  # compiled for three sizes of batch: last, since it takes longest for one line
+    if kind != "cpu":  # compiled for three batch sizes: last, for it takes longest
         add("parity", "graph-compiled", SHIPPED, calls_and_maps, 220, 100)
     return [dataclasses.replace(c, expected=2, seconds=600) if small else c for c in checks]
 
 
 def chosen(checks: list[Check], wanted: str | None) -> list[Check]:
-    """Those whose name is one of `wanted`, or begins with one of them at a colon; a spare one is none where its way is named.
+    """The checks that are named in `wanted`, words with commas between, each a whole name or its beginning up to a colon; all for None.
 
-    Raises CdiffError for a word that fits none.
+    A spare check is no longer spare where a word names its way as well as its kind. Raises CdiffError for a word that fits no check.
     """
     if wanted is None:
         return checks
@@ -131,7 +131,8 @@ def _fits(name: str, word: str) -> bool:
 
 
 def fault_of(way: str, outcomes: Outcomes) -> str | None:
-    """Why the targets need another way than this one, as far as was tried: a check that they need did not end, or its maps are too far off."""
+    """Why the targets need another way than this one, as far as is known: a check that they need was refused or broke, or its maps are too
+    far off. None where nothing speaks against it."""
     for name in (f"protocol:{way}:{PAPER}", f"parity:{way}:{SHIPPED}"):
         found = outcomes.get(name, {})
         if found.get("status") in (REFUSED, FAILED):
@@ -143,17 +144,18 @@ def fault_of(way: str, outcomes: Outcomes) -> str | None:
 
 
 def next_check(waiting: list[Check], outcomes: Outcomes, before: Outcomes) -> Check | None:
-    """The one to run now; None where nothing is left to do. before: the outcomes that an earlier run left.
+    """The check to run now; None where nothing is left to do. before: the outcomes that an earlier run left.
 
-    What every way needs, and what stands in for ways that have a fault, comes first. Last comes what was refused before, which may have what it lacked by now; what
-    broke, but for the first try anew of what the targets need; and what is left of a way that has a fault, which may cost as many limits
-    of time as there are checks.
+    First come the checks that every way needs, and those that stand in for ways with a fault. Last come checks that were refused before,
+    which may have what they lacked by now; checks that broke, except the first new try of one that the targets need; and what is left of a
+    way with a fault, where every check may use up its time limit.
     """
     able = [check for check in waiting if not check.spare or _stands_in(check, outcomes)]
     return min(able, key=lambda check: _turn(check, outcomes, before), default=None)
 
 
 def _turn(check: Check, outcomes: Outcomes, before: Outcomes) -> int:
+    """0 for what comes first by `next_check`, 2 for what comes last, 1 for the others."""
     if _stands_in(check, outcomes):
         return 0
     state, own, shared = before.get(check.name, {}).get("status"), check.way in WAYS, check.name in OF_ALL
@@ -170,7 +172,7 @@ def _turn(check: Check, outcomes: Outcomes, before: Outcomes) -> int:
 
 
 def _stands_in(check: Check, outcomes: Outcomes) -> bool:
-    """Whether the targets need it, because every better way has a fault and its own has none yet."""
+    """Whether the targets need a check because every better way has a fault, and its own has none yet."""
     if check.way not in WAYS[1:] or check.name not in _of_targets(check.way):
         return False
     better = WAYS[: WAYS.index(check.way)]

@@ -30,7 +30,7 @@ BY_ROW = "PyTorch float32, one row after another, encoder for each"
 MODELS = {PAPER: "the paper's network, random weights", SHIPPED: "the shipped model"}
 NONE = "-"
 MOST_KERNELS, LONGEST_NAME = 25, 120
-"""Of the table of kernels; a library's names take a thousand characters."""
+"""Rows of the table of kernels, and characters of a name in it; a library's names can take a thousand."""
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -51,7 +51,7 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def _written(part: Callable[[], str]) -> str:
-    """A part of the page; a line in its place where a number is of a form that nobody foresaw, which must not cost the others."""
+    """A part of the page, or a line in its place where a result has a form that nobody foresaw: that must not cost the other parts."""
     try:
         return part()
     except Exception as error:
@@ -116,7 +116,7 @@ def _targets(found: list[dict[str, Any]], checks: dict[str, Any], planned: set[s
 
 
 def _protocol(checks: dict[str, Any], model: str) -> str:
-    """Seconds a slice, beside the baselines of the same run."""
+    """Seconds per slice of each way, beside the baselines of the same run."""
     published = _result(checks, f"published:published:{model}") or {}
     rate = checks.get("machine", {}).get("result", {}).get("matmul_flop_per_s", {}).get("float16")
     rows = []

@@ -34,7 +34,7 @@ TYPES = {2: "u1", 4: "<i2", 8: "<i4", 16: "<f4", 512: "<u2"}
 class Subject:
     """One model to measure: its configuration, whether its weights were trained, and the runs of its whole protocol.
 
-    most: no batch of more rows is measured, because one has broken the check before; None where none has.
+    most: the most rows of a batch that is measured, where a larger one has broken the check before; else None.
     """
 
     name: str
@@ -85,14 +85,14 @@ def shipped_config() -> Config:
 
 
 def shipped_weights() -> tuple[dict[str, Any], bytearray]:
-    """The head of the shipped model.safetensors, and the numbers that follow it, of which the head tells where each tensor's are."""
+    """The head of the shipped model.safetensors, and the bytes that follow it, in which the head tells where each tensor lies."""
     data = open_bundle(shipped_bundle()).file(WEIGHTS).read_bytes()
     (length,) = struct.unpack_from("<Q", data)
     return json.loads(data[8 : 8 + length]), bytearray(data[8 + length :])
 
 
 def shipped_network() -> Any:
-    """The shipped network in evaluation mode, what `export.reference.load_network` gives, read without the package safetensors."""
+    """The shipped network in evaluation mode, as from `export.reference.load_network`, but read without the package safetensors."""
     import torch
 
     from cdiff.train.network import ConsensusNet
@@ -110,7 +110,7 @@ def shipped_network() -> Any:
 
 
 def random_network(config: Config) -> Any:
-    """A network none of whose layers is zero, in evaluation mode; the same for the same configuration."""
+    """A network with random weights, none of its parameters all zero, in evaluation mode; the same for the same configuration."""
     import torch
 
     from cdiff.train.network import ConsensusNet
@@ -166,7 +166,7 @@ def bundle_of(model: Subject, half: bool, work: Path) -> Bundle:
 
 
 def demo_slices() -> Float32:
-    """The demo scan that comes with cdiff, [S,1,h,w], by 20 lines that need no nibabel and read nothing but that file's kind."""
+    """The demo scan that comes with cdiff, [S,1,h,w], read without nibabel, by a few lines that suit only files of its kind."""
     path = Path(str(importlib.resources.files("cdiff") / "demo" / "image.nii.gz"))
     data = gzip.decompress(path.read_bytes())
     count, *dims = struct.unpack_from("<8h", data, 40)

@@ -62,13 +62,13 @@ def gpu_missing(device: str) -> str | None:
 
 
 def gpu_name(device: str) -> str | None:
-    """The driver's name of the GPU, asked without taking any of it; None for the processor, and where the driver does not tell."""
+    """The driver's name of the GPU, asked without occupying the GPU; None for the processor, and where the driver does not tell."""
     number, gpus = parse_device(device), visible_gpus()
     return gpus[number].name if number is not None and number < len(gpus) else None
 
 
 class Suite:
-    """The report as far as it is known, on the disk after every check."""
+    """The report as far as it is known, written to the disk after every check."""
 
     def __init__(self, out: Path, settings: Settings, checks: list[Check], fresh: bool) -> None:
         self.out, self.settings = make_folder(out), settings
@@ -84,7 +84,7 @@ class Suite:
         try:
             older = json.loads(self.path.read_text(encoding="utf-8"))
             mine = self.report["settings"]
-            # Where the graphs lie says nothing of what was measured.
+            # The folder of the graphs has no bearing on what was measured.
             same = older["format"] == FORMAT and older["settings"] | {"work": mine["work"]} == mine
             kept = {
                 name: found
@@ -98,7 +98,7 @@ class Suite:
             raise CdiffError(
                 f"{self.path} was measured with other settings; give --fresh to start anew, or another --out"
             )
-        # A report may be carried from machine to machine, and numbers of two GPUs make no comparison.
+        # A report may be carried from machine to machine, and numbers of two GPUs cannot be compared.
         here = gpu_name(self.settings.device)
         if gpu and here and gpu != here:
             raise CdiffError(
@@ -107,7 +107,7 @@ class Suite:
         self.report["checks"] = kept
 
     def save(self) -> None:
-        """Both files, whole or not at all. A number of a form that nobody foresaw costs the targets or its part of the page, and no other number."""
+        """Write both files, whole or not at all. A result of a form that nobody foresaw costs the targets or its part of the page, and no more."""
         try:
             self.report["targets"] = targets(self.report["checks"], self.settings.small)
         except Exception:
@@ -116,16 +116,16 @@ class Suite:
         write_bytes(self.out / "gpu_suite.md", markdown(self.report).encode())
 
     def run(self, checks: list[Check], minutes: float) -> None:
-        """Every check that was not done before, while there is time, in the order of `next_check`; a line each.
+        """Run every check that was not done before, while there is time, in the order of `next_check`; print a line for each.
 
-        What was refused before, or broke, is tried again, and where no time is left its outcome stays.
+        A check that was refused before, or broke, is tried again; where no time is left, its outcome stays.
         """
         deadline = time.monotonic() + 60 * minutes
         done, before, waiting = self.report["checks"], dict(self.report["checks"]), list(checks)
         while check := next_check(waiting, done, before):
             waiting.remove(check)
             left, older = deadline - time.monotonic(), before.get(check.name, {})
-            # A check that is cut short measures nothing, and one of those after it may be shorter.
+            # Passed over where too little time is left: cut short it would measure nothing, and a later check may be shorter.
             late = left < max(min(10, check.seconds), check.expected / 2)
             if older.get("status") == DONE or (older.get("status") in (REFUSED, FAILED) and late):
                 print(f"{check.name}: kept from before", flush=True)
@@ -141,7 +141,7 @@ class Suite:
                 found = outcome | (found | {"seconds": outcome["seconds"]} if cut else {})
                 if broke and not cut:
                     found["tries"] = older.get("tries", 0) + 1
-            # What an earlier try measured before it broke is not lost to a later one that came less far.
+            # What an earlier try measured before it broke is kept where a later one gets less far.
             done[check.name] = {key: older[key] for key in ("result",) if key in older} | found
             print(f"{check.name}: {found['status']} in {found['seconds']:.0f} s{_tail(found)}", flush=True)
             self.save()
@@ -150,8 +150,8 @@ class Suite:
         self.save()
 
     def _outcome(self, check: Check, deadline: float) -> dict[str, Any]:
-        """One check's outcome. Where a batch was too large for it, what smaller ones give in a process of their own: in the first nothing runs on
-        the GPU any more after an error such as an illegal memory access, or it has ended."""
+        """One check's outcome. Where a batch was too large, the check is run again with smaller ones in a new process: the first has ended, or
+        can run nothing on the GPU any more after an error such as an illegal memory access."""
         outcome = in_a_process(check.name, self.settings, min(check.seconds, deadline - time.monotonic()))
         rows, left = rows_that_ran(outcome), deadline - time.monotonic()
         if outcome["status"] == DONE or rows is None or left < check.expected / 2:
@@ -160,12 +160,12 @@ class Suite:
         if "seconds" not in again.get("result", {}):  # no whole protocol either
             return outcome
         again["result"]["sweep"] = outcome["result"]["sweep"] | again["result"]["sweep"]
-        # Where the first one broke is told by its log alone.
+        # Only the first process's log tells where it broke.
         log = {"log": outcome["log"]} if "log" in outcome else {}
         return again | log | {"seconds": round(outcome["seconds"] + again["seconds"], 2)}
 
     def _list_packages_again(self, checks: list[Check], deadline: float) -> None:
-        """Take `machine` anew, if there is time: a check that was refused was done now, so something has been installed."""
+        """Run `machine` again, if there is time: a check that was refused before is done now, so something has been installed."""
         done = self.report["checks"]
         for check in checks:
             left = deadline - time.monotonic()
@@ -186,18 +186,18 @@ def _tail(found: dict[str, Any]) -> str:
 
 
 def in_a_process(name: str, settings: Settings, seconds: float) -> dict[str, Any]:
-    """One check's outcome, whatever becomes of its process."""
+    """One check's outcome, whatever becomes of its process, which is killed after `seconds`."""
     root = Path(cdiff.__file__).resolve().parents[1]
     paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
     work = make_folder(Path(settings.work).resolve())
-    # What compiles at its first use keeps what it made: below the home folder, or in /tmp, where a GPU machine may let nobody write.
+    # Compilers cache what they make: by default below the home folder or in /tmp, where a GPU machine may not let us write.
     caches = {"TRITON_CACHE_DIR": str(work / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor")}
     environment = {**caches, **os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     start = time.monotonic()
-    # Left where it cannot go, as on a network's disk whose files a process holds that does not end: that must not cost the checks to come.
+    # The folder stays where it cannot be removed, as on a network disk while a hung process holds its files: that must not stop the suite.
     with tempfile.TemporaryDirectory(dir=work, ignore_cleanup_errors=True) as folder:
         environment.setdefault("TMPDIR", folder)
-        environment.setdefault("PYTHONFAULTHANDLER", "1")  # where a crash came from is in the log
+        environment.setdefault("PYTHONFAULTHANDLER", "1")  # shows in the log where a crash came from
         out, log = Path(folder) / "check.json", Path(folder) / "log"
         command = [sys.executable, "-m", "cdiff.benchmarks.gpu_checks", name, settings_json(settings), str(out)]
         with log.open("w") as file:
@@ -212,7 +212,7 @@ def in_a_process(name: str, settings: Settings, seconds: float) -> dict[str, Any
         said = log.read_text(encoding="utf-8", errors="replace")[-4000:]
         try:
             outcome: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # it came to nothing before it ended
+        except (OSError, ValueError):  # it ended before it had written anything
             outcome = {"status": RUNNING}
     if outcome["status"] == RUNNING:
         lines = said.strip().splitlines() or ["it said nothing"]
@@ -228,7 +228,7 @@ def in_a_process(name: str, settings: Settings, seconds: float) -> dict[str, Any
 
 
 def _end(process: subprocess.Popen[bytes]) -> bool:
-    """End the process and what it started; the group is its own. Whether it ended: one that waits for a driver that hangs does not."""
+    """Kill the process and, by its group, what it started. Returns whether it ended: one that waits for a hung driver does not."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     try:
@@ -284,7 +284,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line. Returns 0 when every chosen check was done or refused in words, 1 when one broke, 2 for something to mend."""
+    """The command line. Returns 0 when no chosen check broke, 1 when one did, 2 for something to mend, 130 when interrupted."""
     begun, options = time.monotonic(), parse(argv)
     try:
         checks = chosen(plan(options.device, options.small), options.checks)
@@ -299,7 +299,7 @@ def main(argv: list[str] | None = None) -> int:
         must_take_files(work)
         settings = Settings(options.device, options.small, str(work), options.protocol_seconds)
         suite = Suite(options.out, settings, checks, options.fresh)
-        # Importing PyTorch, which a cold disk takes half a minute for, is a part of the minutes.
+        # --minutes includes the import of PyTorch, which can take half a minute from a cold disk.
         suite.run(checks, options.minutes - (time.monotonic() - begun) / 60)
     except CdiffError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -316,6 +316,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # What ends the suite ends the check that runs: left alone it would keep the GPU, and spoil what is measured next.
+    # A signal that ends the suite must end the running check too: left alone it would keep the GPU, and spoil what is measured next.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

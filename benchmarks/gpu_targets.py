@@ -1,4 +1,4 @@
-"""The GPU suite's targets, each met, missed or not measured, by the best of cdiff's own ways and by each of them."""
+"""The GPU suite's targets: each met, missed or not measured, for every one of cdiff's own ways."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from cdiff.benchmarks.gpu_subjects import PAPER, SHIPPED
 
 MET, MISSED, UNKNOWN = "met", "missed", "not measured"
 BASELINES = ("published", "eager16", "compiled", "onnxruntime-cpu")
-"""Ways that are there to be compared with; the targets are not theirs."""
+"""Ways that are measured only for comparison; no targets are set for them."""
 
 MAPS, DICE, FASTER, PEAK, HOST, LINEAR = 0.01, 0.995, 8.0, 0.5, 0.02, 0.05
 
 
 @dataclass(frozen=True)
 class Target:
-    """One target for one way of running: what it asks for, what was measured, whether that does, and the checks that left it without a value."""
+    """One target for one way of running (`path`): what it asks for, what was found, whether that meets it, and the checks that it lacks."""
 
     target: str
     path: str
@@ -27,9 +27,9 @@ class Target:
 
 
 def targets(checks: dict[str, Any], small: bool) -> list[dict[str, Any]]:
-    """The targets of every way that a check was planned for, JSON values; a `small` suite measures no target.
+    """The targets of every way in `checks` (the report's, by name), as JSON values.
 
-    checks: the report's, by name. A path whose check was refused or is missing is "not measured".
+    A target is "not measured" where a check that it needs was refused or is missing, and always for a `small` suite.
     """
     paths = dict.fromkeys(name.split(":")[1] for name in checks if name.count(":") == 2)
     found = [target for path in paths if path not in BASELINES for target in _of(path, {} if small else checks)]
@@ -56,7 +56,7 @@ def _of(path: str, checks: dict[str, Any]) -> list[Target]:
     slices = _result(checks, several).get("seconds_a_slice", {})
     seconds, share, host = protocol.get("seconds_a_slice"), protocol.get("flop_per_s"), protocol.get("host_share")
     faster = published["seconds_a_slice"] / seconds if published and seconds else None
-    # Told beside, not judged: the published code takes a run's levels together, and nobody runs it without TF32 unasked.
+    # Shown, but not judged by: the published code batches a run's levels, and PyTorch uses TF32 in convolutions unless told otherwise.
     others = {
         "row by row": published.get("by_row"),
         "without TF32": published.get("tf32_convolutions") and published.get("without_tf32"),
@@ -67,11 +67,11 @@ def _of(path: str, checks: dict[str, Any]) -> list[Target]:
     beside = f" ({', '.join(told)})" if told else ""
     of_peak = share / rate if share and rate else None
     longer = slices["4"] / slices["1"] - 1 if slices else None
-    # Single steps at the best of the sizes that were come to: told, and no whole protocol.
+    # Only single steps were measured, at the best batch size reached: shown, but no whole protocol to judge by.
     steps_alone = protocol.get("share") == 0
 
     def judge(target: str, value: float | None, form: str, good: Callable[[float], bool], **needs: Any) -> Target:
-        """needs: what the value is made of, by the names of the checks."""
+        """needs: the parts that the value is made of, by the names of their checks."""
         if value is None:
             return Target(target, path, "-", UNKNOWN, tuple(name for name, part in needs.items() if not part))
         if steps_alone and whole in needs:

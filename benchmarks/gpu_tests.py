@@ -18,7 +18,7 @@ MARK = re.compile(r"^\s*(@|pytestmark = )pytest\.mark\.gpu\b", re.MULTILINE)
 
 
 def marked_files(root: Path) -> list[Path]:
-    """The test files below `root`/tests that have a test marked `gpu`: they need neither nibabel nor typer to be collected."""
+    """The test files below `root`/tests that have a test marked `gpu`; unlike others, these can be collected without nibabel and typer."""
     return sorted(p for p in (root / "tests").rglob("test_*.py") if MARK.search(p.read_text(encoding="utf-8")))
 
 

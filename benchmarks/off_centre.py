@@ -28,13 +28,13 @@ from cdiff.runtime.scoring.metrics import at_least, bootstrap_over_cases, dice_o
 from cdiff.runtime.segmenter import Segmenter
 
 PIXELS = (0, 2, 4, 8, 12, 16)
-"""How far beside the middle a case is pointed at, unless --pixels says."""
+"""Distances from the middle, in pixels, at which cases are pointed at, unless --pixels gives others."""
 DIRECTIONS = 8
 Row = dict[str, Any]
 
 
 def beside(middle: tuple[int, int], pixels: int, number: int) -> tuple[int, int]:
-    """The pixel so many pixels from `middle`, in the direction of case `number`: each next case's is three eighths of a turn further."""
+    """The pixel (row, column) that lies `pixels` from `middle` in the direction of case `number`: three eighths of a turn further each case."""
     angle = 2 * math.pi * (3 * number % DIRECTIONS) / DIRECTIONS
     return middle[0] + round(pixels * math.sin(angle)), middle[1] + round(pixels * math.cos(angle))
 
@@ -42,10 +42,11 @@ def beside(middle: tuple[int, int], pixels: int, number: int) -> tuple[int, int]
 def measure(
     model: Segmenter, case: Case, number: int, distances: Sequence[int], slices_per_case: int | None
 ) -> list[Row]:
-    """For each distance and each slice that all annotators of a case marked: soft Dice, the mask's mean Dice with an annotator's and what the
-    map itself expects of that, None of an empty mask, and whether the mask misses all that most of them marked.
+    """A row for each distance and each slice that all annotators of a case marked: soft Dice; the mask's mean Dice with the annotators', and
+    the one that the map itself expects (None for an empty mask); and whether the mask misses everything that most annotators marked.
 
-    The middle is that of the case's slices. Raises CdiffError for a case of another kind than volumes cut along their last axis.
+    number: the case's, for its direction. distances: in pixels, from the middle of the case's slices. Raises CdiffError for a case that is
+    no volume cut along its last axis.
     """
     scan = read_scan(case.scan)
     if scan.grid.slice_axis != 2:
@@ -75,8 +76,8 @@ def measure(
 
 
 def summary(cases: list[list[Row]], distances: Sequence[int]) -> list[Row]:
-    """For each distance the mean soft Dice, its difference from the first one, both with an interval over cases, the share of slices
-    missed and of those with an empty mask, and of the others the Dice that the maps expect and the one found."""
+    """For each distance: the mean soft Dice and its difference from that at the first distance, both with an interval over cases; the
+    shares of slices that are missed and that have an empty mask; and over the slices with a mask, the Dice expected and the Dice found."""
     found = []
     for pixels in distances:
         here = [[row for row in rows if row["pixels"] == pixels] for rows in cases]
@@ -94,7 +95,7 @@ def summary(cases: list[list[Row]], distances: Sequence[int]) -> list[Row]:
                 "missed": float(np.mean([row["missed"] for rows in here for row in rows])),
                 "empty": float(np.mean([row["expected_dice"] is None for rows in here for row in rows])),
                 **{
-                    # Of the same slices, or the two could not be compared.
+                    # Both over the same slices, so that they can be compared.
                     name: bootstrap_over_cases(
                         [[row[name] for row in rows if row["expected_dice"] is not None] for rows in here]
                     ).to_json()
@@ -106,12 +107,12 @@ def summary(cases: list[list[Row]], distances: Sequence[int]) -> list[Row]:
 
 
 def distances_in(text: str) -> tuple[int, ...]:
-    """Distances with commas between."""
+    """The distances in a text that has commas between them."""
     return tuple(int(part) for part in text.split(","))
 
 
 def show(interval: Row) -> str:
-    """A mean, or that there is none."""
+    """The mean as text, - where there is none."""
     return "-" if interval["mean"] is None else f"{interval['mean']:.3f}"
 
 

@@ -27,7 +27,7 @@ from pathlib import Path
 
 PART_MIB = 56
 GLIBC = range(17, 40)
-"""pip takes a platform word for word, and projects tag their wheels with many: every manylinux_2_N in use is offered."""
+"""Every manylinux_2_N in use: pip matches platforms word for word, and projects tag their wheels with many of them."""
 
 UNPACK = '''"""Put the parts together: python3 unpack.py PARTS SITE. Plain Python, no network."""
 
@@ -104,7 +104,7 @@ def site_of(wheels: list[Path]) -> bytes:
 
 
 def say(line: str) -> None:
-    """Progress, at once, and apart from the result."""
+    """Print a line of progress at once, on stderr, apart from the result."""
     print(line, file=sys.stderr, flush=True)
 
 
@@ -116,7 +116,7 @@ def _anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:
 
 
 def write_parts(data: bytes, out: Path, size: int) -> list[Path]:
-    """OUT/part.000 and so on, parts.sha256 and unpack.py; parts of an earlier packing go."""
+    """OUT/part.000 and so on, parts.sha256 and unpack.py; parts of an earlier packing are removed."""
     out.mkdir(parents=True, exist_ok=True)
     for old in out.glob("part.[0-9][0-9][0-9]"):
         old.unlink()

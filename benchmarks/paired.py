@@ -34,9 +34,9 @@ BY_SIZE = ("smallest third", "middle third", "largest third")
 def compare(a: Row, b: Row, group: str | None = None) -> Row:
     """Differences B - A of two reports: the mean over slices with a 95 % interval by bootstrap over cases, in all and by size.
 
-    group: a regular expression, as in `summary.group_names`; cases of one group, a patient's say, are then drawn together. The size
-    of a case is what the annotators' levels hold on average, in voxels a scored slice. Raises CdiffError when the reports are not of
-    the same slices of the same files, and for a group that cannot be found.
+    group: a regular expression, as in `summary.group_names`; cases of one group, such as a patient's, are then drawn together. The
+    size of a case is the mean volume of the annotators' levels, in voxels per scored slice. Raises CdiffError when the reports are not
+    of the same slices of the same files, and for a group that cannot be found.
     """
     for which, report in (("first", a), ("second", b)):
         if not report.get("cases"):
@@ -79,7 +79,7 @@ def _level(c: int) -> Take:
 
 
 def _differences(pairs: Sequence[tuple[Row, Row]], takes: dict[str, Take], groups: Sequence[str] | None) -> Row:
-    """Of each score: A's and B's means over the slices where both have it, the difference with its interval, their number."""
+    """For each score: A's and B's means over the slices where both have it, and the difference with its interval and number of slices."""
     found: Row = {"n_cases": len(pairs), "n_slices": sum(len(first["slices"]) for first, _ in pairs)}
     found |= {"n_groups": len(set(groups))} if groups else {}
     for name, take in takes.items():
@@ -88,7 +88,7 @@ def _differences(pairs: Sequence[tuple[Row, Row]], takes: dict[str, Take], group
             for first, second in pairs
         ]
         apart = bootstrap_over_cases([[y - x for x, y in case] for case in both], groups=groups)
-        # Both means over the same slices: else they would not differ by the difference beside them.
+        # Both means over the same slices, so that they differ by the difference that stands beside them.
         scored = [pair for case in both for pair in case if not any(map(math.isnan, pair))]
         mean_a, mean_b = np.mean(scored, axis=0).tolist() if scored else (None, None)
         found[name] = {"a": mean_a, "b": mean_b} | apart.to_json()
@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
 def _read(path: Path) -> Row:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        json.dumps(found, allow_nan=False)  # a report has null for a score that there is not
+        json.dumps(found, allow_nan=False)  # a report has null for a missing score, never NaN
     except (OSError, ValueError, RecursionError) as error:
         raise CdiffError(
             f"{path} cannot be read as a report ({error}); give what cdiff evaluate --json wrote"

@@ -1,6 +1,6 @@
 """The published way to sample, as the yardstick: plain PyTorch, one run after another, the encoder run anew for each row of each run.
 
-Amit et al. 2023, algorithm 2, as their code runs it (`sampling_major_vote_func`): a run's levels are one batch, into which the image goes once a
+Amit et al. 2023, algorithm 2, as their code runs it (`sampling_major_vote_func`): a run's levels are one batch, which holds the image once per
 level; G(I) is kept over the run's steps.
 """
 
@@ -29,13 +29,13 @@ def plain_loop(
     *,
     by_row: bool = False,
 ) -> Float32:
-    """Soft maps [S, h, w]: the mean over runs and levels of clip((x + 1)/2, 0, 1); of x where masks are 0 outside.
+    """Soft maps [S, h, w]: the mean over runs and levels of clip((x + 1)/2, 0, 1), or where masks are 0 outside, of x.
 
     by_row: a batch holds a single level, so that one chain is sampled after another. The noise is PyTorch's own, in the order of the windows, runs,
     batches and steps.
 
-    The network and `diffusion` must be on one device; results come back to the host once a batch. `timings` is filled; on a GPU its
-    parts other than the sum are only when the work was queued.
+    The network and `diffusion` must be on one device; results come back to the host once per batch. `timings` is filled; on a GPU its
+    parts other than "collect" tell only how long it took to queue the work.
     """
     device = next(network.parameters()).device
     levels, maps = torch.arange(1, network.config.conditions + 1, device=device), []
@@ -57,7 +57,7 @@ def _run(
     table: SamplerTable,
     timings: Timings,
 ) -> Float32:
-    """A reverse chain a level: image [ch, H, W], levels int64 [B] -> the sum [H, W] of their fractions in 0..1."""
+    """A reverse chain for each level: image [ch, H, W], levels int64 [B] -> the sum [H, W] of B maps, each in 0..1."""
     rows = image.expand(len(levels), -1, -1, -1)
     with timings.part("encode"):
         features = network.encoder(rows)
@@ -84,7 +84,7 @@ def _run(
 
 
 def _deviation(table: SamplerTable, step: int, output: Tensor) -> Tensor | float:
-    """What the noise is multiplied by: d, or with a learned variance the interpolated one (Nichol & Dhariwal 2021, eq. 15)."""
+    """The factor of the noise: d, or with a learned variance the interpolated deviation (Nichol & Dhariwal 2021, eq. 15)."""
     if output.shape[1] == 1 or table.log_variance_min is None or table.log_variance_max is None:
         return float(table.d[step])
     mix = (output[:, 1:] + 1) / 2

@@ -8,10 +8,10 @@ import signal
 
 
 def end_with_parent() -> None:
-    """Have the kernel end this process when the one that started it ends, were it by a signal that none can catch (prctl(2), Linux alone).
+    """Have the kernel kill this process when the one that started it ends, even by a signal that cannot be caught (prctl(2), Linux only).
 
-    What outlives its benchmark would take the processors or the GPU that the next one measures on: a contender until its answer, which
-    takes minutes, is done; a check of the suite, which has a session of its own, for as long as it likes.
+    A process that outlives its benchmark would keep processors or the GPU from the next measurement: a contender until its answer is
+    done, which takes minutes; a check of the suite, which has a session of its own, for as long as it runs.
     """
     PR_SET_PDEATHSIG = 1
     with contextlib.suppress(OSError, AttributeError):

@@ -19,7 +19,7 @@ def parser_of(name: str, text: str | None) -> argparse.ArgumentParser:
 
 
 def script(work: Callable[P, None]) -> Callable[P, int]:
-    """The command line `work` with an exit code: 0, or 2 after one line for what a user can mend."""
+    """The command line `work` with an exit code: 0, or 2 after one line on stderr for a CdiffError, which a user can mend."""
 
     @functools.wraps(work)
     def main(*args: P.args, **kwargs: P.kwargs) -> int:

@@ -29,7 +29,7 @@ def summary(report: dict[str, Any]) -> RenderableType:
 
 
 def name_of(report: dict[str, Any], kind: str) -> str:
-    """How a contender is called in tables."""
+    """What a contender is called in tables."""
     return f"{NAMES[kind]} ({report['contenders'][kind]['engine']})" if kind == "exported" else NAMES[kind]
 
 

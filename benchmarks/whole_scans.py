@@ -29,7 +29,7 @@ Row = dict[str, Any]
 
 
 def measure(model: Segmenter, image: Path, label: Path) -> Row:
-    """One scan: its numbers, and for each factor of `FACTORS` and slice of the label the Dice of every level and of the mask with it.
+    """The numbers of one scan and, for each of FACTORS and each slice of the label, the Dice of every level and of the mask with the label.
 
     Raises CdiffError when a file cannot be read, or the label is empty or of another shape.
     """
@@ -54,7 +54,7 @@ def measure(model: Segmenter, image: Path, label: Path) -> Row:
 
 
 def place_in(drawn: NDArray[np.bool_]) -> tuple[tuple[int, int, int], list[int]]:
-    """The voxel in the middle of a label [i, j, k] in the middle of its slices, and these slices' numbers."""
+    """The middle voxel of a label [i, j, k] in its middle slice, and the numbers of all of its slices."""
     numbers = [int(k) for k in np.flatnonzero(drawn.any(axis=(0, 1)))]
     middle = numbers[len(numbers) // 2]
     i, j = np.rint(np.argwhere(drawn[..., middle]).mean(axis=0)).astype(int)
@@ -62,7 +62,7 @@ def place_in(drawn: NDArray[np.bool_]) -> tuple[tuple[int, int, int], list[int]]
 
 
 def _extent(drawn: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Pixels from one end of a label [i, j] to the other, along either axis."""
+    """Pixels from one end of a label [i, j] to the other, along each axis [2]."""
     return np.asarray(np.ptp(np.argwhere(drawn), axis=0) + 1)
 
 

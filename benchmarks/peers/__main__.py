@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def chosen(only: str | None) -> list[str]:
-    """The peers of --only, in the order of training. Raises CdiffError for a name that is none."""
+    """The peers of --only, in the order of training. Raises CdiffError for an unknown name."""
     if only is None:
         return list(NAMES)
     wanted = [name.strip() for name in only.split(",") if name.strip()]
@@ -97,7 +97,7 @@ def chosen(only: str | None) -> list[str]:
 
 
 def train(options: argparse.Namespace, names: list[str]) -> int:
-    """Each peer in turn; one that fails is named at the end, and the others are trained all the same."""
+    """Train each peer in turn and return the exit code; one that fails is named at the end, and the others are trained all the same."""
     budget = Budget(
         minutes=options.minutes, clock=options.clock, steps=options.steps, batch=options.batch, crop=options.crop,
         validations=options.validations, seed=options.seed,
@@ -114,7 +114,7 @@ def train(options: argparse.Namespace, names: list[str]) -> int:
             if name in UNETS:
                 done = train_unet(UNETS[name], options.data, run, budget)
             else:
-                read_slices.cache_clear()  # cdiff's trainer reads its own
+                read_slices.cache_clear()  # no longer needed: cdiff's trainer reads its own
                 done = diffusion.train_diffusion(
                     name,
                     options.data,
@@ -141,7 +141,7 @@ def train(options: argparse.Namespace, names: list[str]) -> int:
 
 
 def score(options: argparse.Namespace, names: list[str]) -> int:
-    """The finished peers' scores to a table on stdout and to --json."""
+    """Write the finished peers' scores as a table to stdout and, whole, to --json; return the exit code."""
     scoring = Scoring(
         options.score, options.all_raters, options.runs, not options.no_mirror, options.seed, options.limit, options.threads,
         options.slices_per_case, check_zooms(parse_zooms(options.zooms), "centre"),

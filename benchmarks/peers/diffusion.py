@@ -30,9 +30,9 @@ DIFFUSION = tuple(VARIANTS)
 ENDLESS = 1_000_000
 """Steps that no budget of minutes reaches."""
 STEPS = (1, 5)
-"""Numbers of DDIM steps that a peer may be scored with: Validation says which."""
+"""Numbers of DDIM steps that a peer may be scored with: Validation decides which."""
 CHOOSING = 6
-"""Validation cases that say it."""
+"""How many Validation cases decide that."""
 BUNDLE, UNFINISHED = "bundle", "bundle-unfinished"
 """Folders in the run: of the checkpoint that was chosen, and of the best so far of a run that is looked at before its end."""
 
@@ -41,7 +41,7 @@ def configuration(
     name: str, data: Path, budget: Budget, preset: str, threads: int, settings: Sequence[str] = ()
 ) -> Config:
     """The preset's network and training for the variant `name`, changed by `settings` (KEY=VALUE, as `cdiff train --set`), with the
-    peers' budget and the data's number of annotators. Raises CdiffError for a setting that is none."""
+    peers' budget and the data's number of annotators. Raises CdiffError for an unknown setting."""
     chosen = (
         named(preset)
         .with_settings(list(settings))
@@ -100,9 +100,9 @@ def bundle_of(out: Path) -> Bundle:
 def steps_on_validation(
     out: Path, segmenter: Segmenter, cases: list[Case], protocol: Protocol, say: Callable[[str], None]
 ) -> dict[int, float]:
-    """Soft Dice (five thresholds) of each of STEPS that the model has, on the first CHOOSING of the Validation `cases`.
+    """Soft Dice (five thresholds) by number of steps, for STEPS capped at the model's T, on the first CHOOSING of the Validation `cases`.
 
-    OUT/steps_N.json are the reports; what is there is not drawn again. Raises CdiffError when none of the cases can be scored.
+    OUT/steps_N.json are the reports; what they hold is not drawn again. Raises CdiffError when none of the cases can be scored.
     """
     scores = {}
     for steps in sorted({min(n, segmenter.manifest.T) for n in STEPS}):
@@ -127,7 +127,10 @@ def spent(out: Path) -> float:
 
 
 def summary(out: Path) -> dict[str, Any]:
-    """What a U-Net peer's `run.json` holds, of this run. The budget's clock gives its seconds; the other's were not counted."""
+    """Of this run, what `run.json` holds for a U-Net peer, with seconds of the budget's clock alone: the other's were not counted.
+
+    Raises CdiffError for a run without a checkpoint.
+    """
     config, folder, best = read_config(out), checkpoint_folder(out, "last"), checkpoint_folder(out, "best")
     if folder is None:
         raise CdiffError(f"{out} holds no checkpoint; train it first")

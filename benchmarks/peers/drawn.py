@@ -13,8 +13,8 @@ from cdiff.runtime.stack import Stack
 
 @dataclass(frozen=True)
 class Drawn:
-    """masks: bool [S, n, H, W], the annotators'. chosen: the scored slices among S, one at least. stack: what was drawn of all slices
-    from the first to the last of these; those between may be empty where they are not scored."""
+    """masks: bool [S, n, H, W], the annotators'. chosen: the numbers of the scored slices among S, one at least. stack: what was drawn of
+    the slices from the first of these to the last; slices between that are not scored may be empty."""
 
     grid: Grid
     masks: NDArray[np.bool_]
@@ -23,5 +23,5 @@ class Drawn:
 
     @property
     def first(self) -> int:
-        """Which slice the stack begins with."""
+        """The number of the slice with which the stack begins."""
         return int(self.chosen[0])

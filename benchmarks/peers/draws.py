@@ -19,7 +19,7 @@ Float32 = NDArray[np.float32]
 
 
 def mixed(*numbers: int) -> int:
-    """One seed of several numbers."""
+    """One seed made of several numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
@@ -35,15 +35,15 @@ def draw_runs(
 ) -> Float32:
     """Probabilities [K, R, H, W] of one slice [1, H, W]; the same seed draws the same.
 
-    A peer that samples draws R = runs; run r sees the slice at zoom r % Z, and the runs of one zoom see its VIEWS in turn when `mirror`,
-    as a diffusion model's do. The others have R = 1: the mean over zooms and views, or the slice as it is. For a zoom the whole slice
-    is resampled, to the nearest size that a U-Net takes, and its maps back.
+    A peer that samples draws R = runs; run r sees the slice at the r % Z-th of Z zooms, and the runs of one zoom see its VIEWS in turn when
+    `mirror`, as a diffusion model's do. The others have R = 1, the mean over zooms and, when `mirror`, views. For a zoom other than 1 the
+    whole slice is resampled to the nearest size that a U-Net takes, and its maps are resampled back.
     """
     size = image.shape[-2:]
     found: list[Float32] = []
     for zoom, share in shared_out(runs, zooms) if peer.samples else [(zoom, 1) for zoom in zooms]:
         H, W = (n if zoom == 1 else DIVISOR * max(1, round(n * zoom / DIVISOR)) for n in size)
-        # With one seed, runs of one number would draw the same at each zoom.
+        # With one seed for all, runs of the same number would draw the same at each zoom.
         of_zoom = seed if zoom == 1 else mixed(seed, round(1000 * zoom))
         found.append(resize(_views(peer, network, resize(image, (H, W)), share, mirror, of_zoom), size))
     if not peer.samples:
@@ -56,7 +56,7 @@ def draw_runs(
 
 @torch.inference_mode()
 def _views(peer: UNetPeer, network: nn.Module, image: Float32, runs: int, mirror: bool, seed: int) -> Float32:
-    """The same of a slice at one size."""
+    """`draw_runs` for a slice at one size."""
     network.eval()
     views = min(VIEWS, runs if peer.samples else VIEWS) if mirror else 1
     found: list[Float32] = []

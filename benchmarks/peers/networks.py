@@ -1,4 +1,4 @@
-"""The U-Net peers' networks, of MONAI's parts: a plain U-Net, and the probabilistic U-Net of Kohl et al. 2018 around it.
+"""The U-Net peers' networks, made of MONAI's parts: a plain U-Net, and the probabilistic U-Net of Kohl et al. 2018 around it.
 
 Kohl, Romera-Paredes, Meyer, De Fauw, Ledsam, Maier-Hein, Eslami, Rezende, Ronneberger: A Probabilistic U-Net for Segmentation of
 Ambiguous Images, NeurIPS 2018, arXiv:1806.05034.
@@ -17,9 +17,9 @@ from cdiff.runtime.errors import CdiffError
 
 FEATURES = (32, 32, 64, 128, 256, 32)  # 1.98 M parameters
 ENCODER = (16, 16, 32, 64, 128)
-"""Channels of the probabilistic U-Net's prior and posterior nets: half the U-Net's, or a third of the time would go into them."""
+"""Channels of the probabilistic U-Net's prior and posterior nets: half the U-Net's, since otherwise a third of the time would go into them."""
 DIVISOR = 16
-"""Of the rows and columns that they take: they halve a slice four times."""
+"""Rows and columns must be multiples of it: the networks halve a slice four times."""
 LATENT = 6
 """Kohl et al.'s dimensions of z on LIDC-IDRI."""
 NORM = ("group", {"num_groups": 8})
@@ -104,7 +104,7 @@ class ProbabilisticUNet(nn.Module):
         _channels_last(self)
 
     def posterior_of(self, image: Tensor, mask: Tensor) -> Gaussian:
-        """Of images and masks (0 or 1), both [B, 1, H, W]. Masks enter as -1/2 and 1/2, as in the published code."""
+        """The posterior of images and masks (0 or 1), both [B, 1, H, W]. Masks enter as -1/2 and 1/2, as in the published code."""
         return self.posterior(torch.cat([image, mask - 0.5], 1))  # type: ignore[no-any-return]
 
     def logits(self, features: Tensor, z: Tensor) -> Tensor:

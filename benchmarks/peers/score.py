@@ -43,14 +43,17 @@ KEPT = (
 )  # fmt: skip
 """What the table of all peers keeps of a peer's report; the whole one stays in its run."""
 TIMED = 4
-"""Slices that the time a slice is measured on, at most."""
+"""Most slices over which the time per slice is measured."""
 
 
 @dataclass(frozen=True)
 class Scoring:
-    """How peers are scored: split "val" or "test"; all_raters and slices_per_case as for `cdiff evaluate`; runs of a U-Net peer that
-    samples (a diffusion peer has those of `--fast`, and as many steps as Validation says); mirror: all peers see the slice mirrored too,
-    or none; zooms: the sizes, as multiples of the slice's own, at which they see it in turn; limit: the first so many cases."""
+    """How peers are scored.
+
+    split: "val" or "test". all_raters, slices_per_case: as for `cdiff evaluate`. runs: of a U-Net peer that samples; a diffusion peer has
+    those of `--fast`, and the number of steps that did best on Validation. mirror: whether the peers see the slice mirrored too. limit:
+    only the first so many cases. zooms: the sizes, as multiples of the slice's own, at which the peers see it in turn.
+    """
 
     split: str = "test"
     all_raters: bool = False
@@ -64,7 +67,7 @@ class Scoring:
 
     @property
     def file(self) -> str:
-        """Where a run keeps its whole report."""
+        """The name of the file in a run that holds its whole report."""
         sample = "" if self.slices_per_case is None else f"_{self.slices_per_case}_a_case"
         zooms = "" if self.zooms == (1.0,) else f"_zooms_{'_'.join(f'{zoom:g}' for zoom in self.zooms)}"
         return f"scores_{self.split}{'_all_raters' if self.all_raters else ''}{sample}{zooms}.json"
@@ -131,7 +134,7 @@ def load_unet(peer: UNetPeer, run: Path, annotators: int) -> nn.Module:
 def score_unet(
     name: str, run: Path, data: Path, cases: list[Case], scoring: Scoring, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """The scores of the U-Net peer in `run`; its whole report is RUN/scores_*.json, and cases that are there are not drawn again.
+    """The scores of the U-Net peer in `run`; its whole report is RUN/scores_*.json. After an interruption, scored cases are not drawn again.
 
     Raises CdiffError for a case that is unlike the others and for weights that are not this peer's.
     """
@@ -228,7 +231,7 @@ def draw_case(
 def score_case(
     peer: UNetPeer, network: nn.Module, case: Case, number: int, annotators: int, scoring: Scoring
 ) -> Row | None:
-    """A row of the report of what `draw_case` draws, with what it may raise; None when no slice is marked as asked."""
+    """The report's row for what `draw_case` draws; None when no slice is marked as asked. Raises CdiffError as `draw_case` does."""
     started = time.monotonic()
     drawn = draw_case(peer, network, case, number, annotators, scoring)
     if drawn is None:
@@ -244,7 +247,7 @@ def score_case(
 
 
 def stack_of(runs: NDArray[np.float32], variant: Variant, annotators: int) -> Stack:
-    """Runs [n, K, R, H, W] of probabilities as the maps that the runtime makes of a diffusion model's runs."""
+    """Runs of probabilities [n, K, R, H, W] as a `Stack`, which the runtime makes of a diffusion model's runs."""
     kept = np.rint(runs * 255).astype(np.uint8)
     return Stack(runs.mean(2), runs.mean(1).std(1), kept, variant, annotators)
 
@@ -252,8 +255,8 @@ def stack_of(runs: NDArray[np.float32], variant: Variant, annotators: int) -> St
 def score_diffusion(
     name: str, run: Path, data: Path, cases: list[Case], scoring: Scoring, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """The scores of the diffusion peer in `run`, by `cdiff evaluate --fast` with the number of steps that is best on Validation;
-    RUN/scores_*.json is its report, gone on from if cut short."""
+    """The scores of the diffusion peer in `run`, by `cdiff evaluate --fast` with the number of steps that is best on Validation. Its report
+    is RUN/scores_*.json, which is continued if it was cut short."""
     bundle = diffusion.bundle_of(run)
     segmenter = Segmenter(bundle, open_engine(bundle, "auto", "cpu", threads=scoring.threads))
     protocol = Protocol(
@@ -289,7 +292,7 @@ def score_diffusion(
 
 
 def cpu_seconds_a_slice(case: Case, draw: Callable[[Case, range], None]) -> float:
-    """This process's processor seconds for all runs of one slice, from its file: the mean over a few slices, after one to warm up."""
+    """This process's processor seconds for all runs of one slice, reading included: the mean over a few slices, after one to warm up."""
     count = len(read_scan(case.scan).slices)
     middle = max(0, (count - TIMED) // 2)
     chosen = range(middle, min(count, middle + TIMED))

@@ -17,7 +17,7 @@ from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.scans.intensity import Intensity
 
 INTENSITY = Intensity("slice", 0.5, 99.5)
-"""The diffusion presets' own."""
+"""That of the diffusion presets."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def augmented_batch(slices: Slices, step: int, batch: int, size: int, jitter: in
     angle = np.deg2rad(rng.uniform(-15, 15, batch))
     scale = rng.uniform(0.9, 1.1, batch)
     flip = rng.choice([-1.0, 1.0], (2, batch))
-    shift = rng.uniform(-0.1, 0.1, (2, batch)) * size / H  # a fraction of the crop, as one of the slice
+    shift = rng.uniform(-0.1, 0.1, (2, batch)) * size / H  # of the crop, expressed as a fraction of the slice
     if size < H:
         shift += rng.uniform(-jitter, jitter, (2, batch)) / H
     cos, sin = np.cos(angle) / scale, np.sin(angle) / scale
@@ -111,6 +111,6 @@ def augmented_batch(slices: Slices, step: int, batch: int, size: int, jitter: in
     grid = F.affine_grid(torch.from_numpy(theta).float(), [batch, 1, size, size], align_corners=False)
     image = F.grid_sample(image, grid, "bilinear", "reflection", align_corners=False)
     masks = F.grid_sample(masks, grid, "nearest", "zeros", align_corners=False)
-    # From a generator of its own: the peers that need no annotator see the very same windows.
+    # From a generator of its own, so that drawing an annotator does not change the windows: all peers see the same ones.
     reader = np.random.default_rng((seed, step, 2)).integers(masks.shape[1], size=batch)
     return Batch(image.contiguous(memory_format=torch.channels_last), masks, torch.from_numpy(reader))

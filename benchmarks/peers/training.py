@@ -39,7 +39,7 @@ STATE = ("network", "average", "optimiser", "step", "best", "validated", "wall",
 SUMMARY = "run.json"
 WEIGHTS = "best.safetensors"
 VAL_RUNS = 1
-"""Draws a slice when validating a peer that samples: more would take its training time, and the other peers validate with one too."""
+"""Draws per slice when a peer that samples is validated: more would cost training time, and the other peers validate with one too."""
 SAY_EVERY = 30.0
 """Seconds between two lines about the progress."""
 
@@ -49,7 +49,8 @@ class Budget:
     """What one training run may use, the same for every peer. `minutes` are of `clock`: "wall", or "cpu", this process's processor
     time, for a machine that others use too. steps > 0 counts steps instead; only such a run is reproducible to the bit.
 
-    crop: pixels of the training windows, `jitter` pixels off the slice's centre; the last `full_share` runs on whole slices.
+    crop: side in pixels of the training windows, which lie up to `jitter` pixels off the slice's centre; for the last `full_share` of the
+    budget they are whole slices.
     Raises CdiffError for values out of range.
     """
 
@@ -160,12 +161,12 @@ class Training:
             torch.save(state, part)
 
     def step(self) -> tuple[int, float, float]:
-        """One optimiser step: the windows' size, the learning rate, the loss. Raises CdiffError when the loss is not finite."""
+        """Take an optimiser step; returns the windows' size, the learning rate and the loss. Raises CdiffError when that is not finite."""
         budget, progress = self.budget, self.progress
         size, batch = budget.crop, budget.batch
         if progress >= 1 - budget.full_share:
             size = self.size
-            batch = max(1, round(budget.batch * (budget.crop / size) ** 2))  # as many pixels a batch as before
+            batch = max(1, round(budget.batch * (budget.crop / size) ** 2))  # as many pixels per batch as before
         decay = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress))
         lr = budget.lr * min(1, (self.done + 1) / 100) * decay
         for group in self.optimiser.param_groups:
@@ -189,7 +190,7 @@ class Training:
         return size, lr, value
 
     def validate(self) -> float:
-        """Mean over the validation slices of soft Dice at five thresholds, of the averaged weights, which are kept if they are best."""
+        """The averaged weights' soft Dice (five thresholds), a mean over the validation slices; saves the weights if they are best so far."""
         scores = []
         for i, (image, label) in enumerate(zip(self.val_images, self.val_label, strict=True)):
             seed = mixed(self.budget.seed, 3, i)  # the same draws each time: checkpoints compare
@@ -204,7 +205,7 @@ class Training:
         return score
 
     def loop(self) -> bool:
-        """Steps until the budget is spent (True) or an interrupt (False), and saves: at each validation, and every minute."""
+        """Train until the budget is spent (returns True) or an interrupt (False), and save at each validation and every minute."""
         saved, said, progress = time.monotonic(), 0.0, self.progress
         with Interrupt() as interrupt:
             while progress < 1 and not interrupt.asked:
@@ -272,6 +273,6 @@ def read_state(last: Path) -> dict[str, Any]:
 
 
 def append_row(path: Path, row: tuple[Any, ...]) -> None:
-    """One line of the log."""
+    """Append a line to the log; None is written as an empty cell."""
     with path.open("a", newline="") as file:
         csv.writer(file).writerow(["" if v is None else round(v, 6) if isinstance(v, float) else v for v in row])

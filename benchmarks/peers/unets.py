@@ -1,9 +1,9 @@
 """The U-Net peers: what each learns from, by which loss, and what it draws. They differ in nothing else.
 
 A peer's maps are read as those of the diffusion variant that draws the same (runtime.variants): K maps of a slice, R runs of each.
-The soft map is their mean. Levels: level c of C is where the soft map reaches (c - 1/2) / C; with a map an annotator, where at least
-c of them reach one half. Samples for the energy distance: every run's every map at one half, so a network that always gives the
-same single map has one.
+The soft map is their mean. Levels: level c of C is where the soft map reaches (c - 1/2) / C; with one map per annotator, where at
+least c of them reach one half. Samples for the energy distance: every map of every run at one half, so a network that always gives
+the same single map has one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from cdiff.runtime.variants import ANNOTATOR, IMPLICIT_ENSEMBLE, NO_ANNOTATOR, V
 DROPOUT = 0.1
 """The rate of MC dropout, after every convolution; it was not searched for."""
 Pixels = Callable[[Tensor, Tensor], Tensor]
-"""A loss of logits and a target of their shape."""
+"""A loss: logits and a target of their shape -> a scalar."""
 BETA = 1.0
 """The weight of the KL term, as in Kohl et al.'s published code, whose configuration is for Cityscapes."""
 
@@ -47,7 +47,7 @@ class UNetPeer:
 def cross_entropy_and_dice(logits: Tensor, target: Tensor) -> Tensor:
     """Binary cross-entropy plus a soft Dice loss over the batch (target 0..1, of the logits' shape).
 
-    With the squares in the denominator both are least where p = target, also for a fraction.
+    With the squares in the denominator both terms are least where p = target, also for a target that is a fraction.
     """
     p = torch.sigmoid(logits)
     cross_entropy = F.binary_cross_entropy_with_logits(logits, target)
@@ -68,8 +68,8 @@ def soft_loss(network: nn.Module, batch: Batch) -> Tensor:
 def random_loss(network: nn.Module, batch: Batch, pixels: Pixels = F.binary_cross_entropy_with_logits) -> Tensor:
     """One annotator's mask, drawn anew each time (Jensen et al. 2019, MICCAI, for labels of pictures).
 
-    The expectation of cross-entropy alone is least at the fraction. A Dice term's is not: for masks that are drawn at random its best map
-    lies above the fraction. But it teaches small structures in fewer steps.
+    The expectation of cross-entropy is least at the fraction of annotators. That of a Dice term is not: for masks that are drawn at random
+    its best map lies above the fraction. But it teaches small structures in fewer steps.
     """
     return pixels(network(batch.image), batch.drawn)
 
@@ -86,8 +86,8 @@ def heads_loss(network: nn.Module, batch: Batch, pixels: Pixels = F.binary_cross
 def probabilistic_loss(network: nn.Module, batch: Batch, pixels: Pixels = F.binary_cross_entropy_with_logits) -> Tensor:
     """Kohl et al. 2018, equation 4, on one annotator's mask drawn anew each time: -log P(Y | S(X, z)) + beta D_KL(Q || P), z ~ Q.
 
-    There the first term is the sum over a picture's pixels. Here all is divided by their number: the same balance, and gradients of
-    the other peers' size for the same optimiser. A Dice term comes on top of that.
+    In the paper the first term is a sum over a picture's pixels. Here both terms are divided by the number of pixels: their balance stays,
+    and gradients are as large as the other peers', for the same optimiser. A Dice term is added to that.
     """
     assert isinstance(network, ProbabilisticUNet)
     prior, posterior = network.prior(batch.image), network.posterior_of(batch.image, batch.drawn)
@@ -97,7 +97,7 @@ def probabilistic_loss(network: nn.Module, batch: Batch, pixels: Pixels = F.bina
 
 
 def plain_draw(network: nn.Module, image: Tensor, n: int) -> Tensor:
-    """The network's maps; every draw would be the same."""
+    """The network's maps, once whatever n is, since every draw would be the same."""
     return torch.sigmoid(network(image))
 
 

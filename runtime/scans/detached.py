@@ -50,7 +50,7 @@ def voxel_files(named: str, below: Sequence[str], path: Path) -> list[Path]:
 
 
 def must_be_own(files: Iterable[Path], path: Path) -> None:
-    """Raise CdiffError unless each of the files with the voxels of `path` is a file that lies in its folder or below."""
+    """Raise CdiffError unless each of `files`, which hold the voxels of `path`, is a file in the folder of `path` or below it."""
     folder = os.path.abspath(path.parent)
     for file in files:
         if os.path.commonpath([folder, os.path.abspath(file)]) != folder:

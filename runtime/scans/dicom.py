@@ -1,4 +1,4 @@
-"""A DICOM series as a NIfTI image in memory, converted by dcm2niix: the same voxels and axes as the files that it makes for training."""
+"""A DICOM series as a NIfTI image in memory, converted by dcm2niix, so that voxels and axes are those of training files made with it."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from cdiff.runtime.words import one_line, several
 BY_HAND = "convert it with dcm2niix (dcm2niix -z y -o OUT FOLDER) and segment the image that you mean"
 MARK = b"DICM"
 MARK_AT = 128
-"""Where a DICOM file has its mark (DICOM PS3.10, 7.1)."""
+"""Offset in bytes of the mark in a DICOM file (DICOM PS3.10, 7.1)."""
 SUFFIX = ".dcm"
 INDEX = "DICOMDIR"
-"""A list of what lies on a disc; it holds no image."""
+"""The file that lists what is on a disc; it holds no image."""
 TAGS = [
     *PLACE, *VALUES, "FrameOfReferenceUID", "Modality", "PhotometricInterpretation", "SOPClassUID", "SamplesPerPixel", "SeriesDescription",
     "SeriesInstanceUID", "SeriesNumber",
@@ -45,7 +45,7 @@ SEGMENTATION = "SEG"
 DEFLATED = "1.2.840.10008.1.2.1.99"
 """The transfer syntax of a file that is compressed as a whole (PS3.5, A.5)."""
 STANDARD = "1.2.840.10008."
-"""What the standard's own identifiers begin with (PS3.5, chapter 9): one that is in none of its lists was cut off or changed."""
+"""The prefix of the standard's own identifiers (PS3.5, chapter 9): one that begins so and is in none of its lists was cut off or changed."""
 UNEVEN = "Interslice distance varies"
 TILTED = "gantry tilt of"
 MISSING = "Missing images?"
@@ -55,7 +55,7 @@ TROUBLE = re.compile(r"error|unable|unsupported|fail|corrupt|varies|not large en
 LONGEST = 1800.0
 """Seconds after which dcm2niix, which normally takes seconds, is taken to hang: the other scans of a folder are still to come."""
 OVERLAYS = "image_ROI*"
-"""What dcm2niix calls a volume of marks that were drawn on the images (60xx,3000)."""
+"""How dcm2niix names a volume of the marks that were drawn on the images (overlays, 60xx,3000)."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Converted:
 
 @dataclass(frozen=True)
 class Series:
-    """The images of one series in a folder: its number (0020,0011) where it has one, its description, its files and their headers."""
+    """The images of one series: its number (0020,0011) or "without a number", its description, its files and their pydicom headers."""
 
     number: str
     description: str
@@ -100,7 +100,7 @@ def is_dicom(path: Path) -> bool:
 
 
 def _beginning(path: Path) -> bytes:
-    """A file's bytes up to the end of DICOM's mark; none where it cannot be read."""
+    """A file's first bytes, up to the end of DICOM's mark; none where it cannot be read."""
     try:
         with path.open("rb") as file:
             return file.read(MARK_AT + len(MARK))
@@ -109,14 +109,14 @@ def _beginning(path: Path) -> bytes:
 
 
 def holds_dicom(folder: Path) -> bool:
-    """Whether DICOM files lie in a folder, and no NIfTI, NRRD or MetaImage file that may be the same scan; our own maps are not."""
+    """Whether a folder holds DICOM files, and no NIfTI, NRRD or MetaImage file that may be the same scan (our own maps are not)."""
     files = [path for path in folder.iterdir() if not path.name.startswith(".")]
     volumes = (path for path in files if path.name.lower().endswith(VOLUME_SUFFIXES) and not is_output(path))
     return not any(volumes) and any(map(is_dicom, files))
 
 
 def holds_images(folder: Path) -> bool:
-    """Whether one of the DICOM files in a folder is an image; reports, contours and our own segmentations have folders of their own too.
+    """Whether any DICOM file in a folder is an image, rather than a report, contours or a segmentation such as our own.
 
     True also where that cannot be told, so that reading the folder says why.
     """
@@ -136,7 +136,7 @@ def _said_of(where: str) -> Iterator[None]:
 
 
 def read_dicom(path: Path, channels: int = 1, series: int | None = None) -> Converted:
-    """Convert the series in a folder (not in those below it), or in one file.
+    """Convert the series in a folder (folders below it are not read), or the one in a file.
 
     series: its number, for a folder that holds several.
     Raises CdiffError when dcm2niix or pydicom is missing, a file is empty or damaged, there is no image, or there are several series and
@@ -150,7 +150,7 @@ def read_dicom(path: Path, channels: int = 1, series: int | None = None) -> Conv
     headers: list[Any] = []
     for file, header in zip(chosen.files, chosen.headers, strict=True):
         data = any_bytes(file)
-        if (digest := hashlib.sha256(data).digest()) not in files:  # a copy of one would be a second image at its place
+        if (digest := hashlib.sha256(data).digest()) not in files:  # a copy would be a second image at the same place
             with _said_of(where):
                 must_hold_pixels(file, header, data)
             files[digest] = file
@@ -214,9 +214,9 @@ def read_dicom(path: Path, channels: int = 1, series: int | None = None) -> Conv
 
 
 def series_at(path: Path) -> list[Series]:
-    """The series in a folder, or of one file, in the order of their numbers; what holds no image (reports, contours, segmentations) is left out.
+    """The series in a folder, or the one of a file, in the order of their numbers; reports, contours and segmentations are left out.
 
-    Raises CdiffError where a file is empty or damaged, and where pydicom is missing.
+    Raises CdiffError where there is no image, where a file is empty or damaged, and where pydicom is missing.
     """
     found: dict[str, tuple[str, str, list[Path], list[Any]]] = {}
     for file in [path] if path.is_file() else sorted(one for one in path.iterdir() if _may_be_image(one)):
@@ -262,9 +262,9 @@ def _image_header(file: Path) -> Any:
 
 
 def _may_be_image(file: Path) -> bool:
-    """Whether a file in a series' folder is one of its images, or was meant to be: empty, all zeros, a link to what is not there.
+    """Whether a file in a series' folder is one of its images, or may have been: it is empty, begins with zeros, or is a broken link.
 
-    Those may be a slice whose absence nothing else would show.
+    Such a file may be a slice whose absence nothing else would show.
     """
     if file.name.startswith(".") or file.name.lower() == INDEX.lower():
         return False
@@ -287,7 +287,7 @@ def _below(path: Path) -> list[str]:
 
 
 def _plain(text: str) -> str:
-    """Text of a header as it may be shown on a terminal."""
+    """A header's text, made safe to show on a terminal."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
@@ -336,12 +336,12 @@ def _header(file: Path) -> Any:
             for tag in TAGS:
                 try:
                     header.get(tag)
-                except Exception:  # a library's own kinds too
+                except Exception:  # the library raises types of its own too
                     del header[tag]
             return header
     except CdiffError:
         raise
-    except Exception as error:  # a library's own kinds too
+    except Exception as error:  # the library raises types of its own too
         raise CdiffError(
             f"{file} is not a DICOM file that can be read ({one_line(error)[:200]}); copy it again"
         ) from None
@@ -355,7 +355,7 @@ def _program(path: Path) -> str:
 
 
 def _choose(found: list[Series], path: Path, series: int | None) -> Series:
-    """The one series that is there, or the one that is named."""
+    """The only series found, or the one with the number `series`. Raises CdiffError where there is none, or more than one."""
     wanted = found if series is None else [one for one in found if one.number == str(series)]
     if len(wanted) == 1:
         return wanted[0]
@@ -370,7 +370,7 @@ def _choose(found: list[Series], path: Path, series: int | None) -> Series:
 
 
 def _must_be_one(made: list[Path], said: str, where: str) -> None:
-    """Raise CdiffError where dcm2niix did not make one volume that is what it seems."""
+    """Raise CdiffError unless dcm2niix made one volume and said nothing that casts doubt on it."""
     if TILTED in said:
         raise CdiffError(f"{where} the gantry was tilted; {BY_HAND} (its name ends in _Tilt_1 or _Tilt_Eq_1)")
     if UNEVEN in said:

@@ -24,11 +24,11 @@ SHORT = 1024
 """Most bytes of a value that pydicom may copy; of longer ones only the place in the file is wanted."""
 RLE = "1.2.840.10008.1.2.5"
 RLE_HEADER = struct.Struct("<16I")
-"""How many segments follow, and where each begins (PS3.5, G.5)."""
+"""The number of segments, and where each begins (PS3.5, G.5)."""
 JPEG, JPEG2000, END = b"\xff\xd8", b"\xff\x4f\xff\x51", b"\xff\xd9"
 """What streams begin and end with; JPEG 2000's beginning includes the marker of its size."""
 JPEG2000_SIZE = struct.Struct(">4x2x2x4I4I2xB")
-"""Columns, rows and where they begin, then tiles, then bits less one (ISO 15444-1, A.5.1)."""
+"""Right and lower edge, left and upper edge, four numbers about tiles, and bits less one (ISO 15444-1, A.5.1)."""
 FRAME = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}
 """The markers of segments that give bits, rows and columns, JPEG's (ITU T.81, B.2.2) and JPEG-LS'."""
 
@@ -108,7 +108,7 @@ def _fragments(data: bytes, pixels: Any) -> bytes:
     """The bytes of pixels in fragments. Raises EOFError where a length is given, as for pixels that are not in fragments."""
     if pixels.length != UNDEFINED:
         raise EOFError
-    return data[pixels.value_tell :] if pixels.value is None else pixels.value  # the delimiter was seen
+    return data[pixels.value_tell :] if pixels.value is None else pixels.value  # the delimiter was found
 
 
 def _is_whole_rle(stream: bytes, pixels: int, bits: int) -> bool:

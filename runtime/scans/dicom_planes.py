@@ -26,7 +26,7 @@ TAGS = (
 MOSAIC = "MOSAIC"
 """In the ImageType of images (Siemens) that hold a volume's slices side by side: their position is that of none of the slices."""
 IN_PLANE = 0.5
-"""Pixels by which an image may lie beside its grid within its plane."""
+"""By how many voxels the corners of an image may lie off the volume's grid."""
 BETWEEN = 0.25
 """How far an image may lie from its place among the others, as a share of the distance between slices: a header's rounding."""
 UNEVEN = 0.3
@@ -34,14 +34,14 @@ UNEVEN = 0.3
 ROUNDING = 0.02
 """Above this share of the slices' distance the grid is laid anew, and a note says so where images lie as far from the new one."""
 SAME_PLACE = 1e-3
-"""Millimetres below which two frames lie at one place."""
+"""Millimetres below which two frames count as lying at one place."""
 UPRIGHT = 0.01
-"""By how much directions that should be 1 long and at right angles may fail to be."""
+"""By how much the squared lengths of an image's two directions may differ from 1, and their dot product from 0."""
 
 
 @dataclass(frozen=True)
 class Plane:
-    """One image in the patient (PS3.3, C.7.6.2.1.1), in DICOM's space (left, back, up).
+    """Where one image lies in the patient (PS3.3, C.7.6.2.1.1), in DICOM's space (left, back, up).
 
     corner: the middle of its first pixel, mm [3]. across, down: from a pixel to the next column and to the next row, mm [3].
     """
@@ -55,7 +55,7 @@ class Plane:
 
 @dataclass(frozen=True)
 class Planes:
-    """The images of a series, or the frames of one, in the order of the files.
+    """The planes of a series' images, a multi-frame file's frames among them, in the order of the files.
 
     known: one for each image that says where it lies. count: how many images there are. checked: whether the volume can be compared
     with them, which those of a mosaic, or of several frames without functional groups, cannot. mixed: whether frames are numbered in
@@ -78,7 +78,7 @@ def values_asked() -> Iterator[None]:
             yield
     except CdiffError:
         raise
-    except Exception as error:  # a library's own kinds too
+    except Exception as error:  # the library raises types of its own too
         raise CdiffError(f"a DICOM header is damaged ({one_line(error)[:200]}); copy the files again") from None
 
 
@@ -142,7 +142,7 @@ def laid(image: nib.Nifti1Image, planes: Planes, where: str) -> tuple[nib.Nifti1
     off = np.abs(at[order] - wanted).max()
     if off <= ROUNDING:
         return image, ()
-    # The straight line nearest to every image: one step for all, and where it begins.
+    # The least-squares line: one step for all images, and where the first lies.
     step, first = np.polyfit(wanted, at[order], 1) if len(at) > 1 else (1.0, at[0])
     apart = np.abs(at[order] - (first + step * wanted)).max()
     gaps = np.diff(at[order])
@@ -183,7 +183,7 @@ def taken_from(marked: NDArray[Any], affine: Float64, plane: Plane) -> NDArray[A
 
 
 def lps_of(header: nib.Nifti1Header) -> Float64:
-    """Voxels to millimetres in DICOM's space [4, 4]."""
+    """The affine [4, 4] from voxel indices to mm in DICOM's space (left, back, up)."""
     affine = np.array(header.get_best_affine(), dtype=np.float64)
     affine[:3] = LPS_TO_RAS @ affine[:3]
     return affine
@@ -223,9 +223,9 @@ def _planes_of_frames(header: Any) -> list[Plane | None]:
 
 
 def _mixed(planes: Sequence[Plane], groups: Sequence[Any]) -> bool:
-    """Whether any of the numbers that dcm2niix sorts frames by (PS3.3, C.7.6.16.2.2) is not in the order of their positions.
+    """Whether any number that dcm2niix sorts frames by (PS3.3, C.7.6.16.2.2) fails to rise or fall steadily along the frames' positions.
 
-    A number that is the same for all does not count, but where there is no other the frames must be stored in that order.
+    A number that is the same for all frames does not count; where all dimension indices are, the order in which frames are stored does.
     """
     normal = np.cross(planes[0].across, planes[0].down)
     at = np.array([plane.corner @ normal for plane in planes]) / np.linalg.norm(normal)
@@ -296,7 +296,7 @@ def _places(affine: Float64, shape: tuple[int, ...], planes: Sequence[Plane], wh
 
 
 def _moved(image: nib.Nifti1Image, lps: Float64, axis: int) -> nib.Nifti1Image:
-    """`image` at another place; its codes stay."""
+    """`image` with the affine `lps` (to DICOM's space), and the spacing of `axis` with it; its codes stay."""
     affine = lps.copy()
     affine[:3] = LPS_TO_RAS @ affine[:3]
     code = int(image.header["sform_code"]) or int(image.header["qform_code"])

@@ -63,11 +63,11 @@ class Grid:
 
     @property
     def spatial(self) -> tuple[int, ...]:
-        """The two or three axes that count, without trailing ones."""
+        """The lengths of the two or three spatial axes, without axes of length 1 after them."""
         return self.shape[: 2 if self.slice_axis is None else 3]
 
     def cut(self, voxels: NDArray[Any]) -> NDArray[Any]:
-        """[*spatial, channels] -> [S, channels, H, W], the order of the in-plane axes as stored."""
+        """[*spatial, channels] -> [S, channels, H, W], contiguous, with the in-plane axes in their stored order."""
         return np.ascontiguousarray(self.planes(voxels))
 
     def planes(self, voxels: NDArray[Any]) -> NDArray[Any]:
@@ -77,7 +77,7 @@ class Grid:
 
     @property
     def unit(self) -> int:
-        """NIfTI's code of the header's unit of length; 0 when there is none, or one that does not exist."""
+        """NIfTI's code of the header's unit of length; 0 without a header, and for a code that `MM` does not have."""
         code = 0 if self.header is None else int(self.header["xyzt_units"]) & 7
         return code if code in MM else 0
 
@@ -109,7 +109,7 @@ class Grid:
         return self.header is not None and all(zoom == 1 for zoom in self.header["pixdim"][1 : 1 + len(self.spatial)])
 
     def differs_from(self, other: Grid, *, ones_count: bool = False) -> str | None:
-        """In words why another file's grid is not this one, or None: shape, and where both have headers, spacing and place.
+        """In words, how another file's grid differs from this one (in shape; where both have headers, in spacing or place), or None.
 
         A placeholder's spacing contradicts nothing. ones_count: spacings of 1 are taken as meant where both are 1 and neither header
         puts the first voxel at the origin.
@@ -132,7 +132,7 @@ class Grid:
 
     @property
     def spacing_notes(self) -> list[str]:
-        """Why the spacing should not be trusted, one line each; none where nothing speaks against it."""
+        """Reasons not to trust the spacing, one line each; empty where nothing speaks against it."""
         spacing = self.spacing
         if self.header is None or spacing is None:
             return ["the input has no spacing: volumes are counted in voxels only"]
@@ -154,7 +154,7 @@ class Grid:
 
     @property
     def _sform_edges(self) -> NDArray[np.float64] | None:
-        """The sform's columns of the spatial axes, in mm: a voxel's edges in space. None without an sform."""
+        """A voxel's edges in space, in mm [3, axes]: the sform's columns of the spatial axes. None without an sform."""
         if self.header is None or int(self.header["sform_code"]) <= 0:
             return None
         columns = self.header.get_sform()[:3, : len(self.spatial)]
@@ -162,7 +162,7 @@ class Grid:
 
     @property
     def _sform_agrees(self) -> bool:
-        """Whether there is an sform, and a voxel's edges have the header's spacing as their lengths."""
+        """Whether there is an sform, and the voxel's edges in it are as long as the header's spacing says."""
         edges, spacing = self._sform_edges, self.spacing
         if edges is None or spacing is None:
             return False

@@ -24,7 +24,7 @@ class NamedScan:
 
 
 def must_exist(path: Path) -> Path:
-    """`path`. Raises CdiffError when nothing is there: worth knowing before a model is loaded."""
+    """Return `path`. Raises CdiffError when nothing is there, which is worth knowing before a model is loaded."""
     if not is_there(path):
         raise CdiffError(f"{path} does not exist; give a scan (.nii.gz, .nii, .png ...) or a folder of them")
     return path
@@ -33,7 +33,7 @@ def must_exist(path: Path) -> Path:
 def scans_at(
     path: Path, channels: int = 1, modalities: Sequence[str] = (), left: list[Path] | None = None
 ) -> list[NamedScan]:
-    """The scans that `path` names, in the order of their names.
+    """The scans that `path` names: those of a folder in the order of their names, those of a table in its order.
 
     A file is taken whatever its suffix (reading it says what is wrong with it) and is called by its own name. In a folder:
     every volume's file or picture, called by its name, and every case folder with an image or folder of DICOM files, called by the
@@ -46,7 +46,7 @@ def scans_at(
     """
     if path.is_file() and path.suffix.lower() in SUFFIXES:
         scans = [_scan(entry, entry.name.replace("/", "_"), modalities) for entry in read_table(path, [], masks=False)]
-    elif must_exist(path) and not path.is_dir():  # a pipe too, of which reading says so
+    elif must_exist(path) and not path.is_dir():  # also a pipe, which reading refuses
         return [NamedScan(name_of(path), path)]
     else:
         left = [] if left is None else left
@@ -60,7 +60,7 @@ def scans_at(
 def scans_named(
     paths: Sequence[Path], channels: int = 1, modalities: Sequence[str] = (), notes: list[str] | None = None
 ) -> list[NamedScan]:
-    """The scans that several paths name, as `scans_at` has each, path by path.
+    """The scans that several paths name, path by path, as `scans_at` finds them for each.
 
     Of several paths those are left out whose names say that they are a benchmark's masks or results of ours (or a folder of results
     alone), or masks of the case whose image is named with them: a shell's `*` takes them too. notes: gets a line on what was left out.
@@ -112,7 +112,7 @@ def _scans_in(root: Path, channels: int, modalities: Sequence[str], left: list[P
         """The scan of a case folder or of DICOM files, or several where BraTS slices lie together; none when it is no such folder."""
         files = inside.files
         entries = cases_in(folder, files) or (brats_in(folder, files) if modalities or channels > 1 else [])
-        # An export has folders of reports, and a disc a report above the series.
+        # DICOM need not be images: an export has folders of reports, and a disc a report above the series.
         if not entries and holds_dicom(folder) and holds_images(folder):
             return [NamedScan("_".join(parts) or Path(os.path.abspath(folder)).name, folder)]
         found = [
@@ -138,12 +138,12 @@ def _scans_in(root: Path, channels: int, modalities: Sequence[str], left: list[P
 
 
 def _is_scan(path: Path) -> bool:
-    """Whether a file of a scan's suffix is one, by its name: no mask of a benchmark's and no map of ours."""
+    """Whether a file with a scan's suffix is a scan by its name: neither a benchmark's mask nor a map of ours."""
     return not TASK_MASK.match(stem(path) or "") and not is_output(path)
 
 
 def _is_no_scan(path: Path, cases: set[Path]) -> bool:
-    """Whether a file or folder that was named is one of masks or results. cases: the folders of the cases whose images were named."""
+    """Whether a path is a mask or result, or a folder of results alone. cases: the folders of the cases whose images were named."""
     if path.is_file():
         return not _is_scan(path) or (path.parent in cases and OWN_MASK.match(stem(path) or "") is not None)
     try:
@@ -154,7 +154,7 @@ def _is_no_scan(path: Path, cases: set[Path]) -> bool:
 
 
 def _is_one_scan(entry: Entry, files: Files, channels: int, modalities: Sequence[str], *, below: bool) -> bool:
-    """Whether a folder's images are one scan, rather than scans that lie in one folder.
+    """Whether a folder's images are one scan, rather than several scans that lie in one folder.
 
     Several files are one where the model was trained on such files, or they are as many volumes as it has channels. below: whether
     the folder lies within the one that was named; pictures of other names there (a thumbnail) are no scans.
@@ -168,7 +168,7 @@ def _is_one_scan(entry: Entry, files: Files, channels: int, modalities: Sequence
     others = [path for path in files if path != images[0] and not is_output(path)]
     if any(TASK_MASK.match(name := stem(path) or "") or OWN_MASK.match(name) for path in others):
         return True
-    # Without masks image.png beside other scans is one of them.
+    # Without masks, an image.png beside other scans is just one of them.
     return not any(path.name.lower().startswith("image") or not below for path in others)
 
 

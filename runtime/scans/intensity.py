@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from cdiff.runtime.errors import CdiffError
 
 Limits = tuple[NDArray[Any], NDArray[Any]]
-"""Percentiles, or mean and standard deviation, [S or 1, channels, 1, 1]."""
+"""The two percentiles, or mean and standard deviation, each [S or 1, channels, 1, 1]."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Intensity:
         span = high - low
         flat = span <= 0
         scaled: NDArray[np.float32] = values - low
-        scaled /= np.where(flat, 1, span)  # in place: of a long scan each array is hundreds of megabytes
+        scaled /= np.where(flat, 1, span)  # in place: for a long scan each array is hundreds of megabytes
         scaled *= 2
         scaled -= 1
         np.clip(scaled, -1, 1, out=scaled)
@@ -106,7 +106,7 @@ class Intensity:
         return scaled
 
     def describe(self) -> str:
-        """What is done, in words, for a model card."""
+        """The normalisation in words, for a model card."""
         if self.mean:
             if set(self._pairs) == {(0, 1)}:
                 return "none: values as stored"
@@ -117,7 +117,7 @@ class Intensity:
         return f"percentiles {self.lower} and {self.upper} of each {self.scope} to -1 and 1"
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values; what only the method "standard" has is left out of the other's."""
+        """Plain JSON values; `method`, `mean` and `std` only for the method "standard"."""
         values: dict[str, Any] = {"scope": self.scope, "lower": self.lower, "upper": self.upper}
         if self.method == "standard":
             values |= {"method": self.method, "mean": list(self.mean), "std": list(self.std)}

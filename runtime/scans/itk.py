@@ -1,4 +1,4 @@
-"""NRRD and MetaImage files, as 3D Slicer and public data sets (LUNA16) have them, as NIfTI images in memory; read by SimpleITK."""
+"""NRRD and MetaImage files (of 3D Slicer, or of public data sets such as LUNA16) as NIfTI images in memory; SimpleITK reads them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ LENGTHS = {"m", "dm", "cm", "um", "µm", "μm", "micron", "microns", "nm", "in",
 
 
 def itk_shape(data: bytes, path: Path) -> tuple[int, ...]:
-    """The array's shape, channels last, from the header alone. Raises CdiffError when there is no such header."""
+    """The array's shape, channels last, from the header alone. Raises CdiffError when the header cannot be read."""
     reader = _opened(data, path)
     components = reader.GetNumberOfComponents()
     return (*reader.GetSize(), *([components] if components > 1 else []))
@@ -107,7 +107,7 @@ def _opened(data: bytes, path: Path) -> Any:
     itk = optional("SimpleITK", "SimpleITK", path, "NRRD or MetaImage")
     itk.ProcessObject.SetGlobalWarningDisplay(False)
     reader = itk.ImageFileReader()
-    reader.SetImageIO("NrrdImageIO" if _is_nrrd(data) else "MetaImageIO")  # by itself ITK would take any of its formats
+    reader.SetImageIO("NrrdImageIO" if _is_nrrd(data) else "MetaImageIO")  # else ITK would take any of its formats
     reader.SetFileName(str(path))
     try:
         reader.ReadImageInformation()
@@ -144,7 +144,7 @@ def _is_nrrd(data: bytes) -> bool:
 
 
 def _nrrd_text(data: bytes, path: Path) -> str:
-    """A NRRD's header. Raises CdiffError where it does not end within HEADER_ENDS, for what lies beyond is not looked at here."""
+    """A NRRD's header as text. Raises CdiffError where it does not end within HEADER_ENDS, since what lies beyond would go unchecked."""
     text, blank, _ = data[:HEADER_ENDS].replace(b"\r\n", b"\n").partition(b"\n\n")
     if not blank and len(data) > HEADER_ENDS:
         raise CdiffError(f"{path} has a header of more than {HEADER_ENDS} bytes; save it again")
@@ -177,7 +177,7 @@ def _must_be_in_mm(fields: dict[str, str], path: Path) -> None:
 
 
 def _affine(image: Any) -> NDArray[np.float64] | None:
-    """Voxel indices to millimetres in NIfTI's space; None where the file says nothing of it: spacing 1, origin 0, axes along the space's."""
+    """[4, 4]: from voxel indices to mm in NIfTI's space; None where the file says nothing of it: spacing 1, origin 0, axes not turned."""
     axes = image.GetDimension()
     n = min(axes, 3)  # a fourth axis is time, along which the place in space is the same
     edges = (np.asarray(image.GetDirection()).reshape(axes, axes) * np.asarray(image.GetSpacing()))[:n, :n]
@@ -193,7 +193,10 @@ def _affine(image: Any) -> NDArray[np.float64] | None:
 def _placed(
     voxels: NDArray[np.float32], affine: NDArray[np.float64] | None, where: str, channels: int, *, oriented: bool
 ) -> nib.Nifti1Image:
-    """A NIfTI image of the voxels; without an affine its spacing is 1 and nothing says how the patient lies."""
+    """A NIfTI image of the voxels; without an affine its spacing is 1 and nothing says how the patient lies.
+
+    oriented: whether the affine's axes are the patient's. Raises CdiffError as `check_header` does.
+    """
     kind: Any = nib.Nifti2Image if max(voxels.shape) > NIFTI1_LONGEST else nib.Nifti1Image
     image = kind(voxels, np.eye(4) if affine is None else affine)
     image.header.set_xyzt_units("mm")
@@ -210,7 +213,7 @@ def _placed(
 def _check_nrrd(data: bytes, path: Path, array: Any) -> None:
     """Raise CdiffError where the stored voxels of a NRRD, read as `array`, fail their check sum or are more than the header promises.
 
-    The library that reads it stops before the check sum, and at the last voxel that it looks for.
+    array: the voxels as read. The library that reads them stops at the last one that it expects, before the check sum.
     """
     fields = _nrrd_fields(data, path)
     skipped = [fields.get(name, fields.get(name.replace(" ", ""), "0")) for name in ("line skip", "byte skip")]

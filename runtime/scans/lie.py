@@ -8,24 +8,24 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:  # bundles are opened where no library for scans is
+if TYPE_CHECKING:  # bundles are opened also where no library for scans is installed
     from cdiff.runtime.scans.grid import Grid
 
 ACROSS, ALONG, UP = "left-right", "front-back", "up-down"
 DIRECTIONS = (ACROSS, ALONG, UP)
-"""Of the body, in the order of NIfTI's x, y and z. Which end comes first does not count: training flips slices."""
+"""The body's directions, in the order of NIfTI's x, y and z. Which end comes first does not count: training flips slices."""
 PLANES = {UP: "axial", ALONG: "coronal", ACROSS: "sagittal"}
 CLEAR = 0.87
 """From this cosine on (30 degrees) an axis runs along a direction; one that leans more lies between two."""
 UNTURNED = ((1, 1, 1), (-1, -1, 1))
-"""NIfTI's axes and ITK's, in NIfTI's space."""
+"""The signs, in NIfTI's space, of NIfTI's axes and of ITK's."""
 NEARLY_ALL = 0.9
-"""Share of a training's volumes that have to lie alike for a model to have learned from such slices."""
+"""Share of the training volumes that must lie alike before a model counts as trained on such slices."""
 
 
 @dataclass(frozen=True)
 class Lie:
-    """The body's direction that a slice's first array axis runs along, that of its second, and that from slice to slice."""
+    """The body's directions along which a slice's first and second array axes run, and that from slice to slice."""
 
     first: str
     second: str
@@ -37,7 +37,7 @@ class Lie:
 
 
 def directions(grid: Grid) -> tuple[str, ...] | None:
-    """The direction that each array axis of a volume runs along; None where its header does not say, or it lies between two.
+    """The direction along which each array axis of a volume runs; None where its header does not say, or one lies between two.
 
     A header with the first voxel at the origin and axes that are not turned, in NIfTI's space or in ITK's (whose first two point the
     other way), does not say either: programs that know only the spacing write such headers.
@@ -64,7 +64,7 @@ def lie_of(grid: Grid) -> Lie | None:
 
 
 def usual(lies: Iterable[Lie | None], share: float = 0.0) -> Lie | None:
-    """How most volumes lie: more than half of those whose headers say it, and at least this share of them; None where none is so common."""
+    """How most volumes lie: more than half, and at least `share`, of those whose headers say it; None where no lie is so common."""
     known = [lie for lie in lies if lie is not None]
     if not known:
         return None

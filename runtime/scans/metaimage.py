@@ -27,7 +27,7 @@ BY_AXIS = {
     "CenterOfRotation", "DimSize", "ElementSize", "ElementSpacing", "Offset", "Orientation", "Origin", "Position", "Rotation",
     "TransformMatrix",
 }  # fmt: skip
-"""Fields with a value, or several, for each axis."""
+"""Fields with one value per axis, or, for those in MATRICES, one for each pair of axes."""
 MATRICES = {"Orientation", "Rotation", "TransformMatrix"}
 """Those with a value for each pair of axes."""
 MOST_AXES = 6
@@ -52,7 +52,7 @@ def header_of(data: bytes, path: Path) -> tuple[dict[str, str], str, int]:
 
 
 def _said(head: bytes) -> Iterator[tuple[str, str]]:
-    """Each field of a header's lines, and its value."""
+    """The name and the value of each field in a header's lines."""
     for line in head.decode("latin-1").splitlines():
         name, sign, value = re.match(r"([^=:]*)([=:]?)(.*)", line, re.DOTALL).groups()  # type: ignore[union-attr]  # it fits all text
         if sign:
@@ -113,9 +113,9 @@ def files_of(data: bytes, path: Path) -> list[Path]:
 
 
 def check_metaimage(data: bytes, path: Path) -> None:
-    """Raise CdiffError where the file at `path` does not hold the voxels that its header promises, or has no millimetres.
+    """Raise CdiffError where the file at `path` does not hold the voxels that its header promises, or gives lengths in another unit than mm.
 
-    data: its bytes. What the header does not say, or says as nobody could read it, is left to ITK.
+    data: its bytes, which `must_be_whole` has passed. Where ElementType does not say how large a value is, the voxels are left to ITK.
     """
     fields, named, begins = header_of(data, path)
     unit = fields.get("DistanceUnits", "mm").lower()
@@ -146,7 +146,7 @@ def check_metaimage(data: bytes, path: Path) -> None:
         held = any_bytes(file)
         if not packed or len(files) == 1:  # nothing says how long each of several packed ones is
             _must_hold(promised // len(files) + max(skipped, 0) * (not packed), held, packed, file, path)
-        if not packed and not words and len(files) == 1 and skipped >= 0:  # below 0 the voxels are the file's end
+        if not packed and not words and len(files) == 1 and skipped >= 0:  # below 0: voxels at the file's end
             must_not_hold_more(len(held) - skipped, promised, sizes, file)
 
 

@@ -25,11 +25,11 @@ from cdiff.runtime.words import one_line
 
 GZIP = b"\x1f\x8b"
 EXTENDER = 4
-"""Bytes between a header and what follows it, which say whether that is an extension."""
+"""Bytes after a header, which say whether extensions follow."""
 LINE_ENDS = (13, 10, 26, 10)
 """Bytes in a NIfTI-2 header by which a change of line ends shows."""
 XFORM_CODES = range(6)
-"""What a qform_code or sform_code can be (nifti1.h, and 5 of NIfTI-2: another template)."""
+"""The values of qform_code and sform_code (nifti1.h; 5, another template, from NIfTI-2)."""
 TOGETHER = 16
 """Slices of a file that are made float32 at a time: all at once would be in memory twice."""
 SHORTEST, LONGEST = 1e-12, 1e12
@@ -40,7 +40,10 @@ MOST_BEFORE_VOXELS = 2**30
 
 
 def parse_nifti(data: bytes, path: Path, channels: int) -> nib.Nifti1Image:
-    """The NIfTI image in `data`, its header checked before nibabel can mend it in silence (it makes a zero spacing 1)."""
+    """The NIfTI image in `data`, its header checked before nibabel can mend it in silence (it makes a zero spacing 1).
+
+    Raises CdiffError for a file that is no NIfTI or is damaged, and as `check_header` does for `channels`.
+    """
     packed = data.startswith(GZIP)
     with _unpacked(data, path) as file:
         start, kind, header = _begin(file, path)
@@ -48,14 +51,14 @@ def parse_nifti(data: bytes, path: Path, channels: int) -> nib.Nifti1Image:
         size = math.prod(header.get_data_shape()) * header.get_data_dtype().itemsize
         end = max(int(header["vox_offset"]), header.sizeof_hdr + EXTENDER) + size
         # Deflate packs at most about 1032 to 1: a header that promises more than that lies, and is not given memory. Nor is one
-        # whose voxels lie behind more than extensions ever take.
+        # with more before its voxels than extensions ever take.
         if max(size, end) > (1032 if packed else 1) * len(data) or end - size > MOST_BEFORE_VOXELS:
             raise CdiffError(
                 f"{path} holds less than its header promises ({size} bytes of voxels); it is truncated or damaged: copy it again"
             )
         raw = start + file.read(max(0, end - len(start)))
         beyond = len(raw) - end
-        while more := len(file.read(2**20)):  # to the end, for gzip to check its sum; nothing of it is kept
+        while more := len(file.read(2**20)):  # read to the end so that gzip checks its sum; nothing is kept
             beyond += more
         must_not_hold_more(size + beyond, size, header.get_data_shape(), path)
         return kind.from_bytes(raw)
@@ -69,7 +72,7 @@ def nifti_shape(data: bytes, path: Path) -> tuple[int, ...]:
 
 @contextmanager
 def _unpacked(data: bytes, path: Path) -> Iterator[Any]:
-    """A file's bytes, unpacked as they are read. Raises CdiffError for what goes wrong in the block."""
+    """An open file with the bytes of `data`, unpacked as they are read. Raises CdiffError for what goes wrong in the block."""
     try:
         with gzip.open(io.BytesIO(data)) if data.startswith(GZIP) else io.BytesIO(data) as file:
             yield file
@@ -82,7 +85,7 @@ def _unpacked(data: bytes, path: Path) -> Iterator[Any]:
 
 
 def _begin(file: Any, path: Path) -> tuple[bytes, type[nib.Nifti1Image], nib.Nifti1Header]:
-    """What a file begins with, nibabel's class of images for it, and the header as it stands there."""
+    """A file's first bytes, nibabel's image class for it, and its header as stored. To be called in an `_unpacked` block."""
     start = file.read(540)
     kind = {b"n+1": nib.Nifti1Image, b"n+2": nib.Nifti2Image}.get(
         start[344:347] if start[344:347] == b"n+1" else start[4:7]
@@ -93,7 +96,7 @@ def _begin(file: Any, path: Path) -> tuple[bytes, type[nib.Nifti1Image], nib.Nif
     if len(start) < size:
         raise EOFError("it ends within its header")
     header = kind.header_class(start[:size], check=False)
-    # nibabel would mend each of these, in a header that can no longer be relied on.
+    # nibabel would mend each of these, but what else such a header says cannot be relied on.
     sound = {
         "sizeof_hdr": header["sizeof_hdr"] == size,
         "magic": header["magic"].item() in (b"n+1", b"n+2"),
@@ -118,7 +121,7 @@ def check_header(header: nib.Nifti1Header, where: str, channels: int) -> None:
         ) from None
     axes = len(spatial_axes(shape, channels, where))
     zooms = [float(zoom) for zoom in header["pixdim"][1 : 1 + axes]]
-    if not all(zoom > 0 for zoom in zooms):  # NaN is not
+    if not all(zoom > 0 for zoom in zooms):  # NaN is refused too
         raise CdiffError(
             f"{where} has the spacing {_listed(zooms)} in its header; every one must be above zero: correct the header"
         )

@@ -23,7 +23,7 @@ BITS_PER_SAMPLE = 258
 SIZE = 256, 257
 """TIFF's tags of width and height."""
 PHOTOMETRIC = 262
-"""TIFF's tag of whether 0 is black or white, or that there are colours."""
+"""TIFF's tag that says whether 0 is black or white, or that there are colours."""
 COMPRESSION, DEFLATE = 259, (8, 32946)
 """TIFF's tag of how pixels are packed, and its values for zlib's streams."""
 STORED = (273, 279), (324, 325)
@@ -40,9 +40,9 @@ PNG_SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 """Values per pixel, by PNG's colour type (PNG 1.2, 4.1.1)."""
 WHOLE = ((0, 0, 1, 1),)
 ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
-"""The parts that a PNG is stored in: first column and row, steps between columns and rows (PNG 1.2, 8.2)."""
+"""The parts that a PNG is stored in, plain or interlaced: first column and row, steps between columns and rows (PNG 1.2, 8.2)."""
 JPEG_BLOCK = 8
-"""Pixels along a block's edge."""
+"""Pixels along the edge of a block of a JPEG."""
 CONVERTED = {"1": "L", "P": "RGB", "PA": "RGBA", "CMYK": "RGB", "YCbCr": "RGB"}
 """Pillow's modes that are neither grey nor RGB, and what they become."""
 DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
@@ -50,7 +50,7 @@ DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 
 
 def check_depth(picture: Any, data: bytes, path: Path) -> None:
-    """Raise CdiffError for a picture, opened by Pillow, of which it would keep only the upper 8 bits: colours or transparency of 16."""
+    """Raise CdiffError for a picture, opened by Pillow, of whose 16 bits it keeps only the upper 8: colours, or grey with transparency."""
     bits = 8
     if picture.format == "PNG":
         bits = data[PNG_DEPTH]
@@ -67,7 +67,7 @@ def check_png(data: bytes, path: Path) -> None:
     """Raise CdiffError for a PNG whose chunks fail their check sums, or that holds fewer pixels than its header promises: Pillow does not
     look at the pixels' check sums, and takes missing pixels for black.
     """
-    if data[12:16] != b"IHDR":  # the first, by the standard
+    if data[12:16] != b"IHDR":  # which the standard puts first
         raise _damaged(path)
     width, height, depth, kind, _, _, interlaced = struct.unpack(">IIBBBBB", data[16:29])
     promised = 0
@@ -98,7 +98,7 @@ def _pixel_chunks(data: bytes, path: Path) -> Iterator[bytes]:
 
 
 def check_jpeg(picture: Any, data: bytes, path: Path) -> None:
-    """Raise CdiffError for a JPEG, opened by Pillow, whose bytes cannot be as many pixels as its header promises: libjpeg makes up the rest.
+    """Raise CdiffError for a JPEG, opened by Pillow, with too few bytes for the pixels that its header promises: libjpeg makes up the rest.
 
     Huffman's codes take at least a bit for each block (ITU T.81, F.1.2.1). A file that lacks less is not noticed.
     """
@@ -108,7 +108,7 @@ def check_jpeg(picture: Any, data: bytes, path: Path) -> None:
 
 
 def check_strips(picture: Any, data: bytes, path: Path) -> None:
-    """Raise CdiffError for a TIFF, opened by Pillow, whose strips or tiles do not cover it: Pillow takes what lies between for black.
+    """Raise CdiffError for a TIFF, opened by Pillow, whose strips or tiles do not cover it: Pillow takes what is missing for black.
 
     Also for one that does not say whether 0 is black or white (Pillow takes it for white), or whose packed strips fail their check sums,
     at which libtiff does not look.
@@ -162,7 +162,7 @@ def upright(picture: Any) -> tuple[Any, bool]:
 
 @contextmanager
 def opened(data: bytes, path: Path) -> Iterator[tuple[Any, bool]]:
-    """The one picture in a file's bytes, by Pillow and `upright`, and whether it was turned.
+    """The one picture in a file's bytes, opened by Pillow and turned by `upright`, and whether that turned it.
 
     Raises CdiffError for several pictures, for more bits than Pillow keeps, for a picture without all of its pixels, and for what goes
     wrong in the block.

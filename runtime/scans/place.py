@@ -1,4 +1,4 @@
-"""A place in a scan that the user names: its slice, the window of a model that looks at the structure alone, and the field around."""
+"""A place in a scan that the user names: its slice, the window around it for a model that sees only the structure, and the field around that."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class Place:
     at: the voxel, one index for each axis of the array as stored. number: of the slice that holds it. point: the other two
     indices, along the slice's axes as stored.
     window: the part of every slice that the model sees. moved: whether the window had to be moved to lie inside the slice.
-    field: the part of every slice that stands for a slice of the training, of which percentiles are taken: as large as those
-    were, or the whole slice where the bundle does not say.
-    shrunk: the part that is shrunk before the model sees it, where the user said so; window and field are then as many times
-    larger. inner: the point and the field within that part, once it is shrunk.
+    field: the part of every slice that stands for a training slice, over which percentiles are taken: as large as training
+    slices were, or the whole slice where the bundle does not say.
+    shrunk: the part that is shrunk before the model sees it, where the user asks for that; window and field are then larger by
+    the same factor. inner: the point and the field within that part, in shrunk pixels.
     """
 
     at: tuple[int, ...]
@@ -62,7 +62,7 @@ class Place:
 
 
 def must_take_a_place(manifest: Manifest) -> None:
-    """Raise CdiffError when the model looks at whole slices, so that a place in them would change nothing."""
+    """Raise CdiffError when the model looks at whole slices, where a place would change nothing."""
     if manifest.framing != "centre":
         how = "in tiles" if manifest.framing == "tile" else "resampled"
         raise CdiffError(
@@ -72,9 +72,9 @@ def must_take_a_place(manifest: Manifest) -> None:
 
 
 def find_place(at: At, grid: Grid, manifest: Manifest, shrink: int = 1) -> Place:
-    """The place in a scan of `grid`. shrink: how many pixels along either axis become one.
+    """The place `at` in a scan of `grid`. shrink: how many pixels along either axis of a slice become one.
 
-    Raises CdiffError when it cannot be read, is not in the scan, or slices are too small to be shrunk so much.
+    Raises CdiffError when `at` cannot be read or is not in the scan, or when slices are too small to be shrunk so much.
     """
     mm, shape = parse_point(at), grid.spatial
     voxel = parse_at(at) if mm is None else _voxel_at(mm, grid)
@@ -134,7 +134,7 @@ def _shrunk(
 
 
 def parse_at(at: At) -> tuple[int, ...]:
-    """The indices. Raises CdiffError when they are not whole numbers."""
+    """The indices of a voxel. Raises CdiffError when they are not whole numbers."""
     try:
         words = at.split(",") if isinstance(at, str) else at
         return tuple(int(word) if isinstance(word, str) else operator.index(word) for word in words)
@@ -147,7 +147,7 @@ def parse_at(at: At) -> tuple[int, ...]:
 def parse_point(at: At) -> NDArray[np.float64] | None:
     """The point [3] in NIfTI's space (right, front, up), in mm; None where `at` names no direction.
 
-    Raises CdiffError when it does, and is not one number for each of right or left, front (A) or back (P), up (S) or down (I).
+    Raises CdiffError when it names some, but not one number for each of right or left, front (A) or back (P), up (S) or down (I).
     """
     found = [POINT.fullmatch(word.strip()) for word in at.split(",")] if isinstance(at, str) else []
     if not any(found):

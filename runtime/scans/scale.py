@@ -24,7 +24,7 @@ def pixel_mm(grid: Grid, seen: tuple[int, int] | None = None) -> float | None:
 
 
 def span(sizes: Iterable[float | None]) -> tuple[float, float] | None:
-    """The smallest and the largest, where there are any."""
+    """The smallest and the largest of the sizes that are known; None where there are none."""
     known = [size for size in sizes if size is not None]
     return (min(known), max(known)) if known else None
 

@@ -58,7 +58,7 @@ def read_scan(scan: ScanInput, *, channels: int = 1, slice_axis: int = 2, series
     """Read a path (NIfTI, NRRD or MetaImage, 2-D or 3-D, a DICOM file or folder, PNG, TIFF, JPEG), an array ([H, W] or three
     axes), a nibabel image, or several paths.
 
-    channels: what the model takes; more than one lie on the last axis of a NIfTI or array (colours for a picture), or are
+    channels: how many the model takes. Several lie on the last axis of a NIfTI or array (for a picture they are its colours), or are
     the files of a list, one modality each, all on one grid.
     slice_axis: the array axis (0, 1 or 2, as stored) to cut a volume along. series: the number of the DICOM series that is meant
     in a folder that holds several.

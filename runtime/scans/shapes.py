@@ -14,7 +14,10 @@ MAX_VOXELS = 2**31
 
 
 def spatial_axes(shape: tuple[int, ...], channels: int, where: str) -> tuple[int, ...]:
-    """The two or three spatial axes of `shape`; channels lie on the last axis, ones after the third axis do not count."""
+    """The lengths of the two or three spatial axes of `shape`, without its channels (its last axis) and axes of length 1 after the third.
+
+    Raises CdiffError where the shape has other axes, or other channels; `where` names the array in the message.
+    """
     axes = without_ones(shape)
     if channels > 1:
         if len(axes) < 3 or axes[-1] != channels:
@@ -27,7 +30,7 @@ def spatial_axes(shape: tuple[int, ...], channels: int, where: str) -> tuple[int
 
 
 def without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A shape without the ones after its third axis."""
+    """A shape without the axes of length 1 that end it after the third."""
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
     return shape
@@ -44,7 +47,7 @@ def check_size(shape: tuple[int, ...], where: str) -> None:
 
 
 def check_kind(dtype: np.dtype[Any], where: str) -> None:
-    """Raise CdiffError for values that are no real numbers."""
+    """Raise CdiffError for values that are not real numbers."""
     if dtype.kind not in "biuf":
         raise CdiffError(
             f"{where} holds values of type {dtype}; real numbers are needed: convert it to int16 or float32"

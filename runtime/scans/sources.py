@@ -12,7 +12,7 @@ from cdiff.runtime.errors import CdiffError
 
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
 ITK_SUFFIXES = (".nrrd", ".nhdr", ".mha", ".mhd")
-"""NRRD and MetaImage; of each pair the second is a text that names the file with the voxels."""
+"""NRRD and MetaImage; the second of each pair is a header that names the file with the voxels."""
 VOLUME_SUFFIXES = (*NIFTI_SUFFIXES, *ITK_SUFFIXES)
 PICTURE_SUFFIXES = (".png", ".tif", ".tiff", ".jpg", ".jpeg")
 
@@ -47,7 +47,7 @@ def must_be_text(path: Path) -> None:
     """Raise CdiffError where the path is not text that a report could hold."""
     named = os.fsencode(path).decode("utf-8", "backslashreplace")
     if named != str(path):
-        if os.fsencode(path) == named.encode():  # it is text, and the locale has Python read it in another encoding
+        if os.fsencode(path) == named.encode():  # it is UTF-8, but the locale has Python read it in another encoding
             raise CdiffError(
                 f"{named} has signs that this locale ({sys.getfilesystemencoding()}) does not read as they are; set PYTHONUTF8=1"
             )

@@ -1,4 +1,4 @@
-"""What a file holds against what its header promises: readers stop once they have all voxels, before any check sum at the end."""
+"""Compares what a file holds with what its header promises: readers stop once they have all voxels, before any check sum at the end."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CHUNK = 2**20
 
 
 def unpacked_size(stored: bytes | memoryview, most: int) -> int:
-    """The bytes that a zlib or gzip stream unpacks to, none of which is kept; most + 1 where there are more than `most`.
+    """How many bytes a zlib or gzip stream unpacks to, none of which is kept; most + 1 where they are more than `most`.
 
     Raises zlib.error where the stream is damaged or fails its check sum, EOFError where it has no end.
     """
@@ -34,10 +34,10 @@ def unpacked_size(stored: bytes | memoryview, most: int) -> int:
 
 
 def must_not_hold_more(held: int, promised: int, shape: Sequence[int], file: Path) -> None:
-    """Raise CdiffError where a file holds a whole plane of voxels more than its header promises: one of its numbers is wrong, and the
-    voxels would be cut at the wrong places. Fewer bytes are padding.
+    """Raise CdiffError where a file holds a whole plane of voxels more than its header promises: one of the header's numbers is wrong, and
+    the voxels would be cut at the wrong places. Fewer bytes beyond the promise are padding.
 
-    held, promised: in bytes; promised: of the voxels of `shape`.
+    held, promised: in bytes. shape: of the voxels that are promised.
     """
     if held - promised >= promised // max(shape):
         raise CdiffError(

@@ -21,7 +21,7 @@ struct Row {          // one row of the batch
     int top, left;     // the window in the canvas
     int place;         // where its window's sums lie
     int view;          // 0..3: which mirrored view of the window it saw
-    int level, run;    // 1..C, 0..R-1
+    int level, run;    // 1..K, 0..R-1
 };
 
 struct Step {         // one row of the sampler's table
@@ -155,12 +155,12 @@ extern "C" __global__ void cdiff_update(
     if (thread == 0 && step + 1 < job->steps) t[row] = table[step + 1].t;
 }
 
-// Step on. One thread.
+// Go on to the next step. One thread.
 extern "C" __global__ void cdiff_advance(State *state) { state->step += 1; }
 
-// Add the final x [B,H,W] as fractions clip((x + 1)/2, 0, 1) to the sums [places, C + R, H, W]: over runs for each level, then over
+// Add the final x [B,H,W] as fractions clip((x + 1)/2, 0, 1) to the sums [places, K + R, H, W]: over runs for each level, then over
 // levels for each run, mirrored back. One thread a pixel goes through the rows in order, so that every run adds alike.
-// kept [places,C,R,H,W] is null unless every run's map is wanted. Grid (pixels of a window).
+// kept [places,K,R,H,W] is null unless every run's map is wanted. Grid (pixels of a window).
 extern "C" __global__ void cdiff_sum(
     const float *x, float *sums, unsigned char *kept, State *state, const Job *job, const Row *rows, int batch, int levels,
     int runs, int height, int width) {

@@ -202,7 +202,7 @@ def test_in_what_two_grids_differ() -> None:
     unplaced.set_zooms((0.5, 1.5, 2))
     bare, unsaid = Grid((4, 5, 6), 2), Grid((4, 5, 6), 2, unplaced)
     ones = grid(1, 1, 1)
-    for other in (one, grid(0.5, 1.5, 2, at=0.004), bare, unsaid, ones, grid(1, 1, 1, at=-40)):
+    for other in (one, grid(0.5, 1.5, 2, at=0.004), grid(0.5004, 1.5, 2), bare, unsaid, ones, grid(1, 1, 1, at=-40)):
         assert one.differs_from(other) is None
         assert other.differs_from(one, ones_count=True) is None
     assert one.differs_from(grid(0.5, 1.5, 2, shape=(4, 5, 7))) == "have different shapes (4 x 5 x 6 and 4 x 5 x 7)"

@@ -15,7 +15,7 @@ from PIL import Image
 from cdiff.runtime.data.cases import find_cases, read_case
 from cdiff.runtime.data.datacheck import check_data
 from cdiff.runtime.data.oddities import Oddities
-from cdiff.runtime.data.placing import outside_share
+from cdiff.runtime.data.placing import outside_share, place
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.scans.grid import Grid
 from cdiff.runtime.scoring.evaluate import case_sha256
@@ -177,6 +177,18 @@ def test_what_lies_wholly_outside_or_says_nothing_is_refused(case01: Path) -> No
     Image.fromarray(drawn()[..., 0]).save(path.with_name("task01_seg02.png"))
     with pytest.raises(CdiffError, match=r"task01_seg02.png is a picture, whose file does not say where it lies"):
         read(case01)
+
+
+def test_of_two_slices_too_the_order_counts_and_a_bare_image_is_refused() -> None:
+    """The second slice of a mask whose slices run the other way lies below the image's first."""
+    marked = np.ones((3, 4, 2), bool)
+    image, own = (
+        Grid(marked.shape, 2, nib.Nifti1Image(np.zeros(marked.shape, np.uint8), np.diag([1, 1, step, 1])).header)
+        for step in (3.0, -3.0)
+    )
+    np.testing.assert_array_equal(place(marked, own, image), marked & [True, False])
+    with pytest.raises(CdiffError, match="does not say where its voxels lie"):
+        place(marked, own, Grid(marked.shape, 2))
 
 
 def test_an_empty_mask_is_an_opinion_wherever_it_lies(case01: Path) -> None:

@@ -189,6 +189,11 @@ def test_of_two_slices_too_the_order_counts_and_a_bare_image_is_refused() -> Non
     np.testing.assert_array_equal(place(marked, own, image), marked & [True, False])
     with pytest.raises(CdiffError, match="does not say where its voxels lie"):
         place(marked, own, Grid(marked.shape, 2))
+    # What is so small that it lies between the image's centres is not outside.
+    speck = np.zeros((9, 12, 2), bool)
+    speck[4, 3, 1] = True
+    fine = Grid(speck.shape, 2, nib.Nifti1Image(speck.astype(np.uint8), np.diag([1 / 3, 1 / 3, 3, 1])).header)
+    assert not place(speck, fine, image).any()
 
 
 def test_an_empty_mask_is_an_opinion_wherever_it_lies(case01: Path) -> None:
@@ -234,7 +239,7 @@ def test_without_the_option_nothing_is_moved_and_it_is_named(case01: Path) -> No
         find_cases(case01.parent.parent, masks_by="heads")
 
 
-@pytest.mark.parametrize(("shift", "share"), [(0.0, 0.0), (0.4, 0.0), (-0.4, 0.0), (0.6, 1 / 12), (-0.6, 1 / 12)])
+@pytest.mark.parametrize(("shift", "share"), [(0.0, 0.0), (0.5, 0.0), (-0.5, 0.0), (0.6, 1 / 12), (-0.6, 1 / 12)])
 def test_a_voxel_is_outside_whose_centre_is(shift: float, share: float) -> None:
     """Along the first axis, by so many voxels; a mask that marks nothing has nothing outside."""
     there = AFFINE.copy()

@@ -139,6 +139,17 @@ def test_what_a_caller_does_to_an_image_afterwards_is_none_of_the_scans() -> Non
     image.header.set_zooms((9, 9, 9))
     np.testing.assert_array_equal(scan.slices, before[0])
     assert scan.grid.spacing == before[1]
+    array = voxels(3, 4, 5).astype(np.float32)
+    scan, stored = read_scan(array, slice_axis=0), array.copy()  # whose slices lie one after another already
+    array[:] = 0
+    np.testing.assert_array_equal(scan.slices[:, 0], stored)
+
+
+def test_what_a_scan_is_known_by_tells_its_geometry_type_and_shape_too() -> None:
+    array = voxels(3, 4, 5).astype(np.int16)
+    images = [nib.Nifti1Image(array, affine) for affine in (AFFINE, 2 * AFFINE)]
+    arrays = [array, array.reshape(4, 3, 5), array.view(np.uint16)]
+    assert len({read_scan(scan).sha256 for scan in (*images, *arrays)}) == 5
 
 
 def test_a_qform_without_its_factor_is_read(tmp_path: Path) -> None:

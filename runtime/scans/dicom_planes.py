@@ -157,7 +157,7 @@ def laid(image: nib.Nifti1Image, planes: Planes, where: str) -> tuple[nib.Nifti1
         f"the positions in the DICOM headers are not quite even: slices are taken to be {length:.4g} mm apart, the mean; each lies "
         f"within {apart / step * length:.2g} mm of where its header says"
     )
-    return _moved(image, affine, axis), (told,) if apart > ROUNDING * step else ()
+    return _moved(image, affine), (told,) if apart > ROUNDING * step else ()
 
 
 def taken_from(marked: NDArray[Any], affine: Float64, plane: Plane) -> NDArray[Any]:
@@ -295,12 +295,11 @@ def _places(affine: Float64, shape: tuple[int, ...], planes: Sequence[Plane], wh
     return axis, np.array(at)
 
 
-def _moved(image: nib.Nifti1Image, lps: Float64, axis: int) -> nib.Nifti1Image:
-    """`image` with the affine `lps` (to DICOM's space), and the spacing of `axis` with it; its codes stay."""
+def _moved(image: nib.Nifti1Image, lps: Float64) -> nib.Nifti1Image:
+    """`image` with the affine `lps` (to DICOM's space), and the spacing that goes with it; its codes stay."""
     affine = lps.copy()
     affine[:3] = LPS_TO_RAS @ affine[:3]
     code = int(image.header["sform_code"]) or int(image.header["qform_code"])
     image.set_sform(affine, code=code)
     image.set_qform(affine, code=code)
-    image.header["pixdim"][1 + axis] = np.linalg.norm(affine[:3, axis])
     return image

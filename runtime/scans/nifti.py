@@ -52,7 +52,7 @@ def parse_nifti(data: bytes, path: Path, channels: int) -> nib.Nifti1Image:
         end = max(int(header["vox_offset"]), header.sizeof_hdr + EXTENDER) + size
         # Deflate packs at most about 1032 to 1: a header that promises more than that lies, and is not given memory. Nor is one
         # with more before its voxels than extensions ever take.
-        if max(size, end) > (1032 if packed else 1) * len(data) or end - size > MOST_BEFORE_VOXELS:
+        if end > (1032 if packed else 1) * len(data) or end - size > MOST_BEFORE_VOXELS:
             raise CdiffError(
                 f"{path} holds less than its header promises ({size} bytes of voxels); it is truncated or damaged: copy it again"
             )

@@ -38,14 +38,17 @@ def at_copy_of(name: str, happens: Callable[[], None], monkeypatch: pytest.Monke
     monkeypatch.setattr(shutil, "copy2", copy)
 
 
-def test_an_engine_that_is_not_finished_is_not_served(bundle: Path, tmp_path: Path) -> None:
+def test_an_engine_that_is_not_finished_is_not_served_nor_what_a_link_leads_to(bundle: Path, tmp_path: Path) -> None:
     left = bundle / "engines" / f"{PART}0"
     left.mkdir()
     (left / "denoiser.engine").write_bytes(b"half")
     (bundle / "engines" / f"{PART}1.cache").write_bytes(b"half")
+    (tmp_path / "private").write_bytes(b"of another program")
+    (bundle / "engines" / "denoiser_x" / "link").symlink_to(tmp_path / "private")
     served = write_repository(open_bundle(bundle), tmp_path / "models") / "1" / "bundle"
     assert [path.name for path in (served / "engines").iterdir()] == ["denoiser_x"]
-    assert (served / "engines" / "denoiser_x" / "denoiser.engine").read_bytes() == b"plan"
+    (engine,) = (served / "engines" / "denoiser_x").iterdir()
+    assert (engine.name, engine.read_bytes()) == ("denoiser.engine", b"plan")
 
 
 @pytest.mark.parametrize("what", ["replaced", "removed", "engine removed", "disk full", "folder removed"])

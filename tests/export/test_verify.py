@@ -5,16 +5,20 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import replace
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
+from cdiff.export import verify as comparison
 from cdiff.export.reference import TorchEngine, load_network
-from cdiff.export.verify import BOUNDS, Chain, _calls, _maps
+from cdiff.export.verify import BOUNDS, Chain, _affordable, _calls, _maps
 from cdiff.runtime.bundle import open_bundle, shipped_bundle
+from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.sampling.schedule import NoiseSchedule
 from tests.export.networks import BASE, random_network
+from tests.runtime.test_manifest import example
 
 CONFIG = replace(BASE, target="x0", variance="learned")
 SCHEDULE = NoiseSchedule(CONFIG.T)
@@ -38,6 +42,16 @@ def test_x0_and_the_variance_are_both_compared(channel: int, expected: float) ->
     assert errors(TorchEngine(other, SCHEDULE)) == {"encoder": 0, "denoiser": pytest.approx(expected, rel=1e-3)}
     other.denoiser.last.bias[channel] = math.nan
     assert math.isnan(errors(TorchEngine(other, SCHEDULE))["denoiser"])
+
+
+def test_what_the_estimate_of_x0_magnifies_of_a_predicted_noise_is_no_error() -> None:
+    config = replace(BASE, target="eps")
+    network = random_network(config)
+    other = copy.deepcopy(network)
+    other.denoiser.last.bias[0] += 0.002
+    engine, reference = TorchEngine(other, SCHEDULE), TorchEngine(network, SCHEDULE)
+    found = _calls(engine, reference, IMAGES, SCHEDULE, config.levels, config.target)[0]
+    assert found["denoiser"] == pytest.approx(0.002, rel=1e-2)
 
 
 def test_the_features_error_is_a_share_of_the_largest() -> None:
@@ -65,7 +79,7 @@ def test_maps_are_compared_pixel_by_pixel() -> None:
     network = copy.deepcopy(NETWORK)
     # x0 is nearly the same whatever x is, so that errors do not grow along the chain.
     network.denoiser.last.weight *= 1e-3
-    network.denoiser.last.bias.fill_(0)
+    network.denoiser.last.bias.fill_(0.5)
 
     class Uneven(TorchEngine):
         def denoise(self, *given: Any) -> Any:
@@ -75,9 +89,10 @@ def test_maps_are_compared_pixel_by_pixel() -> None:
             return x0, mix
 
     engine, reference = Uneven(network, SCHEDULE), TorchEngine(network, SCHEDULE)
-    found = _maps(engine, reference, IMAGES, Chain(2, CONFIG.levels, 1, 3), SCHEDULE, outside=-1)
-    assert found["maps"] == pytest.approx(0.01, rel=0.05)
-    assert found["maps_largest"] == pytest.approx(0.01, rel=0.2)
+    for outside, error in ((-1, 0.01), (0, 0.02)):  # what lies between 0 and 1 is half of what lies between -1 and 1
+        found = _maps(engine, reference, IMAGES, Chain(2, CONFIG.levels, 1, 3), SCHEDULE, outside)
+        assert found["maps"] == pytest.approx(error, rel=0.05)
+        assert found["maps_largest"] == pytest.approx(error, rel=0.2)
 
 
 def test_the_reference_is_the_network_as_it_is_used() -> None:
@@ -93,3 +108,33 @@ def test_a_bundle_s_network_is_ready_to_run() -> None:
     network = load_network(open_bundle(shipped_bundle()))
     assert not network.training
     assert not any(parameter.requires_grad for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+@pytest.mark.parametrize("key", ["encoder", "denoiser", "maps"])
+def test_the_largest_error_of_all_images_decides(key: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the random ones, which come first, too; and what is no number is above every bound."""
+    bundle: Any = SimpleNamespace(manifest=example(precision=precision))
+    slices = np.zeros((5, bundle.manifest.image_channels, *bundle.manifest.image_size), np.float32)
+
+    def verified(random: float, real: float) -> dict[str, Any]:
+        found = [dict.fromkeys(("encoder", "denoiser", "maps"), 0.0) | {key: error} for error in (random, real)]
+        of = {part: iter(found) for part in ("calls", "maps")}
+        monkeypatch.setattr(comparison, "open_engine", lambda *_: SimpleNamespace(version="1"))
+        monkeypatch.setattr(comparison, "_calls", lambda *_: (next(of["calls"]), 1.0))
+        monkeypatch.setattr(comparison, "_maps", lambda *_: {"maps": next(of["maps"])["maps"]})
+        return comparison.verify(bundle, cast(TorchEngine, SimpleNamespace(version="2")), slices)
+
+    bound = BOUNDS[precision][key]
+    for errors_ in ((bound, 0.0), (0.0, bound)):
+        assert verified(*errors_)["largest"][key] == bound
+    for errors_ in ((1.01 * bound, 0.0), (0.0, 1.01 * bound), (math.nan, 0.0), (0.0, math.nan)):
+        with pytest.raises(CdiffError, match=f"differ from PyTorch: {key} error"):
+            verified(*errors_)
+
+
+def test_as_much_of_a_chain_is_compared_as_there_is_time_for() -> None:
+    assert _affordable(1e-3, 4, 100) == Chain(2, 4, 2, 10)
+    assert _affordable(1.0, 4, 100) == Chain(1, 4, 1, 10)
+    assert _affordable(100.0, 4, 100) == _affordable(2.0, 4, 100) == Chain(1, 1, 1, 4)
+    assert _affordable(1e-3, 4, 3).steps == 3

@@ -15,7 +15,13 @@ from cdiff.runtime.manifest import Manifest
 from tests.runtime.graphs import write_pair
 from tests.runtime.test_manifest import example
 
-FILES = {"encoder.onnx": b"encoder", "denoiser.onnx": b"denoiser", "model.safetensors": b"w" * 99, "README.md": b"card"}
+# A card may well speak of a location, which a graph must not.
+FILES = {
+    "encoder.onnx": b"encoder",
+    "denoiser.onnx": b"denoiser",
+    "model.safetensors": b"w" * 99,
+    "README.md": b"location",
+}
 
 
 def fill(folder: Path) -> Manifest:

@@ -14,7 +14,7 @@ from onnx.reference import ReferenceEvaluator
 from cdiff.runtime.bundle import Bundle
 from cdiff.runtime.device.cuda import OutOfMemory
 from cdiff.runtime.device.gpu import parse_device
-from cdiff.runtime.engines.onnxruntime import OnnxRuntimeEngine, failure
+from cdiff.runtime.engines.onnxruntime import OnnxRuntimeEngine, cuda_options, failure
 from cdiff.runtime.engines.registry import available_engines, open_engine
 from cdiff.runtime.errors import CdiffError
 from tests.runtime.graphs import L, write_pair
@@ -161,6 +161,16 @@ def test_broken_and_foreign_graphs_are_named(tmp_path: Path) -> None:
         OnnxRuntimeEngine(encoder, torn)
     with pytest.raises(CdiffError, match=r"denoiser\.onnx is not a graph of this version"):
         OnnxRuntimeEngine(denoiser, encoder)
+    other = onnx.load(encoder)
+    other.graph.node.append(onnx.helper.make_node("Identity", [other.graph.output[0].name], ["others"]))
+    other.graph.output[0].name = "others"
+    onnx.save(other, tmp_path / "others.onnx")
+    with pytest.raises(CdiffError, match=r"others\.onnx is not a graph of this version"):
+        OnnxRuntimeEngine(tmp_path / "others.onnx", denoiser)
+
+
+def test_no_product_on_a_gpu_is_rounded_to_tf32() -> None:
+    assert (cuda_options(1)["device_id"], cuda_options(1)["use_tf32"]) == ("1", "0")
 
 
 @pytest.mark.parametrize(

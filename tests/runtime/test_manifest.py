@@ -117,6 +117,7 @@ def test_every_mistyped_key_is_named(key: str, value: Any) -> None:
         ("fast", {"sampler": ["ddim"], "steps": 10, "runs": 5}),
         ("fast", {"sampler": "ddim", "steps": 41, "runs": 5}),
         ("fast", {"sampler": "ddim", "steps": "few", "runs": 5}),
+        ("fast", {"sampler": "ddim", "steps": 0, "runs": 5}),
         ("fast", {"sampler": "ddim", "steps": 10, "runs": None}),
         ("fast", {"sampler": "ddim", "steps": 10, "runs": 10**12}),
         ("training", {"data": {"modalities": 5}}),
@@ -127,6 +128,7 @@ def test_every_mistyped_key_is_named(key: str, value: Any) -> None:
         ("training", {"data": {"pixel_mm": [0, 0.4]}}),
         ("training", {"data": {"pixel_mm": [0.5, math.inf]}}),
         ("training", {"data": {"pixel_mm": "0.5"}}),
+        ("training", {"data": {"pixel_mm": ["0.4", "0.5"]}}),
         ("training", {"data": {"axes": ["left-right", "front-back"]}}),
         ("training", {"data": {"axes": ["left-right", "front-back", "front-back"]}}),
         ("training", {"data": {"axes": {"left-right": 1, "front-back": 2, "up-down": 3}}}),
@@ -171,6 +173,12 @@ def test_a_file_name_cannot_leave_the_bundle(name: str) -> None:
     files = example().to_json()["files"] | {name: {"sha256": "0", "bytes": 1}}
     with pytest.raises(CdiffError, match="not a plain file name"):
         Manifest.from_json(example().to_json() | {"files": files})
+
+
+def test_no_size_is_there_twice() -> None:
+    """Runs see the sizes in turn: one that is there twice would count twice in every map."""
+    with pytest.raises(CdiffError, match="key 'zooms' must be a list of different numbers"):
+        Manifest.from_json(example(framing="centre").to_json() | {"zooms": [1.0, 1]})
 
 
 @pytest.mark.parametrize("version", [0, 2, "1", True, None])

@@ -213,6 +213,9 @@ def test_every_field_makes_another_folder(bundle: Bundle) -> None:
 )
 def test_which_engine_serves(bundle: Bundle, engine: dict[str, Any], serves: bool) -> None:
     assert key(bundle, **engine).serves(key(bundle)) is serves
+    wanted = key(bundle, gpu="NVIDIA RTX 5090", capabilities=("12.0",))  # a number of two digits is larger than 8
+    assert key(bundle, gpu="", capabilities=("8.0+",)).serves(wanted)
+    assert not key(bundle).serves(key(bundle, options=("refit",)))
 
 
 # The cache

@@ -15,10 +15,11 @@ from pydicom import dcmread
 
 from cdiff.runtime.data.case import Case
 from cdiff.runtime.data.cases import read_case
-from cdiff.runtime.data.contours import enclosed
+from cdiff.runtime.data.contours import Contours, enclosed, lay
 from cdiff.runtime.data.masks import mask_slices, read_mask
 from cdiff.runtime.data.oddities import Oddities
 from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.scans.grid import Grid
 from cdiff.runtime.scans.scan import read_scan
 from tests.runtime.data.rtstruct import Loop, rectangle, write_rtstruct
 from tests.runtime.dicom_files import orthogonal, upright, write_series
@@ -167,6 +168,26 @@ def test_a_contour_counts_for_the_slice_that_it_lies_in_alone(tmp_path: Path) ->
     mask = write_rtstruct(tmp_path / "r.dcm", images, tilted, {"GTV": across})
     with pytest.raises(CdiffError, match="beside its image's slices"):
         on(images, mask)
+
+
+def test_a_contour_beyond_any_side_of_its_slice_is_refused_and_one_across_it_told() -> None:
+    sides = (20, 24, 5)
+    grid = Grid(sides, 2, nib.Nifti1Image(np.zeros(sides, np.uint8), np.diag([2.0, 3, 4, 1])).header)
+
+    def laid(low: tuple[float, float], high: tuple[float, float]) -> tuple[NDArray[np.bool_], tuple[str, ...]]:
+        """Of a box between two corners in voxels of the third slice."""
+        corners = np.array([(low[0], low[1]), (high[0], low[1]), high, (low[0], high[1])])
+        return lay(Contours((np.column_stack([corners * (2, 3), np.full(4, 8)]),), "", frozenset()), grid)
+
+    for beyond in ((-5.5, 3.5), (20.5, 3.5), (3.5, -5.5), (3.5, 24.5)):
+        with pytest.raises(CdiffError, match="lie outside its image"):
+            laid(beyond, (beyond[0] + 4, beyond[1] + 4))
+    for low, high in (((-2.5, 3.5), (1.5, 7.5)), ((17.5, 3.5), (21.5, 7.5)), ((3.5, -2.5), (7.5, 1.5)), ((3.5, 21.5), (7.5, 25.5))):  # fmt: skip
+        marked, told = laid(low, high)
+        assert marked.sum() == marked[..., 2].sum() == 8
+        assert told == ("has 1 of 1 contour outside its image, in whole or in part",)
+    marked, told = laid((-0.5, -0.5), (19.5, 23.5))
+    assert (marked[..., 2].all(), told) == (True, ())
 
 
 def test_what_is_left_out_is_told(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from typing import Any, cast
 
 import pytest
 
-from cdiff.runtime.data.cases import find_cases
+from cdiff.runtime.data.case import Case
+from cdiff.runtime.data.cases import DataSet, find_cases
 from cdiff.runtime.data.partition import partition
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.manifest import Manifest
@@ -97,3 +98,19 @@ def test_a_share_that_leaves_none_to_train_on_is_told(tmp_path: Path) -> None:
     assert (len(split.train), len(split.val)) == (1, 5)
     with pytest.raises(CdiffError, match=r"val_fraction=0\.99 of 6 cases leaves none to train on; lower it"):
         partition(found, root, 0.99)
+
+
+def test_a_patient_is_held_out_whole_and_one_that_can_be_used() -> None:
+    """Whatever the seed; and however small the share, somebody is."""
+    found = DataSet()
+    found["all"] = [
+        Case(f"c{i}", Path(f"c{i}.nii"), (Path("a"), Path("b"), Path("c"))[: 3 if i < 2 else 2], patient=f"p{i // 2}")
+        for i in range(8)
+    ]
+    for seed in range(6):
+        for fraction, levels in ((0.25, None), (0.01, None), (0.25, 3)):
+            split = partition(found, Path(), fraction, seed, levels)
+            held = {case.patient for case in split.val}
+            assert len(held) == 1
+            assert not held & {case.patient for case in split.train}
+            assert held == {"p0"} or levels is None

@@ -9,9 +9,10 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from cdiff.runtime.data.datacheck import check_data
 from cdiff.runtime.data.masks import inside, read_mask
 from cdiff.runtime.errors import CdiffError
-from tests.layouts import disc
+from tests.layouts import disc, noisy, save
 
 DRAWN = disc((12, 16))
 
@@ -70,3 +71,12 @@ def test_a_picture_that_holds_nan_is_no_mask(tmp_path: Path) -> None:
     Image.fromarray(values).save(tmp_path / "mask.tif")
     with pytest.raises(CdiffError, match=r"mask.tif holds NaN"):
         read_mask(tmp_path / "mask.tif")
+
+
+def test_two_who_marked_nothing_did_not_copy_each_other(tmp_path: Path) -> None:
+    save(tmp_path / "case1" / "image.nii.gz", noisy(DRAWN[..., None]))
+    for k in range(4):
+        save(tmp_path / "case1" / f"task01_seg0{k + 1}.nii.gz", np.uint8(DRAWN[..., None] * (k > 1)))
+    kinds = {finding["kind"]: finding["text"] for finding in check_data(tmp_path).report["findings"]}
+    assert kinds["duplicated"] == "identical masks: seg03 and seg04"
+    assert kinds["empty"] == "seg01, seg02 marked nothing"

@@ -15,7 +15,7 @@ from PIL import Image
 from cdiff.runtime.data.cases import find_cases, read_case
 from cdiff.runtime.data.datacheck import check_data
 from cdiff.runtime.data.oddities import Oddities
-from cdiff.runtime.data.placing import outside_share
+from cdiff.runtime.data.placing import outside_share, place
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.scans.grid import Grid
 from cdiff.runtime.scoring.evaluate import case_sha256
@@ -179,6 +179,23 @@ def test_what_lies_wholly_outside_or_says_nothing_is_refused(case01: Path) -> No
         read(case01)
 
 
+def test_of_two_slices_too_the_order_counts_and_a_bare_image_is_refused() -> None:
+    """The second slice of a mask whose slices run the other way lies below the image's first."""
+    marked = np.ones((3, 4, 2), bool)
+    image, own = (
+        Grid(marked.shape, 2, nib.Nifti1Image(np.zeros(marked.shape, np.uint8), np.diag([1, 1, step, 1])).header)
+        for step in (3.0, -3.0)
+    )
+    np.testing.assert_array_equal(place(marked, own, image), marked & [True, False])
+    with pytest.raises(CdiffError, match="does not say where its voxels lie"):
+        place(marked, own, Grid(marked.shape, 2))
+    # What is so small that it lies between the image's centres is not outside.
+    speck = np.zeros((9, 12, 2), bool)
+    speck[4, 3, 1] = True
+    fine = Grid(speck.shape, 2, nib.Nifti1Image(speck.astype(np.uint8), np.diag([1 / 3, 1 / 3, 3, 1])).header)
+    assert not place(speck, fine, image).any()
+
+
 def test_an_empty_mask_is_an_opinion_wherever_it_lies(case01: Path) -> None:
     write(
         case01 / "task01_seg02.nii.gz",
@@ -222,7 +239,7 @@ def test_without_the_option_nothing_is_moved_and_it_is_named(case01: Path) -> No
         find_cases(case01.parent.parent, masks_by="heads")
 
 
-@pytest.mark.parametrize(("shift", "share"), [(0.0, 0.0), (0.4, 0.0), (-0.4, 0.0), (0.6, 1 / 12), (-0.6, 1 / 12)])
+@pytest.mark.parametrize(("shift", "share"), [(0.0, 0.0), (0.5, 0.0), (-0.5, 0.0), (0.6, 1 / 12), (-0.6, 1 / 12)])
 def test_a_voxel_is_outside_whose_centre_is(shift: float, share: float) -> None:
     """Along the first axis, by so many voxels; a mask that marks nothing has nothing outside."""
     there = AFFINE.copy()

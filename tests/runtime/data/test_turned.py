@@ -51,6 +51,11 @@ def test_a_gain_is_what_soft_dice_says() -> None:
     assert np.isnan(got).sum() == 4  # slices that are not square keep their shape in three of the turns
     masks[:, 1] = False
     assert np.isnan(gains(masks)).all()
+    several = blobs((24, 24), 1, annotators=4)
+    several[:, 0] = several[:, 0, ::-1]
+    first, others = several[:, 0], several[:, 1:].mean(axis=1)
+    fits = [2 * (one * others).sum() / (one.sum() + others.sum()) for one in (first, first[:, ::-1])]
+    assert gains(several)[0, 0] == pytest.approx(fits[1] - fits[0])
 
 
 def test_disagreement_is_no_turn() -> None:

@@ -94,6 +94,11 @@ def test_the_next_scan_reuses_buffers_graph_and_kernels(make: Any) -> None:
     assert len(setup.world.named("begin capture")) == 1
     longer = sampler_table("dpm++2m", SCHEDULE, 20)
     same(run(setup.engine, windows, longer, batch=12), run(FakeEngine(), windows, longer, batch=12), atol=1e-5)
+    kept = [run(engine, windows, table, batch=12, keep_runs=True) for engine in (setup.engine, FakeEngine())]
+    same(*kept)  # whose sums are other ones
+    timings = Timings()
+    run(setup.engine, windows, table, batch=12, timings=timings)
+    assert timings.denoise == pytest.approx(1e-3 * -(-2 * C * R // 12)), "a millisecond a batch by the double's clock"
     assert len(setup.world.named("begin capture")) == 1, "the table is data: another sampler runs the same graph"
     run(setup.engine, windows, table, batch=5)
     assert len(setup.world.named("begin capture")) == 2

@@ -54,9 +54,10 @@ class Device:
         self.grid = (-(-size[0] * spans_of(size[1]) // THREADS), self.count)
 
     def noise(self, step: int) -> np.ndarray[Any, Any]:
-        out = np.full((self.count, *self.size), np.nan, np.float32)
-        launch("cdiff_noise", self.grid, THREADS, out.ctypes.data, self.job, self.row, step, *self.window)
-        return out
+        held = np.full(self.count * self.size[0] * self.size[1] + 1, np.nan, np.float32)
+        launch("cdiff_noise", self.grid, THREADS, held.ctypes.data, self.job, self.row, step, *self.window)
+        assert np.isnan(held[-1]), "a line's last pixel was written beyond it, and so beyond the last window"
+        return held[:-1].reshape(self.count, *self.size)
 
     def start(self, x: Any, previous: Any) -> None:
         pointers = [a.ctypes.data for a in (x, previous, self.t, self.state)]
@@ -96,10 +97,11 @@ def test_the_normals_are_noise_py_s(size: tuple[int, int], step: int) -> None:
             assert ulps(got[i], want) <= 8
 
 
+@pytest.mark.parametrize("width", [12, 10])  # of the latter a line may touch as many blocks as any of its length can
 @pytest.mark.parametrize("canvas", [(20, 41), (33, 64), (18, 17)])
-def test_windows_read_their_canvas_s_noise(canvas: tuple[int, int]) -> None:
-    size, table = (9, 12), sampler_table("ddpm", SCHEDULE, 5)
-    origins = np.array([[0, 0], [3, 5], [1, 2], [canvas[0] - 9, canvas[1] - 12], [7, 1]])
+def test_windows_read_their_canvas_s_noise(canvas: tuple[int, int], width: int) -> None:
+    size, table = (9, width), sampler_table("ddpm", SCHEDULE, 5)
+    origins = np.array([[0, 0], [3, 5], [1, 2], [canvas[0] - 9, canvas[1] - width], [7, 1]])
     rows = rows_of(len(origins), canvas=canvas)
     rows = Rows(rows.valid, rows.slot, rows.slice_id, origins, rows.level, rows.run, canvas)
     got = Device(rows, size, table, 7).noise(2)
@@ -114,12 +116,12 @@ class Played:
 
     def __init__(self, rows: int, answers: list[tuple[Any, Any]]) -> None:
         self.rows, self.slots, self._answers = rows, 1, iter(answers)
-        self.seen: list[Any] = []
+        self.seen: list[tuple[Any, Any]] = []
 
     def encode(self, slot: int, image: Any) -> None: ...
 
     def run(self, x: Any, slot: Any, t: Any, level: Any) -> Any:
-        self.seen.append(t.copy())
+        self.seen.append((x.copy(), t.tolist()))
         return next(self._answers)
 
 
@@ -139,11 +141,13 @@ def test_the_update_is_chain_py_s(name: str, learned: bool) -> None:
 
     device = Device(rows, size, table, 11)
     x, previous = np.full(shape, np.nan, np.float32), np.full(shape, np.nan, np.float32)
-    device.state["step"] = 99
+    device.state["step"], device.state["bad"] = 99, 0
     device.start(x, previous)
     assert device.state["step"] == 0
-    for step, (x0, mix) in enumerate(answers):
-        assert device.t.tolist() == played.seen[step].tolist()
+    for (x0, mix), (seen, t) in zip(answers, played.seen, strict=True):
+        # At every step: the last lands on its x0, whatever was there before.
+        np.testing.assert_allclose(x, seen, rtol=0, atol=3e-6)
+        assert device.t.tolist() == t
         device.update(x, x0, mix, previous)
     assert device.state["step"] == steps
     assert device.state["bad"] == GOOD
@@ -168,7 +172,11 @@ def test_without_noise_the_update_is_exact() -> None:
 
 @pytest.mark.parametrize(
     ("row", "in_mix", "valid", "want"),
-    [(1, False, 3, ("x0 at timestep 10", 1)), (2, True, 3, ("the variance at timestep 10", 2)), (2, False, 2, None)],
+    [
+        (1, False, 3, ("x0 at timestep 10", 1)),
+        (2, True, 3, ("the variance at timestep 10", 2)),
+        *[(2, in_mix, 2, None) for in_mix in (False, True)],
+    ],
 )
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_the_first_value_that_is_not_finite_is_kept(
@@ -229,11 +237,12 @@ def test_features_that_are_not_finite_are_found(dtype: Any) -> None:
     arguments = values.ctypes.data, values.size, values.itemsize, state.ctypes.data
     launch("cdiff_finite", (2, 1), THREADS, *arguments)
     assert state["bad_features"] == 0
-    for value in (np.nan, -np.inf):
-        values[777] = value
+    for at, value in ((777, -np.inf), *((i, np.nan) for i in range(len(values)))):
+        values[at] = value
         state["bad_features"] = 0
         launch("cdiff_finite", (2, 1), THREADS, *arguments)
-        assert state["bad_features"] == 1
+        assert state["bad_features"] == 1, at
+        values[at] = 0
 
 
 def test_the_structs_have_the_sizes_that_c_gives_them() -> None:

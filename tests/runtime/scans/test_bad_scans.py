@@ -190,6 +190,7 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "spacing of a planet": (bad_header(PIXDIM + 4, "<f", 1e20), "spacing 1e.20 x 0.8 x 2.5 in its header, which no scan has"),
     "an axis of an atom": (bad_two(SROW_X_OF_TWO, "<3d", 1e-300, 0, 0), "singular or non-finite sform"),
     "singular affine": (bad_header(SROW_X, "<12f", *[1, 2, 3, 0] * 3), "singular"),
+    "singular but for rounding": (bad_header(SROW_X, "<12f", 0.7, 0.3, 0.39, 0, 0.1, 0.8, 0.51, 0, 0.2, 0.1, 0.12, 0), "singular"),
     "NaN affine": (bad_header(SROW_X, "<f", np.nan), "sform"),
     "impossible quaternion": (bad_qform, "qform"),
     "absurd size": (bad_header(DIM, "<4h", 3, 30000, 30000, 30000), "2\\^31"),

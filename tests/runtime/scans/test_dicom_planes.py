@@ -14,7 +14,7 @@ import pytest
 from pydicom.dataset import FileDataset
 
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.scans.dicom_planes import Plane, Planes, laid, taken_from
+from cdiff.runtime.scans.dicom_planes import Plane, Planes, laid, planes_of, taken_from
 from cdiff.runtime.scans.scan import Scan, read_scan
 from tests.runtime.dicom_files import moved, orthogonal, upright, write_multiframe, write_series
 from tests.runtime.scan_files import restored
@@ -277,3 +277,61 @@ def test_a_plane_is_taken_as_its_pixels_lie() -> None:
     plane = Plane(np.array([5 * 0.7, 4 * 0.8, 2 * 2.5]), -DOWN, -ACROSS, 6, 4)
     taken = taken_from(voxels, np.diag([0.7, 0.8, 2.5, 1.0]), plane)
     np.testing.assert_array_equal(taken, voxels[::-1, 4:0:-1, 2])
+
+
+def placed(
+    at: Any, aside: tuple[float, ...] = (), leaning: float = 0
+) -> tuple[nib.Nifti1Image, nib.Nifti1Image, tuple[str, ...]]:
+    """A volume, and what is made of it where its images lie `at` these places in voxels along its third axis.
+
+    aside: how far they lie from their places along the first. leaning: how much farther up each pixel lies than the one before it.
+    """
+    affine = np.vstack([AXIAL * [[-1], [-1], [1]], [0, 0, 0, 1]])
+    across, down, up, corner = AXIAL.T
+    planes = [
+        Plane(corner + k * up + beside * across, across + leaning * up, down, 5, 6)
+        for k, beside in zip(at, aside or np.zeros(len(at)), strict=True)
+    ]
+    image = nib.Nifti1Image(different(len(at)), affine)
+    return image, *laid(nib.Nifti1Image(different(len(at)), affine), Planes(tuple(planes), len(planes)), "here:")
+
+
+def test_a_volume_is_moved_to_where_its_images_lie() -> None:
+    """All of them by a tenth of a slice, and farther apart: both of its affines and its spacing, and neither is uneven."""
+    for first, step in ((0.1, 1.0), (0.0, 1.05)):
+        image, made, told = placed(first + step * np.arange(5))
+        wanted = image.affine @ nib.affines.from_matvec(np.diag([1, 1, step]), [0, 0, first])
+        for found in (made.get_sform(), made.get_qform()):
+            np.testing.assert_allclose(found, wanted, atol=1e-4)
+        assert made.header["pixdim"][3] == pytest.approx(0.625 * step)
+        assert told == ()
+
+
+def test_an_image_beside_the_grid_or_leaning_on_it_is_refused() -> None:
+    for beside, leaning in ((0.4, 0), (0, 0.09)):
+        image, made, _ = placed(range(3), (0, beside, 0), leaning)
+        np.testing.assert_array_equal(made.affine, image.affine)
+    for beside, leaning in ((0.6, 0), (0, 0.11), (0, -0.11)):
+        with pytest.raises(CdiffError, match="do not lie on one grid"):
+            placed(range(3), (0, beside, 0), leaning)
+
+
+def test_thin_frames_out_of_order_are_seen_and_directions_that_are_none_are_not_taken() -> None:
+    def header(numbers: tuple[int, ...], turned: float = 0) -> dict[str, Any]:
+        groups = [
+            {
+                "PlanePositionSequence": [{"ImagePositionPatient": [0, 0, 0.4 * k]}],
+                "PlaneOrientationSequence": [{"ImageOrientationPatient": [1, 0, 0, turned, 1, 0]}],
+                "PixelMeasuresSequence": [{"PixelSpacing": [0.7, 0.7]}],
+                "FrameContentSequence": [{"DimensionIndexValues": [1, number], "InStackPositionNumber": number}],
+            }
+            for k, number in enumerate(numbers)
+        ]
+        return {"NumberOfFrames": 3, "PerFrameFunctionalGroupsSequence": groups, "Rows": 5, "Columns": 6}
+
+    assert planes_of([header((1, 2, 3))]).mixed is planes_of([header((3, 2, 1))]).mixed is False
+    assert planes_of([header((1, 3, 2)), header((1, 2, 3))]).mixed
+    alone = {"ImagePositionPatient": [0, 0, 0], "ImageOrientationPatient": [1, 0, 0, 0, 1, 0], "Rows": 5, "Columns": 6}
+    assert planes_of([alone | {"PixelSpacing": [0.7, 0]}, alone | {"PixelSpacing": [0.7, 0.7]}]).unspaced
+    assert len(planes_of([header((1, 2, 3), 0.009)]).known) == 3
+    assert planes_of([header((1, 2, 3), 0.02)]).known == ()

@@ -79,6 +79,8 @@ def test_what_a_file_does_not_say_is_not_made_up(tmp_path: Path) -> None:
     scan = read_scan(written(tmp_path / "a.mha", image(voxels(8, 9, 3))))
     assert scan.grid.is_placeholder
     assert not scan.grid.has_orientation
+    away = read_scan(written(tmp_path / "a.mha", image(voxels(8, 9, 3), np.column_stack([np.eye(3), np.full(3, 40)]))))
+    np.testing.assert_array_equal(away.grid.affine[:3, 3], (-40, -40, 40))  # voxels of 1 mm that lie somewhere
     path = written(tmp_path / "c.nrrd", image(voxels(8, 9, 3)))
     spaced = path.read_bytes().replace(b"space: left-posterior-superior\n", b"")
     spaced = re.sub(rb"space directions:.*", b"spacings: 0.5 0.6 2.5", spaced)

@@ -68,6 +68,7 @@ def without_codes() -> Grid:
         grid(np.diag([0.7, 0.7, 2.5, 1])),  # spacing alone
         grid(np.diag([-0.7, -0.7, 2.5, 1])),  # the same by SimpleITK
         grid(turned(0.75)),  # nearly between two directions
+        grid(turned(0.55)),  # by more than 30 degrees
         grid(LPS, (5, 6), None),
         Grid((5, 6, 7), 2),
         without_codes(),

@@ -267,7 +267,7 @@ def check_replay(path: str, model: Subject, settings: Settings, keep: Keep) -> d
 
 
 def check_scaling(path: str, model: Subject, settings: Settings, keep: Keep) -> dict[str, Any]:
-    """The same protocol over 1, 2 and 4 slices: seconds a slice, medians of three rounds where there is time for them.
+    """The same protocol over 1, 2 and 4 slices: seconds per slice, medians of three rounds where there is time for them.
 
     The target is 5 %, and one run of a small model may be off by that alone.
     """

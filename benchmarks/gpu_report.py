@@ -136,8 +136,8 @@ def _protocol(checks: dict[str, Any], model: str) -> str:
             f"{result['peak_bytes'] / 2**30:.1f}" if result.get("peak_bytes") else NONE,
         ))  # fmt: skip
     columns = (
-        "", "s a slice", "measured", "times the published way", "of the half-precision matmul rate", "rows a batch", "encoder, ms",
-        "denoiser, ms a step", "noise, ms a step", "update, ms a step", "whole step, ms", "x to the device and back, ms", "host", "memory in use, GiB",
+        "", "s per slice", "measured", "times the published way", "of the half-precision matmul rate", "rows per batch", "encoder, ms",
+        "denoiser, ms per step", "noise, ms per step", "update, ms per step", "whole step, ms", "x to the device and back, ms", "host", "memory in use, GiB",
     )  # fmt: skip
     return _table(f"Whole protocol: {MODELS[model]}, all levels, runs and steps of one slice", columns, rows)
 
@@ -168,7 +168,7 @@ def _sweep(checks: dict[str, Any], model: str) -> str:
         for name, result in _of(checks, ("protocol",), model)
         for size, cell in result["sweep"].items()
     ]
-    return _table(f"Batch sizes: {MODELS[model]}", ("", "rows", "ms a step", "ms a row", "refused with"), rows)
+    return _table(f"Batch sizes: {MODELS[model]}", ("", "rows", "ms per step", "ms per row", "refused with"), rows)
 
 
 def _parity(checks: dict[str, Any]) -> str:
@@ -231,7 +231,7 @@ def _kernels(checks: dict[str, Any]) -> str:
     )
     return _table(
         f"Kernels of a step of {found['batch']} rows: {MODELS[PAPER]}, launched plainly, {found['ms_a_step']:.3g} ms in all",
-        ("", "ms a step", "share", "calls a step"),
+        ("", "ms per step", "share", "calls per step"),
         rows,
     )
 
@@ -255,7 +255,7 @@ def _replay(checks: dict[str, Any]) -> str:
             )
     return _table(
         "Graph replay against plain launches: the shipped model",
-        ("", "rows", "launches, ms a step", "replay, ms a step", "times as fast"),
+        ("", "rows", "launches, ms per step", "replay, ms per step", "times as fast"),
         rows,
     )
 
@@ -270,7 +270,7 @@ def _scaling(checks: dict[str, Any]) -> str:
         for name, result in _of(checks, ("scaling",))
     )
     return _table(
-        "Seconds a slice over several slices: the shipped model",
+        "Seconds per slice over several slices: the shipped model",
         ("", "1 slice", "2 slices", "4 slices", "measured"),
         rows,
     )

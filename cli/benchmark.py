@@ -54,7 +54,7 @@ def benchmark(
 ) -> None:
     """Time the exported engine and PyTorch with the same weights, and the machine's floor, in one run.
 
-    Milliseconds per denoiser call at each batch size; slices a minute end to
+    Milliseconds per denoiser call at each batch size; slices per minute end to
     end at equal steps, runs and precision; peak memory; and the time that the
     same FLOPs need at the matrix-product rate measured here. Run it on a machine
     that does nothing else meanwhile.

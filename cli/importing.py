@@ -102,4 +102,4 @@ def _numbers(name: str, text: str | None) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(",")) if text else ()
     except ValueError:
-        raise CdiffError(f"{name} {text}: give numbers with commas between them, one a channel") from None
+        raise CdiffError(f"{name} {text}: give numbers with commas between them, one per channel") from None

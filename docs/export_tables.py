@@ -32,7 +32,7 @@ PRECISIONS = {"float32": "float32", "float16": "half precision"}
 
 def graphs_table(results: Path) -> str:
     """The denoiser's forms: processor time of a call, error, size of the file, and how normalisation and attention are written."""
-    header = ["denoiser", "ms a call, median", "largest error of x0", "MB", "of its nodes"]
+    header = ["denoiser", "ms per call, median", "largest error of x0", "MB", "of its nodes"]
     report = read("export_choices", results)
     if report is None:
         return markdown(header, [unmeasured(header)])

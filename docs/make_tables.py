@@ -149,7 +149,7 @@ def speed_table(results: Path) -> str:
     rate = 60 * report["protocol"]["slices"] / floor["end_to_end_seconds"]
     least = [f"{int(n) * floor['ms_a_row']:.1f}" for n in sizes]
     rows.append(["floor: FLOPs over the measured matrix-product rate", f"{rate:.2f}", "-", *least, "-"])
-    header = ["", "slices a minute", "times as fast", *[f"ms a call of {n}" for n in sizes], "peak MiB"]
+    header = ["", "slices per minute", "times as fast", *[f"ms per call of {n}" for n in sizes], "peak MiB"]
     return f"{speed_setting(report)}\n\n{markdown(header, rows)}"
 
 
@@ -162,7 +162,7 @@ def speed_setting(report: Scores) -> str:
         f"{machine['cpu']}, {machine['threads']} threads, PyTorch {machine['torch']}, "
         f"ONNX Runtime {onnxruntime}; {model['parameters'] / 1e6:.2f} M parameters, "
         f"{'x'.join(map(str, model['image_size']))}, {model['levels']} levels x {protocol['runs']} runs x "
-        f"{protocol['steps']} steps a slice, {model['precision']}; medians of {protocol['repeats']} rounds, "
+        f"{protocol['steps']} steps per slice, {model['precision']}; medians of {protocol['repeats']} rounds, "
         "ratios within a round."
     )
 

@@ -8,18 +8,18 @@ from table_cells import GED, Scores, distance, interval, markdown, mean, read, r
 
 PEERS = {  # as in `cdiff.benchmarks.peers`
     "consensus": "consensus diffusion (Amit et al.)",
-    "annotator": "diffusion, one map an annotator",
+    "annotator": "diffusion, one map per annotator",
     "no-annotator": "diffusion, a random annotator",
     "soft-label": "diffusion, soft label",
     "implicit-ensemble": "implicit ensemble (Wolleb et al.)",
     "unet-majority": "U-Net, majority vote",
     "unet-soft": "U-Net, soft label",
     "unet-random-dice": "U-Net, a random annotator",
-    "unet-heads-dice": "U-Net, one head an annotator",
+    "unet-heads-dice": "U-Net, one head per annotator",
     "unet-dropout-dice": "U-Net, MC dropout",
     "unet-probabilistic-dice": "probabilistic U-Net (Kohl et al.)",
     "unet-random": "U-Net, a random annotator, cross-entropy alone",
-    "unet-heads": "U-Net, one head an annotator, cross-entropy alone",
+    "unet-heads": "U-Net, one head per annotator, cross-entropy alone",
     "unet-dropout": "U-Net, MC dropout, cross-entropy alone",
     "unet-probabilistic": "probabilistic U-Net (Kohl et al.), cross-entropy alone",
 }
@@ -35,7 +35,7 @@ def best_first(result: str, results: Path) -> list[tuple[str, Scores | None]]:
 
 
 def seconds_a_slice(name: str, peer: Scores, result: str, results: Path) -> str:
-    """CPU seconds a slice. With a Dice term a peer is the same network and draws alike: those without it, which a quieter machine measured."""
+    """CPU seconds per slice. With a Dice term a peer is the same network and draws alike: those without it, which a quieter machine measured."""
     twin = read_peer(result, name.removesuffix("-dice"), results) if name.endswith("-dice") else None
     return f"{(twin or peer)['cpu_seconds_a_slice']:.2f}"
 
@@ -62,7 +62,7 @@ def peers_table(results: Path) -> str:
 
     A peer that was trained with a Dice term and without it is there with it, as all others have it.
     """
-    header = ["trained with equal data and time", *SCALE, "CPU s a slice"]
+    header = ["trained with equal data and time", *SCALE, "CPU s per slice"]
     found = best_first(FOUR, results)
     measured = {name for name, peer in found if peer}
     pairs = [(f"{name}-dice", name) for name in PEERS if f"{name}-dice" in PEERS]
@@ -79,7 +79,7 @@ def peers_table(results: Path) -> str:
 def peers_full_table(result: str, results: Path) -> str:
     """The peers with everything: size, training, scores, each level."""
     training = ["M parameters", "training steps", "CPU min"]
-    header = ["peer", *SCALE, *[f"level {c}" for c in range(1, 5)], *training, "CPU s a slice"]
+    header = ["peer", *SCALE, *[f"level {c}" for c in range(1, 5)], *training, "CPU s per slice"]
     rows = []
     for name, peer in best_first(result, results):
         if peer is None:

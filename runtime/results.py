@@ -156,7 +156,7 @@ def _kinds(variant: Variant) -> dict[str, tuple[str, str]]:
         "uncertainty": ("uncertainty", variant.uncertainty),
         "mask": ("mask", "mask: soft map at least 0.5"),
     }
-    return kinds | ({"annotators": ("maps", "one map an annotator, last axis")} if variant.told == "annotator" else {})
+    return kinds | ({"annotators": ("maps", "one map per annotator, last axis")} if variant.told == "annotator" else {})
 
 
 def must_be_free(folder: Path, name: str, variant: Variant, *, preview: bool, page: bool, dicom_seg: bool) -> None:

@@ -329,7 +329,7 @@ class Segmenter:
                 if batch == 1:  # the batch was not the cause, so the next scan may begin with a whole one
                     raise
                 # Logged as text: a log record that holds the error would keep the memory that its frames hold.
-                LOG.warning("%s; going on with %d rows a batch instead of %d", str(error), -(-batch // 2), batch)
+                LOG.warning("%s; going on with %d rows per batch instead of %d", str(error), -(-batch // 2), batch)
                 batch = -(-batch // 2)
             else:
                 if batch < asked:

@@ -20,7 +20,7 @@ TITLES = {
 }
 VARIANTS = {
     "consensus": "one map a level of consensus",
-    "annotator": "one map an annotator",
+    "annotator": "one map per annotator",
     "no-annotator": "a random annotator's map",
     "soft-label": "the fraction map itself",
 }

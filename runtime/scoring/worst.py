@@ -65,7 +65,7 @@ def worst_figure(
     source: Source, worst: Sequence[Worst], protocol: Protocol, progress: Progress | None = None
 ) -> Figure:
     """The sheet as a matplotlib figure: a block of three panels for each slice."""
-    title = f"The {len(worst)} worst slices, one a case" if len(worst) > 1 else "The worst slice"
+    title = f"The {len(worst)} worst slices, one per case" if len(worst) > 1 else "The worst slice"
     note = f"{source.name} · soft Dice at five thresholds; annotators: one against the others, mean"
     figure, blocks = new_page(len(worst), HEADS, title, note)
     drawn = None

@@ -388,7 +388,7 @@ def test_the_suite_on_tiny_networks(tmp_path: Path) -> None:
         "Against PyTorch float32",
         "Kernels of a step",
         "Noise",
-        "Seconds a slice",
+        "Seconds per slice",
         "Tests marked gpu",
     ):
         assert f"## {title}" in page

@@ -110,7 +110,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_that_is_said_once(
     assert first.report["batch"] == second.report["batch"] == 3
     assert segmenter.segment(slices, batch=2, **options).report["batch"] == 2, "who asks for less gets less"
     assert [record.message for record in caplog.records] == [
-        f"no room; use a smaller batch; going on with {b} rows a batch instead of {a}"
+        f"no room; use a smaller batch; going on with {b} rows per batch instead of {a}"
         for a, b in ((20, 10), (10, 5), (5, 3))
     ]
     want = Segmenter(bundle, Small(100)).segment(slices, batch=20, **options)

@@ -51,9 +51,9 @@ class TrainResult:
     out: Path
     parameters: int
     data: dict[str, Any]
-    interrupted: bool = False
-    finished: bool = False
-    first: bool = True
+    interrupted: bool
+    finished: bool
+    first: bool
 
 
 class Run:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from cdiff.runtime.errors import CdiffError
 from cdiff.train import pace
@@ -20,6 +22,8 @@ from cdiff.train.trainer import train
 from tests.train.test_scale import CPU
 
 GROWING = preset("tiny").with_values({"steps": 100, "val_every": 50, "framing": "tile", "crop": 16, "late": 0.25})
+
+EVEN = preset("tiny").with_values({"steps": 100})
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +66,20 @@ def test_a_dry_run_also_takes_the_larger_steps(
     monkeypatch.setattr(Learner, "step", small_alone)
     with pytest.raises(CdiffError, match="too large"):
         train(GROWING, tiny_data, tmp_path / "run", dry_run=True, quiet=True)
+
+
+def test_a_dry_run_says_how_long_the_steps_of_either_size_take(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Run, "try_out", lambda self, window: (0.5 * window, 10.0 if window == 32 else 1.0))
+    for config, says in (
+        (GROWING, "1 s here, and 10 s once windows have 32 pixels, so 100"),
+        (EVEN, "10 s here, so 100"),
+    ):
+        said = io.StringIO()
+        result = train(config, tiny_data, tmp_path / "run", dry_run=True, console=Console(file=said))
+        assert f"\na step takes about {says} steps take about" in said.getvalue()
+        assert (result.loss, result.finished) == (8 if config is GROWING else 16, False)
 
 
 def test_minutes_are_counted_on_the_clock_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

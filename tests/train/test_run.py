@@ -19,6 +19,7 @@ from cdiff.train import checkpoint
 from cdiff.train.checkpoint import checkpoint_folder, load_run, read_json
 from cdiff.train.data import read_data
 from cdiff.train.fabric import fabric_on
+from cdiff.train.learner import Learner
 from cdiff.train.log import read_log
 from cdiff.train.pace import forecast
 from cdiff.train.presets import preset
@@ -252,3 +253,31 @@ def test_the_log_s_learning_rate_is_the_step_s(tiny_data: Path, tmp_path: Path) 
     config = preset("tiny").with_values({"steps": 2, "val_every": 2, "log_every": 1, "warmup": 2, "lr": 2e-3})
     train(config, tiny_data, tmp_path / "run", quiet=True)
     assert [float(row["lr"]) for row in read_log(tmp_path / "run" / "log.csv")] == [1e-3, 2e-3]
+
+
+def test_a_run_is_logged_validated_and_saved_when_its_settings_say(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row every second step, a score after the fourth and at the end; what a checkpoint says of it is what was done."""
+    scores, taken = iter([0.5, 0.4]), []
+    monkeypatch.setattr("cdiff.train.run.score", lambda *_, **how: taken.append(how) or next(scores))
+    monkeypatch.setattr(Learner, "step", lambda *_: (0.25, 1.5))
+    config = preset("tiny").with_values({"steps": 5, "val_every": 4, "log_every": 2, "seed": 3})
+    result = train(config, tiny_data, tmp_path / "run", quiet=True)
+    assert (result.step, result.loss, result.best, result.out) == (5, 0.25, 0.5, tmp_path / "run")
+    assert (result.interrupted, result.finished, result.first) == (False, True, True)
+    rows = read_log(tmp_path / "run" / "log.csv")
+    assert [(row["step"], row["val_soft_dice_5"]) for row in rows] == [("2", ""), ("4", "0.5"), ("5", "0.4")]
+    assert {(row["loss"], row["grad_norm"], row["window"]) for row in rows} == {("0.25", "1.5", "32")}
+    assert [{key: how[key] for key in ("steps", "runs", "seed")} for how in taken] == [
+        {"steps": 4, "runs": 2, "seed": 3}
+    ] * 2
+    assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"step-0000004", "step-0000005"}
+    info = load_run(tmp_path / "run").info
+    assert info["val_protocol"] == {"sampler": "ddim", "steps": 4, "runs": 2, "slices": 4, "window": 32}
+    assert (info["step"], info["val_soft_dice_5"], info["best"], info["is_best"]) == (4, 0.5, 0.5, True)
+    assert (info["parameters"], info["machine"]["processes"], info["machine"]["device"]) == (
+        result.parameters,
+        1,
+        "cpu",
+    )

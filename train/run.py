@@ -89,7 +89,7 @@ class Run:
         return pace.progress(self.config, self.done, self.seconds)
 
     def finished(self) -> bool:
-        return self.done >= self.config.training.steps or self.progress() >= 1
+        return self.progress() >= 1
 
     def window(self) -> int:
         return pace.window_size(self.config, self.progress())

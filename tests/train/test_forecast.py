@@ -11,7 +11,6 @@ from rich.console import Console
 
 from cdiff.runtime.errors import CdiffError
 from cdiff.train import pace
-from cdiff.train.config import Config
 from cdiff.train.data import Data, read_data
 from cdiff.train.fabric import fabric_on
 from cdiff.train.learner import Learner
@@ -88,20 +87,24 @@ def test_minutes_are_counted_on_the_clock_that_is_named(monkeypatch: pytest.Monk
     assert [pace.now(preset("tiny").with_values({"clock": clock})) for clock in ("cpu", "wall")] == [3.0, 5.0]
 
 
-@pytest.mark.parametrize(("ahead", "least"), [(0, 0.4), (2, 0.2)])
-def test_a_step_is_not_quicker_than_its_data(data: Data, tmp_path: Path, ahead: int, least: float) -> None:
+@pytest.mark.parametrize(
+    ("ahead", "clock", "step", "takes"),
+    [(0, "wall", 1, 1.4), (2, "wall", 0.1, 0.2), (2, "wall", 1, 1), (2, "cpu", 0.1, 0.1)],
+)
+def test_a_step_is_not_quicker_than_its_data(
+    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ahead: int, clock: str, step: float, takes: float
+) -> None:
     """What is prepared while the first, slow step is taken is no measure of what a run waits for."""
-    run = Run(
-        Config.from_json(preset("tiny").with_values({"prefetch": ahead}).to_json()), data, fabric_on(CPU), tmp_path
-    )
-    prepare = run.feed.prepare
+    run = Run(preset("tiny").with_values({"prefetch": ahead, "clock": clock}), data, fabric_on(CPU), tmp_path)
+    now = [0.0]
 
-    def slowly(k: int, window: int) -> list[Rows]:
-        time.sleep(0.4)
-        return prepare(k, window)
+    def after(seconds: float, value: object) -> object:
+        now[0] += seconds
+        return value
 
-    run.feed.prepare = slowly
-    run.feed.take(0, 32)
-    time.sleep(0.5)
-    _, took = run.try_out(32)
-    assert took >= least
+    monkeypatch.setattr(pace, "now", lambda config: now[0])
+    monkeypatch.setattr(run.feed, "prepare", lambda k, window: after(0.4, []))
+    if ahead:
+        monkeypatch.setattr(run.feed, "take", lambda k, window: [])
+    monkeypatch.setattr(Learner, "step", lambda *_: after(step, (0.5, 1.0)))
+    assert run.try_out(32) == (0.5, pytest.approx(takes))

@@ -276,7 +276,7 @@ class Run:
         """A few validation slices as the network sees them, for checking exported graphs on real input."""
         batch = self._val_windows(self.val_chosen[:4], self.config.network.image_size)
         with atomic_path(self.out / "samples.npz") as temporary, temporary.open("wb") as file:
-            np.savez_compressed(file, images=batch.image.numpy(), votes=batch.votes.numpy())
+            np.savez_compressed(file, images=batch.image.numpy())
 
 
 @contextmanager

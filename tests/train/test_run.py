@@ -7,6 +7,7 @@ import math
 import shutil
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from cdiff.train.data import read_data
 from cdiff.train.fabric import fabric_on
 from cdiff.train.learner import Learner
 from cdiff.train.log import read_log
+from cdiff.train.mfu import image_flop
 from cdiff.train.pace import forecast
 from cdiff.train.presets import preset
 from cdiff.train.run import Run
@@ -258,24 +260,37 @@ def test_the_log_s_learning_rate_is_the_step_s(tiny_data: Path, tmp_path: Path) 
 def test_a_run_is_logged_validated_and_saved_when_its_settings_say(
     tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A row every second step, a score after the fourth and at the end; what a checkpoint says of it is what was done."""
-    scores, taken = iter([0.5, 0.4]), []
+    """A row every second step, a score every third and at the end, a checkpoint 15 s after the last; and a checkpoint says what was done."""
+    clock, scores, taken, saved = [0.0], iter([0.5, 0.6, 0.4]), [], []
+    save = Run.save
+
+    def step(*_: object) -> tuple[float, float]:
+        clock[0] += 10.0
+        return 0.25, 1.5
+
+    monkeypatch.setattr("cdiff.train.run.time", SimpleNamespace(monotonic=lambda: clock[0]))
     monkeypatch.setattr("cdiff.train.run.score", lambda *_, **how: taken.append(how) or next(scores))
-    monkeypatch.setattr(Learner, "step", lambda *_: (0.25, 1.5))
-    config = preset("tiny").with_values({"steps": 5, "val_every": 4, "log_every": 2, "seed": 3})
+    monkeypatch.setattr(Learner, "step", step)
+    monkeypatch.setattr(Run, "save", lambda self, *of: saved.append((self.done, of[0])) or save(self, *of))
+    when = {"steps": 7, "val_every": 3, "log_every": 2, "save_every_s": 15.0}
+    config = preset("tiny").with_values({**when, "seed": 3, "peak_tflops": 1.0})
     result = train(config, tiny_data, tmp_path / "run", quiet=True)
-    assert (result.step, result.loss, result.best, result.out) == (5, 0.25, 0.5, tmp_path / "run")
+    assert (result.step, result.loss, result.best, result.out) == (7, 0.25, 0.6, tmp_path / "run")
     assert (result.interrupted, result.finished, result.first) == (False, True, True)
+    assert saved == [(2, None), (3, 0.5), (5, None), (6, 0.6), (7, 0.4)]
     rows = read_log(tmp_path / "run" / "log.csv")
-    assert [(row["step"], row["val_soft_dice_5"]) for row in rows] == [("2", ""), ("4", "0.5"), ("5", "0.4")]
+    scored = {"2": "", "3": "0.5", "4": "", "6": "0.6", "7": "0.4"}
+    assert {row["step"]: row["val_soft_dice_5"] for row in rows} == scored
     assert {(row["loss"], row["grad_norm"], row["window"]) for row in rows} == {("0.25", "1.5", "32")}
-    assert [{key: how[key] for key in ("steps", "runs", "seed")} for how in taken] == [
-        {"steps": 4, "runs": 2, "seed": 3}
-    ] * 2
-    assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"step-0000004", "step-0000005"}
+    (share,) = {row["mfu"] for row in rows}
+    flop = config.training.batch * image_flop(config.network, 32, config.training.rows_per_image)
+    assert float(share) == pytest.approx(flop / 10 / 1e12)
+    how = {"steps": config.training.val_steps, "runs": config.training.val_runs, "seed": 3}
+    assert [{key: given[key] for key in how} for given in taken] == [how] * 3
+    assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"step-0000006", "step-0000007"}
     info = load_run(tmp_path / "run").info
     assert info["val_protocol"] == {"sampler": "ddim", "steps": 4, "runs": 2, "slices": 4, "window": 32}
-    assert (info["step"], info["val_soft_dice_5"], info["best"], info["is_best"]) == (4, 0.5, 0.5, True)
+    assert (info["step"], info["val_soft_dice_5"], info["best"], info["is_best"]) == (6, 0.6, 0.6, True)
     assert (info["parameters"], info["machine"]["processes"], info["machine"]["device"]) == (
         result.parameters,
         1,

@@ -156,7 +156,7 @@ class Run:
     def loop(self, max_steps: int | None, console: Console, quiet: bool) -> TrainResult:
         """Train until the end, an interrupt, or `max_steps`, saving on the way. Returns how it ended."""
         settings = self.config.training
-        end = min(settings.steps, max_steps or settings.steps)
+        end = settings.steps if max_steps is None else min(settings.steps, max_steps)
         loss, saved = math.nan, time.monotonic()
         stop, first = False, self.fabric.is_global_zero
         if first and not (self.out / "samples.npz").exists():

@@ -111,6 +111,7 @@ def test_a_kill_between_the_pointers_keeps_the_best_where_the_step_scores_otherw
 
 def test_a_run_says_whether_it_is_at_its_end(tiny_data: Path, tmp_path: Path) -> None:
     config = preset("tiny").with_values({"steps": 2, "val_every": 2})
+    assert train(config, tiny_data, tmp_path / "none", max_steps=0, quiet=True).step == 0
     assert not train(config, tiny_data, tmp_path / "run", max_steps=1, quiet=True).finished
     assert train(config, tiny_data, tmp_path / "run", resume=True, max_steps=2, quiet=True).finished
     timed = config.with_values({"steps": 100, "minutes": 1e-6})

@@ -58,9 +58,10 @@ def test_each_score_stands_in_its_own_row_with_its_interval() -> None:
 
 
 def test_unmarked_slices_and_whole_volumes_are_shown_where_there_are_some() -> None:
-    unmarked = {"mean": 0.5, "low": None, "high": None, "n_slices": 3}
-    lines = printed(score_tables(some_report(false_positive_slices=unmarked)))
-    assert lines[0] == "7 slices of 2 cases, 3 slices unmarked"
+    for slices, said in ((3, "3 slices"), (1, "1 slice")):
+        unmarked = {"mean": 0.5, "low": None, "high": None, "n_slices": slices}
+        lines = printed(score_tables(some_report(false_positive_slices=unmarked)))
+        assert lines[0] == f"7 slices of 2 cases, {said} unmarked"
     assert "unmarked slices in which the model marks 0.500 -" in lines
     lines = printed(score_tables(some_report(cases=[{"slices": [1]}])))
     assert not [line for line in lines if line.startswith("each case as a whole")]

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from lightning_fabric.plugins import MixedPrecision
 
 from cdiff.runtime.errors import CdiffError
-from cdiff.train.fabric import PRECISIONS, _precision, fabric_on, find_device, settle
+from cdiff.train.fabric import PRECISIONS, FailedElsewhere, _blame, _precision, fabric_on, find_device, settle
 
 CPU = torch.device("cpu")
 
@@ -94,3 +95,29 @@ def test_all_go_by_the_first_one_s_clock_and_stop_when_any_is_asked_to() -> None
             is_global_zero=first, all_reduce=lambda told, reduce_op, more=(others, asked): told + torch.tensor(more)
         )
         assert settle(fabric, 3.25, asked=not first) == (3.25 if first else 7.5, stops)
+
+
+def test_of_the_processes_that_end_the_first_alone_says_why() -> None:
+    """And a connection that was lost is told as that, whichever of PyTorch's errors it is."""
+    asked: list[str] = []
+
+    def store(answer: int | None) -> Any:
+        def add(key: str, number: int) -> int:
+            asked.append(key)
+            if answer is None:
+                raise RuntimeError("Connection reset by peer")
+            return answer
+
+        return SimpleNamespace(add=add)
+
+    error = ValueError("what went wrong")
+    assert _blame(error, one_of(2), store(1)) is error
+    assert isinstance(_blame(error, one_of(2), store(2)), FailedElsewhere)
+    assert _blame(error, one_of(2), store(None)) is error, "with the store gone, nobody else may be left to speak"
+    assert asked == ["cdiff-failed-0"] * 3
+    assert isinstance(_blame(FailedElsewhere(), one_of(2), store(1)), FailedElsewhere)
+    assert len(asked) == 3, "or the one that knows why would be silent"
+    for lost in (dist.DistBackendError("NCCL error"), RuntimeError("[/third_party/Gloo/pair.cc] Connection closed")):
+        assert "process 1 of 2 on " in str(told := _blame(lost, one_of(2), store(1)))
+        assert isinstance(told, CdiffError)
+        assert "lost its connection to another process" in str(told)

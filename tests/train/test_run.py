@@ -22,7 +22,6 @@ from cdiff.train.data import read_data
 from cdiff.train.fabric import fabric_on
 from cdiff.train.learner import Learner
 from cdiff.train.log import read_log
-from cdiff.train.mfu import image_flop
 from cdiff.train.pace import forecast
 from cdiff.train.presets import preset
 from cdiff.train.run import Run
@@ -271,6 +270,7 @@ def test_a_run_is_logged_validated_and_saved_when_its_settings_say(
 
     monkeypatch.setattr("cdiff.train.run.time", SimpleNamespace(monotonic=lambda: clock[0]))
     monkeypatch.setattr("cdiff.train.run.score", lambda *_, **how: taken.append(how) or next(scores))
+    monkeypatch.setattr("cdiff.train.mfu.image_flop", lambda *_: 5e11)
     monkeypatch.setattr(Learner, "step", step)
     monkeypatch.setattr(Run, "save", lambda self, *of: saved.append((self.done, of[0])) or save(self, *of))
     when = {"steps": 7, "val_every": 3, "log_every": 2, "save_every_s": 15.0}
@@ -280,12 +280,11 @@ def test_a_run_is_logged_validated_and_saved_when_its_settings_say(
     assert (result.interrupted, result.finished, result.first) == (False, True, True)
     assert saved == [(2, None), (3, 0.5), (5, None), (6, 0.6), (7, 0.4)]
     rows = read_log(tmp_path / "run" / "log.csv")
-    scored = {"2": "", "3": "0.5", "4": "", "6": "0.6", "7": "0.4"}
-    assert {row["step"]: row["val_soft_dice_5"] for row in rows} == scored
+    scored = [("2", ""), ("3", "0.5"), ("4", ""), ("6", "0.6"), ("7", "0.4")]
+    assert [(row["step"], row["val_soft_dice_5"]) for row in rows] == scored
     assert {(row["loss"], row["grad_norm"], row["window"]) for row in rows} == {("0.25", "1.5", "32")}
     (share,) = {row["mfu"] for row in rows}
-    flop = config.training.batch * image_flop(config.network, 32, config.training.rows_per_image)
-    assert float(share) == pytest.approx(flop / 10 / 1e12)
+    assert float(share) == pytest.approx(4 * 0.5 / 10), "four images of 0.5 TFLOP in 10 s"
     how = {"steps": config.training.val_steps, "runs": config.training.val_runs, "seed": 3}
     assert [{key: given[key] for key in how} for given in taken] == [how] * 3
     assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"step-0000006", "step-0000007"}

@@ -75,7 +75,8 @@ def _scores(report: Mapping[str, Any]) -> Table:
     unmarked = report["false_positive_slices"]["n_slices"]
     slices, cases = report["n_slices"], report["n_cases"]
     title = f"{several(slices, 'slice')} of {several(cases, 'case')}"
-    table = Table(title=f"{title}, {unmarked} slices unmarked" if unmarked else title, title_justify="left")
+    title += f", {several(unmarked, 'slice')} unmarked" if unmarked else ""
+    table = Table(title=title, title_justify="left")
     for name in ("score", "mean", "95 % interval"):
         table.add_column(name, justify="left" if name == "score" else "right")
     # A case of one slice has the same scores as a whole: nothing to show twice.

@@ -123,6 +123,7 @@ def arithmetic(deterministic: bool, threads: int = 0) -> Iterator[None]:
     With `deterministic`, an operation that has no deterministic form raises RuntimeError.
     """
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark, torch.get_num_threads()
+    only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.set_num_threads(threads or min(before[2], quota()))
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when the GPU is first used
@@ -133,6 +134,6 @@ def arithmetic(deterministic: bool, threads: int = 0) -> Iterator[None]:
         with torch.random.fork_rng(gpus), own_attention():
             yield
     finally:
-        torch.use_deterministic_algorithms(before[0])
+        torch.use_deterministic_algorithms(before[0], warn_only=only_warned)
         torch.backends.cudnn.benchmark = before[1]
         torch.set_num_threads(before[2])

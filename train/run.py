@@ -51,9 +51,9 @@ class TrainResult:
     out: Path
     parameters: int
     data: dict[str, Any]
-    interrupted: bool = False
-    finished: bool = False
-    first: bool = True
+    interrupted: bool
+    finished: bool
+    first: bool
 
 
 class Run:
@@ -89,7 +89,7 @@ class Run:
         return pace.progress(self.config, self.done, self.seconds)
 
     def finished(self) -> bool:
-        return self.done >= self.config.training.steps or self.progress() >= 1
+        return self.progress() >= 1
 
     def window(self) -> int:
         return pace.window_size(self.config, self.progress())
@@ -156,7 +156,7 @@ class Run:
     def loop(self, max_steps: int | None, console: Console, quiet: bool) -> TrainResult:
         """Train until the end, an interrupt, or `max_steps`, saving on the way. Returns how it ended."""
         settings = self.config.training
-        end = min(settings.steps, max_steps or settings.steps)
+        end = settings.steps if max_steps is None else min(settings.steps, max_steps)
         loss, saved = math.nan, time.monotonic()
         stop, first = False, self.fabric.is_global_zero
         if first and not (self.out / "samples.npz").exists():
@@ -276,7 +276,7 @@ class Run:
         """A few validation slices as the network sees them, for checking exported graphs on real input."""
         batch = self._val_windows(self.val_chosen[:4], self.config.network.image_size)
         with atomic_path(self.out / "samples.npz") as temporary, temporary.open("wb") as file:
-            np.savez_compressed(file, images=batch.image.numpy(), votes=batch.votes.numpy())
+            np.savez_compressed(file, images=batch.image.numpy())
 
 
 @contextmanager

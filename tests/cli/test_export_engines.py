@@ -36,8 +36,9 @@ def test_tensorrt_without_a_gpu_says_when_it_will_build(bundle: Bundle) -> None:
 
 
 def test_a_bundle_that_is_there_can_be_served(bundle: Bundle, tmp_path: Path) -> None:
-    printed, _ = run(0, bundle.path, "--triton", tmp_path / "models")
+    printed, said = run(0, bundle.path, "--triton", tmp_path / "models")
     assert printed == f"{tmp_path / 'models/test'}\n"
+    assert "engines" not in said, "none were asked for"
     assert (tmp_path / "models/test/1/bundle/manifest.json").is_file()
 
 

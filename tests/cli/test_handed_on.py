@@ -17,7 +17,9 @@ from cdiff.runtime.data.cases import find_cases
 from cdiff.runtime.data.partition import partition
 from cdiff.runtime.engines.trt import RTX_CAPABILITIES, Gpu, profile_for
 from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.files import write_json
 from cdiff.runtime.scoring.evaluate import Protocol
+from cdiff.runtime.scoring.publish import write_report
 from tests.export.engine_bundles import pair_bundle
 from tests.runtime.test_segmenter import make_bundle
 from tests.synthetic import write_synthetic_dataset
@@ -99,6 +101,24 @@ def test_evaluate(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     which = ("--task", "task02", "--layout", "brats", "--labels", "1,4")
     given, named = given_to("cdiff.runtime.data.cases.find_cases", monkeypatch, *command, *which)
     assert (given, named) == ((data, "task02"), {"layout": "brats", "labels": (1, 4)})
+
+
+def test_evaluate_of_maps_that_are_drawn(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their masks are read as asked, or as they lie, for there is no model that was trained on some."""
+    monkeypatch.setattr("cdiff.runtime.scoring.written.WrittenMaps", lambda maps, cases, notice: (maps, len(cases)))
+    command, score = ("evaluate", "--data", data, "--maps", tmp_path), "cdiff.runtime.scoring.evaluate.score_cases"
+    report, copy = tmp_path / "report", tmp_path / "scores.json"
+    asked = ("--labels", "1,4", "--masks-by", "header", "--limit", 1, "--json", copy)
+    (source, cases, _), named = given_to(score, monkeypatch, *command, *asked)
+    assert source == (tmp_path, 1)
+    assert [(case.name, case.labels, case.masks_by) for case in cases] == [("case01", (1, 4), "header")]
+    about = {"folder": "data", "split": "val", "task": None}
+    assert named["data"] == about | {"labels": [1, 4], "masks_by": "header"}
+    assert (named["out"], named["write"]) == (copy, write_json)
+    (_, cases, _), named = given_to(score, monkeypatch, *command, "--report", report, "--json", copy)
+    assert [(case.labels, case.masks_by) for case in cases] == [((), "array")] * 2
+    assert named["data"] == about
+    assert (named["out"], named["write"]) == (report / "scores.json", write_report)
 
 
 def test_evaluate_takes_what_the_training_held_out_and_says_each_note_once(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import cdiff
 from cdiff.runtime.errors import CdiffError
+from cdiff.train.checkpoint import config_of_weights
 from cdiff.train.config import Config
 from cdiff.train.imported.options import Options
 from cdiff.train.presets import PRESETS, preset
@@ -177,3 +181,25 @@ def test_a_configuration_of_other_types_is_refused(section: str, value: object, 
     tree[section] = tree[section] | value if isinstance(value, dict) else value
     with pytest.raises(CdiffError, match=says):
         Config.from_json(tree)
+
+
+def test_the_preset_lidc_is_what_the_shipped_model_was_trained_with() -> None:
+    """But for how long, with which learning rate and on which machine."""
+    shipped, named = (
+        config_of_weights(Path(cdiff.__file__).parent / "models" / "lidc" / "model.safetensors"),
+        preset("lidc"),
+    )
+    assert (shipped.network, shipped.schedule) == (named.network, named.schedule)
+    assert dataclasses.replace(shipped.data, late=named.data.late) == named.data
+    for key in (
+        "batch",
+        "rows_per_image",
+        "weight_decay",
+        "decay",
+        "ema",
+        "dice_weight",
+        "t_power",
+        "augment",
+        "val_runs",
+    ):
+        assert getattr(shipped.training, key) == getattr(named.training, key)

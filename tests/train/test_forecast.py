@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from cdiff.runtime.errors import CdiffError
 from cdiff.train import pace
-from cdiff.train.config import Config
 from cdiff.train.data import Data, read_data
 from cdiff.train.fabric import fabric_on
 from cdiff.train.learner import Learner
@@ -20,6 +21,8 @@ from cdiff.train.trainer import train
 from tests.train.test_scale import CPU
 
 GROWING = preset("tiny").with_values({"steps": 100, "val_every": 50, "framing": "tile", "crop": 16, "late": 0.25})
+
+EVEN = preset("tiny").with_values({"steps": 100})
 
 
 @pytest.fixture(scope="module")
@@ -64,26 +67,44 @@ def test_a_dry_run_also_takes_the_larger_steps(
         train(GROWING, tiny_data, tmp_path / "run", dry_run=True, quiet=True)
 
 
+def test_a_dry_run_says_how_long_the_steps_of_either_size_take(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Run, "try_out", lambda self, window: (0.5 * window, 10.0 if window == 32 else 1.0))
+    for config, says in (
+        (GROWING, "1 s here, and 10 s once windows have 32 pixels, so 100"),
+        (EVEN, "10 s here, so 100"),
+    ):
+        said = io.StringIO()
+        result = train(config, tiny_data, tmp_path / "run", dry_run=True, console=Console(file=said))
+        assert f"\na step takes about {says} steps take about" in said.getvalue()
+        assert (result.loss, result.finished) == (8 if config is GROWING else 16, False)
+
+
 def test_minutes_are_counted_on_the_clock_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "process_time", lambda: 3.0)
     monkeypatch.setattr(time, "monotonic", lambda: 5.0)
     assert [pace.now(preset("tiny").with_values({"clock": clock})) for clock in ("cpu", "wall")] == [3.0, 5.0]
 
 
-@pytest.mark.parametrize(("ahead", "least"), [(0, 0.4), (2, 0.2)])
-def test_a_step_is_not_quicker_than_its_data(data: Data, tmp_path: Path, ahead: int, least: float) -> None:
+@pytest.mark.parametrize(
+    ("ahead", "clock", "step", "takes"),
+    [(0, "wall", 1, 1.4), (2, "wall", 0.1, 0.2), (2, "wall", 1, 1), (2, "cpu", 0.1, 0.1)],
+)
+def test_a_step_is_not_quicker_than_its_data(
+    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ahead: int, clock: str, step: float, takes: float
+) -> None:
     """What is prepared while the first, slow step is taken is no measure of what a run waits for."""
-    run = Run(
-        Config.from_json(preset("tiny").with_values({"prefetch": ahead}).to_json()), data, fabric_on(CPU), tmp_path
-    )
-    prepare = run.feed.prepare
+    run = Run(preset("tiny").with_values({"prefetch": ahead, "clock": clock}), data, fabric_on(CPU), tmp_path)
+    now = [0.0]
 
-    def slowly(k: int, window: int) -> list[Rows]:
-        time.sleep(0.4)
-        return prepare(k, window)
+    def after(seconds: float, value: object) -> object:
+        now[0] += seconds
+        return value
 
-    run.feed.prepare = slowly
-    run.feed.take(0, 32)
-    time.sleep(0.5)
-    _, took = run.try_out(32)
-    assert took >= least
+    monkeypatch.setattr(pace, "now", lambda config: now[0])
+    monkeypatch.setattr(run.feed, "prepare", lambda k, window: after(0.4, []))
+    if ahead:
+        monkeypatch.setattr(run.feed, "take", lambda k, window: [])
+    monkeypatch.setattr(Learner, "step", lambda *_: after(step, (0.5, 1.0)))
+    assert run.try_out(32) == (0.5, pytest.approx(takes))

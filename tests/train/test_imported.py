@@ -120,6 +120,10 @@ def test_the_implicit_ensemble_s_configuration() -> None:
     )
     assert (network.attention_depths, network.heads) == ((4,), 1)
     assert (config.data.framing, config.training.augment) == ("centre", False)
+    named = preset("implicit-ensemble")
+    assert (named.network, named.data.framing, named.data.jitter) == (network, "centre", 0)
+    for key in ("batch", "lr", "ema", "warmup", "augment"):
+        assert getattr(named.training, key) == getattr(config.training, key)
     # Its loader does not read image_size: who set that to the 224 pixels it cuts has them cut all the same.
     # So has who set it to BraTS's own 240, which no U-Net of six depths takes; one of two depths could be of a changed loader.
     six = "1,1,2,2,4,4"

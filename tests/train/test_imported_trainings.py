@@ -65,3 +65,5 @@ def test_two_trainings_are_not_chosen_between() -> None:
     assert variant(both, f"{NO_ANNOTATOR}=True") == "no-annotator"
     with pytest.raises(CdiffError, match="consensus_training=maybe must be True or False"):
         variant({CONSENSUS: "maybe"})
+    with pytest.raises(CdiffError, match="consensus_training=True=False must be True or False"):
+        variant({}, f"{CONSENSUS}=True=False")

@@ -83,6 +83,11 @@ def test_no_setting_of_the_network_slips_through(tiny_run: Path) -> None:
     assert silent == {"image_size", "dropout"}
 
 
+def test_a_run_that_is_named_by_a_dot_is_called_by_its_folder(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tiny_run)
+    assert read_initial(Path()).origin["name"] == tiny_run.name
+
+
 def test_cases_that_the_weights_had_learned_from_are_not_taken_for_unseen(tmp_path: Path) -> None:
     data = write_synthetic_dataset(tmp_path / "data", 6, raters=3, shape=(32, 32, 4))
     runs = [tmp_path / name for name in ("first", "second", "third")]

@@ -44,6 +44,15 @@ def test_deterministic_algorithms_are_asked_for_and_given_back() -> None:
     with arithmetic(deterministic=False):
         assert torch.backends.cudnn.benchmark
     assert torch.are_deterministic_algorithms_enabled() == before
+    try:
+        for deterministic in (False, True):  # what only warned the program around would have ended it from then on
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            with arithmetic(deterministic):
+                assert torch.is_deterministic_algorithms_warn_only_enabled() != deterministic
+            assert torch.are_deterministic_algorithms_enabled()
+            assert torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import math
 import shutil
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from cdiff.train import checkpoint
 from cdiff.train.checkpoint import checkpoint_folder, load_run, read_json
 from cdiff.train.data import read_data
 from cdiff.train.fabric import fabric_on
+from cdiff.train.learner import Learner
 from cdiff.train.log import read_log
 from cdiff.train.pace import forecast
 from cdiff.train.presets import preset
@@ -108,6 +110,7 @@ def test_a_kill_between_the_pointers_keeps_the_best_where_the_step_scores_otherw
 
 def test_a_run_says_whether_it_is_at_its_end(tiny_data: Path, tmp_path: Path) -> None:
     config = preset("tiny").with_values({"steps": 2, "val_every": 2})
+    assert train(config, tiny_data, tmp_path / "none", max_steps=0, quiet=True).step == 0
     assert not train(config, tiny_data, tmp_path / "run", max_steps=1, quiet=True).finished
     assert train(config, tiny_data, tmp_path / "run", resume=True, max_steps=2, quiet=True).finished
     timed = config.with_values({"steps": 100, "minutes": 1e-6})
@@ -252,3 +255,44 @@ def test_the_log_s_learning_rate_is_the_step_s(tiny_data: Path, tmp_path: Path) 
     config = preset("tiny").with_values({"steps": 2, "val_every": 2, "log_every": 1, "warmup": 2, "lr": 2e-3})
     train(config, tiny_data, tmp_path / "run", quiet=True)
     assert [float(row["lr"]) for row in read_log(tmp_path / "run" / "log.csv")] == [1e-3, 2e-3]
+
+
+def test_a_run_is_logged_validated_and_saved_when_its_settings_say(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row every second step, a score every third and at the end, a checkpoint 15 s after the last; and a checkpoint says what was done."""
+    clock, scores, taken, saved = [0.0], iter([0.5, 0.6, 0.4]), [], []
+    save = Run.save
+
+    def step(*_: object) -> tuple[float, float]:
+        clock[0] += 10.0
+        return 0.25, 1.5
+
+    monkeypatch.setattr("cdiff.train.run.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr("cdiff.train.run.score", lambda *_, **how: taken.append(how) or next(scores))
+    monkeypatch.setattr("cdiff.train.mfu.image_flop", lambda *_: 5e11)
+    monkeypatch.setattr(Learner, "step", step)
+    monkeypatch.setattr(Run, "save", lambda self, *of: saved.append((self.done, of[0])) or save(self, *of))
+    when = {"steps": 7, "val_every": 3, "log_every": 2, "save_every_s": 15.0}
+    config = preset("tiny").with_values({**when, "seed": 3, "peak_tflops": 1.0})
+    result = train(config, tiny_data, tmp_path / "run", quiet=True)
+    assert (result.step, result.loss, result.best, result.out) == (7, 0.25, 0.6, tmp_path / "run")
+    assert (result.interrupted, result.finished, result.first) == (False, True, True)
+    assert saved == [(2, None), (3, 0.5), (5, None), (6, 0.6), (7, 0.4)]
+    rows = read_log(tmp_path / "run" / "log.csv")
+    scored = [("2", ""), ("3", "0.5"), ("4", ""), ("6", "0.6"), ("7", "0.4")]
+    assert [(row["step"], row["val_soft_dice_5"]) for row in rows] == scored
+    assert {(row["loss"], row["grad_norm"], row["window"]) for row in rows} == {("0.25", "1.5", "32")}
+    (share,) = {row["mfu"] for row in rows}
+    assert float(share) == pytest.approx(4 * 0.5 / 10), "four images of 0.5 TFLOP in 10 s"
+    how = {"steps": config.training.val_steps, "runs": config.training.val_runs, "seed": 3}
+    assert [{key: given[key] for key in how} for given in taken] == [how] * 3
+    assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"step-0000006", "step-0000007"}
+    info = load_run(tmp_path / "run").info
+    assert info["val_protocol"] == {"sampler": "ddim", "steps": 4, "runs": 2, "slices": 4, "window": 32}
+    assert (info["step"], info["val_soft_dice_5"], info["best"], info["is_best"]) == (6, 0.6, 0.6, True)
+    assert (info["parameters"], info["machine"]["processes"], info["machine"]["device"]) == (
+        result.parameters,
+        1,
+        "cpu",
+    )

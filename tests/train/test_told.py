@@ -35,6 +35,10 @@ def changed(run: Path, **values: Any) -> Path:
     [
         ({"parameters": "many"}, "parameters 'many'"),
         ({"seconds": True}, "seconds True"),
+        ({"step": "4"}, "step '4'"),
+        ({"best": "high"}, "best 'high'"),
+        ({"best_window": 1.5}, "best_window 1.5"),
+        ({"val_soft_dice_5": [0.5]}, "val_soft_dice_5 [0.5]"),
         ({"seconds": float("nan")}, "values that no bundle can hold"),
         ({"precision": "\ud800"}, "values that no bundle can hold"),
         ({"data": 3}, "data 3"),
@@ -44,6 +48,7 @@ def changed(run: Path, **values: Any) -> Path:
         ({"val_protocol": []}, "val_protocol []"),
         ({"init": {"name": "run"}}, "no init, sha256"),
         ({"init": {"name": "run", "sha256": "0", "init": "run"}}, "init 'run'"),
+        ({"init": {"name": "run", "sha256": "0", "seconds": "1"}}, "seconds '1'"),
         ({"imported": {"repository": "a/b", "variant": "consensus", "file": "a.pt"}}, "no imported, sha256"),
     ],
 )

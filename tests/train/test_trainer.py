@@ -157,15 +157,16 @@ def test_a_run_with_a_damaged_checkpoint_is_not_resumed(
     assert "\n" not in str(caught.value)
 
 
-def test_an_out_folder_is_never_overwritten_or_resumed_with_other_settings(
-    tiny_run: Path, tiny_data: Path, tmp_path: Path
-) -> None:
+def test_an_out_folder_is_never_overwritten_or_resumed_with_other_settings(tiny_run: Path, tmp_path: Path) -> None:
+    """And that is said before the data are read."""
     with pytest.raises(CdiffError, match="--resume"):
-        train(preset("tiny"), tiny_data, tiny_run, quiet=True)
-    with pytest.raises(CdiffError, match=r"lr: 0\.002 there, 0\.5 now"):
-        train(preset("tiny").with_values({"lr": 0.5}), tiny_data, tiny_run, resume=True, quiet=True)
+        train(preset("tiny"), tmp_path, tiny_run, quiet=True)
+    other = preset("tiny").with_values({"lr": 0.5})
+    for dry_run in (False, True):
+        with pytest.raises(CdiffError, match=r"lr: 0\.002 there, 0\.5 now"):
+            train(other, tmp_path, tiny_run, resume=True, dry_run=dry_run, quiet=True)
     with pytest.raises(CdiffError, match="no run to resume"):
-        train(preset("tiny"), tiny_data, tmp_path / "new", resume=True, quiet=True)
+        train(preset("tiny"), tmp_path, tmp_path / "new", resume=True, quiet=True)
 
 
 def test_a_run_that_is_being_trained_is_left_alone_by_a_second_training(tiny_data: Path, tmp_path: Path) -> None:
@@ -173,6 +174,8 @@ def test_a_run_that_is_being_trained_is_left_alone_by_a_second_training(tiny_dat
     train(preset("tiny"), tiny_data, run, max_steps=1, quiet=True)
     with held(run), pytest.raises(CdiffError, match=r"run is being trained by another process; wait until that ends"):
         train(preset("tiny"), tiny_data, run, resume=True, max_steps=2, quiet=True)
+    with held(run):
+        train(preset("tiny"), tiny_data, run, resume=True, dry_run=True, quiet=True)  # which writes nothing
     assert train(preset("tiny"), tiny_data, run, resume=True, max_steps=2, quiet=True).step == 2
 
 

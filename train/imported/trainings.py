@@ -20,7 +20,7 @@ def with_training(said: dict[str, Any], settings: list[str], lacking: str) -> di
     A training that `settings` ("name=value" each) turn on is taken whatever `said` says. Raises CdiffError where two trainings are
     on, or none; for none the message begins with `lacking`.
     """
-    given = dict(setting.split("=", 1) for setting in settings if setting.partition("=")[0] in FLAGS and "=" in setting)
+    given = dict(setting.split("=", 1) for setting in settings if "=" in setting)
     chosen = _one(given) or _one(said | given)
     if chosen is None:
         raise CdiffError(

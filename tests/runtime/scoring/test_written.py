@@ -19,7 +19,7 @@ from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.scans.scan import read_scan
 from cdiff.runtime.scoring.evaluate import Protocol, evaluate, score_cases
 from cdiff.runtime.scoring.scores import PER_SLICE
-from cdiff.runtime.scoring.written import WrittenMaps
+from cdiff.runtime.scoring.written import Written, WrittenMaps
 from cdiff.runtime.segmenter import Segmenter
 from tests.synthetic import write_synthetic_dataset
 
@@ -75,6 +75,14 @@ def test_what_segment_wrote_has_the_scores_of_its_model(
                 assert mine[name] == theirs[name], name
     assert found["ged_samples"]["model"] == 3, "its levels"
     assert found["by_runs"] == []
+
+
+def test_maps_are_cut_as_their_report_says_and_else_along_the_last_axis() -> None:
+    def axis(report: dict[str, Any]) -> int:
+        return Written(Path("a_soft.nii.gz"), None, None, report).slice_axis
+
+    assert [axis({"input": {"slice_axis": number}}) for number in (0, 1, 2)] == [0, 1, 2]
+    assert [axis(report) for report in ({}, {"input": 3}, {"input": {"slice_axis": None}})] == [2] * 3
 
 
 def test_a_soft_map_alone_is_read_as_levels(cases: list[Case], tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.pictures.drawing import close_up
+from cdiff.runtime.pictures.drawing import close_up, grey, new_figure, outline, panel
 from cdiff.runtime.pictures.preview import preview_figure, reader_figure, write_preview
 from cdiff.runtime.report import expectation, volumes
 from cdiff.runtime.results import Result
@@ -158,6 +158,24 @@ def test_every_panel_shows_its_own_map_of_the_slice_that_it_names(kind: str, bes
     np.testing.assert_allclose(drawn("Uncertainty")[1], near(entropy(soft), best), 0, 1e-6)
     alpha = np.asarray(panels["Agreement"].get_images()[1].get_alpha())
     assert np.array_equal(alpha > 0, near(soft, best) > 0), "the anatomy stays readable"
+
+
+def test_an_image_of_one_value_is_black_and_not_undefined() -> None:
+    flat = np.full((3, 4), 7, np.float32)
+    np.testing.assert_array_equal(grey(flat, (7, 7)), 0 * flat)
+
+
+def test_a_line_stands_where_a_map_reaches_one_half_and_nowhere_else() -> None:
+    """One half itself is inside, as it is in the mask."""
+    box, drawn = (slice(0, 8), slice(0, 8)), []
+    for value in (0.5, 0.49):
+        soft = np.zeros((8, 8), np.float32)
+        soft[2:5, 3:6] = value
+        axes = panel(new_figure(2, 2), (0, 0, 2, 2))
+        outline(axes, soft, box, "white")
+        drawn.append([len(path.vertices) for line in axes.collections for path in line.get_paths()])
+    assert sum(drawn[0]) > 4
+    assert sum(drawn[1]) == 0
 
 
 def test_every_level_has_its_outline() -> None:

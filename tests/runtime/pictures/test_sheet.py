@@ -7,6 +7,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+import pytest
 from matplotlib.colors import to_rgb
 
 from cdiff.runtime.data.datacheck import check_data
@@ -51,7 +52,7 @@ def test_every_panel_is_of_the_slice_with_the_most_votes(tmp_path: Path) -> None
     lines = {tuple(line.get_edgecolor()[0][:3]): line for line in outlined.collections}  # type: ignore[index]
     assert list(lines) == [to_rgb(colour) for colour in READER_COLOURS[:3]]
     lengths = [np.ptp(line.get_paths()[0].vertices[:, 0]) for line in lines.values()]  # type: ignore[index]
-    assert lengths == [end - 4 for end in ends.values()], "the array's first axis lies across"
+    assert lengths == pytest.approx([end - 4 for end in ends.values()]), "the array's first axis lies across"
 
 
 def test_the_channels_of_an_image_are_tiles_in_their_order() -> None:

@@ -19,7 +19,7 @@ from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.scans.scan import read_scan
 from cdiff.runtime.scoring.evaluate import Protocol, evaluate, score_cases
 from cdiff.runtime.scoring.scores import PER_SLICE
-from cdiff.runtime.scoring.written import Written, WrittenMaps, _count, _report
+from cdiff.runtime.scoring.written import Written, WrittenMaps, _count, _maps, _report
 from cdiff.runtime.segmenter import Segmenter
 from tests.synthetic import write_synthetic_dataset
 
@@ -90,6 +90,14 @@ def test_levels_are_the_axis_that_the_soft_map_lacks(tmp_path: Path) -> None:
     soft = write(tmp_path / "a_soft.nii", np.zeros((8, 6, 3)))
     for shape, levels in (((8, 6, 3, 4), 4), ((8, 6, 3, 1), 1), ((8, 6, 3), 1)):
         assert _count(write(tmp_path / "a_levels.nii", np.zeros(shape)), soft) == levels
+
+
+def test_what_rounding_puts_beyond_0_and_1_is_cut_there(cases: list[Case], tmp_path: Path) -> None:
+    values = np.zeros((24, 20, 4))
+    values[0, 0], values[1, 1] = 1 + 5e-6, -5e-6
+    path = write(tmp_path / "a.nii.gz", values, nib.load(cases[0].image).affine)
+    maps = _maps(path, read_scan(cases[0].scan).grid, 1)
+    assert (maps.min(), maps.max()) == (0, 1)
 
 
 def test_a_json_file_that_is_no_report_says_nothing_of_a_map(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def test_differences_of_maps_are_those_of_the_means_over_levels(monkeypatch: pyt
 
 def test_a_protocol_in_part_is_the_whole_but_for_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """A slice's encoding takes 1 s and all that happens once 4 s; a step 2 s on the device and 0.75 s on the host."""
-    clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
+    clock: Any = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
 
     def segment_windows(engine: Any, windows: Any, table: Any, *, timings: Any, **named: Any) -> Any:
         steps = len(table)
@@ -108,7 +108,7 @@ def test_the_published_way_in_part_is_its_chains_and_their_steps(
     monkeypatch: pytest.MonkeyPatch, seconds: float, steps: int
 ) -> None:
     """A level's chain takes 0.5 s before its first step, and 0.25 s a step."""
-    clock, assumed = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now), LEVELS * 0.25
+    clock: Any = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
 
     def plain_loop(network: Any, diffusion: Any, windows: Any, table: Any, runs: int, *_: Any, **named: Any) -> None:
         clock.now += runs * LEVELS * (0.5 + 0.25 * len(table))
@@ -116,7 +116,7 @@ def test_the_published_way_in_part_is_its_chains_and_their_steps(
     monkeypatch.setattr(gpu_measure, "time", clock)
     monkeypatch.setattr(gpu_measure, "plain_loop", plain_loop)
     known = LEVELS * (2 * 0.5 + 0.25 * (2 + 6))  # what the two chains have taken by which the number of steps is chosen
-    limit = known + 8.5 * assumed if seconds == 20.0 else seconds
+    limit = known + 8.5 * LEVELS * 0.25 if seconds == 20.0 else seconds
     found = published(TINY, TINY.network(), TINY.images()["random"], "cpu", limit)
     assert found["share"] == pytest.approx(steps / T / TINY.runs)
     assert found["measured_seconds"] == pytest.approx(LEVELS * (2 * 0.5 + 0.25 * (2 + steps)))

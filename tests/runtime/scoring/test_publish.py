@@ -113,6 +113,13 @@ def test_one_run_has_no_curve_to_plot(cases: list[Case], tmp_path: Path) -> None
     assert {path.name for path in folder.iterdir()} == FILES | {"reliability.png", "expected.png"}
 
 
+def test_a_report_without_runs_leaves_no_table_of_anothers(report: dict[str, Any], tmp_path: Path) -> None:
+    """As of maps in files, written where a model's report was."""
+    write_report(tmp_path / "scores.json", report)
+    write_report(tmp_path / "scores.json", report | {"by_runs": []})
+    assert {path.name for path in tmp_path.glob("*.*")} == FILES - {"runs.csv"} | {"reliability.png", "expected.png"}
+
+
 def test_csv_cells() -> None:
     text = csv_text([{"a": 1 / 3, "b": None, "c": 'say "x, y"'}, {"a": 2, "b": True, "c": ""}])
     assert text == 'a,b,c\n0.333333333,,"say ""x, y"""\n2,True,\n'

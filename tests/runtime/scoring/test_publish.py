@@ -176,6 +176,19 @@ def test_the_papers_tables(report: dict[str, Any]) -> None:
     assert any("Tables 2 and 3" in note for note in paper_notes(rows))
 
 
+def test_a_papers_row_says_how_its_maps_were_made(report: dict[str, Any]) -> None:
+    """And a Dice of 0, or of 1, or one that nobody has, is a row."""
+    protocol = {"runs": 2, "steps": 1, "sampler": "ddim", "combine": "vote"}
+    for mean, said in ((0, 0), (1, 100), (None, None)):
+        score = report["soft_dice_5"] | dict.fromkeys(("mean", "low", "high"), mean)
+        drawn, written = (
+            paper_rows(report | {"protocol": one, "soft_dice_5": score})[0] for one in (protocol, {"all_slices": False})
+        )
+        assert (drawn.percent, drawn.low, drawn.high) == (said, said, said)
+        assert drawn.source == "computed now: 2 runs x 1 step, ddim, vote"
+        assert written.source == "computed now: maps as they lie in files"
+
+
 def test_no_note_on_what_is_there(report: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     published = tuple(replace(PUBLISHED[0], table=table) for table in (1, 2, 3))
     monkeypatch.setattr("cdiff.runtime.scoring.paper.PUBLISHED", published)

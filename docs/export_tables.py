@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from table_cells import markdown, read, unmeasured
+from table_cells import markdown, not_measured, read
 
 SPEED = {  # as in the results
     "pytorch": "PyTorch, eager",
@@ -35,7 +35,7 @@ def graphs_table(results: Path) -> str:
     header = ["denoiser", "ms per call, median", "largest error of x0", "MB", "of its nodes"]
     report = read("export_choices", results)
     if report is None:
-        return markdown(header, [unmeasured(header)])
+        return not_measured(header)
     rows = []
     for name, words in SPEED.items():
         found = report["speed"][name]
@@ -51,7 +51,7 @@ def half_table(results: Path) -> str:
     header = ["half precision, over the float32 graph", "largest error of x0", "mean error of the soft map", "largest"]
     report = read("export_choices", results)
     if report is None:
-        return markdown(header, [unmeasured(header)])
+        return not_measured(header)
     keys = ("x0_max_error", "map_mean_error", "map_max_error")
     rows = [[words, *(f"{report['precision'][name][key]:.1e}" for key in keys)] for name, words in HALF.items()]
     return markdown(header, rows)
@@ -62,7 +62,7 @@ def builds_table(results: Path) -> str:
     header = ["both graphs of", "processor seconds", "MB of the denoiser's engine"]
     report = read("engine_builds", results)
     if report is None:
-        return markdown(header, [unmeasured(header)])
+        return not_measured(header)
     rows = []
     for network, words in NETWORKS.items():
         for precision, name in PRECISIONS.items():

@@ -25,6 +25,7 @@ from table_cells import (
     interval,
     markdown,
     mean,
+    not_measured,
     read,
     read_peer,
     unmeasured,
@@ -246,7 +247,7 @@ def scans_table(results: Path) -> str:
     header = ["scan", "", "slices", "widest, pixels", "Dice of the mask", *(f"level {c}" for c in range(1, 5))]
     report = read("whole_scans", results)
     if report is None:
-        return markdown(header, [unmeasured(header)])
+        return not_measured(header)
     rows = []
     for scan in report["scans"]:
         for part in scan["found"]:
@@ -267,7 +268,7 @@ def beside_table(results: Path) -> str:
     header = ["pixels beside the middle", "soft Dice, 5", "difference from the middle", "slices missed"]
     report = read("off_centre", results)
     if report is None:
-        return markdown(header, [unmeasured(header)])
+        return not_measured(header)
     rows = []
     for found in report["found"]:
         apart = difference(found["difference"]) if found["pixels"] else "-"
@@ -280,7 +281,7 @@ def expected_beside_table(results: Path) -> str:
     header = ["pixels beside the middle", "masks that are empty", "the others: expected Dice", "found"]
     report = read("off_centre_expected", results)
     if report is None:
-        return markdown(header, [unmeasured(header)])
+        return not_measured(header)
     rows = [
         [str(one["pixels"]), f"{one['empty']:.0%}", interval(one["expected_dice"]), interval(one["dice_each"])]
         for one in report["found"]
@@ -301,7 +302,7 @@ def expected_table(results: Path) -> str:
     header = ["expected Dice", *(f"{words}: {what}" for words in EXPECTED for what in ("slices", "expected", "found"))]
     reports = [read(name, results) for name in EXPECTED.values()]
     if any(report is None or "expected_bins" not in report for report in reports):
-        return markdown(header, [unmeasured(header)])
+        return not_measured(header)
     tables = [report["expected_bins"] for report in reports if report]
     rows = []
     for first, end, label in (
@@ -328,7 +329,7 @@ def memory_table(results: Path) -> str:
     header = ["settings", "float32, GiB at the peak of a step", "of it from step to step"]
     path = results / "training_memory.jsonl"
     if not path.is_file():
-        return markdown(header, [unmeasured(header)])
+        return not_measured(header)
     rows = []
     for found in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
         words = " ".join(f"`{setting}`" for setting in found["settings"]) or "the preset"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from table_cells import GED, Scores, distance, interval, markdown, mean, read, read_peer, unmeasured
+from table_cells import GED, Scores, distance, interval, markdown, mean, not_measured, read, read_peer, unmeasured
 
 PEERS = {  # as in `cdiff.benchmarks.peers`
     "consensus": "consensus diffusion (Amit et al.)",
@@ -110,7 +110,7 @@ def seeds_table(results: Path) -> str:
         steps = f"{first['training']['steps']}, {second['training']['steps']}"
         cells = [cell for a, b in pairs for cell in (f"{a:.3f}", f"{b:.3f}", f"{abs(a - b):.3f}")]
         rows.append([PEERS[name], steps, *cells])
-    return markdown(header, rows or [unmeasured([*header, ""])])
+    return markdown(header, rows) if rows else not_measured(header)
 
 
 def reader_row(result: str, results: Path, columns: int) -> list[list[str]]:

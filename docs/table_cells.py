@@ -58,6 +58,11 @@ def mean(score: Scores) -> str:
     return "-" if score["mean"] is None else f"{score['mean']:.3f}"
 
 
+def not_measured(header: list[str]) -> str:
+    """The table of which nothing was measured."""
+    return markdown(header, [unmeasured([*header, ""])])
+
+
 def unmeasured(header: list[str]) -> list[str]:
     """The cells after a name of whatever was not measured."""
     return [NOT_MEASURED, *["-"] * (len(header) - 2)]

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from types import ModuleType
 
+import pytest
+
 from tests.test_docs import prose
 
 
@@ -37,6 +39,37 @@ def test_a_result_reaches_the_headline_table(tables: ModuleType, tmp_path: Path)
     (tmp_path / "unet_testing_marked.json").write_text(json.dumps({"peers": {"unet-soft": result(0.5, 0.625)}}))
     assert tables.NOT_MEASURED in unet
     assert len({row.count("|") for row in rows}) == 1
+
+
+def test_every_table_is_as_wide_in_every_row(tables: ModuleType, tmp_path: Path) -> None:
+    """With nothing measured, as with everything."""
+    for results in (tmp_path, tables.RESULTS):
+        for name, table in tables.TABLES.items():
+            rows = [line for line in table(results).splitlines() if line.startswith("|")]
+            assert len({row.count("|") for row in rows}) <= 1, name
+
+
+def test_a_page_is_written_or_only_said_to_be_out_of_date(
+    tables: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    (tmp_path / "docs").mkdir()
+    pages = [tmp_path / "docs" / "a.md", tmp_path / "README.md"]
+    for page in pages:
+        page.write_text("before\n<!-- table: memory -->\n| old |\n<!-- end -->\nafter\n")
+
+    def run(*options: str) -> tuple[int, str]:
+        monkeypatch.setattr("sys.argv", ["make_tables.py", *options])
+        return tables.main(), capsys.readouterr().out
+
+    old = pages[0].read_text()
+    assert run("--check") == (1, "README.md: out of date\ndocs/a.md: out of date\n")
+    assert pages[0].read_text() == old
+    assert run() == (0, "README.md: written\ndocs/a.md: written\n")
+    new = f"before\n<!-- table: memory -->\n{tables.memory_table(tmp_path)}<!-- end -->\nafter\n"
+    assert [page.read_text() for page in pages] == [new] * 2
+    assert run("--check") == run() == (0, "")
 
 
 def test_a_result_reaches_the_model_table(tables: ModuleType, tmp_path: Path) -> None:

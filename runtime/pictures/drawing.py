@@ -33,6 +33,7 @@ RUNS_LABEL = "mean over runs"
 SOFT_MAP = "plasma"
 ENTROPY_SHADES = ("#06283d", "#136f8a", "#2fd0a5", "#e8fb6a")
 MARGIN = 0.6
+BELOW_HALF = float(np.nextafter(np.float32(0.5), np.float32(0)))
 LATEX = threading.RLock()
 READER_COLOURS = ("#4cc9f0", "#f9c74f", "#f94178", "#80ed99", "#c77dff", "#ff9f1c", "#ffffff")
 
@@ -151,10 +152,11 @@ def _overlay(axes: Axes, values: Float32, box: Box, view: View, colours: Any, op
 
 
 def outline(axes: Axes, inside: NDArray[Any], box: Box, colour: Any, width: float = 1.5) -> None:
-    """Draw the line where `inside` (a map 0..1, or a mask) crosses one half; nothing if it does not."""
+    """Draw the line around where `inside` (a map 0..1, or a mask) is at least one half; nothing if that is everywhere or nowhere."""
     values = np.nan_to_num(np.asarray(inside[box], dtype=np.float32))
     if min(values.shape) > 1 and values.min() < 0.5 <= values.max():
-        axes.contour(values, levels=[0.5], colors=[colour], linewidths=width)
+        # matplotlib takes what equals a line's level for outside, and one half is inside, as it is in the mask.
+        axes.contour(values, levels=[BELOW_HALF], colors=[colour], linewidths=width)
 
 
 def colour_key(figure: Figure, place: tuple[float, float, float, float], mappable: Any, label: str) -> None:

@@ -88,6 +88,15 @@ def test_the_cases_of_a_group_are_drawn_together() -> None:
     assert [together["soft_dice_5"][key] for key in ("mean", "low", "high")] == pytest.approx([0, 0, 0])
 
 
+def test_groups_are_those_of_the_cases_of_each_size() -> None:
+    sizes = [1, 5, 2, 6, 3, 4]
+    a, b = report([[0.5]] * 6, sizes), report([[0.5], [0.5], [0.5], [0.5], [0.4], [0.6]], sizes)
+    thirds = compare(a, b, "patient-[0-9]+")["by_size"]
+    assert [third["n_groups"] for third in thirds.values()] == [2, 1, 2]
+    middle = thirds["middle third"]["soft_dice_5"]
+    assert (middle["mean"], middle["low"], middle["high"]) == (pytest.approx(0), None, None), "of one patient"
+
+
 def test_cases_of_one_name_that_are_drawn_together_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one, a = tmp_path / "a.json", report([[0.5], [0.5], [0.5]], [1, 2, 3])
     for case, name in zip(a["cases"], ("train/case01", "val/case01", "val/case02"), strict=True):
@@ -126,6 +135,14 @@ def test_the_command_prints_and_writes_and_says_what_is_no_report(
     one.write_text(json.dumps(A))
     assert main([str(one), str(one), "--json", str(out)]) == 0
     assert "soft_dice_5" in capsys.readouterr().out
+    other = tmp_path / "b.json"
+    other.write_text(json.dumps(report([[0.6, 0.8], [0.7], [1.0]], [30, 10, 20])))
+    assert main([str(one), str(other)]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[:2] == ["all: 3 cases, 4 slices", "  soft_dice_5    0.675 0.775  +0.100 (+0.100 to +0.100)"]
+    assert [line for line in said if "cases" in line][1:] == [
+        f"{size} third: 1 cases, {n} slices" for size, n in (("smallest", 1), ("middle", 1), ("largest", 2))
+    ]
     assert json.loads(out.read_text())["all"]["soft_dice_5"]["mean"] == 0
     one.write_text("{}")
     assert main([str(one), str(one)]) == 2

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from cdiff.cli.app import app
 from cdiff.runtime.dicom_seg import must_allow_dicom_seg, write_dicom_seg
 from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.report import NOTICE
 from cdiff.runtime.results import Result
 from cdiff.runtime.scans.inputs import scans_at
 from cdiff.runtime.scans.scan import read_scan
@@ -201,6 +202,9 @@ def test_it_is_of_its_images_and_says_what_it_is(tmp_path: Path) -> None:
     (kind,) = file.SegmentSequence[0].SegmentedPropertyTypeCodeSequence
     assert (kind.CodeValue, kind.CodingSchemeDesignator, kind.CodeMeaning) == ("structure", "99CDIFF", "a task")
     assert file.DeviceSerialNumber == "5ha"
+    assert (file.ContentDescription, file.ContentLabel, file.InstanceNumber) == (NOTICE, "CONSENSUS_LEVELS", 1)
+    assert file.SeriesDescription == "cdiff: levels of agreement of 3 annotators"
+    assert (file.Manufacturer, file.ManufacturerModelName) == ("cdiff", "cdiff, model tiny")
 
 
 def test_names_longer_than_the_standard_takes_are_cut_and_one_that_is_missing_is_general(tmp_path: Path) -> None:

@@ -33,4 +33,6 @@ def test_a_folder_is_listed_once_until_it_changes(tmp_path: Path, monkeypatch: p
     age(30)
     assert [cut_short(tmp_path) for _ in range(2)] == [{"a_mask.nii.gz"}] * 2
     assert len(listed) == 4
+    (tmp_path / f"{PART}2.json").write_text('{"cases": ')
+    assert cut_short(tmp_path) == {"a_mask.nii.gz"}, "another program of this package was killed there too"
     assert cut_short(tmp_path / "none") == set()

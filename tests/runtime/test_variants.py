@@ -179,6 +179,8 @@ def test_rounding_a_single_map_is_refused(tmp_path: Path) -> None:
         model = cdiff.load(_bundle(tmp_path / name, name, **changes))
         with pytest.raises(CdiffError, match=rf"this model \({name}\) draws a single one.*use 'mean'"):
             model.segment(array, runs=1, steps=1, combine="vote")
+    single = cdiff.load(_bundle(tmp_path / "one", "soft-label")).segment(array, runs=1, steps=1)
+    assert single.report["combine_note"] == "mean over runs"
     voted = cdiff.load(_bundle(tmp_path / "a", "annotator")).segment(array, runs=1, steps=1, combine="vote")
     assert set(np.unique(voted.maps)) <= {0, 1}
     assert (

@@ -17,7 +17,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.pictures.drawing import close_up
+from cdiff.runtime.pictures.drawing import close_up, grey, new_figure, outline, panel
 from cdiff.runtime.pictures.preview import preview_figure, reader_figure, write_preview
 from cdiff.runtime.report import expectation, volumes
 from cdiff.runtime.results import Result
@@ -120,6 +120,62 @@ def test_slices_keep_the_numbers_of_the_scan() -> None:
     part = Stack(whole.stack.levels[3:6], whole.stack.run_std[3:6])
     shown = preview_figure(Result(whole.grid, whole.image, range(3, 6), part, "x", whole.report), "x")
     assert [axes.get_title() for axes in shown.axes if axes.get_title()] == ["3", "4", "5"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "best", "strip"),
+    [
+        ("long volume", 20, [16, 17, 18, 20, 21, 22, 23, 24]),  # the fullest is always there
+        ("thick voxels", 1, [0, 1, 2, 3, 4]),
+        ("two slices", 0, [0, 1]),
+    ],
+)
+def test_every_panel_shows_its_own_map_of_the_slice_that_it_names(kind: str, best: int, strip: list[int]) -> None:
+    shown = KINDS[kind]
+    figure = preview_figure(shown, "x")
+    panels = {axes.get_title(loc="left") or axes.get_title(): axes for axes in figure.axes}
+    assert [int(title) for title in panels if title.isdigit()] == strip
+    (frame,) = panels[f"Slice {best} (of 0 to {len(shown.image) - 1})"].patches
+    left, top = np.array(frame.get_xy()) + 0.5  # type: ignore[attr-defined]
+    rows, columns = frame.get_height(), frame.get_width()  # type: ignore[attr-defined]
+    box = (slice(int(top), int(top + rows)), slice(int(left), int(left + columns)))
+
+    def near(maps: Any, number: int) -> Any:
+        return shown.grid.view(np.asarray(maps[number]))[box]
+
+    def drawn(title: str) -> list[Any]:
+        return [np.asarray(image.get_array()) for image in panels[title].get_images()]
+
+    soft = shown.stack.soft
+    for title, number in [("Outline of each level", best), ("Agreement", best), *((str(n), n) for n in strip)]:
+        picture, *overlay = drawn(title)
+        low, high = np.percentile(near(shown.image[:, 0], number), (0.5, 99.8))
+        np.testing.assert_allclose(
+            picture, np.clip((near(shown.image[:, 0], number) - low) / (high - low), 0, 1), 0, 1e-6
+        )
+        assert all(np.array_equal(one, near(soft, number)) for one in overlay)
+        assert len(overlay) == (title != "Outline of each level")
+    np.testing.assert_allclose(drawn("Uncertainty")[1], near(entropy(soft), best), 0, 1e-6)
+    alpha = np.asarray(panels["Agreement"].get_images()[1].get_alpha())
+    assert np.array_equal(alpha > 0, near(soft, best) > 0), "the anatomy stays readable"
+
+
+def test_an_image_of_one_value_is_black_and_not_undefined() -> None:
+    flat = np.full((3, 4), 7, np.float32)
+    np.testing.assert_array_equal(grey(flat, (7, 7)), 0 * flat)
+
+
+def test_a_line_stands_where_a_map_reaches_one_half_and_nowhere_else() -> None:
+    """One half itself is inside, as it is in the mask."""
+    box, drawn = (slice(0, 8), slice(0, 8)), []
+    for value in (0.5, 0.49):
+        soft = np.zeros((8, 8), np.float32)
+        soft[2:5, 3:6] = value
+        axes = panel(new_figure(2, 2), (0, 0, 2, 2))
+        outline(axes, soft, box, "white")
+        drawn.append([np.shape(path.vertices)[0] for line in axes.collections for path in line.get_paths()])
+    assert sum(drawn[0]) > 4
+    assert sum(drawn[1]) == 0
 
 
 def test_every_level_has_its_outline() -> None:

@@ -244,6 +244,8 @@ def test_who_segments_a_large_scan_without_a_place_is_told_of_it(
     assert ("--at" in note) == bool(told)
     assert told in note
     assert ("trained on 32 x 32 pixels" in note) == ("scaled by the whole slice" in note) == bool(told)
+    just = model.prepare(volume(16, 16, 2))
+    assert not any("the model sees" in n for n in notes(just, model.manifest)), "all of it"
 
 
 @pytest.mark.parametrize(

@@ -216,13 +216,16 @@ def test_a_case_with_fewer_annotators_is_told_and_handled_as_chosen(cases: list[
     used = run(KnownMaps(tmp_path / "b", 3), cases, Protocol(raters="use"), notice=told.append)
     assert used["n_cases"] == 4
     assert used["cases"][1]["annotators"] == 2
+    assert used["left_out"] == {"other_number_of_annotators": {}, "no_marked_slice": []}
     # Two annotators' 0, 1/2, 1 is not what three levels can say exactly, but the levels are compared like with like.
     assert all(entry["mean"] == 1 for entry in used["dice_per_level"])
     assert "share c/3" in told[0]
 
 
 def test_no_case_left_says_what_to_do(cases: list[Case], tmp_path: Path) -> None:
-    with pytest.raises(CdiffError, match="--raters use"):
+    with pytest.raises(
+        CdiffError, match=r"4 have another number of annotators .* 5 levels, 0 no marked slice; .*--raters use"
+    ):
         run(KnownMaps(tmp_path / "b", 5), cases)
 
 

@@ -113,6 +113,13 @@ def test_one_run_has_no_curve_to_plot(cases: list[Case], tmp_path: Path) -> None
     assert {path.name for path in folder.iterdir()} == FILES | {"reliability.png", "expected.png"}
 
 
+def test_a_report_without_runs_leaves_no_table_of_anothers(report: dict[str, Any], tmp_path: Path) -> None:
+    """As of maps in files, written where a model's report was."""
+    write_report(tmp_path / "scores.json", report)
+    write_report(tmp_path / "scores.json", report | {"by_runs": []})
+    assert {path.name for path in tmp_path.glob("*.*")} == FILES - {"runs.csv"} | {"reliability.png", "expected.png"}
+
+
 def test_csv_cells() -> None:
     text = csv_text([{"a": 1 / 3, "b": None, "c": 'say "x, y"'}, {"a": 2, "b": True, "c": ""}])
     assert text == 'a,b,c\n0.333333333,,"say ""x, y"""\n2,True,\n'
@@ -167,6 +174,19 @@ def test_the_papers_tables(report: dict[str, Any]) -> None:
     assert third.low == pytest.approx(100 * report["pairwise_dice_annotators"]["low"])
     assert all(row in rows and row.source and "QUBIQ" in row.data for row in PUBLISHED)
     assert any("Tables 2 and 3" in note for note in paper_notes(rows))
+
+
+def test_a_papers_row_says_how_its_maps_were_made(report: dict[str, Any]) -> None:
+    """And a Dice of 0, or of 1, or one that nobody has, is a row."""
+    protocol = {"runs": 2, "steps": 1, "sampler": "ddim", "combine": "vote"}
+    for mean, said in ((0, 0), (1, 100), (None, None)):
+        score = report["soft_dice_5"] | dict.fromkeys(("mean", "low", "high"), mean)
+        drawn, written = (
+            paper_rows(report | {"protocol": one, "soft_dice_5": score})[0] for one in (protocol, {"all_slices": False})
+        )
+        assert (drawn.percent, drawn.low, drawn.high) == (said, said, said)
+        assert drawn.source == "computed now: 2 runs x 1 step, ddim, vote"
+        assert written.source == "computed now: maps as they lie in files"
 
 
 def test_no_note_on_what_is_there(report: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

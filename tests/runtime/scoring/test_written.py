@@ -19,7 +19,7 @@ from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.scans.scan import read_scan
 from cdiff.runtime.scoring.evaluate import Protocol, evaluate, score_cases
 from cdiff.runtime.scoring.scores import PER_SLICE
-from cdiff.runtime.scoring.written import WrittenMaps
+from cdiff.runtime.scoring.written import Written, WrittenMaps, _count, _maps, _report
 from cdiff.runtime.segmenter import Segmenter
 from tests.synthetic import write_synthetic_dataset
 
@@ -71,10 +71,44 @@ def test_what_segment_wrote_has_the_scores_of_its_model(
         assert one["case_scores"] == other["case_scores"]
         assert one["volumes"] == other["volumes"]
         for mine, theirs in zip(one["slices"], other["slices"], strict=True):
+            assert set(mine) == set(theirs)
             for name in set(mine) - SAMPLED:
                 assert mine[name] == theirs[name], name
     assert found["ged_samples"]["model"] == 3, "its levels"
     assert found["by_runs"] == []
+
+
+def test_maps_are_cut_as_their_report_says_and_else_along_the_last_axis() -> None:
+    def axis(report: dict[str, Any]) -> int:
+        return Written(Path("a_soft.nii.gz"), None, None, report).slice_axis
+
+    assert [axis({"input": {"slice_axis": number}}) for number in (0, 1, 2)] == [0, 1, 2]
+    assert [axis(report) for report in ({}, {"input": 3}, {"input": {"slice_axis": None}})] == [2] * 3
+
+
+def test_levels_are_the_axis_that_the_soft_map_lacks(tmp_path: Path) -> None:
+    soft = write(tmp_path / "a_soft.nii", np.zeros((8, 6, 3)))
+    for shape, levels in (((8, 6, 3, 4), 4), ((8, 6, 3, 1), 1), ((8, 6, 3), 1)):
+        assert _count(write(tmp_path / "a_levels.nii", np.zeros(shape)), soft) == levels
+
+
+def test_what_rounding_puts_beyond_0_and_1_is_cut_there(cases: list[Case], tmp_path: Path) -> None:
+    values = np.zeros((24, 20, 4))
+    values[0, 0], values[1, 1] = 1 + 5e-6, -5e-6
+    path = write(tmp_path / "a.nii.gz", values, nib.load(cases[0].image).affine)
+    maps = _maps(path, read_scan(cases[0].scan).grid, 1)
+    assert (maps.min(), maps.max()) == (0, 1)
+
+
+def test_a_json_file_that_is_no_report_says_nothing_of_a_map(tmp_path: Path) -> None:
+    for text, said in (
+        ('{"cdiff": "1", "runs": 1}', {"cdiff": "1", "runs": 1}),
+        ('{"runs": 1}', {}),
+        ("[1]", {}),
+        ("{", {}),
+    ):
+        (tmp_path / "a.json").write_text(text)
+        assert _report(tmp_path / "a.json") == said
 
 
 def test_a_soft_map_alone_is_read_as_levels(cases: list[Case], tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cdiff.runtime.data.case import must_be_in_order
+from cdiff.runtime.data.case import must_be_in_order, natural
 from cdiff.runtime.data.cases import Case, find_cases, read_case
 from cdiff.runtime.data.datacheck import check_data
 from cdiff.runtime.data.masks import inside, read_mask
@@ -276,6 +276,8 @@ def test_as_many_annotators_as_half_of_the_cases_have(tmp_path: Path) -> None:
     fewer = [dataclasses.replace(case, masks=case.masks[:2], raters=case.raters[:2]) for case in found]
     assert count_annotators([*fewer[:2], *found[2:]]) == 3
     assert count_annotators([*fewer[:3], *found[3:]]) == 2
+    lone = dataclasses.replace(found[2], masks=found[2].masks[:1])
+    assert count_annotators([fewer[0], found[1], lone]) == 2, "three masks are two also"
 
 
 def test_files_of_different_grids_are_no_channels(tmp_path: Path) -> None:
@@ -322,12 +324,22 @@ def test_files_in_another_order_than_the_models_are_refused_by_their_names() -> 
         ("p1_t1_on_dwi.nii", "p1_dwi_on_t1.nii", "p1_t1_post.nii"),  # each names two
         ("p1_t1.nii", "p1_t1.nii", "p1_dwi.nii"),
         ("xdwi.nii", "t1w.nii", "t1_post.nii"),  # no words of their own
+        ("t1w.nii", "dwi.nii", "t1_post.nii"),
+        ("xt1.nii", "dwi.nii", "t1_post.nii"),
+        ("t1/a.nii", "dwi/b.nii", "t1_post/c.nii"),  # folders' names are not the files'
         ("t1.nii", "dwi.nii"),  # too few: reading says so
     ):
         must_be_in_order(names, wanted)
     with pytest.raises(CdiffError, match=r"are t1_post, dwi, t1, and the model was trained on dwi, t1, t1_post; give"):
         must_be_in_order(["p/image_T1_post.nii.gz", Path("p/image_dwi.nii"), "t1.mha"], wanted)
     must_be_in_order(["t1.nii", "dwi.nii"], ())
+
+
+def test_names_are_in_the_order_of_their_numbers_whatever_their_zeros_and_capitals() -> None:
+    """By it annotators are the same in every case, and a variant for each annotator learns one's masks as one's."""
+    names = ["Seg1", "seg02", "seg3", "seg009", "Seg10", "tom", "Uma"]
+    assert sorted({*names}, key=natural) == names
+    assert natural("Task01") == natural("task1") != natural("task10")
 
 
 def test_what_a_mask_puts_inside() -> None:

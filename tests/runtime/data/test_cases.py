@@ -189,7 +189,9 @@ def test_colours_are_counted_and_grey_saved_as_colour_is_not(tmp_path: Path) -> 
         Image.fromarray(pixels.astype(np.uint8)).save(folder / "image.png")
         Image.fromarray(disc((16, 16))).save(folder / "mask_1.png")
     assert count_channels(find_cases(tmp_path / "colour")["all"]) == 3
-    assert count_channels(find_cases(tmp_path / "grey")["all"]) == 1
+    assert count_channels(grey := find_cases(tmp_path / "grey")["all"]) == 1
+    colour = find_cases(tmp_path / "colour")["all"]
+    assert count_channels(grey * 3 + colour) == count_channels(colour + grey) == 3, "the most that any of the first has"
 
 
 def test_patients_stay_together(tmp_path: Path) -> None:
@@ -208,7 +210,7 @@ def test_patients_stay_together(tmp_path: Path) -> None:
 def test_a_patient_in_several_splits_is_told(tmp_path: Path, other: str) -> None:
     for split, patients in (("Training", ("p1", "p2", "p3")), (other, ("p3", "p4"))):
         for patient in patients:
-            write_qubiq(tmp_path / split / patient, {"": 1})
+            write_qubiq(tmp_path / split / patient, {"": 2 if patient == "p1" else 1})  # two scans of one in one split
     *_, note = partition(find_cases(tmp_path), tmp_path).notes
     assert note == "patients in several splits (p3): if they are the same people, scores are too good"
     (tmp_path / other / "p3").rename(tmp_path / other / "p5")
@@ -327,12 +329,16 @@ def test_files_in_another_order_than_the_models_are_refused_by_their_names() -> 
         ("t1w.nii", "dwi.nii", "t1_post.nii"),
         ("xt1.nii", "dwi.nii", "t1_post.nii"),
         ("t1/a.nii", "dwi/b.nii", "t1_post/c.nii"),  # folders' names are not the files'
+        ("t1_post_on_dwi.nii", "dwi.nii", "t1.nii"),
         ("t1.nii", "dwi.nii"),  # too few: reading says so
+        ("t1.nii", "dwi.nii", "t1_post.nii", "t1.nii"),
     ):
         must_be_in_order(names, wanted)
     with pytest.raises(CdiffError, match=r"are t1_post, dwi, t1, and the model was trained on dwi, t1, t1_post; give"):
         must_be_in_order(["p/image_T1_post.nii.gz", Path("p/image_dwi.nii"), "t1.mha"], wanted)
     must_be_in_order(["t1.nii", "dwi.nii"], ())
+    with pytest.raises(CdiffError, match="are pre_t1, t1, and"):
+        must_be_in_order(["pre_t1.nii", "t1.nii"], ("t1", "pre_t1"))
 
 
 def test_names_are_in_the_order_of_their_numbers_whatever_their_zeros_and_capitals() -> None:

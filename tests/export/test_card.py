@@ -122,7 +122,7 @@ def test_a_card_file_is_read_whole(tmp_path: Path) -> None:
     "changes",
     [
         {"outside": 0, "augment": False, "slice_axis": 0, "framing": "centre", "target": "v", "variance": "learned"},
-        {"variant": "annotator", "augment": True, "schedule": "cosine", "intensity_scope": "slice", "levels": 3},
+        {"variant": "annotator", "augment": True, "schedule": "cosine", "intensity_upper": 98.0, "levels": 3},
     ],
 )
 def test_the_manifest_says_how_the_run_was_trained(changes: dict[str, Any], tmp_path: Path) -> None:

@@ -51,8 +51,39 @@ def test_a_case_in_a_split_folder_itself_is_of_that_split(tmp_path: Path) -> Non
     }  # fmt: skip
 
 
+def test_a_case_in_the_split_folder_of_a_data_set_is_of_that_data_set(tmp_path: Path) -> None:
+    for name in ("kidney", "prostate"):
+        touched(*(tmp_path / name / "Training" / file for file in ("image.nii.gz", "task01_seg01.nii.gz")))
+    (case,) = find_cases(tmp_path, "kidney")["train"]
+    assert (case.name, case.image) == ("Training", tmp_path / "kidney/Training/image.nii.gz")
+
+
+def test_a_case_beside_the_split_folders_is_left_out_with_a_word(tmp_path: Path) -> None:
+    for folder in ("Training/a", "Training/b", "c"):
+        touched(*(tmp_path / folder / file for file in ("image.nii.gz", "task01_seg01.nii.gz")))
+    found = find_cases(tmp_path)
+    assert {split: [case.name for case in cases] for split, cases in found.items()} == {"train": ["a", "b"]}
+    assert found.notes == ["1 case beside the split folders (c): left out"]
+
+
 def test_several_cases_in_one_folder_of_a_split_are_called_after_it_too(tmp_path: Path) -> None:
     files = [f"b_{p}_{kind}_{k}.nii.gz" for p in (1, 2) for k in (80, 90) for kind in ("t1", "t2", "seg")]
     touched(*(tmp_path / "Training" / folder / file for folder in ("x", "y") for file in files))
-    names = [case.name for case in find_cases(tmp_path)["train"]]
-    assert names == [f"{folder}/b_{p}_{k}" for folder in ("x", "y") for p in (1, 2) for k in (80, 90)]
+    found = find_cases(tmp_path)["train"]
+    assert {case.patient for case in found} == {"b_1", "b_2"}, "the files say more than their folder"
+    assert [case.name for case in found] == [
+        f"{folder}/b_{p}_{k}" for folder in ("x", "y") for p in (1, 2) for k in (80, 90)
+    ]
+
+
+def test_the_modalities_of_most_cases_are_the_data_sets(tmp_path: Path) -> None:
+    """Of equally many the longer list: the cases that lack one are told then."""
+    for case, names in (("a", ("t1", "t2")), ("b", ("t1", "t2")), ("c", ("flair", "t1", "t2"))):
+        touched(*(tmp_path / case / f"image_{name}.nii.gz" for name in names), tmp_path / case / "mask_anna.nii.gz")
+    found = find_cases(tmp_path, strict=False)
+    assert (found.modalities, [problem.case for problem in found.problems]) == (("t1", "t2"), ["c"])
+    (tmp_path / "b/mask_anna.nii.gz").unlink()
+    for file in (tmp_path / "b").iterdir():
+        file.unlink()
+    found = find_cases(tmp_path, strict=False)
+    assert (found.modalities, [problem.case for problem in found.problems]) == (("flair", "t1", "t2"), ["a"])

@@ -241,12 +241,14 @@ def test_a_tiff_that_does_not_say_what_black_is_is_refused(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("interlaced", [False, True])
-@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "I;16"])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"])
 def test_a_png_without_its_last_rows_is_refused(tmp_path: Path, mode: str, interlaced: bool) -> None:
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
-    bits, kind = {"1": (1, 0), "L": (8, 0), "P": (8, 3), "RGB": (8, 2), "RGBA": (8, 6), "I;16": (16, 0)}[mode]
+    bits, kind = {"1": (1, 0), "L": (8, 0), "LA": (8, 4), "P": (8, 3), "RGB": (8, 2), "RGBA": (8, 6), "I;16": (16, 0)}[
+        mode
+    ]
     width, height = 11, 9
     # Adam7, from the drawing of its passes in the specification: in which pass each pixel of an 8 x 8 square is stored.
     square = [int(n) for n in "1646264677777777565656567777777736463646777777775656565677777777"]
@@ -256,7 +258,7 @@ def test_a_png_without_its_last_rows_is_refused(tmp_path: Path, mode: str, inter
         lines += [1 + -(-count * bits * (CHANNELS.get(kind) or 1) // 8) for count in counts if count]
     head = struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, int(interlaced))
     palette = chunk(b"PLTE", bytes(768)) if mode == "P" else b""
-    for less, reads in ((0, True), (1, False)):
+    for less, reads in ((0, True), (-sum(lines) - 1, None), (1, False)):
         stored = chunk(b"IDAT", zlib.compress(bytes(sum(lines) - less)))
         (tmp_path / "x.png").write_bytes(
             b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + palette + stored + chunk(b"IEND", b"")
@@ -264,7 +266,8 @@ def test_a_png_without_its_last_rows_is_refused(tmp_path: Path, mode: str, inter
         if reads:
             assert read_scan(tmp_path / "x.png").grid.shape == (height, width)
             continue
-        with pytest.raises(CdiffError, match=r"fewer pixels than its header promises \(11 x 9\)"):
+        message = "is damaged" if reads is None else r"fewer pixels than its header promises \(11 x 9\)"
+        with pytest.raises(CdiffError, match=message):
             read_scan(tmp_path / "x.png")
 
 
@@ -319,6 +322,16 @@ def test_transparency_that_was_ignored_is_said_of_a_palette_too(tmp_path: Path, 
     read, notes = read_picture(path.read_bytes(), path, 3)
     assert read.shape == (8, 8, 3)
     assert notes == ["the picture's transparency was ignored"]
+
+
+def test_grey_beside_transparency_is_grey(tmp_path: Path) -> None:
+    stored = np.stack([np.arange(24), np.full(24, 255)], axis=-1).astype(np.uint8).reshape(4, 6, 2)
+    Image.fromarray(stored, "LA").save(tmp_path / "x.png")
+    for channels in (1, 3):
+        found, notes = read_picture((tmp_path / "x.png").read_bytes(), tmp_path / "x.png", channels)
+        np.testing.assert_array_equal(found.reshape(4, 6, -1)[..., 0], stored[..., 0])
+        assert found.size == 24 * channels
+        assert not any("transparency" in note for note in notes)
 
 
 def test_colours_that_are_no_screens_are_refused(tmp_path: Path) -> None:

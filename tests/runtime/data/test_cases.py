@@ -80,6 +80,13 @@ def test_masks_and_image_may_write_the_third_axis_or_not(tmp_path: Path) -> None
         np.testing.assert_array_equal(read_case(case)[1][0, 0], disc((20, 16)))
 
 
+def test_slices_are_cut_along_the_axis_that_is_asked_for(tmp_path: Path) -> None:
+    (case,) = find_cases(write_qubiq(tmp_path, {"Training": 1}, shapes=((20, 16, 4),)))["train"]
+    for axis, shape in ((0, (20, 16, 4)), (1, (16, 20, 4)), (2, (4, 20, 16))):
+        images, masks = read_case(case, slice_axis=axis)
+        assert images[:, 0].shape == masks[:, 0].shape == shape
+
+
 def test_brats_slices(tmp_path: Path) -> None:
     write_brats(tmp_path / "training", 3)
     write_brats(tmp_path / "testing", 2, labelled=False)

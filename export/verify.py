@@ -56,7 +56,7 @@ def verify(bundle: Bundle, reference: TorchEngine, real_slices: Float32 | None) 
     engine = open_engine(bundle, "onnxruntime", "cpu")
     sets = {"random": _random_images(manifest.image_channels, manifest.image_size)}
     if real_slices is not None and len(real_slices):
-        sets["real"] = _framed(real_slices[_spread(len(real_slices), SLICES)], manifest.slice_framing)
+        sets["real"] = _framed(real_slices, manifest.slice_framing)
 
     result: dict[str, Any] = {
         "reference": f"PyTorch {reference.version} float32",
@@ -141,10 +141,12 @@ def _random_images(channels: int, size: tuple[int, int]) -> Float32:
 
 
 def _framed(slices: Float32, framing: Framing) -> Float32:
-    """Windows of the model's size, as the runtime would cut or resample them; a tiled slice gives its central window."""
-    windows = framing.frame(np.ascontiguousarray(slices, dtype=np.float32))
+    """At most SLICES evenly spread slices as windows of the model's size, as the runtime would cut or resample them; a tiled slice gives its
+    central window."""
+    chosen = slices[_spread(len(slices), SLICES)]
+    windows = framing.frame(np.ascontiguousarray(chosen, dtype=np.float32))
     middle = windows.per_slice // 2
-    return np.stack([windows.image(i * windows.per_slice + middle) for i in range(len(slices))])
+    return np.stack([windows.image(i * windows.per_slice + middle) for i in range(len(chosen))])
 
 
 def _spread(total: int, wanted: int) -> NDArray[np.int64]:

@@ -111,7 +111,7 @@ def _scans_in(root: Path, channels: int, modalities: Sequence[str], left: list[P
     def cases(folder: Path, parts: tuple[str, ...], inside: Inside) -> list[NamedScan]:
         """The scan of a case folder or of DICOM files, or several where BraTS slices lie together; none when it is no such folder."""
         files = inside.files
-        entries = cases_in(folder, files) or (brats_in(folder, files) if modalities or channels > 1 else [])
+        entries = cases_in(folder, files) or brats_in(folder, files)
         # DICOM need not be images: an export has folders of reports, and a disc a report above the series.
         if not entries and holds_dicom(folder) and holds_images(folder):
             return [NamedScan("_".join(parts) or Path(os.path.abspath(folder)).name, folder)]

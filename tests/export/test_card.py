@@ -6,11 +6,16 @@ import json
 import shlex
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
+import onnx
 import pytest
 
 from cdiff.export.card import Card, render, training_command
+from cdiff.export.exporter import _manifest
 from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.manifest import DENOISER
+from cdiff.train.checkpoint import LoadedRun
 from cdiff.train.presets import PRESETS, preset
 from tests.runtime.test_manifest import example
 
@@ -111,3 +116,25 @@ def test_a_card_file_is_read_whole(tmp_path: Path) -> None:
     text = json.dumps({"name": "n", "tags": ["x", "y"], "scores": {"a": 1}})
     path.write_text(text, encoding="utf-8-sig")  # as some editors save it
     assert Card.read(path) == replace(Card(), name="n", tags=["x", "y"], scores={"a": 1})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"outside": 0, "augment": False, "slice_axis": 0, "framing": "centre", "target": "v", "variance": "learned"},
+        {"variant": "annotator", "augment": True, "schedule": "cosine", "intensity_upper": 98.0, "levels": 3},
+    ],
+)
+def test_the_manifest_says_how_the_run_was_trained(changes: dict[str, Any], tmp_path: Path) -> None:
+    """Nothing else tells the runtime, and maps made in another way than the training's look like maps all the same."""
+    config = preset("tiny").with_values({"image_channels": 2, "image_size": 48, "T": 30, **changes})
+    graph = onnx.helper.make_graph([], "none", [], [])
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)]), tmp_path / DENOISER)
+    run = LoadedRun(config, cast(Any, None), {})
+    manifest = _manifest(run, Card(), "model", tmp_path, fp16=False, fast_steps=7)
+    for name in ("variant", "levels", "T", "target", "variance", "image_channels", "outside"):
+        assert getattr(manifest, name) == getattr(config.network, name), name
+    assert (manifest.framing, manifest.slice_axis) == (config.data.framing, config.data.slice_axis)
+    assert manifest.mirror is config.training.augment
+    assert (manifest.image_size, manifest.precision, manifest.fast["steps"]) == ((48, 48), "float32", 7)
+    assert (manifest.noise_schedule, manifest.normalisation) == (config.schedule, config.data.intensity)

@@ -13,9 +13,10 @@ import pytest
 
 from cdiff.export import verify as comparison
 from cdiff.export.reference import TorchEngine, load_network
-from cdiff.export.verify import BOUNDS, Chain, _affordable, _calls, _maps
+from cdiff.export.verify import BOUNDS, Chain, _affordable, _calls, _framed, _maps, _spread
 from cdiff.runtime.bundle import open_bundle, shipped_bundle
 from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.sampling.framing import Framing
 from cdiff.runtime.sampling.schedule import NoiseSchedule
 from tests.export.networks import BASE, random_network
 from tests.runtime.test_manifest import example
@@ -138,3 +139,11 @@ def test_as_much_of_a_chain_is_compared_as_there_is_time_for() -> None:
     assert _affordable(1.0, 4, 100) == Chain(1, 4, 1, 10)
     assert _affordable(100.0, 4, 100) == _affordable(2.0, 4, 100) == Chain(1, 1, 1, 4)
     assert _affordable(1e-3, 4, 3).steps == 3
+
+
+def test_real_slices_from_all_over_the_validation_are_compared_in_their_middle() -> None:
+    """The first slices, and the corners of large ones, are often empty: a network's errors would hardly show there."""
+    assert [_spread(total, 4).tolist() for total in (4, 2, 1)] == [[0, 1, 2, 3], [0, 1], [0]]
+    slices = np.random.default_rng(1).uniform(-1, 1, (10, 1, 40, 40)).astype(np.float32)
+    found = _framed(slices, Framing("tile", (16, 16), 0.25))
+    np.testing.assert_array_equal(found, slices[[0, 3, 6, 9], :, 12:28, 12:28])

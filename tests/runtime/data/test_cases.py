@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cdiff.runtime.data.case import must_be_in_order
+from cdiff.runtime.data.case import must_be_in_order, natural
 from cdiff.runtime.data.cases import Case, find_cases, read_case
 from cdiff.runtime.data.datacheck import check_data
 from cdiff.runtime.data.masks import inside, read_mask
@@ -78,6 +78,13 @@ def test_masks_and_image_may_write_the_third_axis_or_not(tmp_path: Path) -> None
     save(tmp_path / "b/task01_seg01.nii.gz", disc((20, 16, 1)))
     for case in find_cases(tmp_path)["all"]:
         np.testing.assert_array_equal(read_case(case)[1][0, 0], disc((20, 16)))
+
+
+def test_slices_are_cut_along_the_axis_that_is_asked_for(tmp_path: Path) -> None:
+    (case,) = find_cases(write_qubiq(tmp_path, {"Training": 1}, shapes=((20, 16, 4),)))["train"]
+    for axis, shape in ((0, (20, 16, 4)), (1, (16, 20, 4)), (2, (4, 20, 16))):
+        images, masks = read_case(case, slice_axis=axis)
+        assert images[:, 0].shape == masks[:, 0].shape == shape
 
 
 def test_brats_slices(tmp_path: Path) -> None:
@@ -189,7 +196,9 @@ def test_colours_are_counted_and_grey_saved_as_colour_is_not(tmp_path: Path) -> 
         Image.fromarray(pixels.astype(np.uint8)).save(folder / "image.png")
         Image.fromarray(disc((16, 16))).save(folder / "mask_1.png")
     assert count_channels(find_cases(tmp_path / "colour")["all"]) == 3
-    assert count_channels(find_cases(tmp_path / "grey")["all"]) == 1
+    assert count_channels(grey := find_cases(tmp_path / "grey")["all"]) == 1
+    colour = find_cases(tmp_path / "colour")["all"]
+    assert count_channels(grey * 3 + colour) == count_channels(colour + grey) == 3, "the most that any of the first has"
 
 
 def test_patients_stay_together(tmp_path: Path) -> None:
@@ -208,7 +217,7 @@ def test_patients_stay_together(tmp_path: Path) -> None:
 def test_a_patient_in_several_splits_is_told(tmp_path: Path, other: str) -> None:
     for split, patients in (("Training", ("p1", "p2", "p3")), (other, ("p3", "p4"))):
         for patient in patients:
-            write_qubiq(tmp_path / split / patient, {"": 1})
+            write_qubiq(tmp_path / split / patient, {"": 2 if patient == "p1" else 1})  # two scans of one in one split
     *_, note = partition(find_cases(tmp_path), tmp_path).notes
     assert note == "patients in several splits (p3): if they are the same people, scores are too good"
     (tmp_path / other / "p3").rename(tmp_path / other / "p5")
@@ -276,6 +285,8 @@ def test_as_many_annotators_as_half_of_the_cases_have(tmp_path: Path) -> None:
     fewer = [dataclasses.replace(case, masks=case.masks[:2], raters=case.raters[:2]) for case in found]
     assert count_annotators([*fewer[:2], *found[2:]]) == 3
     assert count_annotators([*fewer[:3], *found[3:]]) == 2
+    lone = dataclasses.replace(found[2], masks=found[2].masks[:1])
+    assert count_annotators([fewer[0], found[1], lone]) == 2, "three masks are two also"
 
 
 def test_files_of_different_grids_are_no_channels(tmp_path: Path) -> None:
@@ -322,12 +333,26 @@ def test_files_in_another_order_than_the_models_are_refused_by_their_names() -> 
         ("p1_t1_on_dwi.nii", "p1_dwi_on_t1.nii", "p1_t1_post.nii"),  # each names two
         ("p1_t1.nii", "p1_t1.nii", "p1_dwi.nii"),
         ("xdwi.nii", "t1w.nii", "t1_post.nii"),  # no words of their own
+        ("t1w.nii", "dwi.nii", "t1_post.nii"),
+        ("xt1.nii", "dwi.nii", "t1_post.nii"),
+        ("t1/a.nii", "dwi/b.nii", "t1_post/c.nii"),  # folders' names are not the files'
+        ("t1_post_on_dwi.nii", "dwi.nii", "t1.nii"),
         ("t1.nii", "dwi.nii"),  # too few: reading says so
+        ("t1.nii", "dwi.nii", "t1_post.nii", "t1.nii"),
     ):
         must_be_in_order(names, wanted)
     with pytest.raises(CdiffError, match=r"are t1_post, dwi, t1, and the model was trained on dwi, t1, t1_post; give"):
         must_be_in_order(["p/image_T1_post.nii.gz", Path("p/image_dwi.nii"), "t1.mha"], wanted)
     must_be_in_order(["t1.nii", "dwi.nii"], ())
+    with pytest.raises(CdiffError, match="are pre_t1, t1, and"):
+        must_be_in_order(["pre_t1.nii", "t1.nii"], ("t1", "pre_t1"))
+
+
+def test_names_are_in_the_order_of_their_numbers_whatever_their_zeros_and_capitals() -> None:
+    """By it annotators are the same in every case, and a variant for each annotator learns one's masks as one's."""
+    names = ["Seg1", "seg02", "seg3", "seg009", "Seg10", "tom", "Uma"]
+    assert sorted({*names}, key=natural) == names
+    assert natural("Task01") == natural("task1") != natural("task10")
 
 
 def test_what_a_mask_puts_inside() -> None:

@@ -50,7 +50,7 @@ def test_what_a_training_held_out_is_scored_and_nothing_else(tmp_path: Path) -> 
 
 
 def test_other_data_of_the_same_names_is_scored_whole(tmp_path: Path) -> None:
-    """One case more, one less, other files under the same names, or a bundle that does not say: nothing is left out of the scores."""
+    """One case more, one less, other files under the same names, another mask, or a bundle that does not say: nothing is left out of the scores."""
     manifest = trained_on(folder_of(tmp_path / "a"))
     for count in (5, 7):
         root = folder_of(tmp_path / f"{count}", count)
@@ -62,6 +62,10 @@ def test_other_data_of_the_same_names_is_scored_whole(tmp_path: Path) -> None:
     assert choose_split(found, None, [])[0] == "all"
     with pytest.raises(CdiffError, match="no split val"):
         choose_split(found, "val", [])
+    root = folder_of(tmp_path / "c")
+    trained = partition(find_cases(root), root, 0.3, 5, 2).train[0]
+    (root / trained.name / "task01_seg03.nii.gz").write_bytes(b"a third opinion")
+    assert held_out(find_cases(root), root, manifest) == []
     root = tmp_path / "a"
     for told in (
         {"seed": None},
@@ -114,3 +118,6 @@ def test_a_patient_is_held_out_whole_and_one_that_can_be_used() -> None:
             assert len(held) == 1
             assert not held & {case.patient for case in split.train}
             assert held == {"p0"} or levels is None
+        held = {case.patient for case in partition(found, Path(), 0.75, seed, 3).val}
+        assert len(held) == 3, "the share is held out, also where few can be used"
+        assert "p0" in held

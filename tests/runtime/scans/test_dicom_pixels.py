@@ -18,7 +18,7 @@ from pydicom.encaps import encapsulate
 from pydicom.uid import JPEG2000Lossless, JPEGLSLossless, RLELossless
 
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.scans.dicom_pixels import must_hold_pixels
+from cdiff.runtime.scans.dicom_pixels import _size, must_hold_pixels
 from cdiff.runtime.scans.scan import read_scan
 from tests.runtime.dicom_files import orthogonal, write_multiframe, write_series
 
@@ -175,6 +175,7 @@ ROW = bytes([257 - COLUMNS, 5])
         (rle(ROW * 20, ROW * 19), False),
         (rle(ROW * 19, ROW * 20), False),
         (rle(ROW * 20, ROW * 21), False),
+        (rle(ROW * 20, ROW * 19 + bytes([256 - COLUMNS, 5])), False),  # its last run is a byte too long
         (rle(ROW * 20, ROW * 19 + b"\x17" + bytes(23)), False),  # ends a byte before its last run does
         (rle(ROW * 20), False),
         (rle(ROW * 20, ROW * 20, ROW * 20), False),
@@ -190,6 +191,19 @@ def test_every_segment_of_an_rle_image_is_whole(stream: bytes, whole: bool, tmp_
     header = pydicom.dcmread(file, stop_before_pixels=True)
     with nullcontext() if whole else pytest.raises(CdiffError, match="does not hold 1 whole compressed image"):
         must_hold_pixels(file, header, file.read_bytes())
+
+
+@pytest.mark.parametrize(("depth", "bits"), [(7, 8), (8, 16), (15, 16), (0x80 | 11, 16), (0x80 | 7, 8)])
+def test_a_jpeg_2000_image_is_as_large_as_its_grid_beside_the_offset(depth: int, bits: int) -> None:
+    """The highest bit of the depth is the sign (ISO 15444-1, A.5.1)."""
+    size = struct.pack(">2H8IHB", 41, 0, 30, 50, 6, 10, 24, 40, 0, 0, 1, depth)
+    assert _size(b"\xff\x4f\xff\x51" + size + b"\xff\xd9") == (40, 24, bits)
+
+
+def test_a_jpegs_tables_before_its_frame_are_no_frame() -> None:
+    tables = b"".join(bytes([0xFF, kind, 0, 7, 1, 2, 3, 4, 5]) for kind in (0xC4, 0xC8, 0xCC, 0xDB))
+    frame = b"\xff\xc3" + struct.pack(">HBHHB", 8, 12, 40, 24, 0)
+    assert _size(b"\xff\xd8" + tables + frame + b"\xff\xd9") == (40, 24, 16)
 
 
 def test_pixels_that_a_writer_padded_are_read(tmp_path: Path) -> None:

@@ -118,6 +118,9 @@ def test_two_scans_of_one_name_are_refused(tmp_path: Path) -> None:
     _touch(tmp_path / "a.nii.gz", tmp_path / "a.png")
     with pytest.raises(CdiffError, match="a_soft"):
         scans_at(tmp_path)
+    _touch(tmp_path / "p/b.nii.gz", tmp_path / "q/b.nii.gz")
+    with pytest.raises(CdiffError, match=r"p/b.nii.gz and .*/q/b.nii.gz would both write b_soft"):
+        scans_named([tmp_path / "p", tmp_path / "q"])
 
 
 def test_nothing_there_says_what_was_expected(tmp_path: Path) -> None:
@@ -152,6 +155,8 @@ def test_results_beside_their_scan_are_none(tmp_path: Path) -> None:
     assert [found.name for found in scans_named([scan, other])] == ["a", "b"]
     _touch(tmp_path / "maps/c.json", tmp_path / "maps/c_soft.nii.gz")
     assert [found.path for found in scans_named([scan, tmp_path / "maps"])] == [scan]
+    _touch(tmp_path / "both/c.json", tmp_path / "both/c_soft.nii.gz", tmp_path / "both/d.nii.gz")
+    assert [found.name for found in scans_named([scan, tmp_path / "both"])] == ["a", "d"]
     with pytest.raises(CdiffError, match="no scan in"):
         scans_named([tmp_path / "maps"])
 
@@ -174,6 +179,7 @@ def test_folders_whose_scans_are_passed_over_are_told(tmp_path: Path) -> None:
         scans_at(tmp_path)
     _touch(tmp_path / "own.nii.gz", tmp_path / "p3/image.nii.gz", tmp_path / "p3/thumbnail.png")
     _touch(tmp_path / "maps/own_soft.nii.gz", tmp_path / "maps/own.json", tmp_path / "p4/task01_seg01.nii.gz")
+    _touch(tmp_path / "Testing/b.png")
     left: list[Path] = []
     assert [scan.name for scan in scans_at(tmp_path, left=left)] == ["own", "p3"]
     assert left == [tmp_path / "p1", tmp_path / "p2/t"]
@@ -194,6 +200,10 @@ def test_a_model_of_several_channels_takes_a_case_folders_files_as_one_scan(tmp_
         assert scan.path == (tmp_path / "case01/image_t1.nii.gz", tmp_path / "case01/image_t2.nii.gz")
     (scan,) = scans_at(tmp_path, channels=2, modalities=("t2", "t1"))
     assert [path.name for path in scan.path if isinstance(scan.path, tuple)] == ["image_t2.nii.gz", "image_t1.nii.gz"]
+    _touch(tmp_path / "case02/image.nii.gz", tmp_path / "mixed/image_t1.nii.gz", tmp_path / "mixed/image_t2.png")
+    whole = next(scan for scan in scans_at(tmp_path, channels=2, modalities=("t2", "t1")) if scan.name == "case02")
+    assert whole.path == tmp_path / "case02/image.nii.gz", "one file may hold them all"
+    assert [scan.name for scan in scans_at(tmp_path / "mixed", channels=2)] == ["image_t1", "image_t2"]
     with pytest.raises(CdiffError, match=r"case01 has no flair \(it has t1, t2\); the model was trained on t1, flair"):
         scans_at(tmp_path, channels=2, modalities=("t1", "flair"))
 
@@ -232,6 +242,12 @@ def test_a_tables_images(tmp_path: Path) -> None:
         ("a", tmp_path / "a.png"),
         ("b", tmp_path / "b.png"),
     ]
+
+
+def test_a_tables_case_in_a_folder_writes_into_none(tmp_path: Path) -> None:
+    _touch(tmp_path / "a.png")
+    (tmp_path / "cases.csv").write_text("case,image\np1/scan2,a.png\n")
+    assert [scan.name for scan in scans_at(tmp_path / "cases.csv")] == ["p1_scan2"]
 
 
 def test_pictures_of_one_folder_stay_scans_of_their_own(tmp_path: Path) -> None:
@@ -274,3 +290,4 @@ def test_a_lone_named_modality(tmp_path: Path) -> None:
     _touch(tmp_path / "case01/image_t1.nii.gz")
     (scan,) = scans_at(tmp_path, 1, ("t1",))
     assert (scan.name, scan.path) == ("case01", tmp_path / "case01/image_t1.nii.gz")
+    assert [scan.name for scan in scans_at(tmp_path / "case01")] == ["image_t1"]

@@ -139,6 +139,28 @@ def test_a_picture_is_turned_as_viewers_show_it(tmp_path: Path, suffix: str) -> 
     assert not any("EXIF" in warning for warning in read_scan(tmp_path / f"y.{suffix}").warnings)
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_the_one_of_the_standard(orientation: int, tmp_path: Path) -> None:
+    """Which edges the first row and the first column lie at (EXIF 2.3, 4.6.4, Orientation)."""
+    stored = np.arange(6, dtype=np.uint8).reshape(2, 3) * 40
+    shown = {
+        1: stored, 2: stored[:, ::-1], 3: stored[::-1, ::-1], 4: stored[::-1],
+        5: stored.T, 6: np.rot90(stored, -1), 7: stored.T[::-1, ::-1], 8: np.rot90(stored),
+    }[orientation]  # fmt: skip
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for suffix in ("png", "tif"):
+        Image.fromarray(stored).save(tmp_path / f"x.{suffix}", exif=exif)
+        np.testing.assert_array_equal(read_mask(tmp_path / f"x.{suffix}").values, shown)
+
+
+def test_two_pictures_in_one_file_are_refused(tmp_path: Path) -> None:
+    two = [Image.fromarray(np.full((4, 6), value, np.uint8)) for value in (0, 1)]
+    two[0].save(tmp_path / "x.tif", save_all=True, append_images=two[1:])
+    with pytest.raises(CdiffError, match="holds 2 pictures"):
+        read_scan(tmp_path / "x.tif")
+
+
 def test_damaged_exif_turns_nothing(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((4, 6), np.uint8)).save(tmp_path / "x.jpg", exif=b"Exif\0\0not a directory")
     assert read_scan(tmp_path / "x.jpg").slices.shape == (1, 1, 4, 6)
@@ -161,6 +183,10 @@ def test_a_jpeg_of_fewer_pixels_than_it_promises_is_refused(tmp_path: Path, read
     data[size + 2 : size + 4] = struct.pack(">H", 65400)
     path.write_bytes(data)
     with pytest.raises(CdiffError, match=r"fewer pixels than its header promises \(65400 x 800\)"):
+        read(path)
+    blocks = 65400 // 8 * 800 // 8
+    path.write_bytes(data.ljust(blocks // 8 - 2, b"\0"))
+    with pytest.raises(CdiffError, match="fewer pixels"):  # a block takes a bit at least
         read(path)
 
 
@@ -215,12 +241,14 @@ def test_a_tiff_that_does_not_say_what_black_is_is_refused(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("interlaced", [False, True])
-@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "I;16"])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"])
 def test_a_png_without_its_last_rows_is_refused(tmp_path: Path, mode: str, interlaced: bool) -> None:
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
-    bits, kind = {"1": (1, 0), "L": (8, 0), "P": (8, 3), "RGB": (8, 2), "RGBA": (8, 6), "I;16": (16, 0)}[mode]
+    bits, kind = {"1": (1, 0), "L": (8, 0), "LA": (8, 4), "P": (8, 3), "RGB": (8, 2), "RGBA": (8, 6), "I;16": (16, 0)}[
+        mode
+    ]
     width, height = 11, 9
     # Adam7, from the drawing of its passes in the specification: in which pass each pixel of an 8 x 8 square is stored.
     square = [int(n) for n in "1646264677777777565656567777777736463646777777775656565677777777"]
@@ -230,7 +258,7 @@ def test_a_png_without_its_last_rows_is_refused(tmp_path: Path, mode: str, inter
         lines += [1 + -(-count * bits * (CHANNELS.get(kind) or 1) // 8) for count in counts if count]
     head = struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, int(interlaced))
     palette = chunk(b"PLTE", bytes(768)) if mode == "P" else b""
-    for less, reads in ((0, True), (1, False)):
+    for less, reads in ((0, True), (-sum(lines) - 1, None), (1, False)):
         stored = chunk(b"IDAT", zlib.compress(bytes(sum(lines) - less)))
         (tmp_path / "x.png").write_bytes(
             b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + palette + stored + chunk(b"IEND", b"")
@@ -238,16 +266,18 @@ def test_a_png_without_its_last_rows_is_refused(tmp_path: Path, mode: str, inter
         if reads:
             assert read_scan(tmp_path / "x.png").grid.shape == (height, width)
             continue
-        with pytest.raises(CdiffError, match=r"fewer pixels than its header promises \(11 x 9\)"):
+        message = "is damaged" if reads is None else r"fewer pixels than its header promises \(11 x 9\)"
+        with pytest.raises(CdiffError, match=message):
             read_scan(tmp_path / "x.png")
 
 
-@pytest.mark.parametrize("kind", ["grey", "colours", "planes", "tiles"])
+@pytest.mark.parametrize("kind", ["grey", "colours", "planes", "tiles", "broad tiles"])
 def test_a_tiff_without_its_last_strip_is_refused(tmp_path: Path, kind: str) -> None:
     """Its strips or tiles of eight rows each, uncompressed, the last of them left out of the lists of places and lengths."""
-    height, width, channels = 24, 16, 1 if kind in ("grey", "tiles") else 3
+    height, width, channels = 24, 16, 1 if "tiles" in kind or kind == "grey" else 3
     planes = 3 if kind == "planes" else 1
-    count, length = planes * height // 8, 8 * width * channels // planes
+    across = 3 * width if kind == "broad tiles" else width  # what lies beside the picture is none of it
+    count, length = planes * height // 8, 8 * across * channels // planes
     stored = bytes([7]) * (count * length)
     for less in (0, 1):
         places = [8 + length * n for n in range(count - less)]
@@ -265,10 +295,10 @@ def test_a_tiff_without_its_last_strip_is_refused(tmp_path: Path, kind: str) -> 
             (279, 4, [length] * len(places)),
             (284, 3, [1 + (planes > 1)]),
         ]
-        if kind == "tiles":
+        if "tiles" in kind:
             lists = [
                 (277, 3, [1]),
-                (322, 3, [width]),
+                (322, 3, [across]),
                 (323, 3, [8]),
                 (324, 4, places),
                 (325, 4, [length] * len(places)),
@@ -292,6 +322,16 @@ def test_transparency_that_was_ignored_is_said_of_a_palette_too(tmp_path: Path, 
     read, notes = read_picture(path.read_bytes(), path, 3)
     assert read.shape == (8, 8, 3)
     assert notes == ["the picture's transparency was ignored"]
+
+
+def test_grey_beside_transparency_is_grey(tmp_path: Path) -> None:
+    stored = np.stack([np.arange(24), np.full(24, 255)], axis=-1).astype(np.uint8).reshape(4, 6, 2)
+    Image.fromarray(stored, "LA").save(tmp_path / "x.png")
+    for channels in (1, 3):
+        found, notes = read_picture((tmp_path / "x.png").read_bytes(), tmp_path / "x.png", channels)
+        np.testing.assert_array_equal(found.reshape(4, 6, -1)[..., 0], stored[..., 0])
+        assert found.size == 24 * channels
+        assert not any("transparency" in note for note in notes)
 
 
 def test_colours_that_are_no_screens_are_refused(tmp_path: Path) -> None:

@@ -49,10 +49,12 @@ $(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)
 
 # pip's editable install finds cdiff after all else. A clone that is called cdiff has a folder of the package's name for whoever starts Python
-# in the folder above it, without the package's code: Python takes that only if nothing on its path is the package itself.
+# in the folder above it, without the package's code: Python takes that only if nothing on its path is the package itself. The line is
+# ASCII, whatever the clone's path: Python reads it in the locale's encoding, and would not start where it cannot.
 define clone-on-the-path
-@$(BIN)/python -c 'import pathlib, sysconfig; \
-  pathlib.Path(sysconfig.get_path("purelib"), "cdiff-clone.pth").write_text(f"{pathlib.Path.cwd()}\n")'
+@$(BIN)/python -c 'import os, pathlib, sysconfig; \
+  line = f"import os, sys; sys.path.append(os.fsdecode({os.getcwdb()!r}))\n"; \
+  pathlib.Path(sysconfig.get_path("purelib"), "cdiff-clone.pth").write_text(line, encoding="ascii")'
 endef
 
 $(VENV)/cpu.installed: $(BIN)/pip pyproject.toml constraints.txt

@@ -216,6 +216,26 @@ def test_other_options_are_another_engine(bundle: Bundle, native: Double) -> Non
     assert open_or_build(bundle, "tensorrt", H200, PROFILE).denoiser == plain
 
 
+def test_an_engine_serves_the_gpus_that_it_was_made_compatible_with(bundle: Bundle, native: Double) -> None:
+    """And no others: on a GPU that it was not built for, TensorRT would refuse it, or run it in another way."""
+    newer, twin, older = Gpu("NVIDIA L4", "8.9", 1), Gpu("NVIDIA H100", "9.0", 1), Gpu("Tesla T4", "7.5", 1)
+
+    def serves(gpu: Gpu) -> bool:
+        try:
+            return bool(open_or_build(bundle, "tensorrt", gpu, PROFILE))
+        except CdiffError:
+            return False
+
+    build(bundle, native)
+    assert [serves(gpu) for gpu in (H200, newer, twin, older)] == [True, False, False, False]
+    build(bundle, native, hardware_compatible="same-capability")
+    assert [serves(gpu) for gpu in (H200, newer, twin, older)] == [True, False, True, False]
+    build(bundle, native, hardware_compatible="ampere+")
+    assert [serves(gpu) for gpu in (H200, newer, twin, older)] == [True, True, True, False]
+    with pytest.raises(CdiffError, match="'turing' is not known"):
+        build(bundle, native, hardware_compatible="turing")
+
+
 def test_the_runtime_builds_what_is_missing_and_only_then(bundle: Bundle, native: Double) -> None:
     with pytest.raises(CdiffError, match=r"cdiff export .* --engine tensorrt"):
         open_or_build(bundle, "tensorrt", H200, PROFILE)

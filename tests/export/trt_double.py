@@ -100,10 +100,16 @@ class Double:
         }
         inspector = SimpleNamespace(get_engine_information=lambda kind: json.dumps({"Layers": [layer], "Bindings": []}))
         engine = SimpleNamespace(create_engine_inspector=lambda: inspector)
-        return SimpleNamespace(
-            engine_host_code_allowed=False,
-            deserialize_cuda_engine=lambda plan: self._note(engine, "deserialize", bytes(plan)),
-        )
+        runtime = SimpleNamespace(engine_host_code_allowed=False)
+
+        def load(plan: Any) -> Any:
+            """A version-compatible engine carries code for the host, which TensorRT loads only where it is told to."""
+            self.calls.append(("deserialize", bytes(plan)))
+            carries = ("VERSION_COMPATIBLE",) in self.called("set_flag")
+            return engine if runtime.engine_host_code_allowed or not carries else None
+
+        runtime.deserialize_cuda_engine = load
+        return runtime
 
     def _note(self, value: Any, *call: Any) -> Any:
         self.calls.append(call)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -10,9 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from cdiff.export.torch_chain import MOST_GRAPHS
 from cdiff.export.torch_engine import TorchChainEngine
+from cdiff.runtime.device.cuda import OutOfMemory
+from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.sampling.framing import Framing
 from tests.export.networks import BASE, random_network
 from tests.export.test_torch_engine import EXACT, SCHEDULE, maps
@@ -60,3 +64,46 @@ def test_captured_steps_do_not_grow_with_the_sizes_of_scans(monkeypatch: pytest.
     assert len(made) == MOST_GRAPHS + 1
     segment(engine, 17)
     assert len(made) == MOST_GRAPHS + 2
+
+
+FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nMore")
+BUSY = torch.AcceleratorError("CUDA error: all CUDA-capable devices are busy or unavailable\nCUDA kernel errors ...")
+UNSTARTED = RuntimeError("Unexpected error from cudaGetDeviceCount(). Error 802: system not yet initialized\n")
+
+
+@pytest.mark.parametrize("error", [FULL, BUSY, UNSTARTED])
+def test_a_gpu_that_takes_no_model_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch, error: RuntimeError) -> None:
+    """Other programs have filled it or keep it to themselves; or the driver lists it and cannot start it."""
+
+    def refused(module: Any, device: Any) -> Any:
+        assert device == "cuda:1"
+        raise error
+
+    network = random_network(BASE)
+    monkeypatch.setattr("cdiff.export.torch_engine.torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr(torch.nn.Module, "to", refused)
+    told = re.escape(str(error).splitlines()[0])
+    with pytest.raises(CdiffError, match=rf"^PyTorch cannot put the model on cuda:1 \({told}\); end what else uses"):
+        TorchChainEngine(network, SCHEDULE, "cuda:1", EXACT)
+
+
+@pytest.mark.parametrize(
+    ("words", "full"),
+    [
+        ("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported", True),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("CUDA error: an illegal memory access was encountered", False),
+    ],
+)
+def test_memory_that_cuda_lacks_beside_pytorchs_is_want_of_memory_too(
+    monkeypatch: pytest.MonkeyPatch, words: str, full: bool
+) -> None:
+    """Its own allocator may have taken everything that cuBLAS needs; with fewer rows there is room for both."""
+    engine = TorchChainEngine(random_network(BASE), SCHEDULE, "cpu", EXACT)
+
+    def fails(*_: Any) -> Any:
+        raise RuntimeError(words)
+
+    monkeypatch.setattr(engine, "predict", fails)
+    with pytest.raises(OutOfMemory if full else RuntimeError, match=re.escape(words.splitlines()[0])):
+        segment(engine, 16)

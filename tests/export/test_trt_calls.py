@@ -118,6 +118,21 @@ def test_options_that_are_not_to_be_had(
     assert not double.calls
 
 
+def test_a_target_that_rtx_refuses_is_not_left_out_in_silence(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    double = use(RTX, monkeypatch)
+    double.takes_capabilities = False
+    with pytest.raises(CdiffError, match=r"refuses compute capability 8\.9"):
+        build(bundle, double)
+    assert not double.called("build_serialized_network")
+
+
+def test_a_graph_with_other_inputs_is_refused(bundle: Bundle, double: Double, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An input without a profile would be of any size, and the builder's own words do not say what to do."""
+    monkeypatch.setattr(tensorrt, "ROW_INPUTS", ("x", "row_slice", "t"))
+    with pytest.raises(CdiffError, match=r"denoiser\.onnx is not a graph of this version of cdiff"):
+        build(bundle, double)
+
+
 def test_timings_are_kept_and_used_again(bundle: Bundle, native: Double) -> None:
     build(bundle, native)
     # The encoder starts from nothing; what it left serves the denoiser.
@@ -159,6 +174,13 @@ def test_a_build_that_fails_says_why_and_leaves_nothing(bundle: Bundle, double: 
     with pytest.raises(CdiffError, match=r"no tactics within workspace limit.*larger workspace"):
         build(bundle, double)
     assert not list(bundle.engines.iterdir())
+
+
+def test_an_engine_that_tensorrt_does_not_load_is_not_kept(bundle: Bundle, native: Double) -> None:
+    native.loads = False
+    with pytest.raises(CdiffError, match=r"does not load the engine that it has just built"):
+        build(bundle, native)
+    assert not [path for path in bundle.engines.iterdir() if path.is_dir()]
 
 
 def test_without_a_gpu_the_builder_does_not_start(bundle: Bundle, native: Double) -> None:

@@ -63,6 +63,8 @@ class Double:
         self.network_type = self.engine_type = "HALF"
         self.cache_fits = True
         self.starts = True
+        self.loads = True
+        self.takes_capabilities = True
         self.on_build: Callable[[Any], bool] = lambda monitor: True
         for name, members in {**SAME_IN_ALL, **ENUMS[version]}.items():
             setattr(self, name, enum.IntEnum(name, members, start=0))
@@ -106,7 +108,7 @@ class Double:
             """A version-compatible engine carries code for the host, which TensorRT loads only where it is told to."""
             self.calls.append(("deserialize", bytes(plan)))
             carries = ("VERSION_COMPATIBLE",) in self.called("set_flag")
-            return engine if runtime.engine_host_code_allowed or not carries else None
+            return engine if self.loads and (runtime.engine_host_code_allowed or not carries) else None
 
         runtime.deserialize_cuda_engine = load
         return runtime
@@ -217,5 +219,6 @@ class _Config:
 
     def __getattr__(self, name: str) -> Any:
         if name == "set_compute_capability" and self.double.rtx:
-            return lambda capability, index: self.double._note(True, "set_compute_capability", capability.name, index)
+            takes = self.double.takes_capabilities
+            return lambda capability, index: self.double._note(takes, "set_compute_capability", capability.name, index)
         raise AttributeError(f"IBuilderConfig has no attribute {name}")

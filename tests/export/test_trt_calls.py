@@ -126,6 +126,16 @@ def test_a_target_that_rtx_refuses_is_not_left_out_in_silence(bundle: Bundle, mo
     assert not double.called("build_serialized_network")
 
 
+def test_a_gpu_that_rtx_does_not_know_is_refused_when_a_run_wants_an_engine_for_it(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on an H200, where a run with --engine tensorrt-rtx builds for the GPU that it finds."""
+    double = use(RTX, monkeypatch)
+    with pytest.raises(CdiffError, match=r"does not build for compute capability 9\.0.*use --engine tensorrt"):
+        open_or_build(bundle, "tensorrt-rtx", H200, PROFILE, build_engines)
+    assert not double.calls
+
+
 def test_a_graph_with_other_inputs_is_refused(bundle: Bundle, double: Double, monkeypatch: pytest.MonkeyPatch) -> None:
     """An input without a profile would be of any size, and the builder's own words do not say what to do."""
     monkeypatch.setattr(tensorrt, "ROW_INPUTS", ("x", "row_slice", "t"))
@@ -312,6 +322,8 @@ def test_ctrl_c_in_a_build_stops_it(bundle: Bundle, double: Double) -> None:
 def test_progress_rises_to_the_end(bundle: Bundle, double: Double) -> None:
     def nested(monitor: Any) -> bool:
         monitor.phase_start("outer", None, 2)
+        monitor.phase_start("nothing to do", "outer", 0)
+        monitor.phase_finish("nothing to do")
         monitor.phase_start("inner", "outer", 4)
         for step in range(4):
             assert monitor.step_complete("inner", step)

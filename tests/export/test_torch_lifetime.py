@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 import torch
 
+import cdiff
 from cdiff.export.torch_chain import MOST_GRAPHS
 from cdiff.export.torch_engine import TorchChainEngine
+from cdiff.runtime.bundle import shipped_bundle
 from cdiff.runtime.device.cuda import OutOfMemory
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.sampling.framing import Framing
@@ -107,3 +109,18 @@ def test_memory_that_cuda_lacks_beside_pytorchs_is_want_of_memory_too(
     monkeypatch.setattr(engine, "predict", fails)
     with pytest.raises(OutOfMemory if full else RuntimeError, match=re.escape(words.splitlines()[0])):
         segment(engine, 16)
+
+
+def test_the_public_face_opens_torch_on_the_device_that_was_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processor in place of a GPU would be no error: only slow, and with other last digits."""
+    asked: list[Any] = []
+
+    def open_torch(bundle: Any, device: str) -> Any:
+        asked.append((bundle.path, device))
+        raise CdiffError("so far")
+
+    monkeypatch.setattr("cdiff.export.torch_engine.open_torch", open_torch)
+    for device in ("cpu", "cuda:1"):
+        with pytest.raises(CdiffError, match="so far"):
+            cdiff.load(engine="torch", device=device)
+    assert asked == [(shipped_bundle(), "cpu"), (shipped_bundle(), "cuda:1")]

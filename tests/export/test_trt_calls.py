@@ -283,17 +283,18 @@ def test_the_public_face_hands_a_builder_down(bundle: Bundle, double: Double, mo
     given: dict[str, Any] = {}
 
     def open_engine(opened: Bundle, name: str, device: str, **more: Any) -> Any:
-        given.update(more, bundle=opened)
+        given.update(more, bundle=opened, where=(name, device))
 
     monkeypatch.setattr("cdiff.runtime.segmenter.open_engine", open_engine)
-    cdiff.load(bundle.path, engine="tensorrt")
+    cdiff.load(bundle.path, engine="tensorrt", device="cuda:1")
+    assert given["where"] == ("tensorrt", "cuda:1")
     flavour: Flavour = "tensorrt-rtx" if double.rtx else "tensorrt"
     gpu = Gpu("NVIDIA GeForce RTX 4090", "8.9", 24 << 30)
     pair = open_or_build(given["bundle"], flavour, gpu, PROFILE, given["build"])
     assert pair.denoiser.read_bytes() == b"plan"
     own: Any = object()
     cdiff.load(bundle.path, build=own)
-    assert given["build"] is own
+    assert (given["build"] is own, given["where"]) == (True, ("auto", "cpu"))
 
 
 def test_ctrl_c_in_a_build_stops_it(bundle: Bundle, double: Double) -> None:

@@ -136,6 +136,21 @@ def test_a_gpu_that_rtx_does_not_know_is_refused_when_a_run_wants_an_engine_for_
     assert not double.calls
 
 
+def test_shapes_that_are_refused_are_not_built_without(bundle: Bundle, double: Double) -> None:
+    double.takes_profiles = False
+    with pytest.raises(CdiffError, match=r"refuses the shapes .*'image': \(1, 1, 1\).* for encoder\.onnx"):
+        build(bundle, double)
+    assert not double.called("build_serialized_network")
+
+
+def test_an_engine_of_which_no_layer_is_told_counts_as_no_half_precision(bundle: Bundle, native: Double) -> None:
+    """Nobody could say then whether --fp16 gave half precision."""
+    native.network_type, native.engine_type = "UNKNOWN", "NONE"
+    with pytest.raises(CdiffError, match=r"encoder\.onnx holds no convolution that TensorRT .* tells of"):
+        build(bundle, native)
+    assert not [path for path in bundle.engines.iterdir() if path.is_dir()]
+
+
 def test_a_graph_with_other_inputs_is_refused(bundle: Bundle, double: Double, monkeypatch: pytest.MonkeyPatch) -> None:
     """An input without a profile would be of any size, and the builder's own words do not say what to do."""
     monkeypatch.setattr(tensorrt, "ROW_INPUTS", ("x", "row_slice", "t"))

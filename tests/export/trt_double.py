@@ -65,6 +65,7 @@ class Double:
         self.starts = True
         self.loads = True
         self.takes_capabilities = True
+        self.takes_profiles = True
         self.on_build: Callable[[Any], bool] = lambda monitor: True
         for name, members in {**SAME_IN_ALL, **ENUMS[version]}.items():
             setattr(self, name, enum.IntEnum(name, members, start=0))
@@ -93,12 +94,12 @@ class Double:
         return _Parser(self, network)
 
     def Runtime(self, log: Any) -> Any:
-        engine_type = {"HALF": "Half", "FLOAT": "Float"}[self.engine_type]
+        engine_type = {"HALF": "Half", "FLOAT": "Float", "NONE": ""}[self.engine_type]
         layer = {
             "Name": "conv",
             "LayerType": "CaskConvolution",
             "Inputs": [{"Name": "x", "Format/Datatype": engine_type}],
-            "TacticName": "sm90_xmma_fprop",
+            "TacticName": "sm90_xmma_fprop" if engine_type else "",
         }
         inspector = SimpleNamespace(get_engine_information=lambda kind: json.dumps({"Layers": [layer], "Bindings": []}))
         engine = SimpleNamespace(create_engine_inspector=lambda: inspector)
@@ -204,7 +205,7 @@ class _Config:
         self.double.calls.append(("set_memory_pool_limit", pool.name, size))
 
     def add_optimization_profile(self, profile: Any) -> int:
-        return self.double._note(0, "add_optimization_profile")
+        return self.double._note(0 if self.double.takes_profiles else -1, "add_optimization_profile")
 
     def create_timing_cache(self, data: bytes) -> Any:
         return self.double._note(SimpleNamespace(data=data), "create_timing_cache", data)

@@ -143,6 +143,12 @@ def test_a_run_asks_for_the_rows_of_the_engines_that_are_there(bundle: Bundle, m
     assert cached_rows(bundle, "tensorrt", GPU) == 100
 
 
+@pytest.mark.parametrize(("runs", "most"), [(0, None), (-1, 8), (4, 0)])
+def test_no_runs_or_rows_make_no_engine(runs: int, most: int | None) -> None:
+    with pytest.raises(CdiffError, match="give at least one of each"):
+        profile_for(example(), runs, max_rows=most)
+
+
 @pytest.mark.parametrize("rows", [(0, 1, 1, 1), (2, 1, 3, 1), (1, 4, 3, 1), (1, 1, 1, 0)])
 def test_a_profile_that_makes_no_sense(rows: tuple[int, int, int, int]) -> None:
     with pytest.raises(CdiffError, match="make no sense"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import re
 import weakref
@@ -124,3 +125,21 @@ def test_the_public_face_opens_torch_on_the_device_that_was_named(monkeypatch: p
         with pytest.raises(CdiffError, match="so far"):
             cdiff.load(engine="torch", device=device)
     assert asked == [(shipped_bundle(), "cpu"), (shipped_bundle(), "cuda:1")]
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("cpu", torch.float32), ("cuda:0", torch.float16)])
+def test_a_network_in_training_is_copied_and_made_ready_to_run(
+    monkeypatch: pytest.MonkeyPatch, device: str, dtype: torch.dtype
+) -> None:
+    """With dropout it would draw other maps each time; and in half precision where that is fast, unless something else is asked for."""
+    moved = torch.nn.Module.to
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, *a, **k: self if a == ("cuda:0",) else moved(self, *a, **k))
+    monkeypatch.setattr("cdiff.export.torch_engine.torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr(TorchChainEngine, "_fused", lambda self, network: None)
+    network = random_network(dataclasses.replace(BASE, dropout=0.5)).train()
+    engine: Any = TorchChainEngine(network, SCHEDULE, device)
+    assert (engine.dtype, engine.capture) == (dtype, device != "cpu")
+    assert next(engine.network.parameters()).dtype == next(engine.encoder.parameters()).dtype == dtype
+    assert not any(part.training for part in (*engine.network.modules(), *engine.encoder.modules()))
+    assert all(part.training for part in network.modules()), "the caller's own stays as it is"
+    assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}

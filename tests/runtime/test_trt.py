@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -229,6 +230,7 @@ def test_which_engine_serves(bundle: Bundle, engine: dict[str, Any], serves: boo
 
 def test_found_whole_in_the_bundle_or_the_user_s_cache(bundle: Bundle) -> None:
     assert cached_engine(bundle, "denoiser", key(bundle)) is None
+    assert user_cache() == Path(os.environ["CDIFF_CACHE"]) / "engines", "where those built by an earlier cdiff lie"
     theirs = put(bundle, key(bundle), user_cache())
     assert cached_engine(bundle, "denoiser", key(bundle)) == theirs
     assert cached_engine(bundle, "encoder", key(bundle, "encoder")) is None

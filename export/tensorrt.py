@@ -127,7 +127,7 @@ def build_engines(
             "TensorRT builds on the GPU that it builds for, and none is here; build at the first run there"
         )
     if flavour == "tensorrt-rtx":
-        must_be_buildable(trt, options, () if isinstance(gpu, Gpu) else gpu)
+        must_be_buildable(trt, options, (gpu.capability,) if isinstance(gpu, Gpu) else gpu)
     report = progress or (lambda done, total: None)
     paths = []
     for number, graph in enumerate(FILES):

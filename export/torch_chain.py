@@ -64,14 +64,22 @@ def full_precision() -> Iterator[None]:
             switch(value)
 
 
+def no_room(error: RuntimeError) -> bool:
+    """Whether the GPU is full: PyTorch has an error of its own for that, but CUDA and cuBLAS take memory beside PyTorch's and say it otherwise."""
+    said = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in said)
+
+
 def within_memory(function: Callable[P, R]) -> Callable[P, R]:
-    """PyTorch's out-of-memory error is raised as `OutOfMemory`, so that whoever chose the batch can choose a smaller one."""
+    """An error of PyTorch's for want of memory is raised as `OutOfMemory`, so that whoever chose the batch can choose a smaller one."""
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return function(*args, **kwargs)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not no_room(error):
+                raise
             said = first_line(error)
         # Raised outside the except block: otherwise the new error would keep the old one's frames, and the tensors in them.
         raise OutOfMemory(f"PyTorch has no room on the GPU ({said}); use a smaller batch")

@@ -28,6 +28,7 @@ from cdiff.runtime.engines.base import Float32, Int64, Prediction, variance_as_l
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.sampling.schedule import NoiseSchedule
 from cdiff.runtime.switches import for_all_threads
+from cdiff.runtime.words import first_line
 from cdiff.train.machine import as_it_starts, thread_as_it_starts
 from cdiff.train.network import ConsensusNet
 
@@ -62,8 +63,8 @@ class Options:
 class TorchChainEngine:
     """The network by PyTorch on `device`, with bindings that run whole chains there. Implements `runtime.engines.base.Engine`.
 
-    Raises CdiffError when `device` names no device or a GPU that PyTorch does not see, when a weight does not fit into float16, or when
-    `fused` was asked for and cannot run.
+    Raises CdiffError when `device` names no device or a GPU that PyTorch does not see or cannot put the model on, when a weight does not
+    fit into float16, or when `fused` was asked for and cannot run.
     """
 
     name = "torch"
@@ -82,10 +83,12 @@ class TorchChainEngine:
         self.dtype = torch.float16 if self.options.half else torch.float32
         self.config, self.schedule = network.config, schedule
         order = torch.channels_last if self.options.channels_last else torch.contiguous_format
-        prepared = (half_precision(network) if self.options.half else copy.deepcopy(network)).to(self.device)
-        prepared = prepared.to(memory_format=order).eval().requires_grad_(False)  # type: ignore[call-overload]
-        self.fused = self._fused(network)
-        self.graph = DenoiserGraph(prepared.denoiser, network.config, schedule).to(self.device)
+        prepared = half_precision(network) if self.options.half else copy.deepcopy(network)
+        with _taken_by(self.device):
+            prepared = prepared.to(self.device)
+            prepared = prepared.to(memory_format=order).eval().requires_grad_(False)  # type: ignore[call-overload]
+            self.fused = self._fused(network)
+            self.graph = DenoiserGraph(prepared.denoiser, network.config, schedule).to(self.device)
         self.encoder: Callable[[Tensor], Tensor] = prepared.encoder
         self.network: Callable[..., Tensor] = prepared.denoiser
         self.noise: Callable[..., Tensor] = normals
@@ -186,6 +189,20 @@ def algorithms_timed(tuned: bool) -> Iterator[None]:
     with cudnns_choice_kept():
         torch.backends.cudnn.benchmark = tuned
         yield
+
+
+@contextmanager
+def _taken_by(device: str) -> Iterator[None]:
+    """Within the block, which puts a model on `device`, raise a CdiffError of one line where a GPU takes none: one that other programs have
+    filled or keep to themselves, or that the driver lists but cannot start."""
+    try:
+        yield
+    except RuntimeError as error:  # PyTorch's for memory, for CUDA's errors and for a CUDA that does not start
+        if device == "cpu":
+            raise
+        raise CdiffError(
+            f"PyTorch cannot put the model on {device} ({first_line(error)}); end what else uses that GPU, or name another device"
+        ) from None
 
 
 @as_it_starts()

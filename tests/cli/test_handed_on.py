@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from cdiff.runtime.data.partition import partition
 from cdiff.runtime.engines.trt import RTX_CAPABILITIES, Gpu, profile_for
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import write_json
+from cdiff.runtime.results import Result
 from cdiff.runtime.scoring.evaluate import Protocol
 from cdiff.runtime.scoring.publish import write_report
 from tests.export.engine_bundles import pair_bundle
@@ -51,9 +53,9 @@ def data(tmp_path: Path) -> Path:
 def test_segment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scan, model = tmp_path / "a.nii", make_bundle(tmp_path / "tiny")
     scan.touch()
-    where = ("--slices", "1:3", "--slice-axis", 0, "--at", "1,2,3", "--shrink", 2, "--series", 4)
+    cut = ("--slices", "1:3", "--slice-axis", 0, "--at", "1,2,3", "--shrink", 2, "--series", 4)
     command = ("segment", scan, "--model", model)
-    (_, path), named = given_to("cdiff.runtime.segmenter.Segmenter.prepare", monkeypatch, *command, *where)
+    (_, path), named = given_to("cdiff.runtime.segmenter.Segmenter.prepare", monkeypatch, *command, *cut)
     assert path == scan
     assert named == {"slices": "1:3", "slice_axis": 0, "at": "1,2,3", "shrink": 2, "series": 4}
     chain = ("--runs", 3, "--steps", 2, "--sampler", "ddim", "--levels", "vote", "--zooms", "1,2", "--seed", 5)
@@ -65,9 +67,18 @@ def test_segment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         **{"runs": 3, "steps": 2, "sampler": "ddim", "fast": False, "combine": "vote", "mirror": None, "zooms": (1, 2)},
         **{"seed": 5, "told": {"progress"}},
     }
-    files = ("--no-preview", "--page", "--dicom-seg", "-o", tmp_path / "maps")
+    files: tuple[object, ...] = ("--no-preview", "--page", "--dicom-seg", "-o", tmp_path / "maps")
     given, named = given_to("cdiff.runtime.results.must_be_free", monkeypatch, *command, *files)
     assert given[:2] == (tmp_path / "maps", "a")
+    assert named == {"preview": False, "page": True, "dicom_seg": True}
+    seen: list[object] = []
+    with monkeypatch.context() as patch:
+        patch.setattr("cdiff.runtime.results.must_be_free", lambda *_, **__: None)
+        patch.setattr("cdiff.runtime.dicom_seg.must_allow_dicom_seg", seen.append)
+        patch.setattr("cdiff.runtime.segmenter.Segmenter.prepare", lambda *_, **__: SimpleNamespace(scan="as read"))
+        patch.setattr("cdiff.runtime.segmenter.Segmenter.segment", lambda *_, **__: object.__new__(Result))
+        (_, *where), named = given_to("cdiff.runtime.results.Result.save", patch, *command, *files)
+    assert (where, seen) == ([tmp_path / "maps", "a"], ["as read"])
     assert named == {"preview": False, "page": True, "dicom_seg": True}
     given, named = given_to("cdiff.load", monkeypatch, *command, "--engine", "torch", "--device", "cuda:1")
     assert (given, named.pop("build") is not None) == ((model,), True)

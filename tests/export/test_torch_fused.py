@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import os
 import re
@@ -74,8 +75,10 @@ def test_without_triton_the_engine_warns_and_goes_on(
 
 @pytest.mark.parametrize("options", [Options(half=False), Options(compiled="default"), Options(channels_last=False)])
 def test_who_asked_for_other_ways_gets_them(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_engine.torch, "compile", lambda module, **_: module)  # type: ignore[attr-defined]
+    monkeypatch.setattr(torch_engine.torch, "compile", lambda module, **_: functools.partial(module))  # type: ignore[attr-defined]
     engine = TorchChainEngine(random_network(BASE), NoiseSchedule(BASE.T), "cpu", dataclasses.replace(options))
+    assert isinstance(engine.network, functools.partial) is (options.compiled is not None)
+    assert engine.noise is torch_engine.normals, "which PyTorch 2.11, compiling for a processor, made other numbers of"
     engine.device = "cuda:0"
     assert engine._fused(random_network(BASE)) is None
 

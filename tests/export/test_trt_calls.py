@@ -118,6 +118,46 @@ def test_options_that_are_not_to_be_had(
     assert not double.calls
 
 
+def test_a_target_that_rtx_refuses_is_not_left_out_in_silence(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    double = use(RTX, monkeypatch)
+    double.takes_capabilities = False
+    with pytest.raises(CdiffError, match=r"refuses compute capability 8\.9"):
+        build(bundle, double)
+    assert not double.called("build_serialized_network")
+
+
+def test_a_gpu_that_rtx_does_not_know_is_refused_when_a_run_wants_an_engine_for_it(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on an H200, where a run with --engine tensorrt-rtx builds for the GPU that it finds."""
+    double = use(RTX, monkeypatch)
+    with pytest.raises(CdiffError, match=r"does not build for compute capability 9\.0.*use --engine tensorrt"):
+        open_or_build(bundle, "tensorrt-rtx", H200, PROFILE, build_engines)
+    assert not double.calls
+
+
+def test_shapes_that_are_refused_are_not_built_without(bundle: Bundle, double: Double) -> None:
+    double.takes_profiles = False
+    with pytest.raises(CdiffError, match=r"refuses the shapes .*'image': \(1, 1, 1\).* for encoder\.onnx"):
+        build(bundle, double)
+    assert not double.called("build_serialized_network")
+
+
+def test_an_engine_of_which_no_layer_is_told_counts_as_no_half_precision(bundle: Bundle, native: Double) -> None:
+    """Nobody could say then whether --fp16 gave half precision."""
+    native.network_type, native.engine_type = "UNKNOWN", "NONE"
+    with pytest.raises(CdiffError, match=r"encoder\.onnx holds no convolution that TensorRT .* tells of"):
+        build(bundle, native)
+    assert not [path for path in bundle.engines.iterdir() if path.is_dir()]
+
+
+def test_a_graph_with_other_inputs_is_refused(bundle: Bundle, double: Double, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An input without a profile would be of any size, and the builder's own words do not say what to do."""
+    monkeypatch.setattr(tensorrt, "ROW_INPUTS", ("x", "row_slice", "t"))
+    with pytest.raises(CdiffError, match=r"denoiser\.onnx is not a graph of this version of cdiff"):
+        build(bundle, double)
+
+
 def test_timings_are_kept_and_used_again(bundle: Bundle, native: Double) -> None:
     build(bundle, native)
     # The encoder starts from nothing; what it left serves the denoiser.
@@ -159,6 +199,13 @@ def test_a_build_that_fails_says_why_and_leaves_nothing(bundle: Bundle, double: 
     with pytest.raises(CdiffError, match=r"no tactics within workspace limit.*larger workspace"):
         build(bundle, double)
     assert not list(bundle.engines.iterdir())
+
+
+def test_an_engine_that_tensorrt_does_not_load_is_not_kept(bundle: Bundle, native: Double) -> None:
+    native.loads = False
+    with pytest.raises(CdiffError, match=r"does not load the engine that it has just built"):
+        build(bundle, native)
+    assert not [path for path in bundle.engines.iterdir() if path.is_dir()]
 
 
 def test_without_a_gpu_the_builder_does_not_start(bundle: Bundle, native: Double) -> None:
@@ -216,6 +263,26 @@ def test_other_options_are_another_engine(bundle: Bundle, native: Double) -> Non
     assert open_or_build(bundle, "tensorrt", H200, PROFILE).denoiser == plain
 
 
+def test_an_engine_serves_the_gpus_that_it_was_made_compatible_with(bundle: Bundle, native: Double) -> None:
+    """And no others: on a GPU that it was not built for, TensorRT would refuse it, or run it in another way."""
+    newer, twin, older = Gpu("NVIDIA L4", "8.9", 1), Gpu("NVIDIA H100", "9.0", 1), Gpu("Tesla T4", "7.5", 1)
+
+    def serves(gpu: Gpu) -> bool:
+        try:
+            return bool(open_or_build(bundle, "tensorrt", gpu, PROFILE))
+        except CdiffError:
+            return False
+
+    build(bundle, native)
+    assert [serves(gpu) for gpu in (H200, newer, twin, older)] == [True, False, False, False]
+    build(bundle, native, hardware_compatible="same-capability")
+    assert [serves(gpu) for gpu in (H200, newer, twin, older)] == [True, False, True, False]
+    build(bundle, native, hardware_compatible="ampere+")
+    assert [serves(gpu) for gpu in (H200, newer, twin, older)] == [True, True, True, False]
+    with pytest.raises(CdiffError, match="'turing' is not known"):
+        build(bundle, native, hardware_compatible="turing")
+
+
 def test_the_runtime_builds_what_is_missing_and_only_then(bundle: Bundle, native: Double) -> None:
     with pytest.raises(CdiffError, match=r"cdiff export .* --engine tensorrt"):
         open_or_build(bundle, "tensorrt", H200, PROFILE)
@@ -231,17 +298,18 @@ def test_the_public_face_hands_a_builder_down(bundle: Bundle, double: Double, mo
     given: dict[str, Any] = {}
 
     def open_engine(opened: Bundle, name: str, device: str, **more: Any) -> Any:
-        given.update(more, bundle=opened)
+        given.update(more, bundle=opened, where=(name, device))
 
     monkeypatch.setattr("cdiff.runtime.segmenter.open_engine", open_engine)
-    cdiff.load(bundle.path, engine="tensorrt")
+    cdiff.load(bundle.path, engine="tensorrt", device="cuda:1")
+    assert given["where"] == ("tensorrt", "cuda:1")
     flavour: Flavour = "tensorrt-rtx" if double.rtx else "tensorrt"
     gpu = Gpu("NVIDIA GeForce RTX 4090", "8.9", 24 << 30)
     pair = open_or_build(given["bundle"], flavour, gpu, PROFILE, given["build"])
     assert pair.denoiser.read_bytes() == b"plan"
     own: Any = object()
     cdiff.load(bundle.path, build=own)
-    assert given["build"] is own
+    assert (given["build"] is own, given["where"]) == (True, ("auto", "cpu"))
 
 
 def test_ctrl_c_in_a_build_stops_it(bundle: Bundle, double: Double) -> None:
@@ -270,6 +338,8 @@ def test_ctrl_c_in_a_build_stops_it(bundle: Bundle, double: Double) -> None:
 def test_progress_rises_to_the_end(bundle: Bundle, double: Double) -> None:
     def nested(monitor: Any) -> bool:
         monitor.phase_start("outer", None, 2)
+        monitor.phase_start("nothing to do", "outer", 0)
+        monitor.phase_finish("nothing to do")
         monitor.phase_start("inner", "outer", 4)
         for step in range(4):
             assert monitor.step_complete("inner", step)

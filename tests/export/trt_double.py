@@ -63,6 +63,9 @@ class Double:
         self.network_type = self.engine_type = "HALF"
         self.cache_fits = True
         self.starts = True
+        self.loads = True
+        self.takes_capabilities = True
+        self.takes_profiles = True
         self.on_build: Callable[[Any], bool] = lambda monitor: True
         for name, members in {**SAME_IN_ALL, **ENUMS[version]}.items():
             setattr(self, name, enum.IntEnum(name, members, start=0))
@@ -91,19 +94,25 @@ class Double:
         return _Parser(self, network)
 
     def Runtime(self, log: Any) -> Any:
-        engine_type = {"HALF": "Half", "FLOAT": "Float"}[self.engine_type]
+        engine_type = {"HALF": "Half", "FLOAT": "Float", "NONE": ""}[self.engine_type]
         layer = {
             "Name": "conv",
             "LayerType": "CaskConvolution",
             "Inputs": [{"Name": "x", "Format/Datatype": engine_type}],
-            "TacticName": "sm90_xmma_fprop",
+            "TacticName": "sm90_xmma_fprop" if engine_type else "",
         }
         inspector = SimpleNamespace(get_engine_information=lambda kind: json.dumps({"Layers": [layer], "Bindings": []}))
         engine = SimpleNamespace(create_engine_inspector=lambda: inspector)
-        return SimpleNamespace(
-            engine_host_code_allowed=False,
-            deserialize_cuda_engine=lambda plan: self._note(engine, "deserialize", bytes(plan)),
-        )
+        runtime = SimpleNamespace(engine_host_code_allowed=False)
+
+        def load(plan: Any) -> Any:
+            """A version-compatible engine carries code for the host, which TensorRT loads only where it is told to."""
+            self.calls.append(("deserialize", bytes(plan)))
+            carries = ("VERSION_COMPATIBLE",) in self.called("set_flag")
+            return engine if self.loads and (runtime.engine_host_code_allowed or not carries) else None
+
+        runtime.deserialize_cuda_engine = load
+        return runtime
 
     def _note(self, value: Any, *call: Any) -> Any:
         self.calls.append(call)
@@ -196,7 +205,7 @@ class _Config:
         self.double.calls.append(("set_memory_pool_limit", pool.name, size))
 
     def add_optimization_profile(self, profile: Any) -> int:
-        return self.double._note(0, "add_optimization_profile")
+        return self.double._note(0 if self.double.takes_profiles else -1, "add_optimization_profile")
 
     def create_timing_cache(self, data: bytes) -> Any:
         return self.double._note(SimpleNamespace(data=data), "create_timing_cache", data)
@@ -211,5 +220,6 @@ class _Config:
 
     def __getattr__(self, name: str) -> Any:
         if name == "set_compute_capability" and self.double.rtx:
-            return lambda capability, index: self.double._note(True, "set_compute_capability", capability.name, index)
+            takes = self.double.takes_capabilities
+            return lambda capability, index: self.double._note(takes, "set_compute_capability", capability.name, index)
         raise AttributeError(f"IBuilderConfig has no attribute {name}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,12 @@ def test_a_run_asks_for_the_rows_of_the_engines_that_are_there(bundle: Bundle, m
     assert cached_rows(bundle, "tensorrt", GPU) == 100
 
 
+@pytest.mark.parametrize(("runs", "most"), [(0, None), (-1, 8), (4, 0)])
+def test_no_runs_or_rows_make_no_engine(runs: int, most: int | None) -> None:
+    with pytest.raises(CdiffError, match="give at least one of each"):
+        profile_for(example(), runs, max_rows=most)
+
+
 @pytest.mark.parametrize("rows", [(0, 1, 1, 1), (2, 1, 3, 1), (1, 4, 3, 1), (1, 1, 1, 0)])
 def test_a_profile_that_makes_no_sense(rows: tuple[int, int, int, int]) -> None:
     with pytest.raises(CdiffError, match="make no sense"):
@@ -223,6 +230,7 @@ def test_which_engine_serves(bundle: Bundle, engine: dict[str, Any], serves: boo
 
 def test_found_whole_in_the_bundle_or_the_user_s_cache(bundle: Bundle) -> None:
     assert cached_engine(bundle, "denoiser", key(bundle)) is None
+    assert user_cache() == Path(os.environ["CDIFF_CACHE"]) / "engines", "where those built by an earlier cdiff lie"
     theirs = put(bundle, key(bundle), user_cache())
     assert cached_engine(bundle, "denoiser", key(bundle)) == theirs
     assert cached_engine(bundle, "encoder", key(bundle, "encoder")) is None

@@ -67,15 +67,18 @@ def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
         plan: bytes | None = None,
         host_code: bool = False,
         variance: str | None = None,
+        number: int = 0,
         **world: Any,
     ) -> Setup:
         model = model or FakeEngine()
         monkeypatch.setenv("CDIFF_CACHE", str(tmp_path / "user"))
-        here = install(monkeypatch, **world)
+        here = install(monkeypatch, **{"devices": number + 1, **world})
         network = fake_tensorrt.Network(model, (size, size), 2, dtype, model.learned)
         trt = fake_tensorrt.module(here, network, rtx=rtx, max_rows=max_rows)
         variance = variance or ("learned" if model.learned else "fixed")
-        engine, asked = open_engine(monkeypatch, tmp_path, trt, plan=plan, host_code=host_code, variance=variance)
+        engine, asked = open_engine(
+            monkeypatch, tmp_path, trt, number, plan=plan, host_code=host_code, variance=variance
+        )
         made.add(engine)
         return Setup(here, engine, asked)
 

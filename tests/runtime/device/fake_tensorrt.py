@@ -143,7 +143,9 @@ def module(world: World, network: Network, *, rtx: bool = False, max_rows: int =
         def create_runtime_config(self) -> Config:
             return Config()
 
-        def create_execution_context(self, how: Any) -> Context:
+        def create_execution_context(self, how: Any) -> Context | None:
+            if trt.refused == "create_execution_context":
+                return None
             assert (how.strategy if rtx else how) is Strategy.USER_MANAGED
             if rtx:
                 assert how.dynamic_shapes_kernel_specialization_strategy is Specialization.EAGER
@@ -199,23 +201,28 @@ def module(world: World, network: Network, *, rtx: bool = False, max_rows: int =
             assert memory % 256 == 0, "TensorRT asks for 256 bytes of alignment"
             world.note("address", self.engine.graph, name, memory)
             self.addresses[name] = memory
-            return name in self.engine.tensors
+            return name in self.engine.tensors and trt.refused != "set_tensor_address"
 
         def infer_shapes(self) -> list[str]:
             self.refuse("infer_shapes", "infer_shapes error code: -1")
             missing = [name for name in self.engine.inputs if name not in self.shapes]
+            if trt.refused == "one shape":
+                return ["level"]
             first = self.shapes["image" if self.engine.graph == "encoder" else "x"][0]
             for name, (shape, _) in self.engine.outputs.items():
                 self.shapes[name] = (first, *shape[1:])
             return missing
 
         def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-            return self.shapes[name]
+            return (*self.shapes[name], 1) if trt.refused == "get_tensor_shape" else self.shapes[name]
 
         def execute_async_v3(self, stream: int) -> bool:
             world.current()
             assert self.memory, "no working memory"
             assert set(self.addresses) == set(self.shapes) == set(self.engine.tensors)
+            if trt.refused == "execute_async_v3":
+                self.engine.recorder.report_error("FAILED_EXECUTION", "launch failure")
+                return False
             world.note("execute", self.engine.graph, stream)
             if self.kernels is not None:
                 kernel = f"{self.engine.graph}-{'-'.join(map(str, next(iter(self.shapes.values()))))}"

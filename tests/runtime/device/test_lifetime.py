@@ -58,6 +58,18 @@ def test_a_scan_that_is_under_way_keeps_its_engine(make: Any) -> None:
     assert setup.world.used() == 0
 
 
+@pytest.mark.parametrize("number", [0, 2])
+def test_an_engine_works_on_the_gpu_that_was_named(make: Any, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """All that is done for a scan, with that GPU's context and no other."""
+    setup, used = make(number=number), set[tuple[int, ...]]()
+    monkeypatch.setattr(setup.world, "current", lambda: used.add(tuple(setup.world.contexts)))
+    windows = framed(scan((1, SIZE, SIZE)))
+    same(run(setup.engine, windows, TABLE, batch=12), run(FakeEngine(), windows, TABLE, batch=12))
+    assert {number for contexts in used for number in contexts} == {number}
+    assert () not in used
+    assert setup.engine.device == f"cuda:{number}"
+
+
 def test_an_engine_that_did_not_open_goes_in_silence(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[Any] = []
     monkeypatch.setattr(sys, "unraisablehook", said.append)

@@ -28,15 +28,16 @@ from tests.runtime.sampling.test_batching import SCHEDULE, SIZE, C, framed, run,
 
 
 class Bound:
-    def __init__(self) -> None:
+    def __init__(self, number: int) -> None:
+        self.number = number
         self.tensors: dict[str, tuple[str, tuple[int, tuple[int, ...], Any]]] = {}
 
     def bind_input(self, name: str, kind: str, device: int, dtype: Any, shape: list[int], address: int) -> None:
-        assert (kind, device) == ("cuda", 0)
+        assert (kind, device) == ("cuda", self.number)
         self.tensors[name] = "in", (address, tuple(shape), dtype)
 
     def bind_output(self, name: str, kind: str, device: int, dtype: Any, shape: list[int], address: int) -> None:
-        assert (kind, device) == ("cuda", 0)
+        assert (kind, device) == ("cuda", self.number)
         self.tensors[name] = "out", (address, tuple(shape), dtype)
 
 
@@ -46,12 +47,13 @@ class Session:
     def __init__(self, path: Path, world: World, provider: Any) -> None:
         self.cpu, self.world = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"]), world
         self.stream = world.streams[int(provider[1]["user_compute_stream"])]
+        self.number = int(provider[1]["device_id"])
         self.get_inputs, self.get_outputs = self.cpu.get_inputs, self.cpu.get_outputs
         self.failure: Exception | None = None
         self.failure_in_capture: Exception | None = None
 
     def io_binding(self) -> Bound:
-        return Bound()
+        return Bound(self.number)
 
     def run_with_iobinding(self, bound: Bound, options: Any) -> None:
         self.world.current()
@@ -73,8 +75,15 @@ class Session:
 
 @pytest.fixture
 def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    def build(*, learned: bool = False, tensorrt: bool = False, precision: str = "float32", variance: str = "") -> Any:
-        world = install(monkeypatch)
+    def build(
+        *,
+        learned: bool = False,
+        tensorrt: bool = False,
+        precision: str = "float32",
+        variance: str = "",
+        number: int = 0,
+    ) -> Any:
+        world = install(monkeypatch, devices=number + 1)
         opened: list[Any] = []
 
         def open_(path: Path, names: Any, provider: Any) -> Session:
@@ -90,7 +99,7 @@ def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         bundle = SimpleNamespace(
             encoder=encoder, denoiser=denoiser, manifest=manifest, path=tmp_path, engines=tmp_path / "engines"
         )
-        engine = OnnxRuntimeGpuEngine(cast(Bundle, bundle), tensorrt=tensorrt)
+        engine = OnnxRuntimeGpuEngine(cast(Bundle, bundle), number, tensorrt=tensorrt)
         return SimpleNamespace(engine=engine, world=world, opened=opened, pair=(encoder, denoiser))
 
     return build
@@ -120,6 +129,18 @@ def test_the_maps_are_the_cpu_engine_s(make: Any, learned: bool) -> None:
         np.testing.assert_allclose(a.level_means, b.level_means, rtol=0, atol=2e-6)
         np.testing.assert_allclose(a.run_std, b.run_std, rtol=0, atol=2e-6)
     assert (setup.engine.name, setup.engine.device, setup.engine.version) == ("onnxruntime", "cuda:0", ort.__version__)
+
+
+@pytest.mark.parametrize("tensorrt", [False, True])
+def test_a_session_is_on_the_gpu_whose_addresses_it_gets(make: Any, tensorrt: bool) -> None:
+    setup = make(number=2, tensorrt=tensorrt, precision="float16")
+    assert [one[1][1]["device_id"] for one in setup.opened if one != "tensorrt"] == ["2", "2"]
+    run(
+        setup.engine, framed(scan((1, SIZE, SIZE))), sampler_table("ddim", SCHEDULE, 2), batch=7
+    )  # what is bound is, too
+    with setup.engine.gpu.current():
+        assert setup.world.contexts == [2]
+    assert setup.engine.device == "cuda:2"
 
 
 @pytest.mark.parametrize(("learned", "listed"), [(True, "fixed"), (False, "learned")])

@@ -108,6 +108,12 @@ def test_what_is_asked_for_is_opened_or_refused(machine: Machine) -> None:
         open_engine(machine.bundle, "tensorrt", "cpu")
     with pytest.raises(CdiffError, match="tensorrt-rtx cannot run here: tensorrt-rtx is not installed"):
         open_engine(machine.bundle, "tensorrt-rtx", "cuda")
+    machine.has(tensorrt=None)  # whose provider ONNX Runtime lists all the same
+    with pytest.raises(CdiffError, match="onnxruntime-tensorrt cannot run here: tensorrt is not installed"):
+        open_engine(machine.bundle, "onnxruntime-tensorrt", "cuda")
+    machine.has(missing=("pycuda",))
+    with pytest.raises(CdiffError, match="onnxruntime-tensorrt cannot run here: pycuda not installed"):
+        open_engine(machine.bundle, "onnxruntime-tensorrt", "cuda")
     machine.has(tensorrt="11.4.0.106")
     with pytest.raises(
         CdiffError, match=r"links to TensorRT 10, and TensorRT 11.4.0.106 is installed: use --engine tensorrt"

@@ -28,8 +28,7 @@ from cdiff.runtime.engines.base import Float32, Int64, Prediction, variance_as_l
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.sampling.schedule import NoiseSchedule
 from cdiff.runtime.switches import for_all_threads
-from cdiff.runtime.words import first_line
-from cdiff.train.machine import as_it_starts, thread_as_it_starts
+from cdiff.train.machine import as_it_starts, thread_as_it_starts, usable
 from cdiff.train.network import ConsensusNet
 
 if TYPE_CHECKING:
@@ -84,7 +83,7 @@ class TorchChainEngine:
         self.config, self.schedule = network.config, schedule
         order = torch.channels_last if self.options.channels_last else torch.contiguous_format
         prepared = half_precision(network) if self.options.half else copy.deepcopy(network)
-        with _taken_by(self.device):
+        with usable(self.device):
             prepared = prepared.to(self.device)
             prepared = prepared.to(memory_format=order).eval().requires_grad_(False)  # type: ignore[call-overload]
             self.fused = self._fused(network)
@@ -189,20 +188,6 @@ def algorithms_timed(tuned: bool) -> Iterator[None]:
     with cudnns_choice_kept():
         torch.backends.cudnn.benchmark = tuned
         yield
-
-
-@contextmanager
-def _taken_by(device: str) -> Iterator[None]:
-    """Within the block, which puts a model on `device`, raise a CdiffError of one line where a GPU takes none: one that other programs have
-    filled or keep to themselves, or that the driver lists but cannot start."""
-    try:
-        yield
-    except RuntimeError as error:  # PyTorch's for memory, for CUDA's errors and for a CUDA that does not start
-        if device == "cpu":
-            raise
-        raise CdiffError(
-            f"PyTorch cannot put the model on {device} ({first_line(error)}); end what else uses that GPU, or name another device"
-        ) from None
 
 
 @as_it_starts()

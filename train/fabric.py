@@ -28,6 +28,7 @@ from torch import Tensor
 from cdiff.runtime.device.gpu import parse_device
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.words import first_line
+from cdiff.train.machine import usable
 
 logging.getLogger("lightning_fabric").setLevel(
     logging.WARNING
@@ -88,7 +89,7 @@ def precision_of(fabric: Fabric) -> str:
 def find_device(name: str, fabric: Fabric) -> torch.device:
     """The device that `--device` asks for: cpu, cuda, cuda:N, or auto (a GPU if PyTorch sees one); among several processes, this one's GPU.
 
-    Raises CdiffError for another name and for a GPU that is not there.
+    Raises CdiffError for another name and for a GPU that is not there or takes nothing.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -103,7 +104,10 @@ def find_device(name: str, fabric: Fabric) -> torch.device:
             f"{name_of(fabric)} needs cuda:{number} and PyTorch sees {_seen(count)}; start one process a GPU (torchrun --nproc-per-node)"
         )
     must_have(name, number)
-    return torch.device("cuda", number)
+    device = torch.device("cuda", number)
+    with usable(device):
+        torch.zeros(1, device=device)
+    return device
 
 
 def must_have(name: str, number: int) -> None:

@@ -23,6 +23,7 @@ from cdiff.train.config import Config
 from cdiff.train.diffusion import Diffusion
 from cdiff.train.fabric import summed
 from cdiff.train.initial import Initial
+from cdiff.train.machine import usable
 from cdiff.train.network import ConsensusNet, recompute_activations
 from cdiff.train.rows import Rows
 from cdiff.train.targets import TARGETS
@@ -38,7 +39,9 @@ class Learner:
         self.config, self.fabric, self.device = config, fabric, fabric.device
         settings = config.training
         torch.manual_seed(settings.seed)
-        self.network = ConsensusNet(config.network).to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.network = ConsensusNet(config.network)
+        with usable(self.device):
+            self.network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if settings.checkpointing:
             recompute_activations(self.network)
         if settings.compile:

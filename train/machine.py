@@ -14,6 +14,7 @@ import torch
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.host import logical_cores, processor, quota
 from cdiff.runtime.switches import for_all_threads
+from cdiff.runtime.words import first_line
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
@@ -26,6 +27,20 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
+
+
+@contextmanager
+def usable(device: torch.device | str) -> Iterator[None]:
+    """Within the block, which begins to use `device`, raise a CdiffError of one line where a GPU refuses: one that other programs have filled
+    or keep to themselves, or that the driver lists but cannot start."""
+    try:
+        yield
+    except RuntimeError as error:  # PyTorch's for memory, for CUDA's errors and for a CUDA that does not start
+        if str(device) == "cpu":
+            raise
+        raise CdiffError(
+            f"PyTorch cannot use {device} ({first_line(error)}); end what else uses that GPU, or name another device"
+        ) from None
 
 
 @for_all_threads

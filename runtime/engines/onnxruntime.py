@@ -35,6 +35,11 @@ Provider = tuple[str, dict[str, str]]
 ENCODER = frozenset({"image"}), frozenset({"features"})
 DENOISER = frozenset({"x", "features", "row_slice", "t", "level"}), frozenset({"x0"})
 """The two graphs' inputs, and the outputs that they must at least have."""
+WHO_COMPUTES = "session.record_ep_graph_assignment_info"
+HEAVY = frozenset(
+    ["Attention", "Conv", "Gemm", "GroupNormalization", "InstanceNormalization", "MatMul", "Resize", "Softmax"]
+)
+"""What a network's time goes into. Operators on shapes may well run on the CPU beside a GPU: ONNX Runtime puts them there on purpose."""
 
 
 def cuda_options(gpu: int) -> dict[str, str]:
@@ -57,7 +62,8 @@ def open_session(
     """Open the graph `path` with `provider`, or else the CPU's, and check its inputs and outputs (`names`) and that it runs there.
 
     threads: the CPU's; 0 leaves the number to ONNX Runtime. Raises CdiffError when the provider is missing from this build or did not
-    start (ONNX Runtime itself would silently go on with the CPU), when the graph cannot be opened, or is not one of ours.
+    start or does not take the network's work (ONNX Runtime itself would silently go on with the CPU), when the graph cannot be
+    opened, or is not one of ours.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -74,6 +80,7 @@ def open_session(
             )
         lacking = load_libraries()
         providers.insert(0, provider)
+        options.add_session_config_entry(WHO_COMPUTES, "1")
     try:
         session = ort.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
     except Exception as error:  # onnxruntime's exceptions share no base class of their own
@@ -84,10 +91,23 @@ def open_session(
             f"ONNX Runtime {ort.__version__} could not start its {provider[0]} on {where} and fell back to the CPU{lacking}: "
             "check that CUDA and cuDNN match it (cdiff doctor shows what is there), or use --device cpu"
         )
+    if provider is not None and (left := left_to_the_cpu(session)):
+        raise CdiffError(
+            f"{path}: ONNX Runtime {ort.__version__}'s {provider[0]} leaves part of the network ({', '.join(sorted(left))}) to the CPU: "
+            "use another engine for this GPU (cdiff doctor shows them), or --device cpu"
+        )
     found = {item.name for item in session.get_inputs()}, {item.name for item in session.get_outputs()}
     if found[0] != names[0] or not names[1] <= found[1]:
         raise CdiffError(f"{path} is not a graph of this version of cdiff (inputs {sorted(found[0])}): export it again")
     return session
+
+
+def left_to_the_cpu(session: ort.InferenceSession) -> set[str]:
+    """The operators of `HEAVY` that a session opened with `WHO_COMPUTES` runs on the CPU; none where ONNX Runtime is too old to tell."""
+    if not hasattr(session, "get_provider_graph_assignment_info"):
+        return set()
+    parts = [part for part in session.get_provider_graph_assignment_info() if part.ep_name == "CPUExecutionProvider"]
+    return {node.op_type for part in parts for node in part.get_nodes()} & HEAVY
 
 
 def load_libraries() -> str:

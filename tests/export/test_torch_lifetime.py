@@ -86,7 +86,7 @@ def test_a_gpu_that_takes_no_model_is_told_in_a_line(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("cdiff.export.torch_engine.torch.cuda.device_count", lambda: 2)
     monkeypatch.setattr(torch.nn.Module, "to", refused)
     told = re.escape(str(error).splitlines()[0])
-    with pytest.raises(CdiffError, match=rf"^PyTorch cannot put the model on cuda:1 \({told}\); end what else uses"):
+    with pytest.raises(CdiffError, match=rf"^PyTorch cannot use cuda:1 \({told}\); end what else uses"):
         TorchChainEngine(network, SCHEDULE, "cuda:1", EXACT)
 
 

@@ -44,12 +44,37 @@ def test_the_device_is_the_one_asked_for_and_among_several_processes_that_of_the
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    tried: list[torch.device] = []
+    monkeypatch.setattr(torch, "zeros", lambda *size, device: tried.append(device))
     fabric = one_of(world, local=int(world > 1))
     if " " in takes:
         with pytest.raises(CdiffError, match=takes):
             find_device(name, fabric)
     else:
         assert find_device(name, fabric) == torch.device(takes)
+        assert tried == [torch.device(takes)] * (takes != "cpu"), "a GPU that takes nothing is told at once"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.AcceleratorError("CUDA error: all CUDA-capable devices are busy or unavailable\nCUDA kernel errors ..."),
+        RuntimeError("Unexpected error from cudaGetDeviceCount(). Error 802: system not yet initialized\n"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.\nMore"),
+    ],
+)
+def test_a_gpu_that_takes_nothing_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch, error: RuntimeError) -> None:
+    """Others keep it to themselves or have filled it, or it does not start: no training, and no traceback."""
+
+    def refused(*size: int, device: torch.device) -> Any:
+        raise error
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch, "zeros", refused)
+    with pytest.raises(CdiffError, match=r"^PyTorch cannot use cuda:1 \(.*\); end what else uses that GPU") as caught:
+        find_device("cuda:1", one_of(1))
+    assert str(error).splitlines()[0] in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_amp_auto_is_bf16_where_a_gpu_has_it_and_float32_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -265,3 +265,29 @@ def test_a_provider_that_did_not_start_is_an_error(
     (said,) = [record.message for record in caplog.records if "cuDNN 9 is not there" in record.message]
     assert "pip install nvidia-cudnn-cu13" in said
     plain.look_for_cudnn.cache_clear()
+
+
+@pytest.mark.skipif(
+    "AzureExecutionProvider" not in ort.get_available_providers(), reason="this build has no such provider"
+)
+def test_a_provider_that_leaves_the_network_to_the_cpu_is_refused(tmp_path: Path) -> None:
+    """As Azure's does with every operator that is not its own, though it starts and is listed as the session's first."""
+    encoder, _ = write_pair(tmp_path)
+    with pytest.raises(
+        CdiffError, match=r"encoder.*AzureExecutionProvider leaves part of the network \(Conv\) to the CPU"
+    ):
+        open_session(encoder, plain.ENCODER, ("AzureExecutionProvider", {"device_id": "0"}))
+
+
+def test_a_graphs_shapes_may_be_computed_on_the_cpu() -> None:
+    def part(provider: str, *operators: str) -> Any:
+        return SimpleNamespace(
+            ep_name=provider, get_nodes=lambda: [SimpleNamespace(op_type=kind) for kind in operators]
+        )
+
+    parts = [part("CUDAExecutionProvider", "Conv", "Add"), part("CPUExecutionProvider", "Shape", "Gather")]
+    session = SimpleNamespace(get_provider_graph_assignment_info=lambda: parts)
+    assert plain.left_to_the_cpu(cast(Any, session)) == set()
+    parts.append(part("CPUExecutionProvider", "Gemm", "Conv"))
+    assert plain.left_to_the_cpu(cast(Any, session)) == {"Conv", "Gemm"}
+    assert plain.left_to_the_cpu(cast(Any, object())) == set(), "an ONNX Runtime that cannot tell"

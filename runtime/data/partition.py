@@ -146,11 +146,11 @@ def none_has(name: str, cases: Sequence[Case], levels: int, variant: Variant = C
     """The message that no case of a split has as many masks as levels, and which setting takes them all the same."""
     counts = sorted({len(case.masks) for case in cases})
     if counts[-1] >= levels:
-        remedy = f"--set levels={counts[-1]} is their number"
+        remedy = f"--set levels={counts[-1]} matches them"
     elif variant is ANNOTATOR:
-        remedy = "variant annotator learns each one's and needs them all; another variant with --set missing_raters=as-is does not"
+        remedy = "variant annotator learns each annotator's masks and needs them all; another variant with --set missing_raters=as-is does not"
     else:
-        remedy = "--set missing_raters=as-is takes the masks there are"
+        remedy = "--set missing_raters=as-is uses the masks that there are"
     return f"no {name} case has {levels} masks (they have {' or '.join(map(str, counts))}); {remedy}"
 
 

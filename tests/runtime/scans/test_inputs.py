@@ -221,7 +221,7 @@ def test_the_order_in_which_one_files_channels_are_taken_is_told(tmp_path: Path)
             if "taken for t2, t1, in this order" in note
         ]
         assert len(said) == told
-    with pytest.raises(CdiffError, match=r"the files are t1, t2, and the model was trained on t2, t1; give them"):
+    with pytest.raises(CdiffError, match=r"the files are t1, t2, but the model was trained on t2, t1; give them"):
         prepare(two[::-1], named, None, None)
 
 

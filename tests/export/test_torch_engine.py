@@ -389,7 +389,7 @@ def test_a_gpu_without_room_is_out_of_memory_and_keeps_no_tensors(monkeypatch: p
     monkeypatch.setattr("cdiff.export.torch_engine.TorchBinding", full)
     for call in calls:
         with pytest.raises(
-            OutOfMemory, match=r"no room on the GPU \(CUDA out of memory. Tried to allocate 20.00 GiB.\)"
+            OutOfMemory, match=r"ran out of memory on the GPU \(CUDA out of memory. Tried to allocate 20.00 GiB.\)"
         ) as caught:
             call()
         assert caught.value.__context__ is None

@@ -106,7 +106,10 @@ def test_unknown_engines_and_devices_are_refused(tmp_path: Path, name: str, devi
             "auto",
             r"no engine can run on cuda:0 here: tensorrt: .*pip install '.\[gpu\]' in cdiff's clone.*; onnxruntime: .*onnxruntime-gpu",
         ),
-        ("onnxruntime", "onnxruntime does not run on cuda:0 here: for cuda: onnxruntime-gpu"),
+        (
+            "onnxruntime",
+            "onnxruntime does not run on cuda:0 here: for cuda: pip uninstall onnxruntime, then pip install",
+        ),
         ("tensorrt", r"tensorrt cannot run here: tensorrt is not installed: .*'\.\[gpu\]"),
         ("tensorrt-rtx", r"tensorrt-rtx cannot run here: .*pip install ('\.\[rtx\]|pycuda )"),
         ("onnxruntime-tensorrt", "onnxruntime-tensorrt cannot run here: onnxruntime-gpu"),

@@ -98,4 +98,4 @@ def test_nothing_of_pytorchs_is_begun_where_the_parent_has_computed_with_it(tiny
     assert len(said) == 3
     assert said[0].startswith("this model was loaded in process PARENT")
     for line in said[1:]:
-        assert line.startswith("PyTorch has computed in the process that this one was forked off from")
+        assert line.startswith("PyTorch has computed in the process that this one was forked from")

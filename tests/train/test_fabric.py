@@ -321,7 +321,7 @@ def test_variables_that_would_override_what_was_asked_for_are_an_error(monkeypat
     [
         ("gpu", 1, "device 'gpu' is not known; use cpu, cuda or cuda:N"),
         ("cuda", 0, "--device cuda: PyTorch sees no CUDA device here"),
-        ("cuda:1", 1, "--device cuda:1: PyTorch sees cuda:0 alone"),
+        ("cuda:1", 1, "--device cuda:1: PyTorch sees only cuda:0"),
     ],
 )
 def test_a_device_that_is_not_there_is_one_line(

@@ -181,7 +181,7 @@ def test_a_resumed_fp16_run_goes_on_with_its_loss_scale(tmp_path: Path) -> None:
     assert resumed.loss_scale == learner.loss_scale == 32
     for foreign in ({}, [], None):
         torch.save({"optimiser": foreign, "scaler": {}}, folder / "optimiser.pt")
-        with pytest.raises(CdiffError, match=r"optimiser\.pt is of another network"):
+        with pytest.raises(CdiffError, match=r"optimiser\.pt is from another network"):
             resumed.restore(folder)
 
 

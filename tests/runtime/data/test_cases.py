@@ -302,7 +302,7 @@ def test_files_of_different_grids_are_no_channels(tmp_path: Path) -> None:
     ):
         with pytest.raises(CdiffError, match=message):
             read_scan([first, other], channels=2)
-    with pytest.raises(CdiffError, match=r"2 files .* 3 channels"):
+    with pytest.raises(CdiffError, match=r"2 files .* the model takes 3"):
         read_scan([first, first], channels=3)
     assert read_scan((first, first), channels=2).slices.shape == (2, 2, 20, 16)
 
@@ -311,7 +311,7 @@ def test_modalities_of_which_some_are_pictures_are_told(tmp_path: Path) -> None:
     flat, picture = save(tmp_path / "t1.nii.gz", noisy(disc((16, 16)))), tmp_path / "t2.png"
     Image.fromarray(noisy(disc((16, 16))).clip(0, 255).astype(np.uint8)).save(picture)
     for files, told in (((flat, picture), True), ((flat, flat), False), ((picture, picture), False)):
-        assert any("stored turned" in warning for warning in read_scan(files, channels=2).warnings) is told
+        assert any("different orientations" in warning for warning in read_scan(files, channels=2).warnings) is told
 
 
 def test_the_models_modalities_are_taken_in_its_order() -> None:
@@ -382,7 +382,5 @@ def test_files_that_are_not_there_are_named(tmp_path: Path) -> None:
     with pytest.raises(CdiffError, match=r"p0\.png does not exist; check the path$"):
         read_case(find_cases(table)["train"][0])
     table.write_text(table.read_text().replace("/", "\\"))
-    with pytest.raises(
-        CdiffError, match=r"files\\p0\.png does not exist; check the path: folders are parted by / here$"
-    ):
+    with pytest.raises(CdiffError, match=r"files\\p0\.png does not exist; check the path: here / separates folders$"):
         read_case(find_cases(table)["train"][0])

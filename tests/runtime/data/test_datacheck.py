@@ -200,9 +200,7 @@ def test_values_that_are_not_zero_and_one(tmp_path: Path) -> None:
     for rater in (2, 3):
         (tmp_path / f"{rater}").rename(root / f"Training/case02/task01_seg{rater:02d}.nii.gz")
     chosen_ = said(check_data(root, labels=(4,)), "values")
-    above = [
-        (severity, case) for severity, case, text in chosen_ if "none of the labels that count as inside (4)" in text
-    ]
+    above = [(kind, case) for kind, case, text in chosen_ if "none of the labels that count as inside (4)" in text]
     assert above == [("warning", "case02")]
     assert all("of these 4 count as inside" in text for _, case, text in chosen_ if case != "case02")
     for value, path in ((1, "case01/task01_seg01.nii.gz"), (255, "case02/task01_seg02.nii.gz")):
@@ -240,7 +238,7 @@ def test_a_turned_mask_of_one_millimetre_voxels_is_told(tmp_path: Path, mask_at:
         affine[:3, 3] = at
         nib.save(nib.Nifti1Image(np.asanyarray(nib.load(path).dataobj), affine), path)
     assert [text.partition(" have ")[2].partition(";")[0] for _, _, text in said(check_data(root), "grid")] == (
-        ["different affines (they do not lie at one place)"] if told else []
+        ["different affines (they do not lie in the same place)"] if told else []
     )
     read_scan([root / f"Training/case01/{name}.nii.gz" for name in ("image", "task01_seg01")], channels=2)
 
@@ -253,14 +251,13 @@ def test_a_picture_as_the_mask_of_a_nifti_is_told(tmp_path: Path) -> None:
         Image.fromarray(disc((32, 32), seed=len(words))).save(folder / f"task01_{rater}.png")
         ((severity, _, text),) = said(check_data(tmp_path), "grid")
         assert severity == "warning"
-        assert text.startswith(
-            f"{words} picture and its image a NIfTI: the two usually store a slice in different orientations"
-        )
+        told = f"{words} picture and its image a NIfTI: the two usually store a slice in different orientations"
+        assert text.startswith(told)
 
 
 def test_what_makes_training_impossible_is_said(tmp_path: Path) -> None:
     one = write_qubiq(tmp_path / "one", {"Training": 1})
-    assert "one case is not enough" in check_data(one).report["training"]["reasons"][0]
+    assert f"{one} has one training case, and that is not enough" in check_data(one).report["training"]["reasons"][0]
     only_tests = write_qubiq(tmp_path / "tests", {"Testing": 2})
     assert "no training cases" in check_data(only_tests).report["training"]["reasons"][0]
     blank = write_qubiq(tmp_path / "blank", {"Training": 2, "Validation": 1})

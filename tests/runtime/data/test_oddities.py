@@ -189,7 +189,7 @@ def test_a_report_of_another_protocol_is_replaced_with_a_word(data: Path, tiny_b
     for seed in (0, 0, 1):
         said.clear()
         evaluate(segmenter, cases, Protocol(runs=1, steps=1, seed=seed, raters="use"), out=out, notice=said.append)
-    assert any(f"{out} is there, of another model, protocol or data" in line for line in said)
+    assert any(f"{out} exists, but is of another model, protocol or data" in line for line in said)
 
 
 @pytest.mark.parametrize("ink", [(255, 255, 255, 255), (255, 0, 0, 255)])

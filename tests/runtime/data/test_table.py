@@ -257,7 +257,7 @@ def test_a_table_that_never_ends_or_begins_is_none(tmp_path: Path) -> None:
     (tmp_path / "zeros.csv").symlink_to("/dev/zero")
     for path in (tmp_path / "pipe.csv", tmp_path / "zeros.csv"):
         assert not is_table(path)
-        with pytest.raises(CdiffError, match="is no file but a device or a pipe"):
+        with pytest.raises(CdiffError, match="is a device or a pipe, not a file"):
             read_table(path, [])
 
 

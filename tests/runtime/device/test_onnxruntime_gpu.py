@@ -241,6 +241,6 @@ def test_a_provider_that_did_not_start_is_an_error(
         ):
             open_session(encoder, plain.ENCODER, ("CUDAExecutionProvider", plain.cuda_options(3)))
     assert capsys.readouterr().out == ""
-    (said,) = [record.message for record in caplog.records if "cuDNN 9 is not there" in record.message]
+    (said,) = [record.message for record in caplog.records if "cuDNN 9 was not found" in record.message]
     assert "pip install nvidia-cudnn-cu13" in said
     plain.look_for_cudnn.cache_clear()

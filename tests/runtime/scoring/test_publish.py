@@ -186,13 +186,13 @@ def test_a_papers_row_says_how_its_maps_were_made(report: dict[str, Any]) -> Non
         )
         assert (drawn.percent, drawn.low, drawn.high) == (said, said, said)
         assert drawn.source == "computed now: 2 runs x 1 step, ddim, vote"
-        assert written.source == "computed now: maps as they lie in files"
+        assert written.source == "computed now: maps read from files"
 
 
 def test_no_note_on_what_is_there(report: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     published = tuple(replace(PUBLISHED[0], table=table) for table in (1, 2, 3))
     monkeypatch.setattr("cdiff.runtime.scoring.paper.PUBLISHED", published)
-    assert not any("No published number" in note for note in paper_notes(paper_rows(report)))
+    assert not any("no published number" in note for note in paper_notes(paper_rows(report)))
 
 
 def test_other_reports_and_published_numbers_stand_beside(report: dict[str, Any], tmp_path: Path) -> None:
@@ -214,7 +214,7 @@ def test_other_reports_and_published_numbers_stand_beside(report: dict[str, Any]
     assert next(row.source for row in rows if row.whose.startswith("second")).startswith(
         "computed before, annotator.json: "
     )
-    assert not any("No published number" in note for note in paper_notes(rows))
+    assert not any("no published number" in note for note in paper_notes(rows))
 
 
 @pytest.mark.parametrize(

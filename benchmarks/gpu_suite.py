@@ -103,7 +103,7 @@ class Suite:
         here = gpu_name(self.settings.device)
         if gpu and here and gpu != here:
             raise CdiffError(
-                f"{self.path} was measured on {gpu}, and {self.settings.device} is {here}; give --fresh to start anew, or another --out"
+                f"{self.path} was measured on {gpu}, but {self.settings.device} is {here}; give --fresh to start anew, or another --out"
             )
         self.report["checks"] = kept
 

@@ -128,7 +128,7 @@ def build_engines(
     words, trt = options.words(flavour), load_trt(flavour)
     if flavour == "tensorrt" and not isinstance(gpu, Gpu):
         raise CdiffError(
-            "TensorRT builds on the GPU that an engine is for, but this machine has none; it is built at the first run on one"
+            "TensorRT builds on the GPU that an engine is for, but this machine has none; the engine is built at the first run on such a machine"
         )
     if flavour == "tensorrt-rtx":
         must_be_buildable(trt, options, () if isinstance(gpu, Gpu) else gpu)

@@ -58,7 +58,7 @@ def check_depth(picture: Any, data: bytes, path: Path) -> None:
         bits = max(picture.tag_v2.get(BITS_PER_SAMPLE, (1,)))
     if bits > 8 and picture.mode not in DEEP_MODES:
         raise CdiffError(
-            f"{path} has several channels of {bits} bits, and only grey pictures are read with more than 8: save it in 16-bit grey, "
+            f"{path} has several channels of {bits} bits, but with more than 8 only grey pictures are read: save it in 16-bit grey, "
             "one file a channel, or as NIfTI"
         )
 

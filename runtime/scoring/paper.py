@@ -75,7 +75,7 @@ def read_beside(path: Path) -> list[PaperRow]:
         return _rows_of(json.loads(text), f"computed before, {path.name}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, csv.Error):
         raise CdiffError(
-            f"{path} is no report of cdiff evaluate; give its scores.json, or a .csv with the columns {', '.join(COLUMNS)}"
+            f"{path} is not a report of cdiff evaluate; give its scores.json, or a .csv with the columns {', '.join(COLUMNS)}"
         ) from None
 
 

@@ -74,8 +74,8 @@ def test_a_model_of_the_parent_is_refused_in_a_line(bundle: Path) -> None:
     lines = forked("told(maps)\ntold(lambda: model.segment_many([]))\n", bundle).splitlines()
     assert len(lines) == 2
     for line in lines:
-        assert line.startswith("this model was loaded in process PARENT, which process")
-        assert "load it in this one, with cdiff.load" in line
+        assert line.startswith("this model was loaded in process PARENT, and process")
+        assert "load the model in this process, with cdiff.load" in line
 
 
 def test_one_that_is_loaded_anew_gives_the_same_maps(bundle: Path) -> None:

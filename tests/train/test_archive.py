@@ -166,7 +166,7 @@ def test_what_many_groups_of_an_optimiser_share_is_read(tmp_path: Path) -> None:
 
 def test_packed_parts_are_not_unpacked(tmp_path: Path) -> None:
     path = with_pickle(tmp_path / "ema.pt", pickled({"a": torch.zeros(64)}), zipfile.ZIP_DEFLATED)
-    assert "its parts are packed" in refused(path)
+    assert "its parts are compressed" in refused(path)
 
 
 def test_tensors_of_more_bytes_than_the_file_are_refused(tmp_path: Path) -> None:

@@ -323,7 +323,7 @@ def test_the_variant_that_tells_annotators_apart_takes_the_cases_of_the_same_one
 def test_cases_with_another_number_of_masks_than_c_say_which_setting_takes_them(tiny_data: Path) -> None:
     """What it names is a setting that does."""
     for C, said, taken in (
-        (5, "missing_raters=as-is takes", {"missing_raters": "as-is"}),
+        (5, "missing_raters=as-is uses masks", {"missing_raters": "as-is"}),
         (2, "levels=3 is", {"levels": 3}),
     ):
         config = preset("tiny").with_values({"levels": C})

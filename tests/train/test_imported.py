@@ -353,7 +353,7 @@ def test_normalisation_of_the_training_images(tmp_path: Path) -> None:
     assert any(
         "each slice's own are used instead" in note for note in import_checkpoint(path, tmp_path / "other").notes
     )
-    with pytest.raises(CdiffError, match="2 means are given, and the network takes 4"):
+    with pytest.raises(CdiffError, match="2 means are given, but the network takes 4"):
         import_checkpoint(path, tmp_path / "third", mean=(1.0, 2.0), std=(1.0, 1.0))
     with pytest.raises(CdiffError, match="no \\*/image"):
         import_checkpoint(path, tmp_path / "third", images=tmp_path)

@@ -177,17 +177,17 @@ def _notes(checkpoint: Path, options: Options, config: Config, normalised: bool)
         )
     if options.source == CONSENSUS and not options["clip_denoised"]:
         notes.append(
-            "clip_denoised=False: the published scripts turn it on, and x0 is clipped to -1 and 1 here all the same; maps of a script "
-            "that was changed to leave it off differ"
+            "clip_denoised=False: the published scripts turn it on, so x0 is clipped to -1 and 1 here all the same; a script that "
+            "was changed to leave it off gives other maps"
         )
     if options.variant in ("soft-label", "no-annotator") and not options["number_of_annotators"]:
         notes.append(
-            "how many annotators there were is in neither file: give --option number_of_annotators=C, or evaluate takes cases of one "
-            "annotator only"
+            "neither file says how many annotators there were: give --option number_of_annotators=C, or evaluate takes only cases "
+            "of one annotator"
         )
     if config.data.framing == "resize" and options.source == IMPLICIT:
         notes.append(
-            f"image_size={options['image_size']}: slices are resampled to it, while the published loader, whatever image_size says, cuts "
+            f"image_size={options['image_size']}: slices are resampled to it, while the published loader, whatever image_size says, cuts out "
             "the central 224 of BraTS's 240 pixels; if it was used unchanged, import with --image-size 224"
         )
     if options.source == IMPLICIT and options["diffusion_steps"] != 1000:
@@ -198,6 +198,6 @@ def _notes(checkpoint: Path, options: Options, config: Config, normalised: bool)
     if options.source == IMPLICIT and not options.all_timesteps:
         notes.append(
             f"timestep_respacing={options['timestep_respacing']} is a matter of sampling: all {config.network.T} timesteps "
-            "are imported, and cdiff segment --steps keeps fewer of them"
+            "are imported, and cdiff segment --steps chooses fewer of them"
         )
     return notes

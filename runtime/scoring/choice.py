@@ -57,7 +57,7 @@ def may_be_too_good(manifest: Manifest, split: str, count: int) -> str | None:
     if split != "all" or HELD_OUT not in str(_data_of(manifest)):
         return None
     return (
-        f"no split is named, so all {count} cases are scored; the model was trained on data without a validation split: if these are "
+        f"no split is named, so {'the only case is' if count == 1 else f'all {count} cases are'} scored; the model was trained on data without a validation split: if these are "
         "the same cases, the scores are too good; put cases that it never saw in a folder Testing, or name them test in a table"
     )
 

@@ -160,7 +160,7 @@ def test_a_place_that_cannot_be(tiny_bundle: Path, tiny_data: Path, tmp_path: Pa
         "segment", scan, "--model", tiny_bundle, "-q", "--at", "1,1,1"
     )
     several = one_line("segment", tiny_data / "Validation", "-q", "--at", "1,1,1")
-    assert f"--at names a place in one scan, and {tiny_data / 'Validation'} holds 2" in several
+    assert f"--at names a place in one scan, but {tiny_data / 'Validation'} holds 2" in several
     out = ("-o", tmp_path / "maps", "-q", "--fast")
     assert "0 to 31" in one_line("segment", scan, *out, "--at", "32,1,1")
     assert "give a voxel in whole numbers" in one_line("segment", scan, *out, "--at", "1;1;1")

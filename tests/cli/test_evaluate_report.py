@@ -168,7 +168,7 @@ def test_the_labels_of_the_masks_come_from_the_bundle(tiny_data: Path, tiny_bund
         code, _, said = evaluate(*chain, "--json", tmp_path / f"{name}.json", *more)
         assert code == 0, said
         assert ("labels 2 count as inside, as when the model was trained" in said) == (name == "stated")
-        assert ("the model was trained on 2" in said) == (name == "other")
+        assert ("the model was trained with 2" in said) == (name == "other")
         reports.append(json.loads((tmp_path / f"{name}.json").read_text()))
     stated, asked, other = reports
     assert stated["data"]["labels"] == asked["data"]["labels"] == [2]

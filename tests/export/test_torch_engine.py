@@ -331,7 +331,7 @@ def test_load_takes_torch_by_name(tiny_bundle) -> None:  # type: ignore[no-untyp
 def test_weights_whose_variance_is_not_the_manifests_are_refused() -> None:
     bundle = open_bundle(shipped_bundle())
     wrong = dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, variance="learned"))
-    with pytest.raises(CdiffError, match="says variance learned, and the denoiser gives no variance"):
+    with pytest.raises(CdiffError, match="says variance learned, but the denoiser gives no variance"):
         open_torch(wrong, "cpu")
 
 

@@ -124,7 +124,7 @@ def test_the_maps_are_the_cpu_engine_s(make: Any, learned: bool) -> None:
 
 @pytest.mark.parametrize(("learned", "listed"), [(True, "fixed"), (False, "learned")])
 def test_graphs_whose_variance_is_not_the_manifests_are_refused(make: Any, learned: bool, listed: str) -> None:
-    with pytest.raises(CdiffError, match=f"the manifest says variance {listed}, and the denoiser gives"):
+    with pytest.raises(CdiffError, match=f"the manifest says variance {listed}, but the denoiser gives"):
         make(learned=learned, variance=listed)
 
 

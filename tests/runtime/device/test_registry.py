@@ -96,7 +96,8 @@ def test_auto_prefers_tensorrt_where_an_engine_can_be_had(machine: Machine, tmp_
     assert open_engine(machine.bundle, "auto", "cuda", build=build) == "OnnxRuntimeGpuEngine"
     machine.has(["CPUExecutionProvider"], tensorrt=None)
     with pytest.raises(
-        CdiffError, match=r"no engine can run on cuda here: tensorrt: tensorrt is not installed.*onnxruntime-gpu"
+        CdiffError,
+        match=r"no engine can run on cuda here: tensorrt: tensorrt is not installed.*; onnxruntime: for cuda: pip uninstall",
     ):
         open_engine(machine.bundle, "auto", "cuda", build=build)
 
@@ -146,7 +147,7 @@ def test_doctor_says_what_each_engine_lacks(machine: Machine, monkeypatch: pytes
     assert list(lines) == [*NAMES, "torch"]
     assert (lines["onnxruntime"].ok, lines["onnxruntime"].found) == (True, "1.31.1 on cpu, cuda")
     assert "goes through the host: pycuda is not installed" in lines["onnxruntime"].remedy
-    assert (lines["tensorrt"].ok, lines["tensorrt"].remedy[:20]) == (False, "pycuda not installed")
+    assert (lines["tensorrt"].ok, lines["tensorrt"].remedy[:23]) == (False, "pycuda is not installed")
     assert lines["tensorrt-rtx"].ok is False
     machine.has()
     assert [state.devices for state in available_engines()] == [("cpu", "cuda"), ("cuda",), (), ("cuda",)]

@@ -154,7 +154,7 @@ def test_maps_without_a_slice_to_score_and_cases_without_their_image_are_one_lin
     folder = written(tmp_path / "maps", cases, lambda soft: soft * np.nan)
     with pytest.raises(
         CdiffError,
-        match=r"no case is left to score: 0 have .*, 0 no marked slice; the maps of 3 are NaN on every slice",
+        match=r"no case is left to score: the number of annotators differs .* in 0 cases, .* in 0 cases; the maps of 3 cases are NaN on every slice",
     ):
         scores(folder, cases)
     cases[1].image.unlink()

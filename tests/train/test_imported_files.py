@@ -33,7 +33,7 @@ class Trap:
     [
         ("trap", "holds more than tensors"),
         ("optimiser", "is an optimiser's state"),
-        ("nested", "state_dict, step is no tensor"),
+        ("nested", "state_dict, step are not tensors"),
         ("jagged", "holds more than tensors"),
         ("sparse", "holds more than tensors"),
         ("empty", "holds a dict, not named tensors"),

@@ -324,7 +324,7 @@ def test_cases_with_another_number_of_masks_than_c_say_which_setting_takes_them(
     """What it names is a setting that does."""
     for C, said, taken in (
         (5, "missing_raters=as-is uses the masks that there are", {"missing_raters": "as-is"}),
-        (2, "levels=3 is", {"levels": 3}),
+        (2, "levels=3 matches them", {"levels": 3}),
     ):
         config = preset("tiny").with_values({"levels": C})
         with pytest.raises(CdiffError, match=rf"no train case has {C} masks \(they have 3\); --set {said}"):

@@ -180,7 +180,9 @@ def test_processes_with_other_data_do_not_train(tiny_data: Path, tmp_path: Path)
     shutil.copytree(tiny_data, smaller)
     shutil.rmtree(smaller / "Training" / "case01")
     outcomes = together(train_on_own, short(), [tiny_data, smaller], tmp_path / "run")
-    assert re.search(r"^process 1 of 2 on .*do not agree: .*cases to train on: case01 gone\)", text_of(outcomes))
+    assert re.search(
+        r"^process 1 of 2 on .*have read different data .*cases to train on: case01 gone\)", text_of(outcomes)
+    )
 
 
 def test_processes_whose_masks_are_not_the_same_do_not_train(tiny_data: Path, tmp_path: Path) -> None:

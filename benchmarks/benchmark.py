@@ -131,11 +131,13 @@ def benchmark(
     kept_timesteps(manifest.T, steps)  # an error now, not after the warm-up
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     if load > BUSY:
-        say(f"the machine is busy (load {load:.1f} before this run): times are longer than they need be")
+        say(f"the machine is busy (load {load:.1f} before this run): times are longer than on an idle one")
     if manifest.precision != "float32":
-        say(f"the bundle is in {manifest.precision} and PyTorch runs float32: the two are not at equal precision")
+        say(
+            f"the bundle is in {manifest.precision}, but PyTorch runs in float32: the two do not have the same precision"
+        )
     if device != "cpu":
-        say("memory is the host's; what lies on the GPU is not in it")
+        say("memory figures are the host's alone; they leave out what lies on the GPU")
 
     kinds = [PUBLISHED, PYTORCH, *([COMPILED] if compiled else []), EXPORTED]
     done, total = 0, len(kinds) * (1 + repeats) + 2 + (len(kinds) - 1) * (len(batches) + 1)
@@ -258,7 +260,7 @@ def scan_files(scan: str | Path | None, manifest: Manifest) -> tuple[Path, ...]:
 def _demo_scan(channels: int) -> Path:
     """The scan that comes with the package. Raises CdiffError for a model of several channels, and when this installation has none."""
     if channels > 1:
-        raise CdiffError(f"the demo scan has one channel and the model takes {channels}; give a scan with --scan")
+        raise CdiffError(f"the demo scan has one channel, but the model takes {channels}; give a scan with --scan")
     path = Path(str(importlib.resources.files("cdiff") / "demo" / "image.nii.gz"))
     if not path.is_file():
         raise CdiffError(f"this installation has no demo scan in {path.parent}; give one with --scan")

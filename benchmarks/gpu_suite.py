@@ -33,6 +33,7 @@ from cdiff.runtime.device.gpu import parse_device
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import make_folder, must_take_files, write_bytes, write_json
 from cdiff.runtime.gpus import visible_gpus
+from cdiff.runtime.words import several
 
 FORMAT = 1
 MINUTES = 7.8
@@ -57,7 +58,7 @@ def gpu_missing(device: str) -> str | None:
     return (
         None
         if number < torch.cuda.device_count()
-        else f"there is no {device}: PyTorch sees {torch.cuda.device_count()} GPU(s)"
+        else f"there is no {device}: PyTorch sees {several(torch.cuda.device_count(), 'GPU')}"
     )
 
 
@@ -93,7 +94,7 @@ class Suite:
             }
             gpu = kept.get("machine", {}).get("result", {}).get("gpu", {}).get("name")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CdiffError(f"{self.path} cannot be gone on with ({error}); give --fresh to start anew") from None
+            raise CdiffError(f"{self.path} cannot be continued ({error}); give --fresh to start anew") from None
         if not same:
             raise CdiffError(
                 f"{self.path} was measured with other settings; give --fresh to start anew, or another --out"
@@ -102,7 +103,7 @@ class Suite:
         here = gpu_name(self.settings.device)
         if gpu and here and gpu != here:
             raise CdiffError(
-                f"{self.path} was measured on {gpu}, and {self.settings.device} is {here}; give --fresh to start anew, or another --out"
+                f"{self.path} was measured on {gpu}, but {self.settings.device} is {here}; give --fresh to start anew, or another --out"
             )
         self.report["checks"] = kept
 

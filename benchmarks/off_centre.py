@@ -50,7 +50,7 @@ def measure(
     """
     scan = read_scan(case.scan)
     if scan.grid.slice_axis != 2:
-        raise CdiffError(f"{case.name} is no volume; the data must be crops around a structure, such as LIDC's")
+        raise CdiffError(f"{case.name} is not a volume; the data must be crops around a structure, such as LIDC's")
     masks = read_masks(case, scan.grid)
     chosen = Protocol(all_raters=True, slices_per_case=slices_per_case).slices(masks).tolist()
     rows: list[Row] = []

@@ -154,7 +154,7 @@ def main(argv: list[str] | None = None) -> None:
         data = site_of(found)
     parts = write_parts(data, options.out, options.part_mib * 2**20)
     print(
-        f"{len(found)} wheels, {len(data) / 2**20:.1f} MiB, {len(parts)} part(s) in {options.out}: {', '.join(w.name for w in found)}"
+        f"{len(found)} wheels, {len(data) / 2**20:.1f} MiB, {len(parts)} part{'s' * (len(parts) != 1)} in {options.out}: {', '.join(w.name for w in found)}"
     )
 
 

@@ -140,7 +140,7 @@ def _read(path: Path) -> Row:
             f"{path} cannot be read as a report ({error}); give what cdiff evaluate --json wrote"
         ) from None
     if not isinstance(found, dict):
-        raise CdiffError(f"{path} is no report; give what cdiff evaluate --json wrote")
+        raise CdiffError(f"{path} is not a report; give what cdiff evaluate --json wrote")
     return found
 
 

@@ -8,6 +8,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from cdiff.runtime.words import several
+
 NAMES = {
     "published": "PyTorch, one run after another",
     "pytorch": "PyTorch, batched, encoder once",
@@ -40,7 +42,7 @@ def _head(report: dict[str, Any]) -> Text:
         f"{', '.join(f'{name} {version}' for name, version in machine['versions'].items())}",
         f"model {model['name']}: {model['parameters'] / 1e6:.2f} M parameters, {model['image_size'][0]}x{model['image_size'][1]}, "
         f"{model['levels']} levels, {model['precision']}",
-        f"{protocol['slices']} slice(s) of {protocol['scan']}, {protocol['runs']} runs, {protocol['steps']} steps of "
+        f"{several(protocol['slices'], 'slice')} of {protocol['scan']}, {several(protocol['runs'], 'run')}, {several(protocol['steps'], 'step')} of "
         f"{protocol['sampler']}; medians of {protocol['repeats']} rounds",
         "",
     )

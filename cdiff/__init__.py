@@ -60,7 +60,7 @@ def load(
         from cdiff.runtime.errors import CdiffError
 
         if "," in device:
-            raise CdiffError(f"the engine torch runs on one device, and {device} names several; name one")
+            raise CdiffError(f"the engine torch runs on one device, but {device} names several; name one")
         opened = open_bundle(folder)
         return Segmenter(opened, open_torch(opened, device))
     return Segmenter.open(folder, engine=engine, device=device, build=build or _build)

@@ -24,7 +24,7 @@ from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.words import one_line
 
 EPILOG = (
-    "Exit codes: 0 done · 1 a crash that should not have happened · 2 something to mend, said in one line · "
+    "Exit codes: 0 done · 1 a crash that should not have happened · 2 a problem that you can fix, told in one line · "
     "3 some of several scans failed, the others are done · 130 interrupted."
 )
 

@@ -107,9 +107,7 @@ def check(
 
             dice = checked.report["pairwise_dice"]["mean"]
             first = "; outlines on the first channel" if checked.channels not in (1, 3) else ""
-            note = (
-                f"{checked.report['layout']} layout; pairwise Dice {number(dice)}; frame: what the others show{first}"
-            )
+            note = f"{checked.report['layout']} layout; pairwise Dice {number(dice)}; frame: the part that the other pictures show{first}"
             write_sheet(target, checked.looks, checked.channels, slice_axis, name, note)
     finally:
         _print(checked)
@@ -127,7 +125,7 @@ def _print(checked: Check) -> None:
     raters, image, plan = report["annotators"], report["image"], report["training"]
     names = ", ".join(image["modalities"]) or ("one" if image["channels"] == 1 else "unnamed")
     by_number = ", ".join(f"{count} in {several(cases, 'case')}" for count, cases in raters["cases_by_number"].items())
-    labels = f"; labels {report['labels']} are inside" if report["labels"] else ""
+    labels = f"; labels {report['labels']} count as inside" if report["labels"] else ""
     laid = "; masks laid by their headers" if report["masks_by"] == "header" else ""
     rows = [
         ("folder", report["data"]),

@@ -64,7 +64,7 @@ def build_ahead(
         where = tuple(capabilities) or RTX_CAPABILITIES[bundle.manifest.precision]
     if where is None:
         say(
-            f"no GPU here: {bundle.path} gets its TensorRT engines at the first run on one, or by this command there",
+            f"no GPU here: {bundle.path} gets its TensorRT engines at the first run on one, or from this command there",
             quiet,
         )
         return

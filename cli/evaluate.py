@@ -263,7 +263,7 @@ def _must_be_drawn(model: options.Model, chain: options.Chain, steps_curve: str 
     plain = {**vars(options.Model()), **vars(options.Chain()), "steps_curve": None}
     if drawn := [name for name, value in given.items() if value != plain[name]]:
         raise CdiffError(
-            f"--{drawn[0].replace('_', '-')} says how a model draws maps, and --maps names maps that are drawn; leave one of the two out"
+            f"--{drawn[0].replace('_', '-')} says how a model draws maps, but --maps names maps that are drawn already; leave one of the two out"
         )
 
 
@@ -286,7 +286,7 @@ def _choose(
     if manifest is None:
         return chosen, cases
     if found.task and (trained := trained_task(manifest)) and natural(trained) != natural(found.task):
-        warn(f"the model was trained on {trained}, and {found.task} is scored")
+        warn(f"the model was trained on {trained}, but {found.task} is scored")
     if split is None and (doubt := may_be_too_good(manifest, chosen, len(cases))):
         warn(doubt)
     return chosen, cases
@@ -306,8 +306,8 @@ def _read(
     else:
         cases, inside = labelled_as_trained(cases, manifest, labels, warn)
         if inside and not labels:
-            say(f"labels {','.join(map(str, inside))} are inside, as the model was trained", quiet)
+            say(f"labels {','.join(map(str, inside))} count as inside, as when the model was trained", quiet)
         cases = laid_as_trained(cases, manifest, masks_by)
         if (laid := masks_by or manifest.masks_by) == "header" and not masks_by:
-            say("masks are laid where their headers put them, as the model was trained", quiet)
+            say("masks are laid where their headers put them, as when the model was trained", quiet)
     return cases, ({"labels": list(inside)} if inside else {}) | ({"masks_by": laid} if laid != "array" else {})

@@ -139,7 +139,7 @@ def export(
             if not source.is_dir():
                 what = "is not a folder" if there else "does not exist"
                 raise CdiffError(f"{source} {what}; give the one that `cdiff train` wrote, or a bundle")
-            raise CdiffError(f"no bundle is named to write to; try: cdiff export {source} --out BUNDLE")
+            raise CdiffError(f"no bundle to write to is named; try: cdiff export {source} --out BUNDLE")
         with needs("export"):
             from cdiff.export.exporter import export_run
 

@@ -20,9 +20,7 @@ def needs(what: str) -> Iterator[None]:
     try:
         os.getcwd()
     except FileNotFoundError:
-        raise CdiffError(
-            f"{what} cannot start in a folder that was deleted; change to one that is there (cd)"
-        ) from None
+        raise CdiffError(f"{what} cannot start in a folder that was deleted; change to one that exists (cd)") from None
     try:
         tempfile.gettempdir()
     except FileNotFoundError:

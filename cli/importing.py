@@ -11,6 +11,7 @@ from cdiff.cli.console import say, warn, written
 from cdiff.cli.extras import needs
 from cdiff.cli.options import option
 from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.words import several
 
 
 def import_(
@@ -90,7 +91,7 @@ def import_(
     network, size = done.config.network, done.config.network.image_size
     say(
         f"{done.options.source} code, {done.options.variant}: {done.parameters / 1e6:.2f} M parameters, {size}x{size}, "
-        f"{network.image_channels} channel(s), {network.levels} level(s), T = {network.T}, step {done.step}",
+        f"{several(network.image_channels, 'channel')}, {several(network.levels, 'level')}, T = {network.T}, step {done.step}",
         quiet,
     )
     for note in done.notes:

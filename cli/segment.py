@@ -136,10 +136,10 @@ def segment(
     scans = scans_named(paths, segmenter.manifest.image_channels, segmenter.manifest.modalities, notes)
     for note in notes:
         warn(note)
-    for option, given, what in (("--at", at, "a place in one scan"), ("--series", series, "one of a folder's")):
+    for option, given, what in (("--at", at, "a place in one scan"), ("--series", series, "a series of one folder")):
         if given is not None and len(scans) > 1:
-            where = f"{paths[0]} holds {len(scans)}" if len(paths) == 1 else f"{len(scans)} scans are named"
-            raise CdiffError(f"{option} names {what}, and {where}; name one of them")
+            where = f"{paths[0]} holds {len(scans)} scans" if len(paths) == 1 else f"{len(scans)} scans are named"
+            raise CdiffError(f"{option} names {what}, but {where}; name one scan alone")
     labels = {item.name: f"{number}/{len(scans)} {item.name}" for number, item in enumerate(scans, start=1)}
 
     def read(item: NamedScan) -> Prepared:

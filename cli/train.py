@@ -134,7 +134,7 @@ def train(
     best = "not validated yet" if result.best is None else f"best validation soft Dice {result.best:.3f}"
     say(f"step {result.step}, {result.seconds / 60:.1f} minutes of training, {best}", quiet)
     if result.interrupted:
-        fail(f"interrupted; what was done is saved, and --resume goes on from step {result.step}")
+        fail(f"interrupted; the work so far is saved, and --resume goes on from step {result.step}")
         raise typer.Exit(INTERRUPTED)
     if not result.finished:
         say("stopped before the run's end, as --max-steps says; --resume goes on from here", quiet)

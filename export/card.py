@@ -12,7 +12,7 @@ from typing import Any
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.manifest import ONE_ZOOM, Manifest
 from cdiff.runtime.sampling.schedule import NoiseSchedule
-from cdiff.runtime.words import by
+from cdiff.runtime.words import by, several
 from cdiff.train.config import Config
 from cdiff.train.presets import PRESETS
 
@@ -104,7 +104,7 @@ def render(card: Card, manifest: Manifest, config: Config) -> str:
                 "soft map": manifest.draws.soft,
                 "levels": f"{manifest.draws.levels}, c = 1 to {manifest.levels}",
                 "uncertainty": manifest.draws.uncertainty,
-                "input": f"{by(manifest.image_size)} pixels, {manifest.image_channels} channel(s), {manifest.framing}",
+                "input": f"{by(manifest.image_size)} pixels, {several(manifest.image_channels, 'channel')}, {manifest.framing}",
                 **_zooms_row(manifest),
                 "normalisation": manifest.normalisation.describe(),
                 "network": f"{training.get('parameters', 0) / 1e6:.2f} M parameters, predicts {manifest.target}, "
@@ -119,11 +119,15 @@ def render(card: Card, manifest: Manifest, config: Config) -> str:
         "## Scores\n\n" + (_table(_flat_scores(manifest.scores)) if manifest.scores else "Not scored yet."),
         "## Exported graphs against PyTorch\n\n" + _table(_verification_rows(manifest.verification)),
         "## Intended use\n\n"
-        + (card.intended_use or "Research on agreement between annotators, on images like those trained on."),
+        + (
+            card.intended_use
+            or "Research on agreement between annotators, on images like those that it was trained on."
+        ),
         "## Limits\n\n"
         + (
             card.limits
-            or "Only what it was trained on was tested: another scanner, protocol or population may fail without a sign of it."
+            or "It was tested only on data like those that it was trained on: on another scanner, protocol or population it may fail "
+            "without any sign of it."
         ),
         "## Citation\n\n" + "\n".join(f"- {line}" for line in manifest.citation),
     ]
@@ -148,11 +152,11 @@ def _schedule_line(schedule: NoiseSchedule) -> str:
 def _data_line(training: dict[str, Any]) -> str:
     data = training.get("data", {})
     if not {"train", "val"} <= set(data):
-        return "The data were not described."
+        return "The author did not describe the data."
     train, val = data["train"], data["val"]
     return (
-        f"Trained on {train['slices']} slices of {train['cases']} cases, chosen on {val['slices']} slices of {val['cases']}; "
-        "the author did not describe them further."
+        f"Trained on {several(train['slices'], 'slice')} of {several(train['cases'], 'case')}; the checkpoint was chosen on "
+        f"{several(val['slices'], 'slice')} of {several(val['cases'], 'case')}. The author did not describe the data further."
     )
 
 
@@ -161,16 +165,16 @@ def _origin_line(training: dict[str, Any]) -> str:
     if not (came := _came_from(training)):
         return ""
     if "init" in training:
-        return f"The weights {came}. They were trained on by\n\n"
-    on = ", then trained on here" if training.get("seconds") else ""
-    return f"The weights {came}{on}. The same network is trained here by\n\n"
+        return f"The weights {came}. They were then trained further by\n\n"
+    on = ", then trained further here" if training.get("seconds") else ""
+    return f"The weights {came}{on}. This command trains the same network:\n\n"
 
 
 def _came_from(training: dict[str, Any]) -> str:
     """The weights' history before this training, back through earlier runs; empty for random ones."""
     if init := training.get("init"):
         before = _came_from(init)
-        return f"started from the averaged ones of {init['name']}, sha256 {init['sha256']}" + (
+        return f"started from the averaged weights of {init['name']}, sha256 {init['sha256']}" + (
             f", which {before}" if before else ""
         )
     if origin := training.get("imported"):
@@ -189,7 +193,7 @@ def _training_rows(training: dict[str, Any]) -> dict[str, str]:
     machine = training.get("machine", {})
     hardware = machine.get("device", "")
     if hardware == "cpu":
-        hardware = f"{machine.get('threads')} threads of {machine.get('cpu')}"
+        hardware = f"{several(machine.get('threads'), 'thread')} of {machine.get('cpu')}"
     rows = {
         "steps": training.get("step"),
         "time": _duration(training["seconds"], training.get("clock", "wall")) if training.get("seconds") else None,

@@ -62,7 +62,7 @@ def export_run(
     """
     if not any("cpu" in state.devices for state in available_engines()):
         raise CdiffError(
-            "export compares its graphs by ONNX Runtime, which is not here: pip install '.[train,cpu]' in cdiff's clone"
+            "export checks its graphs with ONNX Runtime, which is not installed: pip install '.[train,cpu]' in cdiff's clone"
         )
     must_be_text(out)  # else ONNX Runtime opens no graph in it, and the model may be named after it
     loaded = load_run(run)
@@ -163,7 +163,7 @@ def _real_slices(run: Path, channels: int) -> Float32 | None:
             slices = np.asarray(samples["images"], dtype=np.float32)
         if slices.ndim != 4 or slices.shape[1] != channels:
             raise ValueError(
-                f"its images have the shape {list(slices.shape)}, and the network takes [S, {channels}, h, w]"
+                f"its images have the shape {list(slices.shape)}, but the network takes [S, {channels}, h, w]"
             )
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise CdiffError(f"{path} cannot be read ({error}); remove it, or train again to have it written") from None

@@ -69,7 +69,7 @@ class BuildOptions:
         if flavour == "tensorrt-rtx":
             if self.version_compatible:
                 raise CdiffError(
-                    "TensorRT for RTX has no version-compatible engines; leave it out, or use --engine tensorrt"
+                    "TensorRT for RTX has no version-compatible engines; leave --version-compatible out, or use --engine tensorrt"
                 )
             if self.hardware_compatible:
                 raise CdiffError(
@@ -81,7 +81,9 @@ class BuildOptions:
                 f"{self.hardware_compatible!r} is not known; an engine can be compatible with {', '.join(HARDWARE)}"
             )
         if self.workspace_bytes is not None and self.workspace_bytes < 1:
-            raise CdiffError(f"a workspace of {self.workspace_bytes} bytes is none; leave it out for all of the memory")
+            raise CdiffError(
+                f"a workspace of {self.workspace_bytes} bytes is too small; leave --workspace out to allow all of the memory"
+            )
         words = {
             "refit": self.refit,
             VERSION_COMPATIBLE: self.version_compatible,
@@ -99,7 +101,9 @@ class BuildOptions:
 def must_be_buildable(trt: Any, options: BuildOptions, capabilities: tuple[str, ...]) -> None:
     """Raise CdiffError when TensorRT for RTX, the module `trt`, cannot build these options and capabilities on this machine."""
     if options.refit and not visible_gpus():
-        raise CdiffError("TensorRT for RTX makes engines to refit only on a machine with a GPU; leave --refit out here")
+        raise CdiffError(
+            "TensorRT for RTX builds engines that can be refitted only on a machine with a GPU; leave --refit out here"
+        )
     must_build_for(trt, capabilities)
 
 
@@ -124,7 +128,7 @@ def build_engines(
     words, trt = options.words(flavour), load_trt(flavour)
     if flavour == "tensorrt" and not isinstance(gpu, Gpu):
         raise CdiffError(
-            "TensorRT builds on the GPU that it builds for, and none is here; build at the first run there"
+            "TensorRT builds on the GPU that an engine is for, but this machine has none; the engine is built at the first run on such a machine"
         )
     if flavour == "tensorrt-rtx":
         must_be_buildable(trt, options, (gpu.capability,) if isinstance(gpu, Gpu) else gpu)
@@ -232,7 +236,7 @@ def layer_report(key: EngineKey, built: Built, inspected: str) -> dict[str, Any]
             )
     if not told:
         raise CdiffError(
-            f"{FILES[key.graph]} holds no convolution that TensorRT {key.version} tells of: export it again"
+            f"{FILES[key.graph]} holds no convolution that TensorRT {key.version} reports: export it again"
         )
     source = next(iter(told))  # the first is the nearest to what runs
     layers = [product._asdict() for product in read[source]]

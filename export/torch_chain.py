@@ -82,7 +82,7 @@ def within_memory(function: Callable[P, R]) -> Callable[P, R]:
                 raise
             said = first_line(error)
         # Raised outside the except block: otherwise the new error would keep the old one's frames, and the tensors in them.
-        raise OutOfMemory(f"PyTorch has no room on the GPU ({said}); use a smaller batch")
+        raise OutOfMemory(f"PyTorch ran out of memory on the GPU ({said}); use a smaller batch")
 
     return call
 

@@ -43,7 +43,7 @@ def write_repository(bundle: Bundle, folder: Path) -> Path:
             bundle.must_be_unchanged()
             if not stage.exists():
                 raise
-            raise CdiffError(f"{error.filename} was removed while it was copied; run the same again") from None
+            raise CdiffError(f"{error.filename} was removed while it was copied; run the same command again") from None
         bundle.must_be_unchanged()
         (version / "model.py").write_text(MODEL, encoding="utf-8")
         (stage / "config.pbtxt").write_text(config(bundle, name), encoding="utf-8")

@@ -30,6 +30,6 @@ def write_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         head["__metadata__"] = dict(sorted(head["__metadata__"].items()))
         text = json.dumps(head, separators=(",", ":"), ensure_ascii=False).encode()
         if len(text) > length:
-            raise CdiffError(f"{path}: safetensors wrote a head in another form than expected; report its version")
+            raise CdiffError(f"{path}: safetensors wrote a header in an unexpected form; report its version as a bug")
         file.seek(LENGTH.size)
         file.write(text.ljust(length))

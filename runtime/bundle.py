@@ -106,7 +106,7 @@ def _check_file(path: Path, entry: FileEntry) -> Stamp:
             raise CdiffError(f"{path} has changed: its SHA-256 is not the one in the manifest; {remedy}")
         if path.suffix == ".onnx" and _holds(path, ELSEWHERE):
             raise CdiffError(
-                f"{path} keeps weights in another file, which no engine checks before it reads it; export the model again"
+                f"{path} keeps weights in another file, which would be read unchecked; export the model again"
             )
         return stamp
     except OSError as error:

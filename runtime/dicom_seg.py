@@ -66,8 +66,8 @@ def write_dicom_seg(result: Result, path: Path) -> None:
     series = {str(image.get("SeriesInstanceUID") or "") for image in images}
     if result.grid.series and series != {result.grid.series}:
         raise CdiffError(
-            f"{result.name}: other DICOM images lie where those were that it was read from, and a segmentation would name their patient; "
-            "segment it again"
+            f"{result.name}: the DICOM files that it was read from have been replaced by another series, and a segmentation would name that "
+            "series' patient; segment the scan again"
         )
     _segmentation(images, _marked(result, images), result.report, result.name).save_as(path)
 

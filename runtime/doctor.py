@@ -82,9 +82,7 @@ def _engines() -> list[Check]:
     for status in available_engines():
         devices = [device for device in status.devices if gpu or device != "cuda"]
         label = f"{status.version or ''} on {', '.join(devices)}".strip()
-        missing = (
-            status.missing if len(devices) == len(status.devices) else "for cuda: no NVIDIA GPU is to be seen here"
-        )
+        missing = status.missing if len(devices) == len(status.devices) else "for cuda: no NVIDIA GPU was found"
         checks.append(Check(status.name, bool(devices), label if devices else "", missing))
     return checks
 
@@ -99,7 +97,7 @@ def _torch() -> Check:
         return Check("torch", True, f"{found} on cpu", "for cuda: a CUDA build of PyTorch")
     gpu = bool(visible_gpus())
     where = "cpu, cuda" if gpu else "cpu"
-    return Check("torch", True, f"{found} on {where}", "" if gpu else "for cuda: no NVIDIA GPU is to be seen here")
+    return Check("torch", True, f"{found} on {where}", "" if gpu else "for cuda: no NVIDIA GPU was found")
 
 
 def _for_cuda() -> bool:
@@ -117,7 +115,9 @@ def _for_cuda() -> bool:
 def _commands() -> list[Check]:
     try:
         model = open_bundle(shipped_bundle())
-        shipped = Check("shipped model", True, f"{model.manifest.name}, {model.manifest.levels} levels, whole")
+        shipped = Check(
+            "shipped model", True, f"{model.manifest.name}, {model.manifest.levels} levels, its files whole"
+        )
     except CdiffError as error:
         shipped = Check("shipped model", False, "", str(error))
     missing = [name for name in ("torch", "lightning_fabric", "safetensors", "tensorboard") if find_spec(name) is None]

@@ -83,7 +83,9 @@ def must_take(path: Path) -> None:
 def must_not_be_read(path: Path, read: Iterable[Path]) -> None:
     """Raise `CdiffError` where `path`, which will be written, is one of the files that will be `read`: the user would lose it."""
     if os.path.isfile(path) and any(os.path.isfile(one) and os.path.samefile(path, one) for one in read):
-        raise CdiffError(f"{path} is read, and would be replaced; name another file to write to")
+        raise CdiffError(
+            f"{path} is one of the files that are read, and would be replaced; name another file to write to"
+        )
 
 
 def _exists(path: Path) -> bool:
@@ -347,4 +349,6 @@ def _cannot_write(path: Path, error: OSError) -> CdiffError:
 
 
 def _gone(folder: Path) -> CdiffError:
-    return CdiffError(f"{folder}, or what was being written in it, was removed meanwhile; run the same again")
+    return CdiffError(
+        f"{folder}, or what was being written in it, was removed while writing; run the same command again"
+    )

@@ -16,8 +16,8 @@ def must_be_of_this_process(process: int) -> None:
     """Raise CdiffError unless `process`, which loaded the model, is this one: in a fork, its engine would wait for threads that do not exist."""
     if process != os.getpid():
         raise CdiffError(
-            f"this model was loaded in process {process}, which process {os.getpid()} was forked off from without its threads; load it in "
-            "this one, with cdiff.load"
+            f"this model was loaded in process {process}, and process {os.getpid()} was forked from it without its threads; load the model in "
+            "this process, with cdiff.load"
         )
 
 

@@ -179,7 +179,7 @@ class Manifest:
         version = data.get("format_version")
         if version != FORMAT_VERSION or isinstance(version, bool):
             raise CdiffError(
-                f"{source}: format_version is {version!r}, and this cdiff reads {FORMAT_VERSION}; "
+                f"{source}: format_version is {version!r}, but this cdiff reads {FORMAT_VERSION}; "
                 "export the model again, or install the cdiff that wrote it"
             )
         keys = [f.name for f in dataclasses.fields(cls)]

@@ -132,12 +132,12 @@ def notes(prepared: Prepared, manifest: Manifest) -> list[str]:
     shrunk = prepared.place.shrunk if prepared.place else None
     mm = pixel_mm(read.grid, manifest.resampled)
     if text := out_of_scale(mm and mm * (shrunk.factor if shrunk else 1), manifest.pixel_mm):
-        found.append(f"by its header this scan's {text}; resample it to such pixels, and segment that")
+        found.append(f"by its header this scan's {text}; resample it to that size, and segment the result")
     axis = better_axis(read.grid.spatial, manifest.slice_axis) if read.grid.slice_axis == manifest.slice_axis else None
     if axis is not None and not turned:
         found.append(
-            f"slices along axis {manifest.slice_axis}, as in training, are strips of {by(read.slices.shape[-2:])} pixels; where those along "
-            f"axis {axis} are meant: --slice-axis {axis} (in Python slice_axis={axis})"
+            f"slices along axis {manifest.slice_axis}, as in training, are strips of {by(read.slices.shape[-2:])} pixels; if those along "
+            f"axis {axis} are meant, give --slice-axis {axis} (in Python slice_axis={axis})"
         )
     size = read.slices.shape[-2:]
     if manifest.resampled and size != manifest.resampled:
@@ -146,26 +146,26 @@ def notes(prepared: Prepared, manifest: Manifest) -> list[str]:
         )
     if manifest.image_channels == 1 and len(read.slices) in FEW and read.grid.slice_axis == 2 and not read.dicom:
         found.append(
-            f"each of the {len(read.slices)} along the last axis was taken for a slice; if they are modalities of one, give the model a "
-            "file of the one that it was trained on"
+            f"each of the {len(read.slices)} planes along the last axis was taken as a slice; if they are the modalities of one slice, "
+            "give a file that holds only the modality that the model was trained on"
         )
     if prepared.unnamed and manifest.modalities:
         found.append(
-            f"the channels along the last axis were taken for {', '.join(manifest.modalities)}, in this order, that of the training; if "
-            "they lie in another, put them in this one, and segment that"
+            f"the channels along the last axis were taken as {', '.join(manifest.modalities)}, in the order of the training; if "
+            "they are in another order, rearrange them and segment the result"
         )
     found += _what_the_model_sees(prepared, manifest)
     if prepared.alone:
         first, end = max(chosen.start - AROUND, 0), min(chosen.stop + AROUND, len(read.slices))
         found.append(
-            f"only slice {chosen.start} of 0 to {len(read.slices) - 1}, which holds {prepared.place}, was segmented, because the model "
+            f"only slice {chosen.start} (of 0 to {len(read.slices) - 1}), which holds {prepared.place}, was segmented, because the model "
             "marks something in every slice that it is shown: in the others the maps are NaN and the mask is 0, and volumes leave "
-            f"them out; --slices A:B takes those that the structure is in, such as --slices {first}:{end}"
+            f"them out; name the slices that the structure is in with --slices A:B, such as --slices {first}:{end}"
         )
     elif len(chosen) < len(read.slices):
         which = f"slices {chosen.start} to {chosen.stop - 1}" if len(chosen) > 1 else f"slice {chosen.start}"
         found.append(
-            f"only {which} of 0 to {len(read.slices) - 1} {'were' if len(chosen) > 1 else 'was'} segmented: in the others the "
+            f"only {which} (of 0 to {len(read.slices) - 1}) {'were' if len(chosen) > 1 else 'was'} segmented: in the others the "
             "maps are NaN and the mask is 0, and volumes leave them out"
         )
     return [*read.warnings, *found]
@@ -189,9 +189,9 @@ def _missed(place: Place, manifest: Manifest, soft: Float32) -> list[str]:
     factor = 2 * (place.shrunk.factor if place.shrunk else 1)
     fits = all(n >= factor * seen for n, seen in zip(soft.shape, manifest.image_size, strict=True))
     return [
-        f"the map leaves out {place} itself, where you say that the structure is ({share:.2f} of the annotators): the model may have missed "
-        f"it, as it does with what is faint or does not lie within its {by(manifest.image_size)} pixels with something around it"
-        + (f"; --shrink {factor} shows it a structure that is larger" if fits else "")
+        f"the mask leaves out {place}, where you say that the structure is (there the soft map is {share:.2f}): the model may have missed "
+        f"it, as it does with structures that are faint or that do not fit into its {by(manifest.image_size)} pixels with a margin"
+        + (f"; --shrink {factor} lets it see a larger structure whole" if fits else "")
     ]
 
 
@@ -212,8 +212,8 @@ def _beside(place: Place, grid: Grid, soft: Float32) -> list[str]:
     plane = iter((row, column))
     voxel = tuple(index if axis == grid.slice_axis else next(plane) for axis, index in enumerate(place.at))
     return [
-        f"the middle of what the map marks in the slice of {place} lies {math.dist((row, column), place.point):.0f} pixels from there, and the "
-        f"model draws best what lies in the middle of its window: --at {','.join(map(str, voxel))} (in Python at={voxel}) puts it there"
+        f"the middle of what the map marks in the slice of {place} lies {math.dist((row, column), place.point):.0f} pixels from that point, but the "
+        f"model draws best what lies in the middle of its window: --at {','.join(map(str, voxel))} (in Python at={voxel}) centres it"
     ]
 
 
@@ -225,9 +225,9 @@ def _lies_otherwise(grid: Grid, trained: Lie | None) -> list[str]:
         return []
     axis = axes.index(trained.through)
     remedy = (
-        f"--slice-axis {axis} (in Python slice_axis={axis}) cuts such slices"
+        f"--slice-axis {axis} (in Python slice_axis={axis}) cuts slices like those of the training"
         if lie.plane != trained.plane
-        else ("it sees them turned; store the scan's axes in the training's order")
+        else ("the model sees them turned; store the scan's axes in the order of the training")
     )
     return [f"by its header this scan's {text}: {remedy}"]
 
@@ -257,8 +257,8 @@ def _what_the_model_sees(prepared: Prepared, manifest: Manifest) -> list[str]:
     found = [f"the model sees {where}, around {place}{moved}; {outside}"]
     if trained is None and not manifest.normalisation.mean:
         found.append(
-            "the bundle does not say how large the slices of its training were: intensities were normalised over whole slices; if "
-            "the training's were crops, cut such a crop around the structure and segment that"
+            "the bundle does not say how large its training slices were, so intensities were normalised over whole slices; if "
+            "it was trained on crops, cut such a crop around the structure and segment that"
         )
     return found
 

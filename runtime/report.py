@@ -77,7 +77,7 @@ def about_expected(expected: dict[str, Any], variant: Variant) -> list[str]:
     if value is None or value >= DOUBTFUL:
         return []
     return [
-        f"by its own map the model expects a Dice of {value:.2f} of the mask with {variant.whose} mask: look at it before you use it"
+        f"from its own soft map the model expects a Dice of only {value:.2f} between this mask and {variant.whose} mask: check the mask before you use it"
     ]
 
 

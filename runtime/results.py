@@ -178,6 +178,6 @@ def must_be_free(folder: Path, name: str, variant: Variant, *, preview: bool, pa
         # os.path.exists, because it returns False in a folder that cannot be searched, and does not raise.
         if os.path.exists(folder / file) and file not in cut_short(folder):
             raise CdiffError(
-                f"{folder / file} is there, would be replaced, and no report there says that it is an older result; move it, or "
+                f"{folder / file} exists and would be replaced, but no report beside it says that it is an older result; move it, or "
                 "write to another folder"
             )

@@ -172,7 +172,7 @@ class Segmenter:
             raise CdiffError(f"combine {combine!r} is not known; use 'mean' or 'vote'")
         if combine == "vote" and manifest.conditions == 1:
             raise CdiffError(
-                f"'vote' rounds each map at one half, and this model ({variant.name}) draws a single one: the soft map would be the mask; use 'mean'"
+                f"'vote' rounds each map at one half, but this model ({variant.name}) draws a single map: the soft map would be the mask; use 'mean'"
             )
         runs, table = self.sampling(runs, steps, sampler, fast, seed)
         seed, batch = whole("seed", seed), None if batch is None else whole("batch", batch)
@@ -289,7 +289,7 @@ class Segmenter:
         """
         must_be_of_this_process(self._process)
         if options.get("at") is not None or options.get("shrink") is not None:
-            raise CdiffError("at names a place in one scan, and segment_many takes many; call segment for each scan")
+            raise CdiffError("at names a place in one scan, but segment_many takes many; call segment for each scan")
         names: set[str] = set()
 
         def save(scan: ScanInput, result: Result) -> Result:

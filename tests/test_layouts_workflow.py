@@ -66,7 +66,7 @@ def test_four_modalities_in_files_of_their_own(tmp_path: Path) -> None:
     # From Python the order is the caller's: one that the names contradict is refused.
     files = [sorted(one.glob(f"*_{name}_*"))[0] for name in ("flair", "t1", "t1ce", "t2")]
     with pytest.raises(
-        CdiffError, match="the files are flair, t1, t1ce, t2, and the model was trained on t1, t1ce, t2, flair"
+        CdiffError, match="the files are flair, t1, t1ce, t2, but the model was trained on t1, t1ce, t2, flair"
     ):
         cdiff.load(bundle).segment(files, fast=True)
 

@@ -66,7 +66,7 @@ def must_be_as_written(path: Path) -> None:
             raise OSError(SCRIPT)
         packed = any(part.compress_type != zipfile.ZIP_STORED or part.compress_size != part.file_size for part in parts)
         if packed or sum(part.file_size for part in parts) > path.stat().st_size:
-            raise OSError("its parts are packed, and torch.save packs nothing")
+            raise OSError("its parts are compressed, which torch.save never does")
         if min((part.header_offset for part in parts), default=0) or not _of_one_directory(path):
             raise OSError("its directory is not where torch.save writes it")
         if (broken := archive.testzip()) is not None:

@@ -63,7 +63,7 @@ def load_run(run: Path) -> LoadedRun:
     config = read_config(run)
     folder = checkpoint_folder(run, "best") or checkpoint_folder(run, "last")
     if folder is None:
-        raise CdiffError(f"{run} holds no checkpoint; train it first (cdiff train --out {run})")
+        raise CdiffError(f"{run} holds no checkpoint; train it first (cdiff train --data DIR --out {run})")
     info = read_json(folder / "checkpoint.json")
     must_tell(info, folder / "checkpoint.json")
     tensors = read_weights(folder, EMA)
@@ -204,7 +204,7 @@ def read_weights(folder: Path, file: str) -> dict[str, Tensor]:
     written = read_json(folder / "checkpoint.json").get("sha256")
     if isinstance(written, dict) and written.get(file) not in (None, sha256(path)):
         raise CdiffError(
-            f"{path} is not what was written (its SHA-256 is another than in checkpoint.json); copy the run again, or, if you "
+            f"{path} has changed since it was written (its SHA-256 is not the one in checkpoint.json); copy the run again, or, if you "
             'changed the weights yourself, remove "sha256" there'
         )
     return tensors
@@ -225,7 +225,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def _damaged(path: Path, error: Exception) -> CdiffError:
-    return CdiffError(f"{path} cannot be read ({first_line(error)}); the checkpoint is damaged")
+    return CdiffError(f"{path} cannot be read ({first_line(error)}); it is damaged: copy the run or the bundle again")
 
 
 def read_json(path: Path, advice: str = "is this the folder of a training run?") -> dict[str, Any]:
@@ -236,7 +236,7 @@ def read_json(path: Path, advice: str = "is this the folder of a training run?")
             raise UnicodeError
         value = json.loads(text)
     except FileNotFoundError:
-        raise CdiffError(f"{path} is not there; {advice}") from None
+        raise CdiffError(f"{path} does not exist; {advice}") from None
     except UnicodeError:
         raise CdiffError(
             f"{path} is not text in UTF-8: where another program has written it, save it as UTF-8; {advice}"

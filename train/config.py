@@ -43,7 +43,7 @@ class Config:
         check_size(self.crop, self.network, "crop")
         if self.network.variant == ANNOTATOR.name and self.data.missing_raters == "as-is":
             raise CdiffError(
-                "missing_raters=as-is takes the masks there are without knowing whose they are, and variant=annotator must know; "
+                "missing_raters=as-is uses masks without knowing whose they are, but variant=annotator must know; "
                 "use skip or error"
             )
         if self.data.crop and self.data.framing != "tile":
@@ -54,7 +54,7 @@ class Config:
             raise CdiffError(f"crop={self.crop} must not be above image_size={self.network.image_size}")
         if self.training.late_batch and self.crop == self.network.image_size:
             raise CdiffError(
-                f"late_batch={self.training.late_batch} is for windows that grow, and without a smaller crop all have image_size; set batch"
+                f"late_batch={self.training.late_batch} is for windows that grow, but without a crop below image_size none does; set batch instead"
             )
 
     def to_json(self) -> dict[str, Any]:
@@ -73,7 +73,7 @@ class Config:
             known = typing.get_type_hints(kind)
             values = data.get(section.name, {})
             if not isinstance(values, dict):
-                raise CdiffError(f"the configuration's section {section.name!r} is no JSON object")
+                raise CdiffError(f"the configuration's section {section.name!r} is not a JSON object")
             if unknown := sorted(set(values) - set(known)):
                 raise CdiffError(f"the configuration's section {section.name!r} has unknown keys: {', '.join(unknown)}")
             for key, value in values.items():
@@ -92,7 +92,7 @@ class Config:
         # Checked only where it is asked for: the pair does nothing, and a run that began with it can still be read and resumed.
         if {"late", "late_batch"} & values.keys() and config.training.late_batch and not config.data.late:
             raise CdiffError(
-                f"late_batch={config.training.late_batch} is for the late phase, and with late=0 there is none; set batch"
+                f"late_batch={config.training.late_batch} is for the late phase, but with late=0 there is none; set batch instead"
             )
         return config
 
@@ -105,7 +105,7 @@ class Config:
                 raise CdiffError(f"--set {setting}: write it as key=value")
             value = _parse(key, text)
             if values.setdefault(key, value) != value:
-                raise CdiffError(f"{key} is set twice, to {values[key]} and to {value}; which one?")
+                raise CdiffError(f"{key} is set twice, to {values[key]} and to {value}; keep one")
         return self.with_values(values)
 
 

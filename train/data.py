@@ -90,7 +90,7 @@ class Data:
         self.before = before
         if known := again(self.val.seen, before):
             self.notes.append(
-                f"the weights that this run starts from learned from {len(known)} of the {len(self.val.seen)} cases to validate on "
+                f"the weights that this run starts from were trained on {len(known)} of the {len(self.val.seen)} cases to validate on "
                 f"({listed(known)}): its scores there are too good; validate on others, in a folder Validation"
             )
             self.summary.pop("held_out", None)
@@ -151,8 +151,8 @@ def _off_centre(masks: Sequence[Tensor], size: int) -> list[str]:
     if unseen <= FEW * len(marked):
         return []
     return [
-        f"on {unseen} of {len(marked)} marked slices all that was drawn lies outside the central {by((size, size))} pixels, and with "
-        "framing=centre the model sees no others; cut the images around the structure, or set framing=tile or resize"
+        f"on {unseen} of {len(marked)} marked slices all that was drawn lies outside the central {by((size, size))} pixels, but with "
+        "framing=centre the model sees nothing else; cut the images around the structure, or set framing=tile or resize"
     ]
 
 
@@ -192,7 +192,7 @@ def _read(cases: list[Case], config: Config, C: int, notes: list[str], whose: tu
             elif not whose:  # else each mask's annotator must be known, and as-is does not ask
                 remedy = f"{remedy} or as-is"
             if len(case.masks) == C:
-                what = f"masks of {', '.join(case.raters)}, others of {', '.join(whose)}"
+                what = f"masks of {', '.join(case.raters)}, but other cases of {', '.join(whose)}"
                 remedy = "missing_raters=skip, or a variant that does not tell annotators apart"
             what = f"{case.name} has {what}"
             if policy == "error" or (policy == "as-is" and len(case.masks) > C):

@@ -62,7 +62,7 @@ def fabric_on(device: torch.device, amp: str = "off", backend: str = "gloo") -> 
         here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
         if world % here:
             raise CdiffError(
-                f"{here} of {world} processes run on {socket.gethostname()}; start as many on every machine"
+                f"{here} of {world} processes run on {socket.gethostname()}; start the same number on every machine"
             )
         strategy = DDPStrategy(process_group_backend=backend, timeout=PATIENCE, gradient_as_bucket_view=True)
     # Given the environment and precision, Fabric neither looks for a cluster nor computes in bf16 where fp16 was asked for (on a CPU).
@@ -101,7 +101,7 @@ def find_device(name: str, fabric: Fabric) -> torch.device:
         number = fabric.local_rank
     if fabric.world_size > 1 and 0 < (count := torch.cuda.device_count()) <= number:
         raise CdiffError(
-            f"{name_of(fabric)} needs cuda:{number} and PyTorch sees {_seen(count)}; start one process a GPU (torchrun --nproc-per-node)"
+            f"{name_of(fabric)} needs cuda:{number}, but PyTorch sees {_seen(count)}; start one process per GPU (torchrun --nproc-per-node)"
         )
     must_have(name, number)
     device = torch.device("cuda", number)
@@ -122,7 +122,7 @@ def must_have(name: str, number: int) -> None:
 
 
 def _seen(count: int) -> str:
-    return "cuda:0 alone" if count == 1 else f"cuda:0 to cuda:{count - 1}"
+    return "only cuda:0" if count == 1 else f"cuda:0 to cuda:{count - 1}"
 
 
 @contextmanager
@@ -223,7 +223,7 @@ def _blame(error: BaseException, fabric: Fabric, store: Any) -> BaseException:
     if isinstance(error, dist.DistError) or "gloo" in str(error).lower():
         return CdiffError(
             f"{name_of(fabric)} lost its connection to another process, which ended without saying why (killed, or out of memory?); "
-            "start the same command again, with --resume where it has begun a run"
+            "start the same command again, with --resume if a run has begun"
         )
     return error
 

@@ -49,7 +49,7 @@ class Initial:
             words = ", ".join(f"{key}={there} ({here} here)" for key, there, here in other)
             remedy = " ".join(f"--set {key}={there}" for key, there, _ in other)
             raise CdiffError(
-                f"{self.source} was trained with {words}: its weights would be another function; add {remedy}, or leave out --init"
+                f"{self.source} was trained with {words}: here its weights would compute something else; add {remedy}, or leave out --init"
             )
 
     def notes(self, config: Config) -> list[str]:

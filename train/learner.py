@@ -164,5 +164,5 @@ class Learner:
             self.fabric.strategy.precision.load_state_dict(state["scaler"])
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CdiffError(
-                f"{folder / 'optimiser.pt'} is of another network ({error}); copy the run again"
+                f"{folder / 'optimiser.pt'} is from another network ({error}); copy the run again"
             ) from error

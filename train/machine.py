@@ -88,7 +88,7 @@ def as_it_starts() -> Iterator[None]:
     """
     if _processes - {os.getpid()}:
         raise CdiffError(
-            "PyTorch has computed in the process that this one was forked off from, and waits forever without the threads that it had there; "
+            "PyTorch has computed in the process that this one was forked from, and here it would wait forever for threads that it had there; "
             "start processes by spawn: multiprocessing.get_context('spawn')"
         )
     _processes.add(os.getpid())
@@ -120,7 +120,7 @@ def alone() -> Iterator[None]:
     seeds, so that neither of two runs in threads could be repeated. Raises CdiffError in the second."""
     if not _TRAINING.acquire(blocking=False):
         raise CdiffError(
-            "another training is under way in this program, and the two would draw from one random generator; wait until it ends, or train "
+            "another training is running in this program, and the two would share one random generator; wait until it ends, or train "
             "in another process"
         )
     try:

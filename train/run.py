@@ -125,7 +125,7 @@ class Run:
         if not self.config.training.compile:
             return nullcontext()
         return compiling(
-            "it needs a C++ compiler (g++) and room for temporary files; or set compile=false, which --resume takes too"
+            "it needs a C++ compiler (g++) and room for temporary files; or set compile=false, which also works with --resume"
         )
 
     def _prepare(self, k: int, window: int) -> list[Rows]:
@@ -285,4 +285,4 @@ def _enough_memory(when: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise CdiffError(f"the GPU's memory is not enough {when} ({first_line(error)}); {remedy}") from None
+        raise CdiffError(f"the GPU ran out of memory {when} ({first_line(error)}); {remedy}") from None

@@ -97,7 +97,7 @@ def check_seen(run: Path, seen: dict[str, list[Seen]], data: Path) -> None:
         return
     if found := differences(seen, _read(run / NAME)):
         raise CdiffError(
-            f"{data} does not hold what {run} began with ({found}); resume with the data as they were, or start a new "
+            f"{data} does not hold what {run} began with ({found}); resume with the data as it was, or start a new "
             f"run from its weights: --init {run} with another --out"
         )
 

@@ -107,7 +107,7 @@ def _start(config: Config, data: Path, out: Path, init: Path | None, fabric: Fab
     with together(fabric):
         if what := differences(found.seen, theirs):
             raise CdiffError(
-                f"the processes do not agree: what they read is not the same (here, against process 0, {what}); give all of them the same data"
+                f"the processes have read different data (here, compared with process 0, {what}); give all of them the same"
             )
     facts = {"the data": found.summary, "the device": fabric.device.type, "the precision": precision_of(fabric)}
     check_same(fabric, config.values() | facts | {"PyTorch": torch.__version__})
@@ -168,14 +168,14 @@ def check_out(out: Path, config: Config, resume: bool) -> None:
             differ = "; ".join(f"{k}: {old[s][k]} there, {new[s][k]} now" for s, k in keys)
             if differ:
                 raise CdiffError(
-                    f"{out} holds a run with other settings ({differ}); resume with its own, or start a new run from its weights: "
+                    f"{out} holds a run with other settings ({differ}); resume with the same settings, or start a new run from its weights: "
                     f"--init {out} with another --out"
                 )
         return
     if resume:
         raise no_run(out)
     if others := _not_of_a_run(out):
-        raise CdiffError(f"{out} holds no run, but {listed(others)}, which one would replace; choose another --out")
+        raise CdiffError(f"{out} holds no run, but {listed(others)}, which a run would replace; choose another --out")
 
 
 def _not_of_a_run(out: Path) -> list[str]:

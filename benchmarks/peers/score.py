@@ -33,6 +33,7 @@ from cdiff.runtime.scoring.summary import ROW_KEYS, Row, summarise
 from cdiff.runtime.segmenter import Segmenter
 from cdiff.runtime.stack import Stack
 from cdiff.runtime.variants import VARIANTS, Variant
+from cdiff.runtime.words import several
 from cdiff.train.checkpoint import load_weights, read_json, read_tensors
 from cdiff.train.machine import describe_machine
 
@@ -269,7 +270,9 @@ def score_diffusion(
     )
     tried = diffusion.steps_on_validation(run, segmenter, choose_split(find_cases(data), "val")[1], protocol, say)
     steps = diffusion.best_steps(tried)
-    say(f"{name}: {steps} step(s), of {', '.join(f'{n}: {score:.3f}' for n, score in tried.items())} on Validation")
+    say(
+        f"{name}: {several(steps, 'step')}, chosen from {', '.join(f'{n}: {score:.3f}' for n, score in tried.items())} on Validation"
+    )
     protocol = replace(protocol, steps=steps)
     tick = Ticker(f"scoring {name}", 1, say)
     report = evaluate(

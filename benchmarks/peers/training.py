@@ -72,7 +72,7 @@ class Budget:
         if self.clock not in ("wall", "cpu"):
             raise CdiffError(f"clock {self.clock!r} is not known; use wall or cpu")
         if not 0 < self.minutes < math.inf:
-            raise CdiffError(f"--minutes {self.minutes} is no budget; give a positive number")
+            raise CdiffError(f"--minutes {self.minutes} must be a positive number")
         if self.crop < DIVISOR or self.crop % DIVISOR:
             raise CdiffError(f"--crop {self.crop} must be a multiple of {DIVISOR}, which the U-Nets halve four times")
         for name, least in (("batch", 1), ("validations", 1), ("val_slices", 1), ("steps", 0), ("seed", 0)):

@@ -85,7 +85,7 @@ def must_be_in_order(paths: Sequence[str | os.PathLike[str]], wanted: Sequence[s
     said = [_modality(Path(path).name.lower(), wanted) for path in paths]
     if sorted(said) == sorted(wanted) and said != list(wanted):
         raise CdiffError(
-            f"by their names the files are {', '.join(said)}, and the model was trained on {', '.join(wanted)}; give them in its order"
+            f"judging by their names, the files are {', '.join(said)}, but the model was trained on {', '.join(wanted)}; give them in that order"
         )
 
 

@@ -217,8 +217,8 @@ def _one_data_set(
         [f"{name or 'the folder itself'} ({several(len(group), 'case')})" for name, group in groups.items()], MOST
     )
     name = next(filter(None, [*drawn, *groups]))
-    patients = "if they are patients of one, put them in a split folder, such as Training"
-    together = "to take all as one, put them in one folder" if "" in groups else patients
+    patients = "if each is a patient of one data set, put them in a split folder, such as Training"
+    together = "to use all as one data set, put their cases in one folder" if "" in groups else patients
     raise CdiffError(
         f"{root} holds several data sets: {kinds}; name one, such as --task {name}, or give its folder; {together}"
     )
@@ -255,7 +255,9 @@ def _one_task(root: Path, entries: list[Entry], task: str | None, data_set: str 
         for known in (task, two_digits(task)):
             if known in counts:
                 return known
-        raise CdiffError(f"no case in {root} has masks of the task {task!r}; there is {kinds or 'no mask at all'}")
+        raise CdiffError(
+            f"no case in {root} has masks of the task {task!r}; {f'its masks are of {kinds}' if kinds else 'it holds no mask at all'}"
+        )
     if len(counts) > 1:
         example = "/".join(filter(None, (data_set, min(counts, key=natural))))
         raise CdiffError(f"{root} has masks of several tasks: {kinds}; name one, such as --task {example}")
@@ -286,8 +288,8 @@ def _sort_in(found: DataSet, case: Case, entry: Entry) -> None:
         remedy = "add its masks or remove the case"
         if found.layout == "brats":
             first = case.modalities[0]
-            wanted = f" that is called seg in place of {first}"
-            remedy += f"; beside several annotators' masks ({EXAMPLE}) modalities are called image_{first} and so on"
+            wanted = f" (its name must have seg in place of {first})"
+            remedy += f"; with several annotators' masks ({EXAMPLE}), call the modalities image_{first} and so on"
         text = f"{case.name} ({case.image.parent}) has an image but no mask{wanted}; {remedy}"
         found.problems.append(Problem(split, case.name, text))
 

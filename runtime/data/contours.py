@@ -75,7 +75,7 @@ def read_contours(data: Any, path: Path, name: str) -> Contours:
         else:
             others.append("POINT" if kind in CLOSED else kind)
     if others and not kept:
-        raise CdiffError(f"{path} has no closed contour, but {', '.join(sorted(set(others)))}; name another structure")
+        raise CdiffError(f"{path} has no closed contour, only {', '.join(sorted(set(others)))}; name another structure")
     notes = []
     if others:
         kinds = ", ".join(sorted(set(others)))
@@ -84,7 +84,7 @@ def read_contours(data: Any, path: Path, name: str) -> Contours:
         )
     if not kept:
         notes.append(
-            "has no contour, and counts as one who marked nothing; leave its cell empty for one who never looked"
+            "has no contours, so its annotator counts as having marked nothing; if this annotator never looked, leave the cell empty"
         )
     frame = str(rois[number].get("ReferencedFrameOfReferenceUID") or "")
     return Contours(tuple(kept), frame, _series(data), tuple(notes))
@@ -118,10 +118,10 @@ def _points(contour: Any) -> Float64:
     stored = contour.get_item("ContourData").value
     values = np.array(stored.split(b"\\") if isinstance(stored, bytes) else stored, dtype=np.float64)
     if not (np.abs(values) < FARTHEST).all():  # NaN is caught too
-        raise ValueError("a contour's coordinates lie nowhere in a patient")
+        raise ValueError("a contour's coordinates are too large to lie in a patient")
     points = values.reshape(-1, 3)
     if (promised := contour.get("NumberOfContourPoints")) is not None and int(promised) != len(points):
-        raise ValueError(f"a contour has {len(points)} points where {promised} are promised")
+        raise ValueError(f"a contour has {len(points)} points, but its header promises {promised}")
     return points
 
 
@@ -143,13 +143,15 @@ def lay(contours: Contours, grid: Grid) -> tuple[NDArray[np.bool_], tuple[str, .
     them, only in every second or third of them, or wholly outside.
     """
     if not grid.has_orientation:
-        raise CdiffError("contours are lengths in the patient, and its image does not say where its voxels lie")
+        raise CdiffError("contours are given in millimetres, and its image does not say where its voxels lie")
     notes = list(contours.notes)
     laid = np.zeros((*grid.spatial, 1)[:3], bool)
     if contours.loops:
         axis, planes, beside = _planes(contours.loops, grid)
         if beside > ROUNDING:
-            notes.append(f"has contours up to {beside:.2f} of a slice beside the slices that they count for")
+            notes.append(
+                f"has contours that lie up to {beside:.2f} of the slice spacing away from the slices that they count for"
+            )
         notes += _fill(np.moveaxis(laid, axis, 0), planes)
     return laid.reshape(grid.spatial), tuple(notes)
 
@@ -175,13 +177,13 @@ def _planes(loops: tuple[Float64, ...], grid: Grid) -> tuple[int, dict[int, list
             there.append(flat)
     if beside > BESIDE:
         raise CdiffError(
-            f"its contours lie up to {beside:.2g} of a slice beside its image's slices; name the series that they were drawn on"
+            f"its contours lie up to {beside:.2g} of the slice spacing away from its image's slices; name the series that they were drawn on"
         )
     within = sorted(plane for plane in planes if plane in slices)
     steps = set(np.diff(within).tolist())
     if len(within) > 2 and len(steps) == 1 and steps != {1}:
         raise CdiffError(
-            f"its contours lie in one of {min(steps)} slices of its image alone; name the series that they were drawn on, or interpolate them"
+            f"its contours lie in only one of every {min(steps)} slices of its image; name the series that they were drawn on, or interpolate them"
         )
     return axis, planes, beside
 
@@ -204,10 +206,10 @@ def _fill(laid: NDArray[np.bool_], planes: dict[int, list[Float64]]) -> list[str
         raise CdiffError("its contours lie outside its image; name the series that they were drawn on")
     notes = []
     if outside:
-        notes.append(f"has {outside} of {several(count, 'contour')} outside its image, in whole or in part")
+        notes.append(f"has {outside} of {several(count, 'contour')} wholly or partly outside its image")
     if crossing:
         notes.append(
-            f"has contours that cross each other, in {several(crossing, 'slice')}: what two of them enclose counts as outside"
+            f"has contours that cross each other, in {several(crossing, 'slice')}: an area that two of them enclose counts as outside"
         )
     return notes
 

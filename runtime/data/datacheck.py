@@ -126,10 +126,16 @@ def _over_cases(looks: list[Look], C: int) -> list[Finding]:
             text = f"the masks of {rater} would fit the others' better {how}: are they stored as the others are?"
             out.append(Finding("warning", "turned", "", text))
     if C == 1:
-        out.append(Finding("note", "annotators", "", "one annotator: there is no disagreement to learn, and one level"))
+        out.append(
+            Finding(
+                "note", "annotators", "", "only one annotator: there is no disagreement to learn, and only one level"
+            )
+        )
     if twice := [name for name, count in Counter(look.case.name for look in looks).items() if count > 1]:
         out.append(
-            Finding("note", "names", "", f"the same name in several splits: {listed(twice)}; are they other patients?")
+            Finding(
+                "note", "names", "", f"the same name in several splits: {listed(twice)}; are they different patients?"
+            )
         )
     return out
 
@@ -143,7 +149,7 @@ def _shared(looks: list[Look]) -> list[Finding]:
     groups = [f"({listed([f'{look.case.name} in {look.split}' for look in members], 3)})" for members in shared]
     if not groups:
         return []
-    advice = "all masks of an image belong in one case, and no image in two splits"
+    advice = "put all masks of an image in one case, and no image in two splits"
     return [Finding("warning", "duplicated", "", f"cases with the same image: {listed(groups)}; {advice}")]
 
 
@@ -167,7 +173,7 @@ def _across(looks: list[Look], slice_axis: int) -> list[Finding]:
         )
         out.append(Finding("warning", "slices", "", text))
     for look in looks:
-        if lies := otherwise(look.lie, most, "those of most"):
+        if lies := otherwise(look.lie, most, "those of most images"):
             out.append(Finding("warning", "slices", look.case.name, f"the image's {lies}, by its header", look.split))
     return out
 
@@ -179,7 +185,7 @@ def _training(found: DataSet, root: Path, looks: list[Look], C: int, channels: i
     reasons = []
     if found.problems:
         reasons.append(
-            f"{several(len(found.problems), 'case')} cannot be used as the files lie (named in the findings)"
+            f"{several(len(found.problems), 'case')} cannot be used with the files as they are (named in the findings)"
         )
     blocked = sum(f.severity == "error" for look in looks for f in look.findings)
     if blocked:

@@ -91,11 +91,11 @@ def _of_its_image(frame: str, series: frozenset[str], grid: Grid, path: Path) ->
     """
     if grid.frame and frame and grid.frame != frame:
         raise CdiffError(
-            f"{path} cannot be laid on its image: it was drawn in another frame of reference than its image's, so on another scan; name "
-            "the series that it was drawn on (where its identifiers alone are other ones, as NIfTI)"
+            f"{path} cannot be laid on its image: its frame of reference is not its image's, so it was drawn on another scan; name "
+            "the series that it was drawn on (or, if only the identifiers differ, give the image as NIfTI)"
         )
     if grid.series and series and grid.series not in series:
-        return ("was drawn on another series than its image, of the same frame of reference",)
+        return ("was drawn on another series than its image, though in the same frame of reference",)
     return ()
 
 
@@ -110,13 +110,13 @@ def _opened(file: Path) -> Any:
         return data
     if kind not in SEGMENTATIONS:
         raise CdiffError(
-            f"{file} is DICOM ({str(modality or 'of no modality')[:50]}) and neither a segmentation nor contours; name the mask's file"
+            f"{file} is DICOM ({str(modality or 'of no modality')[:50]}), but neither a segmentation nor contours; name the mask's file"
         )
     highdicom = optional("highdicom", "highdicom", file, KIND)
     with _reading(file, KIND):
         # highdicom makes tables for the promised frames before it looks whether they are there.
         if (promised := frames_of(data)) != (held := len(data.PerFrameFunctionalGroupsSequence)):
-            raise ValueError(f"it describes {several(held, 'frame')} where {promised} are promised")
+            raise ValueError(f"it describes {several(held, 'frame')}, but its header promises {promised}")
         _say_spacing(data)
         return highdicom.seg.Segmentation.from_dataset(data, copy=False)
 
@@ -151,7 +151,7 @@ def _must_be_no_larger(found: Any, file: Path) -> None:
     shape, frames = tuple(map(int, geometry.spatial_shape)), int(found.NumberOfFrames)
     if max(shape) > NIFTI1_LONGEST or (shape[0] > MOST_SLICES * frames and math.prod(shape) > SMALL):
         raise CdiffError(
-            f"{file} has {several(frames, 'frame')}, which by their places lie in a volume of {by(shape)} voxels; it is damaged: copy it again"
+            f"{file} has {several(frames, 'frame')}, whose positions span a volume of {by(shape)} voxels; it is damaged: copy it again"
         )
 
 

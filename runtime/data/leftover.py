@@ -47,11 +47,11 @@ class Leftover:
             return ""
         folder, others = next(iter(self.masks.items()))
         more = f" (nor have {several(len(self.masks) - 1, 'more folder')})" if len(self.masks) > 1 else ""
-        remedy = "add it, under that name"
+        remedy = "add the image under that name"
         if len(others) == 1:
-            remedy = f"if {others[0]} is its image, call it so"
+            remedy = f"if {others[0]} is the image, rename it to that"
         elif others:
-            remedy = f"call its image among {listed(others, 4)} so, or each modality image_NAME"
+            remedy = f"rename the image among {listed(others, 4)} to that, or each modality to image_NAME"
         return f"; {folder} has masks but no image.nii.gz{more}: {remedy}"
 
     def told(self, root: Path) -> list[str]:
@@ -61,10 +61,10 @@ class Leftover:
             names = [name if n == 1 else f"{name} (in {n} folders)" for name, n in self.files.most_common()]
             notes.append(f"{BESIDE}, not used: {listed(names)}")
         for what, paths in (
-            ("folders with scans that are no case", [path for path in self.folders if path not in self._above]),
+            ("folders with scans that are not cases", [path for path in self.folders if path not in self._above]),
             ("folders of cases inside a case's folder", self.below),
             ("images without masks above folders of cases", self.strays),
-            ("links to what is not there", self.links),
+            ("links to files that do not exist", self.links),
         ):
             if paths:
                 notes.append(f"{what}, left out: {listed([path.relative_to(root).as_posix() for path in paths])}")

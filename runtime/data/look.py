@@ -114,20 +114,20 @@ def _values(look: Look, masks: dict[Path, Mask]) -> None:
         values = np.unique(mask.values)
         some = ", ".join(f"{value:g}" for value in values[:SHOWN_VALUES]) + " ..." * (len(values) > SHOWN_VALUES)
         if is_negative(mask.values):
-            text = f"{some}, nothing above 0: nothing of it is inside; store what was drawn as 1"
+            text = f"{some}, nothing above 0: no pixel counts as inside; store what was drawn as 1"
             odd.setdefault(("warning", text), []).append(path.name)
         elif labels and mask.values.dtype != np.bool_:
             if is_above(mask.values, labels):
-                text = f"{some}, and none of the labels that are inside ({', '.join(map(str, labels))}): nothing of it counts"
+                text = f"{some}, and none of the labels that count as inside ({', '.join(map(str, labels))}): no pixel counts"
                 odd.setdefault(("warning", text), []).append(path.name)
             elif not np.isin(np.rint(values), (0, *labels)).all():
-                text = f"{some}; of these {', '.join(map(str, labels))} are inside"
+                text = f"{some}; of these {', '.join(map(str, labels))} count as inside"
                 odd.setdefault(("note", text), []).append(path.name)
         elif len(values) > 2 or (len(values) == 2 and values[0] != 0):
-            rule = "more than half of the largest is inside; choose with --labels if these are labels"
+            rule = "values above half of the largest count as inside; if these are labels, choose with --labels"
             odd.setdefault(("warning", f"{some}, not 0 and 1: {rule}"), []).append(path.name)
         elif len(values) == 1 and values[0] > 0:
-            odd.setdefault(("warning", f"{some} everywhere: every pixel is inside"), []).append(path.name)
+            odd.setdefault(("warning", f"{some} everywhere: every pixel counts as inside"), []).append(path.name)
         elif len(values) and values[-1] not in (0, 1):
             odd.setdefault(("note", f"{some}, not 0 and 1: read as 0 and 1"), []).append(path.name)
     for (severity, text), names in odd.items():
@@ -155,7 +155,9 @@ def _kinds(look: Look, masks: dict[Path, Mask], scan: Scan) -> None:
         kinds = "a NIfTI and its image a picture" if picture else "a picture and its image a NIfTI"
         which = "each mask is" if len(other) == len(masks) else f"{', '.join(other)} is"
         look.tell(
-            "warning", "grid", f"{which} {kinds}: such are usually stored turned against each other, see the sheet"
+            "warning",
+            "grid",
+            f"{which} {kinds}: the two usually store a slice in different orientations, see the sheet",
         )
 
 
@@ -167,7 +169,9 @@ def _describe(look: Look, scan: Scan) -> None:
     look.row["spacing_is_placeholder"] = scan.grid.is_placeholder
     if scan.grid.is_placeholder:
         look.tell(
-            "note", "spacing", "the spacing is 1 along every axis, often a placeholder: volumes in ml mean nothing"
+            "note",
+            "spacing",
+            "the spacing is 1 along every axis, often a placeholder: if so, volumes in ml mean nothing",
         )
     for warning in scan.warnings:
         if "spacing" not in warning:
@@ -197,16 +201,18 @@ def _measure(look: Look, masks: NDArray[np.bool_]) -> None:
     full: NDArray[np.bool_] = np.all(masks, axis=(0, 2, 3))  # `_values` has told of these
     if around := [rater for i, rater in enumerate(raters) if not full[i] and marks_the_background(masks[:, i])]:
         verb = "marks" if len(around) == 1 else "mark"
-        text = f"{', '.join(around)} {verb} the corners of every slice and most of it: is what was drawn 0 there, and the rest not?"
+        text = f"{', '.join(around)} {verb} the corners of every slice and most of it: are the values swapped, with 0 where something was drawn?"
         look.tell("warning", "inverted", text)
     if pictures := [rater for i, rater in enumerate(raters) if holds_a_picture(masks[:, i])]:
         verb = "marks" if len(pictures) == 1 else "mark"
-        text = f"{', '.join(pictures)} {verb} all of the fourth slice of four: are these a picture's colours and transparency? Save one colour alone"
+        text = f"{', '.join(pictures)} {verb} all of the fourth slice of four: are these a picture's colours and transparency? If so, save one colour alone"
         look.tell("warning", "colours", text)
     votes = masks.sum(axis=1)
     if apart := [rater for i, rater in enumerate(raters) if _is_apart(masks[:, i], votes)]:
         verb = "shares" if len(apart) == 1 else "share"
-        text = f"{', '.join(apart)} {verb} no pixel with any other mask: of this case, and stored as the others are?"
+        text = (
+            f"{', '.join(apart)} {verb} no pixel with any other mask: is it of this case, and stored as the others are?"
+        )
         look.tell("warning", "apart", text)
     look.at_least = np.array([np.count_nonzero(votes >= c, axis=(1, 2)).sum() for c in range(1, n + 1)]) / votes.size
     look.best_slice = int(votes.sum(axis=(1, 2)).argmax()) if len(marked) else len(votes) // 2

@@ -56,7 +56,7 @@ def read_mask(path: Path, grid: Grid | None = None, opened: Opened | None = None
         return Mask(values, header, by_header=True, notes=notes)
     if name:
         raise CdiffError(
-            f"{path} does not exist, and {file.name} is no DICOM, whose structures have names; leave {SIGN}{name} out"
+            f"{path} does not exist, and {file.name} is not DICOM, so its structures have no names; leave {SIGN}{name} out"
         )
     data = read_bytes(path)
     if path.name.lower().endswith(PICTURE_SUFFIXES):
@@ -80,8 +80,8 @@ def _pixels(data: bytes, path: Path) -> NDArray[Any]:
     values = np.asarray((stored[..., :-1] if mode in ("LA", "RGBA", "PA") else stored).max(axis=-1))
     if values.min() == values.max() and (stored != stored[0, 0]).any():
         raise CdiffError(
-            f"{path} is read by the largest of each pixel's colours, which is {values.flat[0]} everywhere: what was drawn is in its "
-            "transparency, or a colour on another as bright; save it in white on black"
+            f"{path} is read by the largest of each pixel's colour values, which is {values.flat[0]} everywhere: what was drawn is in the "
+            "transparency, or in a colour on another as bright; save it in white on black"
         )
     return values
 
@@ -122,7 +122,7 @@ def mask_slices(mask: Mask, grid: Grid, case: Case, path: Path) -> NDArray[np.bo
         if len(wanted) == 3 and counted(shape) == counted(wanted[:2]):
             hint = f"; if the image's last axis holds channels, say so (image_channels={wanted[2]})"
         elif grid.header is not None and counted(shape) == counted(grid.header.get_data_shape()):
-            hint = "; the image's last axis is read as channels, which another mask does without: store all masks alike"
+            hint = "; the image's last axis is read as channels, which its other masks lack: store all masks alike"
         elif shape[2:] in ((3,), (4,)) and shape[:2] == counted(wanted) and not placed:
             hint = "; if its last axis holds a picture's colours, save one of them alone"
         elif counted(shape) == counted(wanted)[::-1] and not placed:
@@ -149,7 +149,7 @@ def _must_be_of(own: Grid, grid: Grid, path: Path, image: Path) -> None:
     here, there = (_edges(each, but_of_one=alone) for each in (own, grid))
     if not np.allclose(here, there, rtol=0.01):
         raise CdiffError(
-            f"{path} has voxels of {_mm(here)} mm and its image {image} of {_mm(there)} mm; convert it to NIfTI, and lay that by its header"
+            f"{path} has voxels of {_mm(here)} mm and its image {image} of {_mm(there)} mm; convert it to NIfTI, and use that with --masks-by header"
         )
 
 
@@ -168,7 +168,9 @@ def _mm(lengths: list[float]) -> str:
 def own_grid(mask: Mask, path: Path) -> Grid:
     """The grid of a mask's own file. Raises CdiffError for a picture, which does not say where it lies."""
     if mask.header is None:
-        raise CdiffError(f"{path} is a picture, whose file does not say where it lies; leave out --masks-by header")
+        raise CdiffError(
+            f"{path} is a picture, and a picture's file does not say where it lies; leave out --masks-by header"
+        )
     return Grid(mask.values.shape, None if mask.values.ndim == 2 else 2, mask.header)
 
 

@@ -20,18 +20,18 @@ if TYPE_CHECKING:
     from cdiff.runtime.manifest import Manifest
 
 PLACE = "masks whose headers put them elsewhere than their image"
-OUTSIDE = "masks of which a part lies outside their image"
-KIND = "masks of another kind of file than their image"
+OUTSIDE = "masks that lie partly outside their image"
+KIND = "masks in another kind of file than their image"
 VALUES = "masks that hold more than 0 and one other value"
 NEGATIVE = "masks of values below 0"
-LABELS = "masks of a value above all labels that are inside"
+LABELS = "masks of a value above all labels that count as inside"
 CONTOURS = "contours that are not all used as they are"
 BACKGROUND = "masks that mark the background"
 COLOURS = "masks that seem to hold a picture's colours for slices"
 AXIS = "volumes that are cut into strips"
-MIXED = "images whose slices lie in the patient otherwise than most"
+MIXED = "images whose slices are oriented differently from most"
 SCALE = "images whose pixels are of another size than in training"
-TURNED = "images whose slices lie in the patient otherwise than in training"
+TURNED = "images whose slices are oriented differently from those in training"
 
 
 class Oddities:
@@ -70,13 +70,17 @@ class Oddities:
         for note in mask.notes:
             self._add(CONTOURS, case, f"{path.name} {note}")
         if (mask.header is None) != (grid.header is None):
-            self._add(KIND, case, f"{path.name} and {case.image.name} are usually stored turned against each other")
+            self._add(
+                KIND,
+                case,
+                f"{path.name} and {case.image.name} are of kinds that usually store a slice in different orientations",
+            )
         if is_negative(mask.values):
-            self._add(NEGATIVE, case, f"{path.name} holds nothing above 0, so nothing of it is inside")
+            self._add(NEGATIVE, case, f"{path.name} holds nothing above 0, so no pixel counts as inside")
         elif not case.labels and not is_plain(mask.values):
-            self._add(VALUES, case, f"of {path.name} what is above half of its largest value counts as inside")
+            self._add(VALUES, case, f"in {path.name}, values above half of the largest count as inside")
         if is_above(mask.values, case.labels):
-            self._add(LABELS, case, f"{path.name} holds 0 and {mask.values.max():g}, so nothing of it is inside")
+            self._add(LABELS, case, f"{path.name} holds 0 and {mask.values.max():g}, so no pixel counts as inside")
         if marks_the_background(drawn):
             self._add(BACKGROUND, case, f"{path.name} marks the corners of every slice and most of it")
         if holds_a_picture(drawn):
@@ -95,7 +99,7 @@ class Oddities:
 
     def _tell_as_trained(self, model: Manifest) -> None:
         for name, lie, mm in zip(self.names, self.lies, self.pixels, strict=True):
-            if text := otherwise(lie, model.lie, "those of the training"):
+            if text := otherwise(lie, model.lie, "those in training"):
                 self._tell(TURNED, name, f"its {text}")
             if text := out_of_scale(mm, model.pixel_mm):
                 self._tell(SCALE, name, f"its {text}")
@@ -103,7 +107,7 @@ class Oddities:
     def _tell_among_themselves(self) -> None:
         most = usual(self.lies)
         for name, lie in zip(self.names, self.lies, strict=True):
-            if text := otherwise(lie, most, "those of most"):
+            if text := otherwise(lie, most, "those of most images"):
                 self._tell(MIXED, name, f"its {text}")
 
     def _add(self, kind: str, case: Case, text: str) -> None:

@@ -56,7 +56,7 @@ def partition(
     """
     train, val = training_cases(found, root), found.get("val", [])
     why = "the validation cases have no masks" if found.unlabelled.get("val") else "no validation folder"
-    split = Partition(train, val) if val else _hold_out(train, val_fraction, seed, why, levels)
+    split = Partition(train, val) if val else _hold_out(root, train, val_fraction, seed, why, levels)
     return replace(split, notes=(*split.notes, *_torn(found)))
 
 
@@ -93,9 +93,11 @@ def training_cases(found: DataSet, root: Path) -> list[Case]:
     return cases
 
 
-def _hold_out(cases: list[Case], fraction: float, seed: int, why: str, levels: int | None) -> Partition:
+def _hold_out(root: Path, cases: list[Case], fraction: float, seed: int, why: str, levels: int | None) -> Partition:
     if len(cases) < 2:
-        raise CdiffError("one case is not enough: at least two are needed, one of them for validation")
+        raise CdiffError(
+            f"{root} has one training case, and that is not enough: at least two are needed, one of them for validation"
+        )
     groups: dict[str, list[int]] = {}
     for i, case in enumerate(cases):
         groups.setdefault(case.patient or f"case {i}", []).append(i)
@@ -146,11 +148,11 @@ def none_has(name: str, cases: Sequence[Case], levels: int, variant: Variant = C
     """The message that no case of a split has as many masks as levels, and which setting takes them all the same."""
     counts = sorted({len(case.masks) for case in cases})
     if counts[-1] >= levels:
-        remedy = f"--set levels={counts[-1]} is their number"
+        remedy = f"--set levels={counts[-1]} matches them"
     elif variant is ANNOTATOR:
-        remedy = "variant annotator learns each one's and needs them all; another variant with --set missing_raters=as-is does not"
+        remedy = "variant annotator learns each annotator's masks and needs them all; another variant with --set missing_raters=as-is does not"
     else:
-        remedy = "--set missing_raters=as-is takes the masks there are"
+        remedy = "--set missing_raters=as-is uses the masks that there are"
     return f"no {name} case has {levels} masks (they have {' or '.join(map(str, counts))}); {remedy}"
 
 

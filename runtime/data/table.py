@@ -115,7 +115,7 @@ def read_table(path: Path, notes: list[str], *, masks: bool = True) -> list[Entr
         if any(row.values()):
             _add(entries, row, known, path, f"{path}, row {number}")
     if not entries:
-        raise CdiffError(f"{path} names no case; below its header there must be a row for each")
+        raise CdiffError(f"{path} names no case; put a row for each below its header")
     uses = Counter(file for entry in entries.values() for file in entry.files)
     if twice := [str(file) for file, count in uses.items() if count > 1]:
         notes.append(
@@ -135,13 +135,13 @@ def _check_width(header: list[str], cells: list[str], where: str) -> None:
     annotator's mask. Other text may stand there (a note with commas), and anything in a first column without a name (a data frame's index)."""
     if any(cell.strip() for cell in cells) and len(cells) < len(header):
         raise CdiffError(
-            f"{where} has {several(len(cells), 'cell')} below {len(header)} columns; a mask that nobody drew is a cell that is empty, so end "
-            "the row with commas, or copy the table again"
+            f"{where} has {several(len(cells), 'cell')} for {several(len(header), 'column')}; a mask that nobody drew is an empty cell, so end "
+            "the row with commas, or copy the table again if it was cut off"
         )
     for i, cell in enumerate(cells):
         if i and (i >= len(header) or not header[i].strip()) and stem(Path(cell.strip())) is not None:
             raise CdiffError(
-                f"{where} has {cell.strip()} in column {i + 1}, which the first line gives no name; name it, such as mask_ben"
+                f"{where} has {cell.strip()} in column {i + 1}, which has no name in the first line; name it, such as mask_ben"
             )
 
 
@@ -163,9 +163,11 @@ def _add(entries: dict[str, Entry], row: dict[str, str], known: Columns, path: P
             raise CdiffError(f"{where}, case {case}: {', '.join(lacking)} is empty; every case needs its images")
         entry = entries[case] = Entry(case, images, split=SPLITS.get(split, ""), patient=cell("patient"))
     elif "rater" not in known.plain and "task" not in known.plain:
-        raise CdiffError(f"{where} names the case {case} again; one row a case, or a column rater for one row a mask")
+        raise CdiffError(
+            f"{where} names the case {case} again; give each case one row, or add a column rater and give each mask one row"
+        )
     elif any(entry.images[name] != image for name, image in images.items()) or (split and SPLITS[split] != entry.split):
-        raise CdiffError(f"{where} gives another image or split to the case {case} than its first row")
+        raise CdiffError(f"{where} gives the case {case} another image or split than the first row of that case does")
     masks = entry.tasks.setdefault(cell("task") or OWN_TASK, {})
     for name, column in known.masks.items():
         rater = "_".join(word for word in (cell("rater"), name) if word) or "1"
@@ -222,5 +224,5 @@ def _parsed(text: str, delimiter: str, path: Path) -> Iterator[tuple[int, list[s
     except csv.Error as error:
         raise CdiffError(
             f"{path} cannot be read as a table from line {start + 1} on ({error}); look for a quotation mark that is not closed, "
-            "and take columns of very long text out"
+            "and remove columns of very long text"
         ) from None

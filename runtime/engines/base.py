@@ -168,7 +168,7 @@ def features_not_finite() -> CdiffError:
     """The error for a non-finite encoder output, the same for every engine."""
     return CdiffError(
         "the encoder returned a value that is not finite; "
-        "check the scan's values, and a half-precision model against its float32 form"
+        "check the scan's values, or, if the model is in half precision, try its float32 form"
     )
 
 
@@ -181,7 +181,7 @@ def variance_as_listed(bundle: Bundle, learned: bool) -> None:
     if (listed == "learned") != learned:
         gives = "gives a variance of its own (mix)" if learned else "gives no variance (mix)"
         raise CdiffError(
-            f"{bundle.path}: the manifest says variance {listed}, and the denoiser {gives}: export the model again"
+            f"{bundle.path}: the manifest says variance {listed}, but the denoiser {gives}: export the model again"
         )
 
 

@@ -43,7 +43,7 @@ class JitFile:
                 LOG.warning("%s cannot be read (%s) and is not used; its kernels are compiled again", path, error)
                 continue
             if not isinstance(found, dict) or {**found, "sha256": ""} != self._head(""):
-                LOG.info("%s is another engine's, version's or GPU's; the kernels are compiled again", path)
+                LOG.info("%s is for another engine, version or GPU; the kernels are compiled again", path)
             elif found.get("sha256") != hashlib.sha256(blob).hexdigest():
                 LOG.warning("%s is damaged and is not used; its kernels are compiled again", path)
             else:

@@ -128,7 +128,7 @@ def look_for_cudnn() -> None:
             return
     if sys.platform == "linux":
         LOG.warning(
-            "cuDNN 9 is not there (libcudnn.so.9), without which ONNX Runtime's convolutions fail or are slow on a GPU: "
+            "cuDNN 9 was not found (libcudnn.so.9); without it ONNX Runtime's convolutions fail or are slow on a GPU: "
             "pip install nvidia-cudnn-cu13, or add cuDNN's folder to LD_LIBRARY_PATH"
         )
 

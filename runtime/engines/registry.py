@@ -66,7 +66,7 @@ def _tensorrt_status(flavour: Flavour) -> EngineStatus:
 def _device_layer_missing() -> str:
     """What the device layer lacks, and how to get it; "" when it lacks nothing."""
     lacking = missing_packages()
-    return f"{' and '.join(lacking)} not installed: {INSTALL}" if lacking else ""
+    return f"{' and '.join(lacking)} {'is' if len(lacking) == 1 else 'are'} not installed: {INSTALL}" if lacking else ""
 
 
 def _onnxruntime_status(name: str) -> EngineStatus:
@@ -83,7 +83,7 @@ def _onnxruntime_status(name: str) -> EngineStatus:
         return _through_tensorrt(version, TENSORRT in providers)
     devices = tuple(device for device, provider in (("cpu", CPU), ("cuda", CUDA)) if provider in providers)
     if "cuda" not in devices:
-        missing = "for cuda: onnxruntime-gpu in place of onnxruntime, pip install '.[gpu]' in cdiff's clone"
+        missing = "for cuda: pip uninstall onnxruntime, then pip install '.[gpu]' in cdiff's clone"
     else:
         lacking = _device_layer_missing()
         missing = f"on cuda every step goes through the host: {lacking}" if lacking else ""
@@ -94,7 +94,7 @@ def _through_tensorrt(version: str, built_in: bool) -> EngineStatus:
     """The state of the TensorRT provider. ONNX Runtime lists it even without TensorRT's libraries, so these are looked for too."""
     name = "onnxruntime-tensorrt"
     if not built_in:
-        reason = "onnxruntime-gpu in place of onnxruntime, pip install '.[gpu]' in cdiff's clone"
+        reason = "it needs onnxruntime-gpu: pip uninstall onnxruntime, then pip install '.[gpu]' in cdiff's clone"
         return EngineStatus(name, version, (), reason)
     try:
         tensorrt = trt_version("tensorrt")
@@ -144,7 +144,9 @@ def must_run(name: str, device: str) -> None:
     """Raise CdiffError where the engine called `name` or the device is unknown, or that engine cannot run there. For `auto` only the device
     is checked; `open_engine` finds out the rest."""
     if name not in ("auto", *NAMES):
-        raise CdiffError(f"engine {name!r} is not known; use one of auto, {', '.join(NAMES)}, or to segment with torch")
+        raise CdiffError(
+            f"engine {name!r} is not known; use one of auto, {', '.join(NAMES)} or, with an installed PyTorch, torch"
+        )
     kind = "cpu" if parse_device(device) is None else "cuda"
     if name == "auto" or kind in (state := engine_status(name)).devices:
         return

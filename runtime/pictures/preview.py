@@ -296,7 +296,10 @@ def _sizes(volumes: dict[str, Any], count: str, of_annotators: bool) -> list[tup
             )
         ]
     if not half:
-        return [("nowhere do half agree", drawing.INK), (f"at least one on {three_digits(one)} {word}", drawing.FAINT)]
+        return [
+            ("at least half agree nowhere", drawing.INK),
+            (f"at least one on {three_digits(one)} {word}", drawing.FAINT),
+        ]
     return [
         (f"at least half agree on {three_digits(half)} {word}", drawing.INK),
         (f"all on {three_digits(every)}, at least one on {three_digits(one)} {word}", drawing.FAINT),

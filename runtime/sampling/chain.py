@@ -140,5 +140,5 @@ def not_finite(rows: Rows, what: str, row: int) -> CdiffError:
     """The error for a value that is not finite in one row of a batch."""
     return CdiffError(
         f"the network returned a value that is not finite: {what}, slice {rows.slice_id[row] % APART}, level {rows.level[row]}, "
-        f"run {rows.run[row]}; check the scan's values, and a half-precision model against its float32 form"
+        f"run {rows.run[row]}; check the scan's values, or, if the model is in half precision, try its float32 form"
     )

@@ -38,7 +38,7 @@ def check_zooms(zooms: Sequence[float], framing: str) -> tuple[float, ...]:
         )
     if found != ONE_ZOOM and framing != "centre":
         raise CdiffError(
-            f"a model of the framing {framing!r} looks at whole slices; only one of 'centre' takes zooms besides 1"
+            f"a model with framing {framing!r} looks at whole slices; only framing 'centre' takes zooms other than 1"
         )
     return found
 

@@ -37,13 +37,13 @@ def voxel_files(named: str, below: Sequence[str], path: Path) -> list[Path]:
         step = int(numbers[2]) if fits and len(numbers) > 2 else 1
         if not fits or not step:
             raise CdiffError(
-                f"{path} has its voxels in files called {named[:200]!r}, which is no name with one number in it (s%03d.raw 1 100 1); "
-                "give their names"
+                f"{path} has its voxels in files called {named[:200]!r}, but such a name needs a place for one number and its range (s%03d.raw 1 100 1); "
+                "correct it, or list the files' names"
             )
         count = range(int(numbers[0]), int(numbers[1]) + (1 if step > 0 else -1), step)
         if len(count) > MOST_FILES:
             raise CdiffError(
-                f"{path} has its voxels in {len(count)} files, and at most {MOST_FILES} are read; pack them"
+                f"{path} has its voxels in {len(count)} files, but at most {MOST_FILES} are read; save it as one file"
             )
         names = (words[0] % number for number in count)
     return [path.parent / name for name in names]
@@ -55,9 +55,9 @@ def must_be_own(files: Iterable[Path], path: Path) -> None:
     for file in files:
         if os.path.commonpath([folder, os.path.abspath(file)]) != folder:
             raise CdiffError(
-                f"{path} has its voxels in {file}, outside its own folder; copy them there, and name them so"
+                f"{path} has its voxels in {file}, outside its own folder; copy that file there, and correct its name in the header"
             )
         if not is_there(file):
             raise CdiffError(f"{path} has its voxels in {file}, which does not exist; copy it too")
         if not file.is_file():
-            raise CdiffError(f"{path} has its voxels in {file}, which is no file; copy them into one")
+            raise CdiffError(f"{path} has its voxels in {file}, which is not a regular file; copy the voxels into one")

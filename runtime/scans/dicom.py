@@ -180,7 +180,7 @@ def read_dicom(path: Path, channels: int = 1, series: int | None = None) -> Conv
             )
         except subprocess.TimeoutExpired:
             raise CdiffError(
-                f"{where} dcm2niix did not end within {LONGEST / 60:g} minutes, as it may not with damaged files; {BY_HAND}"
+                f"{where} dcm2niix did not finish within {LONGEST / 60:g} minutes, as happens with damaged files; {BY_HAND}"
             ) from None
         said = done.stdout.replace(str(source), str(path if path.is_dir() else path.parent))
         overlays = set(made.glob(OVERLAYS))
@@ -199,10 +199,12 @@ def read_dicom(path: Path, channels: int = 1, series: int | None = None) -> Conv
         )
     if below := _below(path):
         notes.append(
-            f"DICOM images in folders below {path} were not read: {listed(below)}; name those folders for theirs"
+            f"DICOM images in folders below {path} were not read: {listed(below)}; to read them, name those folders"
         )
     if any(header.get("PhotometricInterpretation") == INVERTED for header in chosen.headers):
-        notes.append(f"the DICOM images are {INVERTED}, low values bright: values are as stored, not turned round")
+        notes.append(
+            f"the DICOM images are {INVERTED} (low values are bright): values are used as stored, not inverted"
+        )
     return Converted(
         image,
         tuple(files.values()),
@@ -248,7 +250,7 @@ def _must_leave_none(folder: Path, patterns: set[str]) -> None:
         alike = "0" in (pattern := _pattern(file.name)) and pattern in patterns
         if alike and file.is_file() and not _may_be_image(file):
             raise CdiffError(
-                f"{file} is called as the images beside it are and is no DICOM file; it is damaged: copy it again, or take it out of the folder"
+                f"{file} is named like the images beside it but is not a DICOM file; it is damaged: copy it again, or take it out of the folder"
             )
 
 
@@ -310,7 +312,7 @@ def _must_be_grey(chosen: Series, where: str) -> None:
         kind = str(header.get("PhotometricInterpretation") or "")
         if (header.get("SamplesPerPixel") or 1) != 1 or kind == PALETTE:
             raise CdiffError(
-                f"{where} {file.name} is in colours ({kind}), and DICOM is read in grey alone; export it as PNG, or name a grey series"
+                f"{where} {file.name} is in colour ({kind}), but only grey DICOM is read; export it as PNG, or name a grey series"
             )
         if header.get("BitsAllocated") == 8 and header.get("PixelRepresentation") == 1:
             raise CdiffError(
@@ -329,7 +331,7 @@ def _header(file: Path) -> Any:
             # dcm2niix does not read these, and pydicom unpacks them whole: up to a thousand times their bytes.
             if pydicom.filereader.read_file_meta_info(file).get("TransferSyntaxUID") == DEFLATED:
                 raise CdiffError(
-                    f"{file} is deflated as a whole, which is not read here; inflate it: dcmconv +te IN OUT"
+                    f"{file} is compressed as a whole (deflated), which cdiff does not read; inflate it: dcmconv +te IN OUT"
                 )
             header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=TAGS)
             # pydicom decodes a value whenever it is asked for, and would say each time what is wrong with it.
@@ -366,7 +368,7 @@ def _choose(found: list[Series], path: Path, series: int | None) -> Series:
         raise CdiffError(
             f"{path} holds {len(found)} DICOM series: {there}; name one with --series NUMBER (in Python, series)"
         )
-    raise CdiffError(f"{path} holds several series of one number: {there}; give each a folder")
+    raise CdiffError(f"{path} holds several series with the same number: {there}; give each series its own folder")
 
 
 def _must_be_one(made: list[Path], said: str, where: str) -> None:
@@ -375,7 +377,7 @@ def _must_be_one(made: list[Path], said: str, where: str) -> None:
         raise CdiffError(f"{where} the gantry was tilted; {BY_HAND} (its name ends in _Tilt_1 or _Tilt_Eq_1)")
     if UNEVEN in said:
         raise CdiffError(
-            f"{where} the distance between slices varies: one may be missing; copy them again, or {BY_HAND}"
+            f"{where} the distance between slices varies: one may be missing; copy the files again, or {BY_HAND}"
         )
     if not made:
         # dcm2niix is "unable" to tell the manufacturer of nearly every image.
@@ -383,5 +385,5 @@ def _must_be_one(made: list[Path], said: str, where: str) -> None:
         raise CdiffError(f"{where} it cannot be converted ({told[0] if told else 'dcm2niix does not say why'})")
     if len(made) > 1:
         raise CdiffError(
-            f"{where} dcm2niix makes {len(made)} images of it, as of several echoes or orientations; {BY_HAND}"
+            f"{where} dcm2niix makes {len(made)} images of it, as it does with several echoes or orientations; {BY_HAND}"
         )

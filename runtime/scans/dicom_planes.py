@@ -114,7 +114,7 @@ def laid(image: nib.Nifti1Image, planes: Planes, where: str) -> tuple[nib.Nifti1
         return image, ()
     if planes.mixed:  # dcm2niix goes by the numbers, and would put slices into each other's places
         raise CdiffError(
-            f"{where} its frames are numbered in another order than they lie in; save them as single images (dcm4che's emf2sf does)"
+            f"{where} its frames are not numbered in the order in which they lie; save them as single images (dcm4che's emf2sf does)"
         )
     if not planes.known:
         if np.prod(image.shape[2:], dtype=int) != planes.count:
@@ -136,7 +136,7 @@ def laid(image: nib.Nifti1Image, planes: Planes, where: str) -> tuple[nib.Nifti1
     axis, at = _places(affine, shape, planes.known, where)
     if len(planes.known) != shape[axis]:
         raise CdiffError(
-            f"{where} dcm2niix makes {shape[axis]} slices of {planes.count} images; some lie at one place, or are damaged"
+            f"{where} dcm2niix makes {shape[axis]} slices of {planes.count} images; some lie at the same place, or are damaged"
         )
     order, wanted = np.argsort(at, kind="stable"), np.arange(shape[axis])
     off = np.abs(at[order] - wanted).max()
@@ -148,13 +148,13 @@ def laid(image: nib.Nifti1Image, planes: Planes, where: str) -> tuple[nib.Nifti1
     gaps = np.diff(at[order])
     if apart > BETWEEN * step or (gaps.size and np.abs(gaps - step).max() > UNEVEN * step):
         raise CdiffError(
-            f"{where} the distance between slices varies: one may be missing; copy them again, or resample it to even slices"
+            f"{where} the distance between slices varies: one may be missing; copy the files again, or resample the volume to even slices"
         )
     affine[:3, 3] += first * affine[:3, axis]
     affine[:3, axis] *= step
     length = float(np.linalg.norm(affine[:3, axis]))
     told = (
-        f"the positions in the DICOM headers are not quite even: slices are taken to be {length:.4g} mm apart, the mean; each lies "
+        f"the positions in the DICOM headers are not quite even: slices are taken to be {length:.4g} mm apart (the mean); each lies "
         f"within {apart / step * length:.2g} mm of where its header says"
     )
     return _moved(image, affine), (told,) if apart > ROUNDING * step else ()

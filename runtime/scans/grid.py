@@ -127,7 +127,7 @@ class Grid:
             return f"have different spacings ({_mm(mine)} and {_mm(theirs)} mm)"
         placed = self.has_orientation and other.has_orientation
         if placed and not np.allclose(here, there, rtol=1e-3, atol=0.01 * min(mine)):
-            return "have different affines (they do not lie at one place)"
+            return "have different affines (they do not lie in the same place)"
         return None
 
     @property
@@ -147,8 +147,8 @@ class Grid:
             notes.append(f"the header's spacing and its sform ({listed} mm) disagree: volumes use the spacing")
         if self.leaning < 1:
             notes.append(
-                "the sform's axes are not at right angles, as of a CT with a tilted gantry: volumes count a voxel as the sform "
-                f"has it, {1 - self.leaning:.1%} smaller than its edges multiplied; lengths are taken along the array's axes"
+                "the sform's axes are not at right angles, as of a CT with a tilted gantry: volumes use the sform's "
+                f"voxel, {1 - self.leaning:.1%} smaller than its edges multiplied; lengths are taken along the array's axes"
             )
         return notes
 

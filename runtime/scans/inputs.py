@@ -70,7 +70,9 @@ def scans_named(
     cases = {path.parent for path in paths if IMAGE.match(stem(path) or "")}
     masks = [path for path in paths if _is_no_scan(path, cases)] if len(paths) > 1 else []
     if masks:
-        notes.append(f"{listed([path.name for path in masks])}: masks or results by their names, not taken")
+        notes.append(
+            f"{listed([path.name for path in masks])}: left out, since their names say that they are masks or results"
+        )
     scans: list[NamedScan] = []
     for path in paths:
         left: list[Path] = []
@@ -99,7 +101,7 @@ def must_differ(scans: Iterable[NamedScan]) -> None:
 def passed_over(root: Path, left: Sequence[Path]) -> str:
     """The note that the scans of some folders below `root` are not taken, and how to have them taken."""
     names = listed([path.relative_to(root).as_posix() for path in left])
-    return f"scans in folders below {root} that are not called image.nii.gz were not taken ({names}); name such a folder, or a table"
+    return f"scans in folders below {root} are taken only if called image.nii.gz; left out: {names}; name such a folder itself, or a table"
 
 
 def _scans_in(root: Path, channels: int, modalities: Sequence[str], left: list[Path]) -> Iterator[NamedScan]:

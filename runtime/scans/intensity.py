@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.words import several
 
 Limits = tuple[NDArray[Any], NDArray[Any]]
 """The two percentiles, or mean and standard deviation, each [S or 1, channels, 1, 1]."""
@@ -81,7 +82,9 @@ class Intensity:
         values = np.asarray(array, dtype=np.float32)
         if limits is None:
             if len(self.mean) not in (1, values.shape[1]):
-                raise CdiffError(f"the intensity has {len(self.mean)} means, and the image {values.shape[1]} channels")
+                raise CdiffError(
+                    f"the intensity has {several(len(self.mean), 'mean')}, but the image has {several(values.shape[1], 'channel')}"
+                )
             with np.errstate(all="ignore"):
                 mean, std = (np.asarray(numbers, np.float32)[:, None, None] for numbers in (self.mean, self.std))
                 given = np.asarray((values - mean) / std, dtype=np.float32)

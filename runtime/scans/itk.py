@@ -123,7 +123,7 @@ def _must_be_harmless(data: bytes, path: Path) -> None:
         must_be_own(_files_of(data, path), path)
         return
     if len(os.fsencode(path)) > LONGEST:
-        raise CdiffError(f"{path} has a path of more than {LONGEST} bytes; move it to one that is shorter")
+        raise CdiffError(f"{path} has a path of more than {LONGEST} bytes; move it to a folder with a shorter path")
     text = _nrrd_text(data, path)
     if "\r" in text:  # which ends a line for the library, and not for us
         raise CdiffError(f"{path} has lines in its header that end in a carriage return alone; save it again")

@@ -74,10 +74,10 @@ def usual(lies: Iterable[Lie | None], share: float = 0.0) -> Lie | None:
 
 
 def otherwise(lie: Lie | None, wanted: Lie | None, whose: str) -> str | None:
-    """In words how a volume's slices lie otherwise than `wanted`; whose: of whom that is, such as "those of most". None where they do not, or
+    """In words how a volume's slices lie otherwise than `wanted`; whose: of whom that is, such as "those of most images". None where they do not, or
     where one of both is not known."""
     if lie is None or wanted is None or lie == wanted:
         return None
     if lie.plane != wanted.plane:
-        return f"slices are {lie.plane}, and {whose} {wanted.plane}"
-    return f"slices have the {lie.first} axis first, and {whose} the {wanted.first}"
+        return f"slices are {lie.plane}, but {whose} are {wanted.plane}"
+    return f"slices have the {lie.first} axis first, but {whose} have the {wanted.first} axis first"

@@ -44,7 +44,7 @@ def header_of(data: bytes, path: Path) -> tuple[dict[str, str], str, int]:
     mark = LAST.encode()
     head, found, rest = data[:TEXT_ENDS].partition(mark)
     if data.count(mark) > bool(found):
-        raise CdiffError(f"{path} does not name its voxels once, in a short header ({LAST}); save it again")
+        raise CdiffError(f"{path} does not name its voxels exactly once, in a short header ({LAST}); save it again")
     fields = dict(_said(head))
     line = rest.partition(b"\n")[0]
     named = re.sub(r"^\s*[=:]", "", line.decode("utf-8", "replace")).strip()
@@ -66,7 +66,7 @@ def must_be_whole(data: bytes, path: Path) -> None:
     fields, named, _ = header_of(data, path)
     axes, sizes = fields.get("NDims", ""), fields.get("DimSize", "").split()
     early = [name for name in names[: names.index("NDims")] if name in BY_AXIS] if "NDims" in names else []
-    wrong = next((f"{name} does not stand there once" for name in NEEDED if names.count(name) != 1), "")
+    wrong = next((f"{name} does not occur exactly once" for name in NEEDED if names.count(name) != 1), "")
     if not wrong and (not axes.isdecimal() or not 0 < int(axes) <= MOST_AXES or len(sizes) != int(axes)):
         wrong = f"{axes[:50]} axes of {fields['DimSize'][:50]} voxels"
     elif not wrong and not all(size.isdecimal() and 0 < int(size) <= MOST_VOXELS for size in sizes):
@@ -136,7 +136,9 @@ def check_metaimage(data: bytes, path: Path) -> None:
     files = files_of(data, path)
     if not files and named:
         if packed and not packed_size:  # which ITK then reads wrongly
-            raise CdiffError(f"{path} does not say how long its packed voxels are (CompressedDataSize); save it again")
+            raise CdiffError(
+                f"{path} does not say how many bytes its compressed voxels take (CompressedDataSize); save it again"
+            )
         stored = memoryview(data)[begins:]
         _must_hold(promised, stored[:packed_size] if packed else stored, packed, path, path)
         if not packed and not words:
@@ -158,7 +160,7 @@ def _must_be_as_many(files: list[Path], named: str, sizes: list[int], path: Path
         axes = int(rest[0].rstrip("D"))
     if (kind == "LIST" or "%" in named) and len(files) != math.prod(sizes[axes:]):
         raise CdiffError(
-            f"{path} names {len(files)} files for the voxels of {math.prod(sizes[axes:])}; correct the list"
+            f"{path} names {len(files)} files for its voxels, but its sizes need {math.prod(sizes[axes:])}; correct the list"
         )
 
 

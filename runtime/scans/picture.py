@@ -58,7 +58,7 @@ def check_depth(picture: Any, data: bytes, path: Path) -> None:
         bits = max(picture.tag_v2.get(BITS_PER_SAMPLE, (1,)))
     if bits > 8 and picture.mode not in DEEP_MODES:
         raise CdiffError(
-            f"{path} has several channels of {bits} bits, and only grey pictures are read with more than 8: save it in 16-bit grey, "
+            f"{path} has several channels of {bits} bits, but with more than 8 only grey pictures are read: save it in 16-bit grey, "
             "one file a channel, or as NIfTI"
         )
 
@@ -134,7 +134,7 @@ def _numbers(picture: Any, tag: int) -> tuple[int, ...]:
 
 
 def _damaged(path: Path) -> CdiffError:
-    return CdiffError(f"{path} is damaged: its check sums are not those of what it holds; copy it again")
+    return CdiffError(f"{path} is damaged: its checksums do not match its contents; copy it again")
 
 
 def _fewer(path: Path, size: tuple[int, int]) -> CdiffError:
@@ -195,7 +195,7 @@ def read_picture(data: bytes, path: Path, channels: int) -> tuple[NDArray[np.flo
     """
     if channels not in (1, 3):
         raise CdiffError(
-            f"{path} is a picture, of one channel or three, and {channels} are needed; give a NIfTI with them on its last axis"
+            f"{path} is a picture, of one channel or three, but {channels} are needed; give a NIfTI with the channels on its last axis"
         )
     notes = []
     with opened(data, path) as (picture, turned):
@@ -220,6 +220,6 @@ def read_picture(data: bytes, path: Path, channels: int) -> tuple[NDArray[np.flo
         else:
             pixels = pixels[..., 0]
     elif channels == 3 and pixels.ndim == 2:
-        notes.append("the grey picture was taken for each of the three channels")
+        notes.append("the grey picture was used for each of the three channels")
         pixels = np.repeat(pixels[..., None], 3, axis=2)
     return pixels, notes

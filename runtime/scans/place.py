@@ -66,7 +66,7 @@ def must_take_a_place(manifest: Manifest) -> None:
     if manifest.framing != "centre":
         how = "in tiles" if manifest.framing == "tile" else "resampled"
         raise CdiffError(
-            f"a model of the framing {manifest.framing!r} looks at the whole of each slice, {how}, and finds the structure "
+            f"a model with framing {manifest.framing!r} looks at the whole of each slice, {how}, and finds the structure "
             "wherever it lies; leave out --at (in Python, at)"
         )
 

@@ -36,4 +36,4 @@ def out_of_scale(size: float | None, trained: tuple[float, float] | None) -> str
     low, high = trained
     learned = f"{low:.3g}" if f"{low:.3g}" == f"{high:.3g}" else f"{low:.3g} to {high:.3g}"
     times, how = (size / high, "smaller") if size > high else (low / size, "larger")
-    return f"pixels are {size:.3g} mm wide, and those that the model learned from {learned} mm: structures look {round(times, 1):g} times {how} to it"
+    return f"pixels are {size:.3g} mm wide, but those that the model learned from are {learned} mm: structures look {round(times, 1):g} times {how} to it"

@@ -77,7 +77,7 @@ def _stacked(paths: Sequence[str | os.PathLike[str]], channels: int, slice_axis:
         return _one(paths[0], channels, slice_axis, series)
     names = ", ".join(map(str, paths))
     if len(paths) != channels:
-        raise CdiffError(f"{len(paths)} files ({names}) where {channels} channels are needed; give one file a modality")
+        raise CdiffError(f"{len(paths)} files ({names}), but the model takes {channels}; give one file per modality")
     parts = [_one(path, 1, slice_axis, series) for path in paths]
     first = parts[0]
     for part in parts[1:]:
@@ -86,7 +86,9 @@ def _stacked(paths: Sequence[str | os.PathLike[str]], channels: int, slice_axis:
     digest = hashlib.sha256(b"".join(bytes.fromhex(part.sha256) for part in parts))
     warnings = [warning for part in parts for warning in part.warnings]
     if len({part.grid.header is None for part in parts}) > 1:
-        warnings.append("the modalities are pictures and NIfTI, usually stored turned against each other: look at them")
+        warnings.append(
+            "the modalities are pictures and NIfTI, which usually store a slice in different orientations: check that they match"
+        )
     slices = np.concatenate([part.slices for part in parts], axis=1)
     readers = ", ".join(dict.fromkeys(part.reader for part in parts if part.reader))
     return Scan(
@@ -114,7 +116,7 @@ def _one(scan: OneScan, channels: int, slice_axis: int, series: int | None) -> S
     notes = list(loaded.notes)
     if high - low > MOST:
         raise CdiffError(
-            f"{named} holds values from {low:.3g} to {high:.3g}, farther apart than float32 has numbers; replace what fills its empty voxels"
+            f"{named} holds values from {low:.3g} to {high:.3g}, a range that float32 cannot normalise; replace the value that fills its empty voxels"
         )
     if low == high:
         notes.append("every voxel has the same value: the maps say nothing about this scan")
@@ -143,7 +145,7 @@ def _load(scan: OneScan, channels: int, series: int | None) -> _Loaded:
     if isinstance(scan, str | os.PathLike):
         return _from_path(Path(scan), channels, series)
     if series is not None:
-        raise CdiffError(f"series {series} is of a DICOM folder, and none was given; leave it out")
+        raise CdiffError(f"series {series} is for a DICOM folder, but none was given; leave series out")
     if isinstance(scan, np.ndarray):
         check_kind(scan.dtype, "the array")
         check_size(scan.shape, "the array")
@@ -173,12 +175,12 @@ def _from_path(path: Path, channels: int, series: int | None) -> _Loaded:
         read_bytes(path)  # says why
     if path.name.lower() == INDEX.lower() and path.is_file():
         raise CdiffError(
-            f"{path} lists what lies on a disc and holds no image; name the folder that it is in, or that of a series"
+            f"{path} lists what is on a disc and holds no image; name the folder that it is in, or that of a series"
         )
     if path.is_dir() or is_dicom(path):
         return _dicom(path, channels, series)
     if series is not None:
-        raise CdiffError(f"series {series} is of a DICOM folder, and {path} is none; leave it out")
+        raise CdiffError(f"series {series} is for a DICOM folder, and {path} is not one; leave series out")
     data = read_bytes(path)
     digest = hashlib.sha256(data)
     if path.name.lower().endswith(PICTURE_SUFFIXES):
@@ -195,7 +197,7 @@ def _from_path(path: Path, channels: int, series: int | None) -> _Loaded:
 
 def _dicom(path: Path, channels: int, series: int | None) -> _Loaded:
     if path.is_dir() and not holds_dicom(path):
-        raise CdiffError(f"{path} is a folder, and no DICOM series; name a scan")
+        raise CdiffError(f"{path} is a folder, but holds no DICOM series; name a scan")
     found = read_dicom(path, channels, series)
     voxels, name = nifti_voxels(found.image, str(path)), Path(os.path.abspath(path)).name
     name = name if path.is_dir() else name.removesuffix(path.suffix) or name

@@ -36,7 +36,7 @@ def is_there(path: Path) -> bool:
         path.stat()
     except PermissionError:
         raise CdiffError(
-            f"{path} cannot be seen: permission denied; check the permissions of the folders that it lies in"
+            f"{path} cannot be reached: permission denied; check the permissions of the folders that it lies in"
         ) from None
     except (OSError, ValueError):  # nothing, a link to nothing, a loop of links; a name that cannot be one
         return False
@@ -49,7 +49,7 @@ def must_be_text(path: Path) -> None:
     if named != str(path):
         if os.fsencode(path) == named.encode():  # it is UTF-8, but the locale has Python read it in another encoding
             raise CdiffError(
-                f"{named} has signs that this locale ({sys.getfilesystemencoding()}) does not read as they are; set PYTHONUTF8=1"
+                f"{named} has characters that this locale ({sys.getfilesystemencoding()}) cannot read; set PYTHONUTF8=1"
             )
         raise CdiffError(f"{named} has a name that is not UTF-8; rename the file, or the folder that has such a name")
 
@@ -59,12 +59,12 @@ def any_bytes(path: Path) -> bytes:
     try:
         # /dev/zero never ends, and a pipe may never begin.
         if is_there(path) and not path.is_file() and not path.is_dir():
-            raise CdiffError(f"{path} is no file but a device or a pipe; copy what it gives into a file")
+            raise CdiffError(f"{path} is a device or a pipe, not a file; copy its contents into a file")
         data = path.read_bytes()
     except FileNotFoundError:
         if path.is_symlink():
             raise CdiffError(f"{path} is a link to {path.readlink()}, which does not exist; fetch that file") from None
-        foreign = ": folders are parted by / here" if "\\" in path.name else ""  # as in a table from Windows
+        foreign = ": here / separates folders" if "\\" in path.name else ""  # as in a table from Windows
         raise CdiffError(f"{path} does not exist; check the path{foreign}") from None
     except OSError as error:
         raise CdiffError(

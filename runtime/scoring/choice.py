@@ -38,7 +38,9 @@ def choose_split(
     there = ", ".join(found)
     if wanted:
         raise CdiffError(f"there is no split {wanted} in this data, which has {there}; choose one with --split")
-    raise CdiffError(f"the data has only the split {there}; name it with --split to score what was trained on")
+    raise CdiffError(
+        f"the data has only the split {there}; name it with --split to score cases that may have been trained on"
+    )
 
 
 def held_out(found: DataSet, root: Path, manifest: Manifest) -> list[Case]:
@@ -55,8 +57,8 @@ def may_be_too_good(manifest: Manifest, split: str, count: int) -> str | None:
     if split != "all" or HELD_OUT not in str(_data_of(manifest)):
         return None
     return (
-        f"no split is named, so all {count} cases are scored; the model was trained on data without a validation split: where they "
-        "are the same, these scores are too good; put cases that it never saw in a folder Testing, or name them test in a table"
+        f"no split is named, so {'the only case is' if count == 1 else f'all {count} cases are'} scored; the model was trained on data without a validation split: if these are "
+        "the same cases, the scores are too good; put cases that it never saw in a folder Testing, or name them test in a table"
     )
 
 
@@ -75,7 +77,7 @@ def labelled_as_trained(
     """
     trained = manifest.labels_inside
     if asked and trained and set(asked) != set(trained):
-        tell(f"labels {_numbers(asked)} are scored as inside, and the model was trained on {_numbers(trained)}")
+        tell(f"labels {_numbers(asked)} are scored as inside, but the model was trained with {_numbers(trained)}")
     inside = asked or trained
     return ([replace(case, labels=inside) for case in cases] if inside else cases), inside
 

@@ -68,7 +68,7 @@ class Protocol:
     def __post_init__(self) -> None:
         if self.all_raters and self.all_slices:
             raise CdiffError(
-                "--all-raters leaves slices out that --all-slices would score; give one of the two, or neither"
+                "--all-raters leaves out slices that --all-slices would score; give one of the two, or neither"
             )
 
     @property
@@ -239,10 +239,10 @@ def _plan(source: Source, cases: Iterable[Case], protocol: Protocol, tell: Notic
     if not jobs:
         hint = "score them with --raters use" if other and protocol.raters == "skip" else "look at the masks"
         if undrawn:
-            hint = f"the maps of {len(undrawn)} are NaN on every slice to score"
+            hint = f"the maps of {several(len(undrawn), 'case')} are NaN on every slice to score"
         raise CdiffError(
-            f"no case is left to score: {len(other)} have another number of annotators than the model's "
-            f"{source.levels} levels, {len(empty)} no marked slice; {hint}"
+            f"no case is left to score: the number of annotators differs from the model's "
+            f"{source.levels} levels in {several(len(other), 'case')}, and no slice is marked in {several(len(empty), 'case')}; {hint}"
         )
     left_out = {"other_number_of_annotators": other if protocol.raters == "skip" else {}, "no_marked_slice": empty}
     return jobs, left_out | ({"slices_without_maps": undrawn} if undrawn else {})
@@ -259,7 +259,7 @@ def _notes(
             if protocol.raters == "skip"
             else f"scored with level c read as the share c/{levels} of their annotators"
         )
-        yield f"{_named(list(other))}: {counts} annotators, and the model has {levels} levels; {fate}"
+        yield f"{_named(list(other))}: {counts} annotators, but the model has {levels} levels; {fate}"
     if empty:
         by = "all annotators" if protocol.all_raters else "any annotator"
         yield f"{_named(empty)}: no slice marked by {by}; left out"

@@ -60,7 +60,7 @@ class Journal:
                 if lines:
                     kept = _kept(path)
                     notice(
-                        f"{path} was made with {_difference(lines[0], dict(header))}: starting anew, it is now {kept.name}"
+                        f"{path} was made with {_difference(lines[0], dict(header))}: it was renamed to {kept.name}, and this evaluation starts anew"
                     )
                     self._file.close()
                     self._file = _held(path)
@@ -163,20 +163,20 @@ def _finished(
     except IsADirectoryError:
         raise CdiffError(f"{path} is a folder; name a file for the report") from None
     except (OSError, ValueError, RecursionError):
-        notice(f"{path} is there and cannot be read as a report: this evaluation will replace it")
+        notice(f"{path} exists but cannot be read as a report: this evaluation will replace it")
         return {}
     if not isinstance(report, dict) or report.get("made_with") != fingerprint(header):
-        notice(f"{path} is there, of another model, protocol or data: this evaluation will replace it")
+        notice(f"{path} exists, but is of another model, protocol or data: this evaluation will replace it")
         return {}
     cases = report.get("cases")
     rows = _whole(cases if isinstance(cases, list) else [], path, report["made_with"], keys, notice)
-    used, there = sum(key in asked for key in rows), f"{path} is there, made with the same model, protocol and data"
+    used, there = sum(key in asked for key in rows), f"{path} exists, made with the same model, protocol and data"
     if rows and used == len(rows):
         notice(f"{there}: its {several(used, 'case')} {'is' if used == 1 else 'are'} not computed again")
     elif rows:
         notice(
-            f"{there}: {used} of its {len(rows)} cases {'is' if used == 1 else 'are'} not computed again; the others are not asked for, or their files changed, "
-            "and the new report will not hold them"
+            f"{there}: {used} of its {len(rows)} cases {'is' if used == 1 else 'are'} not computed again; the others were not asked for or their files have changed, "
+            "and the new report will leave them out"
         )
     return rows
 
@@ -195,7 +195,7 @@ def _whole(rows: Sequence[Any], path: Path, made_with: str, keys: Sequence[str],
     ]
     own = [row for row in held if whole(row)]
     if lost := len(rows) - len(own):
-        notice(f"{path}: {several(lost, 'case')} of it damaged or of another evaluation, and not used")
+        notice(f"{path}: {several(lost, 'case')} in it damaged or of another evaluation, so not used")
     return {row["inputs"]: row for row in own}
 
 

@@ -75,7 +75,7 @@ def read_beside(path: Path) -> list[PaperRow]:
         return _rows_of(json.loads(text), f"computed before, {path.name}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, csv.Error):
         raise CdiffError(
-            f"{path} is no report of cdiff evaluate; give its scores.json, or a .csv with the columns {', '.join(COLUMNS)}"
+            f"{path} is not a report of cdiff evaluate; give its scores.json, or a .csv with the columns {', '.join(COLUMNS)}"
         ) from None
 
 
@@ -93,9 +93,7 @@ def _published(text: str, path: Path) -> list[PaperRow]:
             raise CdiffError(f"{where} has more cells than columns; put a cell that holds a comma in quotes")
         empty = [name for name in COLUMNS if not (line[name] or "").strip()]
         if empty:
-            raise CdiffError(
-                f"{where}: {', '.join(empty)} is empty; a number stands here only with its data and its source"
-            )
+            raise CdiffError(f"{where}: {', '.join(empty)} is empty; every number needs its data and its source")
         try:
             table = int(line["table"])
             percent, low, high = (float(line[key]) if line.get(key) else None for key in ("percent", "low", "high"))
@@ -116,7 +114,7 @@ def _rows_of(report: Mapping[str, Any], source: str) -> list[PaperRow]:
     at_hand += f" ({several(report['soft_dice_5']['n_slices'], 'slice')} of {several(report['n_cases'], 'case')})"
     model, variant = str(report["model"]["name"]), report["model"].get("variant", "consensus")
     protocol = report["protocol"]
-    chain = "maps as they lie in files"
+    chain = "maps read from files"
     if "steps" in protocol:
         chain = f"{several(protocol['runs'], 'run')} x {several(protocol['steps'], 'step')}, {protocol['sampler']}, {protocol['combine']}"
     whose = f"{model}: {variant}, {VARIANTS.get(variant, 'its own')}"
@@ -135,13 +133,13 @@ def paper_notes(rows: list[PaperRow]) -> list[str]:
     missing = [str(table) for table in TITLES if table not in known]
     notes = [
         "Published rows are of QUBIQ 2021 as its authors split it; the others of the data named beside them. Rows of "
-        "different data compare nothing.",
+        "different data cannot be compared.",
         "The published score rounds each level's mean over runs before averaging (--levels vote), and its code compares at the "
         "network's size; its Table 3 counts the training images, with smoothing 1e-4.",
     ]
     if missing:
         tables = f"Table{'s' * (len(missing) > 1)} {' and '.join(missing)}"
-        notes.append(f"No published number is held here for {tables}, nor for data not listed: see the paper.")
+        notes.append(f"cdiff holds no published numbers for {tables}, nor for data not listed: see the paper.")
     return notes
 
 

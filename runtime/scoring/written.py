@@ -86,8 +86,8 @@ class WrittenMaps:
         found = {case.name: _written(folder, case.name) for case in cases}
         if missing := [name for name, written in found.items() if written is None]:
             raise CdiffError(
-                f"{several(len(missing), 'case')} of {len(cases)} without a map in {folder} ({listed(missing)}): expected such as "
-                f"{missing[0].replace('/', '_')}_soft.nii.gz; draw them, or score others"
+                f"{len(missing)} of {several(len(cases), 'case')} without a map in {folder} ({listed(missing)}): expected a file such as "
+                f"{missing[0].replace('/', '_')}_soft.nii.gz; draw those maps, or score other cases"
             )
         self._written = {name: written for name, written in found.items() if written}
         without = {name: one.soft for name, one in self._written.items() if not one.report}
@@ -106,13 +106,13 @@ class WrittenMaps:
         if lacking := [name for name in self._written if name not in with_levels]:
             raise CdiffError(
                 f"{listed(lacking)}: no file of levels in {self._folder}, where {next(iter(with_levels))} has one; "
-                "remove those, and all levels are read from the soft maps, or add what is missing"
+                "add the missing files, or remove those of the others too: all levels are then read from the soft maps"
             )
         counts = {name: _count(path, self._written[name].soft) for name, path in with_levels.items()}
         if len(set(counts.values())) > 1:
             low, high = min(counts, key=lambda name: counts[name]), max(counts, key=lambda name: counts[name])
             raise CdiffError(
-                f"in {self._folder} {low} has {several(counts[low], 'level')} and {high} {counts[high]}; score maps of one number at a time"
+                f"in {self._folder} {low} has {several(counts[low], 'level')} and {high} {counts[high]}; score maps with one number of levels at a time"
             )
         return next(iter(counts.values()))
 
@@ -159,7 +159,7 @@ class WrittenMaps:
         written, scan = self._written[case.name], self._scan(case)
         if any(written.soft.samefile(image) for image in (case.image, *case.others)):
             raise CdiffError(
-                f"{written.soft} is the image of {case.name}, and no map of it; name the folder of the maps with --maps"
+                f"{written.soft} is the image of {case.name}, not a map of it; name the folder of the maps with --maps"
             )
         odd.see_grid(case, scan.grid)
         masks = read_masks(case, scan.grid, odd)
@@ -169,7 +169,9 @@ class WrittenMaps:
         drawn = _drawn(_maps(written.soft, scan.grid, 1))
         for path, number in ((written.levels, self.levels), (written.uncertainty, 2)):
             if path and (_drawn(_maps(path, scan.grid, number)) != drawn).any():
-                raise CdiffError(f"{path} is NaN in other slices than {written.soft.name}; they are of different maps")
+                raise CdiffError(
+                    f"{path} is NaN in other slices than {written.soft.name}; the two are not of the same maps"
+                )
         return case, masks, drawn
 
     def row(self, job: Job, protocol: Protocol, progress: Progress) -> Row:
@@ -266,7 +268,7 @@ def _maps(path: Path, grid: Grid, number: int) -> Float32:
     low, high = (float(found(maps, initial=0, where=~blank)) for found in (np.min, np.max))
     if low < -ROUNDING or high > 1 + ROUNDING:
         raise CdiffError(
-            f"{path} holds values from {low:g} to {high:g}; a map is a share of annotators, from 0 to 1: divide it"
+            f"{path} holds values from {low:g} to {high:g}; a map is a share of annotators: scale it to 0 to 1"
         )
     return np.asarray(np.clip(maps, 0, 1), dtype=np.float32)
 

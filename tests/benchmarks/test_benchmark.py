@@ -211,7 +211,7 @@ def test_the_scan_of_a_model_of_several_files_is_a_case(tiny_bundle: Path, tmp_p
     assert [file.name for file in files] == ["brats_train_001_flair_081_w.nii.gz", "brats_train_001_t1_081_w.nii.gz"]
     with pytest.raises(CdiffError, match=r"holds 2 scans; name one"):
         scan_files(root, manifest)
-    with pytest.raises(CdiffError, match=r"one channel and the model takes 2; give a scan with --scan"):
+    with pytest.raises(CdiffError, match=r"one channel, but the model takes 2; give a scan with --scan"):
         scan_files(None, manifest)
 
 

@@ -316,14 +316,14 @@ def test_no_batch_is_measured_that_another_engine_would_have_to_be_built_for(mon
 
 def test_no_room_for_the_parts_of_a_step_costs_no_measured_protocol(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_room(*_: Any) -> Any:
-        raise OutOfMemory("PyTorch has no room on the GPU")
+        raise OutOfMemory("PyTorch ran out of memory on the GPU")
 
     monkeypatch.setattr(gpu_checks, "step_parts", no_room)
     name = "protocol:graph:paper"
     found = gpu_checks.run_check(name, CPU)
     assert found["status"] == "done"
     page = markdown({"settings": vars(CPU), "targets": [], "plan": [], "checks": {name: found}})
-    assert f"| {name} | done but for a step's parts | PyTorch has no room on the GPU |" in page
+    assert f"| {name} | done but for a step's parts | PyTorch ran out of memory on the GPU |" in page
     assert "| cdiff, PyTorch float16, our kernels, captured |" in page
 
 

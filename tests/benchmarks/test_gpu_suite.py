@@ -194,7 +194,7 @@ def test_a_report_of_another_gpu_is_not_gone_on_with(tmp_path: Path, monkeypatch
         monkeypatch.setattr(gpu_suite, "visible_gpus", lambda names=names: [Gpu(name, "9.0", 0) for name in names])
         assert "machine" in Suite(tmp_path, settings, checks, fresh=False).report["checks"]
     monkeypatch.setattr(gpu_suite, "visible_gpus", lambda: [Gpu("NVIDIA T4", "7.5", 0)])
-    with pytest.raises(CdiffError, match=r"was measured on NVIDIA H200, and cuda:0 is NVIDIA T4; give --fresh"):
+    with pytest.raises(CdiffError, match=r"was measured on NVIDIA H200, but cuda:0 is NVIDIA T4; give --fresh"):
         Suite(tmp_path, settings, checks, fresh=False)
     assert Suite(tmp_path, settings, checks, fresh=True).report["checks"] == {}
 

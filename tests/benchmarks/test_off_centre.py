@@ -80,7 +80,7 @@ def test_the_maps_are_those_of_the_place_that_is_named(tmp_path: Path, capsys: p
 def test_data_that_it_cannot_measure_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = write_synthetic_dataset(tmp_path / "flat", {"Validation": 1}, raters=4, shape=(40, 40))
     assert main(["--data", str(root)]) == 2
-    assert "case01 is no volume" in capsys.readouterr().err
+    assert "case01 is not a volume" in capsys.readouterr().err
     root = write_synthetic_dataset(tmp_path / "empty", {"Validation": 1}, raters=4, shape=(40, 40, 2))
     mask = next(root.rglob("*seg01*"))
     nib.save(nib.Nifti1Image(np.zeros((40, 40, 2), np.uint8), nib.load(mask).affine), mask)

@@ -175,7 +175,7 @@ def test_another_peers_folder_and_a_damaged_save_are_refused(tiny_data: Path, tm
     [
         (["--only", "unet-hard"], "no such peer; the peers are unet-majority"),
         (["--only", ""], "no such peer"),
-        (["--minutes", "0"], "give a positive number"),
+        (["--minutes", "0"], "must be a positive number"),
         (["--crop", "20"], "multiple of 16"),
         (["--batch", "0"], "--batch 0 must be at least 1"),
         (["--threads", "0"], "--threads 0 must be at least 1"),

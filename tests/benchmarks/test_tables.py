@@ -64,7 +64,7 @@ def test_every_number_of_the_report_stands_in_its_row() -> None:
     for said in (
         "a processor, 4 cores, threads used: 2; torch 2.13, onnxruntime 1.31",
         "model tiny: 2.15 M parameters, 64x48, 3 levels, float32",
-        "3 slice(s) of a.nii, 4 runs, 10 steps of ddim; medians of 5 rounds",
+        "3 slices of a.nii, 4 runs, 10 steps of ddim; medians of 5 rounds",
         "50 GFLOP/s in float32. A slice's encoding is 1.50 GFLOP, a row's denoiser call 2.50.",
         "takes 0.75 s more. A slice with 25 runs of all 100 steps: about 250 s by the exported engine",
         "by at most 2.0e-05.",

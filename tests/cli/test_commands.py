@@ -124,7 +124,7 @@ def test_several_scans_and_folders_at_once(tiny_data: Path, tiny_bundle: Path, t
     assert {path.name for path in (tmp_path / "maps").glob("*.json")} == {
         f"{name}.json" for name in ("a", "b", "case01", "case02")
     }
-    assert "task01_seg01.nii.gz: masks or results by their names, not taken" in result.stderr
+    assert "task01_seg01.nii.gz: left out, since their names say that they are masks or results" in result.stderr
     assert "look first at" not in result.stderr  # one step of the tiny model marks nothing
     for names, said in (
         ((one, tiny_data / "Training/case01", tiny_data / "Validation/case01"), "would both write case01_soft.nii.gz"),

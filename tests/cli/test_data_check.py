@@ -51,7 +51,7 @@ def test_nothing_is_said_of_a_network_that_is_not_there(tmp_path: Path, monkeypa
         shape = (32, 32) if number == 1 else (32, 32, 3)
         Image.fromarray(np.random.default_rng(number).integers(0, 255, shape, np.uint8)).save(case / "image.png")
     lines = findings(grey, monkeypatch)
-    assert "note image case02: the grey picture was taken for each of the three channels" in lines
+    assert "note image case02: the grey picture was used for each of the three channels" in lines
     assert "model" not in " ".join(lines)
 
 
@@ -112,7 +112,7 @@ def test_no_report_replaces_the_voxels_that_a_header_names(
     raw = tmp_path / "scan.raw"
     before = raw.read_bytes()
     result = CliRunner().invoke(app, [*command, "--json", str(raw)])
-    assert f"error: {raw} is read, and would be replaced" in result.stderr
+    assert f"error: {raw} is one of the files that are read, and would be replaced" in result.stderr
     assert result.exit_code == 2
     assert raw.read_bytes() == before
 
@@ -132,7 +132,7 @@ def test_no_report_replaces_a_slice_of_a_series_or_the_file_of_a_structure(
         before = path.read_bytes()
         result = CliRunner().invoke(app, [*command, "cases.csv", "--json", str(path)])
         assert result.exit_code == 2
-        assert f"error: {path} is read, and would be replaced" in result.stderr
+        assert f"error: {path} is one of the files that are read, and would be replaced" in result.stderr
         assert path.read_bytes() == before
 
 

@@ -58,7 +58,7 @@ def test_a_locale_that_is_not_utf8_is_told_as_that(named: str, tiny_bundle: Path
     old = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     done = subprocess.run(command, capture_output=True, env=os.environ | old, text=True, check=False)
     assert done.returncode == 2
-    assert "does not read as they are; set PYTHONUTF8=1" in done.stderr
+    assert "cannot read; set PYTHONUTF8=1" in done.stderr
     assert done.stderr.count("\n") == 1
 
 

@@ -160,7 +160,7 @@ def test_a_place_that_cannot_be(tiny_bundle: Path, tiny_data: Path, tmp_path: Pa
         "segment", scan, "--model", tiny_bundle, "-q", "--at", "1,1,1"
     )
     several = one_line("segment", tiny_data / "Validation", "-q", "--at", "1,1,1")
-    assert f"--at names a place in one scan, and {tiny_data / 'Validation'} holds 2" in several
+    assert f"--at names a place in one scan, but {tiny_data / 'Validation'} holds 2" in several
     out = ("-o", tmp_path / "maps", "-q", "--fast")
     assert "0 to 31" in one_line("segment", scan, *out, "--at", "32,1,1")
     assert "give a voxel in whole numbers" in one_line("segment", scan, *out, "--at", "1;1;1")
@@ -207,12 +207,12 @@ def test_files_that_are_not_ours_are_not_replaced(
     (tmp_path / "a.json").write_text('{"Modality": "CT"}')
     chain = ("--model", tiny_bundle, "-o", tmp_path, "--runs", 1, "--steps", 1, "--no-preview", "-q")
     error = fails(3, "segment", tmp_path, *chain)
-    assert "a.json is there" in error
-    assert "b_mask.nii.gz is there" in error
+    assert "a.json exists" in error
+    assert "b_mask.nii.gz exists" in error
     assert (tmp_path / "b_mask.nii.gz").read_bytes() == source
     assert (tmp_path / "b_mask.json").is_file()
     monkeypatch.setattr("cdiff.runtime.segmenter.Segmenter.segment", None)
-    assert "a.json is there" in one_line("segment", tmp_path / "a.nii.gz", *chain)
+    assert "a.json exists" in one_line("segment", tmp_path / "a.nii.gz", *chain)
 
 
 @pytest.mark.slow
@@ -283,7 +283,7 @@ def test_a_scan_in_a_closed_folder_does_not_stop_the_others(closed: Path, tiny_b
     scan = tiny_data / "Validation/case01/image.nii.gz"
     model = cdiff.load(tiny_bundle)
     first, second = model.segment_many([closed / "a.nii.gz", scan], runs=1, steps=1)
-    assert "cannot be seen: permission denied" in str(first.error)
+    assert "cannot be reached: permission denied" in str(first.error)
     assert second.error is None
 
 
@@ -307,9 +307,7 @@ def test_a_current_folder_that_was_deleted_is_told(tmp_path: Path, tiny_data: Pa
         cwd=gone, env=os.environ | start, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 2
-    assert (
-        done.stderr == "error: training cannot start in a folder that was deleted; change to one that is there (cd)\n"
-    )
+    assert done.stderr == "error: training cannot start in a folder that was deleted; change to one that exists (cd)\n"
 
 
 def test_a_device_is_not_replaced_by_results(tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,9 +336,11 @@ def test_no_result_replaces_what_is_read(tiny_data: Path, tmp_path: Path, monkey
         ("evaluate", "--data", table, "--json"),
     ):
         for path in (table, case / "image.nii.gz", case / "task01_seg02.nii.gz"):
-            assert f"{path} is read, and would be replaced" in fails(2, *command, path)
+            assert f"{path} is one of the files that are read, and would be replaced" in fails(2, *command, path)
     scan = case / "image.nii.gz"
-    assert "is read, and would be replaced" in one_line("benchmark", "--scan", scan, "--json", scan)
+    assert "is one of the files that are read, and would be replaced" in one_line(
+        "benchmark", "--scan", scan, "--json", scan
+    )
     assert {path: path.read_bytes() for path in before} == before
 
 

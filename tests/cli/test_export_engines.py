@@ -63,7 +63,7 @@ def test_where_triton_reads_must_be_writable_before_anything_is_exported(tiny_ru
     [
         (["--capability", "8.9", "--capability", "99.9"], "does not build for compute capability 99.9; it knows 7.5"),
         (["--capability", "89"], "does not build for compute capability 89; it knows 7.5"),
-        (["--refit"], "makes engines to refit only on a machine with a GPU"),
+        (["--refit"], "builds engines that can be refitted only on a machine with a GPU"),
     ],
 )
 def test_what_rtx_cannot_build_is_said_before_anything_is_exported(

@@ -34,23 +34,23 @@ def test_it_says_what_it_found_and_prints_the_run(checkpoint: Path, tmp_path: Pa
     code, out, err = cdiff("import", checkpoint, "--out", tmp_path / "run", "--mean", "12.5", "--std", "3")
     assert (code, out.strip()) == (0, str(tmp_path / "run"))
     assert "consensus code, consensus: " in err
-    assert "32x32, 1 channel(s), 3 level(s), T = 100, step 2500" in err
+    assert "32x32, 1 channel, 3 levels, T = 100, step 2500" in err
     assert "note" not in err
     assert read_config(tmp_path / "run").data.intensity_mean == (12.5,)
     code, out, err = cdiff("import", checkpoint, "--out", tmp_path / "other", "-q")
     assert (code, out.strip()) == (0, str(tmp_path / "other"))
-    assert "each slice's own stand in" in err  # a note is printed with -q too
+    assert "each slice's own are used instead" in err  # a note is printed with -q too
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (["--option", "rrdb_blocks=2"], "missing    rrdb.RRDB_trunk.1.RDB1.conv1.bias [32]\n"),
-        (["--from", "implicit-ensemble"], "is of the consensus code by its tensors' names, and not implicit-ensemble"),
+        (["--from", "implicit-ensemble"], "is from the consensus code, not implicit-ensemble"),
         (["--option", "rrdb_blocks"], "write it as name=value"),
         (["--mean", "one", "--std", "1"], "give numbers with commas"),
         (["--mean", "1,2", "--std", "1"], "must be as many numbers"),
-        (["--args", "nowhere.json"], "nowhere.json is not there"),
+        (["--args", "nowhere.json"], "nowhere.json does not exist"),
         (["--args", "."], "error: . is a folder; give the args.json"),
     ],
 )

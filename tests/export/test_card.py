@@ -78,11 +78,21 @@ def test_the_card_of_a_run_from_other_weights_says_which() -> None:
     training = {"step": 12, "seconds": 60.0, "init": {"name": "the first", "sha256": "ab" * 32, "imported": published}}
     text = render(Card(), example(training=training), CHANGED)
     assert f"{training_command(CHANGED)} --init 'the first'\n" in text
-    assert f"started from the averaged ones of the first, sha256 {'ab' * 32}, which were trained by" in text
+    assert f"started from the averaged weights of the first, sha256 {'ab' * 32}, which were trained by" in text
     assert f"https://github.com/somebody/code (consensus) and imported from ema.pt, sha256 {'cd' * 32}." in text
     trained_on = {"step": 12, "seconds": 60.0, "imported": published}
-    assert ", then trained on here." in render(Card(), example(training=trained_on), CHANGED)
+    assert ", then trained further here." in render(Card(), example(training=trained_on), CHANGED)
     assert "--init" not in render(Card(), example(training=trained_on), CHANGED)
+
+
+def test_numbers_of_one_are_singular() -> None:
+    training = {
+        "machine": {"device": "cpu", "cpu": "Some CPU", "threads": 1},
+        "data": {"train": {"cases": 2, "slices": 7}, "val": {"cases": 1, "slices": 1}},
+    }
+    text = render(Card(), example(training=training), CHANGED)
+    assert "| 1 thread of Some CPU |" in text
+    assert "Trained on 7 slices of 2 cases; the checkpoint was chosen on 1 slice of 1 case." in text
 
 
 def test_an_unscored_run_says_so() -> None:

@@ -331,7 +331,7 @@ def test_load_takes_torch_by_name(tiny_bundle) -> None:  # type: ignore[no-untyp
 def test_weights_whose_variance_is_not_the_manifests_are_refused() -> None:
     bundle = open_bundle(shipped_bundle())
     wrong = dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, variance="learned"))
-    with pytest.raises(CdiffError, match="says variance learned, and the denoiser gives no variance"):
+    with pytest.raises(CdiffError, match="says variance learned, but the denoiser gives no variance"):
         open_torch(wrong, "cpu")
 
 
@@ -389,7 +389,7 @@ def test_a_gpu_without_room_is_out_of_memory_and_keeps_no_tensors(monkeypatch: p
     monkeypatch.setattr("cdiff.export.torch_engine.TorchBinding", full)
     for call in calls:
         with pytest.raises(
-            OutOfMemory, match=r"no room on the GPU \(CUDA out of memory. Tried to allocate 20.00 GiB.\)"
+            OutOfMemory, match=r"ran out of memory on the GPU \(CUDA out of memory. Tried to allocate 20.00 GiB.\)"
         ) as caught:
             call()
         assert caught.value.__context__ is None

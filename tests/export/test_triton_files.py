@@ -72,7 +72,7 @@ def test_what_ends_the_copy_is_one_line_and_leaves_nothing(
         "removed": "has changed since",
         "engine removed": "denoiser.engine was removed while it was copied",
         "disk full": "cannot write to .*no space left",
-        "folder removed": "removed meanwhile",
+        "folder removed": "removed while writing",
     }[what]
     with pytest.raises(CdiffError, match=says) as caught:
         write_repository(opened, models)

@@ -51,7 +51,7 @@ def test_a_head_in_another_form_is_not_written_over_the_tensors(
     head = b'{"__metadata__":{},"a":[1E9]}'  # written again it is 1000000000.0
     whole = weights.LENGTH.pack(len(head)) + head + bytes(range(20))
     monkeypatch.setattr(weights, "write_tensors", lambda path, *_: path.write_bytes(whole))
-    with pytest.raises(CdiffError, match="a head in another form"):
+    with pytest.raises(CdiffError, match="a header in an unexpected form"):
         write_weights(tmp_path / "weights", {}, {})
     assert (tmp_path / "weights").read_bytes() == whole
 

@@ -114,7 +114,9 @@ def test_images_that_change_after_they_were_segmented(change: str, tmp_path: Pat
     else:
         image.write_bytes(image.read_bytes()[: 100 if change == "cut off" else 0])
     says = (
-        "would name their patient" if change == "another patient's" else f"{image} has changed since it was segmented"
+        "would name that series' patient"
+        if change == "another patient's"
+        else f"{image} has changed since it was segmented"
     )
     with pytest.raises(CdiffError, match=says) as caught:
         write_dicom_seg(result, tmp_path / "seg.dcm")
@@ -257,7 +259,7 @@ def test_it_is_written_with_the_maps_and_is_no_scan(model: Segmenter, tmp_path: 
     result.save(folder)
     assert not (folder / "a_levels.dcm").exists()
     (folder / "a_levels.dcm").write_bytes(b"a reader's own")
-    with pytest.raises(CdiffError, match=r"a_levels.dcm is there, would be replaced"):
+    with pytest.raises(CdiffError, match=r"a_levels.dcm exists and would be replaced"):
         result.save(folder, dicom_seg=True)
 
 

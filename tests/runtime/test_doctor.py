@@ -74,7 +74,7 @@ def test_an_engine_for_a_gpu_that_is_not_there_does_not_run_on_it(monkeypatch: p
     ]
     monkeypatch.setattr("cdiff.runtime.doctor.available_engines", lambda: built)
     monkeypatch.setattr("cdiff.runtime.doctor.visible_gpus", lambda: [])
-    none = "for cuda: no NVIDIA GPU is to be seen here"
+    none = "for cuda: no NVIDIA GPU was found"
     assert diagnose().sections["Engines"][:-1] == [
         Check("onnxruntime", True, "1.31.1 on cpu", none),
         Check("tensorrt", False, "", none),

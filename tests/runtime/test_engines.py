@@ -104,12 +104,15 @@ def test_unknown_engines_and_devices_are_refused(tmp_path: Path, name: str, devi
     [
         (
             "auto",
-            r"no engine can run on cuda:0 here: tensorrt: .*pip install '.\[gpu\]' in cdiff's clone.*; onnxruntime: .*onnxruntime-gpu",
+            r"no engine can run on cuda:0 here: tensorrt: .*pip install '.\[gpu\]' in cdiff's clone.*; onnxruntime: for cuda: pip uninstall onnxruntime, then",
         ),
-        ("onnxruntime", "onnxruntime does not run on cuda:0 here: for cuda: onnxruntime-gpu"),
+        (
+            "onnxruntime",
+            "onnxruntime does not run on cuda:0 here: for cuda: pip uninstall onnxruntime, then pip install",
+        ),
         ("tensorrt", r"tensorrt cannot run here: tensorrt is not installed: .*'\.\[gpu\]"),
         ("tensorrt-rtx", r"tensorrt-rtx cannot run here: .*pip install ('\.\[rtx\]|pycuda )"),
-        ("onnxruntime-tensorrt", "onnxruntime-tensorrt cannot run here: onnxruntime-gpu"),
+        ("onnxruntime-tensorrt", "onnxruntime-tensorrt cannot run here: it needs onnxruntime-gpu"),
     ],
 )
 def test_a_gpu_that_cannot_be_used_is_an_error_and_not_the_cpu(tmp_path: Path, name: str, said: str) -> None:
@@ -142,8 +145,8 @@ def test_a_gpu_that_is_not_there_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("listed", "said"),
     [
-        ("fixed", "says variance fixed, and the denoiser gives a variance of its own"),
-        ("learned", "says variance learned, and the denoiser gives no variance"),
+        ("fixed", "says variance fixed, but the denoiser gives a variance of its own"),
+        ("learned", "says variance learned, but the denoiser gives no variance"),
     ],
 )
 def test_a_denoiser_whose_variance_is_not_the_manifests_is_refused(tmp_path: Path, listed: str, said: str) -> None:

@@ -249,7 +249,9 @@ def test_a_folder_that_is_removed_meanwhile_is_one_line(tmp_path: Path) -> None:
             stage("report.json").write_bytes(b"x")
 
     for write in (write_folder, write_set):
-        with pytest.raises(CdiffError, match="out, or what was being written in it, was removed meanwhile") as caught:
+        with pytest.raises(
+            CdiffError, match="out, or what was being written in it, was removed while writing"
+        ) as caught:
             write()
         assert "\n" not in str(caught.value)
     with pytest.raises(FileNotFoundError), atomic_folder(tmp_path / "other"):  # of what is read its reader says it

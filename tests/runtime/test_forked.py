@@ -74,8 +74,8 @@ def test_a_model_of_the_parent_is_refused_in_a_line(bundle: Path) -> None:
     lines = forked("told(maps)\ntold(lambda: model.segment_many([]))\n", bundle).splitlines()
     assert len(lines) == 2
     for line in lines:
-        assert line.startswith("this model was loaded in process PARENT, which process")
-        assert "load it in this one, with cdiff.load" in line
+        assert line.startswith("this model was loaded in process PARENT, and process")
+        assert "load the model in this process, with cdiff.load" in line
 
 
 def test_one_that_is_loaded_anew_gives_the_same_maps(bundle: Path) -> None:
@@ -98,4 +98,4 @@ def test_nothing_of_pytorchs_is_begun_where_the_parent_has_computed_with_it(tiny
     assert len(said) == 3
     assert said[0].startswith("this model was loaded in process PARENT")
     for line in said[1:]:
-        assert line.startswith("PyTorch has computed in the process that this one was forked off from")
+        assert line.startswith("PyTorch has computed in the process that this one was forked from")

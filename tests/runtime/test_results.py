@@ -217,7 +217,7 @@ def test_a_page_is_listed_and_an_old_one_dropped(tmp_path: Path) -> None:
     result.save(tmp_path / "out", "a", preview=False)
     assert not (tmp_path / "out" / "a_page.html").exists()
     (tmp_path / "out" / "a_page.html").write_text("mine")
-    with pytest.raises(CdiffError, match=r"a_page\.html is there"):
+    with pytest.raises(CdiffError, match=r"a_page\.html exists"):
         result.save(tmp_path / "out", "a", preview=False, page=True)
 
 
@@ -268,7 +268,7 @@ def test_a_save_killed_between_its_files_can_be_done_again(tmp_path: Path) -> No
     (out / "scan.json").unlink()
     for part in out.glob(".part-*.json"):
         part.unlink()
-    with pytest.raises(CdiffError, match=r"scan_.*is there"):
+    with pytest.raises(CdiffError, match=r"scan_.*exists and would be replaced"):
         again.save(out)
 
 

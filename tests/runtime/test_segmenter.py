@@ -199,16 +199,16 @@ def test_a_part_of_a_scan_has_the_maps_that_it_has_in_the_whole(segmenter: Segme
     np.testing.assert_allclose(part.soft[..., 2:4], whole.soft[..., 2:4], atol=1e-5)
     assert np.isnan(part.soft[..., [0, 1, 4, 5]]).all()
     assert part.report["slices"] == {"first": 2, "end": 4, "of": 6}
-    assert any("only slices 2 to 3 of 0 to 5 were segmented" in line for line in part.report["warnings"])
+    assert any("only slices 2 to 3 (of 0 to 5) were segmented" in line for line in part.report["warnings"])
     one = segmenter.segment(array, **QUICK, slices="2:3")
-    assert any("only slice 2 of 0 to 5 was segmented" in line for line in one.report["warnings"])
+    assert any("only slice 2 (of 0 to 5) was segmented" in line for line in one.report["warnings"])
 
 
 def test_slices_that_may_be_the_modalities_of_one_are_told(segmenter: Segmenter, tmp_path: Path) -> None:
     """Along the last axis of a scan of one channel; a model of several knows them when it sees them."""
 
     def told(note: str) -> bool:
-        return "along the last axis was taken for a slice" in note
+        return "planes along the last axis was taken as a slice" in note
 
     for shape, said in (
         ((SIZE, SIZE, 4), True),
@@ -217,7 +217,7 @@ def test_slices_that_may_be_the_modalities_of_one_are_told(segmenter: Segmenter,
         ((SIZE, SIZE, 5), False),
     ):
         warnings = segmenter.segment(volume(*shape), **QUICK).report["warnings"]
-        assert any("each of the 4 along the last axis was taken for a slice" in note for note in warnings) == said
+        assert any("each of the 4 planes along the last axis was taken as a slice" in note for note in warnings) == said
     first = segmenter.segment(volume(4, SIZE, SIZE), **QUICK, slice_axis=0)
     several = cdiff.load(make_bundle(tmp_path / "two", image_channels=2)).segment(volume(SIZE, SIZE, 4, 2), **QUICK)
     assert not any(map(told, [*first.report["warnings"], *several.report["warnings"]]))

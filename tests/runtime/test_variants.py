@@ -177,7 +177,7 @@ def test_rounding_a_single_map_is_refused(tmp_path: Path) -> None:
         ("annotator", alone),
     ):
         model = cdiff.load(_bundle(tmp_path / name, name, **changes))
-        with pytest.raises(CdiffError, match=rf"this model \({name}\) draws a single one.*use 'mean'"):
+        with pytest.raises(CdiffError, match=rf"this model \({name}\) draws a single map.*use 'mean'"):
             model.segment(array, runs=1, steps=1, combine="vote")
     single = cdiff.load(_bundle(tmp_path / "one", "soft-label")).segment(array, runs=1, steps=1)
     assert single.report["combine_note"] == "mean over runs"

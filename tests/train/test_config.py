@@ -106,7 +106,7 @@ def test_bad_settings_are_one_clear_line(setting: str, says: str) -> None:
         (["augment=false", "rotation=90"], "augment=false leaves every window as it is"),
         (["framing=tile", "crop=64"], "crop=64 must not be above image_size=32"),
         (["framing=centre", "crop=16"], "with framing=centre every window has image_size=32"),
-        (["framing=tile", "crop=32", "late_batch=2"], "without a smaller crop all have image_size"),
+        (["framing=tile", "crop=32", "late_batch=2"], "without a crop below image_size none does"),
         (["framing=tile", "crop=16", "late=0", "late_batch=2"], "with late=0 there is none; set batch"),
     ],
 )
@@ -165,8 +165,8 @@ def test_a_preset_of_a_paper_has_the_settings_of_its_published_scripts(name: str
 @pytest.mark.parametrize(
     ("section", "value", "says"),
     [
-        ("network", None, "section 'network' is no JSON object"),
-        ("network", [1], "section 'network' is no JSON object"),
+        ("network", None, "section 'network' is not a JSON object"),
+        ("network", [1], "section 'network' is not a JSON object"),
         ("network", {"T": "x"}, "has T='x'; expected int"),
         ("network", {"base_channels": 8.0}, "has base_channels=8.0; expected int"),
         ("network", {"channel_mult": 5}, "has channel_mult=5; expected tuple"),

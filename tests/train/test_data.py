@@ -308,7 +308,7 @@ def test_the_variant_that_tells_annotators_apart_takes_the_cases_of_the_same_one
     (root / "Training/case01/task01_seg01.nii.gz").rename(root / "Training/case01/task01_seg1.nii.gz")
     config = preset("tiny").with_values({"variant": "annotator"})
     data = read_data(root, config)
-    assert data.notes == ["case02 has masks of seg01, seg02, seg04, others of seg01, seg02, seg03: skipped"]
+    assert data.notes == ["case02 has masks of seg01, seg02, seg04, but other cases of seg01, seg02, seg03: skipped"]
     assert "case02" not in data.train.names
     assert {"case01", "case03"} <= set(data.train.names)
     with pytest.raises(CdiffError, match="case02 has masks of"):
@@ -323,8 +323,8 @@ def test_the_variant_that_tells_annotators_apart_takes_the_cases_of_the_same_one
 def test_cases_with_another_number_of_masks_than_c_say_which_setting_takes_them(tiny_data: Path) -> None:
     """What it names is a setting that does."""
     for C, said, taken in (
-        (5, "missing_raters=as-is takes", {"missing_raters": "as-is"}),
-        (2, "levels=3 is", {"levels": 3}),
+        (5, "missing_raters=as-is uses the masks that there are", {"missing_raters": "as-is"}),
+        (2, "levels=3 matches them", {"levels": 3}),
     ):
         config = preset("tiny").with_values({"levels": C})
         with pytest.raises(CdiffError, match=rf"no train case has {C} masks \(they have 3\); --set {said}"):

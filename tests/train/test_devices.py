@@ -35,7 +35,7 @@ def one_of(world: int, local: int = 0) -> Any:
         ("auto", 4, 2, "cuda:1"),
         ("cuda", 4, 2, "cuda:1"),
         ("cuda:1", 4, 2, "--device cuda:1: each process takes the GPU of its own number; use --device cuda"),
-        ("cuda", 4, 1, r"process 3 of 4 on .* needs cuda:1 and PyTorch sees cuda:0 alone; start one process a GPU"),
+        ("cuda", 4, 1, r"process 3 of 4 on .* needs cuda:1, but PyTorch sees only cuda:0; start one process per GPU"),
         ("cuda", 4, 0, "--device cuda: PyTorch sees no CUDA device here"),
     ],
 )
@@ -110,7 +110,7 @@ def test_processes_are_counted_by_machine(
 def test_processes_that_are_spread_unevenly_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    with pytest.raises(CdiffError, match=r"^2 of 3 processes run on .*; start as many on every machine$"):
+    with pytest.raises(CdiffError, match=r"^2 of 3 processes run on .*; start the same number on every machine$"):
         fabric_on(CPU)
 
 

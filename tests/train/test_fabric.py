@@ -180,7 +180,9 @@ def test_processes_with_other_data_do_not_train(tiny_data: Path, tmp_path: Path)
     shutil.copytree(tiny_data, smaller)
     shutil.rmtree(smaller / "Training" / "case01")
     outcomes = together(train_on_own, short(), [tiny_data, smaller], tmp_path / "run")
-    assert re.search(r"^process 1 of 2 on .*do not agree: .*cases to train on: case01 gone\)", text_of(outcomes))
+    assert re.search(
+        r"^process 1 of 2 on .*have read different data .*cases to train on: case01 gone\)", text_of(outcomes)
+    )
 
 
 def test_processes_whose_masks_are_not_the_same_do_not_train(tiny_data: Path, tmp_path: Path) -> None:
@@ -321,7 +323,7 @@ def test_variables_that_would_override_what_was_asked_for_are_an_error(monkeypat
     [
         ("gpu", 1, "device 'gpu' is not known; use cpu, cuda or cuda:N"),
         ("cuda", 0, "--device cuda: PyTorch sees no CUDA device here"),
-        ("cuda:1", 1, "--device cuda:1: PyTorch sees cuda:0 alone"),
+        ("cuda:1", 1, "--device cuda:1: PyTorch sees only cuda:0"),
     ],
 )
 def test_a_device_that_is_not_there_is_one_line(

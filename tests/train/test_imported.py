@@ -280,7 +280,7 @@ def test_of_many_wrong_tensors_a_dozen_of_each_kind_is_named_and_the_rest_counte
         ({"attention_resolutions": "16"}, "extra      input_blocks.5.1.qkv.weight"),
         ({"attention_resolutions": "16"}, "attention_resolutions=16 with image_size=32, the tensors 16,8)"),
         ({"image_size": 100}, "no network for image_size=100"),
-        ({"noise_schedule": "quadratic"}, "neither linear nor cosine"),
+        ({"noise_schedule": "quadratic"}, "must be linear or cosine"),
         ({"num_heads": "four"}, "num_heads=four must be a whole number"),
         ({"ema_rate": "slow"}, "ema_rate=slow must be a number"),
         ({"rrdb_blocks": 0}, "rrdb_blocks=0 cannot be imported"),
@@ -349,9 +349,11 @@ def test_normalisation_of_the_training_images(tmp_path: Path) -> None:
     np.testing.assert_allclose(
         intensity.apply(image), (image - mean[:, None, None]) / std[:, None, None], rtol=0, atol=1e-4
     )
-    assert not any("stand in" in note for note in done.notes)
-    assert any("stand in" in note for note in import_checkpoint(path, tmp_path / "other").notes)
-    with pytest.raises(CdiffError, match="2 means are given, and the network takes 4"):
+    assert not any("each slice's own are used instead" in note for note in done.notes)
+    assert any(
+        "each slice's own are used instead" in note for note in import_checkpoint(path, tmp_path / "other").notes
+    )
+    with pytest.raises(CdiffError, match="2 means are given, but the network takes 4"):
         import_checkpoint(path, tmp_path / "third", mean=(1.0, 2.0), std=(1.0, 1.0))
     with pytest.raises(CdiffError, match="no \\*/image"):
         import_checkpoint(path, tmp_path / "third", images=tmp_path)

@@ -121,7 +121,7 @@ def test_weights_alone_are_imported_once_the_training_is_named(tmp_path: Path) -
         import_checkpoint(path, tmp_path / "run", args=other)
     other.write_text(json.dumps(dict.fromkeys(case.args)))  # nulls say no more than what is left out
     alone = import_checkpoint(path, tmp_path / "alone", args=other, settings=["consensus_training=True"])
-    assert any("taken for granted" in note and "diffusion_steps=100" in note for note in alone.notes)
+    assert any("assumed, since no tensor shows them" in note and "diffusion_steps=100" in note for note in alone.notes)
     wanted = load_run(told.path).network.state_dict()
     found = load_run(alone.path).network.state_dict()
     assert found.keys() == wanted.keys()
@@ -130,7 +130,7 @@ def test_weights_alone_are_imported_once_the_training_is_named(tmp_path: Path) -
     fixed = recorded("consensus_short").save(tmp_path / "fixed")
     (fixed.parent / "args.json").unlink()
     notes = import_checkpoint(fixed, tmp_path / "fixed-run", settings=["annotators_training=True"]).notes
-    assert any("taken for granted" in note and "sigma_small=False" in note for note in notes)
+    assert any("assumed, since no tensor shows them" in note and "sigma_small=False" in note for note in notes)
     # What is said goes before what is shown, and is held against it.
     with pytest.raises(CdiffError, match="the options say num_res_blocks=2, the tensors 1"):
         import_checkpoint(path, tmp_path / "run", settings=["consensus_training=True", "num_res_blocks=2"])
@@ -140,9 +140,9 @@ def test_weights_alone_are_imported_once_the_training_is_named(tmp_path: Path) -
     done = import_checkpoint(path, tmp_path / "ensemble", settings=["image_size=32", "num_heads=4"])
     assert (done.config.network.base_channels, done.config.network.channel_mult) == (32, (1, 2))
     # Its size is not shown by its widths, and 256 would be cut to the loader's 224 without a word.
-    assert not any("image_size=32, " in note for note in done.notes if "taken for granted" in note)
+    assert not any("image_size=32, " in note for note in done.notes if "assumed, since no tensor shows them" in note)
     unsaid = import_checkpoint(path, tmp_path / "unsaid", settings=["num_heads=4", "attention_resolutions=128"]).notes
-    assert any("taken for granted" in note and "image_size=256, " in note for note in unsaid)
+    assert any("assumed, since no tensor shows them" in note and "image_size=256, " in note for note in unsaid)
     with pytest.raises(CdiffError, match="the options say channel_mult=1,2,2, the tensors 1,2"):
         import_checkpoint(path, tmp_path / "run", settings=["channel_mult=1,2,2", "image_size=32"])
 
@@ -178,7 +178,11 @@ def test_what_no_tensor_shows_is_said_where_nothing_says_it(tmp_path: Path) -> N
     (path.parent / "args.json").unlink(missing_ok=True)
     named = [f"{name}={value}" for name, value in case.args.items() if value is not None]
     plain = [one for one in named if not one.startswith("num_heads=")]
-    (note,) = [n for n in import_checkpoint(path, tmp_path / "a", settings=plain).notes if "taken for granted" in n]
+    (note,) = [
+        n
+        for n in import_checkpoint(path, tmp_path / "a", settings=plain).notes
+        if "assumed, since no tensor shows them" in n
+    ]
     assert "num_heads=1" in note
     whole = import_checkpoint(
         path, tmp_path / "c", settings=[*plain, "diffusion_steps=1000", "timestep_respacing=ddim1000"]

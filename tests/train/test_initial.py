@@ -98,7 +98,7 @@ def test_cases_that_the_weights_had_learned_from_are_not_taken_for_unseen(tmp_pa
     said = told(TINY.with_values({"seed": seeds[1]}), data, runs[1], init=runs[0])
     (name,) = held(data, seeds[1])
     line = (
-        f"note: the weights that this run starts from learned from 1 of the 1 cases to validate on ({name}): its scores there are too "
+        f"note: the weights that this run starts from were trained on 1 of the 1 cases to validate on ({name}): its scores there are too "
         "good; validate on others, in a folder Validation\n"
     )
     assert line in said

@@ -116,7 +116,7 @@ def test_of_two_trainings_in_threads_the_second_is_refused(tiny_data: Path, tmp_
         with ThreadPoolExecutor() as pool:
             both = pool.submit(train, preset("tiny"), tiny_data, tmp_path / "second", max_steps=1, quiet=True)
         with pytest.raises(
-            CdiffError, match=r"^another training is under way in this program, .* train in another process$"
+            CdiffError, match=r"^another training is running in this program, .* train in another process$"
         ):
             both.result()
         return preset("tiny")

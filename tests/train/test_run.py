@@ -34,7 +34,7 @@ GROWING = {"framing": "tile", "crop": 16}
 def test_a_file_that_is_called_as_a_runs_is_not_replaced(tiny_data: Path, tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text('{"mine": 1}')
     (tmp_path / "notes.txt").touch()  # which no run has
-    with pytest.raises(CdiffError, match=rf"{tmp_path} holds no run, but {name}, which one would replace"):
+    with pytest.raises(CdiffError, match=rf"{tmp_path} holds no run, but {name}, which a run would replace"):
         train(preset("tiny").with_values({"steps": 1}), tiny_data, tmp_path, quiet=True)
     assert {path.name for path in tmp_path.iterdir()} == {name, "notes.txt"}
     assert (tmp_path / name).read_text() == '{"mine": 1}'

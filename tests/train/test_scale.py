@@ -181,7 +181,7 @@ def test_a_resumed_fp16_run_goes_on_with_its_loss_scale(tmp_path: Path) -> None:
     assert resumed.loss_scale == learner.loss_scale == 32
     for foreign in ({}, [], None):
         torch.save({"optimiser": foreign, "scaler": {}}, folder / "optimiser.pt")
-        with pytest.raises(CdiffError, match=r"optimiser\.pt is of another network"):
+        with pytest.raises(CdiffError, match=r"optimiser\.pt is from another network"):
             resumed.restore(folder)
 
 
@@ -343,7 +343,7 @@ def test_a_full_gpu_is_one_line_that_says_what_to_set(
     monkeypatch.setattr(Learner, "step", full)
     run = Run(preset("tiny"), data, fabric_on(CPU), tmp_path)
     with pytest.raises(
-        CdiffError, match=r"not enough at step 1 .*20 GiB.*accumulate above 1 .*checkpointing=true"
+        CdiffError, match=r"ran out of memory at step 1 .*20 GiB.*accumulate above 1 .*checkpointing=true"
     ) as caught:
         run.step(0)
     assert "\n" not in str(caught.value)

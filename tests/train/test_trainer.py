@@ -130,9 +130,9 @@ def test_damaged_or_foreign_weights_are_named(tiny_run: Path, tmp_path: Path) ->
         ("optimiser.pt", None, r"optimiser\.pt cannot be read"),
         ("optimiser.pt", b"cos\nsystem\n(S'false'\ntR.", r"optimiser\.pt cannot be read"),
         ("optimiser.pt", {"scaler": {}}, r"optimiser\.pt cannot be read"),
-        ("optimiser.pt", {"optimiser": {"state": {}, "param_groups": []}, "scaler": {}}, "is of another network"),
-        ("ema.safetensors", struct.pack("<Q", 2) + b"{}", r"ema\.safetensors is not what was written"),
-        ("model.safetensors", struct.pack("<Q", 2) + b"{}", r"model\.safetensors is not what was written"),
+        ("optimiser.pt", {"optimiser": {"state": {}, "param_groups": []}, "scaler": {}}, "is from another network"),
+        ("ema.safetensors", struct.pack("<Q", 2) + b"{}", r"ema\.safetensors has changed since it was written"),
+        ("model.safetensors", struct.pack("<Q", 2) + b"{}", r"model\.safetensors has changed since it was written"),
         ("checkpoint.json", b'{"step": 1}', "does not say how far"),
         ("checkpoint.json", b'{"step": 1e999, "seconds": 1, "best_window": 0, "best": 0}', "does not say how far"),
         ("../../last.json", b"{}", "names no checkpoint"),
@@ -395,5 +395,5 @@ def test_quiet_leaves_the_notes(tmp_path: Path) -> None:
 
 
 def test_resuming_what_was_never_begun_says_so(tmp_path: Path) -> None:
-    with pytest.raises(CdiffError, match=r"run/config\.json is not there; is this the folder of a training run\?$"):
+    with pytest.raises(CdiffError, match=r"run/config\.json does not exist; is this the folder of a training run\?$"):
         load_run(tmp_path / "run")

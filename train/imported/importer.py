@@ -62,7 +62,7 @@ def import_checkpoint(
     found = source_of(theirs, checkpoint)
     if source not in (None, found):
         raise CdiffError(
-            f"{checkpoint} is of the {found} code by its tensors' names, and not {source}; leave out --from"
+            f"judging by its tensors' names, {checkpoint} is from the {found} code, not {source}; leave out --from"
         )
     source = found
     said = _read_args(checkpoint, args, source, settings or [])
@@ -79,7 +79,7 @@ def import_checkpoint(
         given = f"{len(intensity.mean)} means are given"
         if images is not None:
             given = f"the images in {images} have {len(intensity.mean)} channels, as their last axis is read"
-        raise CdiffError(f"{given}, and the network takes {channels}")
+        raise CdiffError(f"{given}, but the network takes {channels}")
     config = options.config(image_channels=channels, step=step, intensity=intensity, image_size=image_size)
     with torch.device("meta"):
         network = ConsensusNet(config.network)
@@ -93,7 +93,7 @@ def import_checkpoint(
     if assumed := [name for name in options.unseen if name not in named]:
         words = ", ".join(f"{name}={options[name]}" for name in assumed)
         notes.append(
-            f"taken for granted, since no tensor shows them: {words}; if the training had others the maps are wrong: say so "
+            f"assumed, since no tensor shows them: {words}; if the training used other values, the maps are wrong: give those "
             "with --option"
         )
     return Imported(out, config, options, step, parameters, notes)
@@ -106,7 +106,7 @@ def _read_args(checkpoint: Path, args: Path | None, source: str, settings: list[
     said: dict[str, Any] = {}
     if args is not None:
         if not (is_there(args) and args.is_file()):
-            what = "is a folder" if is_there(args) and args.is_dir() else "is not there"
+            what = "is a folder" if is_there(args) and args.is_dir() else "does not exist"
             raise CdiffError(f"{args} {what}; give the args.json that the training wrote")
         # A null is an option that was left out, such as the code's own number_of_annotators.
         said = {name: value for name, value in read_json(args, "it must be an args.json").items() if value is not None}
@@ -173,21 +173,21 @@ def _notes(checkpoint: Path, options: Options, config: Config, normalised: bool)
     if options.source == CONSENSUS and not normalised:
         notes.append(
             "the published code normalises by its training images' mean and standard deviation, which no checkpoint holds: "
-            "each slice's own stand in; give --images TRAIN_FOLDER, or --mean and --std, for theirs"
+            "each slice's own are used instead; to use theirs, give --images TRAIN_FOLDER, or --mean and --std"
         )
     if options.source == CONSENSUS and not options["clip_denoised"]:
         notes.append(
-            "clip_denoised=False: the published scripts turn it on, and x0 is clipped to -1 and 1 here all the same; maps of a script "
-            "that was changed to leave it off differ"
+            "clip_denoised=False: the published scripts turn it on, so x0 is clipped to -1 and 1 here all the same; a script that "
+            "was changed to leave it off gives other maps"
         )
     if options.variant in ("soft-label", "no-annotator") and not options["number_of_annotators"]:
         notes.append(
-            "how many annotators there were is in neither file: give --option number_of_annotators=C, or evaluate takes cases of one "
-            "annotator only"
+            "neither file says how many annotators there were: give --option number_of_annotators=C, or evaluate takes only cases "
+            "of one annotator"
         )
     if config.data.framing == "resize" and options.source == IMPLICIT:
         notes.append(
-            f"image_size={options['image_size']}: slices are resampled to it, while the published loader, whatever image_size says, cuts "
+            f"image_size={options['image_size']}: slices are resampled to it, while the published loader, whatever image_size says, cuts out "
             "the central 224 of BraTS's 240 pixels; if it was used unchanged, import with --image-size 224"
         )
     if options.source == IMPLICIT and options["diffusion_steps"] != 1000:
@@ -198,6 +198,6 @@ def _notes(checkpoint: Path, options: Options, config: Config, normalised: bool)
     if options.source == IMPLICIT and not options.all_timesteps:
         notes.append(
             f"timestep_respacing={options['timestep_respacing']} is a matter of sampling: all {config.network.T} timesteps "
-            "are imported, and cdiff segment --steps keeps fewer of them"
+            "are imported, and cdiff segment --steps chooses fewer of them"
         )
     return notes

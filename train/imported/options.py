@@ -176,9 +176,7 @@ class Options:
         if self["num_channels"] % GROUPS:
             raise CdiffError(f"the published option num_channels={self['num_channels']} must be a multiple of {GROUPS}")
         if self["noise_schedule"] not in ("linear", "cosine"):
-            raise CdiffError(
-                f"the published option noise_schedule={self['noise_schedule']!r} is neither linear nor cosine"
-            )
+            raise CdiffError(f"the published option noise_schedule={self['noise_schedule']!r} must be linear or cosine")
         if self.source == CONSENSUS and self["rrdb_blocks"] < 1:
             raise CdiffError("rrdb_blocks=0 cannot be imported: an encoder without RRDBs has no counterpart here")
         if self.source == CONSENSUS and not self.all_timesteps:

@@ -34,7 +34,7 @@ def _one(flags: dict[str, Any]) -> str | None:
     on = [flag for flag in FLAGS if flag in flags and typed(flag, flags[flag], False)]
     if len(others := [flag for flag in on if flag in OTHERS]) > 1:
         raise CdiffError(
-            f"the options say {' and '.join(f'{flag}=True' for flag in others)}, and the published code trains one of them; turn the others "
+            f"the options say {' and '.join(f'{flag}=True' for flag in others)}, but the published code trains only one of them; turn the others "
             f"off, as with --option {others[1]}=False"
         )
     return next(iter(others or on), None)

@@ -41,7 +41,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             f"{path} is a folder; give the .pt file in it that the published code saved, such as {path / 'ema.pt'}"
         )
     if not (is_there(path) and path.is_file()):
-        raise CdiffError(f"{path} is not there; give the .pt file that the published code saved")
+        raise CdiffError(f"{path} does not exist; give the .pt file that the published code saved")
     try:
         must_be_as_written(path)
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # an error follows where one matters
@@ -64,7 +64,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             raise _no_checkpoint(path) from None
         if SCRIPT in str(error) or "weights_only" in str(error):  # PyTorch's advice is to run what it holds
             raise CdiffError(
-                f"{path} is a TorchScript archive or of a PyTorch before 0.4, and no state_dict; save the state_dict with torch.save"
+                f"{path} is a TorchScript archive, or was saved by a PyTorch before 0.4, and is not a state_dict; save the state_dict with torch.save"
             ) from None
         raise CdiffError(f"{path} cannot be read ({first_line(error)}); it is damaged: copy it again") from None
     if not isinstance(loaded, dict) or not loaded:
@@ -74,12 +74,12 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     # Methods are called on the classes here and below: a file may have put an attribute of the same name into an object.
     held: dict[Any, Any] = dict(dict.items(loaded))
     if not all(isinstance(name, str) for name in held):
-        raise CdiffError(
-            f"{path} is no state_dict: not all that it names has a text for a name; save the state_dict alone"
-        )
+        raise CdiffError(f"{path} is not a state_dict: some of its names are not text; save the state_dict alone")
     odd = sorted(name[:LONGEST] for name, value in held.items() if not isinstance(value, Tensor))
     if odd:
-        raise CdiffError(f"{path} is no state_dict: {', '.join(odd[:5])} is no tensor; save the state_dict alone")
+        raise CdiffError(
+            f"{path} is not a state_dict: {', '.join(odd[:5])} {'is not a tensor' if len(odd) == 1 else 'are not tensors'}; save the state_dict alone"
+        )
     tensors = {name: Tensor.detach(value) for name, value in held.items()}
     if sum(tensor.nbytes for tensor in tensors.values() if tensor.device.type == "cpu") > path.stat().st_size:
         raise CdiffError(

@@ -130,7 +130,7 @@ def test_contours_lie_on_the_nifti_of_their_series_too(tmp_path: Path) -> None:
     with pytest.raises(CdiffError, match="lie outside its image"):
         on(flat, below)
     np.testing.assert_array_equal(on(flat, among)[0], on(images, among)[0])
-    assert notes(flat, among) == ("has 2 of 3 contours outside its image, in whole or in part",)
+    assert notes(flat, among) == ("has 2 of 3 contours wholly or partly outside its image",)
     nib.save(nib.Nifti1Image(voxels, np.eye(4)), tmp_path / "lost.nii.gz")
     with pytest.raises(CdiffError, match=r"r\.dcm cannot be laid on its image: .* does not say where its voxels lie"):
         on(tmp_path / "lost.nii.gz", mask)
@@ -140,11 +140,15 @@ def test_contours_of_another_scan_are_refused_and_of_another_series_told(tmp_pat
     images = series(tmp_path / "images", box())
     drawn = {"GTV": in_slices(BOX)}
     other = write_rtstruct(tmp_path / "other.dcm", images, orthogonal(), drawn, frame="1.2.3")
-    with pytest.raises(CdiffError, match=r"other\.dcm cannot be laid on its image: .* another frame of reference"):
+    with pytest.raises(
+        CdiffError, match=r"other\.dcm cannot be laid on its image: its frame of reference is not its image's"
+    ):
         on(images, other)
     phase = write_rtstruct(tmp_path / "phase.dcm", images, orthogonal(), drawn, series="1.2.3")
     must_be(images, phase)
-    assert notes(images, phase) == ("was drawn on another series than its image, of the same frame of reference",)
+    assert notes(images, phase) == (
+        "was drawn on another series than its image, though in the same frame of reference",
+    )
 
 
 def test_a_contour_counts_for_the_slice_that_it_lies_in_alone(tmp_path: Path) -> None:
@@ -155,10 +159,12 @@ def test_a_contour_counts_for_the_slice_that_it_lies_in_alone(tmp_path: Path) ->
         return write_rtstruct(tmp_path / "r.dcm", images, orthogonal(), drawn, between=between)
 
     must_be(images, moved(0.2))
-    assert notes(images, moved(0.2)) == ("has contours up to 0.20 of a slice beside the slices that they count for",)
-    with pytest.raises(CdiffError, match=r"up to 0\.5 of a slice beside its image's slices"):
+    assert notes(images, moved(0.2)) == (
+        "has contours that lie up to 0.20 of the slice spacing away from the slices that they count for",
+    )
+    with pytest.raises(CdiffError, match=r"up to 0\.5 of the slice spacing away from its image's slices"):
         on(images, moved(0.5))
-    with pytest.raises(CdiffError, match=r"in one of 2 slices of its image alone"):
+    with pytest.raises(CdiffError, match=r"in only one of every 2 slices of its image"):
         on(images, moved(0, (0, 2, 4)))
     with pytest.raises(CdiffError, match=r"lie outside its image"):
         on(images, moved(0, (7, 8)))
@@ -166,7 +172,7 @@ def test_a_contour_counts_for_the_slice_that_it_lies_in_alone(tmp_path: Path) ->
     tilted = orthogonal()
     tilted[:, 0] += 0.3 * tilted[:, 2]
     mask = write_rtstruct(tmp_path / "r.dcm", images, tilted, {"GTV": across})
-    with pytest.raises(CdiffError, match="beside its image's slices"):
+    with pytest.raises(CdiffError, match="away from its image's slices"):
         on(images, mask)
 
 
@@ -185,7 +191,7 @@ def test_a_contour_beyond_any_side_of_its_slice_is_refused_and_one_across_it_tol
     for low, high in (((-2.5, 3.5), (1.5, 7.5)), ((17.5, 3.5), (21.5, 7.5)), ((3.5, -2.5), (7.5, 1.5)), ((3.5, 21.5), (7.5, 25.5))):  # fmt: skip
         marked, told = laid(low, high)
         assert marked.sum() == marked[..., 2].sum() == 8
-        assert told == ("has 1 of 1 contour outside its image, in whole or in part",)
+        assert told == ("has 1 of 1 contour wholly or partly outside its image",)
     marked, told = laid((-0.5, -0.5), (19.5, 23.5))
     assert (marked[..., 2].all(), told) == (True, ())
 
@@ -198,7 +204,7 @@ def test_what_is_left_out_is_told(tmp_path: Path) -> None:
     must_be(images, mask)
     said = (
         "has 2 contours that enclose nothing (POINT): left out",
-        "has 1 of 3 contours outside its image, in whole or in part",
+        "has 1 of 3 contours wholly or partly outside its image",
     )
     assert notes(images, mask) == said
     odd = Oddities()
@@ -206,7 +212,7 @@ def test_what_is_left_out_is_told(tmp_path: Path) -> None:
     assert any(f"in 1 case (p1): p1: r.dcm {said[0]}" in line for line in odd.told())
     crossing = in_slices(BOX, rectangle(8.5, 2.6, 12.4, 9.5))
     mask = write_rtstruct(tmp_path / "crossing.dcm", images, orthogonal(), {"GTV": crossing})
-    assert notes(images, mask) == ("has contours that cross each other, in 3 slices: what two of them enclose counts as outside",)  # fmt: skip
+    assert notes(images, mask) == ("has contours that cross each other, in 3 slices: an area that two of them enclose counts as outside",)  # fmt: skip
 
 
 def test_a_structure_without_a_contour_marks_nothing_and_that_is_told(tmp_path: Path) -> None:
@@ -215,7 +221,7 @@ def test_a_structure_without_a_contour_marks_nothing_and_that_is_told(tmp_path: 
     must_be(images, mask)  # the only one that has contours needs no name
     assert not on(images, f"{mask}#ben").any()
     (told,) = notes(images, Path(f"{mask}#ben"))
-    assert told.startswith("has no contour, and counts as one who marked nothing")
+    assert told.startswith("has no contours, so its annotator counts as having marked nothing")
 
 
 def test_one_of_several_structures_must_be_named(tmp_path: Path) -> None:
@@ -247,7 +253,7 @@ def test_one_of_several_structures_must_be_named(tmp_path: Path) -> None:
 def test_what_holds_no_outline_is_refused(tmp_path: Path) -> None:
     images = series(tmp_path / "images", box())
     points = write_rtstruct(tmp_path / "r.dcm", images, orthogonal(), {"centre": in_slices(BOX)}, kinds=["OPEN_PLANAR"])
-    with pytest.raises(CdiffError, match=r"r\.dcm#centre has no closed contour, but OPEN_PLANAR"):
+    with pytest.raises(CdiffError, match=r"r\.dcm#centre has no closed contour, only OPEN_PLANAR"):
         on(images, f"{points}#centre")
     with pytest.raises(CdiffError, match=r"r\.dcm holds no closed contours"):
         on(images, points)
@@ -258,7 +264,7 @@ def test_what_holds_no_outline_is_refused(tmp_path: Path) -> None:
         on(images, tmp_path / "r.dcm")
     file.ROIContourSequence[0].ContourSequence[0].ContourData = ["1", "2", "1e9"]
     file.save_as(tmp_path / "r.dcm")
-    with pytest.raises(CdiffError, match=r"r\.dcm cannot be read as an RTSTRUCT \(.* nowhere in a patient\)"):
+    with pytest.raises(CdiffError, match=r"r\.dcm cannot be read as an RTSTRUCT \(.* too large to lie in a patient\)"):
         on(images, tmp_path / "r.dcm")
 
 
@@ -277,7 +283,7 @@ def test_a_structure_set_that_contradicts_itself_is_refused(tmp_path: Path) -> N
         contour.ContourData = list(contour.ContourData)[:-3]
 
     changed(cut)
-    with pytest.raises(CdiffError, match="a contour has 3 points where 4 are promised"):
+    with pytest.raises(CdiffError, match="a contour has 3 points, but its header promises 4"):
         on(images, Path(f"{path}#a"))
     must_be(images, Path(f"{path}#b"))
     changed(lambda file: setattr(file.ROIContourSequence[0], "ReferencedROINumber", 9))

@@ -117,7 +117,7 @@ def test_black_drawn_on_white_is_told(tmp_path: Path) -> None:
         "full": (full, drawn),
     }
     save_cases(tmp_path, cases)
-    text = "the corners of every slice and most of it: is what was drawn 0 there, and the rest not?"
+    text = "the corners of every slice and most of it: are the values swapped, with 0 where something was drawn?"
     assert said(check_data(tmp_path), "inverted") == [
         ("warning", "all", f"seg01, seg02 mark {text}"),
         ("warning", "one", f"seg02 marks {text}"),
@@ -138,7 +138,7 @@ def test_a_mask_beside_all_others_is_told(tmp_path: Path) -> None:
         "alone": (here, none, none),
     }
     save_cases(tmp_path, cases)
-    text = "no pixel with any other mask: of this case, and stored as the others are?"
+    text = "no pixel with any other mask: is it of this case, and stored as the others are?"
     assert said(check_data(tmp_path), "apart") == [
         ("warning", "one", f"seg03 shares {text}"),
         ("warning", "two", f"seg01, seg02 share {text}"),
@@ -191,7 +191,7 @@ def test_values_that_are_not_zero_and_one(tmp_path: Path) -> None:
     findings = said(check_data(root), "values")
     assert [(severity, case) for severity, case, _ in findings] == [("warning", "case01"), ("note", "case02")]
     assert findings[0][2].startswith("task01_seg01.nii.gz holds 0, 1, 4, not 0 and 1")
-    assert "more than half of the largest is inside" in findings[0][2]
+    assert "values above half of the largest count as inside" in findings[0][2]
     assert findings[1][2] == "all masks hold 0, 255, not 0 and 1: read as 0 and 1"
     for rater in (2, 3):
         (root / f"Training/case02/task01_seg{rater:02d}.nii.gz").rename(tmp_path / f"{rater}")
@@ -200,15 +200,15 @@ def test_values_that_are_not_zero_and_one(tmp_path: Path) -> None:
     for rater in (2, 3):
         (tmp_path / f"{rater}").rename(root / f"Training/case02/task01_seg{rater:02d}.nii.gz")
     chosen_ = said(check_data(root, labels=(4,)), "values")
-    above = [(severity, case) for severity, case, text in chosen_ if "none of the labels that are inside (4)" in text]
+    above = [(kind, case) for kind, case, text in chosen_ if "none of the labels that count as inside (4)" in text]
     assert above == [("warning", "case02")]
-    assert all("of these 4 are inside" in text for _, case, text in chosen_ if case != "case02")
+    assert all("of these 4 count as inside" in text for _, case, text in chosen_ if case != "case02")
     for value, path in ((1, "case01/task01_seg01.nii.gz"), (255, "case02/task01_seg02.nii.gz")):
         save(root / "Training" / path, np.full((32, 32, 1), value, np.uint8))
     full = [(severity, text) for severity, _, text in said(check_data(root), "values") if "everywhere" in text]
     assert full == [
-        ("warning", "task01_seg01.nii.gz holds 1 everywhere: every pixel is inside"),
-        ("warning", "task01_seg02.nii.gz holds 255 everywhere: every pixel is inside"),
+        ("warning", "task01_seg01.nii.gz holds 1 everywhere: every pixel counts as inside"),
+        ("warning", "task01_seg02.nii.gz holds 255 everywhere: every pixel counts as inside"),
     ]
 
 
@@ -238,7 +238,7 @@ def test_a_turned_mask_of_one_millimetre_voxels_is_told(tmp_path: Path, mask_at:
         affine[:3, 3] = at
         nib.save(nib.Nifti1Image(np.asanyarray(nib.load(path).dataobj), affine), path)
     assert [text.partition(" have ")[2].partition(";")[0] for _, _, text in said(check_data(root), "grid")] == (
-        ["different affines (they do not lie at one place)"] if told else []
+        ["different affines (they do not lie in the same place)"] if told else []
     )
     read_scan([root / f"Training/case01/{name}.nii.gz" for name in ("image", "task01_seg01")], channels=2)
 
@@ -251,12 +251,13 @@ def test_a_picture_as_the_mask_of_a_nifti_is_told(tmp_path: Path) -> None:
         Image.fromarray(disc((32, 32), seed=len(words))).save(folder / f"task01_{rater}.png")
         ((severity, _, text),) = said(check_data(tmp_path), "grid")
         assert severity == "warning"
-        assert text.startswith(f"{words} picture and its image a NIfTI: such are usually stored turned")
+        told = f"{words} picture and its image a NIfTI: the two usually store a slice in different orientations"
+        assert text.startswith(told)
 
 
 def test_what_makes_training_impossible_is_said(tmp_path: Path) -> None:
     one = write_qubiq(tmp_path / "one", {"Training": 1})
-    assert "one case is not enough" in check_data(one).report["training"]["reasons"][0]
+    assert f"{one} has one training case, and that is not enough" in check_data(one).report["training"]["reasons"][0]
     only_tests = write_qubiq(tmp_path / "tests", {"Testing": 2})
     assert "no training cases" in check_data(only_tests).report["training"]["reasons"][0]
     blank = write_qubiq(tmp_path / "blank", {"Training": 2, "Validation": 1})
@@ -289,7 +290,7 @@ def test_an_image_that_several_cases_have_is_told(tmp_path: Path) -> None:
     for annotator in ("anna", "ben"):
         root = write_qubiq(tmp_path / "Training" / annotator, {"": 3}, raters=1)
         save(root / "case03/image.nii.gz", np.zeros((32, 32)))
-    advice = "all masks of an image belong in one case, and no image in two splits"
+    advice = "put all masks of an image in one case, and no image in two splits"
     pairs = ", ".join(f"(anna/case0{k} in train, ben/case0{k} in train)" for k in (1, 2))
     assert said(check_data(tmp_path), "duplicated") == [
         ("warning", "", f"cases with the same image: {pairs}; {advice}")
@@ -300,7 +301,7 @@ def test_a_validation_split_with_fewer_annotators_says_how_to_use_it(clean: Path
     (clean / "Validation/case04/task01_seg03.nii.gz").unlink()
     training = check_data(clean).report["training"]
     assert training["reasons"] == [
-        "no usable val slice: no val case has 3 masks (they have 2); --set missing_raters=as-is takes the masks there are"
+        "no usable val slice: no val case has 3 masks (they have 2); --set missing_raters=as-is uses the masks that there are"
     ]
 
 

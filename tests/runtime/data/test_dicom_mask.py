@@ -131,11 +131,13 @@ def test_a_segmentation_of_another_scan_is_refused_and_of_another_series_told(tm
     referenced.SeriesInstanceUID = "1.2.3"
     changed(mask, ReferencedSeriesSequence=[referenced])
     assert read_mask(mask, grid).notes == (
-        "was drawn on another series than its image, of the same frame of reference",
+        "was drawn on another series than its image, though in the same frame of reference",
     )
     np.testing.assert_array_equal(on(images, mask), read_scan(images).slices[:, 0] > 0)
     changed(mask, FrameOfReferenceUID="1.2.4")
-    with pytest.raises(CdiffError, match=r"seg\.dcm cannot be laid on its image: .* another frame of reference"):
+    with pytest.raises(
+        CdiffError, match=r"seg\.dcm cannot be laid on its image: its frame of reference is not its image's"
+    ):
         read_mask(mask, grid)
 
 
@@ -219,7 +221,7 @@ def test_what_is_no_mask_is_refused(tmp_path: Path) -> None:
         CdiffError, match=r"seg.dcm holds the fractions of several segments: segment 1, .* such as seg.dcm#segment 1"
     ):
         read_mask(mask)
-    with pytest.raises(CdiffError, match=r"is DICOM \(CT\) and neither a segmentation nor contours"):
+    with pytest.raises(CdiffError, match=r"is DICOM \(CT\), but neither a segmentation nor contours"):
         read_mask(next(images.iterdir()))
     write_seg(mask, images, drawn())
     mask.write_bytes(mask.read_bytes()[:-400])
@@ -266,7 +268,7 @@ def test_other_files_have_no_structures(tmp_path: Path) -> None:
     path = tmp_path / "mask.png"
     Image.fromarray(drawn()[..., 0]).save(path)
     with pytest.raises(
-        CdiffError, match=r"mask\.png#anna does not exist, and mask\.png is no DICOM.*; leave #anna out"
+        CdiffError, match=r"mask\.png#anna does not exist, and mask\.png is not DICOM.*; leave #anna out"
     ):
         read_mask(Path(f"{path}#anna"))
     path.rename(tmp_path / "mask#anna.png")  # a file's own name may have the sign

@@ -75,9 +75,9 @@ def test_what_is_passed_over_is_told(tmp_path: Path) -> None:
         f"{root / 'anna'} has masks but no image.nii.gz: left out",
         f"{root / 'case03'} has masks but no image.nii.gz: left out",
         "files beside those of a case, not used: label_dora.nii.gz (in 2 folders), image.png",
-        "folders with scans that are no case, left out: Training/case06",
+        "folders with scans that are not cases, left out: Training/case06",
         "folders of cases inside a case's folder, left out: Training/case04/followup",
-        "links to what is not there, left out: Training/case07",
+        "links to files that do not exist, left out: Training/case07",
     ]
 
 
@@ -151,9 +151,9 @@ def test_what_lies_there_in_place_of_cases_is_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("names", "remedy"),
     [
-        (("img",), r"if img\.nii\.gz is its image, call it so"),
-        (("adc", "dwi"), r"call its image among adc\.nii\.gz, dwi\.nii\.gz so, or each modality image_NAME"),
-        ((), "add it, under that name"),
+        (("img",), r"if img\.nii\.gz is the image, rename it to that"),
+        (("adc", "dwi"), r"rename the image among adc\.nii\.gz, dwi\.nii\.gz to that, or each modality to image_NAME"),
+        ((), "add the image under that name"),
     ],
 )
 def test_cases_whose_images_have_another_name_are_said(tmp_path: Path, names: tuple[str, ...], remedy: str) -> None:

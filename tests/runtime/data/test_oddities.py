@@ -95,7 +95,7 @@ def test_values_that_a_rule_decides_are_told_unless_labels_are_named(data: Path)
     save(path, disc((32, 32, 1)).astype(np.uint8) + disc((32, 32, 1), -0.5))
     (note,) = training_notes(data)
     assert "in 1 case (case02)" in note
-    assert "above half of its largest value" in note
+    assert "values above half of the largest count as inside" in note
     assert training_notes(data, "labels=[1,2]") == []
 
 
@@ -104,10 +104,12 @@ def test_a_mask_of_0_and_255_among_label_maps_is_told(data: Path) -> None:
     for case, value in (("case01", 255), ("case02", 2)):
         save(data / f"Training/{case}/task01_seg01.nii.gz", np.uint8(value) * disc((32, 32, 1)), (0.5, 0.6, 3.0))
     (note,) = training_notes(data, "labels=[1,4]")
-    assert "above all labels that are inside, in 1 case (case01): case01: task01_seg01.nii.gz holds 0 and 255" in note
+    assert (
+        "above all labels that count as inside, in 1 case (case01): case01: task01_seg01.nii.gz holds 0 and 255" in note
+    )
     warned = [f for f in check_data(data, labels=(1, 4)).report["findings"] if f["severity"] == "warning"]
     assert [(f["case"], f["kind"]) for f in warned] == [("case01", "values")]
-    assert "task01_seg01.nii.gz holds 0, 255, and none of the labels that are inside (1, 4)" in warned[0]["text"]
+    assert "task01_seg01.nii.gz holds 0, 255, and none of the labels that count as inside (1, 4)" in warned[0]["text"]
 
 
 @pytest.mark.parametrize("labels", [(), (1,)])
@@ -118,13 +120,13 @@ def test_a_mask_of_negative_values_is_told(data: Path, everywhere: bool, labels:
     save(data / "Training/case02/task01_seg01.nii.gz", mask.astype(np.int8), (0.5, 0.6, 3.0))
     (note,) = training_notes(data, f"labels={list(labels)}")
     assert (
-        "values below 0, in 1 case (case02): case02: task01_seg01.nii.gz holds nothing above 0, so nothing of it is"
+        "values below 0, in 1 case (case02): case02: task01_seg01.nii.gz holds nothing above 0, so no pixel counts as inside"
         in note
     )
     warned = [f for f in check_data(data, labels=labels).report["findings"] if f["kind"] == "values"]
     assert [(f["severity"], f["case"]) for f in warned if f["severity"] == "warning"] == [("warning", "case02")]
     held = "-1" if everywhere else "-1, 0"
-    assert f"task01_seg01.nii.gz holds {held}, nothing above 0: nothing of it is inside" in warned[0]["text"]
+    assert f"task01_seg01.nii.gz holds {held}, nothing above 0: no pixel counts as inside" in warned[0]["text"]
 
 
 @pytest.mark.parametrize("everything", [False, True])
@@ -187,7 +189,7 @@ def test_a_report_of_another_protocol_is_replaced_with_a_word(data: Path, tiny_b
     for seed in (0, 0, 1):
         said.clear()
         evaluate(segmenter, cases, Protocol(runs=1, steps=1, seed=seed, raters="use"), out=out, notice=said.append)
-    assert any(f"{out} is there, of another model, protocol or data" in line for line in said)
+    assert any(f"{out} exists, but is of another model, protocol or data" in line for line in said)
 
 
 @pytest.mark.parametrize("ink", [(255, 255, 255, 255), (255, 0, 0, 255)])

@@ -43,7 +43,7 @@ def test_slices_that_are_far_closer_than_frames_are_not_made_up(apart: float, sl
     file.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0].SpacingBetweenSlices = apart
     file.save_as(seg)
     if slices > 2**15:
-        assert f"which by their places lie in a volume of {slices} x " in refused(seg)
+        assert f"whose positions span a volume of {slices} x " in refused(seg)
     else:  # a few megabytes
         assert len(read_dicom_mask(seg, None, {})[0]) == slices
 
@@ -52,7 +52,7 @@ def test_frames_that_a_segmentation_promises_and_has_not_take_no_memory(seg: Pat
     file = pydicom.dcmread(seg)
     file.NumberOfFrames = 99_999_999
     file.save_as(seg)
-    assert "it describes 2 frames where 99999999 are promised" in refused(seg)
+    assert "it describes 2 frames, but its header promises 99999999" in refused(seg)
 
 
 @pytest.mark.filterwarnings("ignore:The value length")

@@ -175,7 +175,9 @@ def test_what_lies_wholly_outside_or_says_nothing_is_refused(case01: Path) -> No
         read(case01)
     path.unlink()
     Image.fromarray(drawn()[..., 0]).save(path.with_name("task01_seg02.png"))
-    with pytest.raises(CdiffError, match=r"task01_seg02.png is a picture, whose file does not say where it lies"):
+    with pytest.raises(
+        CdiffError, match=r"task01_seg02.png is a picture, and a picture's file does not say where it lies"
+    ):
         read(case01)
 
 

@@ -93,18 +93,18 @@ def test_annotators_go_by_a_sign_that_is_a_digit_and_no_number(tmp_path: Path) -
         ("case,image,rater,mask\nk,x.png,r,m.png\nk,,r,n.png\n", "row 3 gives a second mask of rater r"),
         (
             "case,image,rater,mask\nk,x.png,r,m.png\nk,y.png,s,n.png\n",
-            "row 3 gives another image or split to the case k",
+            "row 3 gives the case k another image or split",
         ),
         (
             "case,image,rater,mask,split\nk,x.png,r,m.png,train\nk,,s,n.png,val\n",
-            "row 3 gives another image or split to the case k",
+            "row 3 gives the case k another image or split",
         ),
         (
             "image,mask1\nx.png,m.png,\ny.png,m.png,n.png\n",
-            "row 3 has n.png in column 3, which the first line gives no name",
+            "row 3 has n.png in column 3, which has no name in the first line",
         ),
-        ("image,mask,,\nx.png,m.png,n.png,o.png\n", "row 2 has n.png in column 3, which the first line gives no name"),
-        ("image,mask1,mask2\nx.png,m.png,\n\ny.png,m.png\n", "row 4 has 2 cells below 3 columns"),
+        ("image,mask,,\nx.png,m.png,n.png,o.png\n", "row 2 has n.png in column 3, which has no name in the first line"),
+        ("image,mask1,mask2\nx.png,m.png,\n\ny.png,m.png\n", "row 4 has 2 cells for 3 columns"),
         ("", "is empty"),
         (
             'image,mask1,note\nx.png,m.png,"large\ny.png,n.png,\n',
@@ -257,7 +257,7 @@ def test_a_table_that_never_ends_or_begins_is_none(tmp_path: Path) -> None:
     (tmp_path / "zeros.csv").symlink_to("/dev/zero")
     for path in (tmp_path / "pipe.csv", tmp_path / "zeros.csv"):
         assert not is_table(path)
-        with pytest.raises(CdiffError, match="is no file but a device or a pipe"):
+        with pytest.raises(CdiffError, match="is a device or a pipe, not a file"):
             read_table(path, [])
 
 

@@ -32,7 +32,7 @@ def test_a_benchmarks_root_asks_which_data_set_and_which_structure(qubiq: Path) 
         find_cases(qubiq, "prostate")
     with pytest.raises(CdiffError, match=r"several tasks.*--task task01"):
         find_cases(qubiq / "prostate")
-    with pytest.raises(CdiffError, match=r"no case in .* 'task03'; there is task01"):
+    with pytest.raises(CdiffError, match=r"no case in .* 'task03'; its masks are of task01"):
         find_cases(qubiq / "prostate", "task03")
 
 
@@ -187,9 +187,7 @@ def test_cases_in_the_folder_and_in_one_below_it_are_not_mixed_up(qubiq: Path, t
 def test_a_folder_for_each_patient_without_a_split_folder_says_where_to_put_them(tmp_path: Path) -> None:
     for number in range(14):
         write_qubiq(tmp_path / f"patient{number:02d}", {"": 1})
-    message = (
-        r"patient11 \(1 case\) and 2 more; name one.* patients of one, put them in a split folder, such as Training"
-    )
+    message = r"patient11 \(1 case\) and 2 more; name one.* patient of one data set, put them in a split folder, such as Training"
     with pytest.raises(CdiffError, match=message):
         find_cases(tmp_path)
 

@@ -145,7 +145,7 @@ def test_a_session_is_on_the_gpu_whose_addresses_it_gets(make: Any, tensorrt: bo
 
 @pytest.mark.parametrize(("learned", "listed"), [(True, "fixed"), (False, "learned")])
 def test_graphs_whose_variance_is_not_the_manifests_are_refused(make: Any, learned: bool, listed: str) -> None:
-    with pytest.raises(CdiffError, match=f"the manifest says variance {listed}, and the denoiser gives"):
+    with pytest.raises(CdiffError, match=f"the manifest says variance {listed}, but the denoiser gives"):
         make(learned=learned, variance=listed)
 
 
@@ -262,7 +262,7 @@ def test_a_provider_that_did_not_start_is_an_error(
         ):
             open_session(encoder, plain.ENCODER, ("CUDAExecutionProvider", plain.cuda_options(3)))
     assert capsys.readouterr().out == ""
-    (said,) = [record.message for record in caplog.records if "cuDNN 9 is not there" in record.message]
+    (said,) = [record.message for record in caplog.records if "cuDNN 9 was not found" in record.message]
     assert "pip install nvidia-cudnn-cu13" in said
     plain.look_for_cudnn.cache_clear()
 

@@ -96,7 +96,8 @@ def test_auto_prefers_tensorrt_where_an_engine_can_be_had(machine: Machine, tmp_
     assert open_engine(machine.bundle, "auto", "cuda", build=build) == "OnnxRuntimeGpuEngine"
     machine.has(["CPUExecutionProvider"], tensorrt=None)
     with pytest.raises(
-        CdiffError, match=r"no engine can run on cuda here: tensorrt: tensorrt is not installed.*onnxruntime-gpu"
+        CdiffError,
+        match=r"no engine can run on cuda here: tensorrt: tensorrt is not installed.*; onnxruntime: for cuda: pip uninstall",
     ):
         open_engine(machine.bundle, "auto", "cuda", build=build)
 
@@ -129,9 +130,9 @@ def test_without_the_device_layer(machine: Machine, caplog: pytest.LogCaptureFix
     assert open_engine(machine.bundle, "auto", "cuda:0") == "OnnxRuntimeEngine"
     with caplog.at_level(logging.WARNING):
         assert open_engine(machine.bundle, "onnxruntime", "cuda:0") == "OnnxRuntimeEngine"
-    assert "every step goes through the host, which is slow: pycuda and cuda-bindings not installed" in caplog.text
+    assert "every step goes through the host, which is slow: pycuda and cuda-bindings are not installed" in caplog.text
     with pytest.raises(
-        CdiffError, match="tensorrt cannot run here: pycuda and cuda-bindings not installed: pip install"
+        CdiffError, match="tensorrt cannot run here: pycuda and cuda-bindings are not installed: pip install"
     ):
         open_engine(machine.bundle, "tensorrt", "cuda:0")
 
@@ -151,8 +152,8 @@ def test_doctor_says_what_each_engine_lacks(machine: Machine, monkeypatch: pytes
     lines = {check.name: check for check in diagnose().sections["Engines"]}
     assert list(lines) == [*NAMES, "torch"]
     assert (lines["onnxruntime"].ok, lines["onnxruntime"].found) == (True, "1.31.1 on cpu, cuda")
-    assert "goes through the host: pycuda not installed" in lines["onnxruntime"].remedy
-    assert (lines["tensorrt"].ok, lines["tensorrt"].remedy[:20]) == (False, "pycuda not installed")
+    assert "goes through the host: pycuda is not installed" in lines["onnxruntime"].remedy
+    assert (lines["tensorrt"].ok, lines["tensorrt"].remedy[:23]) == (False, "pycuda is not installed")
     assert lines["tensorrt-rtx"].ok is False
     machine.has()
     assert [state.devices for state in available_engines()] == [("cpu", "cuda"), ("cuda",), (), ("cuda",)]

@@ -32,7 +32,7 @@ def test_what_tensorrt_says_is_in_the_error(make: Any) -> None:
 
 @pytest.mark.parametrize(("learned", "listed"), [(True, "fixed"), (False, "learned")])
 def test_an_engine_whose_variance_is_not_the_manifests_is_refused(make: Any, learned: bool, listed: str) -> None:
-    with pytest.raises(CdiffError, match=f"the manifest says variance {listed}, and the denoiser gives"):
+    with pytest.raises(CdiffError, match=f"the manifest says variance {listed}, but the denoiser gives"):
         make(FakeEngine(learned=learned), variance=listed).engine.bind(12, 2)
 
 

@@ -265,7 +265,7 @@ def test_numbers_that_are_no_zooms(model: Segmenter, zooms: tuple[float, ...]) -
 
 def test_a_model_of_whole_slices_takes_none(tmp_path: Path) -> None:
     tiles = cdiff.load(make_bundle(tmp_path / "b"))
-    with pytest.raises(CdiffError, match="framing 'tile' looks at whole slices; only one of 'centre' takes zooms"):
+    with pytest.raises(CdiffError, match="framing 'tile' looks at whole slices; only framing 'centre' takes zooms"):
         tiles.segment(volume(32, 32, 1), zooms=(1, 2), **STEPS)
     tiles.segment(volume(32, 32, 1), runs=1, zooms=(1,), **STEPS)
 

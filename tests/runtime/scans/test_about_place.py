@@ -40,17 +40,17 @@ def test_who_names_a_place_that_the_map_leaves_out_is_told(model: Segmenter) -> 
         soft[1, 30, 20] = 0.49
         note, *_ = about_place(ready, model.manifest, stack_of(soft))
         assert note.startswith(
-            "the map leaves out 30,20,2 itself, where you say that the structure is (0.49 of the annotators)"
+            "the mask leaves out 30,20,2, where you say that the structure is (there the soft map is 0.49)"
         )
         assert ("--shrink" in note) == (larger is not None)
-        assert larger is None or f"--shrink {larger} shows it" in note
+        assert larger is None or f"--shrink {larger} lets it see" in note
         soft[1, 30, 20] = 0.5
         assert not any("leaves out" in note for note in about_place(ready, model.manifest, stack_of(soft)))
         (note,) = about_place(ready, model.manifest, stack_of(0 * soft))
-        assert "(0.00 of the annotators)" in note, "a map of nothing has no middle that could lie elsewhere"
+        assert "(there the soft map is 0.00)" in note, "a map of nothing has no middle that could lie elsewhere"
         assert about_place(model.prepare(volume(side, side, 3)), model.manifest, stack_of(0 * soft)) == []
     found = model.segment(array, at=(30, 20, 1), **QUICK)
-    told = any("leaves out 30,20,1 itself" in note for note in found.report["warnings"])
+    told = any("leaves out 30,20,1, where" in note for note in found.report["warnings"])
     assert told == (found.soft[30, 20, 1] < 0.5)
 
 
@@ -68,8 +68,8 @@ def test_what_lies_beside_the_middle_of_the_window_is_told_with_its_place(model:
         assert about_place(ready, model.manifest, stack_of(marked_at(*place))) == []
     soft = marked_at(32, 48)
     (note,) = about_place(ready, model.manifest, stack_of(soft))
-    assert "the slice of 30,50,2 lies 3 pixels from there" in note
-    assert "--at 32,48,2 (in Python at=(32, 48, 2)) puts it there" in note
+    assert "the slice of 30,50,2 lies 3 pixels from that point" in note
+    assert "--at 32,48,2 (in Python at=(32, 48, 2)) centres it" in note
     for narrow, told in ((10, False), (9, True)):  # a tenth of the shorter side
         strip = model.prepare(volume(80, narrow, 3), at=(30, 5, 2), slices="1:3")
         assert bool(about_place(strip, model.manifest, stack_of(marked_at(31, 5)[..., :narrow]))) == told

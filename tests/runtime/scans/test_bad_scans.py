@@ -166,10 +166,10 @@ def bad_kind(folder: Path) -> Path:
 
 BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "missing": (lambda folder: folder / "x.nii.gz", "does not exist"),
-    "a folder": (lambda folder: folder, "is a folder, and no DICOM series"),
+    "a folder": (lambda folder: folder, "is a folder, but holds no DICOM series"),
     "another kind": (bad_kind, "not a kind of file that is read here"),
-    "a device": (bad_device, "no file but a device"),
-    "a pipe": (bad_pipe, "no file but a device"),
+    "a device": (bad_device, "is a device or a pipe, not a file"),
+    "a pipe": (bad_pipe, "is a device or a pipe, not a file"),
     "empty": (bad_empty, "empty"),
     "text": (bad_text, "not a NIfTI file"),
     "short": (bad_short, "not a NIfTI file"),
@@ -263,7 +263,7 @@ def test_an_image_of_nibabels_whose_voxels_are_at_no_place_gets_one_clear_line(t
         (np.zeros((0, 4)), 1, "no voxel"),
         (np.zeros(7), 1, "1-D"),
         (np.full((3, 4), np.nan), 1, "NaN"),
-        (np.array([[-3e38, 0], [5, 3e38]]), 1, r"from -3e\+38 to 3e\+38, farther apart than float32 has numbers"),
+        (np.array([[-3e38, 0], [5, 3e38]]), 1, r"from -3e\+38 to 3e\+38, a range that float32 cannot normalise"),
         (np.zeros((3, 4, 5)), 4, "4 channels"),
         (np.zeros((3, 4)), 3, "3 channels"),
         (np.broadcast_to(np.uint8(0), (2**11, 2**10, 2**11)), 1, "2\\^31"),

@@ -114,11 +114,14 @@ def test_a_series_of_several_is_named_by_its_number(tmp_path: Path) -> None:
         read_scan(folder, series=5)
     for file in write_series(tmp_path / "again", voxels[:, :, :2], orthogonal(), number=4).iterdir():
         shutil.copy(file, folder / f"C{file.name}")
-    with pytest.raises(CdiffError, match=r"holds several series of one number: 4 .*, 4 .*, 12 .*; give each a folder"):
+    with pytest.raises(
+        CdiffError,
+        match=r"holds several series with the same number: 4 .*, 4 .*, 12 .*; give each series its own folder",
+    ):
         read_scan(folder, series=4)
     nib.save(nib.Nifti1Image(voxels, np.eye(4)), tmp_path / "a.nii")
     for scan in (tmp_path / "a.nii", voxels):
-        with pytest.raises(CdiffError, match="series 4 is of a DICOM folder"):
+        with pytest.raises(CdiffError, match="series 4 is for a DICOM folder"):
             read_scan(scan, series=4)
 
 
@@ -242,14 +245,14 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     "a header that ends early": (bad_header, r"IM0028 is truncated or damaged \(its DICOM header ends early\)"),
     "a file of zeros": (bad_zeros, "IM0028 is not a DICOM file that can be read"),
     "a link to nothing": (bad_link, r"IM0028 is a link to \.\./annex/IM0028, which does not exist"),
-    "colours": (bad_colours, r"IM0000 is in colours \(RGB\), and DICOM is read in grey alone"),
+    "colours": (bad_colours, r"IM0000 is in colour \(RGB\), but only grey DICOM is read"),
     "signed bytes": (bad_signed_bytes, "IM0000 holds signed bytes"),
     "packed pixels that end early": (
         bad_codec,
         "IM0014 does not hold 1 whole compressed image of 20 x 24 pixels of 16 bits",
     ),
     "no pixels": (bad_report, "holds no DICOM image; name"),
-    "no series number twice": (bad_numberless, "several series of one number: without a number"),
+    "no series number twice": (bad_numberless, "several series with the same number: without a number"),
 }
 
 
@@ -276,7 +279,7 @@ def test_what_is_packed_as_a_whole_is_refused_before_it_is_unpacked(
         raise AssertionError("it was unpacked")
 
     monkeypatch.setattr("zlib.decompress", unpack)
-    with pytest.raises(CdiffError, match=r"x/IM\d+ is deflated as a whole, .* inflate it: dcmconv \+te IN OUT"):
+    with pytest.raises(CdiffError, match=r"x/IM\d+ is compressed as a whole .* inflate it: dcmconv \+te IN OUT"):
         read_scan(folder)
 
 
@@ -302,7 +305,7 @@ def test_a_converter_that_never_ends_is_stopped(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("PATH", str(program.parent))
     monkeypatch.setattr("cdiff.runtime.scans.dicom.LONGEST", 0.6)
     folder = write_series(tmp_path / "a", scan_voxels(), orthogonal())
-    with pytest.raises(CdiffError, match=r"dcm2niix did not end within 0.01 minutes"):
+    with pytest.raises(CdiffError, match=r"dcm2niix did not finish within 0.01 minutes"):
         read_scan(folder)
 
 
@@ -363,12 +366,12 @@ def test_series_below_a_series_are_told(tmp_path: Path) -> None:
     scan = read_scan(folder)
     assert len(scan.slices) == 2
     (note,) = scan.warnings
-    assert "were not read: thick; name those folders" in note
+    assert "were not read: thick; to read them, name those folders" in note
 
 
 def test_an_index_names_its_folder(tmp_path: Path) -> None:
     (tmp_path / "DICOMDIR").write_bytes(b"\0" * 128 + b"DICM")
-    with pytest.raises(CdiffError, match="DICOMDIR lists what lies on a disc and holds no image; name the folder"):
+    with pytest.raises(CdiffError, match="DICOMDIR lists what is on a disc and holds no image; name the folder"):
         read_scan(tmp_path / "DICOMDIR")
 
 

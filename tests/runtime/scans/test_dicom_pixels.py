@@ -273,6 +273,6 @@ def test_a_slice_that_has_lost_its_mark_is_missed(tmp_path: Path) -> None:
     first = series / "IM0000"
     first.write_bytes(b"\1" * 132 + first.read_bytes()[132:])
     with pytest.raises(
-        CdiffError, match=r"IM0000 is called as the images beside it are and is no DICOM file; it is damaged"
+        CdiffError, match=r"IM0000 is named like the images beside it but is not a DICOM file; it is damaged"
     ):
         read_scan(series)

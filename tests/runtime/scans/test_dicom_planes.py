@@ -54,7 +54,7 @@ def test_rounded_positions_do_not_add_up(tmp_path: Path) -> None:
     scan = read_scan(write_series(tmp_path / "a", voxels, AXIAL, change=rounded))
     assert furthest(scan, voxels, AXIAL) < 0.06
     assert scan.grid.spacing == pytest.approx((0.7, 0.8, 0.625), rel=1e-3)
-    assert any("slices are taken to be 0.625 mm apart, the mean" in note for note in scan.warnings)
+    assert any("slices are taken to be 0.625 mm apart (the mean)" in note for note in scan.warnings)
 
 
 def test_even_slices_stay_as_dcm2niix_has_them(tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_frames_that_are_numbered_as_they_do_not_lie(tmp_path: Path) -> None:
 
     for name, change in (("time", by_time), ("order", in_another_order), ("alike", all_alike)):
         folder = write_multiframe(tmp_path / name, scan_voxels(), orthogonal(), order=(3, 0, 4, 1, 2), change=change)
-        with pytest.raises(CdiffError, match="its frames are numbered in another order than they lie in"):
+        with pytest.raises(CdiffError, match="its frames are not numbered in the order in which they lie"):
             read_scan(folder)
 
 
@@ -218,7 +218,7 @@ def test_low_values_that_are_bright_are_told(tmp_path: Path) -> None:
         file.PhotometricInterpretation = "MONOCHROME1"
 
     scan = read_scan(write_series(tmp_path / "a", scan_voxels(), orthogonal(), change=inverted))
-    assert [note for note in scan.warnings if "MONOCHROME1, low values bright" in note]
+    assert [note for note in scan.warnings if "MONOCHROME1 (low values are bright)" in note]
 
 
 def test_marks_drawn_on_the_images_are_no_second_scan(tmp_path: Path) -> None:

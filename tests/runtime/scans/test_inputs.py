@@ -43,7 +43,7 @@ def test_a_pipe_or_device_is_told_as_that(tmp_path: Path) -> None:
     (tmp_path / "stdin").symlink_to("/dev/null")
     for name in ("pipe", "pipe.nii.gz", "stdin"):
         (scan,) = scans_at(tmp_path / name)
-        with pytest.raises(CdiffError, match="is no file but a device or a pipe"):
+        with pytest.raises(CdiffError, match="is a device or a pipe, not a file"):
             read_scan(scan.path)
 
 
@@ -140,7 +140,7 @@ def test_masks_named_with_their_image_are_no_scans(tmp_path: Path) -> None:
     notes: list[str] = []
     found = scans_named([*files, tmp_path / "b/masked.nii.gz"], notes=notes)
     assert [scan.name for scan in found] == ["image", "other", "masked"]
-    assert notes == ["mask_anna.nii.gz, mask2.nii.gz: masks or results by their names, not taken"]
+    assert notes == ["mask_anna.nii.gz, mask2.nii.gz: left out, since their names say that they are masks or results"]
     assert [scan.name for scan in scans_named(files[1:3])] == ["mask_anna", "mask2"]
 
 
@@ -151,7 +151,9 @@ def test_results_beside_their_scan_are_none(tmp_path: Path) -> None:
     _touch(*own, scan, other)
     notes: list[str] = []
     assert [found.path for found in scans_named([*own, scan], notes=notes)] == [scan]
-    assert notes == [f"{', '.join(path.name for path in own)}: masks or results by their names, not taken"]
+    assert notes == [
+        f"{', '.join(path.name for path in own)}: left out, since their names say that they are masks or results"
+    ]
     assert [found.name for found in scans_named([scan, other])] == ["a", "b"]
     _touch(tmp_path / "maps/c.json", tmp_path / "maps/c_soft.nii.gz")
     assert [found.path for found in scans_named([scan, tmp_path / "maps"])] == [scan]
@@ -174,7 +176,8 @@ def test_folders_whose_scans_are_passed_over_are_told(tmp_path: Path) -> None:
     (tmp_path / "Testing/b.png").unlink()
     (tmp_path / "Testing").rmdir()
     with pytest.raises(
-        CdiffError, match=r"not called image\.nii\.gz were not taken \(p1, p2/t\); name such a folder, or a table"
+        CdiffError,
+        match=r"taken only if called image\.nii\.gz; left out: p1, p2/t; name such a folder itself, or a table",
     ):
         scans_at(tmp_path)
     _touch(tmp_path / "own.nii.gz", tmp_path / "p3/image.nii.gz", tmp_path / "p3/thumbnail.png")
@@ -218,10 +221,10 @@ def test_the_order_in_which_one_files_channels_are_taken_is_told(tmp_path: Path)
         said = [
             note
             for note in notes(prepare(scan, manifest, None, None), manifest)
-            if "taken for t2, t1, in this order" in note
+            if "taken as t2, t1, in the order of the training" in note
         ]
         assert len(said) == told
-    with pytest.raises(CdiffError, match=r"the files are t1, t2, and the model was trained on t2, t1; give them"):
+    with pytest.raises(CdiffError, match=r"the files are t1, t2, but the model was trained on t2, t1; give them"):
         prepare(two[::-1], named, None, None)
 
 

@@ -88,7 +88,7 @@ def test_given_numbers_do_not_depend_on_the_image() -> None:
     np.testing.assert_array_equal(intensity.apply(IMAGE[:1]), intensity.apply(IMAGE)[:1])
     as_stored = Intensity(method="standard", mean=(0.0,), std=(1.0,))
     np.testing.assert_array_equal(as_stored.apply(IMAGE), IMAGE.astype(np.float32))
-    with pytest.raises(CdiffError, match="2 means, and the image 1 channels"):
+    with pytest.raises(CdiffError, match="2 means, but the image has 1 channel"):
         intensity.apply(IMAGE[:, :1])
     for mean, std in ((0.0, 1e-40), (0.0, 1e-300), (1e300, 1.0)):  # the last two are 0 and infinite as float32
         with pytest.raises(CdiffError, match=r"are beyond float32; correct the intensity's mean and std"):

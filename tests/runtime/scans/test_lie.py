@@ -91,10 +91,10 @@ def test_what_most_have_in_common_is_usual() -> None:
 
 
 def test_the_difference_is_told_in_words() -> None:
-    assert otherwise(Lie(ALONG, UP, ACROSS), AXIAL, "others") == "slices are sagittal, and others axial"
+    assert otherwise(Lie(ALONG, UP, ACROSS), AXIAL, "others") == "slices are sagittal, but others are axial"
     assert (
         otherwise(Lie(ALONG, ACROSS, UP), AXIAL, "others")
-        == "slices have the front-back axis first, and others the left-right"
+        == "slices have the front-back axis first, but others have the left-right axis first"
     )
     assert (
         otherwise(AXIAL, AXIAL, "others")
@@ -129,10 +129,12 @@ def test_a_scan_that_lies_otherwise_than_the_training_is_told_with_the_remedy(tm
     sagittal = saved(tmp_path / "b.nii.gz", (2, 0, 1))
     (note,) = told(sagittal)
     assert note.startswith(
-        "by its header this scan's slices are sagittal, and those that the model learned from axial: --slice-axis 1"
+        "by its header this scan's slices are sagittal, but those that the model learned from are axial: --slice-axis 1"
     )
     (note,) = told(sagittal, slice_axis=1)
-    assert "have the front-back axis first, and those that the model learned from the left-right" in note
+    assert (
+        "have the front-back axis first, but those that the model learned from have the left-right axis first" in note
+    )
     assert told(saved(tmp_path / "c.nii.gz", (2, 1, 0)), slice_axis=2) != []
 
 
@@ -179,7 +181,7 @@ def test_cases_that_lie_otherwise_than_most_are_told_and_the_model_learns_how_mo
     assert read.summary["axes"] == [ACROSS, ALONG, UP]
     (note,) = read.notes
     assert note.startswith(
-        "images whose slices lie in the patient otherwise than most, in 2 cases (case7, case10): case7: its slices have the front-back axis first"
+        "images whose slices are oriented differently from most, in 2 cases (case7, case10): case7: its slices have the front-back axis first"
     ), note
     write_case(data / "Training/case8b", (2, 1, 0))
     assert "axes" not in read_data(data, fit_to_data(preset("tiny"), data, [])).summary
@@ -188,8 +190,11 @@ def test_cases_that_lie_otherwise_than_most_are_told_and_the_model_learns_how_mo
 def test_the_check_tells_them_too(data: Path) -> None:
     found = [(f["case"], f["text"]) for f in check_data(data).report["findings"] if f["kind"] == "slices"]
     assert found == [
-        ("case7", "the image's slices have the front-back axis first, and those of most the left-right, by its header"),
-        ("case10", "the image's slices are sagittal, and those of most axial, by its header"),
+        (
+            "case7",
+            "the image's slices have the front-back axis first, but those of most images have the left-right axis first, by its header",
+        ),
+        ("case10", "the image's slices are sagittal, but those of most images are axial, by its header"),
     ]
 
 
@@ -199,5 +204,6 @@ def test_evaluation_tells_cases_that_lie_otherwise_than_the_training(data: Path,
     cases = find_cases(data)["val"]
     evaluate(Segmenter.open(bundle), cases, Protocol(runs=1, steps=1, slices_per_case=1), notice=said.append)
     assert any(
-        "otherwise than in training, in 1 case (case10): case10: its slices are sagittal" in line for line in said
+        "differently from those in training, in 1 case (case10): case10: its slices are sagittal" in line
+        for line in said
     )

@@ -105,7 +105,7 @@ def test_parts_are_as_many_files_as_the_axes_say(named: str, sizes: str, files: 
             (tmp_path / name).write_bytes(bytes(voxels // files))
         lines = "\n".join(names).encode() if named.startswith("LIST") else b""
         data = meta(path, lines, NDims=len(sizes.split()), DimSize=sizes, ElementDataFile=named.format(count))
-        with raised(count == files, "files for the voxels"):
+        with raised(count == files, "files for its voxels, but its sizes need"):
             check_metaimage(data, path)
 
 
@@ -135,7 +135,7 @@ def test_a_pattern_names_the_files_from_its_first_number_to_its_last(
     pattern: str, numbers: list[str] | None, tmp_path: Path
 ) -> None:
     if numbers is None:
-        with pytest.raises(CdiffError, match="which is no name with one number in it"):
+        with pytest.raises(CdiffError, match="but such a name needs a place for one number"):
             voxel_files(pattern, [], tmp_path / "x.mhd")
         return
     assert voxel_files(pattern, [], tmp_path / "x.mhd") == [tmp_path / f"s{number}.raw" for number in numbers]

@@ -224,7 +224,7 @@ def test_the_slice_of_the_place_alone_unless_others_are_named(model: Segmenter) 
     assert alone.slices == range(12, 13)
     assert np.isnan(alone.soft[..., 11]).all()
     (note,) = [note for note in alone.report["warnings"] if note.startswith("only")]
-    assert note.startswith("only slice 12 of 0 to 29, which holds 30,30,12,")
+    assert note.startswith("only slice 12 (of 0 to 29), which holds 30,30,12,")
     assert note.endswith("such as --slices 7:18")
     for k, such in ((2, "0:8"), (28, "23:30")):  # none that is not there
         assert any(n.endswith(f"--slices {such}") for n in notes(model.prepare(array, at=(30, 30, k)), model.manifest))

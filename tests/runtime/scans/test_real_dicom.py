@@ -43,7 +43,7 @@ def test_every_voxel_of_a_ct_lies_where_its_header_says() -> None:
     [
         ("77654033/CT2", "the distance between slices varies: one may be missing"),  # 161 of its slices are not there
         ("98892003/MR700", "7 images"),  # a projection turned around the head
-        ("98892003/MR1", "holds several series of one number: 1 (FAST LOCALIZER, 1 image)"),  # in three planes
+        ("98892003/MR1", "holds several series with the same number: 1 (FAST LOCALIZER, 1 image)"),  # in three planes
     ],
 )
 def test_what_is_no_volume_is_refused_by_its_reason(folder: str, words: str) -> None:

@@ -45,9 +45,11 @@ def test_sizes_beyond_the_trainings_by_half_are_told() -> None:
         assert out_of_scale(size, (0.5, 0.9)) is None
     assert out_of_scale(2.0, None) is None
     assert str(out_of_scale(900.0, (0.5, 0.9))).endswith("look 1000 times smaller to it")  # metres without their unit
-    text = "pixels are 2 mm wide, and those that the model learned from 0.5 to 0.9 mm: structures look 2.2 times smaller to it"
+    text = "pixels are 2 mm wide, but those that the model learned from are 0.5 to 0.9 mm: structures look 2.2 times smaller to it"
     assert out_of_scale(2.0, (0.5, 0.9)) == text
-    text = "pixels are 0.2 mm wide, and those that the model learned from 0.6 mm: structures look 3 times larger to it"
+    text = (
+        "pixels are 0.2 mm wide, but those that the model learned from are 0.6 mm: structures look 3 times larger to it"
+    )
     assert out_of_scale(0.2, (0.6, 0.6)) == text
 
 
@@ -64,7 +66,7 @@ def test_a_scan_of_another_scale_is_told() -> None:
     assert told(0.7, framing="tile") == []
     (note,) = told(2.0, framing="tile")
     assert (
-        "pixels are 2 mm wide, and those that the model learned from 0.6 to 0.8 mm: structures look 2.5 times smaller"
+        "pixels are 2 mm wide, but those that the model learned from are 0.6 to 0.8 mm: structures look 2.5 times smaller"
         in note
     )
     # 64 pixels of 0.7 mm resampled to 32 are as large as 32 of 1.4 mm, and told; 64 of 0.35 mm are not.

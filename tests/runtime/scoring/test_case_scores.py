@@ -272,7 +272,7 @@ def test_a_sample_of_all_slices(cases: list[Case], tmp_path: Path) -> None:
 
 
 def test_all_slices_and_those_of_all_raters_exclude_each_other() -> None:
-    with pytest.raises(CdiffError, match="--all-raters leaves slices out that --all-slices would score"):
+    with pytest.raises(CdiffError, match="--all-raters leaves out slices that --all-slices would score"):
         Protocol(all_raters=True, all_slices=True)
 
 

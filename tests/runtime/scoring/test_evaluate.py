@@ -47,7 +47,7 @@ def test_a_finished_report_is_not_computed_again(cases: list[Case], tmp_path: Pa
     told.clear()
     run(again, cases[:1], out=out, notice=told.append)
     assert len(again.asked) == 1
-    assert "1 of its 4 cases is not computed again; the others are not asked for" in told[0]
+    assert "1 of its 4 cases is not computed again; the others were not asked for" in told[0]
     told.clear()
     run(again, cases[:1], out=out, notice=told.append)
     assert told[0].endswith(": its 1 case is not computed again")
@@ -105,7 +105,7 @@ def test_a_journal_of_another_shape_is_not_used(cases: list[Case], tmp_path: Pat
         assert f"format none (now {FORMAT})" in told[0]
         assert (tmp_path / "scores.partial.jsonl.old").exists()
     if damage in ("not JSON", "not ended"):  # the report is lost, and its cases are computed anew: that is said
-        assert told[0] == f"{out} is there and cannot be read as a report: this evaluation will replace it"
+        assert told[0] == f"{out} exists but cannot be read as a report: this evaluation will replace it"
 
 
 def test_a_report_that_would_be_called_as_a_folder_is_refused_before_the_work(
@@ -210,7 +210,7 @@ def test_a_case_with_fewer_annotators_is_told_and_handled_as_chosen(cases: list[
     assert skipped["n_cases"] == 3
     assert skipped["left_out"]["other_number_of_annotators"] == {"case02": 2}
     assert "case02" in told[0]
-    assert "2 annotators, and the model has 3 levels; left out" in told[0]
+    assert "2 annotators, but the model has 3 levels; left out" in told[0]
 
     told.clear()
     used = run(KnownMaps(tmp_path / "b", 3), cases, Protocol(raters="use"), notice=told.append)
@@ -224,7 +224,8 @@ def test_a_case_with_fewer_annotators_is_told_and_handled_as_chosen(cases: list[
 
 def test_no_case_left_says_what_to_do(cases: list[Case], tmp_path: Path) -> None:
     with pytest.raises(
-        CdiffError, match=r"4 have another number of annotators .* 5 levels, 0 no marked slice; .*--raters use"
+        CdiffError,
+        match=r"number of annotators differs from the model's 5 levels in 4 cases, and no slice is marked in 0 cases; .*--raters use",
     ):
         run(KnownMaps(tmp_path / "b", 5), cases)
 
@@ -348,4 +349,4 @@ def test_what_is_inside_a_mask_is_what_it_was_in_training_unless_the_user_says_o
     assert labelled_as_trained(cases, trained, (4, 1), told.append)[1] == (4, 1)
     assert told == []
     assert labelled_as_trained(cases, trained, (2,), told.append)[1] == (2,)
-    assert told == ["labels 2 are scored as inside, and the model was trained on 1,4"]
+    assert told == ["labels 2 are scored as inside, but the model was trained with 1,4"]

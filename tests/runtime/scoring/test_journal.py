@@ -132,4 +132,4 @@ def test_cases_that_are_not_as_they_were_written_are_computed_anew(
     again, told = KnownMaps(tmp_path / "b", 3, shift=1), list[str]()
     assert without_seconds(run(again, cases[:2], out=out, notice=told.append)) == whole
     assert [name for name, _ in again.asked] == [cases[0].name]
-    assert told[0] == f"{tmp_path / file}: 1 case of it damaged or of another evaluation, and not used"
+    assert told[0] == f"{tmp_path / file}: 1 case in it damaged or of another evaluation, so not used"

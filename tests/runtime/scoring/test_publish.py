@@ -186,13 +186,13 @@ def test_a_papers_row_says_how_its_maps_were_made(report: dict[str, Any]) -> Non
         )
         assert (drawn.percent, drawn.low, drawn.high) == (said, said, said)
         assert drawn.source == "computed now: 2 runs x 1 step, ddim, vote"
-        assert written.source == "computed now: maps as they lie in files"
+        assert written.source == "computed now: maps read from files"
 
 
 def test_no_note_on_what_is_there(report: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     published = tuple(replace(PUBLISHED[0], table=table) for table in (1, 2, 3))
     monkeypatch.setattr("cdiff.runtime.scoring.paper.PUBLISHED", published)
-    assert not any("No published number" in note for note in paper_notes(paper_rows(report)))
+    assert not any("no published number" in note for note in paper_notes(paper_rows(report)))
 
 
 def test_other_reports_and_published_numbers_stand_beside(report: dict[str, Any], tmp_path: Path) -> None:
@@ -214,7 +214,7 @@ def test_other_reports_and_published_numbers_stand_beside(report: dict[str, Any]
     assert next(row.source for row in rows if row.whose.startswith("second")).startswith(
         "computed before, annotator.json: "
     )
-    assert not any("No published number" in note for note in paper_notes(rows))
+    assert not any("no published number" in note for note in paper_notes(rows))
 
 
 @pytest.mark.parametrize(
@@ -223,8 +223,8 @@ def test_other_reports_and_published_numbers_stand_beside(report: dict[str, Any]
         ("a.csv", "table,whose,percent\n1,x,3\n", "data, source"),
         ("a.csv", "table,whose,data,percent,source\n1,x,kidney,90,\n", "line 2: source is empty"),
         ("a.csv", "table,whose,data,percent,source\n1,x,kidney,96,5,X\n", "line 2 has more cells than columns"),
-        ("a.csv", f"table,whose,data,percent,source\n1,x,kidney,96,{'X' * 200_000}\n", "is no report"),
-        ("a.json", "[" * 100_000, "is no report"),
+        ("a.csv", f"table,whose,data,percent,source\n1,x,kidney,96,{'X' * 200_000}\n", "is not a report"),
+        ("a.json", "[" * 100_000, "is not a report"),
         ("a.csv", "table,whose,data,percent,source\n1,x,kidney,90%,y\n", "line 2: .*90%"),
         ("a.csv", "table,whose,data,percent,source\n1,x,kidney,0.9,y\n4,x,kidney,90,y\n", "line 3 is out of range"),
         ("a.csv", "table,whose,data,percent,source\n1,x,kidney,100,y\n1,x,kidney,100.5,y\n", "line 3 is out of range"),
@@ -235,9 +235,9 @@ def test_other_reports_and_published_numbers_stand_beside(report: dict[str, Any]
             "line 2: percent 93 lies outside",
         ),
         ("a.csv", "table,whose,data,percent,source,high\n1,x,kidney,93,y,9.5\n", "line 2: percent 93 lies outside"),
-        ("a.json", "{}", "no report of cdiff evaluate"),
-        ("a.json", "[1", "no report of cdiff evaluate"),
-        ("a.xlsx", "PK", "no report of cdiff evaluate"),
+        ("a.json", "{}", "not a report of cdiff evaluate"),
+        ("a.json", "[1", "not a report of cdiff evaluate"),
+        ("a.xlsx", "PK", "not a report of cdiff evaluate"),
     ],
 )
 def test_a_file_that_cannot_stand_beside(name: str, text: str, said: str, tmp_path: Path) -> None:
@@ -252,7 +252,7 @@ def test_a_report_whose_dice_are_none_cannot_stand_beside(mean: Any, report: dic
     report["data"] = {"folder": "kidney", "split": "val", "task": "task01"}
     changed = report | {"soft_dice_5": report["soft_dice_5"] | {"mean": mean}}
     (tmp_path / "a.json").write_text(json.dumps(changed), encoding="utf-8")
-    with pytest.raises(CdiffError, match="no report of cdiff evaluate"):
+    with pytest.raises(CdiffError, match="not a report of cdiff evaluate"):
         read_beside(tmp_path / "a.json")
 
 

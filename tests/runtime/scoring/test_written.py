@@ -154,7 +154,7 @@ def test_maps_without_a_slice_to_score_and_cases_without_their_image_are_one_lin
     folder = written(tmp_path / "maps", cases, lambda soft: soft * np.nan)
     with pytest.raises(
         CdiffError,
-        match=r"no case is left to score: 0 have .*, 0 no marked slice; the maps of 3 are NaN on every slice",
+        match=r"no case is left to score: the number of annotators differs .* in 0 cases, .* in 0 cases; the maps of 3 cases are NaN on every slice",
     ):
         scores(folder, cases)
     cases[1].image.unlink()
@@ -195,7 +195,7 @@ def test_a_map_may_be_a_picture_in_grey(tmp_path: Path, deep: bool) -> None:
         scores(tmp_path / "maps", cases)
     path.unlink()
     path.symlink_to(data / "image.png")
-    with pytest.raises(CdiffError, match="is the image of case01, and no map of it"):
+    with pytest.raises(CdiffError, match="is the image of case01, not a map of it"):
         scores(tmp_path / "maps", cases)
 
 
@@ -258,7 +258,7 @@ def test_a_map_that_lies_elsewhere_is_refused(cases: list[Case], tmp_path: Path)
 
 def test_missing_maps_and_levels_of_different_numbers_are_named(cases: list[Case], tmp_path: Path) -> None:
     folder = written(tmp_path / "maps", cases[:1])
-    with pytest.raises(CdiffError, match=r"2 cases of 3 without a map in .* \(case02, case03\).*case02_soft.nii.gz"):
+    with pytest.raises(CdiffError, match=r"2 of 3 cases without a map in .* \(case02, case03\).*case02_soft.nii.gz"):
         WrittenMaps(folder, cases, print)
     for number, case in enumerate(cases):
         write(folder / f"{case.name}_soft.nii.gz", fraction(case))
@@ -281,7 +281,7 @@ def test_the_command(cases: list[Case], tmp_path: Path) -> None:
     command = ["evaluate", "--data", str(data), "--maps", str(maps)]
     result = CliRunner().invoke(app, [*command, "--report", str(report), "--worst", "2", "--paper-table"])
     assert result.exit_code == 0, result.output
-    assert "maps as they lie in files" in " ".join(result.stdout.split())
+    assert "maps read from files" in " ".join(result.stdout.split())
     assert {path.name for path in report.iterdir()} == {
         "scores.json", "scores.csv", "cases.csv", "slices.csv", "reliability.csv", "reliability.png", "expected.csv", "expected.png",
         "worst.png",
@@ -294,7 +294,7 @@ def test_the_command(cases: list[Case], tmp_path: Path) -> None:
     for more, name in ((["--fast"], "fast"), (["--engine", "torch"], "engine"), (["--model", "m"], "model")):
         refused = CliRunner().invoke(app, [*command, *more])
         assert refused.exit_code == 2
-        assert f"--{name} says how a model draws maps, and --maps names maps that are drawn" in refused.stderr
+        assert f"--{name} says how a model draws maps, but --maps names maps that are drawn already" in refused.stderr
     refused = CliRunner().invoke(app, [*command, "--report", str(report), "--steps-curve", "1,2"])
     assert "--steps-curve says how" in refused.stderr
 

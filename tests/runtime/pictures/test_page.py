@@ -92,6 +92,19 @@ def test_sizes_of_any_magnitude_are_read_without_an_exponent(tmp_path: Path) -> 
     write_page(made, tmp_path / "x.html", "x")
     shown = [row[-1] for row in contents(tmp_path / "x.html")[0]["sizes"]]
     assert shown == ["98.8 ml", "0.300 ml", "0.000125 ml", "1,520 ml", "1,520 ml"]
+    for told, row in (
+        ({}, ["1,234 voxels", "1,520 ml"]),
+        ({"unreliable": "ml: may be a placeholder"}, ["1,234 voxels"]),
+    ):
+        made.report["volumes"] |= {"mask": part | {"voxels": 1234}, "levels": []} | told
+        write_page(made, tmp_path / "x.html", "x")
+        assert contents(tmp_path / "x.html")[0]["sizes"][0] == ["mask, at least half", *row]
+    flat = result((12, 9))
+    flat.report["volumes"] = {"levels": [], "mask": {"voxels": 3, "mm2": 0.75}, "expected": {"voxels": 2.5, "mm2": 0.6}}
+    write_page(flat, tmp_path / "x.html", "x")
+    data, _ = contents(tmp_path / "x.html")
+    assert data["size_title"] == "Areas"
+    assert data["sizes"] == [["mask, at least half", "3 pixels", "0.750 mm²"], ["expected", "2 pixels", "0.600 mm²"]]
 
 
 def test_each_slice_of_the_page_says_what_its_map_expects(tmp_path: Path) -> None:

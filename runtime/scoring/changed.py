@@ -32,7 +32,8 @@ def unchanged(case: Case, stamps: Stamps) -> Iterator[None]:
 
     def check() -> None:
         now, named = stamps_of(case), {parted(path)[0] for path in case.files}
-        both = [path for path in {**stamps, **now} if path in named or path.parent in named]
+        # The stamps may be of more files than those of `case`: of modalities that the model does not take.
+        both = [path for path in {**stamps, **now} if path in now or path in named or path.parent in named]
         if changed := [path for path in both if stamps.get(path) != now.get(path)]:
             raise CdiffError(
                 f"{case.name}: {changed[0]} has changed since the evaluation began; run the same command again"

@@ -17,11 +17,12 @@ import pytest
 from cdiff.runtime import outputs
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import PART, most_bytes_of_a_name, sha256
-from cdiff.runtime.report import build_report, volumes
+from cdiff.runtime.report import build_report, describe_input, volumes
 from cdiff.runtime.results import Result
 from cdiff.runtime.scans.inputs import scans_at
 from cdiff.runtime.scans.scan import read_scan
 from cdiff.runtime.stack import Stack, entropy
+from cdiff.runtime.variants import VARIANTS
 
 ROOT = Path(__file__).resolve().parents[2]
 C = 3
@@ -177,6 +178,46 @@ def test_volumes_counted_by_hand(tmp_path: Path) -> None:
     assert found["mask"]["voxels"] == 1  # the soft map there is (0 + 1) / 2
     assert found["expected"]["voxels"] == pytest.approx(8 * 0.25 + 0.5)
     assert "ml" not in volumes(Stack(levels[:1], levels[:1, 0]), read_scan(np.ones((3, 4))).grid)["mask"]
+
+
+def test_areas_and_each_annotator_s_size_counted_by_hand() -> None:
+    flat = nib.Nifti1Image(np.ones((3, 4), np.float32), np.diag([0.5, 0.25, 1, 1]))
+    maps = np.zeros((1, 2, 3, 4), np.float32)
+    maps[0, 0, :2], maps[0, 1, 2, 0] = 0.5, 1
+    found = volumes(Stack(maps, maps[:, 0], None, VARIANTS["annotator"], 2), read_scan(flat).grid)
+    assert found["annotators"] == [
+        {"annotator": 1, "voxels": 8, "mm2": 1.0},
+        {"annotator": 2, "voxels": 1, "mm2": 0.125},
+    ]
+    assert found["mask"] == {"voxels": 1, "mm2": 0.125}
+    assert found["expected"] == {"voxels": 2.5, "mm2": 0.3125}
+    assert "unreliable" not in found
+    flat.header.set_zooms((1, 1))
+    flat.set_sform(None)
+    fake = volumes(Stack(maps, maps[:, 0]), read_scan(flat).grid)
+    assert fake["unreliable"].startswith("mm2: ")
+
+
+def test_a_report_says_how_its_input_was_read(tmp_path: Path) -> None:
+    path = scan_file(tmp_path, (3, 4, 2))
+    header = nib.load(path).header
+    assert describe_input(read_scan(path, slice_axis=0)) == {
+        "path": str(path),
+        "sha256": sha256(path),
+        "shape": [3, 4, 2],
+        "channels": 1,
+        "slice_axis": 0,
+        "slice_axis_note": "cut along axis 0 of the array as stored; in-plane axes as stored",
+        "spacing_mm": [round(float(one), 6) for one in header.get_zooms()],
+        "sform_code": int(header["sform_code"]),
+        "qform_code": int(header["qform_code"]),
+        "maps_affine": "the input's",
+    }
+    bare = describe_input(read_scan(np.ones((3, 4, 2), np.float32), channels=2))
+    assert (bare["shape"], bare["channels"], bare["slice_axis"]) == ([3, 4], 2, None)
+    assert bare["slice_axis_note"] == "a 2-D image is one slice"
+    assert [bare[key] for key in ("spacing_mm", "sform_code", "qform_code")] == [None] * 3
+    assert bare["maps_affine"] == "identity: the input has none"
 
 
 def test_the_report_vouches_for_every_file(tmp_path: Path) -> None:

@@ -353,6 +353,13 @@ def test_normalisation_of_the_training_images(tmp_path: Path) -> None:
     assert any(
         "each slice's own are used instead" in note for note in import_checkpoint(path, tmp_path / "other").notes
     )
+    plain = path.rename(path.with_name("model_000100.pt"))  # not averaged; and a mean for all channels
+    one = import_checkpoint(plain, tmp_path / "one", mean=(50.0,), std=(2.0,))
+    np.testing.assert_allclose(load_run(one.path).intensity.apply(image), (image - 50) / 2, rtol=0, atol=1e-4)
+    assert one.step == 100
+    assert any("model_000100.pt is not called ema*" in note for note in one.notes)
+    assert not any("is not called ema*" in note for note in done.notes)
+    plain.rename(path)
     with pytest.raises(CdiffError, match="2 means are given, but the network takes 4"):
         import_checkpoint(path, tmp_path / "third", mean=(1.0, 2.0), std=(1.0, 1.0))
     with pytest.raises(CdiffError, match="no \\*/image"):

@@ -2,84 +2,20 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import re
-import shutil
-import subprocess
-import zlib
-from html import unescape
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
+from cdiff.runtime.pictures import drawing
 from cdiff.runtime.pictures.page import MOST, write_page
 from cdiff.runtime.report import expectation, volumes
-from cdiff.runtime.results import Result
-from cdiff.runtime.scans.scan import read_scan
-from cdiff.runtime.stack import Stack, entropy
 from cdiff.runtime.variants import VARIANTS
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-HEADLESS = (
-    "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --virtual-time-budget=4000"
-)
-
-
-def result(
-    shape: tuple[int, ...] = (24, 18, 5), codes: str = "LPS", C: int = 3, variant: str = "consensus", **read: Any
-) -> Result:
-    """Maps of noise, so that every voxel's are its own, in a scan whose axes point to `codes`; slices 1 to the last but one."""
-    rng = np.random.default_rng(0)
-    where = nib.orientations.axcodes2ornt(tuple(codes))
-    affine = np.zeros((4, 4))
-    for axis, (to, sign) in enumerate(where):
-        affine[int(to), axis] = sign * (0.5, 0.75, 2.0)[axis]
-    affine[:, 3] = (10, -20, 30, 1)
-    scan = read_scan(nib.Nifti1Image(rng.normal(size=shape).astype(np.float32), affine), **read)
-    n, _, h, w = scan.slices.shape
-    chosen = range(1, n - 1) if n > 2 else range(n)
-    maps = rng.random((len(chosen), C if VARIANTS[variant].told else 1, h, w), dtype=np.float32)
-    stack = Stack(maps, rng.random(maps[:, 0].shape, dtype=np.float32) / 2, None, VARIANTS[variant], C)
-    return Result(scan.grid, scan.slices, chosen, stack, "x", {"warnings": ["a <b>note</b>"]})
-
-
-class Script(HTMLParser):
-    """Collects the script elements' text, as a browser's parser ends them, and every address that anything names."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.scripts: list[str] = []
-        self.addresses: list[str] = []
-        self.inside = False
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.inside = tag == "script"
-        self.scripts += [""] if self.inside else []
-        self.addresses += [value or "" for key, value in attrs if key in ("src", "href")]
-
-    def handle_data(self, data: str) -> None:
-        if self.inside:
-            self.scripts[-1] += data
-
-    def handle_endtag(self, tag: str) -> None:
-        self.inside = False
-
-
-def contents(page: Path) -> tuple[dict[str, Any], list[NDArray[np.uint8]]]:
-    """What the page's script reads: all but the slices, and these [channels, rows, columns]."""
-    data = json.loads(Script(page.read_text(encoding="utf-8")).scripts[0])
-    slices = [
-        np.frombuffer(zlib.decompress(base64.b64decode(text)), np.uint8).reshape(-1, *data["size"])
-        for text in data["slices"]
-    ]
-    return data, slices
+from tests.runtime.pictures.pages import Script, contents, result
 
 
 @pytest.mark.parametrize("codes", ["LPS", "RAS", "SAL", "PIR"])
@@ -105,6 +41,14 @@ def test_every_pixel_is_the_voxel_that_the_page_names(codes: str, axis: int, tmp
         assert np.array(data["affine"]) @ [*voxel, 1] == pytest.approx(
             (made.grid.header.get_best_affine() @ [*voxel, 1])[:3]
         )
+    steps = [np.insert(np.array(data["voxel"])[:, k], data["axis"], 0) for k in (1, 2)]  # a row down, a column across
+    down, across = (np.array(data["affine"])[:, :3] @ step for step in steps)
+    assert data["aspect"] == pytest.approx(np.linalg.norm(down) / np.linalg.norm(across))
+    towards = [
+        nib.orientations.aff2axcodes(np.diag([*np.sign(way), 1]))[np.argmax(abs(way))]
+        for way in (-across, across, -down, down)
+    ]
+    assert [edge[0] for edge in data["edges"]] == towards
     greys = [grey for _, grey in sorted(pictures)]
     assert greys == sorted(greys)
     assert len(set(greys)) > 20
@@ -148,6 +92,19 @@ def test_sizes_of_any_magnitude_are_read_without_an_exponent(tmp_path: Path) -> 
     write_page(made, tmp_path / "x.html", "x")
     shown = [row[-1] for row in contents(tmp_path / "x.html")[0]["sizes"]]
     assert shown == ["98.8 ml", "0.300 ml", "0.000125 ml", "1,520 ml", "1,520 ml"]
+    for told, row in (
+        ({}, ["1,234 voxels", "1,520 ml"]),
+        ({"unreliable": "ml: may be a placeholder"}, ["1,234 voxels"]),
+    ):
+        made.report["volumes"] |= {"mask": part | {"voxels": 1234}, "levels": []} | told
+        write_page(made, tmp_path / "x.html", "x")
+        assert contents(tmp_path / "x.html")[0]["sizes"][0] == ["mask, at least half", *row]
+    flat = result((12, 9))
+    flat.report["volumes"] = {"levels": [], "mask": {"voxels": 3, "mm2": 0.75}, "expected": {"voxels": 2.5, "mm2": 0.6}}
+    write_page(flat, tmp_path / "x.html", "x")
+    data, _ = contents(tmp_path / "x.html")
+    assert data["size_title"] == "Areas"
+    assert data["sizes"] == [["mask, at least half", "3 pixels", "0.750 mm²"], ["expected", "2 pixels", "0.600 mm²"]]
 
 
 def test_each_slice_of_the_page_says_what_its_map_expects(tmp_path: Path) -> None:
@@ -213,181 +170,36 @@ def test_every_variant_and_shape(variant: str, shape: tuple[int, ...], read: dic
     assert len(data["areas"]) == len(made.slices)
 
 
-READ = """
-at("close").checked = false; go(1);
-setTimeout(() => {
-  const place = view.getBoundingClientRect();
-  const [x, y] = [place.left + place.width * (Q + 0.5) / columns, place.top + place.height * (R + 0.5) / rows];
-  view.dispatchEvent(new PointerEvent("pointermove", { clientX: x, clientY: y }));
-  setTimeout(() => {
-    const dots = view.getContext("2d").getImageData(0, 0, view.width, view.height).data;
-    tell(at("where").textContent + "\\n" + at("readout").textContent + "\\ncolours " + new Set(new Uint32Array(dots.buffer)).size);
-  }, 300);
-}, 300);
-"""
-
-
-def browsed(page: Path, script: str) -> str:
-    """What `script`, run in the page a little after it is opened, gives to `tell`."""
-    if CHROMIUM is None:
-        pytest.skip("no Chromium on the PATH to open the page with")
-    tell = 'const tell = (text) => { const said = document.createElement("pre"); said.textContent = text; document.body.replaceChildren(said); };'
-    text = page.read_text(encoding="utf-8")
-    asked = page.with_suffix(".asked.html")
-    asked.write_text(
-        text.replace("draw();\n</script>", f"draw();{tell}setTimeout(() => {{{script}}}, 300);</script>"), "utf-8"
-    )
-    profile = f"--user-data-dir={page.parent / 'profile'}"
-    command = [CHROMIUM, *HEADLESS.split(), profile, "--window-size=1280,800", "--dump-dom", str(asked)]
-    shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-    return unescape(re.findall(r"<pre>(.*?)</pre>", shown, re.DOTALL)[0])
-
-
-def test_a_browser_reads_what_the_arrays_hold(tmp_path: Path) -> None:
-    """The pointer over a pixel of the second slice held: its voxel, its point as --at takes it, every map's value."""
-    made = result(codes="LIP")
-    write_page(made, tmp_path / "x.html", "x")
-    said = browsed(tmp_path / "x.html", READ.replace("R +", "7 +").replace("Q +", "5 +"))
-    where, voxel, point, soft, levels, colours = said.splitlines()
-    assert where == "slice 2 of 0 to 4"
-    i, j, k = (int(n) for n in voxel.removeprefix("voxel ").split(","))
-    assert k == 2
-    assert np.array_equal(made.grid.view(made.stack.soft[1])[7, 5], made.soft[i, j, k])
-    fractions = [float(n) for n in re.findall(r"\d\.\d\d", soft)]
-    expected = [made.soft[i, j, k], entropy(made.soft)[i, j, k], made.uncertainty[i, j, k, 1]]
-    assert fractions == pytest.approx(expected, abs=0.012)
-    assert [float(n) for n in re.findall(r"\d\.\d\d", levels)] == pytest.approx(made.levels[i, j, k], abs=0.008)
-    assert made.grid.header is not None
-    mm = made.grid.header.get_best_affine() @ [i, j, k, 1]
-    said = re.findall(r"([RLAPSI])([\d.]+)", point.removeprefix("point "))
-    assert [float(n) * (1 if letter in "RAS" else -1) for letter, n in said] == pytest.approx(mm[:3], abs=0.051)
-    assert int(colours.split()[1]) > 20
-
-
-def test_the_picture_keeps_to_its_place(tmp_path: Path) -> None:
-    """Also as the page opens, when the line below it is still to come; a picture without a close-up offers none."""
-    write_page(result(), tmp_path / "x.html", "x")
-    ends = "((one) => [one.top, one.bottom])"
-    said = browsed(
-        tmp_path / "x.html",
-        f"const ends = {ends}, of = (id) => ends(at(id).getBoundingClientRect());"
-        'tell(JSON.stringify([of("stage"), of("view"), of("through"), data.box, at("close").parentElement.offsetHeight]))',
-    )
-    stage, view, through, box, offered = json.loads(said)
-    assert stage[0] - 0.5 <= view[0] < view[1] <= stage[1] + 0.5 <= through[0]
-    assert box is None
-    assert offered == 0
-
-
-def test_what_is_read_is_of_the_slice_that_is_named(tmp_path: Path) -> None:
-    """A slice that is unpacked later than one that was asked for after it says nothing any more."""
-    made = result()
-    made.stack.maps[0], made.stack.maps[1], made.stack.maps[2] = 0, 0.25, 1
-    write_page(made, tmp_path / "x.html", "x")
-    said = browsed(
-        tmp_path / "x.html",
-        """
-        const late = Response.prototype, unpack = late.arrayBuffer;
-        kept.clear();
-        let asked = 0;
-        late.arrayBuffer = async function () {
-          if (asked++ < 2) await new Promise((done) => setTimeout(done, 300));
-          return unpack.call(this);
-        };
-        go(2);
-        const place = view.getBoundingClientRect();
-        view.dispatchEvent(new PointerEvent("pointermove", { clientX: place.left + 9, clientY: place.top + 9 }));
-        setTimeout(() => go(0), 50);
-        setTimeout(() => tell(at("readout").textContent), 700);
-        """,
-    )
-    assert said.splitlines()[0].endswith(",1")
-    assert "soft map 0.00" in said
-
-
-def test_a_wheel_and_keys_turn_slices_one_by_one(tmp_path: Path) -> None:
-    """A notch is a slice, and so are ten small events of a touchpad; the browser's zoom and shortcuts stay its own; a slider says the slice's number."""
-    write_page(result((9, 9, 32)), tmp_path / "x.html", "x")
-    said = browsed(
-        tmp_path / "x.html",
-        """
-        const found = [], sent = (what) => found.push(!view.dispatchEvent(what), index - 15);
-        const wheel = (deltaY, more) => new WheelEvent("wheel", { deltaY, cancelable: true, ...more });
-        const key = (more) => new KeyboardEvent("keydown", { key: "ArrowUp", bubbles: true, cancelable: true, ...more });
-        go(15);
-        sent(wheel(100));
-        for (let k = 0; k < 9; k++) view.dispatchEvent(wheel(4));
-        sent(wheel(4));
-        sent(wheel(-100));
-        sent(wheel(3, { deltaMode: 1 }));
-        sent(wheel(100, { ctrlKey: true }));
-        sent(key());
-        sent(key({ altKey: true }));
-        setTimeout(() => tell(JSON.stringify([found, at("slice").getAttribute("aria-valuetext"), data.numbers[index]])), 300);
-        """,
-    )
-    found, value, number = json.loads(said)
-    assert found == [True, 1, True, 2, True, 1, True, 2, False, 2, True, 3, False, 3]
-    assert value == f"slice {number}"
-    write_page(result((9, 9)), tmp_path / "y.html", "y")
-    one = 'new WheelEvent("wheel", { deltaY: 100, cancelable: true })'
-    assert browsed(tmp_path / "y.html", f"tell(view.dispatchEvent({one}))") == "true"
-
-
-def test_keys_go_from_pixel_to_pixel(tmp_path: Path) -> None:
-    """For who has no pointer: the first key begins in the middle, none leaves the picture, and what is read is said aloud."""
-    made = result((9, 7, 4))
-    write_page(made, tmp_path / "x.html", "x")
-    said = browsed(
-        tmp_path / "x.html",
-        """
-        const found = [], sent = (key, times, more) => {
-          for (let k = 0; k < times; k++) view.dispatchEvent(new KeyboardEvent("keydown", { key, shiftKey: true, bubbles: true, ...more }));
-          found.push(pointer && [...pointer]);
-        };
-        const of = (held) => [index, keyed, at("readout").getAttribute("aria-live"), held];
-        sent("ArrowUp", 1, { ctrlKey: true });
-        sent("ArrowUp", 1); sent("ArrowUp", 2); sent("ArrowLeft", 9); sent("ArrowDown", 99); sent("ArrowRight", 1);
-        view.dispatchEvent(new PointerEvent("pointerleave"));
-        setTimeout(() => {
-          found.push(of(at("readout").textContent));
-          view.dispatchEvent(new PointerEvent("pointermove", { clientX: -99, clientY: -99 }));
-          setTimeout(() => { found.push(of(pointer)); tell(JSON.stringify(found)); }, 100);
-        }, 300);
-        """,
-    )
-    rows, columns = made.grid.view(made.stack.soft[0]).shape
-    *moved, read, left = json.loads(said)
-    middle = [rows // 2, columns // 2]
-    assert moved == [None, middle, [middle[0] - 2, middle[1]], [middle[0] - 2, 0], [rows - 1, 0], [rows - 1, 1]]
-    assert read[1:3] == [True, "polite"]
-    soft = made.grid.view(made.stack.soft[read[0]])[rows - 1, 1]
-    assert float(re.findall(r"soft map (\d\.\d\d)", read[3])[0]) == pytest.approx(soft, abs=0.008)
-    assert left[1:] == [False, "off", None]
-
-
-def test_a_browser_that_cannot_draw_says_so(tmp_path: Path) -> None:
-    """The page of one that cannot unpack the slices, or of a picture too large for it, was empty without a word."""
-    write_page(result(), tmp_path / "x.html", "x")
-    script = 'window.DecompressionStream = undefined; kept.clear(); draw(); setTimeout(() => tell(at("failed").textContent), 200);'
-    assert "This browser cannot draw it: TypeError" in browsed(tmp_path / "x.html", script)
-    assert browsed(tmp_path / "x.html", 'tell(at("failed").textContent + "nothing")') == "nothing"
-
-
-def test_a_close_up_is_drawn_from_its_own_pixels_alone(tmp_path: Path) -> None:
-    """Of a large picture all were coloured, and a canvas of its size was wanted, for the few to be seen."""
-    made = result((60, 50, 3))
-    made.stack.maps[:] = 0
-    made.stack.maps[:, :, 20:26, 30:35] = 1
+def test_the_page_opens_where_most_is_found_and_tells_what_the_maps_hold(tmp_path: Path) -> None:
+    made = result((16, 12, 7))
+    made.stack.maps[3] += 2
+    made.stack.maps[:3, 2] = 0.25
     write_page(made, tmp_path / "x.html", "x")
     data, slices = contents(tmp_path / "x.html")
-    script = """
-        at("none").checked = true;
-        await draw();
-        const shown = raster.getContext("2d").getImageData(0, 0, raster.width, raster.height).data;
-        tell(JSON.stringify([raster.height, raster.width, Array.from(shown).filter((_, k) => k % 4 === 0)]));
-    """
-    rows, columns, shown = json.loads(browsed(tmp_path / "x.html", f"(async () => {{{script}}})()"))
-    top, bottom, left, right = data["box"]
-    assert (rows, columns) == (bottom - top, right - left)
-    assert np.array_equal(np.reshape(shown, (rows, columns)), slices[0][0, top:bottom, left:right])
+    assert (data["first"], data["start"], data["of"], data["numbers"]) == (3, 1, 7, [1, 2, 3, 4, 5])
+    assert data["areas"] == [[int((one >= 0.5).sum()) for one in levels] for levels in made.stack.levels]
+    assert data["warnings"] == ["a <b>note</b>"]
+    assert data["size_title"] == "Sizes"
+    assert slices[0].shape == (6, *data["size"])
+
+
+@pytest.mark.parametrize(
+    ("variant", "name", "label", "spread", "top"),
+    [
+        ("consensus", "soft map", drawing.SOFT_LABEL, "std over runs", 0.5),
+        ("implicit-ensemble", "mean", drawing.RUNS_LABEL, "variance over runs", 0.25),
+    ],
+)
+def test_a_map_is_called_what_it_is(
+    variant: str, name: str, label: str, spread: str, top: float, tmp_path: Path
+) -> None:
+    """And the colours of the runs' spread reach to the largest that it can have; there are none of a single run."""
+    made = result(variant=variant)
+    write_page(made, tmp_path / "x.html", "x")
+    data, _ = contents(tmp_path / "x.html")
+    assert data["names"] == {"soft": name, "spread": spread}
+    assert (data["labels"]["soft"], data["labels"]["spread"]) == (label, spread)
+    assert data["spread_top"] == top
+    made.stack.held_std[:] = 0
+    write_page(made, tmp_path / "x.html", "x")
+    assert contents(tmp_path / "x.html")[0]["spread_top"] == 0

@@ -14,7 +14,7 @@ import pytest
 from pydicom.dataset import FileDataset
 
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.scans.dicom_planes import Plane, Planes, laid, planes_of, taken_from
+from cdiff.runtime.scans.dicom_planes import Plane, Planes, frames_of, laid, planes_of, taken_from
 from cdiff.runtime.scans.scan import Scan, read_scan
 from tests.runtime.dicom_files import moved, orthogonal, upright, write_multiframe, write_series
 from tests.runtime.scan_files import restored
@@ -304,7 +304,31 @@ def test_a_volume_is_moved_to_where_its_images_lie() -> None:
         for found in (made.get_sform(), made.get_qform()):
             np.testing.assert_allclose(found, wanted, atol=1e-4)
         assert made.header["pixdim"][3] == pytest.approx(0.625 * step)
+        codes = [int(one.header[code]) for one in (image, made) for code in ("sform_code", "qform_code")]
+        assert codes == [2, 0, 2, 2]  # what the sform had, for both
         assert told == ()
+    image, made, told = placed([0.1])  # of a single image nothing says how far apart they lie
+    np.testing.assert_allclose(made.affine, image.affine @ nib.affines.from_matvec(np.eye(3), [0, 0, 0.1]), atol=1e-4)
+    assert (made.header["pixdim"][3], told) == (pytest.approx(0.625), ())
+
+
+@pytest.mark.parametrize("header", [{"ImageType": ["ORIGINAL", "PRIMARY", "MOSAIC"]}, {"NumberOfFrames": "3"}])
+def test_what_holds_several_slices_and_says_where_none_lies_is_as_dcm2niix_has_it(header: dict[str, Any]) -> None:
+    """A mosaic's position, and that of frames without groups of their own, is none of its slices'."""
+    one = {"ImagePositionPatient": [9, 9, 9], "ImageOrientationPatient": [1, 0, 0, 0, 1, 0], "Rows": 5, "Columns": 6}
+    planes = planes_of([one | {"PixelSpacing": [0.7, 0.7]} | header])
+    assert (planes.checked, planes.count) == (False, int(header.get("NumberOfFrames", 1)))
+    image = nib.Nifti1Image(different(3), np.diag([0.7, 0.7, 2.5, 1.0]))
+    made, told = laid(image, planes, "here:")
+    np.testing.assert_array_equal(made.affine, np.diag([0.7, 0.7, 2.5, 1.0]))
+    assert (int(made.header["sform_code"]), told) == (2, ())
+
+
+@pytest.mark.parametrize(
+    ("said", "frames"), [(None, 1), ("", 1), ("0", 1), ("-2", 1), ("x", 1), ([2, 3], 1), ("12", 12)]
+)
+def test_how_many_images_a_file_promises(said: object, frames: int) -> None:
+    assert frames_of({"NumberOfFrames": said}) == frames
 
 
 def test_an_image_beside_the_grid_or_leaning_on_it_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ import pytest
 
 from cdiff.runtime.data.cases import Case
 from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.scoring.changed import stamps_of, unchanged
 from cdiff.runtime.scoring.evaluate import Protocol
 from cdiff.runtime.scoring.journal import Journal
 from cdiff.runtime.scoring.publish import write_report
@@ -100,6 +102,31 @@ def test_a_case_that_changes_while_it_is_scored_is_one_line(
     rest = KnownMaps(tmp_path / "b", 3)
     assert run(rest, cases, out=out)["n_cases"] == 4
     assert [name for name, _ in rest.asked] == [case.name for case in cases[1:]]
+
+
+@pytest.mark.parametrize("file", ["scan/2.dcm", "scan/3.dcm", "mask.raw", "mask.mhd"])
+def test_a_file_of_a_folder_or_that_a_header_names_counts_too(tmp_path: Path, file: str) -> None:
+    """A slice of a DICOM series, one that comes in addition, and the voxels of a MetaImage, whose header stays as it is."""
+    (tmp_path / "scan").mkdir()
+    for name in ("scan/1.dcm", "scan/2.dcm", "mask.raw", "beside.raw"):
+        (tmp_path / name).write_bytes(b"old")
+    (tmp_path / "mask.mhd").write_text(
+        "ObjectType = Image\nNDims = 2\nDimSize = 3 1\nElementType = MET_UCHAR\nElementDataFile = mask.raw\n"
+    )
+    case = Case("a", tmp_path / "scan", (tmp_path / "mask.mhd",))
+    other = tmp_path / "beside.raw"  # a modality that the model does not take
+    stamps = stamps_of(dataclasses.replace(case, others=(other,)))
+    other.write_bytes(b"newer")
+    with unchanged(case, stamps):
+        pass
+    (tmp_path / file).write_bytes(b"newer")
+    said = f"^a: {tmp_path / file} has changed"
+    with pytest.raises(CdiffError, match=said), unchanged(case, stamps):
+        pass
+    with pytest.raises(CdiffError, match=said), unchanged(case, stamps):
+        raise ValueError("of reading old and new together")
+    with pytest.raises(ValueError, match="its own"), unchanged(case, stamps_of(case)):
+        raise ValueError("its own")
 
 
 @pytest.mark.parametrize("file", ["scores.json", "scores.partial.jsonl"])

@@ -54,6 +54,11 @@ class Scan:
     dicom: tuple[Path, ...] = ()
 
 
+def is_one_scan(given: object) -> bool:
+    """Whether something is a scan (`OneScan`) by its type; the paths of a scan's modalities could as well be several scans."""
+    return isinstance(given, str | os.PathLike | np.ndarray | nib.Nifti1Pair)
+
+
 def read_scan(scan: ScanInput, *, channels: int = 1, slice_axis: int = 2, series: int | None = None) -> Scan:
     """Read a path (NIfTI, NRRD or MetaImage, 2-D or 3-D, a DICOM file or folder, PNG, TIFF, JPEG), an array ([H, W] or three
     axes), a nibabel image, or several paths.

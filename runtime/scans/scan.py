@@ -112,7 +112,8 @@ def _one(scan: OneScan, channels: int, slice_axis: int, series: int | None) -> S
         finite = np.isfinite(values)
         first = tuple(int(i) for i in np.argwhere(~finite)[0])
         count = int(finite.size - np.count_nonzero(finite))
-        raise CdiffError(f"{named} holds {count} NaN or infinite values (the first at {first}); replace them first")
+        what = "values that are too large for float32" if np.isfinite(voxels).all() else "NaN or infinite values"
+        raise CdiffError(f"{named} holds {count} {what} (the first at {first}); replace them first")
     # Ones after the third axis stay in the shape of the maps; channels do not.
     shape = voxels.shape if channels == 1 else spatial
     grid = Grid(tuple(shape), slice_axis if len(spatial) == 3 else None, loaded.header, loaded.frame, loaded.series)

@@ -37,9 +37,9 @@ def overlapped(
 
     `work` runs in the caller's thread, while one other thread reads the next item and another writes the last. Neither runs
     further ahead or behind, so at most three items are in memory. A CdiffError, or a lack of memory, becomes the outcome of its
-    item, and the others go on; any other exception ends everything. However it ends (Ctrl-C, a caller that stops asking), the
-    write under way is waited for, so that nothing is left half-written. To make that happen at once, close the generator
-    (`contextlib.closing`).
+    item, and the others go on; any other exception ends everything, one that `items` raise after the outcomes of what they had given.
+    However it ends (Ctrl-C, a caller that stops asking), the write under way is waited for, so that nothing is left half-written. To
+    make that happen at once, close the generator (`contextlib.closing`).
     """
     source = iter(items)
     with ThreadPoolExecutor(1, "cdiff-write") as writer, ThreadPoolExecutor(1, "cdiff-read") as reader:
@@ -57,20 +57,27 @@ def overlapped(
                 failed.set_exception(error)
                 return failed
 
+        failed_source: Exception | None = None
         try:
             ahead = begin()
             behind: deque[tuple[Item, Future[Value]]] = deque()
             while ahead is not None:
                 item, reading = ahead
                 wait([reading])  # `items` may reuse this item's array for the next one
-                ahead = begin()
+                try:
+                    ahead = begin()
+                except Exception as error:
+                    ahead, failed_source = None, error
                 behind.append((item, worked(item, reading)))
                 del reading  # otherwise what was read would stay in memory for another round
                 while len(behind) > 1 or (behind and behind[0][1].done()):
                     yield _outcome(*behind.popleft())
             if behind:
                 yield _outcome(*behind.popleft())
+            if failed_source is not None:
+                raise failed_source
         finally:
+            failed_source = None  # else it and this frame, its scans included, would keep each other
             reader.shutdown(wait=False, cancel_futures=True)
 
 

@@ -33,7 +33,7 @@ from cdiff.runtime.sampling.sampler import SamplerTable, sampler_table
 from cdiff.runtime.sampling.sums import Gathered
 from cdiff.runtime.sampling.zoom import check_zooms, numbered, shared_out, together
 from cdiff.runtime.scans.place import At
-from cdiff.runtime.scans.scan import Scan, ScanInput
+from cdiff.runtime.scans.scan import Scan, ScanInput, is_one_scan
 from cdiff.runtime.sharing import segment_shared
 from cdiff.runtime.stack import Stack
 from cdiff.runtime.variants import Variant
@@ -285,9 +285,13 @@ class Segmenter:
         second scan of the same name gets an error. progress: called as progress(scan, done, total), with the scan as given, because
         the engine may already be done with the next scan when an outcome is yielded. options: any other arguments of `segment`, for
         every scan, except `at` and `shrink`, which are about a single scan. At most three scans and their maps are in memory,
-        besides those that the caller keeps. Raises CdiffError for `at` and `shrink`.
+        besides those that the caller keeps. Raises CdiffError for `at` and `shrink`, and for one scan in place of several.
         """
         must_be_of_this_process(self._process)
+        if is_one_scan(scans):  # a path's letters and an array's rows would be taken for scans
+            raise CdiffError(
+                "segment_many takes a list of scans, and this is one scan; put it in a list, or call segment"
+            )
         if options.get("at") is not None or options.get("shrink") is not None:
             raise CdiffError("at names a place in one scan, but segment_many takes many; call segment for each scan")
         names: set[str] = set()

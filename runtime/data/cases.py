@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from cdiff.runtime.data.case import ARRAY, MASKS_BY, Case, Entry, listed, natural
+from cdiff.runtime.data.case import ARRAY, MASKS_BY, SPLITS, Case, Entry, listed, natural
 from cdiff.runtime.data.dicom_mask import Opened
 from cdiff.runtime.data.layouts import LAYOUTS, OWN_TASK, READERS, TABLE, two_digits, walk
 from cdiff.runtime.data.leftover import BESIDE, Leftover
@@ -227,24 +228,40 @@ def _one_data_set(
 def _joined(groups: dict[str, list[Entry]]) -> dict[str, list[Entry]]:
     """Data sets joined by their last folder's name: QUBIQ ships training and validation in two trees, with the same names in both.
 
-    A tree without a split folder, as of 2021's training cases of the pancreas, is the training split beside a tree with another
-    split. Trees that hold the same split stay apart.
+    Trees without a split folder, as 2021's training cases of the pancreas have none, are the splits that words of the folders above
+    them name (`training_data_v3_QC`); one that nothing names is the training split beside a tree with another split. Trees that hold
+    the same split stay apart.
     """
     by_name: dict[str, list[str]] = {}
     for path in groups:
         by_name.setdefault(path.rpartition("/")[2], []).append(path)
     joined: dict[str, list[Entry]] = {}
     for name, paths in by_name.items():
+        bare = {path: _told_by_words(path) for path in paths if not any(entry.split for entry in groups[path])}
+        given = {entry.split for path in paths if path not in bare for entry in groups[path]}
+        if len(paths) > 1 and all(bare.values()) and len(given | set(bare.values())) == len(given) + len(bare):
+            for path, split in bare.items():
+                _put_in(groups[path], split)
         splits = Counter(split for path in paths for split in {entry.split for entry in groups[path]})
         if max(splits.values()) == 1:
+            if len(paths) > 1 and "" in splits and "train" not in splits and "" in bare.values():
+                _put_in(groups[next(iter(bare))], "train")
             joined[name] = [entry for path in paths for entry in groups[path]]
-            bare = [path for path in paths if {entry.split for entry in groups[path]} == {""}]
-            if bare and len(paths) > 1 and "train" not in splits:
-                for entry in groups[bare[0]]:
-                    entry.split = "train"
         else:
             joined |= {path: groups[path] for path in paths}
     return joined
+
+
+def _put_in(group: Iterable[Entry], split: str) -> None:
+    for entry in group:
+        entry.split = split
+
+
+def _told_by_words(path: str) -> str:
+    """The one split that words of the folders above a data set name; "" where none does, or several do."""
+    words = re.findall("[a-z]+", path.rpartition("/")[0].lower())
+    found = {SPLITS[word] for word in words if word in SPLITS}
+    return found.pop() if len(found) == 1 else ""
 
 
 def _one_task(root: Path, entries: list[Entry], task: str | None, data_set: str | None) -> str | None:

@@ -120,7 +120,7 @@ def mask_slices(mask: Mask, grid: Grid, case: Case, path: Path) -> NDArray[np.bo
         placed = mask.header is not None and grid.has_orientation and own_grid(mask, path).has_orientation
         hint = ", or be laid by their headers (--masks-by header)" if placed else ""
         if len(wanted) == 3 and counted(shape) == counted(wanted[:2]):
-            hint = f"; if the image's last axis holds channels, say so (image_channels={wanted[2]})"
+            hint = f"; if the image's last axis holds channels, it takes a model trained with --set image_channels={wanted[2]}"
         elif grid.header is not None and counted(shape) == counted(grid.header.get_data_shape()):
             hint = "; the image's last axis is read as channels, which its other masks lack: store all masks alike"
         elif shape[2:] in ((3,), (4,)) and shape[:2] == counted(wanted) and not placed:

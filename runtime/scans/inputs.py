@@ -41,7 +41,7 @@ def scans_at(
     Annotators' masks and what an earlier `cdiff segment` wrote there are left out.
     channels: what the model takes; with more than one, a case's `image_t1`, `image_t2` ... or BraTS's files are one scan, its
     modalities in the order of `modalities` (what the model was trained on) where that is known.
-    left: gets the folders below `path` whose scans are passed over, because they are no case folders.
+    left: gets the folders below `path` whose scans are passed over, because they are no case folders or a split's.
     Raises CdiffError when nothing is there, a modality is missing, or two scans would write the same files.
     """
     if path.is_file() and path.suffix.lower() in SUFFIXES:
@@ -100,8 +100,16 @@ def must_differ(scans: Iterable[NamedScan]) -> None:
 
 def passed_over(root: Path, left: Sequence[Path]) -> str:
     """The note that the scans of some folders below `root` are not taken, and how to have them taken."""
-    names = listed([path.relative_to(root).as_posix() for path in left])
-    return f"scans in folders below {root} are taken only if called image.nii.gz; left out: {names}; name such a folder itself, or a table"
+    splits = [path.relative_to(root).as_posix() for path in left if path.name.lower() in SPLITS]
+    names = [path.relative_to(root).as_posix() for path in left if path.name.lower() not in SPLITS]
+    notes = []
+    if splits:
+        notes.append(f"the splits {listed(splits)} below {root} were left out; name one of them")
+    if names:
+        notes.append(
+            f"scans in folders below {root} are taken only if called image.nii.gz; left out: {listed(names)}; name such a folder itself, or a table"
+        )
+    return ". ".join(notes)
 
 
 def _scans_in(root: Path, channels: int, modalities: Sequence[str], left: list[Path]) -> Iterator[NamedScan]:
@@ -123,7 +131,7 @@ def _scans_in(root: Path, channels: int, modalities: Sequence[str], left: list[P
             if _is_one_scan(entry, files, channels, modalities, below=bool(parts))
         ]
         others = [path for path in files if _is_scan(path) and not OWN_MASK.match(stem(path) or "")]
-        if parts and others and not found and not any(part.lower() in SPLITS for part in parts):
+        if parts and not found and (others or (parts[-1].lower() in SPLITS and inside.folders)):
             left.append(folder)
         return found
 

@@ -54,6 +54,11 @@ class Scan:
     dicom: tuple[Path, ...] = ()
 
 
+def is_one_scan(given: object) -> bool:
+    """Whether something is a scan (`OneScan`) by its type; the paths of a scan's modalities could as well be several scans."""
+    return isinstance(given, str | os.PathLike | np.ndarray | nib.Nifti1Pair)
+
+
 def read_scan(scan: ScanInput, *, channels: int = 1, slice_axis: int = 2, series: int | None = None) -> Scan:
     """Read a path (NIfTI, NRRD or MetaImage, 2-D or 3-D, a DICOM file or folder, PNG, TIFF, JPEG), an array ([H, W] or three
     axes), a nibabel image, or several paths.
@@ -109,7 +114,8 @@ def _one(scan: OneScan, channels: int, slice_axis: int, series: int | None) -> S
         finite = np.isfinite(values)
         first = tuple(int(i) for i in np.argwhere(~finite)[0])
         count = int(finite.size - np.count_nonzero(finite))
-        raise CdiffError(f"{named} holds {count} NaN or infinite values (the first at {first}); replace them first")
+        what = "values that are too large for float32" if np.isfinite(voxels).all() else "NaN or infinite values"
+        raise CdiffError(f"{named} holds {count} {what} (the first at {first}); replace them first")
     # Ones after the third axis stay in the shape of the maps; channels do not.
     shape = voxels.shape if channels == 1 else spatial
     grid = Grid(tuple(shape), slice_axis if len(spatial) == 3 else None, loaded.header, loaded.frame, loaded.series)

@@ -25,7 +25,7 @@ from cdiff.runtime.scans.grid import Grid
 from cdiff.runtime.scans.nifti import nifti_voxels
 from cdiff.runtime.scans.picture import opened
 from cdiff.runtime.scans.scan import Scan, read_scan
-from cdiff.runtime.scans.shapes import spatial_axes
+from cdiff.runtime.scans.shapes import spatial_axes, without_ones
 from cdiff.runtime.scans.sources import VOLUME_SUFFIXES, read_bytes
 from cdiff.runtime.scans.volume import parse_volume, volume_shape
 from cdiff.runtime.scoring.evaluate import CHAIN, Job, Notice, Progress, Protocol
@@ -222,9 +222,10 @@ def _file(folder: Path, name: str, suffixes: tuple[str, ...] = VOLUME_SUFFIXES) 
 
 
 def _count(levels: Path, soft: Path) -> int:
-    """The number of levels in a file: the length of its last axis, where it has one axis more than the soft map; else 1."""
+    """The number of levels in a file: the length of its last axis, where it has one axis more than the soft map, whose axes of length 1 after the
+    third do not count (a scan may have them); else 1."""
     shape = volume_shape(levels)
-    return shape[-1] if len(shape) > len(volume_shape(soft)) else 1
+    return shape[-1] if len(shape) > len(without_ones(volume_shape(soft))) else 1
 
 
 def _report(path: Path) -> dict[str, Any]:

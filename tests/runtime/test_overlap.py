@@ -8,7 +8,7 @@ import traceback
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import nibabel as nib
 import numpy as np
@@ -187,6 +187,18 @@ def test_what_is_being_written_is_finished_whatever_ends_the_work(error: BaseExc
     assert ("read", 3) not in steps.begun
 
 
+def test_an_error_of_the_items_comes_after_what_became_of_those_before_it() -> None:
+    steps, told = Steps(), []
+
+    def items() -> Iterator[int]:
+        yield from range(2)
+        raise LookupError("no more")
+
+    with pytest.raises(LookupError, match="no more"):
+        told.extend(one.value for one in steps.run(items()))
+    assert told == [0, 1]
+
+
 def test_a_caller_that_stops_asking_ends_the_threads() -> None:
     before = threading.active_count()
     outcomes = overlapped(range(9), lambda n: n, lambda n, ready: n, lambda n, made: n)
@@ -253,6 +265,14 @@ def test_what_is_asked_of_many_scans_is_asked_of_each(segmenter: Segmenter, tmp_
     for alone in ({"at": (1, 1, 1)}, {"shrink": 2}):  # of one scan
         with pytest.raises(CdiffError, match="segment_many takes many"):
             segmenter.segment_many([path], **alone, **QUICK)
+
+
+def test_one_scan_in_place_of_several_is_refused(segmenter: Segmenter) -> None:
+    """Or each letter of a path and each row of a volume would be a scan."""
+    array = volume(SIZE, SIZE, 3)
+    for one in ("a.nii.gz", Path("a.nii.gz"), array, nib.Nifti1Image(array, np.eye(4))):
+        with pytest.raises(CdiffError, match="put it in a list"):
+            segmenter.segment_many(cast(Any, one), **QUICK)
 
 
 def test_progress_of_many_scans_says_whose_it_is(segmenter: Segmenter) -> None:

@@ -41,7 +41,7 @@ def test_a_volume_of_four_slices_is_no_image_of_four_channels(tmp_path: Path) ->
     root = write_qubiq(tmp_path / "volume", {"Training": 1}, shapes=((32, 24, 4),))
     assert count_channels(find_cases(root)["train"]) == 1
     root = write_qubiq(tmp_path / "channels", {"Training": 1}, shapes=((32, 24),), channels=4)
-    with pytest.raises(CdiffError, match=r"image_channels=4"):
+    with pytest.raises(CdiffError, match=r"takes a model trained with --set image_channels=4"):
         read_case(find_cases(root)["train"][0])
     case = find_cases(root)["train"][0]
     save(case.masks[1], disc((32, 24, 4)))

@@ -70,7 +70,22 @@ def test_a_training_tree_without_split_folders_goes_with_the_validation_tree(tmp
     assert {split: len(cases) for split, cases in found.items()} == {"train": 3, "val": 2, "test": 1}
     shutil.rmtree(test / "Testing")
     write_qubiq(test, {"": 1}, raters=2)
-    with pytest.raises(CdiffError, match=r"QUBIQ21_test/pancreas \(1 case\), training_data_v3_QC/pancreas"):
+    assert {split: len(cases) for split, cases in find_cases(tmp_path, "pancreas").items()} == {
+        "train": 3,
+        "test": 1,
+        "val": 2,
+    }, "as the folders' words say"
+    shutil.rmtree(tmp_path / "training_data_v3_QC/pancreas")
+    beside_validation = find_cases(tmp_path, "pancreas")
+    assert {split: len(cases) for split, cases in beside_validation.items()} == {"test": 1, "val": 2}, (
+        "nothing to train on"
+    )
+    write_qubiq(tmp_path / "training_data_v3_QC/pancreas", {"": 3}, raters=2)
+    test.parent.rename(tmp_path / "QUBIQ21")
+    with pytest.raises(CdiffError, match=r"QUBIQ21/pancreas \(1 case\), training_data_v3_QC/pancreas"):
+        find_cases(tmp_path, "pancreas")
+    (tmp_path / "QUBIQ21").rename(tmp_path / "training_more")
+    with pytest.raises(CdiffError, match=r"training_data_v3_QC/pancreas \(3 cases\), training_more/pancreas"):
         find_cases(tmp_path, "pancreas")
 
 

@@ -185,7 +185,7 @@ def test_folders_whose_scans_are_passed_over_are_told(tmp_path: Path) -> None:
     _touch(tmp_path / "Testing/b.png")
     left: list[Path] = []
     assert [scan.name for scan in scans_at(tmp_path, left=left)] == ["own", "p3"]
-    assert left == [tmp_path / "p1", tmp_path / "p2/t"]
+    assert left == [tmp_path / "Testing", tmp_path / "p1", tmp_path / "p2/t"]
 
 
 def test_splits_deeper_down_are_named_too(tmp_path: Path) -> None:
@@ -193,6 +193,16 @@ def test_splits_deeper_down_are_named_too(tmp_path: Path) -> None:
     _touch(tmp_path / "b/kidney/Validation/case01/image.nii.gz", tmp_path / "a/kidney/Training/case01/image.nii.gz")
     with pytest.raises(CdiffError, match=r"the splits a/kidney/Training, b/kidney/Validation; name one .*/Training$"):
         scans_at(tmp_path)
+
+
+def test_splits_beside_the_scans_that_are_taken_are_told(tmp_path: Path) -> None:
+    """As in QUBIQ 2021's training data, where the pancreas has no split folder and everything else has one."""
+    places = ("pancreas/case1-1", "kidney/Training/case01", "prostate/Training/case01")
+    _touch(*(tmp_path / place / "image.nii.gz" for place in places))
+    (tmp_path / "empty/Testing").mkdir(parents=True)
+    notes: list[str] = []
+    assert [scan.name for scan in scans_named([tmp_path], notes=notes)] == ["pancreas_case1-1"]
+    assert notes == [f"the splits kidney/Training, prostate/Training below {tmp_path} were left out; name one of them"]
 
 
 def test_a_model_of_several_channels_takes_a_case_folders_files_as_one_scan(tmp_path: Path) -> None:

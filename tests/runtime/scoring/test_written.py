@@ -90,6 +90,8 @@ def test_levels_are_the_axis_that_the_soft_map_lacks(tmp_path: Path) -> None:
     soft = write(tmp_path / "a_soft.nii", np.zeros((8, 6, 3)))
     for shape, levels in (((8, 6, 3, 4), 4), ((8, 6, 3, 1), 1), ((8, 6, 3), 1)):
         assert _count(write(tmp_path / "a_levels.nii", np.zeros(shape)), soft) == levels
+    soft = write(tmp_path / "b_soft.nii", np.zeros((8, 6, 1, 1)))  # of a scan with such axes
+    assert _count(write(tmp_path / "b_levels.nii", np.zeros((8, 6, 1, 4))), soft) == 4
 
 
 def test_what_rounding_puts_beyond_0_and_1_is_cut_there(cases: list[Case], tmp_path: Path) -> None:

@@ -85,6 +85,8 @@ def check(
     for path in given:
         must_take(path)
         must_not_be_read(path, [data])
+    if sheet and sheet.suffix.lower() != ".png":
+        raise CdiffError(f"--sheet {sheet} would hold a PNG; give it a name that ends in .png")
     if json_ and not no_sheet and json_.resolve() == target.resolve():
         raise CdiffError(f"the report and the contact sheet would both be {json_}; give --json and --sheet two names")
     with Meter("data check", quiet) as meter:

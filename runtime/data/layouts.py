@@ -21,9 +21,9 @@ DEPTH = 8
 """How many folders below the given one are looked into; a circle of links ends there."""
 
 IMAGE = re.compile(r"image(?:[_-](?P<modality>.+))?$", re.IGNORECASE)
-TASK_MASK = re.compile(r"(?:(?P<task>task\d+)|case[\d-]+)_(?P<rater>seg\d+)$", re.IGNORECASE)
+TASK_MASK = re.compile(r"(?:(?:(?P<task>task\d+)|case[\d-]+)_)?(?P<rater>seg\d+)$", re.IGNORECASE)
 CASE_TASK = "task01"
-"""The structure of a mask whose name has its case in the structure's place, as of some in QUBIQ 2021 (`case05_seg01.nii.gz`)."""
+"""The structure of a mask whose name has its case in the structure's place, as of some in QUBIQ 2021 (`case05_seg01.nii.gz`), or nothing."""
 SCAN_OF_PATIENT = re.compile(r"(?P<patient>case\d{1,3})-\d{1,2}$", re.IGNORECASE)
 """The name of a case that is one of several of a patient, as of QUBIQ 2021's pancreas (`case1-1`, `case1-2`), whose own split keeps them
 together. Longer numbers may be years."""
@@ -42,7 +42,7 @@ Reader = Callable[[Path, Files], list[Entry]]
 
 
 def cases_in(folder: Path, files: Files) -> list[Entry]:
-    """The case of a folder with `image.EXT` or `image_MODALITY.EXT`, and `taskNN_segKK.EXT` or `mask_ANNOTATOR.EXT`.
+    """The case of a folder with `image.EXT` or `image_MODALITY.EXT`, and `taskNN_segKK.EXT`, `segKK.EXT` or `mask_ANNOTATOR.EXT`.
 
     EXT is a volume's (NIfTI, NRRD, MetaImage) or a picture's. Modalities are ordered by name; a number is not one, since `image_001.png`
     and `image_002.png` are more likely several images. Empty when the folder holds no such image.

@@ -15,6 +15,8 @@ ITK_SUFFIXES = (".nrrd", ".nhdr", ".mha", ".mhd")
 """NRRD and MetaImage; the second of each pair is a header that names the file with the voxels."""
 VOLUME_SUFFIXES = (*NIFTI_SUFFIXES, *ITK_SUFFIXES)
 PICTURE_SUFFIXES = (".png", ".tif", ".tiff", ".jpg", ".jpeg")
+POINTERS = {b"version https://git-lfs.github.com/": "git lfs pull", b"/annex/objects/": "git annex get ."}
+"""How a file begins that stands for one which Git LFS or git-annex keeps elsewhere, and what fetches that one."""
 
 
 def read_bytes(path: Path) -> bytes:
@@ -72,6 +74,11 @@ def any_bytes(path: Path) -> bytes:
         ) from None
     if not data:
         raise CdiffError(f"{path} is empty (0 bytes); copy it again")
+    for beginning, command in POINTERS.items():
+        if data.startswith(beginning):
+            raise CdiffError(
+                f"{path} is a placeholder for a file that its repository keeps elsewhere; fetch it with: {command}"
+            )
     return data
 
 

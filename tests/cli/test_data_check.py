@@ -66,6 +66,7 @@ def test_the_report_and_the_sheet_are_two_files(
         (("--json", "both.png", "--sheet", "link.png"), "would both be both.png"),
         (("--json", f"{tiny_data.name}_sheet.png"), f"would both be {tiny_data.name}_sheet.png"),
         (("--sheet", "both.png", "--no-sheet"), "--sheet both.png and --no-sheet contradict each other"),
+        (("--sheet", "sheet.pdf"), "--sheet sheet.pdf would hold a PNG; give it a name that ends in .png"),
     ):
         result = CliRunner().invoke(app, ["data", "check", str(tiny_data), *options])
         assert result.exit_code == 2

@@ -327,15 +327,19 @@ def test_no_result_replaces_what_is_read(tiny_data: Path, tmp_path: Path, monkey
     data = Path(shutil.copytree(tiny_data, tmp_path / "data"))
     case = next(path.parent for path in data.rglob("image.nii.gz"))
     images = sorted(f"data/{path.relative_to(data)}" for path in case.iterdir())
-    (table := tmp_path / "table.csv").write_text("case,image,mask1,mask2,mask3\none," + ",".join(images) + "\n")
-    before = {path: path.read_bytes() for path in (table, *case.iterdir())}
+    pictures = [data / f"{name}.png" for name in ("slice", "anna", "ben", "carl")]
+    for path in pictures:
+        Image.fromarray(np.eye(32, dtype=np.uint8)).save(path)
+    rows = "one," + ",".join(images), "two," + ",".join(f"data/{path.name}" for path in pictures)
+    (table := tmp_path / "table.csv").write_text("\n".join(("case,image,mask1,mask2,mask3", *rows, "")))
+    before = {path: path.read_bytes() for path in (table, *case.iterdir(), *pictures)}
     monkeypatch.setattr("cdiff.benchmarks.benchmark.benchmark", None)
     for command in (
         ("data", "check", table, "--json"),
         ("data", "check", table, "--sheet"),
         ("evaluate", "--data", table, "--json"),
     ):
-        for path in (table, case / "image.nii.gz", case / "task01_seg02.nii.gz"):
+        for path in (table, pictures[0], pictures[2]):
             assert f"{path} is one of the files that are read, and would be replaced" in fails(2, *command, path)
     scan = case / "image.nii.gz"
     assert "is one of the files that are read, and would be replaced" in one_line(

@@ -108,14 +108,15 @@ def test_a_split_that_is_named_twice(tmp_path: Path) -> None:
     assert {case.patient for case in find_cases(tmp_path / "again")["test"]} == {"anna"}
 
 
-def test_masks_that_name_their_case_are_of_the_first_structure(tmp_path: Path) -> None:
+@pytest.mark.parametrize("before", ["case02_", ""])
+def test_masks_that_name_their_case_or_nothing_are_of_the_first_structure(tmp_path: Path, before: str) -> None:
     """As in some folders of QUBIQ 2021; and such a folder is one scan when it is segmented."""
     write_qubiq(tmp_path, {"Training": 2}, raters=3)
     for path in (tmp_path / "Training/case02").glob("task01_*"):
-        path.rename(path.with_name(path.name.replace("task01", "case02")))
+        path.rename(path.with_name(path.name.replace("task01_", before)))
     found = find_cases(tmp_path, "task01")
     assert [case.raters for case in found["train"]] == [("seg01", "seg02", "seg03")] * 2
-    assert [path.name for path in found["train"][1].masks] == [f"case02_seg{k:02d}.nii.gz" for k in (1, 2, 3)]
+    assert [path.name for path in found["train"][1].masks] == [f"{before}seg{k:02d}.nii.gz" for k in (1, 2, 3)]
     assert [scan.name for scan in scans_at(tmp_path / "Training/case02")] == ["case02"]
 
 

@@ -68,6 +68,16 @@ def bad_empty(folder: Path) -> Path:
     return folder / "x.nii.gz"
 
 
+def bad_pointer(folder: Path) -> Path:
+    (folder / "x.nii.gz").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n")
+    return folder / "x.nii.gz"
+
+
+def bad_annexed(folder: Path) -> Path:
+    (folder / "x.png").write_text("/annex/objects/MD5E-s12345--4d7a2146.png\n")
+    return folder / "x.png"
+
+
 def bad_short(folder: Path) -> Path:
     (folder / "x.nii").write_bytes(nifti(folder / "y.nii", voxels(4, 4, 4)).read_bytes()[:200])
     return folder / "x.nii"
@@ -172,6 +182,8 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "a pipe": (bad_pipe, "is a device or a pipe, not a file"),
     "empty": (bad_empty, "empty"),
     "text": (bad_text, "not a NIfTI file"),
+    "in Git LFS": (bad_pointer, "is a placeholder for a file that its repository keeps elsewhere; fetch it with: git lfs pull"),
+    "in git-annex": (bad_annexed, "is a placeholder for a file that its repository keeps elsewhere; fetch it with: git annex get ."),
     "short": (bad_short, "not a NIfTI file"),
     "short, of the second kind": (bad_short_two, "truncated"),
     "truncated gzip": (bad_truncated, "truncated"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -95,11 +94,11 @@ def _outcome(item: Item, writing: Future[Value]) -> Outcome[Item, Value]:
 
 
 def _let_go(error: BaseException) -> None:
-    """Clear the local variables in an error's traceback: they would keep the scan and its maps alive as long as the error, and in a
-    reference cycle even longer. The traceback can still be printed."""
-    known: list[BaseException] = []
-    one: BaseException | None = error
-    while one is not None and one not in known:
-        traceback.clear_frames(one.__traceback__)
-        known.append(one)
-        one = one.__cause__ or one.__context__
+    """Take an error's traceback away, and those of its causes: frames keep their variables and, from Python 3.12 on, the frames that called
+    them, so the scan, its maps and what the caller holds would live as long as the error."""
+    left, done = [error], set[int]()
+    while left:
+        one = left.pop()
+        one.__traceback__ = None
+        done.add(id(one))
+        left += [other for other in (one.__cause__, one.__context__) if other is not None and id(other) not in done]

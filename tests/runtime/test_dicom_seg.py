@@ -26,6 +26,7 @@ from cdiff.runtime.segmenter import Segmenter
 from cdiff.runtime.stack import Stack
 from tests.runtime.dicom_files import moved, orthogonal, upright, write_multiframe, write_series
 from tests.runtime.test_segmenter import QUICK, make_bundle
+from tests.strict import every_warning_is_an_error
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0])
 ANONYMOUS = ("PatientName", "PatientID", "StudyDate", "StudyTime", "SeriesNumber")
@@ -219,7 +220,7 @@ def test_names_longer_than_the_standard_takes_are_cut_and_one_that_is_missing_is
         assert file.SegmentSequence[0].SegmentedPropertyTypeCodeSequence[0].CodeMeaning == structure
 
 
-@pytest.mark.filterwarnings("error")
+@every_warning_is_an_error
 def test_a_map_of_nothing_is_written_as_that(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """highdicom says that it is empty, and pydicom that the name is odd, which a terminal need not show."""
     named = write_series(

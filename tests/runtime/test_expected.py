@@ -72,4 +72,4 @@ def test_the_note_is_in_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cdiff.runtime.report.DOUBTFUL", 1.01)
     scan = Path(cdiff.__file__).parent / "demo" / "image.nii.gz"
     report = cdiff.load().segment(scan, fast=True, runs=1, zooms=(1.0,), slices="3:4").report
-    assert f"{report['expected_dice']['mask']:.2f} of the mask" in report["warnings"][-1]
+    assert f"a Dice of only {report['expected_dice']['mask']:.2f} between this mask" in report["warnings"][-1]

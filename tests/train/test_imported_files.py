@@ -15,6 +15,7 @@ from cdiff.runtime.errors import CdiffError
 from cdiff.train.checkpoint import load_run
 from cdiff.train.imported.importer import import_checkpoint
 from cdiff.train.imported.weights import read_state_dict
+from tests.strict import every_warning_is_an_error
 from tests.train.published import recorded
 
 
@@ -50,7 +51,7 @@ class Trap:
         ("folder", "is a folder; give the .pt file in it"),
     ],
 )
-@pytest.mark.filterwarnings("error")
+@every_warning_is_an_error
 def test_files_that_are_no_checkpoint_are_refused_in_one_line(content: str, says: str, tmp_path: Path) -> None:
     path, witness = tmp_path / "ema_0.9999_000100.pt", tmp_path / "touched"
     layer = torch.nn.Linear(2, 2)

@@ -19,6 +19,7 @@ from cdiff.train.imported.importer import import_checkpoint
 from cdiff.train.imported.normalisation import intensity_of, training_statistics
 from cdiff.train.imported.options import Options
 from cdiff.train.imported.weights import check_fit, shown
+from tests.strict import every_warning_is_an_error
 from tests.train.published import recorded
 
 
@@ -329,7 +330,7 @@ def test_images_are_normalised_as_the_code_of_the_checkpoint_does_it() -> None:
         (b"not a scan", "b/image.nii.gz is not a NIfTI file"),
     ],
 )
-@pytest.mark.filterwarnings("error")
+@every_warning_is_an_error
 def test_a_training_image_that_is_none_is_named(image: Any, says: str, tmp_path: Path) -> None:
     """Its number would be part of the mean, if it is not a traceback."""
     for case, values in (("a", np.arange(64, dtype=np.float32).reshape(8, 8)), ("b", image)):

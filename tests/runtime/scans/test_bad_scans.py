@@ -35,6 +35,7 @@ from tests.runtime.scan_files import (
     patched,
     voxels,
 )
+from tests.strict import every_warning_is_an_error
 
 
 def bad_truncated(folder: Path) -> Path:
@@ -244,7 +245,7 @@ def test_a_name_in_another_encoding_gets_one_clear_line(tmp_path: Path) -> None:
     str(caught.value).encode()
 
 
-@pytest.mark.filterwarnings("error")
+@every_warning_is_an_error
 @pytest.mark.parametrize("kind", BAD)
 def test_a_bad_scan_gets_one_clear_line(tmp_path: Path, kind: str, capfd: pytest.CaptureFixture[str]) -> None:
     make, said = BAD[kind]

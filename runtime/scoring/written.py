@@ -28,6 +28,7 @@ from cdiff.runtime.scans.scan import Scan, read_scan
 from cdiff.runtime.scans.shapes import spatial_axes, without_ones
 from cdiff.runtime.scans.sources import VOLUME_SUFFIXES, read_bytes
 from cdiff.runtime.scans.volume import parse_volume, volume_shape
+from cdiff.runtime.scoring.changed import stamped, still
 from cdiff.runtime.scoring.evaluate import CHAIN, Job, Notice, Progress, Protocol
 from cdiff.runtime.scoring.metrics import at_least
 from cdiff.runtime.scoring.scores import CaseTally, SliceMaps
@@ -58,8 +59,9 @@ class Written:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The files that exist."""
-        return tuple(path for path in (self.soft, self.levels, self.uncertainty) if path)
+        """The files that exist, with those that a header names for its voxels."""
+        maps = (path for path in (self.soft, self.levels, self.uncertainty) if path)
+        return tuple(file for path in maps for file in files_of_image(path))
 
     @property
     def slice_axis(self) -> int:
@@ -90,6 +92,7 @@ class WrittenMaps:
                 f"{missing[0].replace('/', '_')}_soft.nii.gz; draw those maps, or score other cases"
             )
         self._written = {name: written for name, written in found.items() if written}
+        self._stamps = {name: stamped(written.files) for name, written in self._written.items()}
         without = {name: one.soft for name, one in self._written.items() if not one.report}
         killed = {place: cut_short(place) for place in {soft.parent for soft in without.values()}}
         if cut := [name for name, soft in without.items() if soft.name in killed[soft.parent]]:
@@ -133,9 +136,8 @@ class WrittenMaps:
         digest = hashlib.sha256()
         for name, written in sorted(self._written.items()):
             digest.update(name.encode())
-            for path in written.files:
-                for file in files_of_image(path):
-                    digest.update(bytes.fromhex(sha256(file)))
+            for file in written.files:
+                digest.update(bytes.fromhex(sha256(file)))
         return digest.hexdigest()
 
     def _agreed(self, key: str) -> Any:
@@ -175,7 +177,12 @@ class WrittenMaps:
         return case, masks, drawn
 
     def row(self, job: Job, protocol: Protocol, progress: Progress) -> Row:
-        """Score the slices of a case."""
+        """Score the slices of a case. Raises CdiffError where one of its maps has changed since the folder was looked into."""
+        name = job.case.name
+        with still(name, lambda: (self._stamps[name], stamped(self._written[name].files))):
+            return self._row(job, protocol, progress)
+
+    def _row(self, job: Job, protocol: Protocol, progress: Progress) -> Row:
         written, grid = self._written[job.case.name], self._scan(job.case).grid
         masks = read_masks(job.case, grid)
         soft = _maps(written.soft, grid, 1)

@@ -208,6 +208,24 @@ def test_maps_that_are_edited_are_scored_again(cases: list[Case], tmp_path: Path
     assert scores(folder, cases, out=out)["soft_dice_5"]["mean"] < first["soft_dice_5"]["mean"] == 1
 
 
+@pytest.mark.parametrize("removed", [False, True])
+def test_maps_that_change_while_they_are_scored_are_told(cases: list[Case], tmp_path: Path, removed: bool) -> None:
+    """The report would name the hash of maps that were not scored."""
+    folder, out = written(tmp_path / "maps", cases), tmp_path / "scores.json"
+    second = folder / f"{cases[1].name}.nii.gz"
+
+    def replace(done: int, total: int) -> None:
+        """When the first case is done."""
+        if removed:
+            second.unlink(missing_ok=True)
+        else:
+            write(second, np.zeros(nib.load(second).shape, np.float32))
+
+    with pytest.raises(CdiffError, match=rf"^{cases[1].name}: {second} has changed since the evaluation began"):
+        scores(folder, cases, out=out, progress=replace)
+    assert not out.exists()
+
+
 def test_a_map_of_another_file_is_told(tiny_data: Path, tiny_bundle: Path, tmp_path: Path) -> None:
     case = find_cases(tiny_data)["val"][0]
     Segmenter.open(tiny_bundle).segment(case.scan, runs=1, steps=1).save(tmp_path / "maps", case.name, preview=False)

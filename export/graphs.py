@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import onnx
 
 OPSETS = {torch.float32: 20, torch.float16: 21}
-"""Measured in docs/export.md. Opset 21 keeps GroupNormalization whole, which GPU engines fuse, and half precision is for GPUs; opset 20
+"""Measured in docs/export.md. Opset 21 keeps GroupNormalization whole, which TensorRT fuses, and half precision is for GPUs; opset 20
 splits it into operators that ONNX Runtime's CPU provider runs faster. Opset 23 has Attention, which few engines run in float32."""
 
 MAX_BYTES = 2**31 - 2**24

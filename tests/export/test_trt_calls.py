@@ -146,7 +146,7 @@ def test_shapes_that_are_refused_are_not_built_without(bundle: Bundle, double: D
 def test_an_engine_of_which_no_layer_is_told_counts_as_no_half_precision(bundle: Bundle, native: Double) -> None:
     """Nobody could say then whether --fp16 gave half precision."""
     native.network_type, native.engine_type = "UNKNOWN", "NONE"
-    with pytest.raises(CdiffError, match=r"encoder\.onnx holds no convolution that TensorRT .* tells of"):
+    with pytest.raises(CdiffError, match=r"encoder\.onnx holds no convolution that TensorRT .* reports"):
         build(bundle, native)
     assert not [path for path in bundle.engines.iterdir() if path.is_dir()]
 

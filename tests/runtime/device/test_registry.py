@@ -113,7 +113,7 @@ def test_what_is_asked_for_is_opened_or_refused(machine: Machine) -> None:
     with pytest.raises(CdiffError, match="onnxruntime-tensorrt cannot run here: tensorrt is not installed"):
         open_engine(machine.bundle, "onnxruntime-tensorrt", "cuda")
     machine.has(missing=("pycuda",))
-    with pytest.raises(CdiffError, match="onnxruntime-tensorrt cannot run here: pycuda not installed"):
+    with pytest.raises(CdiffError, match="onnxruntime-tensorrt cannot run here: pycuda is not installed"):
         open_engine(machine.bundle, "onnxruntime-tensorrt", "cuda")
     machine.has(tensorrt="11.4.0.106")
     with pytest.raises(

@@ -55,8 +55,11 @@ class Scan:
 
 
 def is_one_scan(given: object) -> bool:
-    """Whether something is a scan (`OneScan`) by its type; the paths of a scan's modalities could as well be several scans."""
-    return isinstance(given, str | os.PathLike | np.ndarray | nib.Nifti1Pair)
+    """Whether something is a scan (`OneScan`) by its type; the paths of a scan's modalities could as well be several scans, and so could
+    an array of paths, such as a table's column."""
+    if isinstance(given, np.ndarray):
+        return given.dtype.kind not in "OUT"
+    return isinstance(given, str | os.PathLike | nib.Nifti1Pair)
 
 
 def read_scan(scan: ScanInput, *, channels: int = 1, slice_axis: int = 2, series: int | None = None) -> Scan:

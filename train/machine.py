@@ -141,7 +141,8 @@ def arithmetic(deterministic: bool, threads: int = 0) -> Iterator[None]:
     only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.set_num_threads(threads or min(before[2], quota()))
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when the GPU is first used
+        # cuBLAS reads it at its own first use; that `find_device` has tried the GPU before is none.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = not deterministic
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]

@@ -43,6 +43,12 @@ def usable(device: torch.device | str) -> Iterator[None]:
         ) from None
 
 
+def no_room(error: Exception) -> bool:
+    """Whether the GPU is full: PyTorch has an error of its own for that, but CUDA and cuBLAS take memory beside PyTorch's and say it otherwise."""
+    said = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in said)
+
+
 @for_all_threads
 @contextmanager
 def float32_by_default() -> Iterator[None]:

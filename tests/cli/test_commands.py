@@ -129,7 +129,7 @@ def test_several_scans_and_folders_at_once(tiny_data: Path, tiny_bundle: Path, t
     for names, said in (
         ((one, tiny_data / "Training/case01", tiny_data / "Validation/case01"), "would both write case01_soft.nii.gz"),
         ((mask, mask.with_name("task01_seg02.nii.gz")), "only masks or results are named"),
-        ((one, two, "--at", "1,1,1"), "2 scans are named; name one of them"),
+        ((one, two, "--at", "1,1,1"), "2 scans are named; name one scan alone"),
     ):
         refused = run("segment", *names, "-o", tmp_path / "none", *short, code=2)
         assert said in " ".join(refused.stderr.split())

@@ -156,7 +156,7 @@ def test_evaluate_takes_what_the_training_held_out_and_says_each_note_once(
     assert first == "note: files beside those of a case, not used: image_2.nii.gz"
     assert said[1:] == [
         f"split val (held out of this data when the model was trained): {len(scored)} cases",
-        "note: the model was trained on task02, and task01 is scored",
+        "note: the model was trained on task02, but task01 is scored",
         "note: of one case",
     ]
     assert error == "error: so far"

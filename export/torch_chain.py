@@ -22,7 +22,7 @@ from cdiff.runtime.sampling.noise import INITIAL
 from cdiff.runtime.sampling.sampler import SamplerTable
 from cdiff.runtime.switches import for_all_threads
 from cdiff.runtime.words import first_line
-from cdiff.train.machine import own_attention, thread_as_it_starts
+from cdiff.train.machine import no_room, own_attention, thread_as_it_starts
 
 if TYPE_CHECKING:
     from cdiff.export.torch_engine import TorchChainEngine
@@ -62,12 +62,6 @@ def full_precision() -> Iterator[None]:
     finally:
         for switch, value, _ in before:
             switch(value)
-
-
-def no_room(error: RuntimeError) -> bool:
-    """Whether the GPU is full: PyTorch has an error of its own for that, but CUDA and cuBLAS take memory beside PyTorch's and say it otherwise."""
-    said = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in said)
 
 
 def within_memory(function: Callable[P, R]) -> Callable[P, R]:
@@ -269,7 +263,7 @@ def captured(step: Callable[[], None], device: str, earlier: Captured | None = N
     earlier: a capture whose memory this one shares, so that the captures for scans of many sizes take no more memory than one: no step
     needs another's intermediate results, and no two are replayed at once. Memory can be shared only on one stream.
     Raises CdiffError, with CUDA's own words, when the step cannot be captured. An error of the plain launches before the capture is
-    passed on unchanged, since it would occur without a capture too; so is torch.OutOfMemoryError.
+    passed on unchanged, since it would occur without a capture too; so is one for want of memory.
     """
     broke: list[Exception] = []
 
@@ -303,7 +297,7 @@ def captured(step: Callable[[], None], device: str, earlier: Captured | None = N
         # on the GPU, until the garbage collector runs, and a smaller batch would find no room.
         cause = broke.pop()
         try:
-            if isinstance(cause, torch.OutOfMemoryError):
+            if no_room(cause):  # also where CUDA makes a graph of what was captured
                 raise cause
             raise CdiffError(
                 f"a step could not be captured as a CUDA graph ({first_line(cause)}); name another engine, in a new process"

@@ -290,7 +290,7 @@ class Segmenter:
         must_be_of_this_process(self._process)
         if is_one_scan(scans):  # a path's letters and an array's rows would be taken for scans
             raise CdiffError(
-                "segment_many takes a list of scans, and this is one scan; put it in a list, or call segment"
+                "segment_many takes a list of scans, and this is one scan; put it in a list, or call segment (an array of several scans: list(array))"
             )
         if options.get("at") is not None or options.get("shrink") is not None:
             raise CdiffError("at names a place in one scan, but segment_many takes many; call segment for each scan")

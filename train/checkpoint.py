@@ -63,7 +63,9 @@ def load_run(run: Path) -> LoadedRun:
     config = read_config(run)
     folder = checkpoint_folder(run, "best") or checkpoint_folder(run, "last")
     if folder is None:
-        raise CdiffError(f"{run} holds no checkpoint; train it first (cdiff train --data DIR --out {run})")
+        raise CdiffError(
+            f"{run} holds no checkpoint yet; go on with its training (cdiff train --data DIR --out {run} --resume)"
+        )
     info = read_json(folder / "checkpoint.json")
     must_tell(info, folder / "checkpoint.json")
     tensors = read_weights(folder, EMA)

@@ -43,6 +43,12 @@ def usable(device: torch.device | str) -> Iterator[None]:
         ) from None
 
 
+def no_room(error: Exception) -> bool:
+    """Whether the GPU is full: PyTorch has an error of its own for that, but CUDA and cuBLAS take memory beside PyTorch's and say it otherwise."""
+    said = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in said)
+
+
 @for_all_threads
 @contextmanager
 def float32_by_default() -> Iterator[None]:
@@ -141,7 +147,8 @@ def arithmetic(deterministic: bool, threads: int = 0) -> Iterator[None]:
     only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.set_num_threads(threads or min(before[2], quota()))
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when the GPU is first used
+        # cuBLAS reads it at its own first use; that `find_device` has tried the GPU before is none.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = not deterministic
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from lightning_fabric import Fabric
 from rich.console import Console
 
@@ -28,7 +27,7 @@ from cdiff.train.feed import Feed
 from cdiff.train.interrupt import Interrupt
 from cdiff.train.learner import Learner
 from cdiff.train.log import Log, NoLog
-from cdiff.train.machine import describe_machine
+from cdiff.train.machine import describe_machine, no_room
 from cdiff.train.mfu import Utilisation, peak_flops
 from cdiff.train.rows import Rows, check_parts, draw_rows
 from cdiff.train.validate import score
@@ -284,5 +283,7 @@ def _enough_memory(when: str, remedy: str) -> Iterator[None]:
     """Within the block, raise a CdiffError of one line where the GPU's memory runs out."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not no_room(error):
+            raise
         raise CdiffError(f"the GPU ran out of memory {when} ({first_line(error)}); {remedy}") from None

@@ -209,10 +209,8 @@ def _measure(look: Look, masks: NDArray[np.bool_]) -> None:
         look.tell("warning", "colours", text)
     votes = masks.sum(axis=1)
     if apart := [rater for i, rater in enumerate(raters) if _is_apart(masks[:, i], votes)]:
-        verb = "shares" if len(apart) == 1 else "share"
-        text = (
-            f"{', '.join(apart)} {verb} no pixel with any other mask: is it of this case, and stored as the others are?"
-        )
+        verb, which = ("shares", "is it") if len(apart) == 1 else ("share", "are they")
+        text = f"{', '.join(apart)} {verb} no pixel with any other mask: {which} of this case, and stored as the others are?"
         look.tell("warning", "apart", text)
     look.at_least = np.array([np.count_nonzero(votes >= c, axis=(1, 2)).sum() for c in range(1, n + 1)]) / votes.size
     look.best_slice = int(votes.sum(axis=(1, 2)).argmax()) if len(marked) else len(votes) // 2

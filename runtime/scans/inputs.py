@@ -77,8 +77,7 @@ def scans_named(
     for path in paths:
         left: list[Path] = []
         scans += [] if path in masks else scans_at(path, channels, modalities, left)
-        if left:
-            notes.append(passed_over(path, left))
+        notes += passed_over(path, left)
     if not scans:
         raise CdiffError(
             f"only masks or results are named ({listed([path.name for path in masks])}); name the scan alone"
@@ -98,18 +97,23 @@ def must_differ(scans: Iterable[NamedScan]) -> None:
         seen[scan.name] = scan
 
 
-def passed_over(root: Path, left: Sequence[Path]) -> str:
-    """The note that the scans of some folders below `root` are not taken, and how to have them taken."""
+def passed_over(root: Path, left: Sequence[Path]) -> list[str]:
+    """The notes that the scans of some folders below `root` are not taken, and how to have them taken."""
     splits = [path.relative_to(root).as_posix() for path in left if path.name.lower() in SPLITS]
     names = [path.relative_to(root).as_posix() for path in left if path.name.lower() not in SPLITS]
     notes = []
     if splits:
-        notes.append(f"the splits {listed(splits)} below {root} were left out; name one of them")
+        was, one = ("were", "one of them") if len(splits) > 1 else ("was", "it")
+        notes.append(f"{_splits(splits)} below {root} {was} left out; name {one}")
     if names:
         notes.append(
             f"scans in folders below {root} are taken only if called image.nii.gz; left out: {listed(names)}; name such a folder itself, or a table"
         )
-    return ". ".join(notes)
+    return notes
+
+
+def _splits(names: Sequence[str]) -> str:
+    return f"the split{'s' * (len(names) > 1)} {listed(names)}"
 
 
 def _scans_in(root: Path, channels: int, modalities: Sequence[str], left: list[Path]) -> Iterator[NamedScan]:
@@ -197,7 +201,9 @@ def _nothing_in(folder: Path, left: Sequence[Path]) -> str:
         descend(folder, lambda _, parts, inside: ["/".join(parts)] if parts and parts[-1].lower() in SPLITS else [])
     )
     if splits:
-        return f"{folder} holds the splits {listed(splits)}; name one of them, such as {folder / splits[0]}"
+        return (
+            f"{folder} holds {_splits(splits)}; name {'one of them, such as ' * (len(splits) > 1)}{folder / splits[0]}"
+        )
     if left:
-        return passed_over(folder, left)
+        return "; ".join(passed_over(folder, left))
     return f"no scan in {folder}: expected .nii.gz, .nrrd, .png ... files, folders of DICOM files, or case folders with image.nii.gz"

@@ -24,6 +24,7 @@ from cdiff.runtime.scans.picture import read_picture
 from cdiff.runtime.scans.shapes import check_kind, check_size, spatial_axes
 from cdiff.runtime.scans.sources import ITK_SUFFIXES, PICTURE_SUFFIXES, is_there, read_bytes
 from cdiff.runtime.scans.volume import parse_volume
+from cdiff.runtime.words import several
 
 OneScan = str | os.PathLike[str] | NDArray[Any] | nib.Nifti1Image
 ScanInput = OneScan | Sequence[str | os.PathLike[str]]
@@ -55,8 +56,11 @@ class Scan:
 
 
 def is_one_scan(given: object) -> bool:
-    """Whether something is a scan (`OneScan`) by its type; the paths of a scan's modalities could as well be several scans."""
-    return isinstance(given, str | os.PathLike | np.ndarray | nib.Nifti1Pair)
+    """Whether something is a scan (`OneScan`) by its type; the paths of a scan's modalities could as well be several scans, and so could
+    an array of paths, such as a table's column."""
+    if isinstance(given, np.ndarray):
+        return given.dtype.kind not in "OUT"
+    return isinstance(given, str | os.PathLike | nib.Nifti1Pair)
 
 
 def read_scan(scan: ScanInput, *, channels: int = 1, slice_axis: int = 2, series: int | None = None) -> Scan:
@@ -114,8 +118,11 @@ def _one(scan: OneScan, channels: int, slice_axis: int, series: int | None) -> S
         finite = np.isfinite(values)
         first = tuple(int(i) for i in np.argwhere(~finite)[0])
         count = int(finite.size - np.count_nonzero(finite))
-        what = "values that are too large for float32" if np.isfinite(voxels).all() else "NaN or infinite values"
-        raise CdiffError(f"{named} holds {count} {what} (the first at {first}); replace them first")
+        # A file's voxels come as float32, in which a value that is too large is infinite already.
+        what = "too large" if np.isfinite(voxels).all() else "NaN, infinite or too large"
+        raise CdiffError(
+            f"{named} holds {several(count, 'value')} not finite in float32 ({what}; the first at {first}); replace them first"
+        )
     # Ones after the third axis stay in the shape of the maps; channels do not.
     shape = voxels.shape if channels == 1 else spatial
     grid = Grid(tuple(shape), slice_axis if len(spatial) == 3 else None, loaded.header, loaded.frame, loaded.series)

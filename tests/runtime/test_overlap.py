@@ -294,6 +294,14 @@ def test_one_scan_in_place_of_several_is_refused(segmenter: Segmenter) -> None:
             segmenter.segment_many(cast(Any, one), **QUICK)
 
 
+def test_an_array_of_paths_is_a_list_of_scans(segmenter: Segmenter, tmp_path: Path) -> None:
+    """As a table's column is."""
+    paths = [saved(tmp_path / f"{name}.nii", volume(SIZE, SIZE, 1)) for name in "ab"]
+    for array in (np.array([str(path) for path in paths]), np.array(paths, dtype=object)):
+        found = list(segmenter.segment_many(cast(Any, array), **QUICK))
+        assert [one.value and one.value.name for one in found] == ["a", "b"]
+
+
 def test_progress_of_many_scans_says_whose_it_is(segmenter: Segmenter) -> None:
     """The engine may be a scan ahead of the outcomes: by the order alone, one scan had the steps of two and the last had none."""
     scans = {depth: volume(SIZE, SIZE, depth) for depth in (1, 3, 2)}

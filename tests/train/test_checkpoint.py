@@ -14,12 +14,13 @@ import torch
 from safetensors.torch import save_file
 
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.files import PART
+from cdiff.runtime.files import PART, write_json
 from cdiff.train.checkpoint import (
     EMA,
     check_weights,
     checkpoint_folder,
     config_of_weights,
+    load_run,
     read_json,
     read_state,
     read_tensors,
@@ -27,6 +28,7 @@ from cdiff.train.checkpoint import (
     save_checkpoint,
     write_tensors,
 )
+from cdiff.train.presets import preset
 
 
 @contextmanager
@@ -164,3 +166,10 @@ def test_weights_in_a_folder_whose_name_is_no_text_are_not_called_damaged(tmp_pa
     (tmp_path / EMA).rename(folder / EMA)
     with pytest.raises(CdiffError, match=r"M\\xfcller/ema.safetensors has a name that is not UTF-8; rename"):
         read_tensors(folder / EMA)
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_is_to_be_resumed(tmp_path: Path) -> None:
+    """It is a run by its configuration already, and the same command without --resume would be refused."""
+    write_json(tmp_path / "config.json", preset("tiny").to_json())
+    with pytest.raises(CdiffError, match=r"no checkpoint yet; .*cdiff train --data DIR --out .* --resume\)$"):
+        load_run(tmp_path)

@@ -334,11 +334,18 @@ def test_the_log_states_the_utilisation_where_the_peak_is_known(tiny_data: Path,
     assert [row["mfu"] for row in read_log(tmp_path / "unknown" / "log.csv")] == ["", ""]
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nand more lines"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`, 20 GiB taken\nmore"),
+    ],
+)
 def test_a_full_gpu_is_one_line_that_says_what_to_set(
-    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     def full(*arguments: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nand more lines")
+        raise error
 
     monkeypatch.setattr(Learner, "step", full)
     run = Run(preset("tiny"), data, fabric_on(CPU), tmp_path)

@@ -138,10 +138,10 @@ def test_a_mask_beside_all_others_is_told(tmp_path: Path) -> None:
         "alone": (here, none, none),
     }
     save_cases(tmp_path, cases)
-    text = "no pixel with any other mask: is it of this case, and stored as the others are?"
+    text = "of this case, and stored as the others are?"
     assert said(check_data(tmp_path), "apart") == [
-        ("warning", "one", f"seg03 shares {text}"),
-        ("warning", "two", f"seg01, seg02 share {text}"),
+        ("warning", "one", f"seg03 shares no pixel with any other mask: is it {text}"),
+        ("warning", "two", f"seg01, seg02 share no pixel with any other mask: are they {text}"),
     ]
 
 

@@ -268,7 +268,9 @@ def test_a_provider_that_did_not_start_is_an_error(
 
 
 @pytest.mark.skipif(
-    "AzureExecutionProvider" not in ort.get_available_providers(), reason="this build has no such provider"
+    "AzureExecutionProvider" not in ort.get_available_providers()
+    or not hasattr(ort.InferenceSession, "get_provider_graph_assignment_info"),
+    reason="this build has no such provider, or is too old to tell who computes what",
 )
 def test_a_provider_that_leaves_the_network_to_the_cpu_is_refused(tmp_path: Path) -> None:
     """As Azure's does with every operator that is not its own, though it starts and is listed as the session's first."""

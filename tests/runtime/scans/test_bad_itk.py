@@ -217,7 +217,7 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "MetaImage in centimetres": (bad_meta_unit, "gives its lengths in cm; save it in millimetres"),
     "centimetres without a space": (bad_axis_unit, "gives its lengths in cm; save it in millimetres"),
     "text": (bad_text, "is not a NRRD or MetaImage file that can be read"),
-    "not a number": (bad_nan, r"holds 1 NaN or infinite values \(the first at \(1, 2, 0\)\)"),
+    "not a number": (bad_nan, r"holds 1 value not finite in float32 \(NaN, infinite or too large; the first at \(1, 2, 0\)\)"),
     "no spacing": (bad_spacing, "spacing"),
     "centimetres": (bad_unit, "gives its lengths in cm; save it in millimetres"),
     "complex numbers": (bad_complex, "real numbers are needed"),

@@ -129,7 +129,7 @@ def test_nothing_there_says_what_was_expected(tmp_path: Path) -> None:
     with pytest.raises(CdiffError, match=r"no scan in .*image\.nii\.gz"):
         scans_at(tmp_path)
     _touch(tmp_path / "Testing/case01/image.nii.gz")
-    with pytest.raises(CdiffError, match=r"name one of them, such as .*Testing"):
+    with pytest.raises(CdiffError, match=r"holds the split Testing; name .*Testing$"):
         scans_at(tmp_path)
 
 
@@ -171,7 +171,7 @@ def test_folders_whose_scans_are_passed_over_are_told(tmp_path: Path) -> None:
         tmp_path / "labels/mask_anna.png",
         tmp_path / "Testing/b.png",
     )
-    with pytest.raises(CdiffError, match=r"Testing; name one of them|holds the splits Testing"):
+    with pytest.raises(CdiffError, match=r"holds the split Testing; name .*/Testing$"):
         scans_at(tmp_path)
     (tmp_path / "Testing/b.png").unlink()
     (tmp_path / "Testing").rmdir()
@@ -203,6 +203,12 @@ def test_splits_beside_the_scans_that_are_taken_are_told(tmp_path: Path) -> None
     notes: list[str] = []
     assert [scan.name for scan in scans_named([tmp_path], notes=notes)] == ["pancreas_case1-1"]
     assert notes == [f"the splits kidney/Training, prostate/Training below {tmp_path} were left out; name one of them"]
+    notes.clear()
+    _touch(tmp_path / "kidney/p1/scan.nii.gz", tmp_path / "kidney/case02/image.nii.gz")
+    scans_named([tmp_path / "kidney"], notes=notes)
+    split, other = notes
+    assert split == f"the split Training below {tmp_path / 'kidney'} was left out; name it"
+    assert other.endswith("left out: p1; name such a folder itself, or a table")
 
 
 def test_a_model_of_several_channels_takes_a_case_folders_files_as_one_scan(tmp_path: Path) -> None:

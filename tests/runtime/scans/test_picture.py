@@ -240,6 +240,23 @@ def test_a_tiff_that_does_not_say_what_black_is_is_refused(tmp_path: Path) -> No
         read_scan(tmp_path / "x.tif")
 
 
+@pytest.mark.parametrize(("kind", "bits"), [(np.uint16, 16), (np.float32, 32)])
+def test_a_film_whose_0_is_white_is_read_as_viewers_show_it_or_refused(tmp_path: Path, kind: Any, bits: int) -> None:
+    """Pillow turns round those of 8 bits, and hands over the others as their own negatives."""
+    path, stored = tmp_path / "film.tif", np.arange(64, dtype=np.uint8).reshape(8, 8)
+
+    def write(bits: int, data: bytes) -> None:
+        tags = [(256, 3, [8]), (257, 3, [8]), (258, 3, [bits]), (259, 3, [1]), (262, 3, [0]), (273, 4, [8])]
+        write_tags(path, [*tags, (278, 3, [8]), (279, 4, [len(data)]), (339, 3, [3 if bits == 32 else 1])], data)
+
+    write(8, stored.tobytes())
+    np.testing.assert_array_equal(read_scan(path).slices[0, 0], 255 - stored)
+    write(bits, stored.astype(kind).tobytes())
+    for read in (read_scan, read_mask):
+        with pytest.raises(CdiffError, match="0 for white, which is read in up to 8 bits"):
+            read(path)
+
+
 @pytest.mark.parametrize("interlaced", [False, True])
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"])
 def test_a_png_without_its_last_rows_is_refused(tmp_path: Path, mode: str, interlaced: bool) -> None:

@@ -89,6 +89,17 @@ def test_a_training_tree_without_split_folders_goes_with_the_validation_tree(tmp
         find_cases(tmp_path, "pancreas")
 
 
+def test_a_tree_of_a_split_that_another_tree_holds_is_not_mixed_with_it_nor_left_out(tmp_path: Path) -> None:
+    write_qubiq(tmp_path / "training_data_v3_QC/pancreas", {"": 3}, raters=2)
+    write_qubiq(tmp_path / "new/pancreas", {"Training": 2, "Validation": 1}, raters=2)
+    with pytest.raises(CdiffError, match=r"new/pancreas \(3 cases\), training_data_v3_QC/pancreas \(3 cases\)"):
+        find_cases(tmp_path)
+    assert {split: len(cases) for split, cases in find_cases(tmp_path, "new/pancreas").items()} == {
+        "train": 2,
+        "val": 1,
+    }
+
+
 def test_a_split_that_is_named_twice(tmp_path: Path) -> None:
     """Archives unpacked into a folder for each split, and a folder that unpacking doubled; but not a test and its retest."""
     for name, raters in (("kidney", 3), ("brain-growth", 7)):

@@ -100,6 +100,12 @@ def test_a_tree_of_a_split_that_another_tree_holds_is_not_mixed_with_it_nor_left
     }
 
 
+def test_a_tree_that_nothing_names_a_split_is_the_training_split_beside_another(tmp_path: Path) -> None:
+    write_qubiq(tmp_path / "one/kidney", {"": 2})
+    write_qubiq(tmp_path / "two/kidney", {"Testing": 1})
+    assert {split: len(cases) for split, cases in find_cases(tmp_path).items()} == {"train": 2, "test": 1}
+
+
 def test_a_case_beside_split_folders_is_left_out_of_trees_that_are_joined(tmp_path: Path) -> None:
     """It is in no split, so nothing may be trained or scored with it."""
     write_qubiq(tmp_path / "one/kidney", {"Validation": 1, "": 1})

@@ -19,7 +19,7 @@ from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.scans.scan import read_scan
 from cdiff.runtime.scoring.evaluate import Protocol, evaluate, score_cases
 from cdiff.runtime.scoring.scores import PER_SLICE
-from cdiff.runtime.scoring.written import Written, WrittenMaps, _count, _maps, _report
+from cdiff.runtime.scoring.written import Written, WrittenMaps, _count, _maps, _report, _shares
 from cdiff.runtime.segmenter import Segmenter
 from tests.synthetic import write_synthetic_dataset
 
@@ -199,6 +199,28 @@ def test_a_map_may_be_a_picture_in_grey(tmp_path: Path, deep: bool) -> None:
     path.symlink_to(data / "image.png")
     with pytest.raises(CdiffError, match="is the image of case01, not a map of it"):
         scores(tmp_path / "maps", cases)
+
+
+def test_white_is_1_in_every_grey_that_a_map_may_have(tmp_path: Path) -> None:
+    shares = np.array([[0, 1], [1, 0]])
+    grey: tuple[tuple[str, Any, str], ...] = (
+        ("1", shares > 0, "png"), ("L", shares * 255, "png"), ("I;16", shares * 65535, "png"), ("I;16", shares * 65535, "tif"),
+        ("I;16B", shares * 65535, "tif"), ("F", shares / 1, "tif"),
+    )  # fmt: skip
+    kinds = {"1": bool, "L": np.uint8, "I;16": np.uint16, "I;16B": ">u2", "F": np.float32}
+    for mode, values, suffix in grey:
+        path = tmp_path / f"map.{suffix}"
+        Image.fromarray(values.astype(kinds[mode])).save(path)
+        with Image.open(path) as picture:
+            assert picture.mode == mode
+        np.testing.assert_array_equal(_shares(path), shares)
+
+
+def test_a_map_without_a_report_is_not_said_to_be_of_another_file(cases: list[Case], tmp_path: Path) -> None:
+    told: list[str] = []
+    source = WrittenMaps(written(tmp_path / "maps", cases), cases, told.append)
+    assert source.read(cases[0], source.odd())[2].all()
+    assert told == []
 
 
 def test_maps_that_are_edited_are_scored_again(cases: list[Case], tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from cdiff.cli.app import app
 from cdiff.runtime.data.cases import Case, find_cases, read_masks
 from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.scans.grid import Grid
 from cdiff.runtime.scans.scan import read_scan
 from cdiff.runtime.scoring.evaluate import Protocol, evaluate, score_cases
 from cdiff.runtime.scoring.scores import PER_SLICE
@@ -221,6 +222,25 @@ def test_a_map_without_a_report_is_not_said_to_be_of_another_file(cases: list[Ca
     source = WrittenMaps(written(tmp_path / "maps", cases), cases, told.append)
     assert source.read(cases[0], source.odd())[2].all()
     assert told == []
+
+
+def test_a_level_is_drawn_where_at_least_half_of_its_runs_drew_it(cases: list[Case], tmp_path: Path) -> None:
+    soft, affine = fraction(cases[0]), nib.load(cases[0].image).affine
+    drawn = np.stack([soft > (level - 0.5) / 3 for level in (1, 2, 3)], axis=-1)
+    dice, apart = [], []
+    for share in (0.5, 0.4):
+        write(tmp_path / "maps" / f"{cases[0].name}_soft.nii.gz", soft, affine)
+        write(tmp_path / "maps" / f"{cases[0].name}_levels.nii.gz", share * drawn, affine)
+        found = scores(tmp_path / "maps", cases[:1], Protocol(all_slices=True))
+        dice.append([level["mean"] for level in found["dice_per_level"]])
+        apart.append(found["ged"]["mean"] - found["ged_floor"]["mean"])
+    assert dice[0] == [1, 1, 1]
+    assert max(dice[1]) < 0.5
+    assert apart[0] == pytest.approx(0)
+    assert apart[1] > 0.1, "the energy distance is of the same masks"
+    flat = Grid((24, 20), None, None)
+    with pytest.raises(CdiffError, match="different shapes"):  # of a picture's map
+        _maps(write(tmp_path / "deep.nii", soft), flat, 1)
 
 
 def test_maps_that_are_edited_are_scored_again(cases: list[Case], tmp_path: Path) -> None:

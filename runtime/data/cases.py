@@ -243,7 +243,7 @@ def _joined(groups: dict[str, list[Entry]]) -> dict[str, list[Entry]]:
             for path, split in bare.items():
                 _put_in(groups[path], split)
         splits = Counter(split for path in paths for split in {entry.split for entry in groups[path]})
-        if max(splits.values()) == 1:
+        if max(splits.values()) == 1 and not given & set(bare.values()):
             if len(paths) > 1 and "" in splits and "train" not in splits and "" in bare.values():
                 _put_in(groups[next(iter(bare))], "train")
             joined[name] = [entry for path in paths for entry in groups[path]]

@@ -174,7 +174,7 @@ def _is_one_scan(entry: Entry, files: Files, channels: int, modalities: Sequence
     the folder lies within the one that was named; pictures of other names there (a thumbnail) are no scans.
     """
     images = list(entry.images.values())
-    if len(images) > 1 or "" not in entry.images:
+    if "" not in entry.images:
         as_many = len(images) == channels > 1 and all(i.name.lower().endswith(VOLUME_SUFFIXES) for i in images)
         return bool(modalities) or as_many
     if images[0].name.lower().endswith(VOLUME_SUFFIXES):

@@ -24,6 +24,8 @@ SIZE = 256, 257
 """TIFF's tags of width and height."""
 PHOTOMETRIC = 262
 """TIFF's tag that says whether 0 is black or white, or that there are colours."""
+WHITE_IS_ZERO = 0
+"""That tag's value where 0 is white, as in scanned films."""
 COMPRESSION, DEFLATE = 259, (8, 32946)
 """TIFF's tag of how pixels are packed, and its values for zlib's streams."""
 STORED = (273, 279), (324, 325)
@@ -110,8 +112,8 @@ def check_jpeg(picture: Any, data: bytes, path: Path) -> None:
 def check_strips(picture: Any, data: bytes, path: Path) -> None:
     """Raise CdiffError for a TIFF, opened by Pillow, whose strips or tiles do not cover it: Pillow takes what is missing for black.
 
-    Also for one that does not say whether 0 is black or white (Pillow takes it for white), or whose packed strips fail their check sums,
-    at which libtiff does not look.
+    Also for one that does not say whether 0 is black or white (Pillow takes it for white), whose 0 is white in more than 8 bits (Pillow
+    turns round only 8 and fewer), or whose packed strips fail their check sums, at which libtiff does not look.
     """
     width, height = (picture.tag_v2[tag] for tag in SIZE)  # picture.size may be that of the turned picture
     planes = len(picture.getbands()) if picture.tag_v2.get(PLANAR) == SEPARATE else 1
@@ -121,6 +123,10 @@ def check_strips(picture: Any, data: bytes, path: Path) -> None:
         raise _fewer(path, (width, height))
     if PHOTOMETRIC not in picture.tag_v2:
         raise CdiffError(f"{path} does not say whether 0 is black or white (tag {PHOTOMETRIC}); save it again as PNG")
+    if picture.tag_v2[PHOTOMETRIC] == WHITE_IS_ZERO and picture.mode in DEEP_MODES:
+        raise CdiffError(
+            f"{path} has 0 for white, which is read in up to 8 bits; save it with 0 for black, as PNG or TIFF"
+        )
     if picture.tag_v2.get(COMPRESSION) in DEFLATE:
         most = 8 * width * height * len(picture.getbands())
         for places, lengths in STORED:

@@ -182,6 +182,10 @@ def test_a_table_of_the_very_files_that_look_like_another_layout(tmp_path: Path)
     table.write_text("\n".join(("case,image_t1,image_flair,mask_anna,mask_ben", *rows)))
     assert find_cases(tmp_path) == find_cases(table)
     assert find_cases(tmp_path).layout == "table"
+    loud = table.rename(tmp_path / "CASES.CSV")
+    assert find_cases(tmp_path) == find_cases(loud)
+    assert [scan.name for scan in scans_at(loud, 2)] == ["p1", "p2"]
+    loud.rename(table)
     table.write_text("\n".join(("case,image_t1,image_flair,mask_anna,mask_ben", rows[0])))
     with pytest.raises(CdiffError, match=r"several ways: brats \(2 cases\), the table cases\.csv"):
         find_cases(tmp_path)

@@ -64,7 +64,7 @@ def test_a_training_tree_without_split_folders_goes_with_the_validation_tree(tmp
     """As QUBIQ 2021 ships pancreas and pancreatic-lesion."""
     write_qubiq(tmp_path / "training_data_v3_QC/pancreas", {"": 3}, raters=2)
     write_qubiq(tmp_path / "validation_data_qubiq2021_QC/pancreas", {"Validation": 2}, raters=2)
-    test = write_qubiq(tmp_path / "QUBIQ21_test/pancreas", {"Testing": 1}, raters=2)
+    test = write_qubiq(tmp_path / "QUBIQ21_Test/pancreas", {"Testing": 1}, raters=2)
     write_qubiq(tmp_path / "training_data_v3_QC/kidney", {"Training": 1})
     found = find_cases(tmp_path, "pancreas")
     assert {split: len(cases) for split, cases in found.items()} == {"train": 3, "val": 2, "test": 1}
@@ -87,6 +87,35 @@ def test_a_training_tree_without_split_folders_goes_with_the_validation_tree(tmp
     (tmp_path / "QUBIQ21").rename(tmp_path / "training_more")
     with pytest.raises(CdiffError, match=r"training_data_v3_QC/pancreas \(3 cases\), training_more/pancreas"):
         find_cases(tmp_path, "pancreas")
+
+
+def test_a_tree_of_a_split_that_another_tree_holds_is_not_mixed_with_it_nor_left_out(tmp_path: Path) -> None:
+    write_qubiq(tmp_path / "training_data_v3_QC/pancreas", {"": 3}, raters=2)
+    write_qubiq(tmp_path / "new/pancreas", {"Training": 2, "Validation": 1}, raters=2)
+    with pytest.raises(CdiffError, match=r"new/pancreas \(3 cases\), training_data_v3_QC/pancreas \(3 cases\)"):
+        find_cases(tmp_path)
+    assert {split: len(cases) for split, cases in find_cases(tmp_path, "new/pancreas").items()} == {
+        "train": 2,
+        "val": 1,
+    }
+
+
+def test_a_tree_that_nothing_names_a_split_is_the_training_split_beside_another(tmp_path: Path) -> None:
+    write_qubiq(tmp_path / "one/kidney", {"": 2})
+    write_qubiq(tmp_path / "two/kidney", {"Testing": 1})
+    assert {split: len(cases) for split, cases in find_cases(tmp_path).items()} == {"train": 2, "test": 1}
+
+
+def test_a_case_beside_split_folders_is_left_out_of_trees_that_are_joined(tmp_path: Path) -> None:
+    """It is in no split, so nothing may be trained or scored with it."""
+    write_qubiq(tmp_path / "one/kidney", {"Validation": 1, "": 1})
+    write_qubiq(tmp_path / "two/kidney", {"Testing": 1})
+    found = find_cases(tmp_path)
+    assert {split: [case.name for case in cases] for split, cases in found.items()} == {
+        "val": ["case01"],
+        "test": ["case01"],
+    }
+    assert found.notes == ["1 case beside the split folders (case02): left out"]
 
 
 def test_a_split_that_is_named_twice(tmp_path: Path) -> None:

@@ -344,6 +344,9 @@ def test_folders_of_dicom_are_scans(tmp_path: Path) -> None:
     assert (alone.name, alone.path) == ("ct", root / "p1/ct")
     nib.save(nib.Nifti1Image(scan_voxels(2), np.eye(4)), root / "p2/ct/converted.nii.gz")
     assert [scan.name for scan in scans_at(root / "p2/ct")] == ["converted"]
+    for name in ("image.png", "mask_anna.png"):  # a case, as training takes it
+        (root / "p1/mr" / name).touch()
+    assert [scan.path for scan in scans_at(root / "p1/mr")] == [root / "p1/mr/image.png"]
 
 
 def test_reports_and_our_own_segmentations_are_no_scans(model: Segmenter, tmp_path: Path) -> None:

@@ -155,7 +155,7 @@ def test_results_beside_their_scan_are_none(tmp_path: Path) -> None:
         f"{', '.join(path.name for path in own)}: left out, since their names say that they are masks or results"
     ]
     assert [found.name for found in scans_named([scan, other])] == ["a", "b"]
-    _touch(tmp_path / "maps/c.json", tmp_path / "maps/c_soft.nii.gz")
+    _touch(tmp_path / "maps/c.json", tmp_path / "maps/c_soft.nii.gz", tmp_path / "maps/.DS_Store")
     assert [found.path for found in scans_named([scan, tmp_path / "maps"])] == [scan]
     _touch(tmp_path / "both/c.json", tmp_path / "both/c_soft.nii.gz", tmp_path / "both/d.nii.gz")
     assert [found.name for found in scans_named([scan, tmp_path / "both"])] == ["a", "d"]
@@ -177,7 +177,7 @@ def test_folders_whose_scans_are_passed_over_are_told(tmp_path: Path) -> None:
     (tmp_path / "Testing").rmdir()
     with pytest.raises(
         CdiffError,
-        match=r"taken only if called image\.nii\.gz; left out: p1, p2/t; name such a folder itself, or a table",
+        match=r"^scans in folders below .* are taken only if called image\.nii\.gz; left out: p1, p2/t; name such a folder itself, or a table",
     ):
         scans_at(tmp_path)
     _touch(tmp_path / "own.nii.gz", tmp_path / "p3/image.nii.gz", tmp_path / "p3/thumbnail.png")
@@ -303,6 +303,13 @@ def test_another_picture_does_not_hide_a_case_in_a_folder_of_cases(tmp_path: Pat
         _touch(tmp_path / name)
     assert _names(tmp_path) == {"case01": "case01/image.png", "case02": "case02/image.png"}
     assert _names(tmp_path / "case02") == {"image": "image.png", "sketch": "sketch.png"}
+
+
+def test_other_volumes_beside_a_cases_image_are_no_scans(tmp_path: Path) -> None:
+    """What a program left there is not segmented, whoever named the folder."""
+    _touch(*(tmp_path / f"case01/{name}" for name in ("Image.NII.GZ", "image_t1.nii.gz", "registered.nii.gz", "a.png")))
+    assert _names(tmp_path) == {"case01": "case01/Image.NII.GZ"}
+    assert _names(tmp_path / "case01") == {"case01": "Image.NII.GZ"}
 
 
 def test_a_lone_named_modality(tmp_path: Path) -> None:

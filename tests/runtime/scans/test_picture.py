@@ -232,12 +232,44 @@ def test_a_packed_tiff_that_is_damaged_is_refused(tmp_path: Path) -> None:
             read_scan(path)
 
 
+@pytest.mark.parametrize("tiled", [False, True])
+def test_a_packed_tiff_that_is_damaged_at_its_very_end_is_refused(tmp_path: Path, tiled: bool) -> None:
+    """Beyond the first MiB, in a strip or a tile."""
+    side, packed = 1088, zlib.compress(bytes([7]) * 1088**2)
+    tags = [(256, 3, [side]), (257, 3, [side]), (258, 3, [8]), (259, 3, [8]), (262, 3, [1])]
+    where = [(322, 3, [side]), (323, 3, [side]), (324, 4, [8]), (325, 4, [len(packed)])]
+    tags += where if tiled else [(273, 4, [8]), (278, 3, [side]), (279, 4, [len(packed)])]
+    write_tags(tmp_path / "x.tif", tags, packed)
+    assert read_scan(tmp_path / "x.tif").slices.min() == 7
+    for damaged in (packed[:-1] + bytes([packed[-1] ^ 1]), packed[:-4]):
+        write_tags(tmp_path / "x.tif", [*tags[:-1], (tags[-1][0], 4, [len(damaged)])], damaged)
+        with pytest.raises(CdiffError, match="cannot be read as a picture"):
+            read_scan(tmp_path / "x.tif")
+
+
 def test_a_tiff_that_does_not_say_what_black_is_is_refused(tmp_path: Path) -> None:
     """Pillow would turn it round, and a dark structure would be a bright one."""
     tags = [(256, 3, [8]), (257, 3, [8]), (258, 3, [8]), (259, 3, [1]), (273, 4, [8]), (278, 3, [8]), (279, 4, [64])]
     write_tags(tmp_path / "x.tif", tags, bytes(range(64)))
     with pytest.raises(CdiffError, match="does not say whether 0 is black or white"):
         read_scan(tmp_path / "x.tif")
+
+
+@pytest.mark.parametrize(("kind", "bits"), [(np.uint16, 16), (np.float32, 32)])
+def test_a_film_whose_0_is_white_is_read_as_viewers_show_it_or_refused(tmp_path: Path, kind: Any, bits: int) -> None:
+    """Pillow turns round those of 8 bits, and hands over the others as their own negatives."""
+    path, stored = tmp_path / "film.tif", np.arange(64, dtype=np.uint8).reshape(8, 8)
+
+    def write(bits: int, data: bytes) -> None:
+        tags = [(256, 3, [8]), (257, 3, [8]), (258, 3, [bits]), (259, 3, [1]), (262, 3, [0]), (273, 4, [8])]
+        write_tags(path, [*tags, (278, 3, [8]), (279, 4, [len(data)]), (339, 3, [3 if bits == 32 else 1])], data)
+
+    write(8, stored.tobytes())
+    np.testing.assert_array_equal(read_scan(path).slices[0, 0], 255 - stored)
+    write(bits, stored.astype(kind).tobytes())
+    for read in (read_scan, read_mask):
+        with pytest.raises(CdiffError, match="0 for white, which is read in up to 8 bits"):
+            read(path)
 
 
 @pytest.mark.parametrize("interlaced", [False, True])
@@ -249,7 +281,7 @@ def test_a_png_without_its_last_rows_is_refused(tmp_path: Path, mode: str, inter
     bits, kind = {"1": (1, 0), "L": (8, 0), "LA": (8, 4), "P": (8, 3), "RGB": (8, 2), "RGBA": (8, 6), "I;16": (16, 0)}[
         mode
     ]
-    width, height = 11, 9
+    width, height = 17, 19
     # Adam7, from the drawing of its passes in the specification: in which pass each pixel of an 8 x 8 square is stored.
     square = [int(n) for n in "1646264677777777565656567777777736463646777777775656565677777777"]
     lines = []
@@ -266,18 +298,19 @@ def test_a_png_without_its_last_rows_is_refused(tmp_path: Path, mode: str, inter
         if reads:
             assert read_scan(tmp_path / "x.png").grid.shape == (height, width)
             continue
-        message = "is damaged" if reads is None else r"fewer pixels than its header promises \(11 x 9\)"
+        message = "is damaged" if reads is None else r"fewer pixels than its header promises \(17 x 19\)"
         with pytest.raises(CdiffError, match=message):
             read_scan(tmp_path / "x.png")
 
 
-@pytest.mark.parametrize("kind", ["grey", "colours", "planes", "tiles", "broad tiles"])
+@pytest.mark.parametrize("kind", ["grey", "colours", "planes", "tiles", "broad tiles", "tall tiles"])
 def test_a_tiff_without_its_last_strip_is_refused(tmp_path: Path, kind: str) -> None:
-    """Its strips or tiles of eight rows each, uncompressed, the last of them left out of the lists of places and lengths."""
+    """Its strips or tiles, uncompressed, the last of them left out of the lists of places and lengths."""
     height, width, channels = 24, 16, 1 if "tiles" in kind or kind == "grey" else 3
     planes = 3 if kind == "planes" else 1
-    across = 3 * width if kind == "broad tiles" else width  # what lies beside the picture is none of it
-    count, length = planes * height // 8, 8 * across * channels // planes
+    across = {"broad tiles": 3 * width, "tall tiles": width // 2}.get(kind, width)
+    down = 16 if kind == "tall tiles" else 8  # what lies beside the picture, or below, is none of it
+    count, length = planes * -(-height // down) * -(-width // across), down * across * channels // planes
     stored = bytes([7]) * (count * length)
     for less in (0, 1):
         places = [8 + length * n for n in range(count - less)]
@@ -299,7 +332,7 @@ def test_a_tiff_without_its_last_strip_is_refused(tmp_path: Path, kind: str) -> 
             lists = [
                 (277, 3, [1]),
                 (322, 3, [across]),
-                (323, 3, [8]),
+                (323, 3, [down]),
                 (324, 4, places),
                 (325, 4, [length] * len(places)),
             ]

@@ -16,10 +16,11 @@ from typer.testing import CliRunner
 from cdiff.cli.app import app
 from cdiff.runtime.data.cases import Case, find_cases, read_masks
 from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.scans.grid import Grid
 from cdiff.runtime.scans.scan import read_scan
 from cdiff.runtime.scoring.evaluate import Protocol, evaluate, score_cases
 from cdiff.runtime.scoring.scores import PER_SLICE
-from cdiff.runtime.scoring.written import Written, WrittenMaps, _count, _maps, _report
+from cdiff.runtime.scoring.written import Written, WrittenMaps, _count, _maps, _report, _shares
 from cdiff.runtime.segmenter import Segmenter
 from tests.synthetic import write_synthetic_dataset
 
@@ -199,6 +200,47 @@ def test_a_map_may_be_a_picture_in_grey(tmp_path: Path, deep: bool) -> None:
     path.symlink_to(data / "image.png")
     with pytest.raises(CdiffError, match="is the image of case01, not a map of it"):
         scores(tmp_path / "maps", cases)
+
+
+def test_white_is_1_in_every_grey_that_a_map_may_have(tmp_path: Path) -> None:
+    shares = np.array([[0, 1], [1, 0]])
+    grey: tuple[tuple[str, Any, str], ...] = (
+        ("1", shares > 0, "png"), ("L", shares * 255, "png"), ("I;16", shares * 65535, "png"), ("I;16", shares * 65535, "tif"),
+        ("I;16B", shares * 65535, "tif"), ("F", shares / 1, "tif"),
+    )  # fmt: skip
+    kinds = {"1": bool, "L": np.uint8, "I;16": np.uint16, "I;16B": ">u2", "F": np.float32}
+    for mode, values, suffix in grey:
+        path = tmp_path / f"map.{suffix}"
+        Image.fromarray(values.astype(kinds[mode])).save(path)
+        with Image.open(path) as picture:
+            assert picture.mode == mode
+        np.testing.assert_array_equal(_shares(path), shares)
+
+
+def test_a_map_without_a_report_is_not_said_to_be_of_another_file(cases: list[Case], tmp_path: Path) -> None:
+    told: list[str] = []
+    source = WrittenMaps(written(tmp_path / "maps", cases), cases, told.append)
+    assert source.read(cases[0], source.odd())[2].all()
+    assert told == []
+
+
+def test_a_level_is_drawn_where_at_least_half_of_its_runs_drew_it(cases: list[Case], tmp_path: Path) -> None:
+    soft, affine = fraction(cases[0]), nib.load(cases[0].image).affine
+    drawn = np.stack([soft > (level - 0.5) / 3 for level in (1, 2, 3)], axis=-1)
+    dice, apart = [], []
+    for share in (0.5, 0.4):
+        write(tmp_path / "maps" / f"{cases[0].name}_soft.nii.gz", soft, affine)
+        write(tmp_path / "maps" / f"{cases[0].name}_levels.nii.gz", share * drawn, affine)
+        found = scores(tmp_path / "maps", cases[:1], Protocol(all_slices=True))
+        dice.append([level["mean"] for level in found["dice_per_level"]])
+        apart.append(found["ged"]["mean"] - found["ged_floor"]["mean"])
+    assert dice[0] == [1, 1, 1]
+    assert max(dice[1]) < 0.5
+    assert apart[0] == pytest.approx(0)
+    assert apart[1] > 0.1, "the energy distance is of the same masks"
+    flat = Grid((24, 20), None, None)
+    with pytest.raises(CdiffError, match="different shapes"):  # of a picture's map
+        _maps(write(tmp_path / "deep.nii", soft), flat, 1)
 
 
 def test_maps_that_are_edited_are_scored_again(cases: list[Case], tmp_path: Path) -> None:

@@ -147,7 +147,7 @@ def arithmetic(deterministic: bool, threads: int = 0) -> Iterator[None]:
     only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.set_num_threads(threads or min(before[2], quota()))
     if deterministic:
-        # cuBLAS reads it at its own first use; that `find_device` has tried the GPU before is none.
+        # cuBLAS reads it at its own first use; `find_device` has used the GPU before, but not cuBLAS.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = not deterministic

@@ -125,7 +125,7 @@ def check_strips(picture: Any, data: bytes, path: Path) -> None:
         raise CdiffError(f"{path} does not say whether 0 is black or white (tag {PHOTOMETRIC}); save it again as PNG")
     if picture.tag_v2[PHOTOMETRIC] == WHITE_IS_ZERO and picture.mode in DEEP_MODES:
         raise CdiffError(
-            f"{path} has 0 for white, which is read in up to 8 bits; save it with 0 for black, as PNG or TIFF"
+            f"{path} stores white as 0, which is read in pictures of up to 8 bits alone; save it with black as 0, as PNG or TIFF"
         )
     if picture.tag_v2.get(COMPRESSION) in DEFLATE:
         most = 8 * width * height * len(picture.getbands())

@@ -268,7 +268,7 @@ def test_a_film_whose_0_is_white_is_read_as_viewers_show_it_or_refused(tmp_path:
     np.testing.assert_array_equal(read_scan(path).slices[0, 0], 255 - stored)
     write(bits, stored.astype(kind).tobytes())
     for read in (read_scan, read_mask):
-        with pytest.raises(CdiffError, match="0 for white, which is read in up to 8 bits"):
+        with pytest.raises(CdiffError, match="stores white as 0, which is read in pictures of up to 8 bits alone"):
             read(path)
 
 

@@ -151,7 +151,10 @@ def _print(checked: Check) -> None:
             f"; {number(strict['mean'])} over {strict['n_slices']} that all marked" if strict["n_slices"] else ""
         )
         rows.append(
-            ("pairwise Dice", f"{number(dice['mean'])}{span} over {dice['n_slices']} marked slices{all_marked}")
+            (
+                "pairwise Dice",
+                f"{number(dice['mean'])}{span} over {several(dice['n_slices'], 'marked slice')}{all_marked}",
+            )
         )
         with_others = [f"{rater} {number(mean)}" for rater, mean in dice["by_annotator"].items()]
         if 2 < len(with_others) <= MOST_NAMES:

@@ -237,24 +237,25 @@ def _joined(groups: dict[str, list[Entry]]) -> dict[str, list[Entry]]:
         by_name.setdefault(path.rpartition("/")[2], []).append(path)
     joined: dict[str, list[Entry]] = {}
     for name, paths in by_name.items():
-        bare = {path: _told_by_words(path) for path in paths if not any(entry.split for entry in groups[path])}
-        given = {entry.split for path in paths if path not in bare for entry in groups[path]}
-        if len(paths) > 1 and all(bare.values()) and len(given | set(bare.values())) == len(given) + len(bare):
-            for path, split in bare.items():
-                _put_in(groups[path], split)
-        splits = Counter(split for path in paths for split in {entry.split for entry in groups[path]})
-        if max(splits.values()) == 1 and not given & set(bare.values()):
-            if len(paths) > 1 and "" in splits and "train" not in splits and "" in bare.values():
-                _put_in(groups[next(iter(bare))], "train")
-            joined[name] = [entry for path in paths for entry in groups[path]]
-        else:
+        held = {path: {entry.split for entry in groups[path]} for path in paths}
+        bare = [path for path in paths if held[path] == {""}] if len(paths) > 1 else []
+        told = {path: _told_by_words(path) for path in bare}
+        if (
+            len(bare) == 1
+            and not told[bare[0]]
+            and all(held[path].isdisjoint({"", "train"}) for path in {*paths} - {*bare})
+        ):
+            told[bare[0]] = "train"
+        if all(told.values()):
+            held |= {path: {split} for path, split in told.items()}
+        if max(Counter(split for splits in held.values() for split in splits).values()) > 1:
             joined |= {path: groups[path] for path in paths}
+            continue
+        for path in bare:
+            for entry in groups[path]:
+                entry.split = told[path]
+        joined[name] = [entry for path in paths for entry in groups[path]]
     return joined
-
-
-def _put_in(group: Iterable[Entry], split: str) -> None:
-    for entry in group:
-        entry.split = split
 
 
 def _told_by_words(path: str) -> str:

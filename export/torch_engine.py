@@ -28,7 +28,7 @@ from cdiff.runtime.engines.base import Float32, Int64, Prediction, variance_as_l
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.sampling.schedule import NoiseSchedule
 from cdiff.runtime.switches import for_all_threads
-from cdiff.train.machine import as_it_starts, thread_as_it_starts, usable
+from cdiff.train.machine import as_it_starts, no_room, thread_as_it_starts, usable
 from cdiff.train.network import ConsensusNet
 
 if TYPE_CHECKING:
@@ -116,11 +116,9 @@ class TorchChainEngine:
 
             try_out(self.device)
             return FusedDenoiser(network.denoiser, self.device, self.dtype)
-        except torch.OutOfMemoryError:
-            raise
-        except (
-            Exception
-        ) as error:  # Triton compiles at its first use, and what can be missing there raises what it likes
+        except Exception as error:  # Triton compiles at its first use, and what it lacks there raises what it likes
+            if no_room(error):
+                raise
             why = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         without = f"the kernels between the convolutions do not run here ({why}); Triton needs a C compiler and Python's headers"
         if options.fused:

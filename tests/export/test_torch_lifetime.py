@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import re
+import sys
 import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -88,6 +89,24 @@ def test_a_gpu_that_takes_no_model_is_told_in_a_line(monkeypatch: pytest.MonkeyP
     told = re.escape(str(error).splitlines()[0])
     with pytest.raises(CdiffError, match=rf"^PyTorch cannot use cuda:1 \({told}\); end what else uses"):
         TorchChainEngine(network, SCHEDULE, "cuda:1", EXACT)
+
+
+@pytest.mark.parametrize("error", [FULL, RuntimeError("CUDA error: out of memory\nMore")])
+def test_want_of_memory_for_our_kernels_is_not_taken_for_a_missing_compiler(
+    monkeypatch: pytest.MonkeyPatch, error: RuntimeError
+) -> None:
+    """Or the model would run on, slower, on a GPU that has no room for it."""
+
+    def refused(device: str) -> Any:
+        raise error
+
+    moved = torch.nn.Module.to
+    monkeypatch.setattr("cdiff.export.torch_engine.torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, *a, **k: self if a == ("cuda:1",) else moved(self, *a, **k))
+    monkeypatch.setitem(sys.modules, "cdiff.export.torch_fused", SimpleNamespace(FusedDenoiser=None))
+    monkeypatch.setitem(sys.modules, "cdiff.export.torch_kernels", SimpleNamespace(try_out=refused))
+    with pytest.raises(CdiffError, match=r"^PyTorch cannot use cuda:1 \(CUDA .*\); end what else uses"):
+        TorchChainEngine(random_network(BASE), SCHEDULE, "cuda:1")
 
 
 @pytest.mark.parametrize(

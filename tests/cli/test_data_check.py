@@ -237,6 +237,9 @@ def test_each_number_of_a_check_stands_in_its_own_row(
     lines = shown(report, monkeypatch, capsys)
     assert lines[2] == "layout cases; structure unnamed; labels [1, 4] count as inside; masks laid by their headers"
     assert lines[4] == "channels 2 (t1, t2)"
+    assert "channels 2 (unnamed)" in shown(
+        report | {"image": report["image"] | {"modalities": []}}, monkeypatch, capsys
+    )
     assert lines[6] == "spacing, mm 1 (1), 2 (2), 3 (3), 4 (4) and 2 others"
     assert lines[-4:] == ["Agreement", "pixels marked by -", "Findings", "none nothing odd was found"]
 

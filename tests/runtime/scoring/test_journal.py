@@ -171,6 +171,9 @@ def test_what_a_kill_cut_off_is_not_joined_to_the_next_row(tmp_path: Path, left:
     def journal(*asked: str) -> Journal:
         return Journal(tmp_path / "scores.json", header, ("inputs", "dice", SEAL), asked, told.append)
 
+    for _ in range(2):
+        with journal("a", "b"):
+            assert told == [], "there is nothing to go on from"
     with journal("a", "b") as first:
         first.add(one)
         first.add(two)

@@ -41,6 +41,7 @@ def test_the_difference_is_the_mean_over_slices_and_a_constant_one_has_no_width(
     b = report([[0.6, 0.8], [0.7], [1.0]], [30, 10, 20], ged=0.2)
     found = compare(A, b)["all"]
     assert (found["n_cases"], found["n_slices"]) == (3, 4)
+    assert [key for key in found if key.startswith("dice")] == ["dice_level_1", "dice_level_2", "dice_level_3"]
     assert found["soft_dice_5"]["a"] == pytest.approx(0.675)
     assert [found["soft_dice_5"][key] for key in ("mean", "low", "high")] == pytest.approx([0.1] * 3)
     assert found["soft_dice_9"]["mean"] == pytest.approx(0.05)
@@ -59,9 +60,11 @@ def test_the_sign_is_b_minus_a_and_the_interval_is_over_cases() -> None:
 
 def test_cases_are_split_by_what_the_annotators_drew() -> None:
     a = report([[0.5, 0.7], [0.6], [0.9], [0.5]], [30, 10, 20, 12])
+    a["cases"][1]["volumes"] = {"true_voxels": [20, 10, 1]}
+    a["cases"][0]["volumes"] = {"true_voxels": [62, 61, 62]}
     b = report([[0.6, 0.8], [0.4], [0.9], [0.5]], [30, 10, 20, 12])
     thirds = compare(a, b)["by_size"]
-    assert [third["voxels_a_slice"] for third in thirds.values()] == [[10, 12], [20, 20], [30, 30]]
+    assert [third["voxels_a_slice"] for third in thirds.values()] == [[10.3, 12], [20, 20], [30.8, 30.8]]
     assert [third["soft_dice_5"]["mean"] for third in thirds.values()] == pytest.approx([-0.1, 0.0, 0.1])
 
 
@@ -85,6 +88,8 @@ def test_the_cases_of_a_group_are_drawn_together() -> None:
     assert alone["soft_dice_5"]["low"] < -0.01 < 0.01 < alone["soft_dice_5"]["high"]
     # Both patients differ by 0 on average, so every draw of patients does.
     assert together["n_groups"] == 2
+    assert (compare(a, b)["difference"], compare(a, b, "patient-[0-9]+")["group"]) == ("b - a", "patient-[0-9]+")
+    assert not {"group", "n_groups"} & {*compare(a, b), *alone}
     assert [together["soft_dice_5"][key] for key in ("mean", "low", "high")] == pytest.approx([0, 0, 0])
 
 

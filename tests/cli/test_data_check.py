@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -12,6 +14,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from cdiff.cli.app import app
+from cdiff.cli.data import _print as print_report
+from cdiff.runtime.data.datacheck import Check
 from cdiff.runtime.errors import CdiffError
 from tests.runtime.dicom_files import orthogonal, write_series
 from tests.synthetic import write_synthetic_dataset
@@ -72,6 +76,19 @@ def test_the_report_and_the_sheet_are_two_files(
         assert result.exit_code == 2
         assert says in result.output
     assert [path.name for path in tmp_path.iterdir()] == ["link.png"]
+    drawn: list[Path] = []
+    monkeypatch.setattr("cdiff.runtime.pictures.sheet.write_sheet", lambda path, *_: drawn.append(path))
+    sheet = f"{tiny_data.name}_sheet.png"
+    for options, files in (((), [sheet]), (("--no-sheet",), []), (("--sheet", "a.png"), ["a.png"])):
+        result = CliRunner().invoke(app, ["data", "check", str(tiny_data), "--json", "a.json", *options])
+        assert result.exit_code == 0
+        assert result.stdout.splitlines()[-1 - len(files) :] == ["a.json", *files], "for a program to read"
+        assert [str(path) for path in drawn] == files
+        assert json.loads((tmp_path / "a.json").read_text())["layout"] == "cases"
+        drawn.clear()
+    monkeypatch.chdir(tiny_data)
+    assert CliRunner().invoke(app, ["data", "check", "."]).exit_code == 0
+    assert [str(path) for path in drawn] == [sheet], "by the folder's own name"
 
 
 def test_a_report_that_cannot_be_written_is_told_before_the_work(
@@ -148,3 +165,110 @@ def test_a_full_disk_costs_no_table(tiny_data: Path, tmp_path: Path, monkeypatch
     assert result.exit_code == 2
     assert "no space left" in result.output
     assert "pairwise Dice" in result.output
+
+
+def dice(mean: float | None, low: float | None = None, high: float | None = None, slices: int = 0) -> dict[str, Any]:
+    return {"mean": mean, "low": low, "high": high, "n_slices": slices}
+
+
+def a_report(**changes: Any) -> dict[str, Any]:
+    """A report of which no two numbers are the same."""
+    splits = {
+        "train": {"cases": 3, "unlabelled": 0, "slices": 14, "marked_slices": 13, "slices_all_marked": 12},
+        "val": {"cases": 2, "unlabelled": 1, "slices": 11, "marked_slices": 10, "slices_all_marked": 9},
+    }
+    agreement = dice(0.5, 0.4, 0.6, 23) | {"by_annotator": {"a": 0.51, "b": 0.52, "c": 0.53}, "averaged": "how"}
+    plan = {"train": {"cases": 4, "cases_found": 5, "slices": 20}, "val": {"cases": 6, "cases_found": 7, "slices": 30}}
+    report = {
+        **{"data": "/data", "layout": "cases", "task": "task01", "labels": [], "masks_by": "array", "findings": []},
+        "annotators": {"names": ["a", "b", "c"], "cases_by_number": {"3": 4, "2": 1}},
+        "image": {
+            **{"channels": 1, "modalities": [], "sizes": {"32 x 32": 3, "16 x 16": 2}},
+            "spacings_mm": {"1": 5, "2": 4, "3": 3, "4": 2},
+        },
+        "splits": {name: row | {"pairwise_dice": dice(0.7 + len(name) / 100)} for name, row in splits.items()},
+        "class_balance": {"pixels_at_least": [0.125, 0.0625]},
+        "pairwise_dice": agreement | {"slices_all_marked": dice(0.75, 0.7, 0.8, 21)},
+        "training": {"possible": True, "reasons": [], "levels": 3, "image_channels": 2, "notes": ["one", "two"]} | plan,
+    }
+    return report | changes
+
+
+def shown(report: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """The lines that the command prints of a report, single-spaced."""
+    monkeypatch.setattr("cdiff.cli.console.out.width", 400)
+    print_report(Check(report, [], 1))
+    return [" ".join(line.split()) for line in capsys.readouterr().out.splitlines() if line.strip()]
+
+
+def test_each_number_of_a_check_stands_in_its_own_row(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = a_report()
+    assert shown(report, monkeypatch, capsys) == [
+        "Data",
+        "folder /data",
+        "layout cases; structure task01",
+        "annotators 3 in 4 cases, 2 in 1 case (a, b, c)",
+        "channels 1 (one)",
+        "sizes 32 x 32 (3), 16 x 16 (2)",
+        "spacing, mm 1 (5), 2 (4), 3 (3), 4 (2)",
+        "split cases slices marked by all pairwise Dice",
+        "train 3 14 13 12 0.750",
+        "val 2 + 1 without masks 11 10 9 0.730",
+        "Agreement",
+        "pixels marked by 12.5 % at least 1, 6.25 % at least 2",
+        "pairwise Dice 0.500 (0.400 to 0.600) over 23 marked slices; 0.750 over 21 that all marked",
+        "each with the others a 0.510, b 0.520, c 0.530",
+        "averaged how",
+        "Findings",
+        "none nothing odd was found",
+        "Training with the default settings",
+        "levels 3",
+        "channels 2",
+        "cases train 4 of 5 cases, 20 slices; val 6 of 7 cases, 30 slices",
+        "note one",
+        "note two",
+    ]
+    report |= {"labels": [1, 4], "masks_by": "header", "task": None, "class_balance": {"pixels_at_least": []}}
+    report["image"] |= {"channels": 2, "modalities": ["t1", "t2"], "spacings_mm": {str(n): n for n in range(1, 7)}}
+    report["pairwise_dice"] = dice(None) | {"slices_all_marked": dice(None)}
+    report["training"] |= {"possible": False}
+    lines = shown(report, monkeypatch, capsys)
+    assert lines[2] == "layout cases; structure unnamed; labels [1, 4] count as inside; masks laid by their headers"
+    assert lines[4] == "channels 2 (t1, t2)"
+    assert "channels 2 (unnamed)" in shown(
+        report | {"image": report["image"] | {"modalities": []}}, monkeypatch, capsys
+    )
+    assert lines[6] == "spacing, mm 1 (1), 2 (2), 3 (3), 4 (4) and 2 others"
+    assert lines[-4:] == ["Agreement", "pixels marked by -", "Findings", "none nothing odd was found"]
+
+
+def test_data_on_which_no_training_could_start_is_an_exit_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Once the table and the files are there."""
+    report = a_report(training={"possible": False, "reasons": ["no case", "no slice"]})
+    monkeypatch.setattr("cdiff.runtime.data.datacheck.check_data", lambda *_, **__: Check(report, [], 1))
+    out = tmp_path / "a.json"
+    result = CliRunner().invoke(app, ["data", "check", str(tmp_path), "--json", str(out)])
+    assert (result.exit_code, result.stderr) == (2, "error: training cannot start: no case; no slice\n")
+    assert result.stdout.splitlines()[-1] == str(out), "there is no sheet, for no case can be read"
+    assert json.loads(out.read_text()) == report
+
+
+def test_findings_of_one_kind_stand_together_and_the_rest_is_counted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def finding(kind: str, case: str, text: str) -> dict[str, str]:
+        return {"severity": "warning", "kind": kind, "case": case, "split": "train", "text": text}
+
+    found = [finding("empty", name, "alike") for name in "abcd"] + [finding("image", "a", "other")]
+    found += [finding("empty", "e", f"text {n}") for n in range(2, 7)]
+    start = ["warning empty 4 cases: alike", *(f"warning empty e: text {n}" for n in range(2, 7))]
+    lines = shown(a_report(findings=found), monkeypatch, capsys)
+    lines = lines[lines.index("Findings") + 1 :]
+    assert lines[:7] == [*start, "warning image a: other"]
+    found += [finding("empty", name, "text 7") for name in "fg"] + [finding("empty", "f", "text 8")]
+    lines = shown(a_report(findings=found), monkeypatch, capsys)
+    lines = lines[lines.index("Findings") + 1 :]
+    rest = "warning empty ... and 3 more of this kind (--json has them all)"
+    assert lines[:8] == [*start, rest, "warning image a: other"]

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from cdiff.cli.app import app
 from cdiff.cli.console import err
 from cdiff.export.tensorrt import BuildOptions
+from cdiff.runtime.bundle import shipped_bundle
 from cdiff.runtime.data.case import Case
 from cdiff.runtime.data.cases import find_cases
 from cdiff.runtime.data.partition import partition
@@ -170,6 +171,9 @@ def test_data_check(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     given, named = given_to("cdiff.runtime.data.datacheck.check_data", monkeypatch, *command, *which)
     assert given == (data, "task01")
     assert named == {"layout": "table", "labels": (2, 3), "masks_by": "header", "slice_axis": 1, "told": {"progress"}}
+    given, named = given_to("cdiff.runtime.data.datacheck.check_data", monkeypatch, "data", "check", data)
+    assert given == (data, None)
+    assert named == {"layout": "auto", "labels": (), "masks_by": "array", "slice_axis": 2, "told": {"progress"}}
 
 
 def test_train(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,6 +246,12 @@ def test_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert named == {
         **{"engine": "onnxruntime", "device": "cuda:1", "scan": Path("s.nii"), "slices": "2:3", "batches": (2, 4)},
         **{"runs": 3, "steps": 5, "repeats": 2, "threads": 6, "compiled": True, "told": {"progress", "notice"}},
+    }
+    given, named = given_to("cdiff.benchmarks.benchmark.benchmark", monkeypatch, "benchmark")
+    assert given == (shipped_bundle(),)
+    assert named == {
+        **{"engine": "auto", "device": "cpu", "scan": None, "slices": None, "batches": (1, 8, 32), "runs": 4},
+        **{"steps": None, "repeats": 3, "threads": None, "compiled": False, "told": {"progress", "notice"}},
     }
     given, _ = given_to("cdiff.export.exporter.export_run", monkeypatch, "benchmark", "--run", "run")
     assert given[0] == Path("run")

@@ -17,7 +17,7 @@ from cdiff.runtime.data.cases import Case
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.scoring.changed import stamps_of, unchanged
 from cdiff.runtime.scoring.evaluate import Protocol
-from cdiff.runtime.scoring.journal import Journal
+from cdiff.runtime.scoring.journal import SEAL, Journal, fingerprint, sealed
 from cdiff.runtime.scoring.publish import write_report
 from tests.runtime.known_maps import KnownMaps, run, without_seconds
 
@@ -160,3 +160,30 @@ def test_cases_that_are_not_as_they_were_written_are_computed_anew(
     assert without_seconds(run(again, cases[:2], out=out, notice=told.append)) == whole
     assert [name for name, _ in again.asked] == [cases[0].name]
     assert told[0] == f"{tmp_path / file}: 1 case in it damaged or of another evaluation, so not used"
+
+
+@pytest.mark.parametrize("left", [0, 1, 20], ids=["whole", "no newline", "half a row"])
+def test_what_a_kill_cut_off_is_not_joined_to_the_next_row(tmp_path: Path, left: int) -> None:
+    """A row without its newline is whole JSON, but what is appended to it would make one line of both."""
+    header, told = {"seed": 0}, list[str]()
+    one, two, three = (sealed({"inputs": name, "dice": 0.5}, fingerprint(header)) for name in ("a", "b", "c"))
+
+    def journal(*asked: str) -> Journal:
+        return Journal(tmp_path / "scores.json", header, ("inputs", "dice", SEAL), asked, told.append)
+
+    for _ in range(2):
+        with journal("a", "b"):
+            assert told == [], "there is nothing to go on from"
+    with journal("a", "b") as first:
+        first.add(one)
+        first.add(two)
+    whole = first.path.read_bytes()
+    first.path.write_bytes(whole[: len(whole) - left])
+    kept = {"a": one} if left else {"a": one, "b": two}
+    with journal("a", "b", "c") as second:
+        assert second.rows == kept
+        second.add(three)
+    lines = second.path.read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [header, *kept.values(), three]
+    count = "1 finished case" if left else "2 finished cases"
+    assert told == [f"{first.path} has {count} of an interrupted evaluation: going on from there"]

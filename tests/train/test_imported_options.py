@@ -49,3 +49,13 @@ def test_a_network_of_one_depth_shows_that_it_has_no_other() -> None:
     case = recorded("implicit")
     left = {key: torch.empty(shape, device="meta") for key, shape in case.shapes.items() if ".op." not in key}
     assert not shown(left, case.source).keys() & {"num_res_blocks", "channel_mult"}
+
+
+def test_an_args_json_of_another_program_may_write_numbers_in_its_own_way() -> None:
+    """Each was refused, as no whole number."""
+    plain = {"image_size": 64, "attention_resolutions": "16,8", "channel_mult": "1,2", "ema_rate": "0.999"}
+    odd = {"image_size": 64.0, "attention_resolutions": [16, 8], "channel_mult": [1, 2], "ema_rate": [0.999]}
+    assert Options.read("implicit-ensemble", odd, []) == Options.read("implicit-ensemble", plain, [])
+    for wrong in ({"image_size": 64.5}, {"image_size": [64]}, {"attention_resolutions": [16.5]}):
+        with pytest.raises(CdiffError, match=f"the published option {next(iter(wrong))}="):
+            Options.read("implicit-ensemble", plain | wrong, []).config(image_channels=4, step=0, intensity=Intensity())

@@ -1,11 +1,17 @@
-"""Widths and heads with which the published networks do not run: refused by the options' published names."""
+"""Widths and heads: those of any network that runs are found, and those with which none runs refused by their published names."""
 
 from __future__ import annotations
 
 import pytest
+import torch
 
 from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.scans.intensity import Intensity
+from cdiff.train.imported.mapping import links
 from cdiff.train.imported.options import Options
+from cdiff.train.imported.weights import shown
+from cdiff.train.network import ConsensusNet
+from tests.train.published import recorded
 
 
 @pytest.mark.parametrize("widths", ["2,1", "3"])
@@ -29,3 +35,27 @@ def test_heads_that_cannot_share_the_channels_have_their_published_name(option: 
     with pytest.raises(CdiffError, match=f"the published option {option} must divide (192|256), the channels"):
         Options.read("implicit-ensemble", {}, flags)
     assert Options.read("implicit-ensemble", {}, [*flags, "num_head_channels=32"])
+
+
+def test_a_network_of_one_depth_shows_that_it_has_no_other() -> None:
+    """It was taken for one of the README's six depths, and hundreds of tensors were said to be missing."""
+    one = Options.read("implicit-ensemble", {"num_channels": 32, "num_res_blocks": 3, "channel_mult": "1"}, [])
+    with torch.device("meta"):
+        network = ConsensusNet(one.config(image_channels=4, step=0, intensity=Intensity()).network)
+        tensors = {link.theirs: torch.empty(link.shape) for link in links(network, one)}
+    found = shown(tensors, "implicit-ensemble")
+    assert (found["num_res_blocks"], found["channel_mult"]) == (3, "1")
+    # Of two depths, one that has lost the convolution between them.
+    case = recorded("implicit")
+    left = {key: torch.empty(shape, device="meta") for key, shape in case.shapes.items() if ".op." not in key}
+    assert not shown(left, case.source).keys() & {"num_res_blocks", "channel_mult"}
+
+
+def test_an_args_json_of_another_program_may_write_numbers_in_its_own_way() -> None:
+    """Each was refused, as no whole number."""
+    plain = {"image_size": 64, "attention_resolutions": "16,8", "channel_mult": "1,2", "ema_rate": "0.999"}
+    odd = {"image_size": 64.0, "attention_resolutions": [16, 8], "channel_mult": [1, 2], "ema_rate": [0.999]}
+    assert Options.read("implicit-ensemble", odd, []) == Options.read("implicit-ensemble", plain, [])
+    for wrong in ({"image_size": 64.5}, {"image_size": [64]}, {"attention_resolutions": [16.5]}):
+        with pytest.raises(CdiffError, match=f"the published option {next(iter(wrong))}="):
+            Options.read("implicit-ensemble", plain | wrong, []).config(image_channels=4, step=0, intensity=Intensity())

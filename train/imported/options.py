@@ -6,7 +6,6 @@ Two codes are known: "consensus" (tomeramit/Annotator-Consensus-Prediction, Amit
 
 from __future__ import annotations
 
-import math
 from collections.abc import Container
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.scans.intensity import Intensity
 from cdiff.train.config import Config
+from cdiff.train.imported.values import typed, whole_numbers
 from cdiff.train.sections import DataConfig, DiffusionConfig, NetworkConfig, TrainingConfig
 
 CONSENSUS, IMPLICIT = "consensus", "implicit-ensemble"
@@ -255,7 +255,7 @@ class Options:
     def channel_mult(self) -> tuple[int, ...]:
         """The U-Net's widths, which the published code chooses by image_size."""
         if text := self.values.get("channel_mult"):
-            return _whole_numbers("channel_mult", text)
+            return whole_numbers("channel_mult", text)
         size, known = self["image_size"], CHANNEL_MULT[self.source]
         if size not in known:
             raise CdiffError(f"the {self.source} code has no network for image_size={size}; it has {sorted(known)}")
@@ -266,7 +266,7 @@ class Options:
         """The depths with attention: those where image_size // resolution is the factor 2^depth. So with image_size 224 and resolutions
         16 and 8 (factors 14 and 28) there is none but in the bottleneck."""
         factors = {
-            self["image_size"] // n for n in _whole_numbers("attention_resolutions", self["attention_resolutions"])
+            self["image_size"] // n for n in whole_numbers("attention_resolutions", self["attention_resolutions"])
         }
         return tuple(depth for depth in range(len(self.channel_mult)) if 2**depth in factors)
 
@@ -360,36 +360,3 @@ def widths_of(channel_mult: tuple[int, ...]) -> dict[str, Any]:
         return {"image_size": 256, "deeper_net": True}
     sizes = [size for size, widths in CHANNEL_MULT[CONSENSUS].items() if widths == channel_mult]
     return {"image_size": 224 if 224 in sizes else sizes[0]} if sizes else {}
-
-
-def typed(name: str, value: Any, default: Any) -> Any:
-    """`value`, from JSON or a command line, as the type of `default`. Raises CdiffError naming the option."""
-    kind, text = type(default), str(value).strip()
-    try:
-        if kind is bool:
-            return {"true": True, "t": True, "yes": True, "y": True, "1": True}.get(text.lower()) or _false(text)
-        if kind is str:
-            return text
-        number = kind(text)
-        if not math.isfinite(number):
-            raise ValueError(text)
-        return number
-    except (ValueError, OverflowError):
-        words = {bool: "True or False", int: "a whole number", float: "a number"}
-        raise CdiffError(f"the published option {name}={text} must be {words[kind]}") from None
-
-
-def _false(text: str) -> bool:
-    if text.lower() not in ("false", "f", "no", "n", "0"):
-        raise ValueError(text)
-    return False
-
-
-def _whole_numbers(name: str, text: str) -> tuple[int, ...]:
-    try:
-        numbers = tuple(int(part) for part in str(text).split(","))
-    except ValueError:
-        numbers = ()
-    if not numbers or min(numbers) < 1:
-        raise CdiffError(f"the published option {name}={text!r} must be whole numbers with commas between them")
-    return numbers

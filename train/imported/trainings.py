@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from cdiff.runtime.errors import CdiffError
-from cdiff.train.imported.options import typed
+from cdiff.train.imported.values import typed
 
 OTHERS = ("consensus_training", "no_annotator_training", "soft_label_training")
 """Their data set asserts that at most one of these is on; with none on, the training was `ANNOTATORS`."""

@@ -22,6 +22,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 KINDS = ("missing", "extra", "misshapen", "wrong type", "not finite")
 """What can be wrong with a tensor, in the order in which a message lists it."""
 DOUBLING_BLOCK = re.compile(r"output_blocks\.\d+\.[12]\.in_layers\.0\.weight")
+DOUBLING_CONVOLUTION = re.compile(r"output_blocks\.\d+\.[12]\.conv\.weight")
 WRAPPERS = ("module.", "_orig_mod.")
 """What DistributedDataParallel and torch.compile put before every name; a network may be wrapped in both."""
 MOST = 12
@@ -162,7 +163,9 @@ def shown(tensors: dict[str, Tensor], source: str) -> dict[str, Any]:
         found["resblock_updown"] = not halved
     depths = (halved or doubled) + 1
     blocks, rest = divmod(_count(tensors, "input_blocks.") - depths, depths)
-    if depths > 1 and rest == 0 and blocks > 0:
+    # A file that has lost what halves the size shows no more than one depth; what doubles it again shows that there were others.
+    lost = depths == 1 and any(DOUBLING_CONVOLUTION.fullmatch(name) for name in tensors)
+    if not lost and rest == 0 and blocks > 0:
         found["num_res_blocks"] = blocks
     if source == CONSENSUS:
         found["rrdb_blocks"] = _count(tensors, "rrdb.RRDB_trunk.") or None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from cdiff.cli.app import app
+from cdiff.train.checkpoint import load_run
 from tests.export.networks import flat_settings
 from tests.synthetic import AFFINE, write_synthetic_dataset
 
@@ -121,8 +123,12 @@ def test_the_road_leads_to_useful_maps(tmp_path: Path) -> None:
         tmp_path / "data", {"Training": 12, "Validation": 2, "Testing": 4}, raters=3, shape=(40, 36, 3)
     )
     trained, bundle, scores_file = tmp_path / "run", tmp_path / "bundle", tmp_path / "scores.json"
-    settings = [part for text in ("steps=150", "val_every=150", "ema=0.96") for part in ("--set", text)]
+    settings = [part for text in ("steps=150", "val_every=75", "ema=0.96") for part in ("--set", text)]
     within("train", "--data", data, "--preset", "tiny", *flat_settings(24), *settings, "--out", trained)
+    with (trained / "log.csv").open(newline="") as log:
+        validated = [float(row["val_soft_dice_5"]) for row in csv.DictReader(log) if row["val_soft_dice_5"]]
+    assert len(validated) == 2
+    assert load_run(trained).info["val_soft_dice_5"] == max(validated) > 0.6
     within("export", trained, "--out", bundle)
     within("evaluate", "--data", data, "--model", bundle, "--fast", "--json", scores_file)
     scores = json.loads(scores_file.read_text())

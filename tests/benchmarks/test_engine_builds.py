@@ -22,6 +22,7 @@ def test_both_precisions_are_built_and_weighed(tmp_path: Path, monkeypatch: pyte
     tiny = subject(SHIPPED, small=True)
     flat = replace(tiny, config=replace(tiny.config, network=FLAT))  # exporting takes as long as a graph has nodes
     monkeypatch.setattr(engine_builds, "subjects", lambda: [flat])
+    monkeypatch.setitem(engine_builds.RTX_CAPABILITIES, "float32", ("8.9",))
     assert engine_builds.main(["--json", str(tmp_path / "out.json")]) == 0
     report = json.loads((tmp_path / "out.json").read_text())
     found = report["builds"][SHIPPED]

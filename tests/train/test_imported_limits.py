@@ -168,8 +168,9 @@ def test_options_that_the_shapes_disprove_are_named(change: dict[str, Any], says
     with pytest.raises(CdiffError, match="rrdb_blocks=3, the tensors 10") as caught:
         check_fit(tensors, [], options, path)
     assert "say image_size" not in str(caught.value)
-    assert "attention_resolutions=16,8 with image_size=256, the tensors nowhere but in the bottleneck" in str(
-        caught.value
+    assert (
+        "attention_resolutions=16,8 with image_size=256, the tensors nowhere but in the bottleneck (as with attention_resolutions=1)"
+        in str(caught.value)
     )
 
 

@@ -206,7 +206,8 @@ def _contradictions(tensors: dict[str, Tensor], options: Options) -> list[str]:
         size = options["image_size"]
         said["attention_resolutions"] += f" with image_size={size}"
         found["attention_resolutions"] = (
-            ",".join(str(size >> depth) for depth in attending) or "nowhere but in the bottleneck"
+            ",".join(str(size >> depth) for depth in attending)
+            or "nowhere but in the bottleneck (as with attention_resolutions=1)"
         )
     return [
         f"the options say {name}={said[name]}, the tensors {value}"

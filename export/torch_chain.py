@@ -40,7 +40,8 @@ R = TypeVar("R")
 @for_all_threads
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Within the block float32 convolutions and products use neither TF32 nor bfloat16, whatever the program around it has set."""
+    """Within the block float32 convolutions and products use neither TF32 nor bfloat16, and products of float16 add up in float32, whatever
+    the program around it has set."""
     backends: Any = torch.backends  # not every switch is known to mypy
     cuda, cudnn, cpu = backends.cuda, backends.cudnn, backends.mkldnn
     # PyTorch has older and newer switches. Reading an older one raises where a newer one contradicts it: it has then no value to restore.
@@ -48,6 +49,11 @@ def full_precision() -> Iterator[None]:
         (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"),
         (lambda: cudnn.allow_tf32, functools.partial(setattr, cudnn, "allow_tf32"), False),
     ]
+    # Of cuBLAS alone: cuDNN's convolutions of float16 always add up in float32.
+    sums = "allow_fp16_accumulation"
+    switches.append(
+        (functools.partial(getattr, cuda.matmul, sums), functools.partial(setattr, cuda.matmul, sums), False)
+    )
     name = "fp32_precision"
     for part in (cuda.matmul, cudnn.conv, cpu.matmul, cpu.conv):
         switches.append((functools.partial(getattr, part, name), functools.partial(setattr, part, name), "ieee"))

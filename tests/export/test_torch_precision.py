@@ -91,6 +91,20 @@ def test_a_program_that_chose_a_precision_gets_full_precision_and_its_own_back(
     assert (newer(), older()) == before
 
 
+@pytest.mark.parametrize("asked", [True, False])
+def test_products_of_float16_add_up_in_float32_though_a_program_chose_float16(asked: bool) -> None:
+    """Programs choose float16 for speed, and for all of PyTorch at once; the digits that it costs are ours to keep."""
+    products = BACKENDS.cuda.matmul
+    before = products.allow_fp16_accumulation
+    products.allow_fp16_accumulation = asked
+    try:
+        with full_precision():
+            assert products.allow_fp16_accumulation is False
+        assert products.allow_fp16_accumulation is asked
+    finally:
+        products.allow_fp16_accumulation = before
+
+
 @pytest.mark.usefixtures("as_pytorch_starts")
 def test_what_one_thread_gives_back_another_still_computes_with() -> None:
     """Engines of several GPUs compute in a thread each: what was PyTorch's rounding again when one had done was the other's too."""

@@ -204,6 +204,8 @@ def test_a_jpegs_tables_before_its_frame_are_no_frame() -> None:
     tables = b"".join(bytes([0xFF, kind, 0, 7, 1, 2, 3, 4, 5]) for kind in (0xC4, 0xC8, 0xCC, 0xDB))
     frame = b"\xff\xc3" + struct.pack(">HBHHB", 8, 12, 40, 24, 0)
     assert _size(b"\xff\xd8" + tables + frame + b"\xff\xd9") == (40, 24, 16)
+    with pytest.raises(ValueError):  # noqa: PT011  # its beginning is another's
+        _size(b"\xff\x4f" + tables + frame + b"\xff\xd9")
 
 
 def test_pixels_that_a_writer_padded_are_read(tmp_path: Path) -> None:
@@ -269,6 +271,7 @@ def test_a_slice_that_has_lost_its_mark_is_missed(tmp_path: Path) -> None:
     read_scan(series)
     (series / "README").write_text("of a scanner")
     (series / "IM0001.txt").write_text("of a scanner")
+    (series / "notes").symlink_to("README")
     read_scan(series)
     first = series / "IM0000"
     first.write_bytes(b"\1" * 132 + first.read_bytes()[132:])

@@ -14,6 +14,7 @@ import pytest
 from pydicom.dataset import FileDataset
 
 from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.scans.dicom import _must_be_one, _program
 from cdiff.runtime.scans.dicom_planes import Plane, Planes, frames_of, functional_groups, laid, planes_of, taken_from
 from cdiff.runtime.scans.scan import Scan, read_scan
 from tests.runtime.dicom_files import moved, orthogonal, upright, write_multiframe, write_series
@@ -219,6 +220,26 @@ def test_low_values_that_are_bright_are_told(tmp_path: Path) -> None:
 
     scan = read_scan(write_series(tmp_path / "a", scan_voxels(), orthogonal(), change=inverted))
     assert [note for note in scan.warnings if "MONOCHROME1 (low values are bright)" in note]
+
+
+def test_what_dcm2niix_misses_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_series(tmp_path / "a", scan_voxels(), orthogonal())
+    (program := tmp_path / "bin" / "dcm2niix").parent.mkdir()
+    program.write_text(f'#!/bin/sh\n"{_program(folder)}" "$@"\necho "Warning: Missing images? Expected 10"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:/bin:/usr/bin")
+    assert read_scan(folder).warnings == ("dcm2niix says: Missing images? Expected 10",)
+
+
+def test_one_volume_is_made_or_it_is_said_why_not() -> None:
+    said = "Warning: Unable to determine manufacturer\n  Error: Unsupported transfer syntax\nError: no valid DICOM\n"
+    for made, text, message in (
+        ((), said, r"here: it cannot be converted \(Error: Unsupported transfer syntax\)"),
+        ((), "Found 5 DICOM file(s)", "here: it cannot be converted .dcm2niix does not say why"),
+        (("a_e1", "a_e2"), "", "here: dcm2niix makes 2 images of it, as it does with several echoes"),
+    ):
+        with pytest.raises(CdiffError, match=message):
+            _must_be_one([Path(f"{name}.nii") for name in made], text, "here:")
 
 
 def test_marks_drawn_on_the_images_are_no_second_scan(tmp_path: Path) -> None:

@@ -161,11 +161,11 @@ class _Block:
         return joined(self.conv2(out), self._skipped(sources), self.bias)
 
     def _skipped(self, sources: tuple[Features, ...]) -> Tensor:
-        if self.skip is not None and self.size == 1:
+        # Two sources are always wider than the block, which then has a convolution; a block that resamples keeps its width, and has none.
+        if self.skip is not None:
             return self.skip.of_several(sources)
-        x = sources[0].x if len(sources) == 1 else torch.cat([one.x for one in sources], dim=1)
-        x = self._resampled(x)
-        return x if self.skip is None else self.skip(x)
+        (one,) = sources
+        return self._resampled(one.x)
 
     def _resampled(self, x: Tensor) -> Tensor:
         if self.size < 1:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,19 @@ def test_an_engine_that_is_not_finished_is_not_served_nor_what_a_link_leads_to(b
     assert [path.name for path in (served / "engines").iterdir()] == ["denoiser_x"]
     (engine,) = (served / "engines" / "denoiser_x").iterdir()
     assert (engine.name, engine.read_bytes()) == ("denoiser.engine", b"plan")
+
+
+def test_a_name_with_other_signs_becomes_one_that_triton_takes_and_nothing_is_chosen(
+    bundle: Path, tmp_path: Path
+) -> None:
+    opened = open_bundle(bundle)
+    named = replace(opened, manifest=replace(opened.manifest, name="Lung nodules (v2.1)"))
+    model = write_repository(named, tmp_path / "models")
+    assert model == tmp_path / "models" / "Lung-nodules-v2.1-"
+    text = (model / "config.pbtxt").read_text()
+    assert 'name: "Lung-nodules-v2.1-"\n' in text
+    chosen = re.findall('parameters { key: "(.*)" value { string_value: "(.*)" } }', text)
+    assert dict(chosen) == {"engine": "auto", "sampler": "", "fast": "false", "batch": ""}
 
 
 @pytest.mark.parametrize("what", ["replaced", "removed", "engine removed", "disk full", "folder removed"])

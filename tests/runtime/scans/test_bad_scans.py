@@ -243,6 +243,11 @@ def test_a_name_in_another_encoding_gets_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(CdiffError, match=r"M\\xfcller.nii has a name that is not UTF-8; rename") as caught:
         read_scan(path)
     str(caught.value).encode()
+    series = path.with_suffix("")
+    series.mkdir()
+    (series / "a.dcm").write_bytes(b"x")
+    with pytest.raises(CdiffError, match=r"M\\xfcller/a.dcm has a name that is not UTF-8; rename"):
+        read_scan(series)
 
 
 @every_warning_is_an_error

@@ -16,7 +16,7 @@ import pydicom
 import pytest
 
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.scans.dicom import _program
+from cdiff.runtime.scans.dicom import _program, is_dicom
 from cdiff.runtime.scans.inputs import scans_at
 from cdiff.runtime.scans.scan import read_scan
 from cdiff.runtime.segmenter import Segmenter
@@ -364,12 +364,22 @@ def test_reports_and_our_own_segmentations_are_no_scans(model: Segmenter, tmp_pa
 
 def test_series_below_a_series_are_told(tmp_path: Path) -> None:
     folder = write_series(tmp_path / "a", scan_voxels(2), orthogonal())
-    write_series(folder / "thick", scan_voxels(2), orthogonal())
+    for name in ("thick", ".trash"):
+        write_series(folder / name, scan_voxels(2), orthogonal())
     bad_report(folder / "dose")
     scan = read_scan(folder)
     assert len(scan.slices) == 2
     (note,) = scan.warnings
     assert "were not read: thick; to read them, name those folders" in note
+
+
+def test_a_file_is_dicom_by_its_mark_or_its_suffix_in_either_case(tmp_path: Path) -> None:
+    for name, held in (("A.DCM", b"x"), ("a.dcm", b""), ("a", b"\0" * 128 + b"DICM")):
+        (tmp_path / name).write_bytes(held)
+        assert is_dicom(tmp_path / name)
+    for name in ("DICOMDIR", "dicomdir", "A.PNG", "a.NII.gz"):
+        (tmp_path / name).write_bytes(b"\0" * 128 + b"DICM")
+        assert not is_dicom(tmp_path / name)
 
 
 def test_an_index_names_its_folder(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.scans.dicom_pixels import _size, must_hold_pixels
 from cdiff.runtime.scans.scan import read_scan
 from tests.runtime.dicom_files import orthogonal, write_multiframe, write_series
+from tests.runtime.scan_files import restored
 
 pytest.importorskip("dcm2niix")
 COLUMNS, ROWS, SLICES = 24, 20, 4
@@ -93,6 +94,37 @@ def test_a_header_that_contradicts_its_pixels_is_refused(
         folder = written(tmp_path / "x", change)
     with pytest.raises(CdiffError, match=message):
         read_scan(folder)
+
+
+def of_12_bits(_: int, file: Any) -> None:
+    """Unsigned, as scanners of other makes store it."""
+    stored = np.clip(np.frombuffer(file.PixelData, np.int16), 0, 4095)
+    file.PixelRepresentation, file.BitsStored, file.HighBit, file.PixelData = 0, 12, 11, stored.tobytes()
+
+
+def test_images_that_each_have_their_own_scale_or_bits_are_read(tmp_path: Path) -> None:
+    """As those of PET have, and as unsigned values may be stored: in as few bits as an image's largest takes."""
+
+    def own(k: int, file: Any) -> None:
+        of_12_bits(k, file)
+        file.RescaleSlope, file.RescaleIntercept = str(1 + k / 4), str(10 * k)
+        file.BitsStored, file.HighBit = 12 + k, 11 + k
+
+    scan = read_scan(written(tmp_path / "x", own))
+    wanted = np.clip(VOXELS + 1000, 0, 4095) * (1 + np.arange(SLICES) / 4) + 10 * np.arange(SLICES)
+    found = restored(scan.grid, scan.slices)
+    assert [one.sum() for one in np.moveaxis(found, 2, 0)] == wanted.sum(axis=(0, 1)).tolist()
+
+
+def test_bytes_among_images_of_16_bits_are_refused(tmp_path: Path) -> None:
+    def one_of_bytes(k: int, file: Any) -> None:
+        of_12_bits(k, file)
+        if k == 1:
+            file.BitsAllocated, file.BitsStored, file.HighBit = 8, 8, 7
+            file.PixelData = bytes(ROWS * COLUMNS)
+
+    with pytest.raises(CdiffError, match="its images are stored in different ways"):
+        read_scan(written(tmp_path / "x", one_of_bytes))
 
 
 def test_a_slope_that_is_no_number_is_refused(tmp_path: Path) -> None:
@@ -204,6 +236,8 @@ def test_a_jpegs_tables_before_its_frame_are_no_frame() -> None:
     tables = b"".join(bytes([0xFF, kind, 0, 7, 1, 2, 3, 4, 5]) for kind in (0xC4, 0xC8, 0xCC, 0xDB))
     frame = b"\xff\xc3" + struct.pack(">HBHHB", 8, 12, 40, 24, 0)
     assert _size(b"\xff\xd8" + tables + frame + b"\xff\xd9") == (40, 24, 16)
+    with pytest.raises(ValueError):  # noqa: PT011  # its beginning is another's
+        _size(b"\xff\x4f" + tables + frame + b"\xff\xd9")
 
 
 def test_pixels_that_a_writer_padded_are_read(tmp_path: Path) -> None:
@@ -269,6 +303,7 @@ def test_a_slice_that_has_lost_its_mark_is_missed(tmp_path: Path) -> None:
     read_scan(series)
     (series / "README").write_text("of a scanner")
     (series / "IM0001.txt").write_text("of a scanner")
+    (series / "notes").symlink_to("README")
     read_scan(series)
     first = series / "IM0000"
     first.write_bytes(b"\1" * 132 + first.read_bytes()[132:])

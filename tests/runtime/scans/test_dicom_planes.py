@@ -14,7 +14,8 @@ import pytest
 from pydicom.dataset import FileDataset
 
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.scans.dicom_planes import Plane, Planes, frames_of, laid, planes_of, taken_from
+from cdiff.runtime.scans.dicom import _must_be_one, _program
+from cdiff.runtime.scans.dicom_planes import Plane, Planes, frames_of, functional_groups, laid, planes_of, taken_from
 from cdiff.runtime.scans.scan import Scan, read_scan
 from tests.runtime.dicom_files import moved, orthogonal, upright, write_multiframe, write_series
 from tests.runtime.scan_files import restored
@@ -221,6 +222,26 @@ def test_low_values_that_are_bright_are_told(tmp_path: Path) -> None:
     assert [note for note in scan.warnings if "MONOCHROME1 (low values are bright)" in note]
 
 
+def test_what_dcm2niix_misses_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_series(tmp_path / "a", scan_voxels(), orthogonal())
+    (program := tmp_path / "bin" / "dcm2niix").parent.mkdir()
+    program.write_text(f'#!/bin/sh\n"{_program(folder)}" "$@"\necho "Warning: Missing images? Expected 10"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:/bin:/usr/bin")
+    assert read_scan(folder).warnings == ("dcm2niix says: Missing images? Expected 10",)
+
+
+def test_one_volume_is_made_or_it_is_said_why_not() -> None:
+    said = "Warning: Unable to determine manufacturer\n  Error: Unsupported transfer syntax\nError: no valid DICOM\n"
+    for made, text, message in (
+        ((), said, r"here: it cannot be converted \(Error: Unsupported transfer syntax\)"),
+        ((), "Found 5 DICOM file(s)", "here: it cannot be converted .dcm2niix does not say why"),
+        (("a_e1", "a_e2"), "", "here: dcm2niix makes 2 images of it, as it does with several echoes"),
+    ):
+        with pytest.raises(CdiffError, match=message):
+            _must_be_one([Path(f"{name}.nii") for name in made], text, "here:")
+
+
 def test_marks_drawn_on_the_images_are_no_second_scan(tmp_path: Path) -> None:
     """dcm2niix makes a volume of them (60xx,3000)."""
 
@@ -261,6 +282,9 @@ ACROSS, DOWN = np.array([0.7, 0.0, 0.0]), np.array([0.0, 0.8, 0.0])
         (Plane(np.array([0, 0.8, 0]), ACROSS, DOWN, 5, 6), "reach beyond the volume"),
         (Plane(np.array([-0.7, 0, 0]), ACROSS, DOWN, 5, 6), "reach beyond the volume"),
         (Plane(np.array([0, 0, 4 * 2.5]), ACROSS, DOWN, 5, 6), "reach beyond the volume"),
+        # The other way: one that ends before the first column, and one that begins beyond the last.
+        (Plane(np.array([3 * 0.7, 0, 0]), -ACROSS, DOWN, 5, 6), "reach beyond the volume"),
+        (Plane(np.array([6 * 0.7, 0, 0]), -ACROSS, DOWN, 5, 6), "reach beyond the volume"),
         (Plane(np.zeros(3), 2 * ACROSS, DOWN, 5, 3), "rows and columns are not the volume's"),
         (Plane(np.zeros(3), ACROSS, ACROSS, 5, 6), "rows and columns are not the volume's"),
         (Plane(np.zeros(3), ACROSS + DOWN, DOWN, 5, 6), "rows and columns are not the volume's"),
@@ -356,6 +380,11 @@ def test_thin_frames_out_of_order_are_seen_and_directions_that_are_none_are_not_
     assert planes_of([header((1, 2, 3))]).mixed is planes_of([header((3, 2, 1))]).mixed is False
     assert planes_of([header((1, 3, 2)), header((1, 2, 3))]).mixed
     alone = {"ImagePositionPatient": [0, 0, 0], "ImageOrientationPatient": [1, 0, 0, 0, 1, 0], "Rows": 5, "Columns": 6}
-    assert planes_of([alone | {"PixelSpacing": [0.7, 0]}, alone | {"PixelSpacing": [0.7, 0.7]}]).unspaced
+    spaced = alone | {"PixelSpacing": [0.7, 0.7]}
+    for spacing in ([0.7, 0], [0, 0.7]):
+        assert planes_of([alone | {"PixelSpacing": spacing}, spaced]).unspaced
+    assert len(planes_of([spaced, spaced | {"ImagePositionPatient": [0, "nan", 0]}]).known) == 1
+    # Frames may lack a group, and so may what is said of all.
+    assert functional_groups({"PerFrameFunctionalGroupsSequence": [{}, {}]}, "PlanePositionSequence") == [{}, {}]
     assert len(planes_of([header((1, 2, 3), 0.009)]).known) == 3
     assert planes_of([header((1, 2, 3), 0.02)]).known == ()

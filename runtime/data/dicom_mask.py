@@ -47,10 +47,10 @@ class NoImage(CdiffError):
 def read_dicom_mask(path: Path, grid: Grid | None, opened: Opened) -> DicomMask:
     """A segmentation's values [slices, rows, columns]; or the voxels of `grid`, bool [*grid.spatial], that contours enclose.
 
-    path: a file, or FILE#NAME, one structure of it, whose values are bool (but for fractions). Without a name the values are the
-    segments' numbers, 0 outside all of them, or one segment's fractions. Frames that the file leaves out, as it may those without a
-    marked pixel, are 0. grid: of the mask's image, where that could be read. opened: the files with named structures that were read
-    before; this one is added.
+    path: a file, or FILE#NAME, one structure of it, whose values are bool. Without a name the values are the segments' numbers, 0 outside
+    all of them; of a segment that is stored as fractions they are bool, named or not: above one half. Frames that the file leaves out,
+    as it may those without a marked pixel, are 0. grid: of the mask's image, where that could be read. opened: the files with named
+    structures that were read before; this one is added.
     Raises CdiffError where pydicom or highdicom is missing; for a file that cannot be read, is neither of these or no even volume;
     where it is not clear which structure is meant; where `grid` is of another frame of reference; and for contours as `lay` does, or
     NoImage without a `grid`.
@@ -139,8 +139,8 @@ def _segment(found: Any, path: Path, file: Path, name: str) -> tuple[NDArray[Any
             raise
         raise one_must_be_named(file, there, "has segments that overlap") from None
     values = np.asarray(volume.array)
-    if fractions:
-        return values[..., 0], volume.affine
+    if fractions:  # of one, whatever a file's largest is
+        return values[..., 0] > 0.5, volume.affine
     return (values != 0 if name else values), volume.affine
 
 

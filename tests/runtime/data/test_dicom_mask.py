@@ -201,9 +201,10 @@ def test_a_label_map_holds_its_segments_numbers(numbers: tuple[int, ...], tmp_pa
 def test_a_fraction_of_one_half_and_less_is_outside(tmp_path: Path) -> None:
     images = series(tmp_path / "images", drawn(), orthogonal())
     mask = write_seg(tmp_path / "seg.dcm", images, drawn() * 0.6 + 0.4 * drawn(seed=1), kind="FRACTIONAL")
-    bright = read_scan(images).slices[:, 0] > 0
     for path in (mask, Path(f"{mask}#1")):  # named or not
-        np.testing.assert_array_equal(on(images, path), bright)
+        np.testing.assert_array_equal(on(images, path), read_scan(images).slices[:, 0] > 0)
+    write_seg(mask, images, drawn() * 0.4, kind="FRACTIONAL")
+    assert not on(images, mask).any(), "fractions are of one, whatever a file's largest is"
 
 
 def test_an_empty_segmentation_is_an_opinion(tmp_path: Path) -> None:

@@ -49,10 +49,9 @@ def full_precision() -> Iterator[None]:
         (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"),
         (lambda: cudnn.allow_tf32, functools.partial(setattr, cudnn, "allow_tf32"), False),
     ]
-    # Of cuBLAS alone: cuDNN's convolutions of float16 always add up in float32.
-    sums = "allow_fp16_accumulation"
+    name = "allow_fp16_accumulation"  # of cuBLAS alone: cuDNN's convolutions of float16 always add up in float32
     switches.append(
-        (functools.partial(getattr, cuda.matmul, sums), functools.partial(setattr, cuda.matmul, sums), False)
+        (functools.partial(getattr, cuda.matmul, name), functools.partial(setattr, cuda.matmul, name), False)
     )
     name = "fp32_precision"
     for part in (cuda.matmul, cudnn.conv, cpu.matmul, cpu.conv):

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from pydicom import dcmread
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, EnhancedCTImageStorage, ExplicitVRLittleEndian, MRImageStorage, generate_uid
 from pydicom.valuerep import DSfloat
+
+from cdiff.runtime.scans.dicom import _program
 
 OBLIQUE = np.array([[0.68, 0.1, 0.3, -90.0], [-0.12, 0.69, 0.2, -120.0], [-0.08, -0.08, 2.46, 40.0]])
 """Millimetres in DICOM's space (left, back, up) of column i, row j and slice k; made orthogonal below."""
@@ -129,3 +132,11 @@ def write_multiframe(
     file.PixelData = b"".join((voxels[:, :, k].T.astype(np.int32) + 1000).astype(np.int16).tobytes() for k in order)
     file.save_as(folder / "IM0000", enforce_file_format=True)
     return folder
+
+
+def converter(folder: Path, then: str, patch: pytest.MonkeyPatch) -> None:
+    """Have in place of dcm2niix a program in `folder` that runs it and `then` a line of shell."""
+    (program := folder / "bin" / "dcm2niix").parent.mkdir()
+    program.write_text(f'#!/bin/sh\n"{_program(folder)}" "$@"\n{then}\n')
+    program.chmod(0o755)
+    patch.setenv("PATH", f"{program.parent}:/bin:/usr/bin")

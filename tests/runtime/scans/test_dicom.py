@@ -16,11 +16,11 @@ import pydicom
 import pytest
 
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.scans.dicom import _program, is_dicom
+from cdiff.runtime.scans.dicom import is_dicom
 from cdiff.runtime.scans.inputs import scans_at
 from cdiff.runtime.scans.scan import read_scan
 from cdiff.runtime.segmenter import Segmenter
-from tests.runtime.dicom_files import moved, orthogonal, write_series
+from tests.runtime.dicom_files import converter, moved, orthogonal, write_series
 from tests.runtime.scan_files import restored
 from tests.runtime.test_segmenter import QUICK, make_bundle
 
@@ -312,10 +312,7 @@ def test_a_converter_that_never_ends_is_stopped(tmp_path: Path, monkeypatch: pyt
 def test_what_a_converter_made_before_it_crashed_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It may be a whole file of a part of the images."""
     folder = write_series(tmp_path / "a", scan_voxels(), orthogonal())
-    (program := tmp_path / "bin" / "dcm2niix").parent.mkdir()
-    program.write_text(f'#!/bin/sh\n"{_program(folder)}" "$@"\nkill -SEGV $$\n')
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{program.parent}:/bin:/usr/bin")
+    converter(tmp_path, "kill -SEGV $$", monkeypatch)
     with pytest.raises(CdiffError, match=r"a, series 3 .*: dcm2niix crashed \(signal 11\); look for damaged files"):
         read_scan(folder)
 

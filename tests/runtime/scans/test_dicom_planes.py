@@ -14,10 +14,10 @@ import pytest
 from pydicom.dataset import FileDataset
 
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.scans.dicom import _must_be_one, _program
+from cdiff.runtime.scans.dicom import _must_be_one
 from cdiff.runtime.scans.dicom_planes import Plane, Planes, frames_of, functional_groups, laid, planes_of, taken_from
 from cdiff.runtime.scans.scan import Scan, read_scan
-from tests.runtime.dicom_files import moved, orthogonal, upright, write_multiframe, write_series
+from tests.runtime.dicom_files import converter, moved, orthogonal, upright, write_multiframe, write_series
 from tests.runtime.scan_files import restored
 
 AXIAL = np.array([[0.7, 0.0, 0.0, -90.0], [0.0, 0.8, 0.0, -120.0], [0.0, 0.0, 0.625, 40.0]])
@@ -224,10 +224,7 @@ def test_low_values_that_are_bright_are_told(tmp_path: Path) -> None:
 
 def test_what_dcm2niix_misses_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_series(tmp_path / "a", scan_voxels(), orthogonal())
-    (program := tmp_path / "bin" / "dcm2niix").parent.mkdir()
-    program.write_text(f'#!/bin/sh\n"{_program(folder)}" "$@"\necho "Warning: Missing images? Expected 10"\n')
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{program.parent}:/bin:/usr/bin")
+    converter(tmp_path, 'echo "Warning: Missing images? Expected 10"', monkeypatch)
     assert read_scan(folder).warnings == ("dcm2niix says: Missing images? Expected 10",)
 
 

@@ -11,7 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # the many programs that the tests start would compile anew whatever it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test minutes lint clean
+.PHONY: help demo test pytest minutes lint ruff types clean
 
 help:
 	@echo "make demo     segment the demo scan with the shipped model into demo-output/ (about a minute)"
@@ -28,14 +28,22 @@ demo: $(VENV)/cpu.installed
 
 # One process a core with one thread (tests/conftest.py keeps it to its core): most tests are small, and threads would only wait for
 # one another. At most eight, as two of them were seen to take 4.5 GB together.
-test: lint
+# The types are checked beside them, as that is a process of its own.
+test: ruff
+	@$(MAKE) --no-print-directory --jobs=2 types pytest
+
+pytest: $(VENV)/test.installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder -m "not minutes"
 
 minutes: $(VENV)/test.installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m minutes
 
-lint: $(VENV)/test.installed $(VENV)/types
+lint: ruff types
+
+ruff: $(VENV)/test.installed
 	$(BIN)/ruff check .
+
+types: $(VENV)/test.installed $(VENV)/types
 	MYPYPATH=$(VENV)/types $(BIN)/mypy -p cdiff
 
 clean:
@@ -43,10 +51,12 @@ clean:
 
 # --no-compile: Python compiles what it imports when it does; to compile every file of every package takes a minute.
 # pip comes last: without Debian's python3-venv, or stopped midway, venv leaves a folder that has a python alone.
+# A pip of before 25 takes half a minute longer to find the packages; where no newer one is to be had, it does too.
 $(BIN)/pip:
 	@$(PYTHON) -c 'import sys; sys.exit("cdiff needs Python 3.11 or newer, and this is %s; try make PYTHON=python3.12" \
 	  % sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
+	-$(BIN)/pip install --quiet 'pip>=25'
 
 # pip's editable install finds cdiff after all else. A clone that is called cdiff has a folder of the package's name for whoever starts Python
 # in the folder above it, without the package's code: Python takes that only if nothing on its path is the package itself. The line is

@@ -147,7 +147,7 @@ def export_graph(
         )
     free = {name: torch.export.Dim(name, min=1) for name in axes.values() if name}
     try:
-        with _quiet():
+        with _quiet(), torch.no_grad():  # the same graph, sooner: nothing is traced for gradients
             program = torch.onnx.export(
                 graph.eval(),
                 tuple(inputs.values()),

@@ -62,7 +62,8 @@ def test_the_recorded_errors_are_below_their_bounds(bundle: Bundle) -> None:
     recorded = bundle.manifest.verification
     assert recorded["bounds"] == BOUNDS["float32"]
     assert set(recorded["largest"]) == set(BOUNDS["float32"])
-    assert all(0 < error < recorded["bounds"][key] for key, error in recorded["largest"].items())
+    # None at all is right, too: on some processors both sides of a small graph round alike.
+    assert all(0 <= error < recorded["bounds"][key] for key, error in recorded["largest"].items())
     assert "real" not in recorded
 
 

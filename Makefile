@@ -49,6 +49,9 @@ types: $(VENV)/test.installed $(VENV)/types
 clean:
 	rm -rf $(VENV) demo-output
 
+# The newest pip prints a warning of setuptools that a folder of the package's name may be imported in its place; clone-on-the-path is the answer.
+INSTALL := PYTHONWARNINGS='ignore:Editable installation' $(BIN)/pip install --quiet --no-compile -c constraints.txt
+
 # --no-compile: Python compiles what it imports when it does; to compile every file of every package takes a minute.
 # pip comes last: without Debian's python3-venv, or stopped midway, venv leaves a folder that has a python alone.
 # A pip of before 25 takes half a minute longer to find the packages; where no newer one is to be had, it does too.
@@ -69,15 +72,15 @@ endef
 
 $(VENV)/cpu.installed: $(BIN)/pip pyproject.toml constraints.txt
 	@echo "Installing cdiff for this machine's CPU into $(VENV) (about a minute)"
-	$(BIN)/pip install --quiet --no-compile -c constraints.txt -e '.[cpu]'
+	$(INSTALL) -e '.[cpu]'
 	$(clone-on-the-path)
 	@touch $@
 
 # highdicom apart: on some Pythons it is not in the extra, and pyproject.toml says why.
 $(VENV)/test.installed: $(BIN)/pip pyproject.toml constraints.txt
 	@echo "Installing cdiff with what training and the tests need into $(VENV) (a few minutes)"
-	$(BIN)/pip install --quiet --no-compile -c constraints.txt -e '.[cpu,train,bench,test]'
-	$(BIN)/pip install --quiet -c constraints.txt --no-deps highdicom
+	$(INSTALL) -e '.[cpu,train,bench,test]'
+	$(INSTALL) --no-deps highdicom
 	$(clone-on-the-path)
 	@touch $@
 

@@ -14,6 +14,7 @@ from PIL import Image
 from cdiff.runtime.data.cases import find_cases, read_case
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.scans.grid import Grid
+from cdiff.runtime.scans.nifti import TOGETHER
 from cdiff.runtime.scans.scan import parse_slices, read_scan
 from tests.runtime.scan_files import (
     AFFINE,
@@ -29,7 +30,7 @@ from tests.runtime.scan_files import (
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_a_volume_is_cut_along_the_axis_and_put_back(tmp_path: Path, axis: int) -> None:
-    array = voxels(5, 6, 7)
+    array = voxels(5, 6, 2 * TOGETHER + 3)  # read in several parts
     scan = read_scan(nifti(tmp_path / "a.nii.gz", array), slice_axis=axis)
     assert scan.slices.dtype == np.float32
     for index in range(array.shape[axis]):

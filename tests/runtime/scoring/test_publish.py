@@ -76,6 +76,11 @@ def test_the_tables_say_what_the_report_says(report: dict[str, Any], tmp_path: P
     assert [row["case"] for row in cases] == ["case01", "case02", "case03", "case04"]
     errors = [float(row["predicted_ml_level_2"]) - float(row["true_ml_level_2"]) for row in cases]
     assert [float(row["volume_error_ml_level_2"]) for row in cases] == pytest.approx(errors)
+    for row, case in zip(cases, report["cases"], strict=True):
+        for kind in ("predicted", "true"):
+            counts = case["volumes"][f"{kind}_voxels"]
+            assert [int(row[f"{kind}_voxels_level_{c}"]) for c in (1, 2, 3)] == counts
+            assert float(row[f"{kind}_ml_level_3"]) == pytest.approx(counts[2] * case["volumes"]["voxel_ml"])
     assert np.mean(errors) == pytest.approx(report["volume_error_ml_per_level"][1]["signed"]["mean"])
 
     bins = table(folder / "reliability.csv")
@@ -148,6 +153,8 @@ def test_a_sweep_over_steps_resumes_and_reuses(cases: list[Case], tmp_path: Path
     assert [(row["steps"], row["sampler"], row["soft_dice_5"]) for row in rows] == [
         (n, "ddim", "1") for n in ("2", "5", "10")
     ]
+    seconds = [sum(case["seconds"] for case in report["cases"]) for report in reports]
+    assert [16 * float(row["seconds_per_slice"]) for row in rows] == pytest.approx(seconds)
     assert (folder / "steps.png").exists()
     assert seen == sorted(seen)
     assert seen[-1] == (17_000, 17_000)

@@ -87,6 +87,16 @@ def test_maps_are_cut_as_their_report_says_and_else_along_the_last_axis() -> Non
     assert [axis(report) for report in ({}, {"input": 3}, {"input": {"slice_axis": None}})] == [2] * 3
 
 
+def test_a_slice_is_scored_as_it_was_drawn(cases: list[Case], tmp_path: Path) -> None:
+    """Along an axis other than the last, as the report says."""
+    maps = written(tmp_path / "maps", cases[:1])
+    (maps / f"{cases[0].name}.nii.gz").rename(maps / f"{cases[0].name}_soft.nii.gz")
+    (maps / f"{cases[0].name}.json").write_text('{"cdiff": "0", "input": {"slice_axis": 1}}')
+    (case,) = scores(maps, cases[:1], Protocol(all_slices=True))["cases"]
+    assert [row["slice"] for row in case["slices"]] == list(range(20))
+    assert case["case_scores"]["case_soft_dice_9"] == 1
+
+
 def test_levels_are_the_axis_that_the_soft_map_lacks(tmp_path: Path) -> None:
     soft = write(tmp_path / "a_soft.nii", np.zeros((8, 6, 3)))
     for shape, levels in (((8, 6, 3, 4), 4), ((8, 6, 3, 1), 1), ((8, 6, 3), 1)):

@@ -114,6 +114,21 @@ def test_a_single_time_point_lies_where_it_lies(tmp_path: Path) -> None:
     assert scan.grid.spacing == pytest.approx((0.7, 0.8, 2.5))
 
 
+@pytest.mark.parametrize(
+    ("long", "short"),
+    [("left-posterior-superior", "LPS"), ("right-anterior-superior", "RAS"), ("left-anterior-superior", "LAS")],
+)
+def test_a_space_with_time_is_the_one_without(long: str, short: str, tmp_path: Path) -> None:
+    """ITK turns a volume to its own axes, and leaves one of a film as it is: left would be right, or front back."""
+    flat = image(voxels(8, 9, 3), orthogonal())
+    plain = edited(written(tmp_path / "a.nrrd", flat), b"space: left-posterior-superior", f"space: {long}".encode())
+    for space in (f"{long}-time", f"{short}T"):
+        film = written(tmp_path / "film.nrrd", sitk.JoinSeries([flat]))
+        grid = read_scan(edited(film, b"space dimension: 4", f"space: {space}".encode())).grid
+        np.testing.assert_allclose(grid.affine, read_scan(plain).grid.affine, atol=1e-5)
+        assert grid.has_orientation
+
+
 def test_voxels_in_several_files(tmp_path: Path) -> None:
     array = voxels(8, 9, 3)
     path = written(tmp_path / "x.mhd", image(array, orthogonal()))

@@ -129,6 +129,7 @@ def test_spacing_in_millimetres_whatever_the_unit(tmp_path: Path) -> None:
         grid = read_scan(nifti(tmp_path / "a.nii", voxels(3, 4, 5), units=unit)).grid
         np.testing.assert_allclose(grid.spacing, np.array([0.7, 0.8, 2.5]) * scale, rtol=1e-6)
         assert grid.voxel_ml == pytest.approx(0.7 * 0.8 * 2.5 / 1000 * scale**3)
+        assert grid.image(np.zeros(grid.shape, np.uint8), "mask").header.get_xyzt_units()[0] == unit
 
 
 def test_what_a_caller_does_to_an_image_afterwards_is_none_of_the_scans() -> None:

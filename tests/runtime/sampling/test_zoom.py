@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 import cdiff
-from cdiff.runtime.engines.base import Binding, Engine, HostBinding
+from cdiff.runtime.engines.base import Binding, Engine, HostBinding, Rows
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.manifest import Manifest
+from cdiff.runtime.sampling.chain import not_finite
 from cdiff.runtime.sampling.framing import Framing, resize
 from cdiff.runtime.sampling.noise import Noise
 from cdiff.runtime.sampling.sums import Gathered, SliceResult
@@ -124,6 +125,9 @@ def test_each_zoom_has_noise_of_its_own() -> None:
     zooms = [0.5, 0.8, 1, 1.001, 1.25, 4]
     assert len({numbered([3], zoom)[0] for zoom in zooms}) == len(zooms)
     assert max(numbered([2**31], 4)) < 2**63
+    nothing = np.zeros(1, np.int64)
+    row = Rows(1, nothing, np.array(numbered([7], 1.25)), nothing, nothing, nothing, (16, 16))
+    assert "slice 7, level 0" in str(not_finite(row, "x0", 0)), "a user knows the slice by its number in the scan"
 
 
 def test_no_two_runs_of_a_scan_draw_the_same_noise(model: Segmenter, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,9 +59,19 @@ def test_a_file_system_without_locks_will_do(tmp_path: Path, monkeypatch: pytest
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr("cdiff.runtime.scoring.journal.fcntl.flock", none)
+    must_keep_a_row(tmp_path / "a.json")
+
+
+def test_a_header_that_a_kill_cut_off_gives_way_to_a_whole_one(tmp_path: Path) -> None:
+    """Behind what is left of it nothing would be found again."""
+    (tmp_path / "a.partial.jsonl").write_text('{"see')
+    must_keep_a_row(tmp_path / "a.json")
+
+
+def must_keep_a_row(report: Path) -> None:
     row = sealed({"inputs": "a"}, fingerprint({}))
     for known in ({}, {"a": row}):
-        with Journal(tmp_path / "a.json", {}, ("inputs", SEAL), ["a"], lambda line: None) as journal:
+        with Journal(report, {}, ("inputs", SEAL), ["a"], lambda line: None) as journal:
             assert journal.rows == known
             journal.add(row)
 

@@ -20,6 +20,7 @@ from tests.runtime.scan_files import (
     AFFINE,
     PIXDIM,
     SCL_SLOPE,
+    VOX_OFFSET,
     XYZT_UNITS,
     nifti,
     patched,
@@ -222,6 +223,7 @@ def test_in_what_two_grids_differ() -> None:
         assert other.differs_from(one, ones_count=True) is None
     assert one.differs_from(grid(0.5, 1.5, 2, shape=(4, 5, 7))) == "have different shapes (4 x 5 x 6 and 4 x 5 x 7)"
     assert one.differs_from(grid(0.5, 1.5, 2.1)) == "have different spacings (0.5 x 1.5 x 2 and 0.5 x 1.5 x 2.1 mm)"
+    assert str(one.differs_from(grid(0.503, 1.5, 2))).startswith("have different spacings")
     assert str(one.differs_from(grid(0.5, 1.5, 2, at=0.01))).startswith("have different affines")
     microns = grid(500, 1500, 2000, at=-40000)
     assert microns.header is not None
@@ -278,6 +280,13 @@ def test_a_picture_without_orientation_is_shown_as_stored() -> None:
 
 def test_a_constant_image_is_read_and_said() -> None:
     assert any("same value" in note for note in read_scan(np.ones((4, 5))).warnings)
+
+
+def test_voxels_that_begin_nowhere_follow_the_header(tmp_path: Path) -> None:
+    """Some programs leave the field for it at 0."""
+    path = nifti(tmp_path / "x.nii", voxels(5, 6, 7))
+    wanted = read_scan(path).slices
+    np.testing.assert_array_equal(read_scan(patched(path, VOX_OFFSET, "<f", 0)).slices, wanted)
 
 
 def test_a_file_that_is_padded_is_read(tmp_path: Path) -> None:

@@ -191,7 +191,8 @@ def _affine(image: Any, signs: tuple[int, int, int]) -> NDArray[np.float64] | No
     axes = image.GetDimension()
     n = min(axes, 3)  # a fourth axis is time, along which the place in space is the same
     edges = (np.asarray(image.GetDirection()).reshape(axes, axes) * np.asarray(image.GetSpacing()))[:n, :n]
-    edges, origin = np.diag(signs[:n]) @ edges, signs[:n] * np.asarray(image.GetOrigin())[:n]
+    to_own = np.diag(signs[:n])
+    edges, origin = to_own @ edges, to_own @ np.asarray(image.GetOrigin())[:n]
     affine = np.eye(4)
     if np.array_equal(edges, np.eye(n)) and not origin.any():
         return None

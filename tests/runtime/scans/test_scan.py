@@ -20,7 +20,6 @@ from tests.runtime.scan_files import (
     AFFINE,
     PIXDIM,
     SCL_SLOPE,
-    VOX_OFFSET,
     XYZT_UNITS,
     nifti,
     patched,
@@ -280,13 +279,6 @@ def test_a_picture_without_orientation_is_shown_as_stored() -> None:
 
 def test_a_constant_image_is_read_and_said() -> None:
     assert any("same value" in note for note in read_scan(np.ones((4, 5))).warnings)
-
-
-def test_voxels_that_begin_nowhere_follow_the_header(tmp_path: Path) -> None:
-    """Some programs leave the field for it at 0."""
-    path = nifti(tmp_path / "x.nii", voxels(5, 6, 7))
-    wanted = read_scan(path).slices
-    np.testing.assert_array_equal(read_scan(patched(path, VOX_OFFSET, "<f", 0)).slices, wanted)
 
 
 def test_a_file_that_is_padded_is_read(tmp_path: Path) -> None:

@@ -298,8 +298,8 @@ class OneArray(FakeEngine):
 
 def test_the_prediction_before_is_kept_where_the_engine_overwrites_it() -> None:
     windows, table = framed(scan()), sampler_table("dpm++2m", SCHEDULE, 6)
-    for one, other in zip(*(run(engine(), windows, table, batch=12) for engine in (OneArray, FakeEngine)), strict=True):
-        np.testing.assert_array_equal(one.means, other.means)
+    both = [run(engine(), windows, table, batch=12) for engine in (OneArray, FakeEngine)]
+    np.testing.assert_array_equal(*([one.means for one in found] for found in both))
 
 
 class BrokenEngine(FakeEngine):

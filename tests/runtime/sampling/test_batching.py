@@ -287,9 +287,7 @@ def test_memory_does_not_grow_with_the_scan() -> None:
 
 
 class OneArray(FakeEngine):
-    """Returns every prediction in the same array, as engines with buffers of their own do."""
-
-    held = np.empty((12, 1, SIZE, SIZE), np.float32)
+    held = np.empty((12, 1, SIZE, SIZE), np.float32)  # for every prediction, as in engines with buffers of their own
 
     def denoise(self, *inputs: Any) -> Prediction:
         self.held[...], mix = super().denoise(*inputs)

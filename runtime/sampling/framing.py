@@ -200,8 +200,8 @@ class Windows:
         size = tuple(max(1, round(n * zoom)) for n in extents)
         canvas = tuple(max(n, N) for n, N in zip(size, self.framing.size, strict=True))
         corner = [
-            min(max(round((at - pad + N / 2) * zoom - N / 2) + (wide - n) // 2, 0), wide - N)
-            for at, pad, N, n, wide in zip((y, x), self._pad, self.framing.size, size, canvas, strict=True)
+            min(max(round((at - pad + N / 2) * zoom - N / 2), 0), wide - N)
+            for at, pad, N, wide in zip((y, x), self._pad, self.framing.size, canvas, strict=True)
         ]
         return replace(
             self, resized=(size[0], size[1]), canvas=(canvas[0], canvas[1]), origins=((corner[0], corner[1]),)

@@ -36,6 +36,11 @@ IN_THE_PATIENT = {
     "left-posterior-superior", "lps", "right-anterior-superior", "ras", "left-anterior-superior", "las",
 }  # fmt: skip
 """NRRD's spaces whose axes are the patient's. With "-time" or a T appended they have a fourth axis."""
+WITH_TIME = {
+    "right-anterior-superior-time": (-1, -1, 1), "rast": (-1, -1, 1), "left-anterior-superior-time": (1, -1, 1), "last": (1, -1, 1),
+}  # fmt: skip
+"""The signs of ITK's axes in those of NRRD's spaces with time that are not its own: it turns images in the same spaces without time to its own
+axes, and leaves these as they are."""
 LENGTHS = {"m", "dm", "cm", "um", "µm", "μm", "micron", "microns", "nm", "in", "inch", "inches"}
 """Units of length other than millimetres; an axis of a NRRD may also have a unit of another kind, such as seconds."""
 
@@ -66,8 +71,10 @@ def parse_itk(data: bytes, path: Path, channels: int) -> nib.Nifti1Image:
     spatial = image.GetDimension()
     voxels = np.transpose(array, (*reversed(range(spatial)), *range(spatial, array.ndim))).astype(np.float32)
     # A NRRD without a space, or whose space is a scanner's or nobody's, has lengths, but axes without a direction in the patient.
-    oriented = not fields or fields.get("space", "").lower().removesuffix("-time").removesuffix("t") in IN_THE_PATIENT
-    return _placed(voxels, _affine(image), str(path), channels, oriented=oriented)
+    space = fields.get("space", "").lower()
+    oriented = not fields or space.removesuffix("-time").removesuffix("t") in IN_THE_PATIENT
+    affine = _affine(image, WITH_TIME.get(space, (1, 1, 1)))
+    return _placed(voxels, affine, str(path), channels, oriented=oriented)
 
 
 def itk_bytes(path: Path) -> bytes:
@@ -176,12 +183,16 @@ def _must_be_in_mm(fields: dict[str, str], path: Path) -> None:
         raise CdiffError(f"{path} gives its lengths in {' '.join(sorted(units))}; save it in millimetres")
 
 
-def _affine(image: Any) -> NDArray[np.float64] | None:
-    """[4, 4]: from voxel indices to mm in NIfTI's space; None where the file says nothing of it: spacing 1, origin 0, axes not turned."""
+def _affine(image: Any, signs: tuple[int, int, int]) -> NDArray[np.float64] | None:
+    """[4, 4]: from voxel indices to mm in NIfTI's space; None where the file says nothing of it: spacing 1, origin 0, axes not turned.
+
+    signs: of left, back and up along the axes of the space in which ITK has left the image.
+    """
     axes = image.GetDimension()
     n = min(axes, 3)  # a fourth axis is time, along which the place in space is the same
     edges = (np.asarray(image.GetDirection()).reshape(axes, axes) * np.asarray(image.GetSpacing()))[:n, :n]
-    origin = np.asarray(image.GetOrigin())[:n]
+    to_own = np.diag(signs[:n])
+    edges, origin = to_own @ edges, to_own @ np.asarray(image.GetOrigin())[:n]
     affine = np.eye(4)
     if np.array_equal(edges, np.eye(n)) and not origin.any():
         return None

@@ -49,7 +49,7 @@ def parse_nifti(data: bytes, path: Path, channels: int) -> nib.Nifti1Image:
         start, kind, header = _begin(file, path)
         check_header(header, str(path), channels)
         size = math.prod(header.get_data_shape()) * header.get_data_dtype().itemsize
-        end = max(int(header["vox_offset"]), header.sizeof_hdr + EXTENDER) + size
+        end = int(header["vox_offset"]) + size
         # Deflate packs at most about 1032 to 1: a header that promises more than that lies, and is not given memory. Nor is one
         # with more before its voxels than extensions ever take.
         if end > (1032 if packed else 1) * len(data) or end - size > MOST_BEFORE_VOXELS:
@@ -96,11 +96,12 @@ def _begin(file: Any, path: Path) -> tuple[bytes, type[nib.Nifti1Image], nib.Nif
     if len(start) < size:
         raise EOFError("it ends within its header")
     header = kind.header_class(start[:size], check=False)
-    # nibabel would mend each of these, but what else such a header says cannot be relied on.
+    # nibabel would mend most of these, but what else such a header says cannot be relied on. At 0 it would take the header for voxels;
+    # programs differ in whether they then begin right behind the header or four bytes later.
     sound = {
         "sizeof_hdr": header["sizeof_hdr"] == size,
         "magic": header["magic"].item() in (b"n+1", b"n+2"),
-        "vox_offset": header["vox_offset"] == 0 or header["vox_offset"] >= size + EXTENDER,
+        "vox_offset": header["vox_offset"] >= size + EXTENDER,
     }
     if kind is nib.Nifti2Image:
         sound["eol_check"] = tuple(header["eol_check"]) in (LINE_ENDS, (0, 0, 0, 0))

@@ -12,7 +12,8 @@ import pytest
 
 from cdiff.runtime.pictures.preview import Turned, agreement
 from cdiff.runtime.results import Result
-from cdiff.runtime.sampling.framing import placed
+from cdiff.runtime.sampling.framing import Framing, placed
+from cdiff.runtime.sampling.sums import SliceSums
 from cdiff.runtime.scans.scan import read_scan
 from cdiff.runtime.stack import Stack
 from cdiff.runtime.variants import VARIANTS, variant_called
@@ -98,3 +99,16 @@ def test_a_map_in_bytes_is_never_whole_in_float32(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found, result.levels >= 0.5)
     empty = dataclasses.replace(result, slices=range(32), stack=result.stack[:32]).on_grid("levels", marked)
     assert not empty[..., 32:, :].any()
+
+
+def test_maps_of_masks_from_zero_are_those_of_x_itself() -> None:
+    """Not of (x + 1)/2, as which they were summed: mean and spread over runs, and each run's, by hand."""
+    x = np.random.default_rng(3).uniform(-1, 1, (2, 3, 4, 5)).astype(np.float32)  # levels, runs, h, w
+    sums = SliceSums(Framing("resize", (4, 5)).frame(np.zeros((1, 1, 4, 5), np.float32)), 2, 3, True)
+    for level, run in np.ndindex(2, 3):
+        sums.add(0, level + 1, run, x[level, run])
+    found = sums.result(0, 0).for_masks_from_zero()
+    np.testing.assert_allclose(found.level_means, np.maximum(x.mean(axis=1), 0), atol=1e-6)
+    np.testing.assert_allclose(found.run_std, x.mean(axis=0).std(axis=0), atol=1e-6)
+    assert found.runs is not None
+    np.testing.assert_allclose(found.runs / 255, np.maximum(x, 0), atol=1.001 / 255)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import shutil
 from pathlib import Path
 
@@ -311,7 +312,11 @@ def test_modalities_of_which_some_are_pictures_are_told(tmp_path: Path) -> None:
     flat, picture = save(tmp_path / "t1.nii.gz", noisy(disc((16, 16)))), tmp_path / "t2.png"
     Image.fromarray(noisy(disc((16, 16))).clip(0, 255).astype(np.uint8)).save(picture)
     for files, told in (((flat, picture), True), ((flat, flat), False), ((picture, picture), False)):
-        assert any("different orientations" in warning for warning in read_scan(files, channels=2).warnings) is told
+        scan = read_scan(files, channels=2)
+        assert any("different orientations" in warning for warning in scan.warnings) is told
+        assert len(set(scan.warnings)) == len(scan.warnings), "what holds for both is said once"
+        of_each = b"".join(bytes.fromhex(read_scan(file).sha256) for file in files)
+        assert scan.sha256 == hashlib.sha256(of_each).hexdigest()
 
 
 def test_the_models_modalities_are_taken_in_its_order() -> None:

@@ -186,9 +186,10 @@ def test_a_table_of_the_very_files_that_look_like_another_layout(tmp_path: Path)
     assert find_cases(tmp_path) == find_cases(loud)
     assert [scan.name for scan in scans_at(loud, 2)] == ["p1", "p2"]
     loud.rename(table)
-    table.write_text("\n".join(("case,image_t1,image_flair,mask_anna,mask_ben", rows[0])))
-    with pytest.raises(CdiffError, match=r"several ways: brats \(2 cases\), the table cases\.csv"):
-        find_cases(tmp_path)
+    for more in ("", f"\n{rows[1]}\n{rows[1]}"):  # it leaves a case out, or contradicts itself
+        table.write_text("\n".join(("case,image_t1,image_flair,mask_anna,mask_ben", rows[0])) + more)
+        with pytest.raises(CdiffError, match=r"several ways: brats \(2 cases\), the table cases\.csv"):
+            find_cases(tmp_path)
 
 
 def test_another_table_in_the_folder_is_no_layout(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cdiff.runtime.data.cases import find_cases, read_case
+from cdiff.runtime.data.cases import _told_by_words, find_cases, read_case
 from cdiff.runtime.data.partition import count_annotators, partition
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.scans.inputs import scans_at
@@ -84,6 +84,10 @@ def test_a_training_tree_without_split_folders_goes_with_the_validation_tree(tmp
     test.parent.rename(tmp_path / "QUBIQ21")
     with pytest.raises(CdiffError, match=r"QUBIQ21/pancreas \(1 case\), training_data_v3_QC/pancreas"):
         find_cases(tmp_path, "pancreas")
+    assert _told_by_words("training/pancreas") == "train"
+    assert _told_by_words("training_and_testing/pancreas") == _told_by_words("training") == "", (
+        "several, and none above"
+    )
     (tmp_path / "QUBIQ21").rename(tmp_path / "training_more")
     with pytest.raises(CdiffError, match=r"training_data_v3_QC/pancreas \(3 cases\), training_more/pancreas"):
         find_cases(tmp_path, "pancreas")

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 import cdiff
-from cdiff.runtime.engines.base import Binding, Engine, HostBinding
+from cdiff.runtime.engines.base import Binding, Engine, HostBinding, Rows
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.manifest import Manifest
+from cdiff.runtime.sampling.chain import not_finite
 from cdiff.runtime.sampling.framing import Framing, resize
 from cdiff.runtime.sampling.noise import Noise
 from cdiff.runtime.sampling.sums import Gathered, SliceResult
@@ -31,15 +32,18 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Segmenter:
 
 
 @pytest.mark.parametrize("zoom", [0.5, 0.8, 1.25, 1.5, 2])
-@pytest.mark.parametrize("shape", [(32, 32), (33, 40)])
+@pytest.mark.parametrize("shape", [(32, 32), (33, 40), (12, 40)])
 def test_a_window_sees_the_middle_of_a_resized_slice(zoom: float, shape: tuple[int, int]) -> None:
+    """Also where the slice is narrower than the window at its own size, at the other one, or at both."""
     slices = np.random.default_rng(0).normal(size=(2, 1, *shape)).astype(np.float32)
     windows = Framing("centre", (16, 16)).frame(slices).zoomed(zoom)
     large = resize(slices[1, 0], (round(shape[0] * zoom), round(shape[1] * zoom)))
+    lacking = max(16 - large.shape[0], 0)
+    large = np.pad(large, ((lacking // 2, lacking - lacking // 2), (0, 0)), mode="edge")
     y, x = windows.origins[0]
     for corner, n, N in ((y, large.shape[0], shape[0]), (x, large.shape[1], shape[1])):
         middle = (N - 16) // 2 + 8  # of the window in the slice as it is
-        assert abs(corner + 8 - zoom * middle) <= 0.5 or corner in (0, n - 16)
+        assert abs(corner - min(max(zoom * middle - 8, 0), n - 16)) <= 0.5
     np.testing.assert_allclose(windows.image(1)[0], large[y : y + 16, x : x + 16], atol=1e-6)
 
 
@@ -60,19 +64,29 @@ def test_a_map_lies_where_the_window_saw_it(zoom: float) -> None:
 
 
 @pytest.mark.parametrize("zoom", [0.5, 1.25, 2])
-@pytest.mark.parametrize("point", [None, (3, 60), (45, 30)])
-def test_only_what_a_window_saw_is_resampled_and_nothing_is_lost(zoom: float, point: tuple[int, int] | None) -> None:
-    """Against the whole canvas resampled; the part that is held is the window's, however large the slice."""
-    slices, field = np.zeros((1, 1, 90, 70), np.float32), None if point is None else (32, 40)
+@pytest.mark.parametrize(
+    ("point", "width"), [(None, 70), ((3, 60), 70), ((45, 30), 70), (None, 12), ((3, 9), 12), ((45, 6), 12)]
+)
+def test_only_what_a_window_saw_is_resampled_and_nothing_is_lost(
+    zoom: float, point: tuple[int, int] | None, width: int
+) -> None:
+    """Against the whole canvas resampled; the part that is held is the window's, however large the slice, without padding."""
+    slices, field = np.zeros((1, 1, 90, width), np.float32), None if point is None else (32, 40)
     windows = Framing("centre", (16, 16)).frame(slices, point, field).zoomed(zoom)
     maps = np.random.default_rng(0).random((1, 3, 16, 16), dtype=np.float32)
-    (y, x), size, (rows, columns) = windows.origins[0], windows.resized, windows.part or (slice(0, 90), slice(0, 70))
-    assert size == windows.canvas, "no padding in this test"
-    canvas, seen = np.zeros((3, *size), np.float32), np.zeros(size, np.float32)
+    (y, x), size, (rows, columns) = windows.origins[0], windows.resized, windows.part or (slice(0, 90), slice(0, width))
+    assert size is not None
+    assert (size != windows.canvas) == (width * zoom < 16), "whether there is padding"
+    canvas, seen = np.zeros((3, *windows.canvas), np.float32), np.zeros(windows.canvas, np.float32)
     canvas[:, y : y + 16, x : x + 16], seen[y : y + 16, x : x + 16] = maps[0], 1
-    shape = rows.stop - rows.start, columns.stop - columns.start
-    weight, wanted = resize(seen, shape), np.zeros((3, 90, 70), np.float32)
-    wanted[:, rows, columns] = np.where(weight >= 0.5, resize(canvas, shape) / np.maximum(weight, 0.5), 0)
+    top, left = ((n - inner) // 2 for n, inner in zip(windows.canvas, size, strict=True))
+    inside, shape = (
+        np.s_[top : top + size[0], left : left + size[1]],
+        (rows.stop - rows.start, columns.stop - columns.start),
+    )
+    weight, wanted = resize(seen[inside], shape), np.zeros((3, 90, width), np.float32)
+    drawn = resize(canvas[:, *inside], shape) / np.maximum(weight, 0.5)
+    wanted[:, rows, columns] = np.where(weight >= 0.5, drawn, 0)
     np.testing.assert_allclose(windows.unframe_slice(maps), wanted, rtol=0, atol=1e-6)
     part = windows.unframe_part(maps)
     assert max(part.shape[1:]) <= round(16 / zoom) + 1
@@ -111,6 +125,9 @@ def test_each_zoom_has_noise_of_its_own() -> None:
     zooms = [0.5, 0.8, 1, 1.001, 1.25, 4]
     assert len({numbered([3], zoom)[0] for zoom in zooms}) == len(zooms)
     assert max(numbered([2**31], 4)) < 2**63
+    nothing = np.zeros(1, np.int64)
+    row = Rows(1, nothing, np.array(numbered([7], 1.25)), nothing, nothing, nothing, (16, 16))
+    assert "slice 7, level 0" in str(not_finite(row, "x0", 0)), "a user knows the slice by its number in the scan"
 
 
 def test_no_two_runs_of_a_scan_draw_the_same_noise(model: Segmenter, monkeypatch: pytest.MonkeyPatch) -> None:

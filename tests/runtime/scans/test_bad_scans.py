@@ -213,6 +213,7 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "smaller voxels than it holds": (bad_header(DATATYPE, "<h", 2, suffix=".nii"), "holds 240 bytes of voxels where its header promises 120"),
     "zero size": (bad_header(DIM, "<4h", 3, 4, 0, 6), "no voxel|not a valid"),
     "negative size": (bad_header(DIM, "<4h", 3, 4, -5, 6), "no voxel|not a valid"),
+    "voxels from the start": (bad_header(VOX_OFFSET, "<f", 0), "has 0.0 as vox_offset in its header; it is damaged"),
     "voxels within the header": (bad_header(VOX_OFFSET, "<f", 22), "has 22.0 as vox_offset in its header; it is damaged"),
     "voxels before the file": (bad_header(VOX_OFFSET, "<f", -16), "has -16.0 as vox_offset"),
     "voxels at no place": (bad_header(VOX_OFFSET, "<f", np.nan), "has nan as vox_offset"),

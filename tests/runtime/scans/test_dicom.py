@@ -91,7 +91,7 @@ def test_the_hash_is_of_every_file(tmp_path: Path) -> None:
 def test_one_file_is_one_slice_of_its_series(tmp_path: Path) -> None:
     voxels = scan_voxels()
     folder = write_series(tmp_path / "a", voxels, orthogonal())
-    file = folder / "IM0014"  # slice 2
+    file = (folder / "IM0014").rename(folder / "IM0014.dcm")  # slice 2
     scan = read_scan(file)
     assert scan.slices.shape == (1, 1, 24, 20)
     assert scan.name == "IM0014"

@@ -79,6 +79,7 @@ def test_what_a_file_does_not_say_is_not_made_up(tmp_path: Path) -> None:
     scan = read_scan(written(tmp_path / "a.mha", image(voxels(8, 9, 3))))
     assert scan.grid.is_placeholder
     assert not scan.grid.has_orientation
+    assert scan.grid.header["sform_code"] == scan.grid.header["qform_code"] == 0, "other programs believe the codes"
     away = read_scan(written(tmp_path / "a.mha", image(voxels(8, 9, 3), np.column_stack([np.eye(3), np.full(3, 40)]))))
     np.testing.assert_array_equal(away.grid.affine[:3, 3], (-40, -40, 40))  # voxels of 1 mm that lie somewhere
     path = written(tmp_path / "c.nrrd", image(voxels(8, 9, 3)))
@@ -100,6 +101,16 @@ def test_what_a_file_does_not_say_is_not_made_up(tmp_path: Path) -> None:
 def test_what_a_writer_adds_to_a_nrrd_is_no_field_of_it(tmp_path: Path) -> None:
     path = edited(made(tmp_path, "nrrd"), b"kinds:", b'space units:="cm": of old\n# space units: "cm"\nkinds:')
     assert read_scan(path).grid.spacing == pytest.approx((0.7, 0.8, 2.5))
+    edited(path, b"kinds:", b'space units: "???" "???" "???"\nkinds:')  # NRRD's word for: nobody knows
+    assert read_scan(path).grid.spacing == pytest.approx((0.7, 0.8, 2.5))
+
+
+def test_bytes_that_a_nrrd_skips_are_no_voxels(tmp_path: Path) -> None:
+    path, before = made(tmp_path, "nrrd"), bytes(200)  # more than a slice
+    wanted = read_scan(path).slices
+    edited(path, b"encoding: raw\n", b"encoding: raw\nbyte skip: 200\n")
+    edited(path, b"\n\n", b"\n\n" + before)
+    np.testing.assert_array_equal(read_scan(path).slices, wanted)
 
 
 def test_a_single_time_point_lies_where_it_lies(tmp_path: Path) -> None:
@@ -112,6 +123,21 @@ def test_a_single_time_point_lies_where_it_lies(tmp_path: Path) -> None:
     assert scan.grid.differs_from(flat.grid) is None
     assert scan.grid.has_orientation
     assert scan.grid.spacing == pytest.approx((0.7, 0.8, 2.5))
+
+
+@pytest.mark.parametrize(
+    ("long", "short"),
+    [("left-posterior-superior", "LPS"), ("right-anterior-superior", "RAS"), ("left-anterior-superior", "LAS")],
+)
+def test_a_space_with_time_is_the_one_without(long: str, short: str, tmp_path: Path) -> None:
+    """ITK turns a volume to its own axes, and leaves one of a film as it is: left would be right, or front back."""
+    flat = image(voxels(8, 9, 3), orthogonal())
+    plain = edited(written(tmp_path / "a.nrrd", flat), b"space: left-posterior-superior", f"space: {long}".encode())
+    for space in (f"{long}-time", f"{short}T"):
+        film = written(tmp_path / "film.nrrd", sitk.JoinSeries([flat]))
+        grid = read_scan(edited(film, b"space dimension: 4", f"space: {space}".encode())).grid
+        np.testing.assert_allclose(grid.affine, read_scan(plain).grid.affine, atol=1e-5)
+        assert grid.has_orientation
 
 
 def test_voxels_in_several_files(tmp_path: Path) -> None:

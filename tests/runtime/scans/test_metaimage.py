@@ -37,6 +37,7 @@ def raised(fits: bool, message: str = "promises") -> AbstractContextManager[Any]
         ({"ElementType": "MET_UCHAR"}, VALUES),
         ({"ElementType": "MET_LONG_LONG"}, 8 * VALUES),
         ({"ElementType": "MET_DOUBLE"}, 8 * VALUES),
+        ({"DistanceUnits": "???"}, 2 * VALUES),
     ],
 )
 def test_voxels_are_as_many_bytes_as_promised(fields: dict[str, Any], size: int, tmp_path: Path) -> None:
@@ -51,7 +52,8 @@ def test_values_in_words_take_a_digit_and_a_space_each(tmp_path: Path) -> None:
     path = tmp_path / "x.mha"
     for stored, fits in ((b"7 " * VALUES, True), (b"7 " * VALUES + b"7", True), (b"-1234 " * VALUES, True)):
         for more in ({}, {"CompressedData": "True"}):
-            check_metaimage(meta(path, stored.strip(), BinaryData="False", **more), path)
+            for words in ("False", "0"):
+                check_metaimage(meta(path, stored.strip(), BinaryData=words, **more), path)
         with raised(not fits):
             check_metaimage(meta(path, (b"7 " * VALUES)[:-2], BinaryData="False"), path)
 

@@ -204,6 +204,9 @@ def test_slices_of_training_that_were_smaller_than_the_window(tmp_path: Path) ->
     low, high = np.percentile(array[24:36, 24:36], (0.5, 99.5)).astype(np.float32)
     expected = np.clip((array[22:38, 22:38, 0] - low) / (high - low) * 2 - 1, -1, 1)
     np.testing.assert_allclose(ready.windows.image(0)[0], expected, atol=1e-6)
+    place = model.prepare(array, at=(30, 30, 0), shrink=2).place
+    assert place is not None
+    assert place.window == (slice(14, 46), slice(14, 46)), "nor is one of shrunk slices"
 
 
 def test_a_bundle_that_does_not_say_takes_whole_slices_and_says_so(tmp_path: Path) -> None:

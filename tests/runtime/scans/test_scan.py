@@ -14,6 +14,7 @@ from PIL import Image
 from cdiff.runtime.data.cases import find_cases, read_case
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.scans.grid import Grid
+from cdiff.runtime.scans.nifti import TOGETHER
 from cdiff.runtime.scans.scan import parse_slices, read_scan
 from tests.runtime.scan_files import (
     AFFINE,
@@ -29,7 +30,7 @@ from tests.runtime.scan_files import (
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_a_volume_is_cut_along_the_axis_and_put_back(tmp_path: Path, axis: int) -> None:
-    array = voxels(5, 6, 7)
+    array = voxels(5, 6, 2 * TOGETHER + 3)  # read in several parts
     scan = read_scan(nifti(tmp_path / "a.nii.gz", array), slice_axis=axis)
     assert scan.slices.dtype == np.float32
     for index in range(array.shape[axis]):
@@ -128,6 +129,7 @@ def test_spacing_in_millimetres_whatever_the_unit(tmp_path: Path) -> None:
         grid = read_scan(nifti(tmp_path / "a.nii", voxels(3, 4, 5), units=unit)).grid
         np.testing.assert_allclose(grid.spacing, np.array([0.7, 0.8, 2.5]) * scale, rtol=1e-6)
         assert grid.voxel_ml == pytest.approx(0.7 * 0.8 * 2.5 / 1000 * scale**3)
+        assert grid.image(np.zeros(grid.shape, np.uint8), "mask").header.get_xyzt_units()[0] == unit
 
 
 def test_what_a_caller_does_to_an_image_afterwards_is_none_of_the_scans() -> None:
@@ -220,6 +222,7 @@ def test_in_what_two_grids_differ() -> None:
         assert other.differs_from(one, ones_count=True) is None
     assert one.differs_from(grid(0.5, 1.5, 2, shape=(4, 5, 7))) == "have different shapes (4 x 5 x 6 and 4 x 5 x 7)"
     assert one.differs_from(grid(0.5, 1.5, 2.1)) == "have different spacings (0.5 x 1.5 x 2 and 0.5 x 1.5 x 2.1 mm)"
+    assert str(one.differs_from(grid(0.503, 1.5, 2))).startswith("have different spacings")
     assert str(one.differs_from(grid(0.5, 1.5, 2, at=0.01))).startswith("have different affines")
     microns = grid(500, 1500, 2000, at=-40000)
     assert microns.header is not None

@@ -228,6 +228,8 @@ def test_what_a_model_marks_where_nobody_did_counts(cases: list[Case], tmp_path:
     for name in (*shapes, *PER_LEVEL, "dice_per_threshold"):
         assert report[name] == marked[name], name
     assert report["by_runs"] == marked["by_runs"]
+    for name in ("soft_dice_5", "soft_dice_9"):  # a case counts with each of its marked slices, here 0, 2, 4 and 4
+        assert report["by_runs"][-1][name] == pytest.approx(report[name], abs=1e-6)
     assert report["ece_near"] == marked["ece_near"]
     # Those of pixels are of all slices: nobody can disagree in an unmarked one.
     assert [report[name]["n_slices"] for name in OF_ALL_SLICES] == [16] * 3

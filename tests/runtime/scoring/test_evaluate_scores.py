@@ -14,7 +14,15 @@ import pytest
 from cdiff.runtime.data.cases import Case, find_cases, read_case
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.scoring.metrics import bootstrap_over_cases
-from cdiff.runtime.scoring.scores import PER_SLICE, true_levels
+from cdiff.runtime.scoring.scores import (
+    PER_CASE,
+    PER_CASE_LEVEL,
+    PER_CASE_THRESHOLD,
+    PER_LEVEL,
+    PER_SLICE,
+    PER_THRESHOLD,
+    true_levels,
+)
 from cdiff.runtime.scoring.tables import cases_table
 from cdiff.runtime.stack import Stack
 from tests.runtime.known_maps import KnownMaps, case_in, run
@@ -202,8 +210,15 @@ def test_groups_are_resampled_together(cases: list[Case], tmp_path: Path) -> Non
         scores = [[s["soft_dice_5"] for case in report["cases"][i : i + 2] for s in case["slices"]] for i in (0, 2)]
         assert report["soft_dice_5"] == bootstrap_over_cases(scores).to_json()
         assert report["soft_dice_5"]["mean"] == pytest.approx(alone["soft_dice_5"]["mean"])
-    one = run(segmenter, named, group="scan")
-    assert one["soft_dice_5"]["low"] is one["ece"]["low"] is None
+    one = run(segmenter, named, group="scan")  # a single group has no interval, whatever the score
+    errors = (kind for entry in one["volume_error_voxels_per_level"] for kind in (entry["signed"], entry["absolute"]))
+    by_runs = (point[name] for point in one["by_runs"] for name in ("soft_dice_5", "soft_dice_9"))
+    of_parts = (
+        entry for name in (*PER_LEVEL, *PER_CASE_LEVEL, PER_THRESHOLD, PER_CASE_THRESHOLD) for entry in one[name]
+    )
+    of_all = (one[name] for name in (*PER_SLICE, *PER_CASE, "ece", "ece_near", "expected_dice_rank"))
+    assert {score["low"] for score in (*errors, *by_runs, *of_parts, *of_all)} == {None}
+    assert alone["case_soft_dice_5"]["low"] < alone["case_soft_dice_5"]["high"]
     for pattern, message in (("p0", "p1_scan0"), ("(", "regular expression")):
         segmenter.asked.clear()
         with pytest.raises(CdiffError, match=message):

@@ -57,8 +57,17 @@ def test_what_does_not_vary_has_no_correlation(cases: list[Any]) -> None:
 
 
 def test_one_case_has_no_interval() -> None:
-    found = rank_correlation(rows([(0.2, 0.1), (0.4, 0.5), (0.9, 0.6)]), None)
-    assert found == {"mean": pytest.approx(1), "low": None, "high": None, "n_slices": 3}
+    case = [(0.2, 0.1), (0.4, 0.5), (0.9, 0.6)]
+    for cases in ([case], [case, [], [(None, 0.4)]]):  # nor has one beside cases without a slice that counts
+        found = rank_correlation(rows(*cases), None)
+        assert found == {"mean": pytest.approx(1), "low": None, "high": None, "n_slices": 3}
+
+
+def test_draws_without_a_correlation_leave_the_interval_to_the_others() -> None:
+    """Of these two cases a quarter of the draws hold the second alone, whose single slice varies in nothing."""
+    found = rank_correlation(rows([(0.2, 0.1), (0.4, 0.6), (0.9, 0.5)], [(0.5, 0.4)]), None)
+    assert -1 <= found["low"] <= found["mean"] <= found["high"] <= 1  # type: ignore[operator]
+    assert found["low"] < found["high"]  # type: ignore[operator]
 
 
 def expected(share: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import signal
@@ -49,6 +50,37 @@ def test_a_journal_that_is_renamed_or_removed_meanwhile_is_not_the_one_that_is_h
                 second.add({"inputs": "x"})
                 assert json.loads(second.path.read_text().splitlines()[1]) == {"inputs": "x"}
                 second.remove()
+
+
+def test_a_file_system_without_locks_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As some of a cluster: better without a lock than not at all."""
+
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("cdiff.runtime.scoring.journal.fcntl.flock", none)
+    must_keep_a_row(tmp_path / "a.json")
+
+
+def test_a_header_that_a_kill_cut_off_gives_way_to_a_whole_one(tmp_path: Path) -> None:
+    """Behind what is left of it nothing would be found again."""
+    (tmp_path / "a.partial.jsonl").write_text('{"see')
+    must_keep_a_row(tmp_path / "a.json")
+
+
+def must_keep_a_row(report: Path) -> None:
+    row = sealed({"inputs": "a"}, fingerprint({}))
+    for known in ({}, {"a": row}):
+        with Journal(report, {}, ("inputs", SEAL), ["a"], lambda line: None) as journal:
+            assert journal.rows == known
+            journal.add(row)
+
+
+def test_a_journal_that_cannot_be_opened_is_one_line(tmp_path: Path) -> None:
+    """Whoever may write everywhere opens any file, but no folder."""
+    (tmp_path / "a.partial.jsonl").mkdir()
+    with pytest.raises(CdiffError, match=r"^cannot write to .*a\.partial\.jsonl: is a directory; check the space and"):
+        Journal(tmp_path / "a.json", {}, ("inputs",), [], print)
 
 
 @pytest.mark.parametrize("replaced", [False, True])

@@ -76,6 +76,11 @@ def test_the_tables_say_what_the_report_says(report: dict[str, Any], tmp_path: P
     assert [row["case"] for row in cases] == ["case01", "case02", "case03", "case04"]
     errors = [float(row["predicted_ml_level_2"]) - float(row["true_ml_level_2"]) for row in cases]
     assert [float(row["volume_error_ml_level_2"]) for row in cases] == pytest.approx(errors)
+    for row, case in zip(cases, report["cases"], strict=True):
+        for kind in ("predicted", "true"):
+            counts = case["volumes"][f"{kind}_voxels"]
+            assert [int(row[f"{kind}_voxels_level_{c}"]) for c in (1, 2, 3)] == counts
+            assert float(row[f"{kind}_ml_level_3"]) == pytest.approx(counts[2] * case["volumes"]["voxel_ml"])
     assert np.mean(errors) == pytest.approx(report["volume_error_ml_per_level"][1]["signed"]["mean"])
 
     bins = table(folder / "reliability.csv")
@@ -85,7 +90,11 @@ def test_the_tables_say_what_the_report_says(report: dict[str, Any], tmp_path: P
     gaps = [abs(float(row["predicted"]) - float(row["observed"])) for row in whole]
     assert pixels.sum() == 16 * 24 * 20
     assert (pixels * gaps).sum() / pixels.sum() == pytest.approx(report["ece"]["mean"])
-    assert [row["runs"] for row in table(folder / "runs.csv")] == ["1", "2"]
+    for row, point in zip(table(folder / "runs.csv"), report["by_runs"], strict=True):
+        assert row["runs"] == str(point["runs"])
+        ends = [float(row[f"soft_dice_9{end}"]) for end in ("", "_low", "_high")]
+        assert ends == pytest.approx([point["soft_dice_9"][end] for end in ("mean", "low", "high")])
+        assert ends[1] < ends[0] < ends[2]
 
 
 def test_the_plots_show_something(report: dict[str, Any], tmp_path: Path) -> None:
@@ -148,6 +157,9 @@ def test_a_sweep_over_steps_resumes_and_reuses(cases: list[Case], tmp_path: Path
     assert [(row["steps"], row["sampler"], row["soft_dice_5"]) for row in rows] == [
         (n, "ddim", "1") for n in ("2", "5", "10")
     ]
+    assert [float(row["ece_near"]) for row in rows] == pytest.approx([one["ece_near"]["mean"] for one in reports])
+    seconds = [sum(case["seconds"] for case in report["cases"]) for report in reports]
+    assert [16 * float(row["seconds_per_slice"]) for row in rows] == pytest.approx(seconds)
     assert (folder / "steps.png").exists()
     assert seen == sorted(seen)
     assert seen[-1] == (17_000, 17_000)

@@ -200,6 +200,15 @@ def test_info_of_a_bundle(tiny_bundle: Path) -> None:
     assert f"T = {manifest['T']}" in run("info", tiny_bundle).stdout
 
 
+def test_info_of_a_model_of_several_modalities_names_them_in_order(tmp_path: Path) -> None:
+    training = {"data": {"modalities": ["t1", "flair"]}}
+    bundle = make_bundle(tmp_path / "two", image_channels=2, training=training)
+    words = " ".join(run("info", bundle).stdout.split())
+    assert "image 16 x 16, 2 channels (t1, flair), tile, sliced along axis" in words
+    assert "; " not in words[words.index("chain T") : words.index("--fast")], "neither mirrored nor of two sizes"
+    assert "--fast sampler dpm++2m, steps 4, runs 3 precision" in words
+
+
 def test_info_shows_scores_with_their_intervals() -> None:
     score = json.loads(run("info", "--json").stdout)["scores"]["testing, mean"]["soft_dice_5"]
     words = " ".join(run("info").stdout.split())

@@ -53,6 +53,13 @@ def test_each_score_stands_in_its_own_row_with_its_interval() -> None:
     assert "energy distance (GED), 32 samples 0.140 0.136 to 0.143" in lines
     shown = [line for line in lines if " to 0." in line]
     assert len(shown) == len(MODEL_SCORES) - 1, "all but that of unmarked slices, of which there are none"
+    assert len({line.partition(" to ")[0].split()[-1] for line in shown}) == len(shown), "no score is shown twice"
+    for word, part in (
+        *(("Brier", "brier"), ("floor", "floor"), ("CRPS", "crps"), ("ECE", "ece"), ("entropy", "entropy"), ("run std", "run_std")),
+        *(("expects", "expected_dice"), ("majority", "each_annotators"), ("rank", "rank"), ("pairwise", "pairwise")),
+        *(("five", "soft_dice_5"), ("nine", "soft_dice_9"), ("without the diagonal", "no_diagonal")),
+    ):  # fmt: skip
+        assert part in next(key for label, key in MODEL_SCORES if word in label)
     at = lines.index("0.1 0.5")
     assert "0.910 -" in lines[at : at + 3]
 
@@ -97,3 +104,4 @@ def test_numbers_beside_the_paper_s_stand_in_their_table_with_their_source() -> 
     titles = [place for place, line in enumerate(lines) if line.startswith("Amit et al. 2023, Table ")]
     where = [place for place, line in enumerate(lines) if line.startswith(("theirs", "others"))]
     assert titles[1] < where[0] < titles[2] < where[1]
+    assert any("Rows of different data cannot be compared." in line for line in lines)

@@ -99,8 +99,10 @@ def check(
             slice_axis=slice_axis,
             progress=meter,
         )
-    for path in given:
-        must_not_be_read(path, (file for look in checked.looks for file in files_read(look.case)))
+    read = [file for look in checked.looks for file in files_read(look.case)]
+    read += [checked.table] if checked.table else []
+    for path in filter(None, (json_, None if no_sheet else target)):
+        must_not_be_read(path, read)
     try:  # neither waits for the other: a reader of the tables may end early (`| head`), and a disk be full
         if json_:
             write_json(json_, checked.report)

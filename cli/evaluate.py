@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -172,7 +173,7 @@ def evaluate(
     from cdiff.runtime.pictures.drawing import must_draw
     from cdiff.runtime.scoring.evaluate import Protocol, Segmented, Source, score_cases
     from cdiff.runtime.scoring.paper import read_beside
-    from cdiff.runtime.scoring.publish import SCORES, WORST, check_steps, sweep_steps, write_report
+    from cdiff.runtime.scoring.publish import OF_A_REPORT, SCORES, WORST, check_steps, sweep_steps, write_report
     from cdiff.runtime.scoring.worst import worst_slices, write_worst
     from cdiff.runtime.scoring.written import WrittenMaps
 
@@ -199,10 +200,12 @@ def evaluate(
         raters=raters,
     )
     found = find_cases(data, task, layout=layout, labels=asked)
-    if json_:
-        must_not_be_read(
-            json_, (data, *(file for cases in found.values() for case in cases for file in files_read(case)))
-        )
+    results = ([json_] if json_ else []) + ([report_ / name for name in OF_A_REPORT] if report_ else [])
+    read_too = [*(beside or ()), *([found.table] if found.table else [])]
+    if any(map(os.path.isfile, results)):
+        images = [file for cases in found.values() for case in cases for file in files_read(case)]
+        for result in results:
+            must_not_be_read(result, [*read_too, *images])
     for note in found.notes:
         warn(note)
     told: set[str] = set()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cdiff.cli.console import facts
 from cdiff.cli.options import option
+
+if TYPE_CHECKING:
+    from cdiff.runtime.manifest import Manifest
 
 
 def info(
@@ -44,13 +47,7 @@ def info(
         "variant": f"{manifest.variant}: draws {manifest.draws.drawn}",
         "levels": f"{manifest.levels}: {manifest.draws.levels}, c = 1 to {manifest.levels}",
         "image": f"{height} x {width}, {channels}, {manifest.framing}, sliced along axis {manifest.slice_axis}",
-        "chain": f"T = {manifest.T}, predicts {manifest.target}, variance {manifest.variance}"
-        + ("; runs see the slice mirrored in turn" if manifest.mirror else "")
-        + (
-            f"; at {' and '.join(f'{zoom:g}' for zoom in manifest.zooms)} times its size"
-            if manifest.zooms != (1,)
-            else ""
-        ),
+        "chain": f"T = {manifest.T}, predicts {manifest.target}, variance {manifest.variance}{_views(manifest)}",
         "--fast": ", ".join(f"{key} {value}" for key, value in manifest.fast.items()) or "not stated",
         "precision": f"{manifest.precision}, opset {manifest.opset}",
     }
@@ -63,6 +60,14 @@ def info(
         if section:
             facts(title, [(name, _words(value)) for name, value in section.items()])
     facts("Cite", [(line,) for line in manifest.citation])
+
+
+def _views(manifest: Manifest) -> str:
+    """What the runs see of a slice other than the slice as it is, to end a line with."""
+    seen = ["mirrored in turn"] if manifest.mirror else []
+    if manifest.zooms != (1,):
+        seen.append(f"at {' and '.join(f'{zoom:g}' for zoom in manifest.zooms)} times its size")
+    return f"; runs see the slice {'; '.join(seen)}" if seen else ""
 
 
 def _words(value: Any) -> str:

@@ -83,9 +83,7 @@ def must_take(path: Path) -> None:
 def must_not_be_read(path: Path, read: Iterable[Path]) -> None:
     """Raise `CdiffError` where `path`, which will be written, is one of the files that will be `read`: the user would lose it."""
     if os.path.isfile(path) and any(os.path.isfile(one) and os.path.samefile(path, one) for one in read):
-        raise CdiffError(
-            f"{path} is one of the files that are read, and would be replaced; name another file to write to"
-        )
+        raise CdiffError(f"{path} is one of the files that are read, and would be replaced; write to another place")
 
 
 def _exists(path: Path) -> bool:

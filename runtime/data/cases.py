@@ -49,7 +49,8 @@ class DataSet(dict[str, list[Case]]):
 
     layout: the reader that found them. task: the structure that was chosen or is the only one. modalities: the
     names of the images' files, in the order of the channels; empty for one image file per case. unlabelled: cases without a
-    mask, by split. problems: cases that cannot be used. notes: what a user should know, one line each.
+    mask, by split. problems: cases that cannot be used. notes: what a user should know, one line each. table: the file that names the
+    cases, where one does.
     """
 
     def __init__(self, layout: str = "cases", task: str | None = None) -> None:
@@ -59,6 +60,7 @@ class DataSet(dict[str, list[Case]]):
         self.unlabelled: dict[str, list[Case]] = {}
         self.problems: list[Problem] = []
         self.notes: list[str] = []
+        self.table: Path | None = None
 
 
 def find_cases(
@@ -81,12 +83,12 @@ def find_cases(
     if masks_by not in MASKS_BY:
         raise CdiffError(f"masks_by={masks_by} is not known; use {' or '.join(MASKS_BY)}")
     notes: list[str] = []
-    layout, entries = _entries(root, layout, notes)
+    layout, entries, table = _entries(root, layout, notes)
     asked = task = (task or "").strip("/") or None  # a shell's completion ends a folder's name with a slash
     entries, task = _one_data_set(root, entries, task, notes)
     chosen = _one_task(root, entries, task, asked if task is None else None)
     found = DataSet(layout, chosen)
-    found.notes = notes
+    found.notes, found.table = notes, table
     found.modalities = _modalities([entry for entry in entries if OWN_TASK not in entry.clashes] or entries)
     for entry in entries:
         _sort_in(found, entry.case(chosen, labels, masks_by), entry)
@@ -111,8 +113,8 @@ def find_cases(
     return found
 
 
-def _entries(root: Path, layout: str, notes: list[str]) -> tuple[str, list[Entry]]:
-    """The layout and its cases. Raises CdiffError when several layouts are there, or none."""
+def _entries(root: Path, layout: str, notes: list[str]) -> tuple[str, list[Entry], Path | None]:
+    """The layout, its cases and the table that names them, if one does. Raises CdiffError when several layouts are there, or none."""
     if layout not in (*LAYOUTS, "auto"):
         raise CdiffError(f"the layout {layout!r} is not known; use auto, {', '.join(LAYOUTS)}")
     there = is_there(root)
@@ -121,7 +123,7 @@ def _entries(root: Path, layout: str, notes: list[str]) -> tuple[str, list[Entry
             raise CdiffError(
                 f"{root} is a file; give a folder of case folders, or a table (.csv) that names images and masks"
             )
-        return TABLE, read_table(root, notes)
+        return TABLE, read_table(root, notes), root
     if not root.is_dir():
         raise CdiffError(
             f"{root} {'is not a folder' if there else 'does not exist'}; give a folder of case folders, or a table (.csv) of files (docs/own-data.md)"
@@ -147,13 +149,13 @@ def _entries(root: Path, layout: str, notes: list[str]) -> tuple[str, list[Entry
             f"{root} can be read in several ways: {', '.join(what)}; choose with --layout, or give one folder or table"
         )
     if tables:
-        return TABLE, read_table(tables[0], notes)
+        return TABLE, read_table(tables[0], notes), tables[0]
     if not by_layout:
         raise CdiffError(
             f"no case in {root}: expected {EXPECTED}{left.lacking_image()}{_why_no_table(named)}{_packed(root)}"
         )
     notes += left.told(root)
-    return next(iter(by_layout.items()))
+    return *next(iter(by_layout.items())), None
 
 
 def _names_all(table: Path, layouts: Iterable[Sequence[Entry]]) -> bool:

@@ -30,11 +30,12 @@ AVERAGED = (
 
 @dataclass(frozen=True)
 class Check:
-    """The report, as `--json` writes it, and the cases that were looked at, for the contact sheet."""
+    """The report, as `--json` writes it, the cases that were looked at, for the contact sheet, and the table that names them, if one does."""
 
     report: dict[str, Any]
     looks: list[Look]
     channels: int
+    table: Path | None = None
 
     @property
     def possible(self) -> bool:
@@ -99,7 +100,7 @@ def check_data(
         "findings": [asdict(f) for severity in SEVERITIES for f in findings if f.severity == severity],
         "cases": [look.row for look in looks],
     }
-    return Check(report, looks, channels)
+    return Check(report, looks, channels, found.table)
 
 
 def _over_cases(looks: list[Look], C: int) -> list[Finding]:

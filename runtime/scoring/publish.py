@@ -29,6 +29,11 @@ SCORES = "scores.json"
 WORST = "worst.png"
 OF_OTHERS = (WORST, "steps.csv", "steps.png")
 """Files made after a report, from its scores; those of another report must not remain beside it."""
+OF_A_REPORT = (
+    *(SCORES, "scores.csv", "cases.csv", "slices.csv", "reliability.csv", "reliability.png", "expected.csv", "expected.png"),
+    *("runs.csv", "runs.png", *OF_OTHERS),
+)  # fmt: skip
+"""Every file that a report's folder may hold, and that another report there replaces or removes."""
 
 
 def write_report(path: Path, report: dict[str, Any]) -> None:

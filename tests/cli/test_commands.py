@@ -206,6 +206,8 @@ def test_info_of_a_model_of_several_modalities_names_them_in_order(tmp_path: Pat
     words = " ".join(run("info", bundle).stdout.split())
     assert "image 16 x 16, 2 channels (t1, flair), tile, sliced along axis" in words
     assert "; " not in words[words.index("chain T") : words.index("--fast")], "neither mirrored nor of two sizes"
+    two_sizes = make_bundle(tmp_path / "sizes", framing="centre", zooms=[1, 1.25])
+    assert "; runs see the slice at 1 and 1.25 times its size --fast" in " ".join(run("info", two_sizes).stdout.split())
     assert "--fast sampler dpm++2m, steps 4, runs 3 precision" in words
 
 

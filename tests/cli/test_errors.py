@@ -275,7 +275,7 @@ def test_what_lies_in_a_closed_folder_is_one_line(closed: Path, tiny_data: Path,
         ("import", closed / "a.pt", "--out", tmp_path / "run"),
     ):
         line = one_line(*command).lower()
-        assert str(closed) in line
+        assert str(closed).lower() in line
         assert "permission denied" in line
 
 
@@ -341,6 +341,24 @@ def test_no_result_replaces_what_is_read(tiny_data: Path, tmp_path: Path, monkey
     ):
         for path in (table, pictures[0], pictures[2]):
             assert f"{path} is one of the files that are read, and would be replaced" in fails(2, *command, path)
+    # A table that the folder holds, too, here with the name that a report's own has; and numbers to be shown beside.
+    (alone := tmp_path / "study").mkdir()
+    (there := alone / "cases.csv").write_text(table.read_text().replace("data/", f"{data}/"))
+    (numbers := alone / "scores.csv").write_text("table,whose,data,percent,source\n2,they,kidney,87.65,theirs\n")
+    before |= {path: path.read_bytes() for path in (there, numbers)}
+    for place, command in (
+        (there, ("evaluate", "--data", there, "--report", alone)),
+        (there, ("evaluate", "--data", alone, "--report", alone)),
+        (there, ("evaluate", "--data", alone, "--json", there)),
+        (numbers, ("evaluate", "--data", table, "--report", alone, "--paper-table", "--beside", numbers)),
+        (there, ("data", "check", alone, "--json", there)),
+    ):
+        assert f"{place} is one of the files that are read, and would be replaced" in fails(2, *command)
+    pictures[0].rename(sheet := tmp_path / "table_sheet.png")
+    table.write_text(table.read_text().replace("data/slice.png", sheet.name))
+    assert f"{sheet.name} is one of the files that are read" in fails(2, "data", "check", table)
+    sheet.rename(pictures[0])
+    table.write_bytes(before[table])
     scan = case / "image.nii.gz"
     assert "is one of the files that are read, and would be replaced" in one_line(
         "benchmark", "--scan", scan, "--json", scan

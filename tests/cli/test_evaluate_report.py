@@ -14,6 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from cdiff.cli.app import app
+from cdiff.runtime.scoring.publish import OF_A_REPORT
 
 WIDE = {"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"}
 
@@ -45,6 +46,7 @@ def test_a_report_with_everything(tiny_data: Path, tiny_bundle: Path, tmp_path: 
         "steps",
         "worst.png",
     }
+    assert names == {*OF_A_REPORT, "steps"}
     report = json.loads((folder / "scores.json").read_text())
     assert json.loads(copy.read_text()) == report
     asked = {"runs": 3, "steps": 2, "sampler": "ddim", "seed": 7, "combine": "vote", "mirror": False, "fast": False}

@@ -77,7 +77,7 @@ def benchmark(
 
     if json_:
         must_take(json_)
-        must_not_be_read(json_, files_of_image(scan) if scan else [])
+        must_not_be_read([json_], files_of_image(scan) if scan else [])
     sizes = options.whole_numbers("--batch", batch, "1,8,32")
     with TemporaryDirectory() as folder, Meter("benchmark", quiet) as meter:
         report = measure(

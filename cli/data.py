@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -84,7 +85,7 @@ def check(
     given = [path for path in (json_, sheet) if path]
     for path in given:
         must_take(path)
-        must_not_be_read(path, [data])
+        must_not_be_read([path], [data])
     if sheet and sheet.suffix.lower() != ".png":
         raise CdiffError(f"--sheet {sheet} would hold a PNG; give it a name that ends in .png")
     if json_ and not no_sheet and json_.resolve() == target.resolve():
@@ -99,10 +100,9 @@ def check(
             slice_axis=slice_axis,
             progress=meter,
         )
-    read = [file for look in checked.looks for file in files_read(look.case)]
-    read += [checked.table] if checked.table else []
-    for path in filter(None, (json_, None if no_sheet else target)):
-        must_not_be_read(path, read)
+    results = filter(None, (json_, None if no_sheet else target))
+    files = (file for look in checked.looks for file in files_read(look.case))
+    must_not_be_read(results, itertools.chain(filter(None, [checked.table]), files))
     try:  # neither waits for the other: a reader of the tables may end early (`| head`), and a disk be full
         if json_:
             write_json(json_, checked.report)

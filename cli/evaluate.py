@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -201,11 +201,8 @@ def evaluate(
     )
     found = find_cases(data, task, layout=layout, labels=asked)
     results = ([json_] if json_ else []) + ([report_ / name for name in OF_A_REPORT] if report_ else [])
-    read_too = [*(beside or ()), *([found.table] if found.table else [])]
-    if any(map(os.path.isfile, results)):
-        images = [file for cases in found.values() for case in cases for file in files_read(case)]
-        for result in results:
-            must_not_be_read(result, [*read_too, *images])
+    files = (file for cases in found.values() for case in cases for file in files_read(case))
+    must_not_be_read(results, itertools.chain(beside or (), filter(None, [found.table]), files))
     for note in found.notes:
         warn(note)
     told: set[str] = set()

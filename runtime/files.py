@@ -9,6 +9,7 @@ import json
 import os
 import secrets
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -80,10 +81,23 @@ def must_take(path: Path) -> None:
         )
 
 
-def must_not_be_read(path: Path, read: Iterable[Path]) -> None:
-    """Raise `CdiffError` where `path`, which will be written, is one of the files that will be `read`: the user would lose it."""
-    if os.path.isfile(path) and any(os.path.isfile(one) and os.path.samefile(path, one) for one in read):
-        raise CdiffError(f"{path} is one of the files that are read, and would be replaced; write to another place")
+def must_not_be_read(paths: Iterable[Path], read: Iterable[Path]) -> None:
+    """Raise `CdiffError` where one of `paths`, which will be written, is one of the files that will be `read`: the user would lose it."""
+    written = {identity: path for path in paths if (identity := _identity(path))}
+    for one in (
+        read if written else ()
+    ):  # there may be thousands: each is looked at once, and none where nothing is replaced
+        if (identity := _identity(one)) and (path := written.get(identity)):
+            raise CdiffError(f"{path} is one of the files that are read, and would be replaced; write to another place")
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """What is the same for every name of a file, and for no other file; None where there is none to be seen."""
+    try:
+        found = path.stat()
+    except (OSError, ValueError):  # no name with a NUL is a file's
+        return None
+    return (found.st_dev, found.st_ino) if stat.S_ISREG(found.st_mode) else None
 
 
 def _exists(path: Path) -> bool:

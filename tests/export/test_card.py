@@ -78,6 +78,10 @@ def test_the_card_of_a_run_from_other_weights_says_which() -> None:
     training = {"step": 12, "seconds": 60.0, "init": {"name": "the first", "sha256": "ab" * 32, "imported": published}}
     text = render(Card(), example(training=training), CHANGED)
     assert f"{training_command(CHANGED)} --init 'the first'\n" in text
+    assert "| time | 1.0 min |" in text
+    assert "| time | 1.0 min of processor time |" in render(
+        Card(), example(training=training | {"clock": "cpu"}), CHANGED
+    )
     assert f"started from the averaged weights of the first, sha256 {'ab' * 32}, which were trained by" in text
     assert f"https://github.com/somebody/code (consensus) and imported from ema.pt, sha256 {'cd' * 32}." in text
     trained_on = {"step": 12, "seconds": 60.0, "imported": published}

@@ -293,6 +293,8 @@ def test_the_runtime_builds_what_is_missing_and_only_then(bundle: Bundle, native
     small = Profile(1, 30, 30, 4)
     assert open_or_build(bundle, "tensorrt", H200, small) == pair, "an engine for more rows serves fewer"
     assert len(native.called("build_serialized_network")) == 2
+    assert build_engines(bundle, "tensorrt", H200, small)[1] != pair.denoiser, "but whoever asks for one gets it"
+    assert len(native.called("build_serialized_network")) == 3  # the encoder has no rows
 
 
 def test_the_public_face_hands_a_builder_down(bundle: Bundle, double: Double, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -120,6 +120,8 @@ def test_noise_lies_on_every_pixel_and_is_never_stronger_than_asked() -> None:
     assert 0.09 < max(stds) < 0.107
     assert min(stds) < 0.01
     assert torch.equal(recoloured(picture, np.random.default_rng(0), PUBLISHED), picture)
+    everything = Ranges(contrast=0.2, brightness=0.1, pixel_noise=0.1)
+    assert recoloured(picture, np.random.default_rng(0), everything).dtype == torch.float32  # what the network takes
 
 
 def recoloured_many(picture: torch.Tensor, ranges: Ranges) -> torch.Tensor:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from tensorboard.compat.proto.event_pb2 import SessionLog
 
 from cdiff.runtime.errors import CdiffError
 from cdiff.train import log as module
@@ -41,6 +43,14 @@ def test_a_disk_that_is_full_at_the_beginning_or_the_end_is_one_line_too(
     monkeypatch.setattr(module, "SummaryWriter", full)
     with pytest.raises(CdiffError, match="No space left on device; make room"):
         Log(tmp_path, Console(), 0, 9, True)
+
+
+def test_a_resumed_run_tells_tensorboard_from_which_step_on_its_old_rows_do_not_count(tmp_path: Path) -> None:
+    with Log(tmp_path, Console(), 40, 90, True):
+        pass
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    starts = [one for one in EventFileLoader(str(events)).Load() if one.HasField("session_log")]
+    assert [(one.session_log.status, one.step) for one in starts] == [(SessionLog.START, 41)]
 
 
 def test_damaged_lines_are_left_out_and_what_is_no_log_is_one_line(tmp_path: Path) -> None:

@@ -78,6 +78,7 @@ def test_the_card_of_a_run_from_other_weights_says_which() -> None:
     training = {"step": 12, "seconds": 60.0, "init": {"name": "the first", "sha256": "ab" * 32, "imported": published}}
     text = render(Card(), example(training=training), CHANGED)
     assert f"{training_command(CHANGED)} --init 'the first'\n" in text
+    assert 'license: "other"\n' in text
     assert "| time | 1.0 min |" in text
     assert "| time | 1.0 min of processor time |" in render(
         Card(), example(training=training | {"clock": "cpu"}), CHANGED

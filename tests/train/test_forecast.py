@@ -31,10 +31,10 @@ def data(tiny_data: Path) -> Data:
 
 
 def test_steps_after_the_windows_have_grown_count_as_what_they_take() -> None:
-    """75 steps of 1 s and 25 of 10 s; a forecast by the first ones alone said 100 s."""
-    said = pace.forecast(GROWING, 0, 0.0, 1.0, 10.0)
+    """75 steps of 2 s and 25 of 10 s; a forecast by the first ones alone said 200 s."""
+    said = pace.forecast(GROWING, 0, 0.0, 2.0, 10.0)
     assert said == (
-        "a step takes about 1 s here, and 10 s once windows have 32 pixels, so 100 steps take about 5.4 minutes, and 2 validations besides"
+        "a step takes about 2 s here, and 10 s once windows have 32 pixels, so 100 steps take about 6.7 minutes, and 2 validations besides"
     )
     assert "50 more steps take about 4.6 minutes" in pace.forecast(GROWING, 50, 50.0, 1.0, 10.0)
     assert pace.forecast(GROWING, 80, 125.0, 10.0, 10.0).startswith("a step takes about 10 s here, so 20 more steps")

@@ -29,6 +29,7 @@ from cdiff.train.fabric import fabric_on
 from cdiff.train.held import held
 from cdiff.train.learner import Learner
 from cdiff.train.log import read_log
+from cdiff.train.pace import batch_size
 from cdiff.train.presets import preset
 from cdiff.train.run import Run
 from cdiff.train.trainer import check_out, train
@@ -277,6 +278,7 @@ def test_warm_up_decay_and_windows_follow_the_progress(tiny_data: Path, tmp_path
     assert (run.lr(), run.window()) == (pytest.approx(lr / 2), 16)
     run.done = 75
     assert run.window() == 32
+    assert [batch_size(config, window) for window in (16, 32)] == [config.training.batch, 2] == [4, 2]
     assert np.isfinite(run.step(75)[0])
     assert [group["lr"] for group in run.learner.optimiser.param_groups] == [run.lr()]
     assert 0 < run.lr() < lr / 2

@@ -78,8 +78,7 @@ class Config:
                 raise CdiffError(f"the configuration's section {section.name!r} has unknown keys: {', '.join(unknown)}")
             for key, value in values.items():
                 if not _is(known[key], value):
-                    expected = getattr(known[key], "__name__", known[key])
-                    raise CdiffError(f"the configuration has {key}={value!r}; expected {expected}")
+                    raise CdiffError(f"the configuration has {key}={value!r}; expected {_called(known[key])}")
             sections[section.name] = kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
         return cls(**sections)
 
@@ -143,9 +142,19 @@ def _parse(key: str, text: str) -> Any:
         return tuple(value) if isinstance(value, list) else value
     if kind is str:
         return text
-    raise CdiffError(
-        f"--set {key}={text}: expected {getattr(kind, '__name__', kind)}, for example {key}={_example(kind)}"
-    )
+    raise CdiffError(f"--set {key}={text}: expected {_called(kind)}, for example {key}={_example(kind)}")
+
+
+def _called(kind: Any) -> str:
+    """A setting's type in words."""
+    below = {kind: f"below 2^{most.bit_length() - 1}" for kind, most in LARGEST.items()}
+    words = {
+        int: f"a whole number {below[int]}",
+        float: f"a number {below[float]}",
+        bool: "true or false",
+        str: "a word",
+    }
+    return words.get(kind, "a list of numbers")
 
 
 def _example(kind: Any) -> str:

@@ -41,7 +41,8 @@ def scans_at(
     Annotators' masks and what an earlier `cdiff segment` wrote there are left out.
     channels: what the model takes; with more than one, a case's `image_t1`, `image_t2` ... or BraTS's files are one scan, its
     modalities in the order of `modalities` (what the model was trained on) where that is known.
-    left: gets the folders below `path` whose scans are passed over, because they are no case folders or a split's.
+    left: gets the folders below `path` whose scans are passed over, because they are no case folders or a split's, and the scans beside
+    the image of `path` where that is a case folder itself.
     Raises CdiffError when nothing is there, a modality is missing, or two scans would write the same files.
     """
     if path.is_file() and path.suffix.lower() in SUFFIXES:
@@ -98,7 +99,9 @@ def must_differ(scans: Iterable[NamedScan]) -> None:
 
 
 def passed_over(root: Path, left: Sequence[Path]) -> list[str]:
-    """The notes that the scans of some folders below `root` are not taken, and how to have them taken."""
+    """The notes that the scans of some folders below `root`, or beside its image, are not taken, and how to have them taken."""
+    files = [path.name for path in left if not path.is_dir()]
+    left = [path for path in left if path.is_dir()]
     splits = [path.relative_to(root).as_posix() for path in left if path.name.lower() in SPLITS]
     names = [path.relative_to(root).as_posix() for path in left if path.name.lower() not in SPLITS]
     notes = []
@@ -108,6 +111,10 @@ def passed_over(root: Path, left: Sequence[Path]) -> list[str]:
     if names:
         notes.append(
             f"scans in folders below {root} are taken only if called image.nii.gz; left out: {listed(names)}; name such a folder itself, or a table"
+        )
+    if files:
+        notes.append(
+            f"{root} is taken for a case folder, because of the image in it; files beside that, left out: {listed(files)}; name such a file itself"
         )
     return notes
 
@@ -135,6 +142,10 @@ def _scans_in(root: Path, channels: int, modalities: Sequence[str], left: list[P
             if _is_one_scan(entry, files, channels, modalities, below=bool(parts))
         ]
         others = [path for path in files if _is_scan(path) and not OWN_MASK.match(stem(path) or "")]
+        if found and not parts:
+            # Whoever names such a folder may mean them; in those below it they were left with a case.
+            used = {path for entry in entries for path in entry.files}
+            left.extend(path for path in others if path not in used)
         if parts and not found and (others or (parts[-1].lower() in SPLITS and inside.folders)):
             left.append(folder)
         return found

@@ -21,7 +21,10 @@ def spatial_axes(shape: tuple[int, ...], channels: int, where: str) -> tuple[int
     axes = without_ones(shape)
     if channels > 1:
         if len(axes) < 3 or axes[-1] != channels:
-            raise CdiffError(f"{where} has shape {by(shape)}; {channels} channels on the last axis are needed")
+            raise CdiffError(
+                f"{where} has shape {by(shape)}; {channels} channels on the last axis are needed, or one file for each, named together by a "
+                "case's folder or a table"
+            )
         axes = without_ones(axes[:-1])
     if len(axes) not in (2, 3):
         wanted = "2-D or 3-D" if channels == 1 else f"2-D or 3-D with {channels} channels on the last axis"

@@ -45,7 +45,8 @@ def test_nothing_is_said_of_a_network_that_is_not_there(tmp_path: Path, monkeypa
     nib.save(nib.Nifti1Image(np.zeros((32, 32, 4, 3), np.uint8), np.eye(4)), image)
     lines = findings(data, monkeypatch)
     assert (
-        f"error unreadable case03: {image} has shape 32 x 32 x 4 x 3; 4 channels on the last axis are needed" in lines
+        f"error unreadable case03: {image} has shape 32 x 32 x 4 x 3; 4 channels on the last axis are needed, or one file for each, named together by "
+        "a case's folder or a table" in lines
     )
     assert "error training 1 file of training or validation cases cannot be used (named in the findings)" in lines
     assert "model" not in " ".join(lines)

@@ -362,7 +362,7 @@ def test_a_full_gpu_is_one_line_that_says_what_to_set(
         ("accumulate=0", "accumulate=0 must be at least 1"),
         ("prefetch=-2", "prefetch=-2 must lie in 0..64"),
         ("peak_tflops=-1", "must not be negative"),
-        ("checkpointing=1", "expected bool"),
+        ("checkpointing=1", "expected true or false"),
     ],
 )
 def test_bad_settings_are_one_clear_line(setting: str, says: str) -> None:

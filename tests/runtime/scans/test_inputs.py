@@ -306,10 +306,17 @@ def test_another_picture_does_not_hide_a_case_in_a_folder_of_cases(tmp_path: Pat
 
 
 def test_other_volumes_beside_a_cases_image_are_no_scans(tmp_path: Path) -> None:
-    """What a program left there is not segmented, whoever named the folder."""
-    _touch(*(tmp_path / f"case01/{name}" for name in ("Image.NII.GZ", "image_t1.nii.gz", "registered.nii.gz", "a.png")))
+    """What a program left there is not segmented; to someone who named that very folder, it is told: one of many scans may be called image."""
+    case = tmp_path / "case01"
+    names = ("Image.NII.GZ", "image_t1.nii.gz", "registered.nii.gz", "a.png", "seg01.nii.gz", "mask_anna.nii.gz")
+    _touch(*(case / name for name in (*names, "case01.json", "case01_soft.nii.gz")))
+    for named, told in ((tmp_path, False), (case, True)):
+        found: list[str] = []
+        assert [scan.path for scan in scans_named([named], notes=found)] == [case / "Image.NII.GZ"]
+        words = f"{case} is taken for a case folder, because of the image in it; files beside that, left out: "
+        assert found == [f"{words}a.png, image_t1.nii.gz, registered.nii.gz; name such a file itself"] * told
     assert _names(tmp_path) == {"case01": "case01/Image.NII.GZ"}
-    assert _names(tmp_path / "case01") == {"case01": "Image.NII.GZ"}
+    assert _names(case) == {"case01": "Image.NII.GZ"}
 
 
 def test_a_lone_named_modality(tmp_path: Path) -> None:

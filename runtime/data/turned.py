@@ -23,6 +23,7 @@ TURNS: dict[str, Turn] = {
 """Each turn of slices [S, H, W], by its name in words; the last four keep the shape only of square slices."""
 LEAST_CASES = 3
 LEAST_GAIN = 0.1
+NEARLY = 0.05
 
 
 def gains(masks: NDArray[np.bool_]) -> NDArray[np.float64]:
@@ -50,12 +51,14 @@ def gains(masks: NDArray[np.bool_]) -> NDArray[np.float64]:
 def how_turned(of_cases: Sequence[NDArray[np.float64]]) -> str | None:
     """In words how an annotator's masks seem to be turned, or None. of_cases: a row of `gains` for each of its cases.
 
-    The same turn has to fit best in more than half of at least LEAST_CASES cases, and better than none by LEAST_GAIN on average.
+    The turn that fits best on average has to be best, or nearly so, in more than half of at least LEAST_CASES cases, and better than none by
+    LEAST_GAIN on average. Nearly: of a structure on the slices' middle line, mirrored and turned by 180 degrees fit alike.
     """
     table = np.array([row for row in of_cases if np.isfinite(row).any()])
     if len(table) < LEAST_CASES:
         return None
-    ranked = np.where(np.isfinite(table), table, -np.inf)
-    best = int(np.bincount(ranked.argmax(axis=1)).argmax())
-    often = np.count_nonzero(ranked.argmax(axis=1) == best) * 2 > len(table)
-    return list(TURNS)[best] if often and np.nanmean(table[:, best]) > LEAST_GAIN else None
+    number = np.isfinite(table).sum(axis=0)
+    means = np.where(number > 0, np.nansum(table, axis=0) / np.maximum(number, 1), -np.inf)
+    best = int(means.argmax())
+    often = np.count_nonzero(table[:, best] > np.nanmax(table, axis=1) - NEARLY) * 2 > len(table)
+    return list(TURNS)[best] if often and means[best] > LEAST_GAIN else None

@@ -71,6 +71,13 @@ def test_disagreement_is_no_turn() -> None:
     assert how_turned(list(apart)) is None
 
 
+def test_two_turns_that_fit_alike_do_not_hide_each_other() -> None:
+    """Of a prostate stored upside down, on the slices' middle line, 180 degrees put as many cases right as the mirror: neither had most."""
+    one, other = (np.where(np.arange(7) < 2, 0.5, np.nan) for _ in range(2))
+    one[0], other[1] = 0.53, 0.51
+    assert how_turned([one, other] * 2) == next(iter(TURNS))
+
+
 def test_a_check_tells_whose_masks_are_turned_and_how_each_agrees(tmp_path: Path) -> None:
     for seed in range(3):
         masks = blobs((32, 32), seed).transpose(1, 2, 3, 0)  # as NIfTI: annotator, then the axes of the file

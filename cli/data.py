@@ -166,7 +166,7 @@ def _print(checked: Check) -> None:
     _findings(report["findings"])
     if plan["possible"]:
         split = "; ".join(
-            f"{name} {plan[name]['cases']} of {plan[name]['cases_found']} cases, {plan[name]['slices']} slices"
+            f"{name} {plan[name]['cases']} of {several(plan[name]['cases_found'], 'case')}, {several(plan[name]['slices'], 'slice')}"
             for name in ("train", "val")
         )
         rows = [("levels", str(plan["levels"])), ("channels", str(plan["image_channels"])), ("cases", split)]

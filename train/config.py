@@ -104,7 +104,8 @@ class Config:
                 raise CdiffError(f"--set {setting}: write it as key=value")
             value = _parse(key, text)
             if values.setdefault(key, value) != value:
-                raise CdiffError(f"{key} is set twice, to {values[key]} and to {value}; keep one")
+                one, other = (list(v) if isinstance(v, tuple) else v for v in (values[key], value))
+                raise CdiffError(f"{key} is set twice, to {one} and to {other}; keep one")
         return self.with_values(values)
 
 

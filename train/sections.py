@@ -102,7 +102,9 @@ class NetworkConfig:
                         f"{name}={divisor} must divide base_channels * channel_mult = {self.base_channels * mult}"
                     )
         if any(not 0 <= depth < len(self.channel_mult) for depth in self.attention_depths):
-            raise CdiffError(f"attention_depths={self.attention_depths} must lie in 0..{len(self.channel_mult) - 1}")
+            raise CdiffError(
+                f"attention_depths={list(self.attention_depths)} must lie in 0..{len(self.channel_mult) - 1}"
+            )
 
     @property
     def conditions(self) -> int:

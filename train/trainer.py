@@ -15,6 +15,7 @@ from cdiff.runtime.data.case import listed
 from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.files import make_folder, write_json
 from cdiff.runtime.scans.sources import is_there, must_be_text
+from cdiff.runtime.words import several
 from cdiff.train import pace
 from cdiff.train.checkpoint import checkpoint_folder, point_at_best, read_config
 from cdiff.train.config import HOW, Config
@@ -133,7 +134,7 @@ def _train(run: Run, started: bool, max_steps: int | None, dry_run: bool, quiet:
         found, learner = run.data.summary, run.learner
         say(
             console,
-            f"training on {found['train']['slices']} slices of {found['train']['cases']} cases, validating on {len(run.val_chosen)} of"
+            f"training on {several(found['train']['slices'], 'slice')} of {several(found['train']['cases'], 'case')}, validating on {len(run.val_chosen)} of"
             f" {found['val']['slices']}; {learner.parameters / 1e6:.2f} M parameters; {learner.device}, {run.precision}"
             + (f"; {run.fabric.world_size} processes" if run.fabric.world_size > 1 else ""),
         )

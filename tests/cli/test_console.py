@@ -46,6 +46,14 @@ def test_a_result_shown_beside_a_bar_has_a_line_of_its_own(monkeypatch: pytest.M
     assert "segment" in after, "and drawn again"
 
 
+def test_a_quiet_terminal_shows_no_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = StringIO()
+    monkeypatch.setattr(console, "err", Console(file=screen, force_terminal=True))
+    with console.Meter("segment", quiet=True) as meter:
+        meter(1, 2)
+    assert screen.getvalue() == ""
+
+
 @pytest.mark.parametrize("quiet", [False, True])
 def test_without_a_terminal_a_line_comes_now_and_then(
     quiet: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -78,7 +78,12 @@ def test_the_report_and_the_sheet_are_two_files(
         assert says in result.output
     assert [path.name for path in tmp_path.iterdir()] == ["link.png"]
     drawn: list[Path] = []
-    monkeypatch.setattr("cdiff.runtime.pictures.sheet.write_sheet", lambda path, *_: drawn.append(path))
+
+    def draw(path: Path, _: object, channels: int, axis: int, name: str, note: str) -> None:
+        drawn.append(path)
+        assert note.endswith("other pictures show"), "of one channel nothing is left out"
+
+    monkeypatch.setattr("cdiff.runtime.pictures.sheet.write_sheet", draw)
     sheet = f"{tiny_data.name}_sheet.png"
     for options, files in (((), [sheet]), (("--no-sheet",), []), (("--sheet", "a.png"), ["a.png"])):
         result = CliRunner().invoke(app, ["data", "check", str(tiny_data), "--json", "a.json", *options])
@@ -179,7 +184,7 @@ def a_report(**changes: Any) -> dict[str, Any]:
         "val": {"cases": 2, "unlabelled": 1, "slices": 11, "marked_slices": 10, "slices_all_marked": 9},
     }
     agreement = dice(0.5, 0.4, 0.6, 23) | {"by_annotator": {"a": 0.51, "b": 0.52, "c": 0.53}, "averaged": "how"}
-    plan = {"train": {"cases": 4, "cases_found": 5, "slices": 20}, "val": {"cases": 6, "cases_found": 7, "slices": 30}}
+    plan = {"train": {"cases": 4, "cases_found": 5, "slices": 20}, "val": {"cases": 1, "cases_found": 1, "slices": 1}}
     report = {
         **{"data": "/data", "layout": "cases", "task": "task01", "labels": [], "masks_by": "array", "findings": []},
         "annotators": {"names": ["a", "b", "c"], "cases_by_number": {"3": 4, "2": 1}},
@@ -227,7 +232,7 @@ def test_each_number_of_a_check_stands_in_its_own_row(
         "Training with the default settings",
         "levels 3",
         "channels 2",
-        "cases train 4 of 5 cases, 20 slices; val 6 of 7 cases, 30 slices",
+        "cases train 4 of 5 cases, 20 slices; val 1 of 1 case, 1 slice",
         "note one",
         "note two",
     ]

@@ -33,7 +33,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_says_what_it_found_and_prints_the_run(checkpoint: Path, tmp_path: Path) -> None:
     code, out, err = cdiff("import", checkpoint, "--out", tmp_path / "run", "--mean", "12.5", "--std", "3")
     assert (code, out.strip()) == (0, str(tmp_path / "run"))
-    assert "consensus code, consensus: " in err
+    tensors = read_tensors(checkpoint_folder(tmp_path / "run", "last") / "ema.safetensors")
+    assert f"consensus code, consensus: {sum(t.numel() for t in tensors.values()) / 1e6:.2f} M parameters, " in err
     assert "32x32, 1 channel, 3 levels, T = 100, step 2500" in err
     assert "note" not in err
     assert read_config(tmp_path / "run").data.intensity_mean == (12.5,)

@@ -101,6 +101,7 @@ def test_bad_settings_are_one_clear_line(setting: str, says: str) -> None:
     ("settings", "says"),
     [
         (["batch=4", "batch=8"], "batch is set twice, to 4 and to 8"),
+        (["labels=[3]", "labels=[2,4]"], r"labels is set twice, to \[3\] and to \[2, 4\]"),
         (["schedule=cosine", "beta_end=0.05"], "beta_end=0.05 is the linear schedule's"),
         (["scaled=false", "schedule=cosine"], "scaled=False is the linear schedule's"),
         (["augment=false", "rotation=90"], "augment=false leaves every window as it is"),

@@ -287,7 +287,7 @@ def _choose(
         return chosen, cases
     if found.task and (trained := trained_task(manifest)) and natural(trained) != natural(found.task):
         warn(f"the model was trained on {trained}, but {found.task} is scored")
-    if split is None and (doubt := may_be_too_good(manifest, chosen, len(cases))):
+    if split is None and (doubt := may_be_too_good(manifest, chosen, len(cases), data)):
         warn(doubt)
     return chosen, cases
 

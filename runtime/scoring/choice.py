@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from cdiff.runtime.data.case import SPLITS
 from cdiff.runtime.data.cases import Case, DataSet
 from cdiff.runtime.data.partition import HELD_OUT, held_out_of
 from cdiff.runtime.errors import CdiffError
@@ -49,12 +50,19 @@ def held_out(found: DataSet, root: Path, manifest: Manifest) -> list[Case]:
     return held_out_of(found, root, told) if isinstance(told, Mapping) and not found.get("val") else []
 
 
-def may_be_too_good(manifest: Manifest, split: str, count: int) -> str | None:
-    """A warning that the cases to score may include those that the model learned from; None where they or its training name splits.
+def may_be_too_good(manifest: Manifest, split: str, count: int, root: Path) -> str | None:
+    """A warning that the cases to score, from `root`, may include those that the model learned from; None where they or its training name
+    splits.
 
     For use where `held_out` finds none: the data is other data, or the bundle is too old to list the cases that were held out.
     """
-    if split != "all" or HELD_OUT not in str(_data_of(manifest)):
+    if split != "all":
+        return None
+    if SPLITS.get(root.resolve().name.lower()) == "train":
+        return (
+            f"{root} has the name of a training split: if the model learned from these cases, the scores are too good"
+        )
+    if HELD_OUT not in str(_data_of(manifest)):
         return None
     return (
         f"no split is named, so {'the only case is' if count == 1 else f'all {count} cases are'} scored; the model was trained on data without a validation split: if these are "

@@ -73,7 +73,7 @@ def test_a_report_with_everything(tiny_data: Path, tiny_bundle: Path, tmp_path: 
 def test_cases_that_the_model_may_have_learned_from_are_told(
     tiny_data: Path, tiny_bundle: Path, tmp_path: Path
 ) -> None:
-    """Without split folders training holds some cases out, and `evaluate` scores all."""
+    """Without split folders training holds some cases out, and `evaluate` scores all; or someone names the training split's own folder."""
     cases, model = tmp_path / "cases", tmp_path / "model"
     shutil.copytree(tiny_data / "Validation", cases)
     shutil.copytree(tiny_bundle, model)
@@ -86,6 +86,9 @@ def test_cases_that_the_model_may_have_learned_from_are_told(
         (False, model, ("--data", cases, "--split", "all")),
         (False, model, ("--data", tiny_data)),
         (False, tiny_bundle, ("--data", cases)),
+        (True, tiny_bundle, ("--data", tiny_data / "Training")),
+        (False, tiny_bundle, ("--data", tiny_data / "Training", "--split", "all")),
+        (False, tiny_bundle, ("--data", tiny_data / "Validation")),
     ):
         code, printed, said = evaluate("--model", of, *asked, *quick)
         assert (code, "the scores are too good" in said) == (0, told), said

@@ -33,7 +33,7 @@ from cdiff.runtime.scoring.evaluate import CHAIN, Job, Notice, Progress, Protoco
 from cdiff.runtime.scoring.metrics import at_least
 from cdiff.runtime.scoring.scores import CaseTally, SliceMaps
 from cdiff.runtime.scoring.summary import Row
-from cdiff.runtime.variants import SOFT_LABEL
+from cdiff.runtime.variants import SOFT_LABEL, VARIANTS
 from cdiff.runtime.words import several
 
 Float32 = NDArray[np.float32]
@@ -68,6 +68,12 @@ class Written:
         """The axis along which the maps were drawn slice by slice, according to their report; else the last."""
         axis = _part(self.report, "input").get("slice_axis")
         return axis if axis in (0, 1, 2) else 2
+
+    @property
+    def squared(self) -> bool:
+        """Whether the spread over runs in `uncertainty` is a variance, as that of one variant is, and no standard deviation."""
+        drawn_by = self.report.get("variant")
+        return any(variant.name == drawn_by and variant.spread == "variance" for variant in VARIANTS.values())
 
 
 class WrittenMaps:
@@ -190,6 +196,10 @@ class WrittenMaps:
         # The spread of a single run is 0 everywhere and tells nothing.
         unsure = written.uncertainty if written.report.get("runs") != 1 else None
         spread = _maps(unsure, grid, 2)[:, SPREAD] if unsure else None
+        if spread is not None and written.squared:
+            spread = np.sqrt(
+                spread
+            )  # what `evaluate` scores for a model: of the squares, more would be within SLACK of one another
         tally = CaseTally(masks, job.slices, protocol.combine)
         for done, index in enumerate(job.slices.tolist()):
             maps = SliceMaps(

@@ -20,7 +20,9 @@ def builder(quiet: bool) -> BuildEngines:
     return partial(_build, options=None, quiet=quiet)
 
 
-def check(flavour: Flavour | None, options: BuildOptions, rows: int | None, capabilities: list[str]) -> None:
+def check(
+    flavour: Flavour | None, options: BuildOptions, runs: int | None, rows: int | None, capabilities: list[str]
+) -> None:
     """Raise CdiffError for options of another engine or that it cannot have here, or a TensorRT that is needed now and not installed.
 
     flavour: None for ONNX graphs alone, which have none of these options.
@@ -30,9 +32,9 @@ def check(flavour: Flavour | None, options: BuildOptions, rows: int | None, capa
     from cdiff.runtime.gpus import visible_gpus
 
     if flavour is None:
-        if rows or capabilities or options.words("tensorrt"):
+        if runs or rows or capabilities or options.words("tensorrt"):
             raise CdiffError(
-                "--rows, --capability and the other options of engines need --engine tensorrt or tensorrt-rtx"
+                "--runs, --rows, --capability and the other options of engines need --engine tensorrt or tensorrt-rtx"
             )
         return
     options.words(flavour)
@@ -48,7 +50,7 @@ def build_ahead(
     bundle: Bundle,
     flavour: Flavour,
     *,
-    runs: int,
+    runs: int | None,
     rows: int | None,
     capabilities: list[str],
     options: BuildOptions,
@@ -57,6 +59,7 @@ def build_ahead(
     """Build a bundle's engines before any run: TensorRT for RTX on any machine, TensorRT where its GPU is, else say when."""
     from cdiff.runtime.engines.trt import RTX_CAPABILITIES, profile_for
     from cdiff.runtime.gpus import visible_gpus
+    from cdiff.runtime.segmenter import RUNS
 
     gpus = visible_gpus()
     where: Any = gpus[0] if gpus else None
@@ -69,7 +72,7 @@ def build_ahead(
         )
         return
     free = gpus[0].free_bytes if gpus else None
-    profile = profile_for(bundle.manifest, runs, free, max_rows=rows)
+    profile = profile_for(bundle.manifest, RUNS if runs is None else runs, free, max_rows=rows)
     for path in _build(bundle, flavour, where, profile, options, quiet):
         written(path)
 

@@ -58,7 +58,9 @@ def export(
             "onnx (any machine), tensorrt (built on the GPU that it is for) or tensorrt-rtx (built anywhere, for GeForce RTX and RTX PRO).",
         ),
     ] = "onnx",
-    runs: Annotated[int, engine_option("--runs R", "Runs that a batch is made for.", min=1)] = 25,
+    runs: Annotated[
+        int | None, engine_option("--runs R", "Runs that a batch is made for.", default="25", min=1)
+    ] = None,
     rows: Annotated[
         int | None,
         engine_option(
@@ -123,7 +125,7 @@ def export(
         hardware_compatible=hardware_compatible,
     )
     flavour = None if engine == "onnx" else engine
-    check(flavour, options, rows, capability or [])  # before the graphs, which take longer
+    check(flavour, options, runs, rows, capability or [])  # before the graphs, which take longer
     if triton is not None:
         must_take_files(triton)
     there = is_there(source)

@@ -103,6 +103,7 @@ def test_tensorrt_for_rtx_builds_without_a_gpu(bundle: Bundle) -> None:
         (["--engine", "tensorrt-rtx", "--fast-steps", "1"], "give a run folder"),
         (["--engine", "tensorrt-rtx", "--zooms", "1,2"], "give a run folder"),
         (["--rows", "4"], "need --engine"),
+        (["--runs", "4"], "need --engine"),
         (["--refit"], "need --engine"),
         (["--capability", "8.9"], "need --engine"),
         (["--engine", "tensorrt", "--capability", "8.9"], "--capability is for --engine tensorrt-rtx"),

@@ -197,9 +197,8 @@ class WrittenMaps:
         unsure = written.uncertainty if written.report.get("runs") != 1 else None
         spread = _maps(unsure, grid, 2)[:, SPREAD] if unsure else None
         if spread is not None and written.squared:
-            spread = np.sqrt(
-                spread
-            )  # what `evaluate` scores for a model: of the squares, more would be within SLACK of one another
+            # As `evaluate` scores a model's: of the squares, more pixels would lie within SLACK of one another.
+            spread = np.sqrt(spread)
         tally = CaseTally(masks, job.slices, protocol.combine)
         for done, index in enumerate(job.slices.tolist()):
             maps = SliceMaps(

@@ -174,6 +174,8 @@ def test_evaluate_prints_and_writes_the_scores(tiny_data: Path, tiny_bundle: Pat
     assert report["data"] == {"folder": "tiny", "split": "val", "task": None}
     assert report["protocol"]["sampler"] == "ddpm"
     assert f"{report['soft_dice_5']['mean']:.3f}" in result.stdout
+    assert "Amit et al." not in result.stdout, "nobody asked for the paper's tables"
+    assert result.stdout.splitlines()[-1] == str(out)
     assert "split val (train left out): " in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["scores.json"]
 

@@ -62,6 +62,7 @@ def test_a_report_with_everything(tiny_data: Path, tiny_bundle: Path, tmp_path: 
     assert f"{100 * report['pairwise_dice_annotators']['mean']:.2f}" in printed
     assert "QUBIQ kidney" in printed
     assert "tiny val" in printed
+    assert printed.splitlines()[-2:] == [str(copy), str(folder)]
 
     # The same again computes nothing: the seconds would have changed.
     code, _, said = evaluate(*command)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +24,7 @@ from cdiff.runtime.files import write_json
 from cdiff.runtime.results import Result
 from cdiff.runtime.scoring.evaluate import Protocol
 from cdiff.runtime.scoring.publish import write_report
+from cdiff.runtime.segmenter import RUNS
 from tests.export.engine_bundles import pair_bundle
 from tests.runtime.test_segmenter import make_bundle
 from tests.synthetic import write_synthetic_dataset
@@ -108,8 +110,14 @@ def test_evaluate(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert (len(cases), given) == (2, [protocol, (1, 2), tmp_path / "report"])
     assert named == {**about, "known": known, "told": {"progress", "notice"}}
     monkeypatch.setattr("cdiff.runtime.scoring.publish.sweep_steps", lambda *_, **__: None)
-    given, _ = given_to("cdiff.runtime.scoring.worst.worst_slices", monkeypatch, *more)
-    assert given == (known, cases, 3)
+    worst: list[object] = []
+    bars: list[tuple[str, bool]] = []
+    monkeypatch.setattr("cdiff.runtime.scoring.worst.worst_slices", lambda *given: worst.extend(given) or "the worst")
+    monkeypatch.setattr("cdiff.cli.evaluate.Meter", lambda label, quiet: bars.append((label, quiet)) or nullcontext())
+    given, _ = given_to("cdiff.runtime.scoring.worst.write_worst", monkeypatch, *more, "-q")
+    assert worst == [known, cases, 3]
+    assert (given[0], *given[2:4]) == (tmp_path / "report/worst.png", "the worst", protocol)
+    assert bars == [("evaluate", True), ("steps", True), ("worst", True)]
     which = ("--task", "task02", "--layout", "brats", "--labels", "1,4")
     given, named = given_to("cdiff.runtime.data.cases.find_cases", monkeypatch, *command, *which)
     assert (given, named) == ((data, "task02"), {"layout": "brats", "labels": (1, 4)})
@@ -117,8 +125,15 @@ def test_evaluate(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_evaluate_of_maps_that_are_drawn(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their masks are read as asked, or as they lie, for there is no model that was trained on some."""
-    monkeypatch.setattr("cdiff.runtime.scoring.written.WrittenMaps", lambda maps, cases, notice: (maps, len(cases)))
-    command, score = ("evaluate", "--data", data, "--maps", tmp_path), "cdiff.runtime.scoring.evaluate.score_cases"
+
+    def double(maps: Path, cases: list[Case], notice: Callable[[str], None]) -> tuple[Path, int]:
+        for line in ("of one map", "of one map"):
+            notice(line)
+        return maps, len(cases)
+
+    monkeypatch.setattr("cdiff.runtime.scoring.written.WrittenMaps", double)
+    monkeypatch.chdir(data)
+    command, score = ("evaluate", "--data", ".", "--maps", tmp_path), "cdiff.runtime.scoring.evaluate.score_cases"
     report, copy = tmp_path / "report", tmp_path / "scores.json"
     asked = ("--labels", "1,4", "--masks-by", "header", "--limit", 1, "--json", copy)
     (source, cases, _), named = given_to(score, monkeypatch, *command, *asked)
@@ -131,6 +146,12 @@ def test_evaluate_of_maps_that_are_drawn(data: Path, tmp_path: Path, monkeypatch
     assert [(case.labels, case.masks_by) for case in cases] == [((), "array")] * 2
     assert named["data"] == about
     assert (named["out"], named["write"]) == (report / "scores.json", write_report)
+    _, named = given_to(score, monkeypatch, *command, "--split", "train", "--task", "task01")
+    assert named["data"] == {"folder": "data", "split": "train", "task": "task01"}
+    for quiet in ((), ("-q",)):
+        said = CliRunner().invoke(app, [*map(str, command), *quiet]).stderr.splitlines()
+        which = () if quiet else ("split val (train left out): 2 cases",)
+        assert said == [*which, "note: of one map", "error: so far"]
 
 
 def test_evaluate_takes_what_the_training_held_out_and_says_each_note_once(
@@ -139,28 +160,37 @@ def test_evaluate_takes_what_the_training_held_out_and_says_each_note_once(
     data = write_synthetic_dataset(tmp_path / "data", 6, raters=2, shape=(16, 16, 1))
     (data / "case01/image_2.nii.gz").touch()
     split = partition(find_cases(data), data, 0.3, 5, 2)
-    trained = {"data": {"held_out": dict(split.held_out or {}), "notes": list(split.notes)}}
-    model = make_bundle(tmp_path / "tiny", training=trained, task="tiny/task02")
+    read = {"labels": [2], "masks_by": "header"}
+    trained = {"data": {"held_out": dict(split.held_out or {}), "notes": list(split.notes), **read}}
     scored: list[str] = []
 
     def double(_: Any, cases: list[Case], *__: Any, notice: Callable[[str], None], **___: Any) -> None:
-        scored.extend(case.name for case in cases)
+        scored[:] = [case.name for case in cases]
+        assert {(case.labels, case.masks_by) for case in cases} == {((2,), "header")}
         for line in ("of one case", "of one case"):
             notice(line)
         raise CdiffError("so far")
 
     monkeypatch.setattr("cdiff.runtime.scoring.evaluate.score_cases", double)
-    result = CliRunner().invoke(app, ["evaluate", "--data", str(data), "--model", str(model)])
-    assert scored == [case.name for case in split.val]
-    assert 0 < len(scored) < 6
-    first, *said, error = result.stderr.splitlines()
-    assert first == "note: files beside those of a case, not used: image_2.nii.gz"
-    assert said[1:] == [
-        f"split val (held out of this data when the model was trained): {len(scored)} cases",
-        "note: the model was trained on task02, but task01 is scored",
-        "note: of one case",
-    ]
-    assert error == "error: so far"
+    beside = "note: files beside those of a case, not used: image_2.nii.gz"
+    other = "note: the model was trained on task02, but task01 is scored"
+    for task, warned in (("task02", [other]), ("task1", [])):
+        model = make_bundle(tmp_path / task, training=trained, task=f"tiny/{task}")
+        command = ["evaluate", "--data", str(data), "--model", str(model)]
+        first, *said, error = CliRunner().invoke(app, command).stderr.splitlines()
+        assert scored == [case.name for case in split.val]
+        assert 0 < len(scored) < 6
+        assert first == beside
+        assert said[1:] == [
+            f"split val (held out of this data when the model was trained): {len(scored)} cases",
+            *warned,
+            "labels 2 count as inside, as when the model was trained",
+            "masks are laid where their headers put them, as when the model was trained",
+            "note: of one case",
+        ]
+        assert error == "error: so far"
+        said = CliRunner().invoke(app, [*command, "-q"]).stderr.splitlines()
+        assert said == [beside, *warned, "note: of one case", error]
 
 
 def test_data_check(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,7 +249,7 @@ def test_export(rows: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     rtx = (*command, "--engine", "tensorrt-rtx", "--capability", "8.9", "--capability", "12.0")
     with monkeypatch.context() as patch:
         given, named = given_to("cdiff.cli.export.check", patch, *rtx)
-        assert (given, named) == (("tensorrt-rtx", BuildOptions(**ENGINES), rows, ["8.9", "12.0"]), {})
+        assert (given, named) == (("tensorrt-rtx", BuildOptions(**ENGINES), 60, rows, ["8.9", "12.0"]), {})
     monkeypatch.setattr("cdiff.cli.export.check", lambda *_: None)
     gpus = [Gpu("a card", "8.9", free)]
     monkeypatch.setattr("cdiff.runtime.gpus.visible_gpus", lambda: gpus)
@@ -231,6 +261,9 @@ def test_export(rows: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert named == {"options": BuildOptions(**ENGINES), "told": {"progress", "say"}}
     given, _ = given_to("cdiff.export.tensorrt.build_engines", monkeypatch, *command, "--engine", "tensorrt-rtx")
     assert given[2] == RTX_CAPABILITIES["float16"] != RTX_CAPABILITIES["float32"]
+    usual = ("export", bundle.path, "--engine", "tensorrt-rtx")
+    given, _ = given_to("cdiff.export.tensorrt.build_engines", monkeypatch, *usual)
+    assert given[3] == profile_for(bundle.manifest, RUNS, free) != profile_for(bundle.manifest, 1, free)
     graphs = ("--fp16", "--fast-steps", 3, "--zooms", "1,1.25")
     command = ("export", tmp_path / "run", "--out", tmp_path / "new", *graphs)
     given, named = given_to("cdiff.export.exporter.export_run", monkeypatch, *command)

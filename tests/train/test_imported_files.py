@@ -95,6 +95,25 @@ def test_files_that_are_no_checkpoint_are_refused_in_one_line(content: str, says
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("new", [True, False])
+def test_a_checkpoint_that_was_saved_on_a_gpu_is_read_without_one(
+    new: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the published trainings save theirs: on a device that this machine does not have, in the format of either age of PyTorch."""
+    tensors = {f"rrdb.{place}": torch.full((2, 3), float(place)) for place in range(3)}
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.serialization.location_tag", lambda storage: "cuda:1")
+        torch.save(tensors, path := tmp_path / "ema.pt", _use_new_zipfile_serialization=new)
+    assert b"cuda:1" in path.read_bytes()
+    if not torch.cuda.device_count() > 1:
+        with pytest.raises(RuntimeError, match=r"cuda|CUDA"):
+            torch.load(path, weights_only=True)
+    read = read_state_dict(path)
+    assert {name: (str(value.device), value.tolist()) for name, value in read.items()} == {
+        name: ("cpu", value.tolist()) for name, value in tensors.items()
+    }
+
+
 @pytest.mark.parametrize("before", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
 def test_what_wrappers_put_before_every_name_is_dropped(before: str, tmp_path: Path) -> None:
     """DistributedDataParallel, torch.compile, and one in the other."""

@@ -113,6 +113,7 @@ def export(
     cdiff export my_bundle --engine tensorrt
     """
     from cdiff.export.tensorrt import BuildOptions
+    from cdiff.export.triton import new_model, write_repository
     from cdiff.runtime.bundle import open_bundle
     from cdiff.runtime.files import must_take_files
     from cdiff.runtime.manifest import NAME
@@ -149,9 +150,9 @@ def export(
             sizes = None if zooms is None else parse_zooms(zooms)
             bundle = export_run(source, output, fp16=fp16, fast_steps=fast_steps, zooms=sizes, progress=meter)
         written(bundle.path)
+    if triton is not None:
+        new_model(bundle, triton)  # before the engines, which take minutes
     if flavour is not None:
         build_ahead(bundle, flavour, runs=runs, rows=rows, capabilities=capability or [], options=options, quiet=quiet)
     if triton is not None:
-        from cdiff.export.triton import write_repository
-
         written(write_repository(bundle, triton))

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from cdiff.cli.console import Meter, written
+from cdiff.cli.console import Meter, warn, written
 from cdiff.cli.engines import build_ahead, check
 from cdiff.cli.extras import needs
 from cdiff.cli.options import option
@@ -115,6 +115,7 @@ def export(
     from cdiff.export.tensorrt import BuildOptions
     from cdiff.export.triton import new_model, write_repository
     from cdiff.runtime.bundle import open_bundle
+    from cdiff.runtime.engines.trt import has_engines
     from cdiff.runtime.files import must_take_files
     from cdiff.runtime.manifest import NAME
     from cdiff.runtime.sampling.zoom import parse_zooms
@@ -155,4 +156,8 @@ def export(
     if flavour is not None:
         build_ahead(bundle, flavour, runs=runs, rows=rows, capabilities=capability or [], options=options, quiet=quiet)
     if triton is not None:
+        if flavour == "tensorrt" and not has_engines(bundle, flavour):
+            warn(
+                f"the model in {triton} has no TensorRT engines, and its server builds none: there it takes ONNX Runtime"
+            )
         written(write_repository(bundle, triton))

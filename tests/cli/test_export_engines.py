@@ -42,6 +42,11 @@ def test_a_bundle_that_is_there_can_be_served(bundle: Bundle, tmp_path: Path) ->
     assert (tmp_path / "models/test/1/bundle/manifest.json").is_file()
 
 
+def test_a_server_without_the_engines_that_were_asked_for_is_told_of(bundle: Bundle, tmp_path: Path) -> None:
+    _, said = run(0, bundle.path, "--engine", "tensorrt", "--triton", tmp_path / "models")
+    assert "has no TensorRT engines, and its server builds none" in " ".join(said.split())
+
+
 def test_a_model_that_is_served_already_is_said_before_engines_are_built(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,10 +15,12 @@ from cdiff.runtime.engines.registry import available_engines
 Keep = Callable[[dict[str, Any]], None]
 """Is given a check's result as far as it is known, since what comes after may break or reach its time limit."""
 
-PACKAGES = (
-    "torch", "triton", "numpy", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-cu13", "tensorrt-rtx",
-    "pycuda", "cuda-bindings", "safetensors", "nibabel",
+PACKAGES: tuple[tuple[str, ...], ...] = (
+    ("torch",), ("triton",), ("numpy",), ("onnx",), ("onnxscript",), ("onnxruntime-gpu", "onnxruntime"), ("tensorrt-cu13", "tensorrt"),
+    ("tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu13", "tensorrt-rtx"), ("pycuda",), ("cuda-bindings",), ("nvidia-cuda-nvrtc",),
+    ("safetensors",), ("nibabel",),
 )  # fmt: skip
+"""Packages of which any one provides the same; the first is the one that docs/gpu.md installs."""
 
 
 def describe_machine(device: str, keep: Keep) -> dict[str, Any]:
@@ -29,8 +31,8 @@ def describe_machine(device: str, keep: Keep) -> dict[str, Any]:
 
     found: dict[str, Any] = {
         "gpu": {}, "python": platform.python_version(), "cores": os.cpu_count(),
-        "packages": {name: number for name in PACKAGES if (number := installed(name))},
-        "missing": [name for name in PACKAGES if not installed(name)],
+        "packages": {name: number for names in PACKAGES for name in names if (number := installed(name))},
+        "missing": [names[0] for names in PACKAGES if not any(map(installed, names))],
         "libnvinfer": ctypes.util.find_library("nvinfer"), "engines": {}, "matmul_flop_per_s": matmul_rates(device),
     }  # fmt: skip
     keep(found)

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from cdiff.cli.console import Meter, written
+from cdiff.cli.console import Meter, warn, written
 from cdiff.cli.engines import build_ahead, check
 from cdiff.cli.extras import needs
 from cdiff.cli.options import option
@@ -113,7 +113,9 @@ def export(
     cdiff export my_bundle --engine tensorrt
     """
     from cdiff.export.tensorrt import BuildOptions
+    from cdiff.export.triton import new_model, write_repository
     from cdiff.runtime.bundle import open_bundle
+    from cdiff.runtime.engines.trt import has_engines
     from cdiff.runtime.files import must_take_files
     from cdiff.runtime.manifest import NAME
     from cdiff.runtime.sampling.zoom import parse_zooms
@@ -149,9 +151,13 @@ def export(
             sizes = None if zooms is None else parse_zooms(zooms)
             bundle = export_run(source, output, fp16=fp16, fast_steps=fast_steps, zooms=sizes, progress=meter)
         written(bundle.path)
+    if triton is not None:
+        new_model(bundle, triton)  # before the engines, which take minutes
     if flavour is not None:
         build_ahead(bundle, flavour, runs=runs, rows=rows, capabilities=capability or [], options=options, quiet=quiet)
     if triton is not None:
-        from cdiff.export.triton import write_repository
-
+        if flavour == "tensorrt" and not has_engines(bundle, flavour):
+            warn(
+                f"the model in {triton} has no TensorRT engines, and its server builds none: there it takes ONNX Runtime"
+            )
         written(write_repository(bundle, triton))

@@ -10,7 +10,7 @@ from pathlib import Path
 from cdiff.runtime.bundle import Bundle
 from cdiff.runtime.engines.registry import NAMES
 from cdiff.runtime.errors import CdiffError
-from cdiff.runtime.files import PART, atomic_folder
+from cdiff.runtime.files import PART, atomic_folder, must_be_new
 from cdiff.runtime.manifest import NAME
 from cdiff.runtime.serving import BUNDLE
 
@@ -31,10 +31,7 @@ def write_repository(bundle: Bundle, folder: Path) -> Path:
     Raises CdiffError for a name that Triton or a folder cannot have, for an existing model of that name, a folder that cannot be
     written, or a bundle that is replaced meanwhile.
     """
-    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", bundle.manifest.name)
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
-        raise CdiffError(f"the model's name {name!r} must be letters, digits, '_', '-' and '.', such as lidc")
-    model = folder / name
+    model = new_model(bundle, folder)
     with atomic_folder(model) as stage:
         version = stage / VERSION
         try:
@@ -46,8 +43,18 @@ def write_repository(bundle: Bundle, folder: Path) -> Path:
             raise CdiffError(f"{error.filename} was removed while it was copied; run the same command again") from None
         bundle.must_be_unchanged()
         (version / "model.py").write_text(MODEL, encoding="utf-8")
-        (stage / "config.pbtxt").write_text(config(bundle, name), encoding="utf-8")
+        (stage / "config.pbtxt").write_text(config(bundle, model.name), encoding="utf-8")
     return model
+
+
+def new_model(bundle: Bundle, folder: Path) -> Path:
+    """FOLDER/NAME, where `write_repository` would write the bundle. Raises CdiffError for a name that Triton or a folder cannot have, and for
+    an existing model of that name, which is worth knowing before engines are built."""
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", bundle.manifest.name)
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
+        raise CdiffError(f"the model's name {name!r} must be letters, digits, '_', '-' and '.', such as lidc")
+    must_be_new(folder / name)
+    return folder / name
 
 
 def _copy(bundle: Bundle, folder: Path) -> None:

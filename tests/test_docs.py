@@ -129,9 +129,7 @@ LIBRARIES_SAY = {  # the GPU page's messages that are the driver's, the loader's
 }
 
 PUT_TOGETHER = {  # those in which the code puts a name or a number
-    "needs ONNX Runtime's CUDA build, but onnxruntime ... has no CUDAExecutionProvider": [
-        "needs ONNX Runtime's CUDA build, but onnxruntime {} has no {}"
-    ],
+    "does not run on ... here: for cuda": ["does not run on ... here", "for cuda: pip uninstall"],
     "could not start its CUDAExecutionProvider ... and fell back to the CPU": [
         "could not start its {} on {} and fell back to the CPU"
     ],

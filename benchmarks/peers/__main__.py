@@ -154,7 +154,8 @@ def score(options: argparse.Namespace, names: list[str]) -> int:
     for name, found in sorted(report["peers"].items(), key=lambda item: -item[1]["soft_dice_5"]["mean"]):
         dice = found["soft_dice_5"]
         interval = "" if dice["low"] is None else f" ({dice['low']:.3f} - {dice['high']:.3f})"
-        print(f"{name:20} soft Dice {dice['mean']:.3f}{interval}  GED {found['ged']['mean']:.3f}")
+        part = "" if found["share_of_budget"] >= 1 else f"  ({found['share_of_budget']:.1%} of its budget)"
+        print(f"{name:20} soft Dice {dice['mean']:.3f}{interval}  GED {found['ged']['mean']:.3f}{part}")
     if options.json:
         write_json(options.json, report)
         say(f"written: {options.json}")

@@ -144,9 +144,12 @@ def must_run(name: str, device: str) -> None:
     """Raise CdiffError where the engine called `name` or the device is unknown, or that engine cannot run there. For `auto` only the device
     is checked; `open_engine` finds out the rest."""
     if name not in ("auto", *NAMES):
-        raise CdiffError(
-            f"engine {name!r} is not known; use one of auto, {', '.join(NAMES)} or, with an installed PyTorch, torch"
-        )
+        known = f"use one of auto, {', '.join(NAMES)}"
+        if name == "torch":  # known to `cdiff.load`, and taken there before this is asked
+            raise CdiffError(
+                f"the engine torch is not for this, only for segmenting and evaluating (cdiff.load); {known}"
+            )
+        raise CdiffError(f"engine {name!r} is not known; {known} or, with an installed PyTorch, torch")
     kind = "cpu" if parse_device(device) is None else "cuda"
     if name == "auto" or kind in (state := engine_status(name)).devices:
         return

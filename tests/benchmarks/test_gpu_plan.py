@@ -191,6 +191,19 @@ def test_the_matmul_rate_is_known_whatever_breaks_after_it(monkeypatch: pytest.M
         assert "| machine | failed, measured in part | CUDA error: unspecified launch failure |" in page
 
 
+def test_a_package_is_missing_only_where_none_that_provides_the_same_is_installed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """TensorRT for RTX's wheels bear other names than the module."""
+    monkeypatch.setattr(gpu_measure, "matmul_rates", lambda device: {"float32": 1e11})
+    there = {"onnxruntime": "1.31.1", "tensorrt-rtx-cu13-bindings": "1.7.1.116"}
+    monkeypatch.setattr(gpu_machine, "installed", there.get)
+    found = gpu_machine.describe_machine("cpu", lambda known: None)
+    assert found["packages"] == there
+    assert {"tensorrt-cu13", "pycuda"} <= set(found["missing"])
+    assert not [name for name in found["missing"] if "onnxruntime" in name or "rtx" in name]
+
+
 def test_a_check_that_is_ended_leaves_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = tmp_path / "check"
     program.write_text(

@@ -137,7 +137,9 @@ def test_one_peer_that_fails_does_not_lose_the_others(
     assert main(command) == 0, "the same command mends it"
 
 
-def test_a_run_without_its_end_is_scored_if_asked(tiny_data: Path, tmp_path: Path) -> None:
+def test_a_run_without_its_end_is_scored_if_asked(
+    tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = tmp_path / "unet-soft"
     train_unet(UNETS["unet-soft"], tiny_data, run, SHORT)
     assert tuple(rows(run)[0]) == LOG_FIELDS
@@ -145,6 +147,7 @@ def test_a_run_without_its_end_is_scored_if_asked(tiny_data: Path, tmp_path: Pat
     command = ["--data", f"{tiny_data}", "--out", f"{tmp_path}", "--score", "val", "--only", "unet-soft"]
     assert main(command) == 2, "no run.json: it has not ended"
     assert main([*command, "--unfinished"]) == 0
+    assert "(99.9% of its budget)" in capsys.readouterr().out
     (run / "run.json").write_text(json.dumps({"steps": 6, "cpu_seconds": 1.5}))
     assert main([*command, "--json", f"{tmp_path / 'scores.json'}"]) == 0
     found = json.loads((tmp_path / "scores.json").read_text())["peers"]["unet-soft"]

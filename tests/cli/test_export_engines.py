@@ -42,6 +42,20 @@ def test_a_bundle_that_is_there_can_be_served(bundle: Bundle, tmp_path: Path) ->
     assert (tmp_path / "models/test/1/bundle/manifest.json").is_file()
 
 
+def test_a_server_without_the_engines_that_were_asked_for_is_told_of(bundle: Bundle, tmp_path: Path) -> None:
+    _, said = run(0, bundle.path, "--engine", "tensorrt", "--triton", tmp_path / "models")
+    assert "has no TensorRT engines, and its server builds none" in " ".join(said.split())
+
+
+def test_a_model_that_is_served_already_is_said_before_engines_are_built(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(0, bundle.path, "--triton", tmp_path / "models")
+    monkeypatch.setattr("cdiff.cli.export.build_ahead", lambda *_, **__: pytest.fail("built"))
+    _, said = run(2, bundle.path, "--engine", "tensorrt", "--triton", tmp_path / "models")
+    assert "models/test already exists" in said
+
+
 def test_a_missing_tensorrt_is_said_at_once_where_its_gpu_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before a run is exported; on a machine without one it is not asked for."""
     monkeypatch.setattr("cdiff.runtime.gpus.visible_gpus", lambda: [Gpu("a card", "8.9", 2**30)])

@@ -88,6 +88,11 @@ def test_auto_picks_onnx_runtime_and_says_where(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "device", "message"),
     [
+        (
+            "torch",
+            "cpu",
+            r"the engine torch is not for this.*cdiff\.load.*use one of auto, onnxruntime, [^ ]+, [^ ]+, [^ ]+$",
+        ),
         ("openvino", "cpu", "engine 'openvino' is not known; use one of auto, onnxruntime.*torch"),
         ("auto", "tpu", "use cpu, cuda"),
         ("tensorrt", "cpu", "tensorrt"),

@@ -294,8 +294,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         if reason := gpu_missing(options.device):
             print(describe(checks))
-            print(f"\nnothing was measured: {reason}. To try the suite itself: --device cpu --small")
-            return 0
+            raise CdiffError(f"nothing was measured: {reason}. To try the suite itself: --device cpu --small")
         work = options.work or options.out / "work"
         must_take_files(work)
         settings = Settings(options.device, options.small, str(work), options.protocol_seconds)

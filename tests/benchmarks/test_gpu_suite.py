@@ -95,11 +95,11 @@ def test_every_check_of_every_plan_exists() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
 def test_without_a_gpu_it_says_so_and_leaves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--out", str(tmp_path / "out")]) == 0
-    said = capsys.readouterr().out
-    assert "nothing was measured: PyTorch" in said
+    assert main(["--out", str(tmp_path / "out")]) == 2, "a script would take 0 for a measurement"
+    planned, said = capsys.readouterr()
+    assert "error: nothing was measured: PyTorch" in said
     assert "sees no NVIDIA GPU here" in said
-    assert "protocol:graph:paper" in said
+    assert "protocol:graph:paper" in planned
     assert not (tmp_path / "out").exists()
     assert main(["--checks", "nonsense"]) == 2
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from cdiff.runtime.bundle import open_bundle
@@ -27,6 +28,20 @@ from cdiff.train.checkpoint import (
 from cdiff.train.config import Config
 from cdiff.train.told import must_tell
 
+SHAPES = (
+    *(
+        "variant",
+        "image_channels",
+        "levels",
+        "T",
+        "base_channels",
+        "channel_mult",
+        "residual_blocks",
+        "attention_depths",
+    ),
+    *("rrdbs", "rrdb_channels", "rrdb_growth", "embedding", "resample", "variance"),
+)
+"""Settings that change which tensors there are, or their shapes."""
 FUNCTION = ("target", "outside", "groups", "heads", "heads_up", "head_channels")
 """Settings that no tensor's shape shows, but that change what the same tensors compute."""
 AIM = ("variant", "schedule", "beta_start", "beta_end", "scaled")
@@ -43,14 +58,26 @@ class Initial:
     config: Config
     origin: dict[str, Any]
 
+    def check_shapes(self, config: Config, network: torch.nn.Module) -> None:
+        """Raise CdiffError, naming all settings to change, where these weights are of another network than that of a run with `config`."""
+        here = {name: value.shape for name, value in network.state_dict().items()}
+        if here != {name: value.shape for name, value in self.tensors.items()}:
+            self._refuse((*SHAPES, *FUNCTION), config, "its weights are of another network")
+
     def check_function(self, config: Config) -> None:
         """Raise CdiffError where these weights would compute something else in a run with `config` than in their training."""
-        if other := _other(FUNCTION, self.config, config):
-            words = ", ".join(f"{key}={there} ({here} here)" for key, there, here in other)
-            remedy = " ".join(f"--set {key}={there}" for key, there, _ in other)
-            raise CdiffError(
-                f"{self.source} was trained with {words}: here its weights would compute something else; add {remedy}, or leave out --init"
+        self._refuse(FUNCTION, config, "here its weights would compute something else")
+
+    def _refuse(self, keys: tuple[str, ...], config: Config, why: str) -> None:
+        """Raise CdiffError where any of these settings differs, with what to add so that none does."""
+        if other := _other(keys, self.config, config):
+            words = ", ".join(f"{key}={_said(there)} ({_said(here)} here)" for key, there, here in other)
+            # A shell may take brackets for a pattern.
+            remedy = " ".join(
+                f"--set '{key}={_said(there)}'" if isinstance(there, tuple) else f"--set {key}={there}"
+                for key, there, _ in other
             )
+            raise CdiffError(f"{self.source} was trained with {words}: {why}; add {remedy}, or leave out --init")
 
     def notes(self, config: Config) -> list[str]:
         """One line on what differs when a run with `config` teaches these weights something else; none where it goes on as they were trained."""
@@ -75,6 +102,11 @@ def read_initial(init: Path) -> Initial:
     must_tell(before, told)
     began = {"name": init.resolve().name, "sha256": sha256(path)} | origin(before)
     return Initial(init, path, tensors, config, began)
+
+
+def _said(value: Any) -> Any:
+    """A setting's value as --set takes it."""
+    return f"[{','.join(map(str, value))}]" if isinstance(value, tuple) else value
 
 
 def _other(keys: tuple[str, ...], there: Config, here: Config) -> list[tuple[str, Any, Any]]:

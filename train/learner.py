@@ -69,6 +69,7 @@ class Learner:
 
     def start_from(self, initial: Initial) -> None:
         """Take these weights as the initial ones. Raises CdiffError where they do not fit, or would compute something else here."""
+        initial.check_shapes(self.config, self.network)
         load_weights(
             self.network, initial.tensors, initial.path, "the new run's settings, which must give the same network"
         )

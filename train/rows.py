@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.words import several
 from cdiff.train.config import Config
 from cdiff.train.data import Slices, training_batch
 from cdiff.train.pace import batch_size
@@ -68,9 +69,13 @@ def check_parts(config: Config, world: int) -> None:
     parts = world * settings.accumulate
     for name, images in (("batch", settings.batch), ("late_batch", settings.late_batch or settings.batch)):
         if images < parts:
+            remedies = [f"raise {name} to {parts} or more"]
+            # The only remedies of a resumed run, whose batch is settled.
+            remedies += ["lower accumulate"] if settings.accumulate > 1 else []
+            remedies += ["start fewer processes"] if world > 1 else []
             raise CdiffError(
-                f"a step of {images} images cannot be shared by {world} processes with accumulate={settings.accumulate}; "
-                f"raise {name} to {parts} or more"
+                f"a step of {several(images, 'image')} cannot be shared by {world} process{'es' if world > 1 else ''} with "
+                f"accumulate={settings.accumulate}; {', or '.join(remedies)}"
             )
 
 

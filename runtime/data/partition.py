@@ -153,7 +153,7 @@ def none_has(name: str, cases: Sequence[Case], levels: int, variant: Variant = C
         remedy = "variant annotator learns each annotator's masks and needs them all; another variant with --set missing_raters=as-is does not"
     else:
         remedy = "--set missing_raters=as-is uses the masks that there are"
-    return f"no {name} case has {levels} masks (they have {' or '.join(map(str, counts))}); {remedy}"
+    return f"no {name} case has {several(levels, 'mask')} (they have {' or '.join(map(str, counts))}); {remedy}"
 
 
 def count_channels(cases: Sequence[Case]) -> int:

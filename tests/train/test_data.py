@@ -330,6 +330,8 @@ def test_cases_with_another_number_of_masks_than_c_say_which_setting_takes_them(
         with pytest.raises(CdiffError, match=rf"no train case has {C} masks \(they have 3\); --set {said}"):
             read_data(tiny_data, config)
         assert len(read_data(tiny_data, config.with_values(taken)).train)
+    with pytest.raises(CdiffError, match=r"no train case has 1 mask \(they have 3\)"):
+        read_data(tiny_data, preset("tiny").with_values({"levels": 1}))
     annotator = preset("tiny").with_values({"levels": 5, "variant": "annotator"})
     with pytest.raises(CdiffError, match=r"needs them all; another variant with --set missing_raters=as-is"):
         read_data(tiny_data, annotator)

@@ -114,6 +114,21 @@ def test_a_checkpoint_that_was_saved_on_a_gpu_is_read_without_one(
     }
 
 
+@pytest.mark.parametrize(
+    ("name", "step"), [("ema_0.9999_035000", 35_000), ("model_600", 600), ("savedmodel050000", 50_000), ("ema", 0)]
+)
+def test_the_iteration_is_in_the_name(name: str, step: int, tmp_path: Path) -> None:
+    case = recorded("consensus")
+    assert import_checkpoint(case.save(tmp_path, f"{name}.pt"), tmp_path / "run").step == step
+
+
+def test_a_date_with_its_time_is_no_iteration(tmp_path: Path) -> None:
+    """The run had more steps than a configuration may state, so that nothing could read it."""
+    done = import_checkpoint(recorded("consensus").save(tmp_path, "ema_20230110221618.pt"), tmp_path / "run")
+    assert done.step == 0
+    assert load_run(done.path).config == done.config
+
+
 @pytest.mark.parametrize("before", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
 def test_what_wrappers_put_before_every_name_is_dropped(before: str, tmp_path: Path) -> None:
     """DistributedDataParallel, torch.compile, and one in the other."""

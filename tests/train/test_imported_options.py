@@ -59,3 +59,19 @@ def test_an_args_json_of_another_program_may_write_numbers_in_its_own_way() -> N
     for wrong in ({"image_size": 64.5}, {"image_size": [64]}, {"attention_resolutions": [16.5]}):
         with pytest.raises(CdiffError, match=f"the published option {next(iter(wrong))}="):
             Options.read("implicit-ensemble", plain | wrong, []).config(image_channels=4, step=0, intensity=Intensity())
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        ("batch_size=0", "must be at least 1"),
+        ("batch_size=100000000000000", "must be at most 1000000"),
+        ("number_of_annotators=-2", "must not be negative"),
+        ("number_of_annotators=1001", "must be at most 1000"),
+        ("ema_rate=2", "must lie in"),
+    ],
+)
+def test_options_that_no_run_can_state_have_their_published_name(option: str, says: str) -> None:
+    """They had the names of our settings, which no args.json has; a batch_size beyond 2^40 made a run that nothing could read."""
+    with pytest.raises(CdiffError, match=f"the published option {option}.* {says}"):
+        Options.read("consensus", recorded("consensus").args, [option])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,25 @@ def test_weights_that_would_be_another_function_are_refused(
         for key, value in change.items():
             assert f"{key}={there[key]} ({value} here)" in line
             assert f"--set {key}={there[key]}" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_settings_that_make_another_network_are_named_all_at_once(
+    tiny_run: Path, tiny_bundle: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    """Also those that no shape shows: what is asked for is then enough."""
+    config = preset("small").with_values({"steps": 1, "batch": 2, "val_slices": 1, "image_size": 32, "levels": 3})
+    for init in (tiny_run, tiny_bundle):
+        with pytest.raises(CdiffError) as caught:
+            train(config, tiny_data, tmp_path / "run", init=init, quiet=True)
+        line = str(caught.value)
+        assert "\n" not in line
+        assert line.startswith(f"{init} was trained with ")
+        assert "channel_mult=[1,2] ([1,2,4,4,8] here)" in line
+        added = shlex.split(line.rpartition("add ")[2].removesuffix(", or leave out --init"))
+        settings = [word for word in added if word != "--set"]
+        assert {setting.partition("=")[0] for setting in settings} >= {"base_channels", "channel_mult", "groups", "T"}
+        train(config.with_settings(settings), tiny_data, tmp_path / init.parent.name, init=init, quiet=True)
     assert not (tmp_path / "run").exists()
 
 

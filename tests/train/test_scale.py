@@ -233,11 +233,16 @@ def test_timesteps_are_drawn_with_the_density_that_is_asked_for(data: Data, powe
 def test_a_step_needs_an_image_for_every_part() -> None:
     config = preset("tiny").with_values({"accumulate": 2, "framing": "tile", "crop": 16, "late_batch": 3})
     check_parts(config, 1)
-    says = "a step of 3 images cannot be shared by 2 processes with accumulate=2; raise late_batch to 4"
+    says = "a step of 3 images cannot be shared by 2 processes with accumulate=2; raise late_batch to 4 or more, or lower accumulate, or start fewer processes"
     with pytest.raises(CdiffError, match=says):
         check_parts(config, 2)
     with pytest.raises(CdiffError, match="accumulate=2; raise batch to 4"):
         check_parts(config.with_values({"batch": 3}), 2)
+    alone = preset("tiny").with_values({"accumulate": 8})
+    with pytest.raises(
+        CdiffError, match=r"by 1 process with accumulate=8; raise batch to 8 or more, or lower accumulate$"
+    ):
+        check_parts(alone, 1)
 
 
 def test_batches_prepared_ahead_are_the_same(tiny_data: Path, tmp_path: Path) -> None:

@@ -127,8 +127,9 @@ def _image_channels(theirs: dict[str, Tensor], options: Options) -> int:
 
 
 def _step(checkpoint: Path) -> int:
-    """The iteration in a file's name (ema_val_0.8067150_0.9999_035000.pt, model_35000.pt); 0 when it has none."""
-    found = re.search(r"(?:_|savedmodel)(\d+)$", checkpoint.stem)
+    """The iteration in a file's name (ema_val_0.8067150_0.9999_035000.pt, model_35000.pt); 0 when it has none, as with a longer number, such
+    as a date with its time."""
+    found = re.search(r"(?:_|savedmodel)([0-9]{1,9})$", checkpoint.stem)
     return int(found[1]) if found else 0
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cdiff.runtime.errors import CdiffError
+from cdiff.runtime.manifest import MOST_LEVELS
 from cdiff.runtime.scans.intensity import Intensity
 from cdiff.train.config import Config
 from cdiff.train.imported.values import typed, whole_numbers
@@ -109,8 +110,11 @@ with an image_size of 256, as in its README, of 224, or one that the U-Net canno
 changed loader is as likely."""
 LARGEST_BETA = 0.8
 """Where the consensus code caps its linear schedule, which the factor 1000/T would take beyond 1 for fewer than 20 steps."""
-MOST = {"image_size": 4096, "num_channels": 4096, "num_res_blocks": 64, "rrdb_blocks": 256, "diffusion_steps": 100_000}
-"""A larger value is a slip, and its network would fill the memory before a tensor is compared."""
+MOST = {
+    **{"image_size": 4096, "num_channels": 4096, "num_res_blocks": 64, "rrdb_blocks": 256, "diffusion_steps": 100_000},
+    **{"number_of_annotators": MOST_LEVELS, "batch_size": 1_000_000},
+}
+"""A larger value is a slip: its network would fill the memory before a tensor is compared, or no run could state it."""
 UNSEEN = (
     *("num_heads", "num_heads_upsample", "num_head_channels", "use_new_attention_order", "predict_xstart"),
     *("noise_schedule", "diffusion_steps", "rescale_timesteps"),
@@ -160,9 +164,13 @@ class Options:
 
     def _check(self) -> None:
         sizes = ("image_size", "num_channels", "condition_input_channel")
-        for name in (*sizes, "num_res_blocks", "num_heads"):
+        for name in (*sizes, "num_res_blocks", "num_heads", "batch_size"):
             if self.values.get(name, 1) < 1:
                 raise CdiffError(f"the published option {name}={self[name]} must be at least 1")
+        if self.values.get("number_of_annotators", 0) < 0:
+            raise CdiffError(
+                f"the published option number_of_annotators={self['number_of_annotators']} must not be negative"
+            )
         for name in ("num_heads_upsample", "num_head_channels"):
             if self.values.get(name, -1) < 1 and self.values.get(name, -1) != -1:
                 raise CdiffError(
@@ -202,7 +210,8 @@ class Options:
                 "since its last convolution takes num_channels channels"
             )
         self._check_heads()
-        _ = self.ema_rate
+        if not 0 <= self.ema_rate < 1:
+            raise CdiffError(f"the published option ema_rate={self['ema_rate']} must lie in [0, 1)")
 
     def _check_heads(self) -> None:
         """Raise CdiffError where the channels of an attention cannot be divided among its heads."""

@@ -39,6 +39,8 @@ def test_it_scores_the_maps_of_the_labels_slices(tmp_path: Path, capsys: pytest.
     first, second = json.loads((tmp_path / "out.json").read_text())["scans"]
     place, numbers = place_in(np.pad(mask, ((40, 90), (60, 30), (0, 0))))
     assert first["at"] == list(place)
+    ends = [[np.flatnonzero(mask[..., k].any(axis=1 - axis)) for k in (0, 1)] for axis in (0, 1)]
+    assert first["extent"] == [max(one[-1] - one[0] + 1 for one in along) for along in ends]
     result = cdiff.load().segment(whole, at=place, slices=(numbers[0], numbers[-1] + 1), fast=True)
     plain, shrunk, _ = first["found"]
     assert (plain["shrink"], shrunk["shrink"]) == (1, 2)
@@ -46,6 +48,7 @@ def test_it_scores_the_maps_of_the_labels_slices(tmp_path: Path, capsys: pytest.
     for row, k in zip(plain["slices"], numbers, strict=True):
         label_k = np.pad(mask[..., k], ((40, 90), (60, 30)))
         assert row["pixels"] == mask[..., k].sum()
+        assert row["mask_pixels"] == (result.soft[..., k] >= 0.5).sum()
         assert row["dice_mask"] == pytest.approx(dice(result.soft[..., k] >= 0.5, label_k))
         assert row["dice_levels"][3] == pytest.approx(dice(result.levels[..., k, 3] >= 0.5, label_k))
     assert max(row["dice_mask"] for row in plain["slices"]) > 0.8

@@ -6,19 +6,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cdiff.benchmarks.peers import __main__ as command
 from cdiff.benchmarks.peers import score
 from cdiff.benchmarks.peers.draws import mixed
 from cdiff.benchmarks.peers.score import Scoring, draw_case, stack_of
+from cdiff.benchmarks.peers.training import STATE
 from cdiff.benchmarks.peers.unets import UNETS
 from cdiff.runtime.data.cases import find_cases
 from cdiff.runtime.scoring.evaluate import Protocol
 from cdiff.runtime.variants import NO_ANNOTATOR
+from tests.synthetic import write_synthetic_dataset
 
 
 def test_each_slice_is_drawn_with_its_own_seed_as_asked(tiny_data: Path) -> None:
@@ -82,6 +86,37 @@ def test_a_diffusion_peer_is_scored_as_asked_with_the_steps_of_validation(
         ([case.name for case in found["val"]], protocol),
         ([case.name for case in found["train"]], replace(protocol, steps=5)),
     ]
+
+
+def test_the_first_cases_alone_are_scored_if_asked_and_those_left_out_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, run = write_synthetic_dataset(tmp_path / "data", {"Validation": 3}, 3, (16, 16, 2)), tmp_path / "unet-soft"
+    mask = data / "Validation" / "case02" / "task01_seg01.nii.gz"
+    nib.save(nib.Nifti1Image(np.zeros((16, 16, 2), np.uint8), nib.load(mask).affine), mask)
+    peer = replace(UNETS["unet-soft"], build=lambda C: nn.Linear(1, 1), draw=lambda network, image, n: image.sigmoid())
+    monkeypatch.setitem(UNETS, "unet-soft", peer)
+    run.mkdir()
+    save_file(nn.Linear(1, 1).state_dict(), run / "best.safetensors")
+    (run / "run.json").write_text("{}")
+    for limit, count in ((2, 1), (None, 2)):
+        scoring = Scoring("val", all_raters=True, limit=limit)
+        found = score.score_all(["unet-soft"], tmp_path, data, scoring, say=print)["peers"]["unet-soft"]
+        assert found["n_cases"] == count
+        assert "case02" in str(found["left_out"])
+        assert found["protocol"]["runs"] == 1, "every run would be the same"
+
+
+@pytest.mark.parametrize(("clock", "steps", "used"), [("cpu", 0, 0.25), ("wall", 0, 0.75), ("wall", 20, 0.5)])
+def test_an_unfinished_run_has_used_that_share_of_its_own_budget(
+    clock: str, steps: int, used: float, tmp_path: Path
+) -> None:
+    state = dict.fromkeys(STATE, 0)
+    budget = {"minutes": 2.0, "clock": clock, "steps": steps}
+    torch.save(state | {"step": 10, "wall": 90.0, "cpu": 30.0, "budget": budget}, tmp_path / "last.pt")
+    assert score.share("unet-soft", tmp_path) == 0, "no weights yet"
+    (tmp_path / "best.safetensors").touch()
+    assert score.share("unet-soft", tmp_path) == used
 
 
 def test_time_is_that_of_one_slice(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

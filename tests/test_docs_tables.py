@@ -277,7 +277,7 @@ def test_whole_nodules_stand_beside_the_reader(tables: ModuleType, tmp_path: Pat
         return {"mean": mean, "low": mean - 0.125, "high": mean + 0.125, "n_cases": 67}
 
     result = {
-        **{f"case_soft_dice_{n}": score(0.75) for n in (5, 9)},
+        **{f"case_soft_dice_{n}": score(1 - n / 16) for n in (5, 9)},
         **{f"case_soft_dice_{n}_annotators": score(0.5) for n in (5, 9)},
         "case_dice_per_level": [{"level": c, **score(0.9 - c / 10)} for c in (1, 2, 3, 4)],
     }
@@ -286,7 +286,13 @@ def test_whole_nodules_stand_beside_the_reader(tables: ModuleType, tmp_path: Pat
     rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in tables.nodules_table(tmp_path).splitlines()[2:]]
     own, vote, one_size, _, reader, *anybody = rows
     levels = ["0.800", "0.700", "0.600", "0.500"]
-    assert own == ["four marked (67)", "cdiff `--fast`", *["0.750 (0.625\xa0to\xa00.875)"] * 2, *levels]
+    assert own == [
+        "four marked (67)",
+        "cdiff `--fast`",
+        "0.688 (0.562\xa0to\xa00.812)",
+        "0.438 (0.312\xa0to\xa00.562)",
+        *levels,
+    ]
     assert reader[1:] == ["a radiologist against the other three", *["0.500 (0.375\xa0to\xa00.625)"] * 2, *["-"] * 4]
     assert vote[2] == tables.NOT_MEASURED
     assert one_size[2] == tables.NOT_MEASURED
@@ -308,6 +314,41 @@ def test_a_difference_that_no_comparison_has_gets_no_row(tables: ModuleType, tmp
     assert [cell.strip() for cell in row.split("|")[2:-1]] == [tables.NOT_MEASURED, "+0.250 (-0.125\xa0to\xa0+0.500)"]
     (tmp_path / "first.json").write_text(json.dumps({"all": old | {"ged_no_diagonal": undefined}}))
     assert "| - | +0.250" in tables.paired_table("", columns, tmp_path)
+    assert all(f"| level {c} |" in tables.paired_table("", columns, tmp_path) for c in range(1, 5))
+
+
+def test_each_row_and_column_is_of_the_file_that_its_words_say(tables: ModuleType) -> None:
+    sets = {"four": "all_raters", "any": "marked", "middle": "middle"}
+
+    def file(words: str, split: str = "testing") -> str:
+        chosen = next(name for word, name in sets.items() if word in words)
+        if "U-Net" in words:
+            return f"unet_{split}_{chosen}"
+        size = "" if "25 runs" in words else "_fast" if "one size" in words else "_zooms"
+        return f"lidc_{split}_{chosen}{size}{'_vote' if 'vote' in words else ''}"
+
+    for slices, method, name, ending in tables.MODEL_ROWS:
+        assert name == file(f"{slices} {method}")
+        assert ending == (tables.READERS if "radiologist" in method else "")
+    for method, four, anybody, _ in tables.HEADLINE_ROWS:
+        assert (four, anybody) == (file(f"four {method}"), file(f"any {method}"))
+    for words, name in tables.EACH.items():
+        assert name == file(words, words.split(",")[0].lower())
+    for words, name in tables.EXPECTED.items():
+        assert name == file("any", words.lower())
+    # Comparisons are of as many slices as the scores, and no two columns are one file.
+    for columns in (tables.PAIRED, tables.STEPS, tables.ZOOMS, tables.WHOLE):
+        assert len(set(columns.values())) == len(columns)
+        for words, name in columns.items():
+            assert ("vote" in words) == ("vote" in name)
+            assert ("all" in words or "x 100 steps" in words) == name.endswith("_all")
+            if columns is not tables.STEPS:
+                split = "validation" if "Validation" in words else "testing"
+                scores = tables.read(
+                    file(words if columns is not tables.WHOLE else "middle", split).removesuffix("_vote"),
+                    tables.RESULTS,
+                )
+                assert tables.read(name, tables.RESULTS)["all"]["n_slices"] == scores["n_slices"], words
 
 
 def test_a_training_steps_memory_stands_as_it_was_printed(tables: ModuleType, tmp_path: Path) -> None:

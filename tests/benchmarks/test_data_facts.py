@@ -8,7 +8,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from cdiff.benchmarks.data_facts import main
+from cdiff.benchmarks.data_facts import MIDDLE, SHORT, Drawn, facts, main
 from tests.conftest import REPOSITORY
 from tests.test_docs import prose
 
@@ -36,8 +36,15 @@ def test_cases_and_slices_are_counted(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_short_cases_are_those_of_the_pages() -> None:
+    found = facts([Drawn(f"case{n}", n, 0, 0, []) for n in (16, 15, 4)], None)
+    assert (found["slices_a_case"], found["short_cases"]) == ([4, 16], 2)
+
+
 def test_the_pages_say_of_the_data_what_was_counted() -> None:
-    splits = json.loads((REPOSITORY / "benchmarks" / "results" / "data_facts.json").read_text())["splits"]
+    report = json.loads((REPOSITORY / "benchmarks" / "results" / "data_facts.json").read_text())
+    assert (report["middle"], report["short"]) == (MIDDLE, SHORT)
+    splits = report["splits"]
     train, val, test, all_ = (splits[name] for name in ("train", "val", "test", "together"))
     shortest, longest = all_["slices_a_case"]
     model, choices = prose("docs/model.md"), prose("docs/choices.md")

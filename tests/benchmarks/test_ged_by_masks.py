@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import cast
 
 import nibabel as nib
 import numpy as np
 import pytest
 
 import cdiff
-from cdiff.benchmarks.ged_by_masks import PROTOCOL, main, readings
+from cdiff.benchmarks.ged_by_masks import PROTOCOL, main, measure, readings
 from cdiff.benchmarks.peers.__main__ import main as train_peers
+from cdiff.benchmarks.peers.drawn import Drawn
 from cdiff.runtime.data.cases import Case, read_case
-from cdiff.runtime.scoring.metrics import ged
+from cdiff.runtime.scans.grid import Grid
+from cdiff.runtime.scoring.metrics import bootstrap_over_cases, ged
 from cdiff.runtime.stack import Stack
 from tests.conftest import REPOSITORY
 from tests.synthetic import write_synthetic_dataset
@@ -33,6 +36,34 @@ def test_the_readings_by_hand() -> None:
         "levels_of_every_run": [[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 0, 0], [1, 0, 0, 0]],
         "annotators_majority": [[1, 0, 0, 1]],
     }
+    four = np.concatenate([drawn, np.array([[[0, 1, 0, 0]]], bool)])
+    assert readings(stack, 0, four)["annotators_majority"][0, 0].tolist() == [1, 1, 0, 1], "half is enough"
+
+
+def test_distances_are_of_each_slices_own_maps_with_intervals_over_cases() -> None:
+    """Two cases of three and two slices, the first of which begins at slice 1 and leaves out slice 2."""
+    rng, drawn = np.random.default_rng(0), []
+    for chosen, count in (([1, 3, 4], 4), ([0, 1], 2)):
+        runs = (rng.random((count, 2, 2, 1, 6)) < 0.5).astype(np.uint8)
+        stack = Stack(runs.mean(axis=2).astype(np.float32), np.zeros((count, 1, 6), np.float32), runs * 255)
+        drawn.append(Drawn(cast(Grid, None), rng.random((5, 3, 1, 6)) < 0.5, np.array(chosen), stack))
+
+    def distances(name: str) -> list[list[float]]:
+        return [
+            [ged(readings(one.stack, k - one.chosen[0], one.masks[k])[name], one.masks[k]) for k in one.chosen]
+            for one in drawn
+        ]
+
+    report = measure(lambda number, case: drawn[number], [cast(Case, None)] * 2)
+    for name, found in report["ged"].items():
+        wanted = bootstrap_over_cases(distances(name)).to_json()
+        assert {key: found[key] for key in wanted} == wanted, name
+    apart = [
+        [every - one for one, every in zip(*pair, strict=True)]
+        for pair in zip(distances("levels_of_the_map"), distances("levels_of_every_run"), strict=True)
+    ]
+    assert report["levels_of_every_run_minus_of_the_map"] == bootstrap_over_cases(apart).to_json()
+    assert (PROTOCOL.zooms, PROTOCOL.all_raters) == ((1.0,), True)
 
 
 def test_the_command_measures_the_slices_that_all_marked(tmp_path: Path) -> None:

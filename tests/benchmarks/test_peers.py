@@ -25,6 +25,7 @@ from cdiff.runtime.errors import CdiffError
 from cdiff.runtime.sampling.framing import resize
 from cdiff.runtime.sampling.mirror import view_of
 from cdiff.runtime.scoring.metrics import FIVE, soft_dice
+from cdiff.runtime.variants import ANNOTATOR, IMPLICIT_ENSEMBLE, NO_ANNOTATOR
 from cdiff.train import targets
 
 
@@ -321,6 +322,38 @@ def test_the_draws_of_a_zoom_are_not_those_of_another() -> None:
     )
     runs = draw_runs(peer, nn.Identity(), np.zeros((1, 16, 16), np.float32), runs=4, mirror=False, seed=0, zooms=(1, 2))
     assert len({float(run[0, 0]) for run in runs[0]}) == 4
+
+
+def test_each_peer_learns_and_means_what_its_name_says(probabilistic: ProbabilisticUNet) -> None:
+    batch = random_batch()
+    meant = {"majority": IMPLICIT_ENSEMBLE, "heads": ANNOTATOR}
+    for name, peer in UNETS.items():
+        assert peer.variant == meant.get(name.split("-")[1], NO_ANNOTATOR)
+    for name, label in (("unet-majority", batch.majority), ("unet-soft", batch.fraction)):
+        logits = Says(torch.randn(label.shape, generator=torch.Generator().manual_seed(5)))
+        assert UNETS[name].loss(logits, batch) == cross_entropy_and_dice(logits.logits, label)
+    rates = {layer.p for layer in UNETS["unet-dropout"].build(4).modules() if isinstance(layer, nn.Dropout)}
+    assert rates == {0.1}
+
+
+def test_the_posterior_sees_masks_about_zero_and_draws_have_the_priors_spread(probabilistic: ProbabilisticUNet) -> None:
+    batch, noise = random_batch(n=2), torch.randn(3, LATENT, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        network = probabilistic.eval()
+        wanted = network.posterior(torch.cat([batch.image, batch.drawn - 0.5], 1))
+        found = network.posterior_of(batch.image, batch.drawn)
+        assert torch.equal(found.mean, wanted.mean)
+        image = random_batch(size=32).image[:1]
+        encoded = network.prior.head(network.prior.encoder(image).mean((2, 3), keepdim=True)).flatten()
+        prior = network.prior(image)
+        torch.testing.assert_close(torch.cat([prior.mean, prior.log_std], 1).flatten(), encoded)
+        z = prior.mean + prior.log_std.exp() * noise
+        logits = network.logits(network.unet(image).expand(3, -1, -1, -1), z)
+        torch.testing.assert_close(network.draw(image, noise), logits.sigmoid())
+    parts = (network.unet, network.prior, network.posterior)
+    assert [{one.negative_slope for one in part.modules() if isinstance(one, nn.LeakyReLU)} for part in parts] == [
+        {0.1}
+    ] * 3
 
 
 def test_without_monai_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

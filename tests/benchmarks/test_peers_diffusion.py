@@ -72,6 +72,23 @@ def test_validation_says_how_many_steps(tmp_path: Path, monkeypatch: pytest.Monk
     assert diffusion.best_steps({5: 0.7, 1: 0.7}) == 1
 
 
+def test_a_run_is_summed_up_with_its_last_step_and_its_best_score(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    about = {"parameters": 9, "machine": {}, "data": {"train": {"slices": 16}}, "val_protocol": {"slices": 8}}
+    infos = {"last": {"step": 7, "seconds": 30.0, "val_soft_dice_5": 0.5}, "best": {"step": 4, "val_soft_dice_5": 0.75}}
+    config = configuration("consensus", tiny_data, Budget(minutes=2, clock="cpu"), "tiny", 1)
+    monkeypatch.setattr(diffusion, "read_config", lambda out: config)
+    monkeypatch.setattr(diffusion, "checkpoint_folder", lambda out, which: out / which)
+    monkeypatch.setattr(diffusion, "read_json", lambda path: infos[path.parent.name] | about)
+    found = diffusion.summary(tmp_path)
+    wanted = {"peer": "consensus", "steps": 7, "cpu_seconds": 30.0, "best_val_soft_dice_5": 0.75}
+    wanted |= {"parameters": 9, "train_slices": 16, "val_slices": 8}
+    assert {key: found[key] for key in wanted} == wanted
+    assert "wall_seconds" not in found
+    assert (found["budget"]["minutes"], found["budget"]["clock"], found["budget"]["steps"]) == (2, "cpu", 0)
+
+
 @pytest.mark.parametrize("clock", ["cpu", "wall"])
 def test_minutes_are_counted_on_the_clock_that_was_asked_for(
     clock: str, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -22,11 +22,10 @@ INTENSITY = Intensity("slice", 0.5, 99.5)
 
 @dataclass(frozen=True)
 class Slices:
-    """Slices of one split: images float32 [N, 1, H, W] in [-1, 1], masks uint8 [N, C, H, W], and each slice's case number [N]."""
+    """Slices of one split: images float32 [N, 1, H, W] in [-1, 1], and masks uint8 [N, C, H, W]."""
 
     images: NDArray[np.float32]
     masks: NDArray[np.uint8]
-    case: NDArray[np.int64]
 
     @property
     def label(self) -> NDArray[np.float32]:
@@ -67,17 +66,16 @@ def read_slices(data: Path, split: str) -> Slices:
     found = find_cases(data)
     if split not in found:
         raise CdiffError(f"{data} has no split {split!r}, only {', '.join(found)}")
-    images, masks, case = [], [], []
-    for k, one in enumerate(found[split]):
+    images, masks = [], []
+    for one in found[split]:
         image, mask = read_case(one)
         images.append(INTENSITY.apply(image))
         masks.append(mask.astype(np.uint8))
-        case += [k] * len(image)
         if images[-1].shape[1:] != images[0].shape[1:] or masks[-1].shape[1:] != masks[0].shape[1:]:
             raise CdiffError(
                 f"{one.image.parent}: its size or number of annotators is not the first case's; the U-Net peers need both alike"
             )
-    return Slices(np.concatenate(images), np.concatenate(masks), np.array(case))
+    return Slices(np.concatenate(images), np.concatenate(masks))
 
 
 def augmented_batch(slices: Slices, step: int, batch: int, size: int, jitter: int, seed: int) -> Batch:

@@ -35,7 +35,7 @@ def disc_slices(n: int = 6, size: int = 64, annotators: int = 3) -> Slices:
     inside = ((x / 9) ** 2 + ((y - 3) / 5) ** 2 < 1) | ((abs(x - 6) < 4) & (abs(y + 4) < 6))
     image = np.where(inside, 1.0, -1.0).astype(np.float32)
     masks = np.stack([inside] * annotators).astype(np.uint8)
-    return Slices(np.stack([image[None]] * n), np.stack([masks] * n), np.arange(n))
+    return Slices(np.stack([image[None]] * n), np.stack([masks] * n))
 
 
 def random_batch(annotators: int = 4, n: int = 3, size: int = 16) -> Batch:

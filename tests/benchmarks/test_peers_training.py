@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from cdiff.benchmarks.peers import unets
 from cdiff.benchmarks.peers.__main__ import main
+from cdiff.benchmarks.peers.slices import Slices, read_slices
 from cdiff.benchmarks.peers.training import LOG_FIELDS, Budget, Training, train_unet
-from cdiff.benchmarks.peers.unets import UNETS
+from cdiff.benchmarks.peers.unets import UNETS, UNetPeer
 from cdiff.runtime.errors import CdiffError
 
 SHORT = Budget(steps=6, batch=2, crop=16, jitter=2, validations=3, val_slices=2)
@@ -89,6 +90,22 @@ def test_a_killed_run_ends_with_the_same_weights_as_one_that_was_not(
     assert untimed[0] == untimed[1]
     assert [row["step"] for row in untimed[0]] == ["2", "4", "6"]
     assert {row["size"] for row in untimed[0]} == {"16", "32"}, "the last quarter is on whole slices"
+
+
+def test_it_learns_from_one_split_and_validates_on_the_other(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Slices] = []
+
+    def made(peer: UNetPeer, training: Slices, validation: Slices, *_: object) -> Training:
+        given.extend((training, validation))
+        raise CdiffError("so far")
+
+    monkeypatch.setattr("cdiff.benchmarks.peers.training.Training", made)
+    with pytest.raises(CdiffError, match="so far"):
+        train_unet(UNETS["unet-soft"], tiny_data, tmp_path / "run", SHORT)
+    assert given[0] is read_slices(tiny_data, "train")
+    assert given[1] is read_slices(tiny_data, "val")
 
 
 def test_an_interrupt_saves_and_the_command_goes_on(

@@ -23,7 +23,7 @@ from cdiff.train.presets import preset
 
 
 def slices_of(images: np.ndarray[Any, Any], masks: np.ndarray[Any, Any]) -> Slices:
-    return Slices(images[:, None].astype(np.float32), masks.astype(np.uint8), np.arange(len(images)))
+    return Slices(images[:, None].astype(np.float32), masks.astype(np.uint8))
 
 
 def whole(n: int = 1, size: int = 32, readers: int = 3) -> np.ndarray[Any, Any]:

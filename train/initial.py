@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,17 +30,8 @@ from cdiff.train.config import Config
 from cdiff.train.told import must_tell
 
 SHAPES = (
-    *(
-        "variant",
-        "image_channels",
-        "levels",
-        "T",
-        "base_channels",
-        "channel_mult",
-        "residual_blocks",
-        "attention_depths",
-    ),
-    *("rrdbs", "rrdb_channels", "rrdb_growth", "embedding", "resample", "variance"),
+    *("variant", "image_channels", "levels", "T", "base_channels", "channel_mult", "residual_blocks"),
+    *("attention_depths", "rrdbs", "rrdb_channels", "rrdb_growth", "embedding", "resample", "variance"),
 )
 """Settings that change which tensors there are, or their shapes."""
 FUNCTION = ("target", "outside", "groups", "heads", "heads_up", "head_channels")
@@ -73,10 +65,7 @@ class Initial:
         if other := _other(keys, self.config, config):
             words = ", ".join(f"{key}={_said(there)} ({_said(here)} here)" for key, there, here in other)
             # A shell may take brackets for a pattern.
-            remedy = " ".join(
-                f"--set '{key}={_said(there)}'" if isinstance(there, tuple) else f"--set {key}={there}"
-                for key, there, _ in other
-            )
+            remedy = " ".join(f"--set {shlex.quote(f'{key}={_said(there)}')}" for key, there, _ in other)
             raise CdiffError(f"{self.source} was trained with {words}: {why}; add {remedy}, or leave out --init")
 
     def notes(self, config: Config) -> list[str]:
